@@ -1,0 +1,61 @@
+"""Vision backbones, fast, computing exactly what their own libraries compute."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .auto import AutoBackbone, AutoConfig, list_backbones
+    from .backbone import BackboneMixin, BackboneOutput
+    from .configuration import BackboneConfigMixin
+    from .extract import FeatureExtractor, extract, open_features
+    from .image_processing import AutoImageProcessor, ImageProcessor
+    from .models.resnet import ResNetBackbone, ResNetConfig
+    from .models.swin import SwinBackbone, SwinConfig
+    from .models.timm import TimmBackbone, TimmBackboneConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AutoBackbone",
+    "AutoConfig",
+    "AutoImageProcessor",
+    "BackboneConfigMixin",
+    "BackboneMixin",
+    "BackboneOutput",
+    "FeatureExtractor",
+    "ImageProcessor",
+    "ResNetBackbone",
+    "ResNetConfig",
+    "SwinBackbone",
+    "SwinConfig",
+    "TimmBackbone",
+    "TimmBackboneConfig",
+    "extract",
+    "list_backbones",
+    "open_features",
+]
+
+_MODULES = {
+    "auto": ("AutoBackbone", "AutoConfig", "list_backbones"),
+    "backbone": ("BackboneMixin", "BackboneOutput"),
+    "configuration": ("BackboneConfigMixin",),
+    "extract": ("FeatureExtractor", "extract", "open_features"),
+    "image_processing": ("AutoImageProcessor", "ImageProcessor"),
+    "models.resnet": ("ResNetBackbone", "ResNetConfig"),
+    "models.swin": ("SwinBackbone", "SwinConfig"),
+    "models.timm": ("TimmBackbone", "TimmBackboneConfig"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # lazy (PEP 562), so that importing fastbb costs nothing
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,32 @@
+"""Ops of vision backbones. `__all__` is the promise; each op is one file in `ops/`."""
+
+from ._activation import ACTIVATIONS
+from ._dispatch import Impl, use_impl
+from .ops.conv_bn_act import conv_bn_act
+from .ops.layer_norm_linear import layer_norm_linear
+from .ops.layer_norm_nchw import layer_norm_nchw
+from .ops.linear_residual import linear_residual
+from .ops.patch_embed import patch_embed
+from .ops.patch_merging import patch_merging
+from .ops.window_attention import (
+    WindowGeometry,
+    relative_position_index,
+    window_attention,
+    window_attention_weights,
+)
+
+__all__ = [
+    "ACTIVATIONS",
+    "Impl",
+    "WindowGeometry",
+    "conv_bn_act",
+    "layer_norm_linear",
+    "layer_norm_nchw",
+    "linear_residual",
+    "patch_embed",
+    "patch_merging",
+    "relative_position_index",
+    "use_impl",
+    "window_attention",
+    "window_attention_weights",
+]

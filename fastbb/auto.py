@@ -1,0 +1,236 @@
+"""One entry for every backbone: a name or directory in, the right family with its weights out."""
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import models  # noqa: F401  # registers the families
+from .backbone import Backbone, unwrap_head
+from .configuration import BackboneConfig
+from .hub import HubOptions, bundled_models, is_timm_config, local_directory, read_config
+from .registry import FAMILIES, family_of
+
+
+class AutoConfig:
+    """Chooses the configuration class by `model_type`."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> BackboneConfig:
+        """Reads the configuration of a backbone, or of the backbone inside a model.
+
+        Args:
+            pretrained_model_name_or_path: directory, bundled model, Hub repository or timm name.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: cache of downloads.
+            token: access token for the Hub.
+            local_files_only: do not ask the Hub.
+            overrides: fields of the configuration.
+
+        Raises:
+            OSError: there is no such model.
+            ValueError: it is of a kind that fastbb has no backbone for.
+        """
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        values = _config_of(pretrained_model_name_or_path, hub)
+        _, config_class = family_of(values.get("model_type"))
+        return config_class.from_dict(values, **overrides)
+
+    @classmethod
+    def for_model(cls, model_type: str, **kwargs: Any) -> BackboneConfig:
+        """A configuration of a `model_type` with the given fields."""
+        return family_of(model_type)[1](**kwargs)
+
+
+class AutoBackbone:
+    """Loads backbones of every family."""
+
+    def __init__(self) -> None:
+        raise OSError(
+            "AutoBackbone is designed to be instantiated using "
+            "`AutoBackbone.from_pretrained(pretrained_model_name_or_path)` or "
+            "`AutoBackbone.from_config(config)`."
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: BackboneConfig | None = None,
+        use_timm_backbone: bool | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a pretrained backbone, in eval mode.
+
+        A name is looked up in this order: an existing directory or bundled model, a timm name, a
+        repository of the Hub.
+
+        Args:
+            pretrained_model_name_or_path: `microsoft/swin-tiny-patch4-window7-224`, `resnet50`,
+                `timm/resnet50.a1_in1k`, `./my-model`; the model may be a head around a backbone.
+            config: replaces config.json.
+            use_timm_backbone: the name is timm's.
+            dtype: of the weights; default (or "auto"): that of the checkpoint.
+            device: of the weights; default: CPU.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: cache of downloads.
+            token: access token for the Hub.
+            local_files_only: do not ask the Hub.
+            kwargs: fields of the configuration (`out_indices=(1,)`, `out_features=["stage1"]`),
+                `output_loading_info=True`; for timm, `native=False` and options of the model.
+
+        Returns:
+            The backbone, or (backbone, LoadingInfo).
+
+        Raises:
+            OSError: there is no such model, it cannot be had, or its files are corrupt.
+            ValueError: fastbb has no such kind of backbone, or the weights do not fit.
+        """
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        name = pretrained_model_name_or_path
+        if use_timm_backbone:
+            model_type = "timm_backbone"
+        elif config is not None:
+            model_type = config.model_type
+        else:
+            model_type = _config_of(name, hub).get("model_type")
+        family, _ = family_of(model_type)
+        return family.backbone.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_config(cls, config: BackboneConfig, **kwargs: Any) -> Backbone:
+        """A backbone with random weights (or timm's, if `use_pretrained_backbone` is set).
+
+        Args:
+            config: of any family.
+            kwargs: `dtype`; `attn_implementation` is accepted and ignored.
+        """
+        family, _ = family_of(getattr(config, "model_type", None))
+        backbone = family.backbone.from_config(config)
+        kwargs.pop("attn_implementation", None)
+        dtype = kwargs.pop("dtype", None)
+        if kwargs:
+            raise ValueError(
+                f"from_config takes dtype and attn_implementation, got {sorted(kwargs)}"
+            )
+        return backbone if dtype is None else backbone.to(dtype)
+
+    @classmethod
+    def from_torchvision(
+        cls,
+        name: str,
+        state_dict: dict[str, Tensor],
+        *,
+        out_features: list[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Backbone:
+        """A backbone with torchvision's weights and semantics, in eval mode.
+
+        Stages have transformers' names: "stem", "stage1" ... ("stem" is a ResNet's after its pool,
+        a Swin's patch embedding). Maps are NCHW in shape.
+
+        Args:
+            name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`.
+            state_dict: of torchvision's model; widths and depths are read from it.
+            out_features: names of the stages to return.
+            out_indices: indices of the stages to return; default: the last.
+            dtype: of the weights; default: theirs.
+            device: of the weights; default: CPU.
+
+        Raises:
+            ValueError: fastbb does not know the model, or the tensors are not that model's.
+        """
+        for family in FAMILIES:
+            if name in family.torchvision_names and family.from_torchvision is not None:
+                config, state = family.from_torchvision(dict(state_dict))
+                config.set_output_features_output_indices(
+                    out_features, None if out_indices is None else list(out_indices)
+                )
+                what = f"torchvision {name}"
+                backbone, _ = family.backbone.from_state_dict(
+                    config, state, name=what, dtype=dtype, device=device
+                )
+                return backbone
+        known = [known for family in FAMILIES for known in family.torchvision_names]
+        raise ValueError(f"torchvision's {name!r} is not supported; fastbb has {', '.join(known)}")
+
+
+def list_backbones(filter: str = "", pretrained: bool = False) -> list[str]:
+    """Names that `AutoBackbone.from_pretrained` takes without asking the Hub what they are.
+
+    Args:
+        filter: shell pattern such as `swin*`; default: all.
+        pretrained: only names with weights, timm's with their tags.
+
+    Returns:
+        The bundled models, then timm's, sorted. Any Hub repository or directory works beside them.
+    """
+    import timm
+
+    names = timm.list_pretrained() if pretrained else timm.list_models()
+    names = [*bundled_models(), *names]
+    return fnmatch.filter(names, filter) if filter else names
+
+
+def _config_of(name_or_dir: str | os.PathLike[str], hub: HubOptions) -> dict[str, Any]:
+    """The backbone's configuration behind a name, in the order the names are looked up."""
+    name = str(name_or_dir)
+    if local_directory(name_or_dir) is None:
+        if _is_timm_name(name):
+            return {"model_type": "timm_backbone", "backbone": name.removeprefix("timm/")}
+        if "/" not in name:
+            close = difflib.get_close_matches(name, list_backbones(), n=5)
+            close = close or difflib.get_close_matches(name, list_backbones(pretrained=True), n=5)
+            hint = f" Did you mean {', '.join(close)}?" if close else ""
+            try:
+                config = read_config(name, hub)
+            except OSError as error:
+                raise OSError(f"{error}{hint}") from error
+            return unwrap_head(config, hub)
+    config = read_config(name_or_dir, hub)
+    if is_timm_config(config):
+        return {"model_type": "timm_backbone", "backbone": config["architecture"]}
+    return unwrap_head(config, hub)
+
+
+def _is_timm_name(name: str) -> bool:
+    if name.startswith("timm/"):
+        return True
+    if "/" in name:
+        return False
+    import timm
+
+    return timm.is_model(name.partition(".")[0])

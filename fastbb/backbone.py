@@ -1,0 +1,499 @@
+"""The backbone API: what every family shares, by the names transformers 5.23 uses."""
+
+import enum
+import logging
+import os
+import sys
+import warnings
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, save_state_dict
+from .configuration import BackboneConfig
+from .hub import HubOptions, read_config
+
+logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound="Backbone")
+
+
+class BackboneType(enum.Enum):
+    """Whose stage names and indices a backbone uses."""
+
+    TIMM = "timm"
+    TRANSFORMERS = "transformers"
+
+
+class BackboneOutput(OrderedDict[str, Any]):
+    """What a backbone returns: attributes, dictionary keys or tuple items, as transformers' class.
+
+    Attributes:
+        feature_maps: tuple of [B, C, h, w], one for each of `out_features`, in order of depth.
+            Strides may be channels-last.
+        hidden_states: tuple of [B, C, h, w], one for each of `stage_names`, or None.
+        attentions: tuple of [B * nW, num_heads, N, N], one for each stage, or None.
+    """
+
+    def __init__(
+        self,
+        feature_maps: tuple[Tensor, ...] | None = None,
+        hidden_states: tuple[Tensor | None, ...] | None = None,
+        attentions: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("feature_maps", feature_maps),
+            ("hidden_states", hidden_states),
+            ("attentions", attentions),
+        ):
+            if value is not None:
+                self[name] = value
+
+    @property
+    def feature_maps(self) -> tuple[Tensor, ...]:
+        return super().__getitem__("feature_maps")
+
+    @property
+    def hidden_states(self) -> tuple[Tensor | None, ...] | None:
+        return self.get("hidden_states")
+
+    @property
+    def attentions(self) -> tuple[Tensor, ...] | None:
+        return self.get("attentions")
+
+    @overload
+    def __getitem__(self, key: str) -> Any: ...
+    @overload
+    def __getitem__(self, key: int | slice) -> Any: ...
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None."""
+        return tuple(self.values())
+
+
+class BackboneMixin:
+    """Stages and channels of a backbone, read from its `config`."""
+
+    has_attentions: bool = True
+    config: Any
+    stage_names: list[str]
+    num_features: list[int]
+
+    @property
+    def backbone_type(self) -> enum.Enum:
+        """`BackboneType`; transformers' own enum where transformers is imported."""
+        # a module that fails half-way through its import stays in sys.modules without the name
+        theirs = getattr(
+            sys.modules.get("transformers.backbone_utils"), "BackboneType", BackboneType
+        )
+        return theirs(self._backbone_type.value)
+
+    _backbone_type: ClassVar[BackboneType] = BackboneType.TRANSFORMERS
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages whose feature maps are returned; assign to change them."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.config.out_features = out_features
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices into `stage_names` of the feature maps returned; assign to change them."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        self.config.out_indices = out_indices
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """Channels of every stage, by name."""
+        return dict(zip(self.stage_names, self.num_features))
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each returned feature map."""
+        return [self.out_feature_channels[name] for name in self.out_features]
+
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` without the arguments that this backbone does not take."""
+        if not self.has_attentions:
+            kwargs.pop("output_attentions", None)
+        if self._backbone_type is BackboneType.TIMM:
+            known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict")
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
+
+
+class Backbone(BackboneMixin, nn.Module):
+    """Base of the families.
+
+    A family gives `forward_stages`, `feature_map` and the names of its weights; loading, saving,
+    choice of outputs and checks are here.
+    """
+
+    config_class: ClassVar[type[BackboneConfig]]
+    main_input_name: ClassVar[str] = "pixel_values"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    # patterns of names that a checkpoint may lack, and that it may have in excess
+    optional_weights: ClassVar[tuple[str, ...]] = ()
+    unused_weights: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, "
+                f"got {type(config).__name__}; AutoBackbone.from_config chooses the class by itself"
+            )
+        self.config = config
+        self.gradient_checkpointing = False
+        self._checkpoint_options: dict[str, Any] = {"use_reentrant": False}
+
+    @abstractmethod
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Runs the backbone up to the last wanted stage.
+
+        Args:
+            pixel_values: [B, C, H, W], checked.
+            wanted: names of stages, in order of depth.
+            attentions: the attention weights of each stage are appended to it, if it is a list.
+            kwargs: options of the family.
+
+        Returns:
+            [B, C, h, w] for each wanted stage, without the norm of `feature_map`.
+        """
+
+    def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
+        """What is returned of a stage: [B, C, h, w] to [B, C, h, w]."""
+        return hidden_state
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes feature maps, running no stage beyond the last one asked for.
+
+        Args:
+            pixel_values: [B, C, H, W] in the dtype and on the device of the weights. B may be 0.
+            output_hidden_states: also return every stage, before its norm; a list of indices
+                returns None for the others.
+            output_attentions: also return the attention weights of the last block of each stage.
+            return_dict: False returns a tuple.
+            kwargs: options of the family; others are ignored, as transformers ignores them
+                (`pixel_mask`, which processors return).
+
+        Returns:
+            BackboneOutput, or a tuple of its values.
+
+        Raises:
+            ValueError: the input is not what the backbone takes.
+        """
+        self._check_input(pixel_values)
+        config = self.config
+        hidden = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        every_stage = hidden is not False and hidden is not None
+        attentions: list[Tensor] | None = [] if output_attentions and self.has_attentions else None
+
+        wanted = self.stage_names if every_stage or attentions is not None else self.out_features
+        stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
+        output = BackboneOutput(
+            tuple(self.feature_map(name, stages[name]) for name in self.out_features),
+            self._hidden_states(stages, hidden) if every_stage else None,
+            None if attentions is None else tuple(attentions),
+        )
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _hidden_states(
+        self, stages: dict[str, Tensor], selected: bool | Sequence[int]
+    ) -> tuple[Tensor | None, ...]:
+        states = tuple(stages[name] for name in self.stage_names)
+        if isinstance(selected, bool):
+            return states
+        keep = {index % len(states) for index in selected}
+        return tuple(state if i in keep else None for i, state in enumerate(states))
+
+    def _check_input(self, pixel_values: Any) -> None:
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else pixel_values
+            got = got if isinstance(got, list) else type(got).__name__
+            raise ValueError(
+                f"pixel_values must be a tensor [batch, channels, height, width], got {got}; "
+                "AutoImageProcessor makes one from images, and `x[None]` from a single one"
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.config.num_channels:
+            raise ValueError(
+                "Make sure that the channel dimension of the pixel values match with the one set in "
+                f"the configuration. Expected {self.config.num_channels} channels in dimension 1, "
+                f"got pixel_values of shape {list(pixel_values.shape)}."
+            )
+        if height == 0 or width == 0:
+            raise ValueError(f"pixel_values must have pixels, got shape {list(pixel_values.shape)}")
+        dtype, device = self.dtype, self.device
+        if pixel_values.device != device:
+            raise ValueError(
+                f"pixel_values are on {pixel_values.device}, the weights on {device}; "
+                "move one of them with .to(...)"
+            )
+        if pixel_values.dtype != dtype and not (
+            pixel_values.is_floating_point() and torch.is_autocast_enabled(device.type)
+        ):
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}, the weights {dtype}; "
+                f"convert with pixel_values.to({dtype})"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    # --- gradient checkpointing ---
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """In training, recomputes blocks in the backward pass instead of keeping activations.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
+        """
+        self.gradient_checkpointing = True
+        self._checkpoint_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.gradient_checkpointing
+
+    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Runs a part of the forward pass, checkpointed where that is on."""
+        if self.gradient_checkpointing and self.training:
+            result = checkpoint(block, *args, **self._checkpoint_options)
+            assert isinstance(result, Tensor)
+            return result
+        return block(*args)
+
+    # --- weights ---
+
+    @classmethod
+    def from_checkpoint_names(
+        cls, state: StateDict, backbone: nn.Module
+    ) -> tuple[StateDict, str, list[str]]:
+        """Finds the backbone in a checkpoint and renames its tensors to the backbone's names.
+
+        Args:
+            state: names and tensors of a whole checkpoint, of a backbone or a model around one.
+            backbone: a backbone of this class, possibly on the meta device.
+
+        Returns:
+            The renamed tensors, the prefix they were found under, the names of all others.
+        """
+        raise NotImplementedError
+
+    def to_checkpoint_names(self) -> StateDict:
+        """The tensors to save, by the names transformers saves them under."""
+        return self.state_dict()
+
+    @classmethod
+    def from_config(cls: type[Module], config: BackboneConfig) -> Module:
+        """A backbone with random weights; the configuration is copied."""
+        return cls(type(config).from_dict(config.to_dict()))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Module],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: BackboneConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        output_loading_info: bool = False,
+        attn_implementation: str | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Loads a backbone, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: local directory, bundled model or Hub repository, of a
+                backbone or of a model that contains one.
+            config: replaces config.json.
+            dtype: of the weights; default (or "auto"): that of the checkpoint.
+            device: of the weights; default: CPU.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: cache of downloads.
+            token: access token for the Hub.
+            local_files_only: do not ask the Hub.
+            output_loading_info: return (backbone, LoadingInfo).
+            attn_implementation: accepted for transformers' sake; fastbb chooses by itself.
+            overrides: fields of the configuration, such as `out_indices` or `out_features`.
+
+        Raises:
+            OSError: the model is not there, or its files are corrupt.
+            ValueError: the weights do not fit, or the configuration is another model's.
+        """
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        if config is None:
+            values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
+            # a configuration with other semantics is a subclass with a model_type of its own
+            known = {c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())}
+            model_type = values.get("model_type")
+            if model_type not in known:
+                raise ValueError(
+                    f"{cls.__name__} loads model_type {' or '.join(known)}, but "
+                    f"{str(pretrained_model_name_or_path)!r} is {model_type!r}; "
+                    "AutoBackbone.from_pretrained chooses the class by itself"
+                )
+            config = known[model_type].from_dict(values, **overrides)
+        elif overrides:
+            config = type(config).from_dict(config.to_dict(), **overrides)
+        backbone, info = cls.from_state_dict(
+            config,
+            read_state_dict(pretrained_model_name_or_path, hub),
+            name=str(pretrained_model_name_or_path),
+            dtype=dtype,
+            device=device,
+        )
+        return (backbone, info) if output_loading_info else backbone
+
+    @classmethod
+    def from_state_dict(
+        cls: type[Module],
+        config: BackboneConfig,
+        state: StateDict,
+        *,
+        name: str = "the checkpoint",
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Module, LoadingInfo]:
+        """Builds a backbone of a configuration with the tensors of a checkpoint.
+
+        Args:
+            config: of the backbone.
+            state: tensors of the checkpoint, by its own names.
+            name: of the checkpoint, for messages.
+            dtype: of the weights; default (or "auto"): that of the checkpoint.
+            device: of the weights; default: CPU.
+
+        Raises:
+            ValueError: the weights do not fit; lists what is missing, unknown or misshapen.
+        """
+        with torch.device("meta"):
+            backbone = cls(config)
+        found, prefix, outside = cls.from_checkpoint_names(state, backbone)
+        backbone.init_optional_weights()
+        initialized, unused = load_strict(
+            backbone,
+            found,
+            what=f"{cls.__name__} from {name!r}",
+            optional=cls.optional_weights,
+            unused=cls.unused_weights,
+            dtype=as_dtype(dtype),
+            device=device,
+        )
+        backbone.eval()
+        info = LoadingInfo(prefix, sorted(outside + unused), initialized)
+        backbone.report_loading(name, info)
+        return backbone, info
+
+    def init_optional_weights(self) -> None:
+        """Gives the weights that a checkpoint may lack their initial values (from meta tensors)."""
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        """Says what of a checkpoint was not used."""
+        if info.ignored:
+            count = len(info.ignored)
+            logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors, which transformers reads with equal outputs.
+
+        Args:
+            save_directory: is made if it does not exist.
+        """
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        save_state_dict(self.to_checkpoint_names(), Path(save_directory))
+        config.save_pretrained(save_directory)
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype from a dtype, its name, or "auto" for None."""
+    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
+        return None if dtype == "auto" else dtype  # type: ignore[return-value]  # a str is only "auto"
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch.dtype or the name of one, got {dtype!r}")
+    return found
+
+
+def unwrap_head(config: dict[str, Any], hub: HubOptions = HubOptions()) -> dict[str, Any]:
+    """The backbone's configuration inside that of a head (MaskFormer, DETR, UperNet ...)."""
+    inner = config.get("backbone_config")
+    if isinstance(inner, dict):
+        return inner
+    name = config.get("backbone")
+    if not isinstance(name, str) or config.get("model_type") == "timm_backbone":
+        return config
+    kwargs = dict(config.get("backbone_kwargs") or {})
+    # before transformers 5 a head named its backbone: on the Hub, or (DETR and relatives) in timm
+    if not config.get("use_timm_backbone", "/" not in name):
+        return {**read_config(name, hub), **kwargs}
+    kwargs.setdefault("out_indices", [1, 2, 3, 4])
+    if config.get("dilation"):
+        kwargs.setdefault("output_stride", 16)
+    channels = config.get("num_channels", 3)
+    return {"model_type": "timm_backbone", "backbone": name, "num_channels": channels, **kwargs}
+
+
+def warn_untrained(names: Sequence[str]) -> None:
+    """One warning for stages whose norm the checkpoint did not have."""
+    warnings.warn(
+        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized with "
+        "weight 1 and bias 0, as transformers does.",
+        stacklevel=3,
+    )

@@ -1,0 +1,242 @@
+"""Weights on disk: safetensors read and written, names matched to a backbone's, strictly."""
+
+import fnmatch
+import os
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hub import HubOptions, find_file, read_json
+
+StateDict = dict[str, Tensor]
+
+# in the order of preference; an index names the shards of a split checkpoint
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True)
+class LoadingInfo:
+    """What became of the tensors of a checkpoint.
+
+    Attributes:
+        prefix: where in the checkpoint the backbone was found.
+        ignored: names outside the backbone (heads, classifiers) or that it does not need.
+        initialized: optional tensors the checkpoint lacks, left at their initial value.
+    """
+
+    prefix: str = ""
+    ignored: list[str] = field(default_factory=list)
+    initialized: list[str] = field(default_factory=list)
+
+
+def read_state_dict(
+    name_or_dir: str | os.PathLike[str], hub: HubOptions = HubOptions()
+) -> StateDict:
+    """Reads all tensors of a checkpoint in transformers' layout of files.
+
+    Args:
+        name_or_dir: local directory, bundled model or Hub repository.
+        hub: options for the Hub.
+
+    Returns:
+        Names and tensors, on the CPU, in the dtype they were saved in.
+
+    Raises:
+        OSError: no weights are there, or a file is corrupt or truncated; nothing is half-loaded.
+    """
+    for filename in WEIGHT_FILES:
+        path = find_file(name_or_dir, filename, hub)
+        if path is None:
+            continue
+        if not filename.endswith(".index.json"):
+            return read_weights_file(path)
+        return _read_shards(name_or_dir, path, hub)
+    raise OSError(f"{str(name_or_dir)!r} has no weights: wanted one of {', '.join(WEIGHT_FILES)}")
+
+
+def read_weights_file(path: Path) -> StateDict:
+    """Reads one .safetensors file, or a .bin file with `weights_only=True`.
+
+    Raises:
+        OSError: the file is corrupt, truncated, or holds more than tensors.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise OSError(
+            f"{path} is corrupt, truncated or not a file of weights ({error}); "
+            "delete it and download or save it again"
+        ) from error
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise OSError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
+    return loaded
+
+
+def _read_shards(name_or_dir: str | os.PathLike[str], index: Path, hub: HubOptions) -> StateDict:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise OSError(f"{index} has no weight_map, so it is not the index of a split checkpoint")
+    state: StateDict = {}
+    for shard in sorted(set(weight_map.values())):
+        path = find_file(name_or_dir, shard, hub)
+        if path is None:
+            raise OSError(f"{str(name_or_dir)!r} lacks the shard {shard!r} that its index names")
+        state |= read_weights_file(path)
+    missing = sorted(weight_map.keys() - state.keys())
+    if missing:
+        raise OSError(
+            f"the shards of {str(name_or_dir)!r} lack {_some(missing)}, named in its index"
+        )
+    return state
+
+
+def save_state_dict(state: StateDict, directory: Path) -> None:
+    """Writes model.safetensors as transformers does; a file of that name is replaced at once."""
+    from safetensors.torch import save_file
+
+    # save_file refuses tensors that share memory or have gaps
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / "model.safetensors"
+    temporary = directory / f".model.safetensors.{os.getpid()}"
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # save_file leaves 0600 whatever the umask
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str:
+    """Finds where in a checkpoint a module's tensors are.
+
+    Args:
+        names: all names of the checkpoint.
+        expected: names of the module's tensors; the first must be in every checkpoint of it.
+        what: the module, for the error.
+
+    Returns:
+        The prefix, "" or ending with a dot, under which most of `expected` are.
+
+    Raises:
+        ValueError: there is none, or two fit equally well.
+    """
+    names = set(names)
+    anchor = expected[0]
+    prefixes = [
+        name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")
+    ]
+    if not prefixes:
+        raise ValueError(
+            f"The checkpoint holds no {what}: no tensor is named {anchor!r}, "
+            f"with or without a prefix. It holds {_some(sorted(names))}"
+        )
+    score = {prefix: sum(prefix + name in names for name in expected) for prefix in prefixes}
+    best = [prefix for prefix in prefixes if score[prefix] == max(score.values())]
+    if len(best) > 1:
+        raise ValueError(f"The checkpoint holds more than one {what}: under {sorted(best)}")
+    return best[0]
+
+
+def strip_prefix(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:
+    """The tensors under a prefix, without it, and the names of the others."""
+    inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    return inside, sorted(name for name in state if not name.startswith(prefix))
+
+
+def load_strict(
+    module: torch.nn.Module,
+    state: StateDict,
+    *,
+    what: str,
+    optional: Sequence[str] = (),
+    unused: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Gives a module the tensors of a state dict, all or none.
+
+    Args:
+        module: may be on the meta device; its parameters are replaced.
+        state: names as in `module.state_dict()`.
+        what: the model, for the error.
+        optional: patterns of names that may be missing; those keep their value in `module`.
+        unused: patterns of names that the module does not need.
+        dtype: floating tensors are converted to it; default: that of the checkpoint.
+        device: where the tensors go; default: CPU.
+
+    Returns:
+        Optional names that were missing, and unused names that were present.
+
+    Raises:
+        ValueError: names are missing or unknown, or shapes differ; lists all of them.
+    """
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state]
+    initialized = [name for name in missing if _matches(name, optional)]
+    missing = [name for name in missing if not _matches(name, optional)]
+    unknown = [name for name in state if name not in expected]
+    ignored = [name for name in unknown if _matches(name, unused)]
+    unknown = [name for name in unknown if not _matches(name, unused)]
+    shapes = [
+        f"{name}: {list(state[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = [
+        f"{title}: {_some(found)}"
+        for title, found in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("of the wrong shape", shapes),
+        )
+        if found
+    ]
+    if problems:
+        raise ValueError(f"The weights do not fit {what}. " + "\n".join(problems))
+
+    found = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    floating = dtype or (found[0] if found else torch.get_default_dtype())
+    new = {}
+    for name, tensor in expected.items():
+        source = tensor if name in initialized else state[name]
+        # a copy, so that the module owns its memory and not a map of the file
+        new[name] = source.to(
+            device=device or "cpu",
+            dtype=floating if source.is_floating_point() else source.dtype,
+            copy=True,
+        )
+    module.load_state_dict(new, assign=True)
+    return initialized, ignored
+
+
+def rename(state: StateDict, rule: Callable[[str], str]) -> StateDict:
+    """`state` with every name replaced by `rule(name)`."""
+    return {rule(name): tensor for name, tensor in state.items()}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _some(names: Sequence[Any], most: int = 20) -> str:
+    shown = ", ".join(str(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"

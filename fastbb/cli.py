@@ -1,0 +1,164 @@
+"""The `fastbb` command: arguments in, exit codes out."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+DEFAULT_MODEL = "nano-swin-digits"
+_USAGE = 2
+_INTERRUPTED = 130
+
+
+class _Size(click.ParamType):
+    name = "HxW"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        height, _, width = str(value).lower().partition("x")
+        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+            self.fail(
+                f"wanted height x width in pixels, such as 224x224, got {value!r}", param, ctx
+            )
+        return int(height), int(width)
+
+
+class _Names(click.ParamType):
+    name = "a,b"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
+class _Integers(click.ParamType):
+    name = "i,j"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"wanted whole numbers such as 1,2 or -1, got {value!r}", param, ctx)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fastbb", message="fastbb %(version)s")
+def main() -> None:
+    """Vision backbones, fast, computing exactly what their own libraries compute."""
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
+@click.option("--out", required=True, metavar="DIR", help="Where the features go.")
+@click.option("--model", metavar="MODEL", help=f"Name or directory.  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "--features",
+    type=_Names(),
+    default="pooled",
+    show_default=True,
+    help="pooled: mean of the last map; maps: every map.",
+)
+@click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
+@click.option("--size", type=_Size(), help="Resize every image to this instead of the model's own.")
+@click.option(
+    "--shard-rows",
+    type=click.IntRange(min=1),
+    help="Images per shard, all that an interruption can lose.  [default: 4096, fewer for maps]",
+)
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Stop when more than this share of the images fails.",
+)
+def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
+    """Stores the features of images; the same command again goes on where it stopped.
+
+    INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
+    per row) or a .tar archive.
+
+    Exit codes: 0 every image has features; 1 finished, some images failed; 2 wrong arguments;
+    3 DIR holds features of another plan; 4 too many images failed; 5 another process uses DIR;
+    6 DIR cannot be written or the disk is full; 130 interrupted.
+    """
+    if model is None:
+        click.echo(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model", err=True)
+    with _exit_codes():
+        from .extract import extract as run
+
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
+        report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
+    click.echo(report)
+    sys.exit(1 if report.errors else 0)
+
+
+@main.command()
+@click.argument("directory", metavar="FEATURES_DIR")
+def show(directory: str) -> None:
+    """Shows what a features directory holds: plan, rows, failures, speed."""
+    with _exit_codes():
+        from .extract import open_features
+
+        click.echo(open_features(directory).describe())
+
+
+@main.command(name="list")
+@click.argument("filter", default="")
+def list_models(filter: str) -> None:
+    """Lists the models whose name contains FILTER or matches it as a pattern."""
+    with _exit_codes():
+        from .auto import list_backbones
+
+        names = list_backbones(filter)
+    if not names:
+        raise click.BadParameter(f"no model matches {filter!r}", param_hint="FILTER")
+    click.echo("\n".join(names))
+
+
+@main.command()
+@click.argument("image", type=click.Path(exists=True, dir_okay=False))
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name or directory.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False, writable=True),
+    default="view.png",
+    show_default=True,
+    help="The picture to write.",
+)
+@click.option("--size", type=_Size(), help="What the model sees.  [default: the image's shape]")
+def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None:
+    """Draws what every stage of a model makes of an image."""
+    with _exit_codes():
+        from .view import view as write_view
+
+        click.echo(f"wrote {write_view(image, model, out, size=size)}")
+
+
+@contextlib.contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Turns the library's errors into one line and an exit code."""
+    try:
+        from .extract import ExtractionError
+
+        try:
+            yield
+        except BrokenPipeError:  # the reader of our output has gone; click knows what to do
+            raise
+        except ExtractionError as error:
+            code, message = error.exit_code, str(error)
+        except (ValueError, OSError) as error:
+            code, message = _USAGE, str(error)
+        else:
+            return
+    except KeyboardInterrupt:
+        code, message = _INTERRUPTED, "interrupted; the same command again goes on from here"
+    click.echo(f"fastbb: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,283 @@
+"""Configurations of backbones: stages by name and index, and config.json in transformers' format."""
+
+import copy
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from .hub import HubOptions, read_config
+
+Config = TypeVar("Config", bound="BackboneConfig")
+
+
+class BackboneConfigMixin:
+    """`out_features` and `out_indices` over `stage_names`, aligned with each other.
+
+    Rules and messages are those of transformers 5.23 (`backbone_utils.BackboneConfigMixin`), except
+    that values are validated before they are assigned, and an index below `-len(stage_names)` is a
+    ValueError.
+    """
+
+    stage_names: list[str] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def set_output_features_output_indices(
+        self, out_features: list[str] | None, out_indices: Sequence[int] | None
+    ) -> None:
+        """Sets both, deriving a missing one from the other; the last stage if both are None.
+
+        Raises:
+            ValueError: a value is invalid; the configuration is left as it was.
+        """
+        names = self.stage_names
+        if isinstance(out_indices, tuple):
+            out_indices = list(out_indices)
+        _verify(names, out_features, out_indices)
+        assert names is not None
+        if out_features is None and out_indices is None:
+            out_features, out_indices = [names[-1]], [len(names) - 1]
+        elif out_indices is None and out_features is not None:
+            out_indices = [names.index(name) for name in out_features]
+        elif out_features is None and out_indices is not None:
+            out_features = [names[index] for index in out_indices]
+        assert out_features is not None and out_indices is not None
+        self._out_features, self._out_indices = list(out_features), list(out_indices)
+
+    def verify_out_features_out_indices(self) -> None:
+        """Raises ValueError if `out_features` and `out_indices` do not fit `stage_names`."""
+        _verify(self.stage_names, self._out_features, self._out_indices)
+
+    @property
+    def out_features(self) -> list[str] | None:
+        """Names of the stages whose feature maps are returned."""
+        return self._out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.set_output_features_output_indices(out_features=out_features, out_indices=None)
+
+    @property
+    def out_indices(self) -> list[int] | None:
+        """Indices into `stage_names` of the stages whose feature maps are returned."""
+        return self._out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        if isinstance(out_indices, (int, str)):
+            raise ValueError(f"out_indices must be a list, got {type(out_indices)}")
+        out_indices = list(out_indices) if out_indices is not None else None
+        self.set_output_features_output_indices(out_features=None, out_indices=out_indices)
+
+
+def _verify(names: list[str] | None, out_features: Any, out_indices: Any) -> None:
+    if names is None:
+        raise ValueError("Stage_names must be set for transformers backbones")
+    if out_features is not None:
+        _verify_features(names, out_features)
+    if out_indices is not None:
+        _verify_indices(names, out_indices)
+    if out_features is not None and out_indices is not None:
+        if len(out_features) != len(out_indices):
+            raise ValueError(
+                "out_features and out_indices should have the same length if both are set"
+            )
+        if out_features != [names[index] for index in out_indices]:
+            raise ValueError(
+                "out_features and out_indices should correspond to the same stages if both are set"
+            )
+
+
+def _verify_features(names: list[str], out_features: Any) -> None:
+    if not isinstance(out_features, list):
+        raise ValueError(f"out_features must be a list got {type(out_features)}")
+    if any(name not in names for name in out_features):
+        raise ValueError(
+            f"out_features must be a subset of stage_names: {names} got {out_features}"
+        )
+    if len(out_features) != len(set(out_features)):
+        raise ValueError(f"out_features must not contain any duplicates, got {out_features}")
+    ordered = [name for name in names if name in out_features]
+    if out_features != ordered:
+        raise ValueError(
+            "out_features must be in the same order as stage_names, "
+            f"expected {ordered} got {out_features}"
+        )
+
+
+def _verify_indices(names: list[str], out_indices: Any) -> None:
+    if not isinstance(out_indices, list):
+        raise ValueError(f"out_indices must be a list, got {type(out_indices)}")
+    integers = all(isinstance(i, int) and not isinstance(i, bool) for i in out_indices)
+    if not integers or any(i not in range(-len(names), len(names)) for i in out_indices):
+        raise ValueError(
+            f"out_indices must be valid indices for stage_names {names}, got {out_indices}"
+        )
+    positive = tuple(i % len(names) for i in out_indices)
+    if len(positive) != len(set(positive)):
+        raise ValueError(
+            f"out_indices must not contain any duplicates, got {out_indices}"
+            f"(equivalent to {positive}))"
+        )
+    if positive != tuple(sorted(positive)):
+        ordered = [index for _, index in sorted(zip(positive, out_indices))]
+        raise ValueError(
+            "out_indices must be in the same order as stage_names, "
+            f"expected {ordered} got {out_indices}"
+        )
+
+
+class BackboneConfig(BackboneConfigMixin):
+    """Base of the configurations: plain attributes, saved as transformers saves them.
+
+    Fields that a configuration does not know are kept as attributes and written back.
+    """
+
+    model_type: ClassVar[str] = ""
+    attribute_map: ClassVar[dict[str, str]] = {}
+
+    # what transformers gives every configuration; written only if set
+    output_hidden_states: bool = False
+    output_attentions: bool = False
+    return_dict: bool = True
+
+    def __init__(self, **unknown: Any) -> None:
+        for name, value in unknown.items():
+            if name != "model_type":
+                setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(self.attribute_map.get(name, name), value)
+
+    def __getattr__(self, name: str) -> Any:
+        # only reached where no such attribute exists
+        if name in type(self).attribute_map:
+            return getattr(self, type(self).attribute_map[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BackboneConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} {self.to_json_string()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, with transformers' names."""
+        values = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        values |= {
+            "model_type": self.model_type,
+            "out_features": self._out_features,
+            "out_indices": self._out_indices,
+        }
+        return copy.deepcopy(values)
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON with sorted keys."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls: type[Config], config_dict: dict[str, Any], **overrides: Any) -> Config:
+        """Builds a configuration.
+
+        Args:
+            config_dict: as `to_dict` gives it; derived and unknown fields are allowed.
+            overrides: fields that replace those of the dictionary. `out_features` or `out_indices`
+                replaces both.
+        """
+        values = dict(config_dict)
+        if {"out_features", "out_indices"} & overrides.keys():
+            values.pop("out_features", None)
+            values.pop("out_indices", None)
+        return cls(**{**values, **overrides})
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Config],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Config:
+        """Reads config.json of a directory, bundled model or Hub repository; see `from_dict`.
+
+        Raises:
+            OSError: there is no such place, or it has no config.json.
+            ValueError: the file is another model's configuration.
+        """
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        values = read_config(pretrained_model_name_or_path, hub)
+        if values.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{cls.__name__} reads model_type {cls.model_type!r}, but "
+                f"{str(pretrained_model_name_or_path)!r} is {values['model_type']!r}; "
+                "AutoConfig.from_pretrained chooses the class by itself"
+            )
+        return cls.from_dict(values, **overrides)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes config.json into a directory, which is made if it does not exist."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+
+    def _set_stages(self, names: list[str], out_features: Any, out_indices: Any) -> None:
+        """Ends every constructor: names the stages and selects the ones to return."""
+        self.stage_names = names
+        self.set_output_features_output_indices(out_features, out_indices)
+
+
+def hierarchical_stage_names(n_stages: int) -> list[str]:
+    """transformers' names for a stem and `n_stages` stages."""
+    return ["stem", *(f"stage{index}" for index in range(1, n_stages + 1))]
+
+
+def check_integer(name: str, value: Any, minimum: int = 1) -> int:
+    """`value`, an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: Any) -> float:
+    """`value`, a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def check_boolean(name: str, value: Any) -> bool:
+    """`value`, True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def check_integers(name: str, value: Any, length: int | None = None) -> list[int]:
+    """`value` as a list of positive integers, of `length` if given."""
+    if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
+        wanted = "a list of integers" if length is None else f"a list of {length} integers"
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return [check_integer(name, item) for item in value]
+
+
+def check_size(name: str, value: Any) -> int | list[int]:
+    """`value`, one integer for both sides or two for (height, width)."""
+    return (
+        check_integers(name, value, 2)
+        if isinstance(value, (list, tuple))
+        else check_integer(name, value)
+    )
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value`, one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

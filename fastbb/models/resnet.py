@@ -1,0 +1,338 @@
+"""ResNet (He et al. 2015), v1.5 and v1, by the semantics of transformers.
+
+torchvision's and timm's plain ResNets compute the same maps; only names and stems differ.
+Upstream: transformers `models/resnet/modeling_resnet.py`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import ACTIVATIONS
+
+from ..backbone import Backbone
+from ..checkpoint import StateDict, find_prefix, strip_prefix
+from ..configuration import (
+    BackboneConfig,
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_integers,
+    hierarchical_stage_names,
+)
+from ..layers import check_untouched, conv_norm_act, is_batch_norm
+from ..registry import Family, StagesForward, register
+
+REDUCTION = 4  # of the channels inside a bottleneck
+
+
+class ResNetConfig(BackboneConfig):
+    """Configuration of a ResNet backbone: transformers' fields and defaults.
+
+    Args:
+        num_channels: channels of the input.
+        embedding_size: channels of the stem.
+        hidden_sizes: channels of each stage.
+        depths: blocks per stage.
+        layer_type: "basic" (ResNet-18, 34) or "bottleneck" (26, 50, 101, 152).
+        hidden_act: activation of the stem and after each residual; inside blocks it is ReLU.
+        downsample_in_first_stage: whether the first stage halves the map too.
+        downsample_in_bottleneck: stride in the first 1x1 convolution (v1), not the 3x3 (v1.5).
+        out_features: names of the stages to return.
+        out_indices: indices of the stages to return: 0 is the stem, 1 the first stage.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
+    """
+
+    model_type: ClassVar[str] = "resnet"
+
+    def __init__(
+        self,
+        *,
+        num_channels: int = 3,
+        embedding_size: int = 64,
+        hidden_sizes: Sequence[int] = (256, 512, 1024, 2048),
+        depths: Sequence[int] = (3, 4, 6, 3),
+        layer_type: str = "bottleneck",
+        hidden_act: str = "relu",
+        downsample_in_first_stage: bool = False,
+        downsample_in_bottleneck: bool = False,
+        out_features: list[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        self.num_channels = check_integer("num_channels", num_channels)
+        self.embedding_size = check_integer("embedding_size", embedding_size)
+        self.depths = check_integers("depths", depths)
+        self.hidden_sizes = check_integers("hidden_sizes", hidden_sizes, len(self.depths))
+        self.layer_type = check_choice("layer_type", layer_type, ("basic", "bottleneck"))
+        self.hidden_act = check_choice("hidden_act", hidden_act, list(ACTIVATIONS))
+        self.downsample_in_first_stage = check_boolean(
+            "downsample_in_first_stage", downsample_in_first_stage
+        )
+        self.downsample_in_bottleneck = check_boolean(
+            "downsample_in_bottleneck", downsample_in_bottleneck
+        )
+        self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
+
+
+class _ConvNorm(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(outputs)
+
+    def apply_to(self, x: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
+        return conv_norm_act(self.convolution, self.normalization, x, activation, residual)
+
+
+class _Block(nn.Module):
+    """Basic or bottleneck residual block: the convolutions of `layer`, then `shortcut` added."""
+
+    def __init__(self, config: ResNetConfig, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        reshapes = inputs != outputs or stride != 1
+        self.shortcut = _ConvNorm(inputs, outputs, 1, stride) if reshapes else nn.Identity()
+        if config.layer_type == "basic":
+            layers = [_ConvNorm(inputs, outputs, 3, stride), _ConvNorm(outputs, outputs)]
+        else:
+            inner = outputs // REDUCTION
+            first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
+            layers = [
+                _ConvNorm(inputs, inner, 1, first),
+                _ConvNorm(inner, inner, 3, second),
+                _ConvNorm(inner, outputs, 1),
+            ]
+        self.layer = nn.ModuleList(layers)
+
+    def apply_to(self, x: Tensor, activation: str) -> Tensor:
+        """[B, C, H, W] -> [B, C', h, w]."""
+        shortcut = self.shortcut
+        residual = shortcut.apply_to(x, None) if isinstance(shortcut, _ConvNorm) else x
+        *inner, last = (layer for layer in self.layer if isinstance(layer, _ConvNorm))
+        for layer in inner:
+            x = layer.apply_to(x, "relu")
+        return last.apply_to(x, activation, residual)
+
+
+class _Embedder(nn.Module):
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.embedder = _ConvNorm(config.num_channels, config.embedding_size, 7, stride=2)
+
+
+class _Stage(nn.Module):
+    def __init__(self, config: ResNetConfig, stage: int) -> None:
+        super().__init__()
+        inputs = config.hidden_sizes[stage - 1] if stage else config.embedding_size
+        outputs = config.hidden_sizes[stage]
+        halves = stage > 0 or config.downsample_in_first_stage
+        self.layers = nn.ModuleList(
+            _Block(config, outputs if block else inputs, outputs, 2 if halves and not block else 1)
+            for block in range(config.depths[stage])
+        )
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(_Stage(config, stage) for stage in range(len(config.depths)))
+
+
+class ResNetBackbone(Backbone):
+    """ResNet with transformers' parameter names.
+
+    Stages: "stem" (after the max pool), "stage1", ... with channels `embedding_size` and
+    `hidden_sizes`; strides 4, 4, 8, 16, 32.
+    """
+
+    config_class = ResNetConfig
+    config: ResNetConfig
+    has_attentions = False
+    # frozen norms of DETR and its relatives do not count batches
+    optional_weights = ("*.num_batches_tracked",)
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__(config)
+        self.stage_names = list(config.stage_names or ())
+        self.num_features = [config.embedding_size, *config.hidden_sizes]
+        self.embedder = _Embedder(config)
+        self.encoder = _Encoder(config)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        check_untouched(self)
+        activation = self.config.hidden_act
+        stages: dict[str, Tensor] = {}
+        x = self.embedder.embedder.apply_to(pixel_values, activation)
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        for index, name in enumerate(self.stage_names):
+            if index > 0:
+                stage = self.encoder.stages[index - 1]
+                assert isinstance(stage, _Stage)
+                for block in stage.layers:
+                    assert isinstance(block, _Block)
+                    x = self.run_block(block.apply_to, x, activation)
+            if name in wanted:
+                stages[name] = x
+            if name == wanted[-1]:
+                break
+        return stages
+
+    @classmethod
+    def from_checkpoint_names(
+        cls, state: StateDict, backbone: nn.Module
+    ) -> tuple[StateDict, str, list[str]]:
+        prefix = find_prefix(state, list(backbone.state_dict()), "ResNet")
+        found, outside = strip_prefix(state, prefix)
+        return found, prefix, outside
+
+    def init_optional_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked = torch.tensor(0)
+
+
+def torchvision_resnet(state: StateDict) -> tuple[ResNetConfig, StateDict]:
+    """Configuration and renamed tensors of a torchvision `resnet18` ... `resnet152` state dict.
+
+    Raises:
+        ValueError: the tensors are not those of such a model.
+    """
+    blocks = [re.match(r"layer(\d+)\.(\d+)\.conv1\.weight$", name) for name in state]
+    stages = sorted({int(match[1]) for match in blocks if match})
+    if not stages or "conv1.weight" not in state:
+        raise ValueError(
+            "wanted the state dict of torchvision's resnet18, 34, 50, 101 or 152; "
+            f"got tensors such as {sorted(state)[:5]}"
+        )
+    bottleneck = "layer1.0.conv3.weight" in state
+    last = 3 if bottleneck else 2
+    stem = state["conv1.weight"]
+    config = ResNetConfig(
+        num_channels=stem.shape[1],
+        embedding_size=stem.shape[0],
+        hidden_sizes=[state[f"layer{s}.0.conv{last}.weight"].shape[0] for s in stages],
+        depths=[sum(m is not None and int(m[1]) == s for m in blocks) for s in stages],
+        layer_type="bottleneck" if bottleneck else "basic",
+    )
+    return config, {
+        _from_torchvision(name): tensor
+        for name, tensor in state.items()
+        if not name.startswith("fc.")
+    }
+
+
+def _from_torchvision(name: str) -> str:
+    """transformers' name of a torchvision or timm tensor of a plain ResNet."""
+    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(downsample\.|conv|bn)(\d)\.(.+)", name)
+    if match is None:
+        name = re.sub(r"^conv1\.", "embedder.embedder.convolution.", name)
+        return re.sub(r"^bn1\.", "embedder.embedder.normalization.", name)
+    stage, block, kind, index, parameter = match.groups()
+    prefix = f"encoder.stages.{int(stage) - 1}.layers.{block}"
+    if kind == "downsample.":
+        part = "convolution" if index == "0" else "normalization"
+        return f"{prefix}.shortcut.{part}.{parameter}"
+    part = "convolution" if kind == "conv" else "normalization"
+    return f"{prefix}.layer.{int(index) - 1}.{part}.{parameter}"
+
+
+def timm_forward(features: nn.Module) -> StagesForward | None:
+    """A forward over the parameters of timm's features-only ResNet; None if it is not a plain one.
+
+    Stage 0 is the stem before the pool (stride 2), as timm counts.
+    """
+    from timm.models.resnet import BasicBlock, Bottleneck
+
+    parts = dict(features.named_children())
+    stem = [parts.pop(name, None) for name in ("conv1", "bn1", "act1", "maxpool")]
+    conv, norm, act, pool = stem
+    plain = (
+        type(conv) is nn.Conv2d
+        and is_batch_norm(norm)
+        and type(act) is nn.ReLU
+        and type(pool) is nn.MaxPool2d
+        and all(type(stage) is nn.Sequential for stage in parts.values())
+        and all(type(b) in (BasicBlock, Bottleneck) for s in parts.values() for b in s.children())
+    )
+    if not plain:
+        return None
+    stages = [[_timm_block(block) for block in stage.children()] for stage in parts.values()]
+    if any(block is None for stage in stages for block in stage):
+        return None
+
+    def forward(pixel_values: Tensor, last: int) -> list[Tensor]:
+        assert isinstance(conv, nn.Conv2d) and norm is not None and pool is not None
+        maps = [conv_norm_act(conv, norm, pixel_values, "relu")]
+        x = maps[0]
+        for index, stage in enumerate(stages[:last]):
+            x = pool(x) if index == 0 else x
+            for block in stage:
+                assert block is not None
+                x = block(x)
+            maps.append(x)
+        return maps
+
+    return forward
+
+
+def _timm_block(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """timm's residual block as calls of our ops, or None if it has parts that they do not cover."""
+    parts = dict(block.named_children())
+    extras = [parts.pop(name, nn.Identity()) for name in ("aa", "drop_block")]
+    downsample = list(parts.pop("downsample", nn.Sequential()).children())
+    pairs = [(parts.get(f"conv{i}"), parts.get(f"bn{i}"), parts.get(f"act{i}")) for i in (1, 2, 3)]
+    pairs = [pair for pair in pairs if pair[0] is not None]
+    known = {f"{kind}{i + 1}" for i in range(len(pairs)) for kind in ("conv", "bn", "act")}
+    parts.pop("drop_path", None)  # inert in inference
+    convs = [pair[:2] for pair in pairs] + ([tuple(downsample)] if downsample else [])
+    covered = (
+        parts.keys() == known
+        and all(type(extra) is nn.Identity for extra in extras)
+        and all(type(act) is nn.ReLU for *_, act in pairs)
+        and all(len(c) == 2 and type(c[0]) is nn.Conv2d and is_batch_norm(c[1]) for c in convs)
+    )
+    if not covered:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        residual = conv_norm_act(downsample[0], downsample[1], x) if downsample else x  # type: ignore[arg-type]
+        for conv, norm, _ in pairs[:-1]:
+            x = conv_norm_act(conv, norm, x, "relu")  # type: ignore[arg-type]
+        return conv_norm_act(pairs[-1][0], pairs[-1][1], x, "relu", residual)  # type: ignore[arg-type]
+
+    return forward
+
+
+register(
+    Family(
+        backbone=ResNetBackbone,
+        configs=(ResNetConfig,),
+        timm_forward=timm_forward,
+        torchvision_names=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        from_torchvision=torchvision_resnet,
+    )
+)

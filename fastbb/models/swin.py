@@ -1,0 +1,906 @@
+"""Swin Transformer (Liu et al. 2021) by the semantics of transformers, torchvision and timm.
+
+Upstream: transformers `models/swin/modeling_swin.py` and `models/maskformer/modeling_maskformer_swin.py`,
+torchvision `models/swin_transformer.py`, timm `models/swin_transformer.py`.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import (
+    ACTIVATIONS,
+    WindowGeometry,
+    layer_norm_linear,
+    layer_norm_nchw,
+    linear_residual,
+    patch_embed,
+    patch_merging,
+    relative_position_index,
+    window_attention,
+    window_attention_weights,
+)
+
+from ..backbone import Backbone, warn_untrained
+from ..checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
+from ..configuration import (
+    BackboneConfig,
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_number,
+    check_size,
+    hierarchical_stage_names,
+)
+from ..layers import check_untouched, drop_path
+from ..registry import Family, StagesForward, register
+
+
+class SwinConfig(BackboneConfig):
+    """Configuration of a Swin backbone: transformers' fields and defaults.
+
+    Args:
+        image_size: pixels, one number or (height, width); only sizes the absolute embeddings.
+        patch_size: pixels per patch, one number or (height, width).
+        num_channels: channels of the input.
+        embed_dim: channels of the first stage; each following stage doubles them.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        window_size: tokens per side of a window.
+        mlp_ratio: hidden width of the MLP over the channels.
+        qkv_bias: whether queries, keys and values have a bias.
+        hidden_dropout_prob: dropout of embeddings, attention output and MLP output.
+        attention_probs_dropout_prob: dropout of attention weights.
+        drop_path_rate: stochastic depth of the last block; earlier ones have linearly less.
+        hidden_act: activation of the MLP.
+        use_absolute_embeddings: whether positions are embedded absolutely too.
+        initializer_range: standard deviation of fresh weights.
+        layer_norm_eps: of the norms inside blocks; the other norms use 1e-5.
+        encoder_stride: kept for transformers' masked-image head.
+        out_features: names of the stages to return.
+        out_indices: indices of the stages to return: 0 is the stem, 1 the first stage.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
+    """
+
+    model_type: ClassVar[str] = "swin"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_attention_heads": "num_heads",
+        "num_hidden_layers": "num_layers",
+    }
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 4,
+        num_channels: int = 3,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        hidden_dropout_prob: float = 0.0,
+        attention_probs_dropout_prob: float = 0.0,
+        drop_path_rate: float = 0.1,
+        hidden_act: str = "gelu",
+        use_absolute_embeddings: bool = False,
+        initializer_range: float = 0.02,
+        layer_norm_eps: float = 1e-5,
+        encoder_stride: int = 32,
+        out_features: list[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        self.image_size = check_size("image_size", image_size)
+        self.patch_size = check_size("patch_size", patch_size)
+        self.num_channels = check_integer("num_channels", num_channels)
+        self.embed_dim = check_integer("embed_dim", embed_dim)
+        self.depths = check_integers("depths", depths)
+        self.num_heads = check_integers("num_heads", num_heads, len(self.depths))
+        self.window_size = check_integer("window_size", window_size)
+        self.mlp_ratio = check_number("mlp_ratio", mlp_ratio)
+        self.qkv_bias = check_boolean("qkv_bias", qkv_bias)
+        self.hidden_dropout_prob = check_number("hidden_dropout_prob", hidden_dropout_prob)
+        self.attention_probs_dropout_prob = check_number(
+            "attention_probs_dropout_prob", attention_probs_dropout_prob
+        )
+        self.drop_path_rate = check_number("drop_path_rate", drop_path_rate)
+        self.hidden_act = check_choice("hidden_act", hidden_act, list(ACTIVATIONS))
+        self.use_absolute_embeddings = check_boolean(
+            "use_absolute_embeddings", use_absolute_embeddings
+        )
+        self.initializer_range = check_number("initializer_range", initializer_range)
+        self.layer_norm_eps = check_number("layer_norm_eps", layer_norm_eps)
+        self.encoder_stride = check_integer("encoder_stride", encoder_stride)
+        for stage, heads in enumerate(self.num_heads):
+            if self.stage_channels(stage) % heads:
+                raise ValueError(
+                    f"num_heads must divide the channels of each stage, got {heads} heads for "
+                    f"{self.stage_channels(stage)} channels in stage{stage + 1}"
+                )
+        # derived, written for transformers' sake
+        self.num_layers = len(self.depths)
+        self.hidden_size = self.stage_channels(len(self.depths) - 1)
+        self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
+
+    def stage_channels(self, stage: int) -> int:
+        """Channels of stage 0, 1, ..."""
+        return self.embed_dim * 2**stage
+
+
+class MaskFormerSwinConfig(SwinConfig):
+    """A Swin saved by MaskFormer: the same maths under other names, and no stem map."""
+
+    model_type: ClassVar[str] = "maskformer-swin"
+
+    def set_output_features_output_indices(
+        self, out_features: list[str] | None, out_indices: Sequence[int] | None
+    ) -> None:
+        before = self._out_features, self._out_indices
+        super().set_output_features_output_indices(out_features, out_indices)
+        if "stem" in (self._out_features or ()):
+            self._out_features, self._out_indices = before
+            raise ValueError("This backbone does not support 'stem' in the `out_features`.")
+
+
+class TorchvisionSwinConfig(SwinConfig):
+    """A Swin with torchvision's semantics, under a type that transformers does not load wrongly."""
+
+    model_type: ClassVar[str] = "fastbb-torchvision-swin"
+
+
+@dataclass(frozen=True)
+class SwinBlockSpec:
+    """What the computation of a block needs beside its weights.
+
+    Attributes:
+        num_heads: attention heads.
+        geometry: windows, shift, and whether the roll comes before the padding (timm).
+        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
+        eps: of both norms.
+        activation: of the MLP.
+        drop_path: stochastic depth of the attention branch.
+        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
+        dropout: of both branches.
+        attention_dropout: of the attention weights.
+    """
+
+    num_heads: int
+    geometry: WindowGeometry
+    clamp_shift: bool = False
+    eps: float = 1e-5
+    activation: str = "gelu"
+    drop_path: float = 0.0
+    mlp_drop_path: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def geometry_for(self, height: int, width: int) -> WindowGeometry:
+        """The windows of a map of height x width tokens."""
+        if not self.clamp_shift:
+            return self.geometry
+        (h, w), (shift_h, shift_w), roll_first = self.geometry
+        return WindowGeometry(
+            (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
+        )
+
+
+class SwinBlockWeights(NamedTuple):
+    """Tensors of a block: C channels, N tokens per window, F hidden channels."""
+
+    norm1_weight: Tensor  # [C]
+    norm1_bias: Tensor  # [C]
+    qkv_weight: Tensor  # [3C, C]
+    qkv_bias: Tensor | None  # [3C]
+    relative_position_bias: Tensor  # [num_heads, N, N]
+    proj_weight: Tensor  # [C, C]
+    proj_bias: Tensor | None  # [C]
+    norm2_weight: Tensor  # [C]
+    norm2_bias: Tensor  # [C]
+    fc1_weight: Tensor  # [F, C]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [C, F]
+    fc2_bias: Tensor  # [C]
+
+
+def swin_block(
+    x: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """One block: window attention and MLP, each with its norm and residual.
+
+    Args:
+        x: [B, H, W, C].
+        spec: semantics of the block.
+        weights: its tensors.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights appended, if it is a list.
+
+    Returns:
+        [B, H, W, C].
+    """
+    qkv = layer_norm_linear(
+        x,
+        weights.norm1_weight,
+        weights.norm1_bias,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        eps=spec.eps,
+    )
+    attend = {
+        "num_heads": spec.num_heads,
+        "geometry": spec.geometry_for(x.shape[1], x.shape[2]),
+        "dropout_p": spec.attention_dropout if training else 0.0,
+    }
+    if attentions is None:
+        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
+    else:
+        y, attention = window_attention_weights(
+            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
+        )
+        attentions.append(attention)
+    x = _add_branch(
+        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
+    )
+    y = layer_norm_linear(
+        x,
+        weights.norm2_weight,
+        weights.norm2_bias,
+        weights.fc1_weight,
+        weights.fc1_bias,
+        eps=spec.eps,
+        activation=spec.activation,
+    )
+    return _add_branch(
+        x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
+    )
+
+
+def _add_branch(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    path_rate: float,
+    training: bool,
+) -> Tensor:
+    if not training or (dropout == 0.0 and path_rate == 0.0):
+        return linear_residual(x, weight, bias, residual)
+    branch = F.dropout(F.linear(x, weight, bias), dropout)
+    return residual + drop_path(branch, path_rate, training)
+
+
+def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """[(2h - 1) * (2w - 1), num_heads] table to the [num_heads, N, N] bias of a window."""
+    tokens = window[0] * window[1]
+    bias = table[relative_position_index(window, table.device)]
+    return bias.view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class SwinStage:
+    """A stage as the computation sees it, whoever owns its parameters.
+
+    Attributes:
+        downsample: norm weight [4C], norm bias [4C] and reduction [2C, 4C] applied on entry, or None.
+        blocks: semantics of each block and a function that reads its weights.
+    """
+
+    downsample: tuple[Tensor, Tensor, Tensor] | None
+    blocks: Sequence[tuple[SwinBlockSpec, Callable[[], SwinBlockWeights]]]
+
+
+def swin_stage(
+    x: Tensor,
+    stage: SwinStage,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+    run_block: Callable[..., Tensor] = lambda block, x: block(x),
+) -> Tensor:
+    """Downsamples and runs the blocks of a stage.
+
+    Args:
+        x: [B, H, W, C], the output of the stage before.
+        stage: its semantics and weights.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights of the last block appended, if it is a list.
+        run_block: calls a block; a place for gradient checkpointing.
+
+    Returns:
+        [B, h, w, C'].
+    """
+    if stage.downsample is not None:
+        x = patch_merging(x, *stage.downsample)
+    for index, (spec, weights) in enumerate(stage.blocks):
+        collect = attentions if index == len(stage.blocks) - 1 else None
+
+        def block(x: Tensor, spec=spec, weights=weights, collect=collect) -> Tensor:
+            return swin_block(x, spec, weights(), training, collect)
+
+        x = run_block(block, x)
+    return x
+
+
+class _RelativePositionBias(nn.Module):
+    def __init__(self, num_heads: int, window_size: int) -> None:
+        super().__init__()
+        self.window = (window_size, window_size)
+        table = torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: SwinConfig, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(channels, channels)
+        self.relative_position_bias = _RelativePositionBias(num_heads, config.window_size)
+
+
+class _Mlp(nn.Module):
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+
+class _Block(nn.Module):
+    def __init__(self, config: SwinConfig, channels: int, num_heads: int) -> None:
+        super().__init__()
+        self.attention = _Attention(config, channels, num_heads)
+        self.layernorm_before = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.mlp = _Mlp(channels, int(config.mlp_ratio * channels))
+
+    def weights(self) -> SwinBlockWeights:
+        attention, mlp = self.attention, self.mlp
+        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
+        bias = attention.relative_position_bias
+        return SwinBlockWeights(
+            norm1_weight=self.layernorm_before.weight,
+            norm1_bias=self.layernorm_before.bias,
+            qkv_weight=torch.cat([q.weight, k.weight, v.weight]),
+            qkv_bias=None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]),
+            relative_position_bias=relative_position_bias(
+                bias.relative_position_bias_table, bias.window
+            ),
+            proj_weight=attention.o_proj.weight,
+            proj_bias=attention.o_proj.bias,
+            norm2_weight=self.layernorm_after.weight,
+            norm2_bias=self.layernorm_after.bias,
+            fc1_weight=mlp.fc1.weight,
+            fc1_bias=mlp.fc1.bias,
+            fc2_weight=mlp.fc2.weight,
+            fc2_bias=mlp.fc2.bias,
+        )
+
+
+class _PatchMerging(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.norm = nn.LayerNorm(4 * channels)
+
+
+class _Stage(nn.Module):
+    def __init__(self, config: SwinConfig, stage: int) -> None:
+        super().__init__()
+        channels = config.stage_channels(stage)
+        self.blocks = nn.ModuleList(
+            _Block(config, channels, config.num_heads[stage]) for _ in range(config.depths[stage])
+        )
+        is_last = stage == len(config.depths) - 1
+        self.downsample = None if is_last else _PatchMerging(channels)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        patch = _pair(config.patch_size)
+        self.patch_embeddings = nn.Module()
+        self.patch_embeddings.projection = nn.Conv2d(
+            config.num_channels, config.embed_dim, kernel_size=patch, stride=patch
+        )
+        self.norm = nn.LayerNorm(config.embed_dim)
+        height, width = _pair(config.image_size)
+        positions = (height // patch[0]) * (width // patch[1])
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, positions, config.embed_dim))
+            if config.use_absolute_embeddings
+            else None
+        )
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Stage(config, stage) for stage in range(len(config.depths)))
+
+
+class _Swin(nn.Module):
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__()
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+        # no feature map passes it; checkpoints have it, so it is kept and saved
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class SwinBackbone(Backbone):
+    """Swin with transformers' parameter names; any image size after any other.
+
+    The configuration decides whose semantics hold: `SwinConfig` and `MaskFormerSwinConfig`
+    transformers' (windows always shift, a layer norm on every returned map, odd sizes padded),
+    `TorchvisionSwinConfig` torchvision's (no shift along an axis that one window covers, no norm,
+    pixels beyond the last whole patch dropped).
+
+    Stages: "stem" (the patch embedding), "stage1", ... Channels C, C, 2C, 4C, 8C; strides 4, 4, 8,
+    16, 32 for patches of 4.
+    """
+
+    config_class = SwinConfig
+    config: SwinConfig
+    optional_weights = ("hidden_states_norms.*", "swin.layernorm.*")
+    unused_weights = ("*relative_position_index", "*.attn_mask", "*.mask_token")
+
+    def __init__(self, config: SwinConfig) -> None:
+        super().__init__(config)
+        self.stage_names = list(config.stage_names or ())
+        self.num_features = [config.embed_dim] + [
+            config.stage_channels(stage) for stage in range(len(config.depths))
+        ]
+        self.swin = _Swin(config)
+        # one for every stage, so that `out_indices` may change; only the selected ones are saved
+        self.hidden_states_norms = nn.ModuleDict(
+            {name: nn.LayerNorm(channels) for name, channels in self.out_feature_channels.items()}
+        )
+        self._specs = _block_specs(config)
+        self._has_stage_norms = not isinstance(config, TorchvisionSwinConfig)
+        self._untrained_norms: frozenset[str] = frozenset()
+        self.register_load_state_dict_post_hook(_norms_are_optional)
+        self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        check_untouched(self)
+        stages: dict[str, Tensor] = {}
+        x = self._embed(pixel_values, interpolate_pos_encoding)
+        for index, name in enumerate(self.stage_names):
+            if index > 0:
+                x = swin_stage(x, self._stage(index - 1), self.training, attentions, self.run_block)
+            if name in wanted:
+                stages[name] = x.permute(0, 3, 1, 2)
+            if name == wanted[-1]:
+                break
+        return stages
+
+    def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
+        if not self._has_stage_norms:
+            return hidden_state
+        norm = self.hidden_states_norms[stage]
+        assert isinstance(norm, nn.LayerNorm)
+        return layer_norm_nchw(
+            hidden_state.permute(0, 2, 3, 1), norm.weight, norm.bias, eps=norm.eps
+        )
+
+    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
+        embeddings = self.swin.embeddings
+        projection = embeddings.patch_embeddings.projection
+        assert isinstance(projection, nn.Conv2d)
+        height, width = pixel_values.shape[2:]
+        patch = _pair(self.config.patch_size)
+        if self._has_stage_norms:
+            pixel_values = F.pad(pixel_values, (0, -width % patch[1], 0, -height % patch[0]))
+        elif height < patch[0] or width < patch[1]:
+            raise ValueError(
+                f"the image must be at least one patch of {patch[0]}x{patch[1]} pixels, "
+                f"got {height}x{width}"
+            )
+        x = patch_embed(
+            pixel_values,
+            projection.weight,
+            projection.bias,
+            embeddings.norm.weight,
+            embeddings.norm.bias,
+            eps=embeddings.norm.eps,
+        )
+        if embeddings.position_embeddings is not None:
+            x = x + self._positions(embeddings.position_embeddings, x, interpolate_pos_encoding)
+        return F.dropout(x, self.config.hidden_dropout_prob, self.training)
+
+    def _positions(self, positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
+        """Absolute embeddings [1, P, C] for the tokens of x [B, H, W, C]."""
+        height, width = x.shape[1:3]
+        grid = positions.shape[1]
+        if grid != height * width or (interpolate and height != width):
+            if not interpolate:
+                raise ValueError(
+                    f"the absolute embeddings are for {grid} patches, the image has {height}x{width}; "
+                    "pass interpolate_pos_encoding=True"
+                )
+            side = int(grid**0.5)
+            positions = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
+            positions = F.interpolate(
+                positions, size=(height, width), mode="bicubic", align_corners=False
+            )
+            return positions.permute(0, 2, 3, 1)
+        return positions.view(1, height, width, -1)
+
+    def _stage(self, index: int) -> SwinStage:
+        layers = self.swin.encoder.layers
+        downsample = None
+        if index > 0:
+            merging = layers[index - 1].downsample
+            assert isinstance(merging, _PatchMerging)
+            downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+        layer = layers[index]
+        assert isinstance(layer, _Stage)
+        blocks = [block.weights for block in layer.blocks if isinstance(block, _Block)]
+        return SwinStage(downsample, list(zip(self._specs[index], blocks)))
+
+    @property
+    def out_features(self) -> list[str]:
+        return super().out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.config.out_features = out_features
+        self._warn_untrained()
+
+    @property
+    def out_indices(self) -> list[int]:
+        return super().out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        self.config.out_indices = out_indices
+        self._warn_untrained()
+
+    def _warn_untrained(self) -> None:
+        names = [name for name in self.out_features if name in self._untrained_norms]
+        if names:
+            self._untrained_norms -= set(names)
+            warn_untrained(names)
+
+    def init_optional_weights(self) -> None:
+        for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
+            assert isinstance(module, nn.LayerNorm)
+            module.to_empty(device="cpu").reset_parameters()
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        super().report_loading(name, info)
+        if self._has_stage_norms:
+            norms = [
+                n.split(".")[1] for n in info.initialized if n.startswith("hidden_states_norms.")
+            ]
+            self._untrained_norms = frozenset(norms)
+            self._warn_untrained()
+
+    @classmethod
+    def from_checkpoint_names(
+        cls, state: StateDict, backbone: nn.Module
+    ) -> tuple[StateDict, str, list[str]]:
+        state = rename(state, _in_memory_name)
+        expected = [
+            name.removeprefix("swin.") for name in backbone.state_dict() if name.startswith("swin.")
+        ]
+        prefix = find_prefix(state, expected, "Swin")
+        found, outside = strip_prefix(state, prefix)
+        found = rename(found, lambda name: name.removeprefix("swin."))
+        norms = {name: t for name, t in found.items() if name.startswith("hidden_states_norms.")}
+        if prefix.endswith(("swin.", "model.")):
+            # the norms stand beside the model that computes what they normalize
+            parent = prefix.removesuffix("swin.").removesuffix("model.") + "hidden_states_norms."
+            norms |= {
+                name.removeprefix(parent.removesuffix("hidden_states_norms.")): state[name]
+                for name in outside
+                if name.startswith(parent)
+            }
+            outside = [name for name in outside if not name.startswith(parent)]
+        found = {f"swin.{name}": t for name, t in found.items() if name not in norms}
+        return {**found, **rename(norms, _stage_norm_name)}, prefix, outside
+
+    def to_checkpoint_names(self) -> StateDict:
+        state = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("hidden_states_norms.")
+            or (self._has_stage_norms and name.split(".")[1] in self._saved_norms())
+        }
+        if isinstance(self.config, MaskFormerSwinConfig):
+            return self._to_maskformer_names(state)
+        return rename(state, _on_disk_name)
+
+    def _saved_norms(self) -> list[str]:
+        if isinstance(self.config, MaskFormerSwinConfig):
+            return self.stage_names[1:]
+        return self.out_features
+
+    def _to_maskformer_names(self, state: StateDict) -> StateDict:
+        def name_of(name: str) -> str:
+            if name.startswith("hidden_states_norms."):
+                _, stage, parameter = name.split(".")
+                return f"hidden_states_norms.{self.stage_names.index(stage) - 1}.{parameter}"
+            return "model." + _legacy_name(name.removeprefix("swin."))
+
+        window = (self.config.window_size, self.config.window_size)
+        index = relative_position_index(window, torch.device("cpu"))
+        index = index.view(window[0] ** 2, -1)
+        return {
+            **rename(state, name_of),
+            **{
+                name_of(name).replace("bias_table", "index"): index
+                for name in state
+                if name.endswith("relative_position_bias_table")
+            },
+        }
+
+
+def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
+    torchvision = isinstance(config, TorchvisionSwinConfig)
+    window, shift, total = config.window_size, config.window_size // 2, sum(config.depths)
+    specs: list[list[SwinBlockSpec]] = []
+    done = 0
+    for depth, num_heads in zip(config.depths, config.num_heads):
+        stage = []
+        for block in range(depth):
+            rate = config.drop_path_rate * (done + block) / max(total - 1, 1)
+            shifts = (shift, shift) if block % 2 else (0, 0)
+            spec = SwinBlockSpec(
+                num_heads=num_heads,
+                geometry=WindowGeometry((window, window), shifts),
+                clamp_shift=torchvision,
+                eps=config.layer_norm_eps,
+                activation=config.hidden_act,
+                drop_path=rate,
+                mlp_drop_path=rate if torchvision else 0.0,
+                dropout=config.hidden_dropout_prob,
+                attention_dropout=config.attention_probs_dropout_prob,
+            )
+            stage.append(spec)
+        specs.append(stage)
+        done += depth
+    return specs
+
+
+def _norms_are_optional(module: nn.Module, incompatible: Any) -> None:
+    """`load_state_dict` takes a state dict of transformers, which has the selected norms only."""
+    missing = incompatible.missing_keys
+    missing[:] = [
+        name for name in missing if not name.startswith(("hidden_states_norms.", "swin.layernorm."))
+    ]
+
+
+# names on disk (transformers 4.x, and 5.x when saving) -> names in memory (5.x)
+_RENAMES = (
+    ("attention.self.query", "attention.q_proj"),
+    ("attention.self.key", "attention.k_proj"),
+    ("attention.self.value", "attention.v_proj"),
+    (
+        "attention.self.relative_position_bias_table",
+        "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+
+
+def _in_memory_name(name: str) -> str:
+    for old, new in _RENAMES:
+        if f".{old}" in name:
+            return name.replace(f".{old}", f".{new}")
+    return name
+
+
+def _legacy_name(name: str) -> str:
+    for old, new in _RENAMES:
+        if f".{new}" in name:
+            return name.replace(f".{new}", f".{old}")
+    return name
+
+
+def _on_disk_name(name: str) -> str:
+    # transformers drops the prefix of embeddings and encoder, and keeps that of the last norm
+    return _legacy_name(re.sub(r"^swin\.(?=embeddings|encoder)", "", name))
+
+
+def _stage_norm_name(name: str) -> str:
+    # MaskFormer numbers its norms from the first stage
+    return re.sub(
+        r"^hidden_states_norms\.(\d+)", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}", name
+    )
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def torchvision_swin(state: StateDict) -> tuple[TorchvisionSwinConfig, StateDict]:
+    """Configuration and renamed tensors of a torchvision `swin_t`, `swin_s` or `swin_b` state dict.
+
+    Raises:
+        ValueError: the tensors are not those of such a model.
+    """
+    blocks = [re.fullmatch(r"features\.(\d+)\.(\d+)\.norm1\.weight", name) for name in state]
+    stages = sorted({int(match[1]) for match in blocks if match})
+    depths = [sum(bool(m) and int(m[1]) == stage for m in blocks if m) for stage in stages]
+    if not stages or any("cpb_mlp" in name for name in state):
+        raise ValueError(
+            "wanted the state dict of torchvision's swin_t, swin_s or swin_b (Swin v1); "
+            f"got tensors such as {sorted(state)[:5]}"
+        )
+    tables = [state[f"features.{stage}.0.attn.relative_position_bias_table"] for stage in stages]
+    patch = state["features.0.0.weight"]
+    config = TorchvisionSwinConfig(
+        patch_size=list(patch.shape[2:]),
+        num_channels=patch.shape[1],
+        embed_dim=patch.shape[0],
+        depths=depths,
+        num_heads=[table.shape[1] for table in tables],
+        window_size=(int(tables[0].shape[0] ** 0.5) + 1) // 2,
+        mlp_ratio=state["features.1.0.mlp.0.weight"].shape[0] / patch.shape[0],
+        qkv_bias="features.1.0.attn.qkv.bias" in state,
+    )
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        if not name.startswith("head."):
+            renamed.update(_from_torchvision(name, tensor))
+    return config, renamed
+
+
+_TORCHVISION_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "attn": "attention.relative_position_bias",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+
+
+def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """transformers' in-memory names of a torchvision tensor; several for a fused one."""
+    if not name.startswith("features."):
+        return [(re.sub(r"^norm\.", "swin.layernorm.", name), tensor)]
+    _, first, rest = name.split(".", 2)
+    index = int(first)
+    if index == 0:
+        part, parameter = rest.split(".")
+        module = "patch_embeddings.projection" if part == "0" else "norm"
+        return [(f"swin.embeddings.{module}.{parameter}", tensor)]
+    if index % 2 == 0:
+        return [(f"swin.encoder.layers.{index // 2 - 1}.downsample.{rest}", tensor)]
+    block, inner = rest.split(".", 1)
+    prefix = f"swin.encoder.layers.{index // 2}.blocks.{block}"
+    module, parameter = inner.rsplit(".", 1)
+    if module == "attn.qkv":
+        return [
+            (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
+            for part, chunk in zip("qkv", tensor.chunk(3))
+        ]
+    return [(f"{prefix}.{_TORCHVISION_BLOCK[module]}.{parameter}", tensor)]
+
+
+def timm_forward(features: nn.Module) -> StagesForward | None:
+    """A forward over the parameters of timm's features-only Swin; None if it is not a plain one.
+
+    Windows and shifts are those of the size the model was built for, and the roll comes before the
+    padding, as in timm. Stage 0 is the first stage.
+    """
+    from timm.models.swin_transformer import SwinTransformerStage
+
+    embed, *stages = features.children()
+    if not stages or not all(type(stage) is SwinTransformerStage for stage in stages):
+        return None
+    proj, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
+    blocks = [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
+    plain = (
+        type(proj) is nn.Conv2d
+        and type(norm) is nn.LayerNorm
+        and all(type(block.norm1) is nn.LayerNorm for block in blocks)
+        and all(type(block.mlp.act) is nn.GELU for block in blocks)
+    )
+    if not plain:
+        return None
+
+    def forward(pixel_values: Tensor, last: int) -> list[Tensor]:
+        assert isinstance(proj, nn.Conv2d) and isinstance(norm, nn.LayerNorm)
+        patch = proj.kernel_size
+        height, width = pixel_values.shape[2:]
+        if height % patch[0] or width % patch[1]:
+            raise ValueError(
+                f"timm's Swin needs a height and width divisible by its patch of {patch[0]}x{patch[1]} "
+                f"pixels, got {height}x{width}"
+            )
+        x = patch_embed(pixel_values, proj.weight, proj.bias, norm.weight, norm.bias, eps=norm.eps)
+        maps = []
+        for stage in stages[: last + 1]:
+            x = swin_stage(x, _timm_stage(stage))
+            maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+    return forward
+
+
+def _timm_stage(stage: Any) -> SwinStage:
+    downsample = None
+    if not isinstance(stage.downsample, nn.Identity):
+        merging = stage.downsample
+        downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+    blocks = []
+    for block in stage.blocks:
+        spec = SwinBlockSpec(
+            num_heads=block.attn.num_heads,
+            geometry=WindowGeometry(
+                tuple(block.window_size), tuple(block.shift_size), roll_first=True
+            ),
+            eps=block.norm1.eps,
+        )
+        blocks.append((spec, partial(_timm_block_weights, block)))
+    return SwinStage(downsample, blocks)
+
+
+def _timm_block_weights(block: Any) -> SwinBlockWeights:
+    attn, mlp = block.attn, block.mlp
+    return SwinBlockWeights(
+        norm1_weight=block.norm1.weight,
+        norm1_bias=block.norm1.bias,
+        qkv_weight=attn.qkv.weight,
+        qkv_bias=attn.qkv.bias,
+        relative_position_bias=relative_position_bias(
+            attn.relative_position_bias_table, tuple(block.window_size)
+        ),
+        proj_weight=attn.proj.weight,
+        proj_bias=attn.proj.bias,
+        norm2_weight=block.norm2.weight,
+        norm2_bias=block.norm2.bias,
+        fc1_weight=mlp.fc1.weight,
+        fc1_bias=mlp.fc1.bias,
+        fc2_weight=mlp.fc2.weight,
+        fc2_bias=mlp.fc2.bias,
+    )
+
+
+register(
+    Family(
+        backbone=SwinBackbone,
+        configs=(SwinConfig, MaskFormerSwinConfig, TorchvisionSwinConfig),
+        timm_forward=timm_forward,
+        torchvision_names=("swin_t", "swin_s", "swin_b"),
+        from_torchvision=torchvision_swin,
+    )
+)

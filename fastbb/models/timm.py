@@ -1,0 +1,463 @@
+"""Any timm model as a backbone, with timm's stage names, indices and parameters.
+
+Upstream: timm `models/_features.py`; transformers `models/timm_backbone/`.
+"""
+
+import difflib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone import Backbone, BackboneType, as_dtype
+from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
+from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
+from ..hub import HubOptions, TimmSource, find_file, timm_source
+from ..registry import FAMILIES, Family, StagesForward, register
+
+TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class TimmBackboneConfig(BackboneConfig):
+    """Configuration of a timm model used as a backbone.
+
+    Stage names are timm's and known once the model is built; `out_indices` count from timm's first
+    feature (for a ResNet the stem before the pool, for a Swin the first stage).
+
+    Args:
+        backbone: timm's name of the architecture, with a tag where weights are wanted.
+        num_channels: channels of the input.
+        features_only: must be True; kept for transformers' sake.
+        use_pretrained_backbone: load timm's weights when the backbone is built.
+        freeze_batch_norm_2d: replace batch norms by frozen ones.
+        output_stride: stride of the last map, for models that can dilate.
+        img_size: size the model is built for, for models that have one.
+        backbone_kwargs: further arguments of `timm.create_model`.
+        out_features: names of the stages to return.
+        out_indices: indices of the stages to return; default: the last.
+
+    Raises:
+        ValueError: a value is of the wrong type or out of range.
+    """
+
+    model_type: ClassVar[str] = "timm_backbone"
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        *,
+        num_channels: int = 3,
+        features_only: bool = True,
+        use_pretrained_backbone: bool = False,
+        freeze_batch_norm_2d: bool = False,
+        output_stride: int | None = None,
+        img_size: int | Sequence[int] | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        out_features: list[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(**unknown)
+        if backbone is not None and not isinstance(backbone, str):
+            raise ValueError(f"backbone must be the name of a timm model, got {backbone!r}")
+        if not features_only:
+            raise ValueError(
+                "features_only must be True: a backbone returns feature maps, not logits"
+            )
+        self.backbone = backbone
+        self.num_channels = check_integer("num_channels", num_channels)
+        self.features_only = True
+        self.use_pretrained_backbone = check_boolean(
+            "use_pretrained_backbone", use_pretrained_backbone
+        )
+        self.freeze_batch_norm_2d = check_boolean("freeze_batch_norm_2d", freeze_batch_norm_2d)
+        self.output_stride = (
+            None if output_stride is None else check_integer("output_stride", output_stride)
+        )
+        self.img_size = None if img_size is None else check_size("img_size", img_size)
+        self.backbone_kwargs = dict(backbone_kwargs or {})
+        self.set_output_features_output_indices(out_features, out_indices)
+
+    def set_output_features_output_indices(
+        self, out_features: list[str] | None, out_indices: Sequence[int] | None
+    ) -> None:
+        if self.stage_names is not None:
+            super().set_output_features_output_indices(out_features, out_indices)
+            return
+        # nobody knows the stages yet: kept as they are, checked when the model is built
+        if out_indices is not None and not isinstance(out_indices, (list, tuple)):
+            raise ValueError(f"out_indices must be a list, got {type(out_indices)}")
+        if out_features is not None and not isinstance(out_features, list):
+            raise ValueError(f"out_features must be a list got {type(out_features)}")
+        if out_features is None and out_indices is None:
+            out_indices = [-1]
+        self._out_features = out_features
+        self._out_indices = None if out_indices is None else list(out_indices)
+
+
+class TimmBackbone(Backbone):
+    """A timm model behind the backbone API; maps are always NCHW in shape.
+
+    Its state dict is timm's features-only module under `_backbone.`. Where a native family computes
+    the same maps (Swin, plain ResNets), it computes from timm's parameters in inference.
+
+    Args:
+        config: names the model.
+        native: False always runs timm's own forward.
+
+    Raises:
+        ValueError: timm has no such model, or does not take an option; lists close names.
+        OSError: `use_pretrained_backbone` is set and the weights cannot be had.
+    """
+
+    config_class = TimmBackboneConfig
+    config: TimmBackboneConfig
+    has_attentions = False
+    optional_weights = ("*.num_batches_tracked",)
+    unused_weights = ("*relative_position_index", "*.attn_mask")
+    _backbone_type = BackboneType.TIMM
+
+    def __init__(self, config: TimmBackboneConfig, *, native: bool = True) -> None:
+        super().__init__(config)
+        if config.backbone is None:
+            raise ValueError(
+                "backbone is not set in the config. Please set it to a timm model name."
+            )
+        source = None
+        if config.use_pretrained_backbone:
+            source = timm_source(config.backbone)
+            if source is None:
+                raise ValueError(_unknown(config.backbone))
+        self._init_from(config, source, HubOptions(), native)
+
+    def _init_from(
+        self, config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, native: bool
+    ) -> None:
+        self._backbone = _create(config, source, hub)
+        info: list[dict[str, Any]] = self._backbone.feature_info.info  # type: ignore[union-attr, assignment]
+        self.stage_names = [stage["module"] for stage in info]
+        self.num_features = [stage["num_chs"] for stage in info]
+        config.stage_names = list(self.stage_names)
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        self.native = native
+
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        indices = [self.stage_names.index(name) for name in wanted]
+        forward = self.native_forward() if self.native and not self.training else None
+        if forward is not None:
+            maps = forward(pixel_values, indices[-1])
+            return {name: maps[index] for name, index in zip(wanted, indices)}
+        try:
+            maps = self._timm_forward(pixel_values, indices)
+        except AssertionError as error:  # how timm refuses an input
+            raise ValueError(
+                f"timm's {self.config.backbone!r} does not take pixel_values of shape "
+                f"{list(pixel_values.shape)}: {error}"
+            ) from error
+        return dict(zip(wanted, maps))
+
+    def native_forward(self) -> StagesForward | None:
+        """The forward of a native family over timm's parameters, or None."""
+        for family in FAMILIES:
+            forward = family.timm_forward(self._backbone) if family.timm_forward else None
+            if forward is not None:
+                return forward
+        return None
+
+    def _timm_forward(self, pixel_values: Tensor, indices: list[int]) -> list[Tensor]:
+        """timm's forward up to the last of `indices`; the maps of all of them."""
+        from timm.models._features import FeatureGetterNet, FeatureListNet
+
+        backbone = self._backbone
+        checkpointing = self.training and self.gradient_checkpointing
+        if type(backbone) is FeatureListNet and not checkpointing:
+            maps = _run_children(backbone, pixel_values, indices[-1])
+            maps = [maps[index] for index in indices]
+        elif type(backbone) is FeatureGetterNet:
+            maps = backbone.model.forward_intermediates(  # type: ignore[union-attr, operator]
+                pixel_values,
+                indices=indices,
+                norm=backbone.norm,
+                output_fmt=backbone.output_fmt,
+                intermediates_only=True,
+                stop_early=True,
+            )
+        else:
+            maps = backbone(pixel_values)
+            maps = [maps[index] for index in indices]
+        if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
+            maps = [x.permute(0, 3, 1, 2) for x in maps]
+        return maps
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self._set_timm_checkpointing(True)
+
+    def gradient_checkpointing_disable(self) -> None:
+        super().gradient_checkpointing_disable()
+        self._set_timm_checkpointing(False)
+
+    def _set_timm_checkpointing(self, enable: bool) -> None:
+        model = getattr(self._backbone, "model", self._backbone)
+        for module in (self._backbone, model):
+            if hasattr(module, "set_grad_checkpointing"):
+                module.set_grad_checkpointing(enable)
+                return
+        raise ValueError(f"timm's {self.config.backbone!r} has no gradient checkpointing")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: BackboneConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        output_loading_info: bool = False,
+        attn_implementation: str | None = None,
+        native: bool = True,
+        **overrides: Any,
+    ) -> Any:
+        """Loads a timm model by name, from a timm repository or directory, or as saved by fastbb.
+
+        Args:
+            pretrained_model_name_or_path: `resnet50`, `resnet50.a1_in1k`, `timm/resnet50.a1_in1k`, a Hub
+                repository or a directory.
+            native: False always runs timm's own forward.
+            overrides: fields of TimmBackboneConfig; other names go to `timm.create_model`.
+
+        The other arguments and errors are those of `Backbone.from_pretrained`.
+        """
+        name = str(pretrained_model_name_or_path)
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        source = timm_source(pretrained_model_name_or_path, hub)
+        if source is None:
+            backbone, info = super().from_pretrained(
+                name,
+                config=config,
+                dtype=dtype,
+                device=device,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+                output_loading_info=True,
+                **overrides,
+            )
+            backbone.native = native
+        else:
+            config = config or _config_for(source, overrides)
+            backbone, info = cls.__new__(cls), LoadingInfo()
+            Backbone.__init__(backbone, config)
+            backbone._init_from(config, source, hub, native)  # type: ignore[arg-type]
+            backbone = backbone.to(device=device, dtype=as_dtype(dtype)).eval()
+        return (backbone, info) if output_loading_info else backbone
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: BackboneConfig,
+        state: StateDict,
+        *,
+        name: str = "the checkpoint",
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple["TimmBackbone", LoadingInfo]:
+        # not on the meta device: timm's buffers that are not saved would stay there
+        assert isinstance(config, TimmBackboneConfig)
+        config.use_pretrained_backbone = False
+        backbone = cls(config)
+        expected = list(backbone._backbone.state_dict())
+        prefix = find_prefix(state, expected, f"timm {config.backbone!r}")
+        found, outside = strip_prefix(state, prefix)
+        initialized, unused = load_strict(
+            backbone._backbone,
+            found,
+            what=f"{cls.__name__} from {name!r}",
+            optional=cls.optional_weights,
+            unused=cls.unused_weights,
+            dtype=as_dtype(dtype),
+            device=device,
+        )
+        info = LoadingInfo(prefix, sorted(outside + unused), initialized)
+        backbone = backbone.to(device=device).eval()
+        backbone.report_loading(name, info)
+        return backbone, info
+
+
+def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneConfig:
+    known = ("num_channels", "features_only", "freeze_batch_norm_2d", "output_stride", "img_size")
+    known += ("out_features", "out_indices", "use_pretrained_backbone")
+    kwargs = {**source.model_args, **overrides.pop("backbone_kwargs", {})}
+    kwargs |= {name: value for name, value in overrides.items() if name not in known}
+    values = {name: value for name, value in overrides.items() if name in known}
+    return TimmBackboneConfig(source.architecture, backbone_kwargs=kwargs, **values)
+
+
+def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
+    """timm's features-only module with all its stages, taking any image size where timm can."""
+    import timm
+
+    name = str(config.backbone)
+    if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
+        raise ValueError(_unknown(name))
+    kwargs = {
+        "in_chans": config.num_channels,
+        "output_stride": config.output_stride,
+        "img_size": config.img_size,
+        **config.backbone_kwargs,
+    }
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    name = name.removeprefix("timm/")
+    try:
+        n_stages, kwargs = _probe(name, kwargs)
+        with _complete_weights(name, source is not None):
+            backbone = timm.create_model(
+                name,
+                features_only=True,
+                out_indices=tuple(range(n_stages)),
+                **_pretrained_arguments(source, hub),
+                **kwargs,
+            )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
+    except RuntimeError as error:
+        if source is None:
+            raise
+        raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
+    if config.freeze_batch_norm_2d:
+        backbone = timm.utils.freeze_batch_norm_2d(backbone)
+    return backbone
+
+
+def _probe(name: str, kwargs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Number of stages of a timm model, and the arguments that give it dynamic image sizes."""
+    import timm
+
+    for dynamic in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name, **{**dynamic, **kwargs})
+        except TypeError as error:
+            if not dynamic or not any(key in str(error) for key in dynamic):
+                raise
+        else:
+            return len(model.feature_info), {**dynamic, **kwargs}  # type: ignore[arg-type]
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _pretrained_arguments(source: TimmSource | None, hub: HubOptions) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that load the weights of a source."""
+    if source is None:
+        return {"pretrained": False}
+    from timm.models import PretrainedCfg
+
+    known = {field.name for field in fields(PretrainedCfg)}
+    cfg = {key: value for key, value in source.pretrained_cfg.items() if key in known}
+    arguments: dict[str, Any] = {"pretrained": True, "pretrained_cfg": cfg}
+    if not source.weights or cfg.get("custom_load"):
+        return {**arguments, "cache_dir": hub.cache_dir}  # timm fetches it from its URL
+    names = (source.weights_file,) if source.weights_file else TIMM_WEIGHT_FILES
+    path = next((p for p in (find_file(source.weights, n, hub) for n in names) if p), None)
+    if path is None:
+        raise OSError(f"{source.weights!r} has no weights: wanted one of {', '.join(names)}")
+    # handed over in memory: the highest priority of timm's places to load from
+    cfg |= {"state_dict": _read(path), "source": None}
+    return arguments
+
+
+def _read(path: Path) -> StateDict:
+    from safetensors import SafetensorError
+    from timm.models import load_state_dict
+
+    try:
+        return load_state_dict(str(path), weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise OSError(
+            f"{path} is corrupt or truncated ({error}); delete it and download it again"
+        ) from error
+
+
+@contextmanager
+def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
+    """Raises if timm leaves a tensor at its random value; timm itself only logs it."""
+    log = logging.getLogger("timm.models._builder")
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+    missing = [message for message in messages if message.startswith("Missing keys (")]
+    names = [
+        key
+        for message in missing
+        for key in message.removeprefix("Missing keys (").partition(")")[0].split(", ")
+        if not _is_head(key, name)
+    ]
+    if pretrained and names:
+        raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
+
+
+def _is_head(key: str, name: str) -> bool:
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name.partition(".")[0])
+    heads = (cfg.classifier if cfg else None) or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    return any(key.startswith(f"{head}.") for head in heads)
+
+
+def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
+    """timm's FeatureListNet up to stage `last`."""
+    maps: list[Tensor] = []
+    return_layers: dict[str, str] = backbone.return_layers  # type: ignore[assignment]
+    for name, module in backbone.named_children():
+        x = module(x)
+        if name in return_layers:
+            taken = x
+            if isinstance(x, (tuple, list)):
+                taken = torch.cat(x, 1) if backbone.concat else x[0]  # type: ignore[arg-type]
+            maps.append(taken)
+        if len(maps) > last:
+            break
+    return maps
+
+
+def _unknown(name: str) -> str:
+    import timm
+
+    known = timm.list_models() + timm.list_pretrained()
+    close = difflib.get_close_matches(name.removeprefix("timm/"), known, n=5)
+    hint = f"; did you mean {', '.join(close)}?" if close else ""
+    return f"timm has no model {name!r}{hint} `fastbb list` shows all names."
+
+
+register(Family(backbone=TimmBackbone, configs=(TimmBackboneConfig,)))

@@ -1,0 +1,214 @@
+"""Shifted-window attention of Swin over a map of queries, keys and values.
+
+Algorithm: pad and roll the map, cut it into windows, attend within each window with a relative
+position bias and -100 between tokens of different regions, put the windows back.
+Bound: memory (read qkv, write the output); everything between is address arithmetic.
+Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._dispatch import Impl, eager_only
+
+
+class WindowGeometry(NamedTuple):
+    """How a map is cut into windows.
+
+    Attributes:
+        window: tokens per window, (height, width).
+        shift: tokens by which the map is rolled up and left before cutting, (height, width).
+        roll_first: roll before padding, as timm does (timm issue 2438), instead of after it. The two
+            are equal where no padding is needed.
+    """
+
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+    roll_first: bool = False
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    *,
+    num_heads: int,
+    geometry: WindowGeometry,
+    dropout_p: float = 0.0,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Attends within the windows of a map. Padded tokens are keys and values like any other.
+
+    Args:
+        qkv: [B, H, W, 3C] floating point: queries, keys and values side by side, heads inside each.
+        bias: [num_heads, N, N] relative position bias, N tokens per window.
+        qkv_pad: [3C] what a padded token holds (the bias of the projection), or None for zeros.
+        num_heads: number of heads; must divide C.
+        geometry: windows, shift and order of padding and rolling.
+        dropout_p: probability of dropping an attention weight.
+        impl: implementation to use; default: that of `use_impl`.
+
+    Returns:
+        [B, H, W, C], dtype of `qkv`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check(qkv, bias, num_heads, geometry)
+    eager_only("window_attention", impl)
+    return window_attention_eager(
+        qkv, bias, qkv_pad, num_heads=num_heads, geometry=geometry, dropout_p=dropout_p
+    )
+
+
+def window_attention_eager(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    *,
+    num_heads: int,
+    geometry: WindowGeometry,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=_scores_bias(qkv, bias, geometry, q.shape[0]), dropout_p=dropout_p
+    )
+    return _unwindow(out, qkv.shape[1], qkv.shape[2], geometry)
+
+
+def window_attention_weights(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    *,
+    num_heads: int,
+    geometry: WindowGeometry,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`window_attention` that also returns the attention weights, [B * nW, num_heads, N, N]."""
+    q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    scores = scores + _scores_bias(qkv, bias, geometry, q.shape[0])
+    statistics = torch.promote_types(scores.dtype, torch.float32)
+    weights = F.softmax(scores, dim=-1, dtype=statistics).to(v.dtype)
+    weights = F.dropout(weights, dropout_p)
+    return _unwindow(weights @ v, qkv.shape[1], qkv.shape[2], geometry), weights
+
+
+def relative_position_index(window: tuple[int, int], device: torch.device) -> Tensor:
+    """Row of the bias table for every pair of tokens of a window.
+
+    Args:
+        window: tokens per window, (height, width).
+        device: where the index is wanted.
+
+    Returns:
+        [N * N] int64 for a table of [(2h - 1) * (2w - 1), num_heads].
+    """
+    h, w = window
+    rows = torch.arange(h, device=device)
+    columns = torch.arange(w, device=device)
+    dh = rows[:, None] - rows[None, :] + h - 1
+    dw = columns[:, None] - columns[None, :] + w - 1
+    index = dh[:, None, :, None] * (2 * w - 1) + dw[None, :, None, :]  # [h, w, h, w]
+    return index.flatten()
+
+
+def _check(qkv: Tensor, bias: Tensor, num_heads: int, geometry: WindowGeometry) -> None:
+    (h, w), shift = geometry.window, geometry.shift
+    if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"window_attention: qkv must be [B, H, W, 3C] with C divisible by num_heads={num_heads}, "
+            f"got {list(qkv.shape)}"
+        )
+    if bias.shape != (num_heads, h * w, h * w):
+        raise ValueError(
+            f"window_attention: bias must be [{num_heads}, {h * w}, {h * w}] for {num_heads} heads "
+            f"and a {h}x{w} window, got {list(bias.shape)}"
+        )
+    if not (0 <= shift[0] < h and 0 <= shift[1] < w):
+        raise ValueError(
+            f"window_attention: shift must be at least 0 and below the window {h}x{w}, got {shift}"
+        )
+
+
+def _windows(
+    qkv: Tensor, qkv_pad: Tensor | None, num_heads: int, geometry: WindowGeometry
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, W, 3C] -> three of [B * nW, num_heads, N, head_dim]."""
+    if geometry.roll_first:
+        qkv = _pad(_roll(qkv, geometry.shift, -1), qkv_pad, geometry.window)
+    else:
+        qkv = _roll(_pad(qkv, qkv_pad, geometry.window), geometry.shift, -1)
+    h, w = geometry.window
+    qkv = qkv.unflatten(3, (3, num_heads, -1)).unflatten(2, (-1, w)).unflatten(1, (-1, h))
+    qkv = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # [3, B, rows, columns, heads, h, w, head_dim]
+    q, k, v = qkv.flatten(5, 6).flatten(1, 3)
+    return q, k, v
+
+
+def _unwindow(windows: Tensor, height: int, width: int, geometry: WindowGeometry) -> Tensor:
+    """[B * nW, num_heads, N, head_dim] -> [B, H, W, C]."""
+    h, w = geometry.window
+    rows, columns = -(-height // h), -(-width // w)
+    batch = windows.shape[0] // (rows * columns)
+    x = windows.unflatten(2, (h, w)).unflatten(0, (batch, rows, columns))
+    x = x.permute(0, 1, 4, 2, 5, 3, 6)  # [B, rows, h, columns, w, heads, head_dim]
+    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    if geometry.roll_first:
+        return _roll(x[:, :height, :width], geometry.shift, 1)
+    return _roll(x, geometry.shift, 1)[:, :height, :width]
+
+
+def _pad(x: Tensor, value: Tensor | None, window: tuple[int, int]) -> Tensor:
+    """Pads [B, H, W, C] at the bottom and right to whole windows."""
+    B, H, W, C = x.shape
+    pad_h, pad_w = -H % window[0], -W % window[1]
+    if not (pad_h or pad_w):
+        return x
+    if value is None:
+        return F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    value = value.to(x.dtype)
+    x = torch.cat([x, value.expand(B, H, pad_w, C)], dim=2)
+    return torch.cat([x, value.expand(B, pad_h, W + pad_w, C)], dim=1)
+
+
+def _roll(x: Tensor, shift: tuple[int, int], direction: int) -> Tensor:
+    if not any(shift):
+        return x
+    return torch.roll(x, (direction * shift[0], direction * shift[1]), dims=(1, 2))
+
+
+def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry, n_windows: int) -> Tensor:
+    """Bias and mask as one tensor that broadcasts to [B * nW, num_heads, N, N]."""
+    bias = bias.to(qkv.dtype)
+    if not any(geometry.shift):
+        return bias.unsqueeze(0)
+    mask = _shift_mask(qkv.shape[1], qkv.shape[2], geometry, qkv)  # [nW, N, N]
+    both = bias.unsqueeze(0) + mask.unsqueeze(1)
+    batch = n_windows // max(mask.shape[0], 1)
+    return both.expand(batch, *both.shape).flatten(0, 1)
+
+
+def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor) -> Tensor:
+    """-100 where two tokens of a window come from different sides of the map, else 0: [nW, N, N]."""
+    h, w = geometry.window
+    rows = _regions(height, h, geometry.shift[0], like.device)
+    columns = _regions(width, w, geometry.shift[1], like.device)
+    regions = rows.view(-1, 1, h, 1) * 3 + columns.view(1, -1, 1, w)  # [nW_h, nW_w, h, w]
+    regions = regions.flatten(2).flatten(0, 1)  # [nW, N]
+    apart = regions.unsqueeze(1) != regions.unsqueeze(2)
+    return torch.zeros_like(apart, dtype=like.dtype).masked_fill_(apart, -100.0)
+
+
+def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Region of each position along one axis of the padded and rolled map."""
+    padded = -(-size // window) * window
+    position = torch.arange(padded, device=device)
+    if shift == 0:
+        return torch.zeros_like(position)
+    return (position >= padded - window).long() + (position >= padded - shift).long()
