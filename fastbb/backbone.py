@@ -7,17 +7,18 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, save_state_dict
 from .configuration import BackboneConfig
-from .hub import HubOptions, read_config
+from .hub import DEFAULT_HUB, HubOptions, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,23 @@ class BackboneOutput(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
+def _flatten(output: BackboneOutput) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output.keys())
+
+
+def _unflatten(values: Iterable[Any], names: list[str]) -> BackboneOutput:
+    return BackboneOutput(**dict(zip(names, values)))
+
+
+# so that torch.export and functorch see the tensors inside
+register_pytree_node(
+    BackboneOutput,
+    _flatten,
+    _unflatten,  # type: ignore[arg-type]  # the context is the names _flatten returned
+    serialized_type_name="fastbb.BackboneOutput",
+)
+
+
 class BackboneMixin:
     """Stages and channels of a backbone, read from its `config`."""
 
@@ -109,6 +127,7 @@ class BackboneMixin:
     @out_features.setter
     def out_features(self, out_features: list[str] | None) -> None:
         self.config.out_features = out_features
+        self.outputs_changed()
 
     @property
     def out_indices(self) -> list[int]:
@@ -118,6 +137,10 @@ class BackboneMixin:
     @out_indices.setter
     def out_indices(self, out_indices: Sequence[int] | None) -> None:
         self.config.out_indices = out_indices
+        self.outputs_changed()
+
+    def outputs_changed(self) -> None:
+        """Called when other stages were selected on the backbone."""
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
@@ -215,19 +238,20 @@ class Backbone(BackboneMixin, nn.Module):
         """
         self._check_input(pixel_values)
         config = self.config
-        hidden = (
+        hidden: bool | Sequence[int] = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         if output_attentions is None:
             output_attentions = config.output_attentions
-        every_stage = hidden is not False and hidden is not None
         attentions: list[Tensor] | None = [] if output_attentions and self.has_attentions else None
 
-        wanted = self.stage_names if every_stage or attentions is not None else self.out_features
+        wanted = (
+            self.stage_names if hidden is not False or attentions is not None else self.out_features
+        )
         stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
         output = BackboneOutput(
             tuple(self.feature_map(name, stages[name]) for name in self.out_features),
-            self._hidden_states(stages, hidden) if every_stage else None,
+            None if hidden is False else self._hidden_states(stages, hidden),
             None if attentions is None else tuple(attentions),
         )
         if return_dict is None:
@@ -254,8 +278,8 @@ class Backbone(BackboneMixin, nn.Module):
         _, channels, height, width = pixel_values.shape
         if channels != self.config.num_channels:
             raise ValueError(
-                "Make sure that the channel dimension of the pixel values match with the one set in "
-                f"the configuration. Expected {self.config.num_channels} channels in dimension 1, "
+                "Make sure that the channel dimension of the pixel values match with the one set in the "
+                f"configuration. Expected {self.config.num_channels} channels in dimension 1, "
                 f"got pixel_values of shape {list(pixel_values.shape)}."
             )
         if height == 0 or width == 0:
@@ -379,7 +403,9 @@ class Backbone(BackboneMixin, nn.Module):
         if config is None:
             values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
             # a configuration with other semantics is a subclass with a model_type of its own
-            known = {c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())}
+            known = {
+                c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())
+            }
             model_type = values.get("model_type")
             if model_type not in known:
                 raise ValueError(
@@ -471,7 +497,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
-def unwrap_head(config: dict[str, Any], hub: HubOptions = HubOptions()) -> dict[str, Any]:
+def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[str, Any]:
     """The backbone's configuration inside that of a head (MaskFormer, DETR, UperNet ...)."""
     inner = config.get("backbone_config")
     if isinstance(inner, dict):
@@ -493,7 +519,7 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = HubOptions()) -> dict[
 def warn_untrained(names: Sequence[str]) -> None:
     """One warning for stages whose norm the checkpoint did not have."""
     warnings.warn(
-        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized with "
-        "weight 1 and bias 0, as transformers does.",
+        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
+        "with weight 1 and bias 0, as transformers does.",
         stacklevel=3,
     )

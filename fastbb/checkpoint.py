@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hub import HubOptions, find_file, read_json
+from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 
 StateDict = dict[str, Tensor]
 
@@ -40,7 +40,7 @@ class LoadingInfo:
 
 
 def read_state_dict(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = HubOptions()
+    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
 ) -> StateDict:
     """Reads all tensors of a checkpoint in transformers' layout of files.
 

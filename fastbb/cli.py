@@ -112,13 +112,16 @@ def show(directory: str) -> None:
 @main.command(name="list")
 @click.argument("filter", default="")
 def list_models(filter: str) -> None:
-    """Lists the models whose name contains FILTER or matches it as a pattern."""
+    """Lists the names of models, all or those that match FILTER, such as 'swin*'."""
     with _exit_codes():
         from .auto import list_backbones
 
         names = list_backbones(filter)
     if not names:
-        raise click.BadParameter(f"no model matches {filter!r}", param_hint="FILTER")
+        raise click.BadParameter(
+            f"wanted a pattern that matches a name, such as '*swin*', got {filter!r}",
+            param_hint="FILTER",
+        )
     click.echo("\n".join(names))
 
 

@@ -1,4 +1,4 @@
-"""Configurations of backbones: stages by name and index, and config.json in transformers' format."""
+"""Configurations: stages by name and index, config.json in transformers' format."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Where files come from: a local directory, a bundled model, or a repository of the Hugging Face Hub."""
+"""Where files come from: a local directory, a bundled model, or a repository of the Hub."""
 
 import json
 import os
@@ -26,6 +26,9 @@ class HubOptions:
     local_files_only: bool = False
 
 
+DEFAULT_HUB = HubOptions()
+
+
 def bundled_models() -> list[str]:
     """Names of the models that ship with fastbb."""
     return sorted(path.parent.name for path in BUNDLED_DIR.glob("*/config.json"))
@@ -40,7 +43,7 @@ def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def find_file(
-    name_or_dir: str | os.PathLike[str], filename: str, hub: HubOptions = HubOptions()
+    name_or_dir: str | os.PathLike[str], filename: str, hub: HubOptions = DEFAULT_HUB
 ) -> Path | None:
     """Finds a file of a model, downloading it if need be.
 
@@ -67,8 +70,8 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -82,8 +85,8 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         raise OSError(f"{wanted}, and not the name of a Hub repository: {error}") from error
     except GatedRepoError as error:
         raise OSError(
-            f"The Hub repository {repo!r} is gated: ask for access on its page, then pass token=... "
-            "or log in with `hf auth login`."
+            f"The Hub repository {repo!r} is gated: ask for access on its page, then pass "
+            "token=... or log in with `hf auth login`."
         ) from error
     except RepositoryNotFoundError as error:
         raise OSError(
@@ -96,7 +99,8 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         if _is_cached(repo, hub):  # the repository is known, so the file was never fetched from it
             return None
         raise OSError(
-            f"{wanted}, the Hub cannot be reached (no network, offline mode or local_files_only), "
+            f"{wanted}, the Hub cannot be reached (no network, offline mode or "
+            "local_files_only), "
             f"and the cache has no {filename!r} of it. Download it once with network, or pass the "
             "path of a directory."
         ) from error
@@ -131,7 +135,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = HubOptions()
+    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
 ) -> dict[str, Any]:
     """Reads `config.json` of a directory, bundled model or Hub repository.
 
@@ -172,7 +176,7 @@ class TimmSource:
 
 
 def timm_source(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = HubOptions()
+    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
 ) -> TimmSource | None:
     """Resolves a timm name (`resnet50`, `timm/resnet50.a1_in1k`), directory or Hub repository.
 
@@ -222,7 +226,7 @@ def _registered_timm_source(name: str) -> TimmSource | None:
 
 
 def timm_pretrained_cfg(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = HubOptions()
+    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
 ) -> dict[str, Any] | None:
     """timm's `pretrained_cfg` of a name, directory or repository, or None if it is not timm's."""
     source = timm_source(name_or_dir, hub)

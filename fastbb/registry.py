@@ -20,8 +20,8 @@ class Family:
     Attributes:
         backbone: its class.
         configs: its configurations; each has its own `model_type`.
-        timm_forward: given timm's features-only module, returns a forward that computes the same maps
-            from its parameters, or None if the module is not exactly of this family.
+        timm_forward: given timm's features-only module, returns a forward that computes the same
+            maps from its parameters, or None if the module is not exactly of this family.
         torchvision_names: torchvision's models of this family.
         from_torchvision: configuration and renamed tensors of a torchvision state dict.
     """
@@ -53,6 +53,6 @@ def family_of(model_type: str | None) -> tuple[Family, type[BackboneConfig]]:
                 return family, config
     supported = sorted(config.model_type for family in FAMILIES for config in family.configs)
     raise ValueError(
-        f"model_type {model_type!r} is not supported: fastbb has backbones for {', '.join(supported)}, "
-        "and any timm model by its timm name"
+        f"model_type {model_type!r} is not supported: fastbb has backbones for "
+        f"{', '.join(supported)}, and any timm model by its timm name"
     )

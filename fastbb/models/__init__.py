@@ -1,7 +1,5 @@
-"""The families: one file each."""
+"""The families, each in files that begin with its name. Importing them registers them."""
 
-from .resnet import ResNetBackbone
-from .swin import MaskFormerSwinConfig, SwinBackbone, SwinConfig, TorchvisionSwinConfig
-from .timm import TimmBackbone, TimmBackboneConfig
+from . import resnet, swin, timm
 
-__all__ = []
+__all__ = ["resnet", "swin", "timm"]

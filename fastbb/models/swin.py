@@ -1,14 +1,11 @@
 """Swin Transformer (Liu et al. 2021) by the semantics of transformers, torchvision and timm.
 
-Upstream: transformers `models/swin/modeling_swin.py` and `models/maskformer/modeling_maskformer_swin.py`,
-torchvision `models/swin_transformer.py`, timm `models/swin_transformer.py`.
+Upstream: transformers `models/swin/` and `models/maskformer/modeling_maskformer_swin.py`,
+torchvision and timm `models/swin_transformer.py`.
 """
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +14,9 @@ from torch.nn import functional as F
 from fastbb_kernels import (
     ACTIVATIONS,
     WindowGeometry,
-    layer_norm_linear,
     layer_norm_nchw,
-    linear_residual,
     patch_embed,
-    patch_merging,
     relative_position_index,
-    window_attention,
-    window_attention_weights,
 )
 
 from ..backbone import Backbone, warn_untrained
@@ -39,8 +31,23 @@ from ..configuration import (
     check_size,
     hierarchical_stage_names,
 )
-from ..layers import check_untouched, drop_path
-from ..registry import Family, StagesForward, register
+from ..layers import check_untouched
+from ..registry import Family, register
+from .swin_compute import (
+    SwinBlockSpec,
+    SwinBlockWeights,
+    SwinStage,
+    relative_position_bias,
+    swin_stage,
+)
+from .swin_sources import (
+    in_memory_name,
+    legacy_name,
+    on_disk_name,
+    stage_norm_name,
+    timm_forward,
+    torchvision_fields,
+)
 
 
 class SwinConfig(BackboneConfig):
@@ -158,182 +165,6 @@ class TorchvisionSwinConfig(SwinConfig):
     """A Swin with torchvision's semantics, under a type that transformers does not load wrongly."""
 
     model_type: ClassVar[str] = "fastbb-torchvision-swin"
-
-
-@dataclass(frozen=True)
-class SwinBlockSpec:
-    """What the computation of a block needs beside its weights.
-
-    Attributes:
-        num_heads: attention heads.
-        geometry: windows, shift, and whether the roll comes before the padding (timm).
-        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
-        eps: of both norms.
-        activation: of the MLP.
-        drop_path: stochastic depth of the attention branch.
-        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
-        dropout: of both branches.
-        attention_dropout: of the attention weights.
-    """
-
-    num_heads: int
-    geometry: WindowGeometry
-    clamp_shift: bool = False
-    eps: float = 1e-5
-    activation: str = "gelu"
-    drop_path: float = 0.0
-    mlp_drop_path: float = 0.0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-
-    def geometry_for(self, height: int, width: int) -> WindowGeometry:
-        """The windows of a map of height x width tokens."""
-        if not self.clamp_shift:
-            return self.geometry
-        (h, w), (shift_h, shift_w), roll_first = self.geometry
-        return WindowGeometry(
-            (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
-        )
-
-
-class SwinBlockWeights(NamedTuple):
-    """Tensors of a block: C channels, N tokens per window, F hidden channels."""
-
-    norm1_weight: Tensor  # [C]
-    norm1_bias: Tensor  # [C]
-    qkv_weight: Tensor  # [3C, C]
-    qkv_bias: Tensor | None  # [3C]
-    relative_position_bias: Tensor  # [num_heads, N, N]
-    proj_weight: Tensor  # [C, C]
-    proj_bias: Tensor | None  # [C]
-    norm2_weight: Tensor  # [C]
-    norm2_bias: Tensor  # [C]
-    fc1_weight: Tensor  # [F, C]
-    fc1_bias: Tensor  # [F]
-    fc2_weight: Tensor  # [C, F]
-    fc2_bias: Tensor  # [C]
-
-
-def swin_block(
-    x: Tensor,
-    spec: SwinBlockSpec,
-    weights: SwinBlockWeights,
-    training: bool = False,
-    attentions: list[Tensor] | None = None,
-) -> Tensor:
-    """One block: window attention and MLP, each with its norm and residual.
-
-    Args:
-        x: [B, H, W, C].
-        spec: semantics of the block.
-        weights: its tensors.
-        training: applies dropout and stochastic depth.
-        attentions: gets the attention weights appended, if it is a list.
-
-    Returns:
-        [B, H, W, C].
-    """
-    qkv = layer_norm_linear(
-        x,
-        weights.norm1_weight,
-        weights.norm1_bias,
-        weights.qkv_weight,
-        weights.qkv_bias,
-        eps=spec.eps,
-    )
-    attend = {
-        "num_heads": spec.num_heads,
-        "geometry": spec.geometry_for(x.shape[1], x.shape[2]),
-        "dropout_p": spec.attention_dropout if training else 0.0,
-    }
-    if attentions is None:
-        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
-    else:
-        y, attention = window_attention_weights(
-            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
-        )
-        attentions.append(attention)
-    x = _add_branch(
-        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
-    )
-    y = layer_norm_linear(
-        x,
-        weights.norm2_weight,
-        weights.norm2_bias,
-        weights.fc1_weight,
-        weights.fc1_bias,
-        eps=spec.eps,
-        activation=spec.activation,
-    )
-    return _add_branch(
-        x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
-    )
-
-
-def _add_branch(
-    residual: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    path_rate: float,
-    training: bool,
-) -> Tensor:
-    if not training or (dropout == 0.0 and path_rate == 0.0):
-        return linear_residual(x, weight, bias, residual)
-    branch = F.dropout(F.linear(x, weight, bias), dropout)
-    return residual + drop_path(branch, path_rate, training)
-
-
-def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """[(2h - 1) * (2w - 1), num_heads] table to the [num_heads, N, N] bias of a window."""
-    tokens = window[0] * window[1]
-    bias = table[relative_position_index(window, table.device)]
-    return bias.view(tokens, tokens, -1).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class SwinStage:
-    """A stage as the computation sees it, whoever owns its parameters.
-
-    Attributes:
-        downsample: norm weight [4C], norm bias [4C] and reduction [2C, 4C] applied on entry, or None.
-        blocks: semantics of each block and a function that reads its weights.
-    """
-
-    downsample: tuple[Tensor, Tensor, Tensor] | None
-    blocks: Sequence[tuple[SwinBlockSpec, Callable[[], SwinBlockWeights]]]
-
-
-def swin_stage(
-    x: Tensor,
-    stage: SwinStage,
-    training: bool = False,
-    attentions: list[Tensor] | None = None,
-    run_block: Callable[..., Tensor] = lambda block, x: block(x),
-) -> Tensor:
-    """Downsamples and runs the blocks of a stage.
-
-    Args:
-        x: [B, H, W, C], the output of the stage before.
-        stage: its semantics and weights.
-        training: applies dropout and stochastic depth.
-        attentions: gets the attention weights of the last block appended, if it is a list.
-        run_block: calls a block; a place for gradient checkpointing.
-
-    Returns:
-        [B, h, w, C'].
-    """
-    if stage.downsample is not None:
-        x = patch_merging(x, *stage.downsample)
-    for index, (spec, weights) in enumerate(stage.blocks):
-        collect = attentions if index == len(stage.blocks) - 1 else None
-
-        def block(x: Tensor, spec=spec, weights=weights, collect=collect) -> Tensor:
-            return swin_block(x, spec, weights(), training, collect)
-
-        x = run_block(block, x)
-    return x
 
 
 class _RelativePositionBias(nn.Module):
@@ -548,8 +379,8 @@ class SwinBackbone(Backbone):
         if grid != height * width or (interpolate and height != width):
             if not interpolate:
                 raise ValueError(
-                    f"the absolute embeddings are for {grid} patches, the image has {height}x{width}; "
-                    "pass interpolate_pos_encoding=True"
+                    f"the absolute embeddings are for {grid} patches, the image has "
+                    f"{height}x{width}; pass interpolate_pos_encoding=True"
                 )
             side = int(grid**0.5)
             positions = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
@@ -571,25 +402,7 @@ class SwinBackbone(Backbone):
         blocks = [block.weights for block in layer.blocks if isinstance(block, _Block)]
         return SwinStage(downsample, list(zip(self._specs[index], blocks)))
 
-    @property
-    def out_features(self) -> list[str]:
-        return super().out_features
-
-    @out_features.setter
-    def out_features(self, out_features: list[str] | None) -> None:
-        self.config.out_features = out_features
-        self._warn_untrained()
-
-    @property
-    def out_indices(self) -> list[int]:
-        return super().out_indices
-
-    @out_indices.setter
-    def out_indices(self, out_indices: Sequence[int] | None) -> None:
-        self.config.out_indices = out_indices
-        self._warn_untrained()
-
-    def _warn_untrained(self) -> None:
+    def outputs_changed(self) -> None:
         names = [name for name in self.out_features if name in self._untrained_norms]
         if names:
             self._untrained_norms -= set(names)
@@ -607,13 +420,13 @@ class SwinBackbone(Backbone):
                 n.split(".")[1] for n in info.initialized if n.startswith("hidden_states_norms.")
             ]
             self._untrained_norms = frozenset(norms)
-            self._warn_untrained()
+            self.outputs_changed()
 
     @classmethod
     def from_checkpoint_names(
         cls, state: StateDict, backbone: nn.Module
     ) -> tuple[StateDict, str, list[str]]:
-        state = rename(state, _in_memory_name)
+        state = rename(state, in_memory_name)
         expected = [
             name.removeprefix("swin.") for name in backbone.state_dict() if name.startswith("swin.")
         ]
@@ -631,7 +444,7 @@ class SwinBackbone(Backbone):
             }
             outside = [name for name in outside if not name.startswith(parent)]
         found = {f"swin.{name}": t for name, t in found.items() if name not in norms}
-        return {**found, **rename(norms, _stage_norm_name)}, prefix, outside
+        return {**found, **rename(norms, stage_norm_name)}, prefix, outside
 
     def to_checkpoint_names(self) -> StateDict:
         state = {
@@ -642,7 +455,7 @@ class SwinBackbone(Backbone):
         }
         if isinstance(self.config, MaskFormerSwinConfig):
             return self._to_maskformer_names(state)
-        return rename(state, _on_disk_name)
+        return rename(state, on_disk_name)
 
     def _saved_norms(self) -> list[str]:
         if isinstance(self.config, MaskFormerSwinConfig):
@@ -654,7 +467,7 @@ class SwinBackbone(Backbone):
             if name.startswith("hidden_states_norms."):
                 _, stage, parameter = name.split(".")
                 return f"hidden_states_norms.{self.stage_names.index(stage) - 1}.{parameter}"
-            return "model." + _legacy_name(name.removeprefix("swin."))
+            return "model." + legacy_name(name.removeprefix("swin."))
 
         window = (self.config.window_size, self.config.window_size)
         index = relative_position_index(window, torch.device("cpu"))
@@ -704,195 +517,14 @@ def _norms_are_optional(module: nn.Module, incompatible: Any) -> None:
     ]
 
 
-# names on disk (transformers 4.x, and 5.x when saving) -> names in memory (5.x)
-_RENAMES = (
-    ("attention.self.query", "attention.q_proj"),
-    ("attention.self.key", "attention.k_proj"),
-    ("attention.self.value", "attention.v_proj"),
-    (
-        "attention.self.relative_position_bias_table",
-        "attention.relative_position_bias.relative_position_bias_table",
-    ),
-    ("attention.output.dense", "attention.o_proj"),
-    ("intermediate.dense", "mlp.fc1"),
-    ("output.dense", "mlp.fc2"),
-)
-
-
-def _in_memory_name(name: str) -> str:
-    for old, new in _RENAMES:
-        if f".{old}" in name:
-            return name.replace(f".{old}", f".{new}")
-    return name
-
-
-def _legacy_name(name: str) -> str:
-    for old, new in _RENAMES:
-        if f".{new}" in name:
-            return name.replace(f".{new}", f".{old}")
-    return name
-
-
-def _on_disk_name(name: str) -> str:
-    # transformers drops the prefix of embeddings and encoder, and keeps that of the last norm
-    return _legacy_name(re.sub(r"^swin\.(?=embeddings|encoder)", "", name))
-
-
-def _stage_norm_name(name: str) -> str:
-    # MaskFormer numbers its norms from the first stage
-    return re.sub(
-        r"^hidden_states_norms\.(\d+)", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}", name
-    )
-
-
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def torchvision_swin(state: StateDict) -> tuple[TorchvisionSwinConfig, StateDict]:
-    """Configuration and renamed tensors of a torchvision `swin_t`, `swin_s` or `swin_b` state dict.
-
-    Raises:
-        ValueError: the tensors are not those of such a model.
-    """
-    blocks = [re.fullmatch(r"features\.(\d+)\.(\d+)\.norm1\.weight", name) for name in state]
-    stages = sorted({int(match[1]) for match in blocks if match})
-    depths = [sum(bool(m) and int(m[1]) == stage for m in blocks if m) for stage in stages]
-    if not stages or any("cpb_mlp" in name for name in state):
-        raise ValueError(
-            "wanted the state dict of torchvision's swin_t, swin_s or swin_b (Swin v1); "
-            f"got tensors such as {sorted(state)[:5]}"
-        )
-    tables = [state[f"features.{stage}.0.attn.relative_position_bias_table"] for stage in stages]
-    patch = state["features.0.0.weight"]
-    config = TorchvisionSwinConfig(
-        patch_size=list(patch.shape[2:]),
-        num_channels=patch.shape[1],
-        embed_dim=patch.shape[0],
-        depths=depths,
-        num_heads=[table.shape[1] for table in tables],
-        window_size=(int(tables[0].shape[0] ** 0.5) + 1) // 2,
-        mlp_ratio=state["features.1.0.mlp.0.weight"].shape[0] / patch.shape[0],
-        qkv_bias="features.1.0.attn.qkv.bias" in state,
-    )
-    renamed: StateDict = {}
-    for name, tensor in state.items():
-        if not name.startswith("head."):
-            renamed.update(_from_torchvision(name, tensor))
-    return config, renamed
-
-
-_TORCHVISION_BLOCK = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "attn": "attention.relative_position_bias",
-    "mlp.0": "mlp.fc1",
-    "mlp.3": "mlp.fc2",
-}
-
-
-def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """transformers' in-memory names of a torchvision tensor; several for a fused one."""
-    if not name.startswith("features."):
-        return [(re.sub(r"^norm\.", "swin.layernorm.", name), tensor)]
-    _, first, rest = name.split(".", 2)
-    index = int(first)
-    if index == 0:
-        part, parameter = rest.split(".")
-        module = "patch_embeddings.projection" if part == "0" else "norm"
-        return [(f"swin.embeddings.{module}.{parameter}", tensor)]
-    if index % 2 == 0:
-        return [(f"swin.encoder.layers.{index // 2 - 1}.downsample.{rest}", tensor)]
-    block, inner = rest.split(".", 1)
-    prefix = f"swin.encoder.layers.{index // 2}.blocks.{block}"
-    module, parameter = inner.rsplit(".", 1)
-    if module == "attn.qkv":
-        return [
-            (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
-            for part, chunk in zip("qkv", tensor.chunk(3))
-        ]
-    return [(f"{prefix}.{_TORCHVISION_BLOCK[module]}.{parameter}", tensor)]
-
-
-def timm_forward(features: nn.Module) -> StagesForward | None:
-    """A forward over the parameters of timm's features-only Swin; None if it is not a plain one.
-
-    Windows and shifts are those of the size the model was built for, and the roll comes before the
-    padding, as in timm. Stage 0 is the first stage.
-    """
-    from timm.models.swin_transformer import SwinTransformerStage
-
-    embed, *stages = features.children()
-    if not stages or not all(type(stage) is SwinTransformerStage for stage in stages):
-        return None
-    proj, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
-    blocks = [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
-    plain = (
-        type(proj) is nn.Conv2d
-        and type(norm) is nn.LayerNorm
-        and all(type(block.norm1) is nn.LayerNorm for block in blocks)
-        and all(type(block.mlp.act) is nn.GELU for block in blocks)
-    )
-    if not plain:
-        return None
-
-    def forward(pixel_values: Tensor, last: int) -> list[Tensor]:
-        assert isinstance(proj, nn.Conv2d) and isinstance(norm, nn.LayerNorm)
-        patch = proj.kernel_size
-        height, width = pixel_values.shape[2:]
-        if height % patch[0] or width % patch[1]:
-            raise ValueError(
-                f"timm's Swin needs a height and width divisible by its patch of {patch[0]}x{patch[1]} "
-                f"pixels, got {height}x{width}"
-            )
-        x = patch_embed(pixel_values, proj.weight, proj.bias, norm.weight, norm.bias, eps=norm.eps)
-        maps = []
-        for stage in stages[: last + 1]:
-            x = swin_stage(x, _timm_stage(stage))
-            maps.append(x.permute(0, 3, 1, 2))
-        return maps
-
-    return forward
-
-
-def _timm_stage(stage: Any) -> SwinStage:
-    downsample = None
-    if not isinstance(stage.downsample, nn.Identity):
-        merging = stage.downsample
-        downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
-    blocks = []
-    for block in stage.blocks:
-        spec = SwinBlockSpec(
-            num_heads=block.attn.num_heads,
-            geometry=WindowGeometry(
-                tuple(block.window_size), tuple(block.shift_size), roll_first=True
-            ),
-            eps=block.norm1.eps,
-        )
-        blocks.append((spec, partial(_timm_block_weights, block)))
-    return SwinStage(downsample, blocks)
-
-
-def _timm_block_weights(block: Any) -> SwinBlockWeights:
-    attn, mlp = block.attn, block.mlp
-    return SwinBlockWeights(
-        norm1_weight=block.norm1.weight,
-        norm1_bias=block.norm1.bias,
-        qkv_weight=attn.qkv.weight,
-        qkv_bias=attn.qkv.bias,
-        relative_position_bias=relative_position_bias(
-            attn.relative_position_bias_table, tuple(block.window_size)
-        ),
-        proj_weight=attn.proj.weight,
-        proj_bias=attn.proj.bias,
-        norm2_weight=block.norm2.weight,
-        norm2_bias=block.norm2.bias,
-        fc1_weight=mlp.fc1.weight,
-        fc1_bias=mlp.fc1.bias,
-        fc2_weight=mlp.fc2.weight,
-        fc2_bias=mlp.fc2.bias,
-    )
+    """Configuration and renamed tensors of a torchvision Swin v1."""
+    fields, renamed = torchvision_fields(state)
+    return TorchvisionSwinConfig(**fields), renamed
 
 
 register(

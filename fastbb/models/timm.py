@@ -141,7 +141,11 @@ class TimmBackbone(Backbone):
     ) -> None:
         self._backbone = _create(config, source, hub)
         info: list[dict[str, Any]] = self._backbone.feature_info.info  # type: ignore[union-attr, assignment]
-        self.stage_names = [stage["module"] for stage in info]
+        names = [stage["module"] for stage in info]
+        # a few models (crossvit) name two stages alike
+        self.stage_names = [
+            f"{name}@{i}" if name in names[:i] else name for i, name in enumerate(names)
+        ]
         self.num_features = [stage["num_chs"] for stage in info]
         config.stage_names = list(self.stage_names)
         config.set_output_features_output_indices(config.out_features, config.out_indices)
@@ -214,10 +218,10 @@ class TimmBackbone(Backbone):
         self._set_timm_checkpointing(False)
 
     def _set_timm_checkpointing(self, enable: bool) -> None:
-        model = getattr(self._backbone, "model", self._backbone)
-        for module in (self._backbone, model):
-            if hasattr(module, "set_grad_checkpointing"):
-                module.set_grad_checkpointing(enable)
+        for module in (self._backbone, getattr(self._backbone, "model", None)):
+            switch: Any = getattr(module, "set_grad_checkpointing", None)
+            if switch is not None:
+                switch(enable)
                 return
         raise ValueError(f"timm's {self.config.backbone!r} has no gradient checkpointing")
 
@@ -241,8 +245,8 @@ class TimmBackbone(Backbone):
         """Loads a timm model by name, from a timm repository or directory, or as saved by fastbb.
 
         Args:
-            pretrained_model_name_or_path: `resnet50`, `resnet50.a1_in1k`, `timm/resnet50.a1_in1k`, a Hub
-                repository or a directory.
+            pretrained_model_name_or_path: `resnet50`, `resnet50.a1_in1k`, `timm/resnet50.a1_in1k`,
+                a Hub repository or a directory.
             native: False always runs timm's own forward.
             overrides: fields of TimmBackboneConfig; other names go to `timm.create_model`.
 
@@ -317,6 +321,7 @@ def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneCo
 def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
     """timm's features-only module with all its stages, taking any image size where timm can."""
     import timm
+    from timm.utils import freeze_batch_norm_2d
 
     name = str(config.backbone)
     if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
@@ -346,7 +351,7 @@ def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptio
             raise
         raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
     if config.freeze_batch_norm_2d:
-        backbone = timm.utils.freeze_batch_norm_2d(backbone)
+        backbone = freeze_batch_norm_2d(backbone)
     return backbone
 
 

@@ -47,5 +47,5 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None) -> bool:
 
 
 def eager_only(op: str, impl: Impl | None) -> None:
-    """The seam of an op that has no Triton kernel yet: `impl="triton"` is refused with that reason."""
+    """The seam of an op without a Triton kernel: refuses `impl="triton"` with that reason."""
     use_triton(op, impl, "this op has no Triton kernel yet")

@@ -89,6 +89,7 @@ def conv_bn_act_eager(
 ) -> Tensor:
     x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     x = F.batch_norm(x, running_mean, running_var, norm_weight, norm_bias, eps=eps)
+    # x is ours: in place saves a pass of allocation each, and autograd keeps neither value
     if residual is not None:
-        x = x + residual
-    return activate(x, activation)
+        x.add_(residual)
+    return F.relu_(x) if activation == "relu" else activate(x, activation)

@@ -21,8 +21,8 @@ class WindowGeometry(NamedTuple):
     Attributes:
         window: tokens per window, (height, width).
         shift: tokens by which the map is rolled up and left before cutting, (height, width).
-        roll_first: roll before padding, as timm does (timm issue 2438), instead of after it. The two
-            are equal where no padding is needed.
+        roll_first: roll before padding, as timm does (timm issue 2438), instead of after it. The
+            two are equal where no padding is needed.
     """
 
     window: tuple[int, int]
@@ -122,8 +122,8 @@ def _check(qkv: Tensor, bias: Tensor, num_heads: int, geometry: WindowGeometry) 
     (h, w), shift = geometry.window, geometry.shift
     if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
-            f"window_attention: qkv must be [B, H, W, 3C] with C divisible by num_heads={num_heads}, "
-            f"got {list(qkv.shape)}"
+            "window_attention: qkv must be [B, H, W, 3C] with C divisible by "
+            f"num_heads={num_heads}, got {list(qkv.shape)}"
         )
     if bias.shape != (num_heads, h * w, h * w):
         raise ValueError(
@@ -195,7 +195,7 @@ def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry, n_windows:
 
 
 def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor) -> Tensor:
-    """-100 where two tokens of a window come from different sides of the map, else 0: [nW, N, N]."""
+    """[nW, N, N]: -100 where two tokens of a window come from different regions, else 0."""
     h, w = geometry.window
     rows = _regions(height, h, geometry.shift[0], like.device)
     columns = _regions(width, w, geometry.shift[1], like.device)

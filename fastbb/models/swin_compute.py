@@ -1,0 +1,196 @@
+"""The computation of Swin over a typed view of its weights, whoever owns the parameters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbb_kernels import (
+    WindowGeometry,
+    layer_norm_linear,
+    linear_residual,
+    patch_merging,
+    relative_position_index,
+    window_attention,
+    window_attention_weights,
+)
+
+from ..layers import drop_path
+
+
+@dataclass(frozen=True)
+class SwinBlockSpec:
+    """What the computation of a block needs beside its weights.
+
+    Attributes:
+        num_heads: attention heads.
+        geometry: windows, shift, and whether the roll comes before the padding (timm).
+        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
+        eps: of both norms.
+        activation: of the MLP.
+        drop_path: stochastic depth of the attention branch.
+        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
+        dropout: of both branches.
+        attention_dropout: of the attention weights.
+    """
+
+    num_heads: int
+    geometry: WindowGeometry
+    clamp_shift: bool = False
+    eps: float = 1e-5
+    activation: str = "gelu"
+    drop_path: float = 0.0
+    mlp_drop_path: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def geometry_for(self, height: int, width: int) -> WindowGeometry:
+        """The windows of a map of height x width tokens."""
+        if not self.clamp_shift:
+            return self.geometry
+        (h, w), (shift_h, shift_w), roll_first = self.geometry
+        return WindowGeometry(
+            (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
+        )
+
+
+class SwinBlockWeights(NamedTuple):
+    """Tensors of a block: C channels, N tokens per window, F hidden channels."""
+
+    norm1_weight: Tensor  # [C]
+    norm1_bias: Tensor  # [C]
+    qkv_weight: Tensor  # [3C, C]
+    qkv_bias: Tensor | None  # [3C]
+    relative_position_bias: Tensor  # [num_heads, N, N]
+    proj_weight: Tensor  # [C, C]
+    proj_bias: Tensor | None  # [C]
+    norm2_weight: Tensor  # [C]
+    norm2_bias: Tensor  # [C]
+    fc1_weight: Tensor  # [F, C]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [C, F]
+    fc2_bias: Tensor  # [C]
+
+
+def swin_block(
+    x: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """One block: window attention and MLP, each with its norm and residual.
+
+    Args:
+        x: [B, H, W, C].
+        spec: semantics of the block.
+        weights: its tensors.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights appended, if it is a list.
+
+    Returns:
+        [B, H, W, C].
+    """
+    qkv = layer_norm_linear(
+        x,
+        weights.norm1_weight,
+        weights.norm1_bias,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        eps=spec.eps,
+    )
+    attend = {
+        "num_heads": spec.num_heads,
+        "geometry": spec.geometry_for(x.shape[1], x.shape[2]),
+        "dropout_p": spec.attention_dropout if training else 0.0,
+    }
+    if attentions is None:
+        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
+    else:
+        y, attention = window_attention_weights(
+            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
+        )
+        attentions.append(attention)
+    x = _add_branch(
+        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
+    )
+    y = layer_norm_linear(
+        x,
+        weights.norm2_weight,
+        weights.norm2_bias,
+        weights.fc1_weight,
+        weights.fc1_bias,
+        eps=spec.eps,
+        activation=spec.activation,
+    )
+    return _add_branch(
+        x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
+    )
+
+
+def _add_branch(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    path_rate: float,
+    training: bool,
+) -> Tensor:
+    if not training or (dropout == 0.0 and path_rate == 0.0):
+        return linear_residual(x, weight, bias, residual)
+    branch = F.dropout(F.linear(x, weight, bias), dropout)
+    return residual + drop_path(branch, path_rate, training)
+
+
+def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """[(2h - 1) * (2w - 1), num_heads] table to the [num_heads, N, N] bias of a window."""
+    tokens = window[0] * window[1]
+    bias = table[relative_position_index(window, table.device)]
+    return bias.view(tokens, tokens, -1).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class SwinStage:
+    """A stage as the computation sees it, whoever owns its parameters.
+
+    Attributes:
+        downsample: norm weight [4C], norm bias [4C], reduction [2C, 4C] applied on entry, or None.
+        blocks: semantics of each block and a function that reads its weights.
+    """
+
+    downsample: tuple[Tensor, Tensor, Tensor] | None
+    blocks: Sequence[tuple[SwinBlockSpec, Callable[[], SwinBlockWeights]]]
+
+
+def swin_stage(
+    x: Tensor,
+    stage: SwinStage,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+    run_block: Callable[..., Tensor] = lambda block, x: block(x),
+) -> Tensor:
+    """Downsamples and runs the blocks of a stage.
+
+    Args:
+        x: [B, H, W, C], the output of the stage before.
+        stage: its semantics and weights.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights of the last block appended, if it is a list.
+        run_block: calls a block; a place for gradient checkpointing.
+
+    Returns:
+        [B, h, w, C'].
+    """
+    if stage.downsample is not None:
+        x = patch_merging(x, *stage.downsample)
+    for index, (spec, weights) in enumerate(stage.blocks):
+        collect = attentions if index == len(stage.blocks) - 1 else None
+
+        def block(x: Tensor, spec=spec, weights=weights, collect=collect) -> Tensor:
+            return swin_block(x, spec, weights(), training, collect)
+
+        x = run_block(block, x)
+    return x
