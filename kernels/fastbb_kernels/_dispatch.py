@@ -20,9 +20,7 @@ def use_impl(impl: Impl) -> Iterator[None]:
             "triton" raises the reason where Triton cannot run the call.
     """
     global _default
-    if impl not in get_args(Impl):
-        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
-    previous, _default = _default, impl
+    previous, _default = _default, _check(impl)
     try:
         yield
     finally:
@@ -38,12 +36,19 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None) -> bool:
         unsupported: why Triton cannot run this call, or None.
 
     Raises:
+        ValueError: there is no such implementation.
         NotImplementedError: "triton" was asked for and cannot run; the message says why.
     """
-    impl = impl or _default
+    impl = _default if impl is None else _check(impl)
     if impl == "triton" and unsupported:
         raise NotImplementedError(f"{op}: impl='triton' cannot run this call: {unsupported}")
     return impl != "eager" and unsupported is None
+
+
+def _check(impl: Impl) -> Impl:
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {get_args(Impl)}, got {impl!r}")
+    return impl
 
 
 def eager_only(op: str, impl: Impl | None) -> None:

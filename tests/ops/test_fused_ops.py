@@ -1,0 +1,203 @@
+"""The ops around attention and convolution against the modules of upstream they stand for."""
+
+import pytest
+import torch
+from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from torch import nn
+
+import fastbb_kernels
+from fastbb_kernels import (
+    conv_bn_act,
+    layer_norm_linear,
+    layer_norm_nchw,
+    linear_residual,
+    patch_embed,
+    patch_merging,
+)
+
+DTYPES = [torch.float64, torch.float16, torch.bfloat16]
+
+
+def randomize(module):
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if "running_var" in name:
+            nn.init.uniform_(tensor, 0.5, 1.5)
+        elif tensor.is_floating_point():
+            nn.init.normal_(tensor, std=0.5)
+    return module.eval()
+
+
+def assert_holds(op, module, x, weights_of, dtype):
+    """Our op on a module's weights in `dtype` against the module, exact and in that dtype."""
+    exact = module.double()(x.double())
+    low = module.to(dtype)
+    got = op(x.to(dtype), *weights_of(low))
+    if dtype is torch.float64:
+        assert_equals_upstream(got, exact, rel=1e-12)
+    else:
+        assert_as_accurate_as_eager("y", got, low(x.to(dtype)), exact)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 24), (1, 24), (0, 7, 7, 24)], ids=str)
+def test_layer_norm_linear(shape, activation, dtype):
+    act = nn.GELU() if activation else nn.Identity()
+    module = randomize(nn.Sequential(nn.LayerNorm(24, eps=1e-3), nn.Linear(24, 40), act))
+
+    def op(x, *weights):
+        return layer_norm_linear(x, *weights, eps=1e-3, activation=activation)
+
+    def weights_of(m):
+        return m[0].weight, m[0].bias, m[1].weight, m[1].bias
+
+    assert_holds(op, module, torch.randn(shape) * 2 + 1, weights_of, dtype)
+
+
+@torch.no_grad()
+def test_linear_residual():
+    linear, x, residual = nn.Linear(24, 40), torch.randn(2, 3, 24), torch.randn(2, 3, 40)
+    y = linear_residual(x, linear.weight, linear.bias, residual)
+    assert_equals_upstream(y, residual + linear(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 7), (1, 1)], ids=str)
+def test_patch_merging(size, dtype):
+    from timm.models.swin_transformer import PatchMerging
+
+    def weights_of(m):
+        return m.norm.weight, m.norm.bias, m.reduction.weight
+
+    x = torch.randn(2, *size, 12)
+    assert_holds(patch_merging, randomize(PatchMerging(12)), x, weights_of, dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(8, 12), (9, 15), (4, 4)], ids=str)
+def test_patch_embed(size, dtype):
+    from torchvision.ops.misc import Permute
+
+    module = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), Permute([0, 2, 3, 1]), nn.LayerNorm(16))
+
+    def weights_of(m):
+        return m[0].weight, m[0].bias, m[2].weight, m[2].bias
+
+    assert_holds(patch_embed, randomize(module), torch.randn(2, 3, *size), weights_of, dtype)
+
+
+@torch.no_grad()
+def test_layer_norm_nchw():
+    norm, x = randomize(nn.LayerNorm(12, eps=1e-3)), torch.randn(2, 5, 3, 12)
+    y = layer_norm_nchw(x, norm.weight, norm.bias, eps=1e-3)
+    assert_equals_upstream(y, norm(x).permute(0, 3, 1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        {"kernel_size": 1},
+        {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 1, "stride": 2},
+        {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
+        {"kernel_size": 7, "padding": 3, "stride": 2, "bias": True},
+    ],
+    ids=["1x1", "1x1-stride2", "3x3-stride2", "3x3-dilated-grouped", "7x7-bias"],
+)
+def test_conv_bn_act(conv, with_residual, dtype):
+    class Reference(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 16, **{"bias": False, **conv})
+            self.bn = nn.BatchNorm2d(16, eps=1e-3)
+
+        def forward(self, x):
+            y = self.bn(self.conv(x))
+            return torch.relu(y + residual.to(y.dtype) if with_residual else y)
+
+    module = randomize(Reference())
+    x = torch.randn(2, 8, 11, 9)
+    residual = torch.randn_like(module.conv(x))
+    untouched = residual.clone()
+
+    def op(x, conv, bn):
+        return conv_bn_act(
+            x,
+            conv.weight,
+            conv.bias,
+            bn.running_mean,
+            bn.running_var,
+            bn.weight,
+            bn.bias,
+            eps=bn.eps,
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            residual=residual.to(x.dtype) if with_residual else None,
+            activation="relu",
+        )
+
+    assert_holds(op, module, x, lambda m: (m.conv, m.bn), dtype)
+    assert torch.equal(residual, untouched)
+
+
+def test_gradients_flow_through_conv_bn_act():
+    conv, bn = nn.Conv2d(3, 4, 3), randomize(nn.BatchNorm2d(4))
+    x, residual = torch.randn(2, 3, 7, 7), torch.randn(2, 4, 5, 5, requires_grad=True)
+
+    def ours():
+        return conv_bn_act(
+            x, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+            residual=residual, activation="relu",
+        )  # fmt: skip
+
+    def theirs():
+        return torch.relu(bn(conv(x)) + residual)
+
+    leaves = [*conv.parameters(), *bn.parameters(), residual]
+    got = torch.autograd.grad(ours().square().sum(), leaves)
+    want = torch.autograd.grad(theirs().square().sum(), leaves)
+    assert_equals_upstream(got, want)
+
+
+def test_every_activation_is_torchs():
+    x = torch.randn(50)
+    modules = {
+        "gelu": nn.GELU(),
+        "gelu_new": nn.GELU("tanh"),
+        "gelu_pytorch_tanh": nn.GELU("tanh"),
+        "relu": nn.ReLU(),
+        "silu": nn.SiLU(),
+        "swish": nn.SiLU(),
+        "hardswish": nn.Hardswish(),
+    }
+    assert modules.keys() == fastbb_kernels.ACTIVATIONS.keys()
+    for name, module in modules.items():
+        assert torch.equal(fastbb_kernels.ACTIVATIONS[name](x), module(x)), name
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (layer_norm_linear, [(2, 8), (8,), (8,), (4, 8), (4,)]),
+        (linear_residual, [(2, 8), (4, 8), (4,), (2, 4)]),
+        (patch_merging, [(1, 2, 2, 4), (16,), (16,), (8, 16)]),
+        (patch_embed, [(1, 3, 8, 8), (4, 3, 4, 4), (4,), (4,), (4,)]),
+        (layer_norm_nchw, [(1, 2, 2, 4), (4,), (4,)]),
+        (conv_bn_act, [(1, 3, 8, 8), (4, 3, 1, 1), (4,), (4,), (4,), (4,), (4,)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_ops_compile_and_refuse_triton_with_a_reason(op, arguments):
+    tensors = [torch.rand(shape) for shape in arguments]
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_equals_upstream(compiled(*tensors), op(*tensors))
+    with pytest.raises(NotImplementedError, match=f"{op.__name__}: impl='triton' cannot run"):
+        op(*tensors, impl="triton")
