@@ -269,8 +269,8 @@ class Backbone(BackboneMixin, nn.Module):
 
     def _check_input(self, pixel_values: Any) -> None:
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
-            got = list(pixel_values.shape) if isinstance(pixel_values, Tensor) else pixel_values
-            got = got if isinstance(got, list) else type(got).__name__
+            is_tensor = isinstance(pixel_values, Tensor)
+            got = list(pixel_values.shape) if is_tensor else type(pixel_values).__name__
             raise ValueError(
                 f"pixel_values must be a tensor [batch, channels, height, width], got {got}; "
                 "AutoImageProcessor makes one from images, and `x[None]` from a single one"
@@ -278,8 +278,8 @@ class Backbone(BackboneMixin, nn.Module):
         _, channels, height, width = pixel_values.shape
         if channels != self.config.num_channels:
             raise ValueError(
-                "Make sure that the channel dimension of the pixel values match with the one set in the "
-                f"configuration. Expected {self.config.num_channels} channels in dimension 1, "
+                "Make sure that the channel dimension of the pixel values match with the one set "
+                f"in the configuration. Expected {self.config.num_channels} channels in dimension 1, "
                 f"got pixel_values of shape {list(pixel_values.shape)}."
             )
         if height == 0 or width == 0:

@@ -224,13 +224,13 @@ class ImageProcessor:
         return resized
 
     def _arithmetic(self, values: np.ndarray) -> np.ndarray:
-        """Rescales and normalises [..., 3] values: the reference's operations, in its order."""
+        """Rescales and normalises [..., 3] values: transformers' operations, in its order.
+
+        For 8-bit values and 1/255 the first is timm's fp32 division by 255 too, to the bit.
+        """
         spec = self.spec
         if spec.rescale_factor is not None:
-            if spec.reference == "timm":
-                values = values.astype(np.float32) / np.float32(255)
-            else:
-                values = (values.astype(np.float64) * spec.rescale_factor).astype(np.float32)
+            values = (values.astype(np.float64) * spec.rescale_factor).astype(np.float32)
         if spec.image_mean is not None:
             if values.dtype.kind != "f":
                 values = values.astype(np.float32)

@@ -36,7 +36,7 @@ class ImageProcessorSpec:
         resample: Pillow's filter, in lower case.
         crop_size: centre crop; what lies outside the image is `crop_fill`.
         crop_fill: RGB, 0..255.
-        rescale_factor: pixel values are multiplied by it (timm: divided by 255).
+        rescale_factor: pixel values are multiplied by it.
         image_mean: per channel, subtracted after the rescale.
         image_std: per channel, divided by after the mean.
         do_pad: pad with zeros at the bottom and right, to `pad_size` or else the batch's maximum.
@@ -227,7 +227,6 @@ _BASE = {
     "do_normalize": True,
 }
 _BY_EDGE = _BASE | {"default_to_square": False}
-_COCO = _BY_EDGE | _IMAGENET | {"size": {"shortest_edge": 800, "longest_edge": 1333}}
 # class attributes of transformers' processors, one entry per kind of behaviour
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "vit": _BASE | _HALF | {"resample": 2, "size": {"height": 224, "width": 224}},
@@ -239,8 +238,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | _CLIP
     | {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224}
     | {"do_convert_rgb": True},
-    "detr": _COCO | {"resample": 2},
-    "maskformer": _COCO | {"resample": 2, "size_divisor": 32},
+    "detr": _BASE | _IMAGENET | {"resample": 2},
+    "maskformer": _BASE | _IMAGENET | {"resample": 2, "size_divisor": 32},
 }
 _KINDS = {
     "ViTImageProcessor": "vit",
@@ -355,12 +354,10 @@ def _edges_to_resize_to(kind: str, values: Mapping[str, Any]) -> dict[str, int]:
     """The size that is asked for, with the `max_size` that old files have beside it."""
     if kind not in ("detr", "maskformer"):
         return _edges("size", _needed("size", values), bool(values["default_to_square"]))
-    size = values["size"]
-    longest = values.get("max_size", 1333 if kind == "detr" else None)
-    if size is None or size is _DEFAULTS[kind]["size"]:
+    size, longest = values.get("size"), values.get("max_size", 1333 if kind == "detr" else None)
+    if size is None:
         size = 800
-        if kind == "detr" or longest is None:
-            longest = 1333
+        longest = 1333 if kind == "detr" or longest is None else longest
     edges = _edges("size", size, False, longest)
     if set(edges) == {"shortest_edge"}:
         raise ValueError(f"this processor's size needs 'longest_edge' too, got {size!r}")

@@ -32,9 +32,9 @@ def check_untouched(backbone: nn.Module) -> None:
             (LoRA, quantized layers).
     """
     for name, module in backbone.named_modules():
-        if module is backbone:
-            continue
-        if module._forward_hooks or module._forward_pre_hooks:
+        if module is backbone or ".parametrizations." in name:
+            continue  # the weight that is read has passed its parametrizations
+        if has_hooks(module):
             raise ValueError(
                 f"{type(backbone).__name__} computes from its parameters, so the forward hooks of "
                 f"{name!r} would never run: remove them, or hook the whole backbone"
@@ -45,6 +45,11 @@ def check_untouched(backbone: nn.Module) -> None:
                 f"{type(module).__name__} put in place of {name!r} would be passed over: "
                 "merge adapters into the weights first"
             )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see or change what passes through a module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 _KNOWN_FORWARDS = {

@@ -131,20 +131,25 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     Windows and shifts are those of the size the model was built for, and the roll comes before the
     padding, as in timm. Stage 0 is the first stage.
     """
-    from timm.models.swin_transformer import SwinTransformerStage
+    from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
 
     embed, *stages = features.children()
     if not stages or not all(type(stage) is SwinTransformerStage for stage in stages):
         return None
     proj, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
     blocks = [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
-    plain = (
-        type(proj) is nn.Conv2d
-        and type(norm) is nn.LayerNorm
-        and all(type(block.norm1) is nn.LayerNorm for block in blocks)
-        and all(type(block.mlp.act) is nn.GELU for block in blocks)
-    )
-    if not plain:
+    wanted: list[tuple[Any, type]] = [(proj, nn.Conv2d), (norm, nn.LayerNorm)]
+    for block in blocks:
+        linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        wanted += [(linear, nn.Linear) for linear in linears]
+        wanted += [
+            (block.norm1, nn.LayerNorm),
+            (block.norm2, nn.LayerNorm),
+            (block.mlp.act, nn.GELU),
+        ]
+    for merging in [s.downsample for s in stages if type(s.downsample) is PatchMerging]:
+        wanted += [(merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)]
+    if any(type(module) is not expected for module, expected in wanted):
         return None
 
     def forward(pixel_values: Tensor, last: int) -> list[Tensor]:

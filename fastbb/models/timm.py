@@ -19,6 +19,7 @@ from ..backbone import Backbone, BackboneType, as_dtype
 from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..hub import HubOptions, TimmSource, find_file, timm_source
+from ..layers import has_hooks
 from ..registry import FAMILIES, Family, StagesForward, register
 
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -176,6 +177,8 @@ class TimmBackbone(Backbone):
 
     def native_forward(self) -> StagesForward | None:
         """The forward of a native family over timm's parameters, or None."""
+        if any(has_hooks(module) for module in self._backbone.modules()):
+            return None  # they only run in timm's own forward
         for family in FAMILIES:
             forward = family.timm_forward(self._backbone) if family.timm_forward else None
             if forward is not None:
@@ -321,7 +324,7 @@ def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneCo
 def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
     """timm's features-only module with all its stages, taking any image size where timm can."""
     import timm
-    from timm.utils import freeze_batch_norm_2d
+    from timm.utils.model import freeze_batch_norm_2d
 
     name = str(config.backbone)
     if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
