@@ -279,8 +279,8 @@ class Backbone(BackboneMixin, nn.Module):
         if channels != self.config.num_channels:
             raise ValueError(
                 "Make sure that the channel dimension of the pixel values match with the one set "
-                f"in the configuration. Expected {self.config.num_channels} channels in dimension 1, "
-                f"got pixel_values of shape {list(pixel_values.shape)}."
+                f"in the configuration. Expected {self.config.num_channels} channels in "
+                f"dimension 1, got pixel_values of shape {list(pixel_values.shape)}."
             )
         if height == 0 or width == 0:
             raise ValueError(f"pixel_values must have pixels, got shape {list(pixel_values.shape)}")

@@ -130,7 +130,7 @@ def test_unsupported_model_type_lists_what_is_supported(tmp_path):
 
 def test_wrong_configuration_class():
     with pytest.raises(ValueError, match="SwinBackbone needs a SwinConfig, got ResNetConfig"):
-        SwinBackbone(ResNetConfig(**RESNET))
+        SwinBackbone.from_config(ResNetConfig(**RESNET))
     with pytest.raises(OSError, match="AutoBackbone is designed to be instantiated using"):
         AutoBackbone()
     with pytest.raises(ValueError, match="takes dtype and attn_implementation, got .'depths'"):

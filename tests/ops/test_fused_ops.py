@@ -150,11 +150,12 @@ def test_conv_bn_act(conv, with_residual, dtype):
 
 def test_gradients_flow_through_conv_bn_act():
     conv, bn = nn.Conv2d(3, 4, 3), randomize(nn.BatchNorm2d(4))
+    mean, var = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
     x, residual = torch.randn(2, 3, 7, 7), torch.randn(2, 4, 5, 5, requires_grad=True)
 
     def ours():
         return conv_bn_act(
-            x, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+            x, conv.weight, conv.bias, mean, var, bn.weight, bn.bias,
             residual=residual, activation="relu",
         )  # fmt: skip
 

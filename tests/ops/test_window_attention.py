@@ -47,7 +47,7 @@ def inputs_of(attention, x, window=7):
 def test_pads_then_rolls_as_torchvision(size, shift):
     attention, x = torchvision_attention(shift=shift), torch.randn(2, *size, C).double()
     # torchvision does not shift along an axis that one window covers: that is the caller's choice
-    shifts = tuple(shift if side > 7 else 0 for side in size)
+    shifts = (shift if size[0] > 7 else 0, shift if size[1] > 7 else 0)
     y = window_attention(
         *inputs_of(attention, x), num_heads=HEADS, geometry=WindowGeometry((7, 7), shifts)
     )
