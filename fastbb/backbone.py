@@ -178,12 +178,7 @@ class Backbone(BackboneMixin, nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        if not isinstance(config, self.config_class):
-            raise ValueError(
-                f"{type(self).__name__} needs a {self.config_class.__name__}, "
-                f"got {type(config).__name__}; AutoBackbone.from_config chooses the class by itself"
-            )
-        self.config = config
+        self.config = self.own_config(config)
         self.gradient_checkpointing = False
         self._checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
@@ -359,9 +354,32 @@ class Backbone(BackboneMixin, nn.Module):
         return self.state_dict()
 
     @classmethod
+    def own_config(cls, config: Any) -> Any:
+        """The configuration itself, or transformers' one of the same `model_type` as ours.
+
+        Raises:
+            ValueError: it is another family's.
+        """
+        if isinstance(config, cls.config_class):
+            return config
+        own = cls.config_classes().get(getattr(config, "model_type", ""))
+        if own is None or isinstance(config, BackboneConfig):
+            raise ValueError(
+                f"{cls.__name__} needs a {cls.config_class.__name__}, "
+                f"got {type(config).__name__}; AutoBackbone.from_config chooses the class by itself"
+            )
+        return own.from_dict(config.to_dict())
+
+    @classmethod
+    def config_classes(cls) -> dict[str, type[BackboneConfig]]:
+        """Configurations by `model_type`; one with other semantics is a subclass with its own."""
+        return {c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())}
+
+    @classmethod
     def from_config(cls: type[Module], config: BackboneConfig) -> Module:
         """A backbone with random weights; the configuration is copied."""
-        return cls(type(config).from_dict(config.to_dict()))
+        own = cls.own_config(config)
+        return cls(type(own).from_dict(own.to_dict()))
 
     @classmethod
     def from_pretrained(
@@ -400,12 +418,10 @@ class Backbone(BackboneMixin, nn.Module):
             ValueError: the weights do not fit, or the configuration is another model's.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
+        own: BackboneConfig
         if config is None:
             values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
-            # a configuration with other semantics is a subclass with a model_type of its own
-            known = {
-                c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())
-            }
+            known = cls.config_classes()
             model_type = values.get("model_type")
             if model_type not in known:
                 raise ValueError(
@@ -413,11 +429,12 @@ class Backbone(BackboneMixin, nn.Module):
                     f"{str(pretrained_model_name_or_path)!r} is {model_type!r}; "
                     "AutoBackbone.from_pretrained chooses the class by itself"
                 )
-            config = known[model_type].from_dict(values, **overrides)
-        elif overrides:
-            config = type(config).from_dict(config.to_dict(), **overrides)
+            own = known[model_type].from_dict(values, **overrides)
+        else:
+            own = cls.own_config(config)
+            own = type(own).from_dict(own.to_dict(), **overrides)
         backbone, info = cls.from_state_dict(
-            config,
+            own,
             read_state_dict(pretrained_model_name_or_path, hub),
             name=str(pretrained_model_name_or_path),
             dtype=dtype,

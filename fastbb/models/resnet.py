@@ -162,6 +162,7 @@ class ResNetBackbone(Backbone):
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
+        config = self.config  # ours, where transformers' came
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.embedding_size, *config.hidden_sizes]
         self.embedder = _Embedder(config)

@@ -293,6 +293,7 @@ class SwinBackbone(Backbone):
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__(config)
+        config = self.config  # ours, where transformers' came
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.embed_dim] + [
             config.stage_channels(stage) for stage in range(len(config.depths))

@@ -126,6 +126,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, config: TimmBackboneConfig, *, native: bool = True) -> None:
         super().__init__(config)
+        config = self.config  # ours, where transformers' came
         if config.backbone is None:
             raise ValueError(
                 "backbone is not set in the config. Please set it to a timm model name."
@@ -324,7 +325,7 @@ def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneCo
 def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
     """timm's features-only module with all its stages, taking any image size where timm can."""
     import timm
-    from timm.utils.model import freeze_batch_norm_2d
+    from timm.layers import freeze_batch_norm_2d
 
     name = str(config.backbone)
     if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
