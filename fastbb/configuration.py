@@ -279,5 +279,5 @@ def check_size(name: str, value: Any) -> int | list[int]:
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     """`value`, one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name}={value} is not one of {','.join(choices)}")
     return value

@@ -325,7 +325,7 @@ def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneCo
 def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
     """timm's features-only module with all its stages, taking any image size where timm can."""
     import timm
-    from timm.layers import freeze_batch_norm_2d
+    from timm.layers.norm_act import freeze_batch_norm_2d
 
     name = str(config.backbone)
     if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
