@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from .auto import AutoBackbone, AutoConfig, list_backbones
     from .backbone import BackboneMixin, BackboneOutput
     from .configuration import BackboneConfigMixin
-    from .extract import FeatureExtractor, extract, open_features
+    from .extraction import FeatureExtractor, extract, open_features
     from .image_processing import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
@@ -39,7 +39,7 @@ _MODULES = {
     "auto": ("AutoBackbone", "AutoConfig", "list_backbones"),
     "backbone": ("BackboneMixin", "BackboneOutput"),
     "configuration": ("BackboneConfigMixin",),
-    "extract": ("FeatureExtractor", "extract", "open_features"),
+    "extraction": ("FeatureExtractor", "extract", "open_features"),
     "image_processing": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),

@@ -179,7 +179,7 @@ class AutoBackbone:
                 config.set_output_features_output_indices(
                     out_features, None if out_indices is None else list(out_indices)
                 )
-                what = f"torchvision {name}"
+                what = f"torchvision {name}, by transformers' names of its tensors,"
                 backbone, _ = family.backbone.from_state_dict(
                     config, state, name=what, dtype=dtype, device=device
                 )

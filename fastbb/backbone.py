@@ -7,12 +7,14 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
@@ -303,8 +305,6 @@ class Backbone(BackboneMixin, nn.Module):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    # --- gradient checkpointing ---
-
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
@@ -327,12 +327,16 @@ class Backbone(BackboneMixin, nn.Module):
     def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
         """Runs a part of the forward pass, checkpointed where that is on."""
         if self.gradient_checkpointing and self.training:
-            result = checkpoint(block, *args, **self._checkpoint_options)
+            options = self._checkpoint_options
+            if not options["use_reentrant"]:
+                options = {"context_fn": self._recompute_contexts, **options}
+            result = checkpoint(block, *args, **options)
             assert isinstance(result, Tensor)
             return result
         return block(*args)
 
-    # --- weights ---
+    def _recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _without_counting(self)
 
     @classmethod
     def from_checkpoint_names(
@@ -502,6 +506,24 @@ class Backbone(BackboneMixin, nn.Module):
         config.dtype = str(self.dtype).removeprefix("torch.")
         save_state_dict(self.to_checkpoint_names(), Path(save_directory))
         config.save_pretrained(save_directory)
+
+
+@contextmanager
+def _without_counting(module: nn.Module) -> Iterator[None]:
+    """Batch norms normalize as in training but leave their running statistics as they are.
+
+    Recomputation sees a batch a second time. The statistics must still be passed to the op, which
+    saves them for the backward as it did in the first forward.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

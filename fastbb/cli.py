@@ -65,7 +65,12 @@ def main() -> None:
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
-@click.option("--size", type=_Size(), help="Resize every image to this instead of the model's own.")
+@click.option(
+    "--size",
+    type=_Size(),
+    metavar="HxW",
+    help="Resize every image to this instead of the model's own.",
+)
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
@@ -91,7 +96,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
     if model is None:
         click.echo(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model", err=True)
     with _exit_codes():
-        from .extract import extract as run
+        from .extraction import extract as run
 
         warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
         report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
@@ -104,7 +109,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 def show(directory: str) -> None:
     """Shows what a features directory holds: plan, rows, failures, speed."""
     with _exit_codes():
-        from .extract import open_features
+        from .extraction import open_features
 
         click.echo(open_features(directory).describe())
 
@@ -136,7 +141,9 @@ def list_models(filter: str) -> None:
     show_default=True,
     help="The picture to write.",
 )
-@click.option("--size", type=_Size(), help="What the model sees.  [default: the image's shape]")
+@click.option(
+    "--size", type=_Size(), metavar="HxW", help="What the model sees.  [default: the image's shape]"
+)
 def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None:
     """Draws what every stage of a model makes of an image."""
     with _exit_codes():
@@ -149,7 +156,7 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
 def _exit_codes() -> Iterator[None]:
     """Turns the library's errors into one line and an exit code."""
     try:
-        from .extract import ExtractionError
+        from .extraction import ExtractionError
 
         try:
             yield

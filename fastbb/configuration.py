@@ -259,21 +259,20 @@ def check_boolean(name: str, value: Any) -> bool:
     return value
 
 
-def check_integers(name: str, value: Any, length: int | None = None) -> list[int]:
-    """`value` as a list of positive integers, of `length` if given."""
-    if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
-        wanted = "a list of integers" if length is None else f"a list of {length} integers"
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+def check_integers(name: str, value: Any, at_least: int = 1) -> list[int]:
+    """`value` as a list of positive integers; transformers takes more of them than stages too."""
+    if not isinstance(value, (list, tuple)) or len(value) < at_least:
+        raise ValueError(f"{name} must be a list of {at_least} integers, got {value!r}")
     return [check_integer(name, item) for item in value]
 
 
 def check_size(name: str, value: Any) -> int | list[int]:
     """`value`, one integer for both sides or two for (height, width)."""
-    return (
-        check_integers(name, value, 2)
-        if isinstance(value, (list, tuple))
-        else check_integer(name, value)
-    )
+    if not isinstance(value, (list, tuple)):
+        return check_integer(name, value)
+    if len(value) != 2:
+        raise ValueError(f"{name} must be one integer or (height, width), got {value!r}")
+    return check_integers(name, value)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .auto import AutoBackbone
+from .image_processing import AutoImageProcessor, ImageProcessor
+
 _PAPER = (22, 24, 29)
 _INK = (235, 237, 240)
 _FAINT_INK = (142, 148, 160)
@@ -20,6 +23,7 @@ _GAP_PX = 14
 _MARGIN_PX = 32
 _TITLE_PX = 22
 _LABEL_PX = 18
+_MAX_COLUMNS = 6
 
 # sizes of `view`: what fills a tile at a stride of 4, and a multiple of the usual deepest stride
 _LONG_EDGE_PX = 448
@@ -35,6 +39,8 @@ def contact_sheet(
 ) -> Image.Image:
     """Draws one row per image: the image, then a picture of each of its feature maps.
 
+    More than five maps go on below, under captions of their own.
+
     Colours are comparable within a column: all images of it share directions and scale. Each
     direction points to where the images are lighter, redder and yellower, so the sheet does not
     depend on the arbitrary signs of PCA.
@@ -46,7 +52,7 @@ def contact_sheet(
         title: a line above everything.
 
     Returns:
-        RGB image, about 1,700 pixels wide for four stages of one image.
+        RGB image, 1,800 pixels wide for four stages of one image.
 
     Raises:
         ValueError: counts or sizes that do not match, or a map that is not finite.
@@ -87,10 +93,10 @@ def view(
 
     Returns:
         The path that was written.
-    """
-    from .auto import AutoBackbone
-    from .image_processing import AutoImageProcessor, ImageProcessor
 
+    Raises:
+        ValueError: the model does not run at this size.
+    """
     backbone = AutoBackbone.from_pretrained(model)
     backbone.out_features = [name for name in backbone.stage_names if name != "stem"]
     processor = AutoImageProcessor.from_pretrained(model)
@@ -99,10 +105,24 @@ def view(
     size = size or _view_size(image, processor.output_size)
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     as_it_is = replace(
-        processor.spec, resize=None, size=None, crop_pct=None, crop_size=None, do_pad=False
+        processor.spec,
+        resize=None,
+        size=None,
+        crop_pct=None,
+        crop_size=None,
+        do_pad=False,
+        pad_size=None,
     )
-    with torch.no_grad():
-        maps = backbone(ImageProcessor(as_it_is).process(image)[None]).feature_maps
+    pixel_values = ImageProcessor(as_it_is).process(image)[None]
+    try:
+        with torch.no_grad():
+            maps = backbone(pixel_values.to(backbone.dtype)).feature_maps
+    except (AssertionError, RuntimeError) as error:
+        own = "x".join(map(str, processor.output_size or ("H", "W")))
+        raise ValueError(
+            f"{model} does not run at {size[0]}x{size[1]} ({error}); some models take one size "
+            f"only, choose it with size, such as {own}"
+        ) from error
     title = f"{Path(image_path).name} · {Path(model).name}"
     sheet = contact_sheet(image, maps, backbone.out_features, title=title)
     sheet.save(out_path)
@@ -203,19 +223,25 @@ def _lay_out(
     tile: tuple[int, int],
     title: str,
 ) -> Image.Image:
+    """All columns side by side, or where they are many in several lines of equal length."""
     title_font, label_font = (ImageFont.load_default(size) for size in (_TITLE_PX, _LABEL_PX))
-    header = 2 * _TITLE_PX if title else 0
-    top = _MARGIN_PX + header + 3 * _LABEL_PX
-    grid_width = len(columns) * (tile[0] + _GAP_PX) - _GAP_PX
+    n_lines = ceil(len(columns) / _MAX_COLUMNS)
+    per_line = ceil(len(columns) / n_lines)
+    top = _MARGIN_PX + (2 * _TITLE_PX if title else 0)
+    tiles_top = 3 * _LABEL_PX
+    line_height = tiles_top + len(columns[0]) * (tile[1] + _GAP_PX) + _GAP_PX
+
+    grid_width = per_line * (tile[0] + _GAP_PX) - _GAP_PX
     width = 2 * _MARGIN_PX + max(grid_width, ceil(title_font.getlength(title)))
-    height = top + len(columns[0]) * (tile[1] + _GAP_PX) - _GAP_PX + _MARGIN_PX
+    height = top + n_lines * line_height - 2 * _GAP_PX + _MARGIN_PX
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN_PX, _MARGIN_PX - 4), title, _INK, title_font)
     for i, (column, (name, caption)) in enumerate(zip(columns, captions)):
-        x = _MARGIN_PX + i * (tile[0] + _GAP_PX)
-        draw.text((x, _MARGIN_PX + header), name, _INK, label_font)
-        draw.text((x, _MARGIN_PX + header + 1.25 * _LABEL_PX), caption, _FAINT_INK, label_font)
+        x = _MARGIN_PX + i % per_line * (tile[0] + _GAP_PX)
+        y = top + i // per_line * line_height
+        draw.text((x, y), name, _INK, label_font)
+        draw.text((x, y + 1.25 * _LABEL_PX), caption, _FAINT_INK, label_font)
         for j, picture in enumerate(column):
-            sheet.paste(picture, (x, top + j * (tile[1] + _GAP_PX)))
+            sheet.paste(picture, (x, y + tiles_top + j * (tile[1] + _GAP_PX)))
     return sheet

@@ -20,7 +20,7 @@ LAYERS = [
     {"fastbb.models"},
     {"fastbb.auto"},
     {"fastbb.image_modes", "fastbb.image_spec", "fastbb.image_processing"},
-    {"fastbb.extract"},
+    {"fastbb.extraction"},
     {"fastbb.cli", "fastbb.view"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -130,7 +130,7 @@ class SwinConfig(BackboneConfig):
         self.initializer_range = check_number("initializer_range", initializer_range)
         self.layer_norm_eps = check_number("layer_norm_eps", layer_norm_eps)
         self.encoder_stride = check_integer("encoder_stride", encoder_stride)
-        for stage, heads in enumerate(self.num_heads):
+        for stage, heads in enumerate(self.num_heads[: len(self.depths)]):
             if self.stage_channels(stage) % heads:
                 raise ValueError(
                     f"num_heads must divide the channels of each stage, got {heads} heads for "
@@ -299,12 +299,13 @@ class SwinBackbone(Backbone):
             config.stage_channels(stage) for stage in range(len(config.depths))
         ]
         self.swin = _Swin(config)
+        self._has_stage_norms = not isinstance(config, TorchvisionSwinConfig)
         # one for every stage, so that `out_indices` may change; only the selected ones are saved
+        normed = self.out_feature_channels if self._has_stage_norms else {}
         self.hidden_states_norms = nn.ModuleDict(
-            {name: nn.LayerNorm(channels) for name, channels in self.out_feature_channels.items()}
+            {name: nn.LayerNorm(channels) for name, channels in normed.items()}
         )
         self._specs = _block_specs(config)
-        self._has_stage_norms = not isinstance(config, TorchvisionSwinConfig)
         self._untrained_norms: frozenset[str] = frozenset()
         self.register_load_state_dict_post_hook(_norms_are_optional)
         self._init_weights()
@@ -452,7 +453,7 @@ class SwinBackbone(Backbone):
             name: tensor
             for name, tensor in self.state_dict().items()
             if not name.startswith("hidden_states_norms.")
-            or (self._has_stage_norms and name.split(".")[1] in self._saved_norms())
+            or name.split(".")[1] in self._saved_norms()
         }
         if isinstance(self.config, MaskFormerSwinConfig):
             return self._to_maskformer_names(state)

@@ -19,6 +19,8 @@ from fastbb_kernels import (
 
 from ..layers import drop_path
 
+MERGING_EPS = 1e-5  # of the norm before a reduction, whatever the blocks use
+
 
 @dataclass(frozen=True)
 class SwinBlockSpec:
@@ -185,7 +187,7 @@ def swin_stage(
         [B, h, w, C'].
     """
     if stage.downsample is not None:
-        x = patch_merging(x, *stage.downsample)
+        x = patch_merging(x, *stage.downsample, eps=MERGING_EPS)
     for index, (spec, weights) in enumerate(stage.blocks):
         collect = attentions if index == len(stage.blocks) - 1 else None
 

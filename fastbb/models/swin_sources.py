@@ -11,6 +11,7 @@ from fastbb_kernels import WindowGeometry, patch_embed
 from ..checkpoint import StateDict
 from ..registry import StagesForward
 from .swin_compute import (
+    MERGING_EPS,
     SwinBlockSpec,
     SwinBlockWeights,
     SwinStage,
@@ -147,9 +148,15 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
             (block.norm2, nn.LayerNorm),
             (block.mlp.act, nn.GELU),
         ]
-    for merging in [s.downsample for s in stages if type(s.downsample) is PatchMerging]:
+    mergings = [s.downsample for s in stages if type(s.downsample) is PatchMerging]
+    for merging in mergings:
         wanted += [(merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)]
     if any(type(module) is not expected for module, expected in wanted):
+        return None
+    # our block has one eps, and our merging that of every published Swin
+    if any(block.norm1.eps != block.norm2.eps for block in blocks):
+        return None
+    if any(merging.norm.eps != MERGING_EPS for merging in mergings):
         return None
 
     def forward(pixel_values: Tensor, last: int) -> list[Tensor]:

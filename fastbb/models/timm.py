@@ -119,7 +119,6 @@ class TimmBackbone(Backbone):
 
     config_class = TimmBackboneConfig
     config: TimmBackboneConfig
-    has_attentions = False
     optional_weights = ("*.num_batches_tracked",)
     unused_weights = ("*relative_position_index", "*.attn_mask")
     _backbone_type = BackboneType.TIMM
@@ -160,6 +159,8 @@ class TimmBackbone(Backbone):
         attentions: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
+        if attentions is not None:
+            raise ValueError("Cannot output attentions for timm backbones at the moment")
         if not wanted:
             return {}
         indices = [self.stage_names.index(name) for name in wanted]

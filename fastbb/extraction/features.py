@@ -1,0 +1,164 @@
+"""The features directory, read back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .decode import RowError
+from .store import FORMAT, canonical_json, file_name, read_commit, read_plan, totals
+
+_N_ERRORS_SHOWN = 10
+
+
+class Features:
+    """A features directory, read only: the rows of its committed shards.
+
+    Args:
+        directory: what an extraction wrote to.
+
+    Attributes:
+        plan: everything that decided the values.
+        complete: whether every shard is committed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        path = self.directory / "plan.json"
+        if not path.exists():
+            raise FileNotFoundError(f"{self.directory} is no features directory: no plan.json")
+        self.plan = read_plan(path)
+        if self.plan["format"] != FORMAT:
+            raise ValueError(
+                f"{path}: format {FORMAT} is read, got {self.plan['format']}; upgrade fastbb"
+            )
+        identity = hashlib.sha256(canonical_json(self.plan)).hexdigest()
+        n_shards = len(self.plan["rows_sha256"])
+        commits = (read_commit(self.directory, shard, identity) for shard in range(n_shards))
+        self._commits = [commit for commit in commits if commit is not None]
+        self.complete = len(self._commits) == n_shards
+
+    def __len__(self) -> int:
+        """Number of rows that have features."""
+        return sum(commit["ok"] for commit in self._commits)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the features, such as "pooled" or "maps.stage4"."""
+        return tuple(self.plan["outputs"])
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """Ids of the rows that have features, in the order of the input."""
+        return [row["id"] for row in self._index() if row["status"] == "ok"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The features [n, ...] of the rows in `ids`; one shard is mapped, several are read."""
+        parts = [tensors[name] for _, tensors in self.iter_shards([name])]
+        if len(parts) == 1:
+            return parts[0]
+        output = self.plan["outputs"][name]
+        empty = torch.empty(0, *output["shape"], dtype=getattr(torch, output["dtype"]))
+        return torch.cat([empty, *parts])
+
+    def iter_shards(
+        self, names: Sequence[str] | None = None
+    ) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+        """Yields ids and features [n, ...] shard by shard, for what does not fit into memory.
+
+        Args:
+            names: which features; default: all.
+
+        Raises:
+            KeyError: there are no such features.
+        """
+        names = self.names if names is None else names
+        for name in names:
+            if name not in self.names:
+                raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
+        for commit in self._commits:
+            path = self.directory / file_name("features", commit["shard"])
+            ids = [row["id"] for row in self._shard_index(commit) if row["status"] == "ok"]
+            with safe_open(path, framework="pt") as file:
+                yield ids, {name: file.get_tensor(name) for name in names}
+
+    def errors(self) -> list[RowError]:
+        """The rows that have no features, in the order of the input."""
+        return list(self._errors())
+
+    def describe(self) -> str:
+        """What is in the directory, as some lines of text for a person."""
+        plan, model, pixels = self.plan, self.plan["model"], self.plan["preprocessing"]
+        counts, speed = totals(self._commits), self._images_per_s()
+        state = "complete" if self.complete else "not finished, the same command again goes on"
+        outputs = (f"{name} {o['shape']} {o['dtype']}" for name, o in plan["outputs"].items())
+        lines = [
+            f"features  {self.directory}: {state}",
+            f"model     {model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})",
+            f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
+            f"{pixels['size']}, crop {pixels['crop_size']}",
+            f"run       {plan['precision']} on {plan['device']}, batches of {plan['batch_size']}, "
+            f"torch {plan['versions']['torch']}, fastbb {plan['versions']['fastbb']}",
+            f"outputs   {', '.join(outputs)}",
+            f"rows      {counts['rows']:,} of {plan['rows']:,}, in {counts['shards']:,} of "
+            f"{len(plan['rows_sha256']):,} shards",
+            f"speed     {'unknown' if speed is None else f'{speed:,.1f} images/s'}",
+            f"ok        {counts['ok']:,}",
+            f"failed    {counts['rows'] - counts['ok']:,}",
+        ]
+        lines += [f"  {kind:20} {n:,}" for kind, n in sorted(counts["errors"].items())]
+        for error in itertools.islice(self._errors(), _N_ERRORS_SHOWN):
+            # file names may hold bytes that are no text
+            name = error.id.encode("utf-8", "replace").decode()
+            lines.append(f"  {name}: {error.kind}, {error.message}")
+        if counts["rows"] - counts["ok"] > _N_ERRORS_SHOWN:
+            lines.append("  ...")
+        return "\n".join(lines)
+
+    def _errors(self) -> Iterator[RowError]:
+        for row in self._index():
+            if row["status"] == "error":
+                yield RowError(row["row"], row["id"], row["kind"], row["message"])
+
+    def _index(self) -> Iterator[dict[str, Any]]:
+        for commit in self._commits:
+            yield from self._shard_index(commit)
+
+    def _shard_index(self, commit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        with open(self.directory / file_name("index", commit["shard"]), "rb") as file:
+            yield from map(json.loads, file)
+
+    def _images_per_s(self) -> float | None:
+        """Rows per second over all shards that are logged."""
+        path = self.directory / "run.jsonl"
+        rows, seconds = 0, 0.0
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):  # a line that a crash cut off
+                event = json.loads(line)
+                if event["event"] == "shard":
+                    rows, seconds = rows + event["rows"], seconds + event["seconds"]
+        return rows / seconds if seconds else None
+
+
+def open_features(directory: str | os.PathLike[str]) -> Features:
+    """Opens a features directory for reading.
+
+    Args:
+        directory: what `fastbb extract` or `fastbb.extract` wrote to, finished or not.
+
+    Raises:
+        FileNotFoundError: it is no features directory.
+        ValueError: it was written by a later version.
+    """
+    return Features(directory)

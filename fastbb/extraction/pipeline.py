@@ -1,0 +1,346 @@
+"""Images through a backbone: decode threads -> bounded look-ahead -> batch -> features.
+
+An image that fails leaves a zero image in its place in the batch and its row is dropped after the
+forward pass, batches never cross shards, and the last one is padded. So the neighbours of a row are
+always the same, whatever fails and however often the run is interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import PIL
+import torch
+from torch import Tensor
+
+from ..auto import AutoBackbone
+from ..image_processing import AutoImageProcessor, ImageProcessor
+from .decode import MAX_BYTES, MAX_PIXELS, ImageError, RowError, decode, read_bytes
+from .sources import Source, source_at
+from .store import canonical_json
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FEATURES = ("pooled", "maps")
+# position in the input, id, and what is to be read
+Row = tuple[int, str, Any]
+
+
+@dataclass(frozen=True)
+class FeatureBatch:
+    """Some consecutive images, in the order of the input.
+
+    Attributes:
+        ids: the images that have features.
+        features: tensors [len(ids), ...] on the CPU, aligned with `ids`.
+        errors: the images that have none.
+        rows: positions of `ids` in the input.
+    """
+
+    ids: list[str]
+    features: dict[str, Tensor]
+    errors: list[RowError]
+    rows: list[int]
+
+
+class FeatureExtractor:
+    """A backbone with its preprocessing, made for many images.
+
+    Attributes:
+        model: the backbone, in eval mode.
+        processor: the image processor; its `spec` decides every pixel.
+        batch_size: images per forward pass; 1 where the processor keeps the aspect ratio.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        features: Sequence[str] = ("pooled",),
+        *,
+        out_indices: Sequence[int] | None = None,
+        precision: str = "fp32",
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            model: whatever `AutoBackbone.from_pretrained` takes.
+            features: "pooled", the fp32 spatial mean [C] of the last requested map; "maps", every
+                requested map [C, h, w] as "maps.<stage>", in the precision.
+            out_indices: the requested maps; default: the model's own choice.
+            precision: of the forward pass, "fp32" or "bf16".
+            device: default: "cuda" where there is one, else "cpu".
+            batch_size: images per forward pass.
+            size: (H, W) that every image is resized to, instead of the model's own resize and crop.
+
+        Raises:
+            OSError: the model cannot be had.
+            ValueError: an argument is not one of these.
+        """
+        unknown = [name for name in features if name not in FEATURES]
+        if unknown or not features:
+            raise ValueError(f"features: wanted some of {', '.join(FEATURES)}, got {features!r}")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision: wanted {' or '.join(PRECISIONS)}, got {precision!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"size: wanted (height, width) in pixels, got {size!r}")
+        self.device = _device(device)
+        self.features = tuple(name for name in FEATURES if name in features)
+        self.precision = precision
+        self._name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
+        options: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
+        self.model = AutoBackbone.from_pretrained(
+            model, dtype=PRECISIONS[precision], device=self.device, **options
+        ).eval()
+        self.processor: ImageProcessor = AutoImageProcessor.from_pretrained(model)
+        if size is not None:
+            self.processor = ImageProcessor(
+                dataclasses.replace(
+                    self.processor.spec,
+                    resize="exact",
+                    size=tuple(size),
+                    crop_pct=None,
+                    size_divisor=1,
+                    crop_size=None,
+                    do_pad=False,
+                    pad_size=None,
+                )
+            )
+        keeps_aspect = self.processor.output_size is None
+        if keeps_aspect and "maps" in features:
+            raise ValueError(
+                f"{self._name} keeps the aspect ratio of an image, so maps differ in size and do "
+                "not stack; give a size (--size HxW), or ask for pooled features only"
+            )
+        self.batch_size = 1 if keeps_aspect else batch_size
+
+    def __call__(self, images: Any) -> dict[str, Tensor]:
+        """Computes the features of some images.
+
+        Args:
+            images: an image or a list of them: PIL image, array, tensor, path, or bytes of a file;
+                or an array or tensor of four dimensions.
+
+        Returns:
+            Tensors [n, ...] on the CPU, by the name of the feature.
+
+        Raises:
+            ImageError: an image has no features.
+            ValueError: the list is empty.
+        """
+        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        items = list(images) if is_batch else [images]
+        rows = ((i, str(i), image) for i, image in enumerate(items))
+        parts: list[dict[str, Tensor]] = []
+        for batch in self.run(chunked(rows, self.batch_size)):
+            for error in batch.errors:
+                raise ImageError(error.kind, f"image {error.row}: {error.message}")
+            parts.append(batch.features)
+        if not parts:
+            raise ValueError("wanted at least one image, got none")
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def stream(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[FeatureBatch]:
+        """Computes the features of any number of image files, batch by batch, in order.
+
+        Args:
+            paths: image files; may be endless. Ids are the paths as given, with forward slashes.
+
+        Yields:
+            Batches; a file without features is among the `errors` of its batch.
+        """
+        rows = ((i, source.id, source) for i, source in enumerate(map(source_at, paths)))
+        yield from self.run(chunked(rows, self.batch_size))
+
+    def outputs(self) -> dict[str, dict[str, Any]]:
+        """Shape without the batch, and dtype, of every feature.
+
+        Raises:
+            ValueError: the model does not take images of the processor's size.
+        """
+        height, width = self.processor.output_size or (224, 224)
+        example = self._forward(torch.zeros(1, 3, height, width))
+        return {
+            name: {
+                "shape": list(tensor.shape[1:]),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+            }
+            for name, tensor in example.items()
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Everything about this extractor that decides the values, as what JSON can hold."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        packages = ("fastbb", "numpy", "safetensors", "timm")
+        return {
+            "model": {
+                "name": self._name,
+                "class": type(self.model).__name__,
+                "config": self.model.config.to_dict(),
+                "weights_sha256": digest.hexdigest(),
+            },
+            "preprocessing": self.processor.spec.to_dict(),
+            "limits": {"bytes": MAX_BYTES, "pixels": MAX_PIXELS},
+            "features": list(self.features),
+            "outputs": self.outputs(),
+            "precision": self.precision,
+            "device": self.device.type,
+            "batch_size": self.batch_size,
+            "versions": {
+                "torch": torch.__version__,
+                "pillow": PIL.__version__,
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
+        }
+
+    def run(
+        self, chunks: Iterable[list[Row]], pad_to: int = 0
+    ) -> Generator[FeatureBatch, None, None]:
+        """Computes chunk by chunk; the following ones are decoded meanwhile.
+
+        Args:
+            chunks: each becomes one batch.
+            pad_to: batches are filled with zero images to this size.
+        """
+        n_threads = n_decode_threads(self.device)
+        # in chunks; at most two batches, or two images per thread, are held decoded
+        look_ahead = max(2, math.ceil(2 * n_threads / self.batch_size))
+        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastbb-decode")
+        pending: deque[tuple[list[Row], list[Future[Tensor | ImageError]]]] = deque()
+        try:
+            for chunk in chunks:
+                pending.append((chunk, [pool.submit(self._load, row[2]) for row in chunk]))
+                if len(pending) > look_ahead:
+                    yield self._batch(*pending.popleft(), pad_to)
+            while pending:
+                yield self._batch(*pending.popleft(), pad_to)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load(self, image: Any) -> Tensor | ImageError:
+        """fp32 [3, H, W] of an image, or why there is none."""
+        try:
+            if isinstance(image, (str, os.PathLike)):
+                image = source_at(image)
+            if isinstance(image, Source):
+                image = read_bytes(image)
+            if isinstance(image, (bytes, bytearray, memoryview)):
+                image = decode(bytes(image))
+                try:
+                    return self.processor.process(self.processor.rgb_from_file(image))
+                except Exception as error:  # whatever an odd image makes a library raise
+                    return ImageError("transform", f"{type(error).__name__}: {error}")
+            return self.processor(image)["pixel_values"][0]
+        except ImageError as error:
+            return error
+
+    def _batch(
+        self,
+        chunk: list[Row],
+        futures: list[Future[Tensor | ImageError]],
+        pad_to: int,
+    ) -> FeatureBatch:
+        loaded = [future.result() for future in futures]
+        good = [item for item in loaded if isinstance(item, Tensor)]
+        features: dict[str, Tensor] = {}
+        if good:
+            pixels = torch.zeros(max(len(chunk), pad_to), *good[0].shape)
+            for i, item in enumerate(loaded):
+                if isinstance(item, Tensor):
+                    pixels[i] = item
+            result = self._forward_or_reason(pixels)
+            if isinstance(result, ImageError):
+                loaded = [result]
+            else:
+                features = {name: tensor[: len(chunk)] for name, tensor in result.items()}
+                for i, item in enumerate(loaded):
+                    finite = all(bool(tensor[i].isfinite().all()) for tensor in features.values())
+                    if isinstance(item, Tensor) and not finite:
+                        loaded[i] = ImageError("nonfinite_output", "a feature is NaN or infinite")
+        kept = [i for i, item in enumerate(loaded) if isinstance(item, Tensor)]
+        return FeatureBatch(
+            ids=[chunk[i][1] for i in kept],
+            features={name: tensor[kept] for name, tensor in features.items()} if kept else {},
+            errors=[
+                RowError(row, name, item.kind, item.message)
+                for (row, name, _), item in zip(chunk, loaded)
+                if isinstance(item, ImageError)
+            ],
+            rows=[chunk[i][0] for i in kept],
+        )
+
+    def _forward_or_reason(self, pixels: Tensor) -> dict[str, Tensor] | ImageError:
+        try:
+            return self._forward(pixels)
+        except (RuntimeError, ValueError) as error:
+            out_of_memory = isinstance(error, torch.OutOfMemoryError) or (
+                "not enough memory" in str(error) or "can't allocate memory" in str(error)
+            )
+            # only where images differ in size does one image's size decide
+            if self.processor.output_size is None:
+                size = f"at {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width)"
+                if out_of_memory:
+                    return ImageError("oom_single", f"the model runs out of memory {size}")
+                return ImageError("transform", f"the model does not take it {size}: {error}")
+            if out_of_memory:
+                raise ValueError(
+                    f"batch_size: {len(pixels)} images of {pixels.shape[2]} x {pixels.shape[3]} do "
+                    f"not fit into the memory of {self.device}; start again with fewer"
+                ) from error
+            raise
+
+    @torch.no_grad()
+    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Features on the CPU of fp32 [B, 3, H, W]."""
+        maps = self.model(pixels.to(self.device, PRECISIONS[self.precision])).feature_maps
+        features = {}
+        if "pooled" in self.features:
+            features["pooled"] = maps[-1].float().mean((2, 3))
+        if "maps" in self.features:
+            features |= {f"maps.{name}": m for name, m in zip(self.model.out_features, maps)}
+        return {name: tensor.cpu().contiguous() for name, tensor in features.items()}
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    has_gpu = torch.cuda.is_available()
+    try:
+        found = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: {found} is not there: torch sees {torch.cuda.device_count()} GPUs"
+        )
+    return found
+
+
+def n_decode_threads(device: torch.device) -> int:
+    """How many threads decode images for a model on this device."""
+    n_cores = len(os.sched_getaffinity(0))
+    # on the CPU the model needs the cores, and takes far longer per image than decoding
+    return min(16, n_cores) if device.type == "cuda" else max(1, min(8, n_cores // 2))
+
+
+def chunked(rows: Iterable[Row], n: int) -> Iterator[list[Row]]:
+    """Lists of n rows, the last one maybe shorter."""
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, n)):
+        yield chunk

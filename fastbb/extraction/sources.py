@@ -1,0 +1,297 @@
+"""What is to be extracted: every INPUT becomes an ordered sequence of `Source` rows.
+
+Nothing is opened here but directories, lists and the headers of archives; a file that is not
+there, or is no image, becomes a failed row later. Archives are never unpacked, links are never
+followed, addresses are never fetched.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+
+LIST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
+_READ = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
+_READ += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
+# listed all the same, so that such a picture is a failed row instead of being passed over
+_NOT_READ = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
+_NOT_READ += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+IMAGE_SUFFIXES = frozenset(_READ + _NOT_READ)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://|pipe:)")
+_MAX_ID_CHARS = 4096
+_MAX_LINE_BYTES = 65536
+
+
+class InputError(ValueError):
+    """An INPUT cannot be listed: it is not there, not understood, or holds no image."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image to read.
+
+    Attributes:
+        id: the name its features are stored under; a path with forward slashes.
+        path: absolute path of the file, or of the archive that holds it.
+        offset: first byte of the image in the archive; None for a file of its own.
+        n_bytes: length of the image in the archive; None for a file of its own.
+    """
+
+    id: str
+    path: str
+    offset: int | None = None
+    n_bytes: int | None = None
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` is an address or a command rather than a path."""
+    return _URL.match(text) is not None
+
+
+def redact(text: str) -> str:
+    """`text` without the parts of an address that carry credentials: user, query, fragment."""
+    if text.startswith("pipe:"):
+        return "pipe:"
+    if not is_url(text):
+        return text
+    scheme, _, rest = text.partition("://")
+    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}"
+
+
+def source_at(path: str | os.PathLike[str]) -> Source:
+    """The image at a path as given; an address, which reading will refuse, loses its secrets."""
+    text = os.fspath(path)
+    if is_url(text):
+        return Source(redact(text), redact(text))
+    return Source(PurePath(text).as_posix(), os.path.abspath(text))
+
+
+def list_sources(
+    inputs: Sequence[str | os.PathLike[str]], skipped: Counter[str]
+) -> Iterator[Source]:
+    """Yields the images of all inputs, in the order of the inputs.
+
+    Directories and globs are sorted bytewise on the id, lists and archives keep their own order.
+
+    Args:
+        inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
+        skipped: is filled with what was passed over and how often.
+
+    Raises:
+        InputError: an input cannot be listed, or two different images have the same id.
+    """
+    path_of_id: dict[str, tuple[str, int | None]] = {}
+    for given in inputs:
+        empty = True
+        for source in _list_input(os.fspath(given), skipped):
+            empty = False
+            if len(source.id) > _MAX_ID_CHARS or "\0" in source.id:
+                raise InputError(
+                    f"{_show(given)}: an id has at most {_MAX_ID_CHARS} characters and no NUL, "
+                    f"got {len(source.id)} characters: {source.id[:80]!r}"
+                )
+            place = (source.path, source.offset)
+            first = path_of_id.setdefault(source.id, place)
+            if first != place:
+                raise InputError(
+                    f"two images would have the id {source.id!r}: {first[0]} and {source.path}; "
+                    "give their common parent directory, or a .csv list with an `id` column"
+                )
+            yield source
+        if empty:
+            passed_over = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
+            raise InputError(
+                f"{_show(given)}: no images found"
+                + (f" (passed over: {passed_over}; a list can name them)" if passed_over else "")
+            )
+
+
+def _list_input(given: str, skipped: Counter[str]) -> Iterator[Source]:
+    if is_url(given):
+        raise InputError(
+            f"{_show(given)}: addresses are not fetched; give a local path to the images"
+        )
+    path = os.path.abspath(given)
+    suffix = Path(given).suffix.lower()
+    if os.path.isdir(path):
+        return _walk(path, skipped)
+    if not os.path.exists(path):
+        if any(c in given for c in "*?["):
+            return _glob(given, skipped)
+        raise InputError(f"{_show(given)}: no such file or directory")
+    if suffix in LIST_SUFFIXES:
+        return _read_list(path, suffix)
+    if suffix == ".tar":
+        return _read_tar(path, skipped)
+    if suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip", ".7z", ".rar"):
+        raise InputError(
+            f"{_show(given)}: of archives only uncompressed .tar is read; unpack this one"
+        )
+    return iter([source_at(given)])
+
+
+def _walk(
+    root: str,
+    skipped: Counter[str],
+    wanted: Callable[[list[str], bool], bool] = lambda names, is_directory: True,
+) -> Iterator[Source]:
+    """Yields the images below a directory, bytewise sorted on the relative path.
+
+    Args:
+        root: absolute path of the directory.
+        skipped: is filled with what was passed over.
+        wanted: called with the parts of a relative path and whether it is a directory.
+    """
+    pending = [""]  # paths relative to root, next one last; directories end in a slash
+    while pending:
+        relative = pending.pop()
+        if relative and not relative.endswith("/"):
+            yield Source(relative, os.path.join(root, relative))
+            continue
+        children = []
+        try:
+            entries = list(os.scandir(os.path.join(root, relative)))
+        except OSError as error:
+            raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
+        for entry in entries:
+            child = relative + entry.name
+            is_directory = entry.is_dir(follow_symlinks=False)
+            if entry.name.startswith(".") or not wanted(child.split("/"), is_directory):
+                continue
+            if entry.is_symlink():
+                skipped["symbolic links"] += 1
+            elif is_directory:
+                children.append(child + "/")
+            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+                children.append(child)
+            else:
+                skipped["files without an image suffix"] += 1
+        # a directory sorts with its slash, which makes this depth-first order the bytewise one
+        pending.extend(sorted(children, key=os.fsencode, reverse=True))
+
+
+def _glob(pattern: str, skipped: Counter[str]) -> Iterator[Source]:
+    parts = PurePath(pattern).parts
+    n_fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+    root = os.path.abspath(os.path.join(*parts[:n_fixed]) if n_fixed else ".")
+    if not os.path.isdir(root):
+        raise InputError(f"{pattern}: no such directory: {root}")
+    return _walk(root, skipped, lambda names, partial: _matches(names, parts[n_fixed:], partial))
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str], partial: bool) -> bool:
+    """Whether the names match, or, if `partial`, whether names below them could match."""
+    if not names:
+        return partial or all(pattern == "**" for pattern in patterns)
+    if not patterns:
+        return False
+    if patterns[0] == "**":
+        return _matches(names, patterns[1:], partial) or _matches(names[1:], patterns, partial)
+    return fnmatchcase(names[0], patterns[0]) and _matches(names[1:], patterns[1:], partial)
+
+
+def _read_tar(path: str, skipped: Counter[str]) -> Iterator[Source]:
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (member := archive.next()) is not None:
+                # it would keep every header in memory (the attribute is missing in the stubs)
+                archive.members.clear()  # type: ignore[attr-defined]
+                name = member.name.removeprefix("./")
+                if not member.isreg() or member.issparse():
+                    skipped["members that are no plain file"] += not member.isdir()
+                elif PurePath(name).suffix.lower() not in IMAGE_SUFFIXES or PurePath(
+                    name
+                ).name.startswith("."):
+                    skipped["files without an image suffix"] += 1
+                else:
+                    yield Source(name, path, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise InputError(f"{path}: not a complete, uncompressed tar archive: {error}") from error
+
+
+def _read_list(path: str, suffix: str) -> Iterator[Source]:
+    """Yields the images named in a list; relative paths start at the list's directory."""
+    readers = {".txt": _read_txt, ".csv": _read_csv, ".jsonl": _read_jsonl}
+    records = readers.get(suffix, _read_parquet)(path)
+    for n, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise InputError(f"{path}: row {n} is no object with a `path`, got {record!r:.80}")
+        image = record.get("path", record.get("file_name"))
+        if not isinstance(image, str) or not image:
+            raise InputError(
+                f"{path}: row {n} has no text in the column `path` (or `file_name`), "
+                f"got {image!r:.80}; columns: {', '.join(map(str, record))}"
+            )
+        name = record.get("id")
+        shown = redact(image if name is None else str(name))
+        if is_url(image):
+            yield Source(shown, redact(image))
+        else:
+            yield Source(shown, os.path.normpath(os.path.join(os.path.dirname(path), image)))
+
+
+def _read_lines(path: str) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for n in range(1, 1 << 62):
+            line = file.readline(_MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > _MAX_LINE_BYTES:
+                raise InputError(f"{path}: line {n} is longer than {_MAX_LINE_BYTES} bytes")
+            text = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line)
+            if text := text.rstrip("\r\n"):
+                yield text
+
+
+def _read_txt(path: str) -> Iterator[dict[str, str]]:
+    return ({"path": line} for line in _read_lines(path))
+
+
+def _read_csv(path: str) -> Iterator[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        try:
+            yield from csv.DictReader(file)
+        except csv.Error as error:
+            raise InputError(f"{path}: not readable as CSV: {error}") from error
+
+
+def _read_jsonl(path: str) -> Iterator[object]:
+    for n, line in enumerate(_read_lines(path), start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}: row {n} is not JSON: {error}") from error
+
+
+def _read_parquet(path: str) -> Iterable[dict[str, object]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(
+            f"{path}: .parquet lists need pyarrow; pip install 'fastbb[parquet]'"
+        ) from error
+    try:
+        table = parquet.ParquetFile(path)
+        columns = [name for name in ("path", "file_name", "id") if name in table.schema.names]
+        if not columns:
+            raise InputError(
+                f"{path}: no column `path` (or `file_name`); columns: "
+                f"{', '.join(table.schema.names)}"
+            )
+        for batch in table.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except ArrowException as error:
+        raise InputError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _show(given: str | os.PathLike[str]) -> str:
+    return redact(os.fspath(given))

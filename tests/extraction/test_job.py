@@ -1,0 +1,219 @@
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbb.extraction import ErrorBudgetError, FeatureExtractor, InputError, job, open_features
+from fastbb.extraction.job import extract
+
+
+def test_an_archive_gives_what_its_files_give(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_images(7)
+    (root / "00002.png").write_bytes(b"")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for path in sorted(root.iterdir()):
+            archive.add(path, path.name)
+    extract(model, root, tmp_path / "a")
+    extract(model, tmp_path / "x.tar", tmp_path / "b")
+    a, b = open_features(tmp_path / "a"), open_features(tmp_path / "b")
+    assert a.ids == b.ids and a.errors() == b.errors()
+    assert a["pooled"].equal(b["pooled"])
+
+
+def test_a_list_with_bad_rows(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_images(3)
+    secret = "https://user:pa55@host.org/a.jpg?X-Signature=s3cret"
+    names = ["00002.png", "gone.png", secret, "00000.png"]
+    (root / "list.txt").write_text("\n".join(names))
+    report = extract(model, root / "list.txt", tmp_path / "out")
+    features = open_features(tmp_path / "out")
+    assert features.ids == ["00002.png", "00000.png"]
+    assert [(e.row, e.id, e.kind) for e in features.errors()] == [
+        (1, "gone.png", "not_found"),
+        (2, "https://host.org/a.jpg", "io"),
+    ]
+    assert report.errors == {"not_found": 1, "io": 1}
+    for path in (tmp_path / "out").rglob("*.*"):
+        assert b"s3cret" not in path.read_bytes() and b"pa55" not in path.read_bytes()
+
+
+def test_several_inputs_keep_their_order(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    a, b = make_images(2, "a"), make_images(3, "b")
+    (a / "z.png").write_bytes((a / "00000.png").read_bytes())
+    inputs = [f"{b}/*2.png", a]
+    extract(model, inputs, tmp_path / "out")
+    assert open_features(tmp_path / "out").ids == ["00002.png", "00000.png", "00001.png", "z.png"]
+
+
+def test_nothing_is_made_for_a_wrong_input(model: Path, tmp_path: Path) -> None:
+    for inputs in ([], [tmp_path / "nowhere"], [tmp_path, tmp_path / "nowhere"]):
+        with pytest.raises(InputError):
+            extract(model, inputs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("n_bad", "rate", "stops"),
+    [(6, 0.005, True), (5, 0.005, False), (1, 0.0, True), (12, 1.0, False)],
+    ids=["more than allowed", "just allowed", "none allowed", "all allowed"],
+)
+def test_too_many_failures_stop_the_run(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    n_bad: int,
+    rate: float,
+    stops: bool,
+) -> None:
+    root = make_images(12)
+    for path in sorted(root.iterdir())[12 - n_bad :]:
+        path.write_bytes(b"text")
+
+    def run(rate: float) -> job.Report:
+        options = {"batch_size": 2, "shard_rows": 4, "max_error_rate": rate}
+        return extract(model, root, tmp_path / "out", **options)
+
+    if not stops:
+        assert run(rate).errors == {"unsupported_format": n_bad}
+        return
+    with pytest.raises(ErrorBudgetError, match="unsupported_format, .*--max-error-rate") as caught:
+        run(rate)
+    assert caught.value.exit_code == 4
+    with pytest.raises(ErrorBudgetError):
+        run(rate)
+    report = run(1.0)
+    assert report.resumed_rows >= 4 and report.errors == {"unsupported_format": n_bad}
+
+
+def test_an_image_that_breaks_the_budget_after_a_thousand_counts_as_a_share(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = make_images(1)
+    names = ["gone.png" if i % 100 == 99 else "00000.png" for i in range(2000)]
+    (root / "list.txt").write_text("\n".join(names))
+    with pytest.raises(ErrorBudgetError, match="stopped: 10 of 1,000"):
+        extract(model, root / "list.txt", tmp_path / "a", max_error_rate=0.009, batch_size=20)
+    report = extract(model, root / "list.txt", tmp_path / "b", max_error_rate=0.01, batch_size=20)
+    assert report.errors == {"not_found": 20}
+
+
+def test_a_shard_of_maps_has_fewer_rows_by_default(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job, "_MAX_DEFAULT_SHARD_BYTES", 30_000)
+    root = make_images(12)
+    options = {"batch_size": 4, "features": ("maps",)}
+    # 16 channels of 4 x 4 in fp32 are 1 KB, 8 channels of 8 x 8 are 2 KB
+    rows = {}
+    for i in (1, 2):
+        extract(model, root, tmp_path / f"{i}", out_indices=(i,), **options)
+        rows[i] = open_features(tmp_path / f"{i}").plan["shard_rows"]
+    assert rows == {1: 12, 2: 28}
+    extract(model, root, tmp_path / "pooled")
+    assert open_features(tmp_path / "pooled").plan["shard_rows"] == 448
+
+
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(job, "_SECONDS_PER_LINE", 0.0)
+    root = make_images(6)
+    (root / "readme.txt").write_text("x")
+    extract(model, root, tmp_path / "a", batch_size=2)
+    assert capsys.readouterr() == ("", "")
+    report = extract(model, root, tmp_path / "b", batch_size=2, progress=True)
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert not out and lines[0].startswith("running on the CPU")
+    assert lines[1] == "6 images, passed over 1 files without an image suffix"
+    assert lines[2].startswith("2 of 6 images, ") and lines[2].endswith("minutes left")
+    assert "images/s" in lines[2] and len(lines) == 5
+    assert str(report).startswith(f"{tmp_path / 'b'}: 6 of 6 images have features, ")
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    extract(model, make_images(3), tmp_path / "out", progress=True)
+    assert "3/3" in terminal.getvalue() and "images/s" in terminal.getvalue()
+
+
+def test_timings_are_logged_apart(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    extract(model, make_images(5), tmp_path / "out", shard_rows=3)
+    lines = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert [event["event"] for event in events] == ["start", "shard", "shard"]
+    assert events[0]["torch_threads"] >= 1 and events[1]["rows"] == 3
+    with open(tmp_path / "out" / "run.jsonl", "a") as file:
+        file.write('{"event":"sha')
+    assert "images/s" in open_features(tmp_path / "out").describe()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard_rows": 0}, "shard_rows: wanted at least 1, got 0"),
+        ({"max_error_rate": 5}, "max_error_rate: wanted a share from 0 to 1, got 5"),
+    ],
+    ids=["shard_rows", "max_error_rate"],
+)
+def test_wrong_arguments_say_what_was_wanted(
+    model: Path, tmp_path: Path, options: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        extract(model, tmp_path, tmp_path / "out", **options)
+
+
+def test_every_batch_is_full_and_within_its_shard(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = make_images(11)
+    (root / "00001.png").write_bytes(b"text")
+    seen: list[torch.Tensor] = []
+    forward = FeatureExtractor._forward
+
+    def watching(self: FeatureExtractor, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        seen.append(pixels)
+        return forward(self, pixels)
+
+    monkeypatch.setattr(FeatureExtractor, "_forward", watching)
+    extract(model, root, tmp_path / "out", batch_size=4, shard_rows=6)
+    # the first one only asks for shapes; zero images stand for what fails and what is missing
+    full = [[bool(image.any()) for image in pixels] for pixels in seen[1:]]
+    assert full == [
+        [True, False, True, True],
+        [True, True, False, False],
+        [True, True, True, True],
+        [True, False, False, False],
+    ]

@@ -1,0 +1,268 @@
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastbb import AutoBackbone, AutoImageProcessor
+from fastbb.extraction import FeatureExtractor, ImageError, open_features, pipeline
+from fastbb.extraction.job import extract
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> None:
+    """Equal up to the order of sums, which may differ with the size of a batch."""
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def maps_of(model: Path, images: Sequence[Image.Image], out_indices: tuple[int, ...]) -> list:
+    backbone = AutoBackbone.from_pretrained(model, out_indices=out_indices)
+    pixels = AutoImageProcessor.from_pretrained(model)(images)["pixel_values"]
+    with torch.no_grad():
+        return list(backbone(pixels).feature_maps)
+
+
+def test_pooled_is_the_mean_of_the_last_requested_map(
+    model: Path, make_images: Callable[..., Path]
+) -> None:
+    images = [Image.open(path).copy() for path in sorted(make_images(5).iterdir())]
+    ex = FeatureExtractor(model, ("pooled", "maps"), out_indices=(0, 1), batch_size=2)
+    features = ex(images)
+    stem, stage1 = maps_of(model, images, (0, 1))
+    assert list(features) == ["pooled", "maps.stem", "maps.stage1"]
+    same(features["maps.stem"], stem)
+    same(features["maps.stage1"], stage1)
+    same(features["pooled"], stage1.mean((2, 3)))
+    assert features["pooled"].dtype == torch.float32 and not features["pooled"].requires_grad
+
+
+def test_images_may_be_anything_that_holds_one(
+    model: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(3))
+    image = Image.open(path).copy()
+    array = np.asarray(image)
+    ex = FeatureExtractor(model)
+    expected = ex(image)["pooled"]
+    assert expected.shape == (1, 16)
+    for other in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array):
+        same(ex(other)["pooled"], expected)
+    same(ex(torch.from_numpy(array.copy()).permute(2, 0, 1))["pooled"], expected)
+    same(ex(np.stack([array, array]))["pooled"], expected.expand(2, -1))
+
+
+def test_files_are_turned_upright_and_images_in_memory_are_not(model: Path, tmp_path: Path) -> None:
+    image = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    ex = FeatureExtractor(model)
+    same(ex(tmp_path / "turned.png")["pooled"], ex(image.rotate(-90))["pooled"])
+    same(ex(Image.open(tmp_path / "turned.png"))["pooled"], ex(image)["pooled"])
+
+
+def test_an_image_without_features_raises_when_called_directly(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"text")
+    ex = FeatureExtractor(model)
+    with pytest.raises(ImageError, match="image 1: none of JPEG") as caught:
+        ex([Image.new("RGB", (8, 8)), tmp_path / "bad.png"])
+    assert caught.value.kind == "unsupported_format"
+    with pytest.raises(ValueError, match="at least one image"):
+        ex([])
+
+
+def test_addresses_are_refused_without_their_credentials(model: Path) -> None:
+    ex = FeatureExtractor(model)
+    (batch,) = ex.stream(["https://user:pa55@host.org/a.jpg?key=s3cret"])
+    assert [(e.id, e.kind) for e in batch.errors] == [("https://host.org/a.jpg", "io")]
+    with pytest.raises(ImageError, match="addresses are not fetched.*: https://host.org/a.jpg$"):
+        ex("https://user:pa55@host.org/a.jpg?key=s3cret")
+
+
+def test_stream_keeps_the_order_and_reports_what_fails(
+    model: Path, make_images: Callable[..., Path]
+) -> None:
+    root = make_images(9)
+    paths = sorted(root.iterdir())
+    for i in (0, 4, 5):
+        paths[i].write_bytes(b"text")
+    ex = FeatureExtractor(model, batch_size=4)
+    batches = list(ex.stream(iter(paths)))
+    assert [len(b.ids) + len(b.errors) for b in batches] == [4, 4, 1]
+    good = [path for i, path in enumerate(paths) if i not in (0, 4, 5)]
+    assert [name for b in batches for name in b.ids] == [path.as_posix() for path in good]
+    assert [row for b in batches for row in b.rows] == [1, 2, 3, 6, 7, 8]
+    assert [(e.row, e.id, e.kind) for b in batches for e in b.errors] == [
+        (i, paths[i].as_posix(), "unsupported_format") for i in (0, 4, 5)
+    ]
+    same(torch.cat([b.features["pooled"] for b in batches]), ex(good)["pooled"])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_row_has_the_features_of_its_own_file(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path, seed: int
+) -> None:
+    rng = random.Random(seed)
+    n, batch_size, shard_rows = rng.randint(1, 40), rng.randint(1, 9), rng.randint(1, 17)
+    paths = sorted(make_images(n).iterdir())
+    bad = set(rng.sample(range(n), rng.randint(0, n)))
+    for i in bad:
+        data = paths[i].read_bytes()
+        paths[i].write_bytes(rng.choice([b"", b"text", data[:40], data[: len(data) // 2]]))
+    out = tmp_path / "out"
+    report = extract(
+        model, paths[0].parent, out, batch_size=batch_size, shard_rows=shard_rows, max_error_rate=1
+    )
+    features = open_features(out)
+    good = [path for i, path in enumerate(paths) if i not in bad]
+    assert features.ids == [path.name for path in good]
+    assert [error.row for error in features.errors()] == sorted(bad)
+    assert (report.ok, report.rows, sum(report.errors.values())) == (len(good), n, len(bad))
+    assert len(features) == len(good) and features["pooled"].shape == (len(good), 16)
+    alone = FeatureExtractor(model)
+    for path, row in zip(good, features["pooled"]):
+        same(alone(path)["pooled"][0], row)
+
+
+def test_images_of_their_own_shape_run_alone(
+    aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    sizes = [(32, 40), (50, 32), (64, 64), (20, 90)]
+    for i, size in enumerate(sizes):
+        (root / f"{i}.png").write_bytes(encoded(i, size))
+    extract(aspect_model, root, tmp_path / "out", batch_size=4)
+    features = open_features(tmp_path / "out")
+    assert features.plan["batch_size"] == 1
+    for i, row in enumerate(features["pooled"]):
+        (last,) = maps_of(aspect_model, [Image.open(root / f"{i}.png")], (2,))
+        same(last.mean((2, 3))[0], row)
+
+
+def test_maps_of_images_of_their_own_shape_need_a_size(aspect_model: Path) -> None:
+    with pytest.raises(ValueError, match="maps differ in size.*--size HxW"):
+        FeatureExtractor(aspect_model, ("maps",))
+    ex = FeatureExtractor(aspect_model, ("maps",), size=(48, 64))
+    wide = Image.fromarray(
+        np.arange(30 * 90 * 3, dtype=np.uint32).astype(np.uint8).reshape(30, 90, 3)
+    )
+    squeezed = wide.resize((64, 48), Image.Resampling.BICUBIC)
+    features = ex([wide, squeezed])["maps.stage2"]
+    assert features.shape == (2, 16, 6, 8)
+    same(features[0], features[1])
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "oom_single"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "oom_single"),
+        (ValueError("height must be divisible by 4"), "transform"),
+    ],
+    ids=["gpu memory", "cpu memory", "size"],
+)
+def test_an_image_too_much_for_the_model_is_a_row(
+    aspect_model: Path, make_images: Callable[..., Path], error: Exception, kind: str
+) -> None:
+    ex = FeatureExtractor(aspect_model)
+    forward = ex._forward
+    n_calls = []
+
+    def failing(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        n_calls.append(1)
+        if len(n_calls) == 2:
+            raise error
+        return forward(pixels)
+
+    ex._forward = failing
+    batches = list(ex.stream(sorted(make_images(3).iterdir())))
+    assert [[e.kind for e in batch.errors] for batch in batches] == [[], [kind], []]
+
+
+def test_a_batch_too_much_for_the_memory_asks_for_a_smaller_one(
+    model: Path, make_images: Callable[..., Path]
+) -> None:
+    ex = FeatureExtractor(model, batch_size=2)
+
+    def failing(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ex._forward = failing
+    with pytest.raises(ValueError, match="batch_size: 2 images of 32 x 32 do not fit"):
+        list(ex.stream(sorted(make_images(3).iterdir())))
+
+
+def test_an_image_that_the_processor_refuses_is_a_row(
+    aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    # one pixel high and resized to its own shape: nothing is left
+    (tmp_path / "thin.png").write_bytes(encoded(1, (1, 5000)))
+    (batch,) = FeatureExtractor(aspect_model).stream([tmp_path / "thin.png"])
+    assert [error.kind for error in batch.errors] == ["transform"] and not batch.ids
+
+
+def test_features_that_are_not_finite_are_a_row(
+    model: Path, make_images: Callable[..., Path]
+) -> None:
+    ex = FeatureExtractor(model, batch_size=3)
+    paths = sorted(make_images(3).iterdir())
+    expected = ex(paths)["pooled"]
+    load = ex.processor.process
+    ex.processor.process = lambda image: (
+        load(image) * (float("inf") if image.tobytes() == Image.open(paths[1]).tobytes() else 1)
+    )
+    (batch,) = ex.stream(paths)
+    assert batch.rows == [0, 2] and [e.kind for e in batch.errors] == ["nonfinite_output"]
+    same(batch.features["pooled"], expected[[0, 2]])
+
+
+def test_bf16_runs_and_stores_maps_in_bf16_and_pools_in_fp32(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path
+) -> None:
+    extract(model, make_images(3), tmp_path / "out", features=("pooled", "maps"), precision="bf16")
+    features = open_features(tmp_path / "out")
+    maps = features["maps.stage2"]
+    assert maps.dtype == torch.bfloat16 and features["pooled"].dtype == torch.float32
+    torch.testing.assert_close(features["pooled"], maps.float().mean((2, 3)))
+
+
+def test_few_images_are_held_at_a_time(
+    model: Path, make_images: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(make_images(60).iterdir())
+    n_read = []
+    read_bytes = pipeline.read_bytes
+    monkeypatch.setattr(pipeline, "read_bytes", lambda s: n_read.append(1) or read_bytes(s))
+    stream = FeatureExtractor(model, batch_size=4).stream(paths)
+    n_taken = 0
+    for batch in stream:
+        n_taken += len(batch.ids)
+        assert len(n_read) <= n_taken + 3 * 4
+        if n_taken == 20:
+            break
+    stream.close()  # type: ignore[attr-defined]  # a generator, which the annotation does not say
+    assert len(n_read) <= 20 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"features": ("pooled", "tokens")}, "features: wanted some of pooled, maps"),
+        ({"features": ()}, "features: wanted some of pooled, maps"),
+        ({"precision": "fp16"}, "precision: wanted fp32 or bf16, got 'fp16'"),
+        ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
+        ({"size": (0, 3)}, "size: wanted .height, width. in pixels"),
+        ({"device": "gpu"}, "device: wanted cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "meta"}, "device: wanted cpu, cuda or cuda:N, got 'meta'"),
+        ({"device": "cuda:99"}, "device: cuda:99 is not there"),
+        ({"out_indices": (9,)}, "out_indices must be valid indices"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_say_what_was_wanted(model: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FeatureExtractor(model, **options)

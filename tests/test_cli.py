@@ -1,0 +1,178 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from fastbb.cli import main
+from fastbb.extraction import open_features, pipeline
+
+MODEL = "nano-swin-digits"
+
+
+def fastbb(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i in range(3):
+        Image.new("RGB", (9, 8), (80 * i, 40, 200)).save(directory / f"{i}.png")
+    return directory
+
+
+def test_version_and_help_need_no_torch() -> None:
+    program = (
+        "import sys; from fastbb.cli import main\n"
+        "try: main(['--version'])\n"
+        "finally: assert not {'torch', 'timm', 'numpy'} & sys.modules.keys(), 'slow'"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"fastbb {version('fastbb')}\n"), result.stderr
+    for command in ((), ("extract",), ("show",), ("list",), ("view",)):
+        assert fastbb(*command, "--help").exit_code == 0
+    assert "Exit codes: 0" in fastbb("extract", "-h").output
+
+
+def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None:
+    result = fastbb("extract", images, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[0].startswith(f"model: {MODEL}, the bundled one")
+    assert result.stderr.splitlines()[1].startswith("running on the CPU")
+    assert result.stdout.startswith(f"{tmp_path / 'out'}: 3 of 3 images have features, ")
+    features = open_features(tmp_path / "out")
+    assert features.ids == ["0.png", "1.png", "2.png"]
+    assert features.plan["model"]["name"] == MODEL
+
+
+def test_options_arrive(images: Path, tmp_path: Path) -> None:
+    result = fastbb(
+        *("extract", images, "--out", tmp_path / "out", "--model", MODEL),
+        *("--features", "maps, pooled", "--out-indices", "1,-1", "--precision", "bf16"),
+        *("--batch-size", 2, "--shard-rows", 2, "--device", "cpu", "--size", "24x40"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "bundled" not in result.stderr
+    features = open_features(tmp_path / "out")
+    plan = features.plan
+    assert plan["features"] == ["pooled", "maps"] and plan["precision"] == "bf16"
+    assert (plan["batch_size"], plan["shard_rows"], plan["device"]) == (2, 2, "cpu")
+    assert plan["preprocessing"]["size"] == [24, 40]
+    assert len(plan["outputs"]) == 3 and features["maps.stage1"].shape[0] == 3
+    again = fastbb("extract", images, "--out", tmp_path / "out", "--model", MODEL)
+    assert again.exit_code == 3 and "precision: 'bf16' there, 'fp32' asked" in again.stderr
+
+
+def failing(kind: str) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise {"interrupt": KeyboardInterrupt, "defect": AssertionError}[kind]
+
+    return forward
+
+
+def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extract(*options: Any, out: str = "out") -> Result:
+        return fastbb("extract", images, "--out", tmp_path / out, "--model", MODEL, *options)
+
+    (images / "bad.png").write_bytes(b"")
+    failed = extract()
+    assert failed.exit_code == 1 and "1 failed (truncated 1)" in failed.stdout
+    budget = extract("--max-error-rate", 0, out="budget")
+    assert budget.exit_code == 4 and "bad.png: truncated, the file is empty" in budget.stderr
+    (tmp_path / "file").write_text("x")
+    unwritable = extract(out="file/out")
+    assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
+
+    monkeypatch.setattr(pipeline.FeatureExtractor, "run", failing("interrupt"))
+    interrupted = extract(out="interrupted")
+    assert interrupted.exit_code == 130
+    assert "interrupted; the same command again goes on" in interrupted.stderr
+    monkeypatch.setattr(pipeline.FeatureExtractor, "run", failing("defect"))
+    assert isinstance(extract(out="defect").exception, AssertionError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "224"), "wanted height x width in pixels, such as 224x224, got '224'"),
+        (("--size", "0x9"), "wanted height x width in pixels"),
+        (("--out-indices", "1,two"), "wanted whole numbers such as 1,2 or -1, got '1,two'"),
+        (("--out-indices", "1,9"), "out_indices must be valid indices"),
+        (("--features", "pooled,tokens"), "wanted some of pooled, maps"),
+        (("--precision", "fp16"), "is not one of 'fp32', 'bf16'"),
+        (("--batch-size", "0"), "x>=1"),
+        (("--shard-rows", "many"), "is not a valid integer"),
+        (("--max-error-rate", "7"), "0<=x<=1"),
+        (("--device", "gpu"), "wanted cpu, cuda or cuda:N, got 'gpu'"),
+        (("--model", "nano-swin-digit"), "Did you mean nano-swin-digits"),
+        (("--model", "."), "has no config.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_wrong_values_are_usage_errors_that_name_what_was_wanted(
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the Hub
+    result = fastbb("extract", images, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_inputs_are_usage_errors(tmp_path: Path) -> None:
+    for arguments, message in (
+        ((), "Missing argument 'INPUT...'"),
+        ((tmp_path / "nowhere",), "no such file or directory"),
+        ((tmp_path,), "no images found"),
+        (("https://me:s3cret@host.org/a.jpg?key=s3cret",), "https://host.org/a.jpg: addresses"),
+    ):
+        result = fastbb("extract", *arguments, "--out", tmp_path / "out")
+        assert result.exit_code == 2 and message in result.stderr
+        assert "s3cret" not in result.output
+
+
+def test_show(images: Path, tmp_path: Path) -> None:
+    (images / "bad.png").write_bytes(b"text")
+    (images / os.fsdecode(b"caf\xe9.png")).write_bytes(b"text")
+    fastbb("extract", images, "--out", tmp_path / "out")
+    result = fastbb("show", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    for text in (
+        *("complete", MODEL, "SwinBackbone", "pooled [", "rows      5 of 5", "images/s"),
+        *("failed    2", "unsupported_format   2", "bad.png: unsupported_format, none of JPEG"),
+        "caf?.png: unsupported_format",
+    ):
+        assert text in result.stdout
+    missing = fastbb("show", images)
+    assert missing.exit_code == 2 and "no features directory" in missing.stderr
+
+
+def test_list() -> None:
+    result = fastbb("list", "*digits")
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["nano-resnet-digits", "nano-swin-digits"]
+    assert "resnet50" in fastbb("list").stdout.split()
+    nothing = fastbb("list", "no-such-model-*")
+    assert nothing.exit_code == 2 and "wanted a pattern that matches" in nothing.stderr
+
+
+def test_view(images: Path, tmp_path: Path) -> None:
+    arguments = ("view", images / "1.png", "--model", MODEL, "-o", tmp_path / "sheet.png")
+    result = fastbb(*arguments)
+    assert result.exit_code == 0 and str(tmp_path / "sheet.png") in result.stdout, result.output
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > sheet.height > 100
+    bad = fastbb("view", images / "none.png")
+    assert bad.exit_code == 2 and "none.png" in bad.stderr
