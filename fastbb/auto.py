@@ -112,7 +112,7 @@ class AutoBackbone:
         if use_timm_backbone:
             model_type = "timm_backbone"
         elif config is not None:
-            model_type = config.model_type
+            model_type = getattr(config, "model_type", type(config).__name__)
         else:
             model_type = _config_of(name, hub).get("model_type")
         family, _ = family_of(model_type)
@@ -222,7 +222,13 @@ def _config_of(name_or_dir: str | os.PathLike[str], hub: HubOptions) -> dict[str
             return unwrap_head(config, hub)
     config = read_config(name_or_dir, hub)
     if is_timm_config(config):
-        return {"model_type": "timm_backbone", "backbone": config["architecture"]}
+        kwargs = config.get("model_args") or {}
+        architecture = config["architecture"]
+        return {
+            "model_type": "timm_backbone",
+            "backbone": architecture,
+            "backbone_kwargs": kwargs,
+        }
     return unwrap_head(config, hub)
 
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, overload
@@ -46,11 +46,14 @@ class BackboneOutput(OrderedDict[str, Any]):
 
     def __init__(
         self,
-        feature_maps: tuple[Tensor, ...] | None = None,
+        feature_maps: tuple[Tensor, ...] | Mapping[str, Any] | None = None,
         hidden_states: tuple[Tensor | None, ...] | None = None,
         attentions: tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(feature_maps, Mapping):  # how libraries rebuild a dictionary of tensors
+            self.update(feature_maps)
+            return
         for name, value in (
             ("feature_maps", feature_maps),
             ("hidden_states", hidden_states),
@@ -238,6 +241,8 @@ class Backbone(BackboneMixin, nn.Module):
         hidden: bool | Sequence[int] = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
+        if not isinstance(hidden, Sequence):
+            hidden = bool(hidden)
         if output_attentions is None:
             output_attentions = config.output_attentions
         attentions: list[Tensor] | None = [] if output_attentions and self.has_attentions else None
@@ -261,6 +266,12 @@ class Backbone(BackboneMixin, nn.Module):
         states = tuple(stages[name] for name in self.stage_names)
         if isinstance(selected, bool):
             return states
+        outside = [i for i in selected if i not in range(-len(states), len(states))]
+        if outside:
+            raise ValueError(
+                f"output_hidden_states must be True, False or indices of the {len(states)} stages, "
+                f"got {list(selected)}"
+            )
         keep = {index % len(states) for index in selected}
         return tuple(state if i in keep else None for i, state in enumerate(states))
 
@@ -392,6 +403,7 @@ class Backbone(BackboneMixin, nn.Module):
         *,
         config: BackboneConfig | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -408,6 +420,7 @@ class Backbone(BackboneMixin, nn.Module):
                 backbone or of a model that contains one.
             config: replaces config.json.
             dtype: of the weights; default (or "auto"): that of the checkpoint.
+            torch_dtype: transformers' older name of `dtype`.
             device: of the weights; default: CPU.
             revision: branch, tag or commit on the Hub.
             cache_dir: cache of downloads.
@@ -420,6 +433,7 @@ class Backbone(BackboneMixin, nn.Module):
         Raises:
             OSError: the model is not there, or its files are corrupt.
             ValueError: the weights do not fit, or the configuration is another model's.
+            TypeError: an override is no field of the configuration.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         own: BackboneConfig
@@ -441,12 +455,13 @@ class Backbone(BackboneMixin, nn.Module):
             own,
             read_state_dict(pretrained_model_name_or_path, hub),
             name=str(pretrained_model_name_or_path),
-            dtype=dtype,
+            dtype=dtype or torch_dtype,
             device=device,
         )
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod
+    @torch.inference_mode(False)  # weights loaded inside inference mode could not be trained later
     def from_state_dict(
         cls: type[Module],
         config: BackboneConfig,
@@ -504,8 +519,8 @@ class Backbone(BackboneMixin, nn.Module):
         config = type(self.config).from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
         config.dtype = str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(save_directory)  # first: a field that JSON cannot hold is refused
         save_state_dict(self.to_checkpoint_names(), Path(save_directory))
-        config.save_pretrained(save_directory)
 
 
 @contextmanager
@@ -528,11 +543,11 @@ def _without_counting(module: nn.Module) -> Iterator[None]:
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype from a dtype, its name, or "auto" for None."""
-    if dtype is None or dtype == "auto" or isinstance(dtype, torch.dtype):
-        return None if dtype == "auto" else dtype  # type: ignore[return-value]  # a str is only "auto"
+    if dtype is None or dtype == "auto":
+        return None
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch.dtype or the name of one, got {dtype!r}")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating torch.dtype or its name, got {dtype!r}")
     return found
 
 
@@ -551,8 +566,12 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
     kwargs.setdefault("out_indices", [1, 2, 3, 4])
     if config.get("dilation"):
         kwargs.setdefault("output_stride", 16)
-    channels = config.get("num_channels", 3)
-    return {"model_type": "timm_backbone", "backbone": name, "num_channels": channels, **kwargs}
+    return {
+        "model_type": "timm_backbone",
+        "backbone": name,
+        "num_channels": config.get("num_channels", 3),
+        "backbone_kwargs": kwargs,
+    }
 
 
 def warn_untrained(names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -129,6 +130,9 @@ def _verify_indices(names: list[str], out_indices: Any) -> None:
         )
 
 
+_COMMON = ("output_hidden_states", "output_attentions", "return_dict")
+
+
 class BackboneConfig(BackboneConfigMixin):
     """Base of the configurations: plain attributes, saved as transformers saves them.
 
@@ -138,13 +142,15 @@ class BackboneConfig(BackboneConfigMixin):
     model_type: ClassVar[str] = ""
     attribute_map: ClassVar[dict[str, str]] = {}
 
-    # what transformers gives every configuration; written only if set
+    # what transformers gives every configuration (_COMMON); written only if set
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
 
     def __init__(self, **unknown: Any) -> None:
         for name, value in unknown.items():
+            if callable(getattr(type(self), name, None)):
+                raise ValueError(f"{type(self).__name__} cannot have a field {name!r}: a method is")
             if name != "model_type":
                 setattr(self, name, value)
 
@@ -187,8 +193,17 @@ class BackboneConfig(BackboneConfigMixin):
             config_dict: as `to_dict` gives it; derived and unknown fields are allowed.
             overrides: fields that replace those of the dictionary. `out_features` or `out_indices`
                 replaces both.
+
+        Raises:
+            TypeError: an override is no field of this configuration.
         """
         values = dict(config_dict)
+        known = {*signature(cls.__init__).parameters, *values, *cls.attribute_map, *_COMMON}
+        if unknown := sorted(overrides.keys() - known):
+            raise TypeError(
+                f"{cls.__name__} has no field {', '.join(unknown)}; its fields are "
+                f"{', '.join(list(signature(cls.__init__).parameters)[1:-1])}"
+            )
         if {"out_features", "out_indices"} & overrides.keys():
             values.pop("out_features", None)
             values.pop("out_indices", None)

@@ -36,8 +36,8 @@ def check_untouched(backbone: nn.Module) -> None:
             continue  # the weight that is read has passed its parametrizations
         if has_hooks(module):
             raise ValueError(
-                f"{type(backbone).__name__} computes from its parameters, so the forward hooks of "
-                f"{name!r} would never run: remove them, or hook the whole backbone"
+                f"{type(backbone).__name__} computes from its parameters, so the hooks of {name!r} "
+                "(or a forward put on it) would never run: remove them, or hook the whole backbone"
             )
         if type(module).forward not in _KNOWN_FORWARDS:
             raise ValueError(
@@ -48,8 +48,14 @@ def check_untouched(backbone: nn.Module) -> None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see or change what passes through a module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether something wants to see or change what passes through a module, or replaced it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 _KNOWN_FORWARDS = {

@@ -210,7 +210,7 @@ def test_dtype_is_the_checkpoints_unless_given(swin):
     assert AutoBackbone.from_pretrained(directory, dtype="float32").dtype == torch.float32
     assert AutoBackbone.from_pretrained(directory, dtype=torch.float16).dtype == torch.float16
     assert json.loads((directory / "config.json").read_text())["dtype"] == "bfloat16"
-    with pytest.raises(ValueError, match="dtype must be a torch.dtype .* got 'float99'"):
+    with pytest.raises(ValueError, match="dtype must be a floating torch.dtype .* got 'float99'"):
         AutoBackbone.from_pretrained(directory, dtype="float99")
 
 

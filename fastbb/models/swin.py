@@ -307,7 +307,7 @@ class SwinBackbone(Backbone):
         )
         self._specs = _block_specs(config)
         self._untrained_norms: frozenset[str] = frozenset()
-        self.register_load_state_dict_post_hook(_norms_are_optional)
+        self.register_load_state_dict_pre_hook(_fill_optional_weights)
         self._init_weights()
 
     @torch.no_grad()
@@ -511,12 +511,22 @@ def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
     return specs
 
 
-def _norms_are_optional(module: nn.Module, incompatible: Any) -> None:
-    """`load_state_dict` takes a state dict of transformers, which has the selected norms only."""
-    missing = incompatible.missing_keys
-    missing[:] = [
-        name for name in missing if not name.startswith(("hidden_states_norms.", "swin.layernorm."))
-    ]
+def _fill_optional_weights(
+    backbone: nn.Module, state_dict: StateDict, prefix: str, *args: Any
+) -> None:
+    """`load_state_dict` takes what transformers holds in memory: the selected norms only."""
+    assert isinstance(backbone, SwinBackbone)
+    own = backbone.state_dict()
+    untrained = set()
+    for name in own:
+        if prefix + name not in state_dict and name.startswith(
+            ("hidden_states_norms.", "swin.layernorm.")
+        ):
+            value = torch.ones_like if name.endswith("weight") else torch.zeros_like
+            state_dict[prefix + name] = value(own[name])
+            untrained.add(name.split(".")[1])
+    backbone._untrained_norms = frozenset(untrained & set(backbone.hidden_states_norms))
+    backbone.outputs_changed()
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -132,7 +132,13 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     Windows and shifts are those of the size the model was built for, and the roll comes before the
     padding, as in timm. Stage 0 is the first stage.
     """
-    from timm.models.swin_transformer import PatchMerging, SwinTransformerStage
+    from timm.layers.mlp import Mlp
+    from timm.models.swin_transformer import (
+        PatchMerging,
+        SwinTransformerBlock,
+        SwinTransformerStage,
+        WindowAttention,
+    )
 
     embed, *stages = features.children()
     if not stages or not all(type(stage) is SwinTransformerStage for stage in stages):
@@ -141,6 +147,7 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     blocks = [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
     wanted: list[tuple[Any, type]] = [(proj, nn.Conv2d), (norm, nn.LayerNorm)]
     for block in blocks:
+        wanted += [(block, SwinTransformerBlock), (block.attn, WindowAttention), (block.mlp, Mlp)]
         linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         wanted += [(linear, nn.Linear) for linear in linears]
         wanted += [

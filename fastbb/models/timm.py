@@ -6,22 +6,25 @@ Upstream: timm `models/_features.py`; transformers `models/timm_backbone/`.
 import difflib
 import logging
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, BackboneType, as_dtype
+from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
 from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..hub import HubOptions, TimmSource, find_file, timm_source
+from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
 from ..layers import has_hooks
 from ..registry import FAMILIES, Family, StagesForward, register
 
+_LOADING = threading.Lock()
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -82,7 +85,14 @@ class TimmBackboneConfig(BackboneConfig):
             None if output_stride is None else check_integer("output_stride", output_stride)
         )
         self.img_size = None if img_size is None else check_size("img_size", img_size)
+        # what has a field of its own is kept there
         self.backbone_kwargs = dict(backbone_kwargs or {})
+        self.num_channels = self.backbone_kwargs.pop("in_chans", self.num_channels)
+        self.output_stride = self.backbone_kwargs.pop("output_stride", self.output_stride)
+        self.img_size = self.backbone_kwargs.pop("img_size", self.img_size)
+        indices = self.backbone_kwargs.pop("out_indices", None)
+        if out_features is None and out_indices is None:
+            out_indices = indices
         self.set_output_features_output_indices(out_features, out_indices)
 
     def set_output_features_output_indices(
@@ -120,7 +130,7 @@ class TimmBackbone(Backbone):
     config_class = TimmBackboneConfig
     config: TimmBackboneConfig
     optional_weights = ("*.num_batches_tracked",)
-    unused_weights = ("*relative_position_index", "*.attn_mask")
+    unused_weights = ("*.num_batches_tracked", "*relative_position_index", "*.attn_mask")
     _backbone_type = BackboneType.TIMM
 
     def __init__(self, config: TimmBackboneConfig, *, native: bool = True) -> None:
@@ -137,10 +147,16 @@ class TimmBackbone(Backbone):
                 raise ValueError(_unknown(config.backbone))
         self._init_from(config, source, HubOptions(), native)
 
+    @torch.inference_mode(False)  # weights made inside inference mode could not be trained later
     def _init_from(
-        self, config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, native: bool
+        self,
+        config: TimmBackboneConfig,
+        source: TimmSource | None,
+        hub: HubOptions,
+        native: bool,
+        n_stages: int | None = None,
     ) -> None:
-        self._backbone = _create(config, source, hub)
+        self._backbone = _create(config, source, hub, n_stages)
         info: list[dict[str, Any]] = self._backbone.feature_info.info  # type: ignore[union-attr, assignment]
         names = [stage["module"] for stage in info]
         # a few models (crossvit) name two stages alike
@@ -148,6 +164,7 @@ class TimmBackbone(Backbone):
             f"{name}@{i}" if name in names[:i] else name for i, name in enumerate(names)
         ]
         self.num_features = [stage["num_chs"] for stage in info]
+        self._n_built = n_stages or len(names)
         config.stage_names = list(self.stage_names)
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         self.native = native
@@ -164,6 +181,11 @@ class TimmBackbone(Backbone):
         if not wanted:
             return {}
         indices = [self.stage_names.index(name) for name in wanted]
+        if indices[-1] >= self._n_built:
+            raise ValueError(
+                f"{wanted[-1]!r} was not loaded: the checkpoint was saved with its last stage "
+                f"{self.stage_names[self._n_built - 1]!r}, so later ones have no weights"
+            )
         forward = self.native_forward() if self.native and not self.training else None
         if forward is not None:
             maps = forward(pixel_values, indices[-1])
@@ -179,8 +201,8 @@ class TimmBackbone(Backbone):
 
     def native_forward(self) -> StagesForward | None:
         """The forward of a native family over timm's parameters, or None."""
-        if any(has_hooks(module) for module in self._backbone.modules()):
-            return None  # they only run in timm's own forward
+        if any(has_hooks(module) or module.training for module in self._backbone.modules()):
+            return None  # hooks and dropout only run in timm's own forward
         for family in FAMILIES:
             forward = family.timm_forward(self._backbone) if family.timm_forward else None
             if forward is not None:
@@ -215,8 +237,8 @@ class TimmBackbone(Backbone):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
         self._set_timm_checkpointing(True)
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         super().gradient_checkpointing_disable()
@@ -237,6 +259,7 @@ class TimmBackbone(Backbone):
         *,
         config: BackboneConfig | None = None,
         dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
@@ -260,11 +283,15 @@ class TimmBackbone(Backbone):
         name = str(pretrained_model_name_or_path)
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         source = timm_source(pretrained_model_name_or_path, hub)
+        overrides = _fields(overrides)
         if source is None:
+            if config is None and "backbone_kwargs" in overrides:
+                saved = unwrap_head(read_config(name, hub), hub).get("backbone_kwargs") or {}
+                overrides["backbone_kwargs"] = {**saved, **overrides["backbone_kwargs"]}
             backbone, info = super().from_pretrained(
                 name,
                 config=config,
-                dtype=dtype,
+                dtype=dtype or torch_dtype,
                 device=device,
                 revision=revision,
                 cache_dir=cache_dir,
@@ -275,11 +302,17 @@ class TimmBackbone(Backbone):
             )
             backbone.native = native
         else:
-            config = config or _config_for(source, overrides)
+            if config is None:
+                kwargs = {**source.model_args, **overrides.pop("backbone_kwargs", {})}
+                own = TimmBackboneConfig(source.architecture, backbone_kwargs=kwargs, **overrides)
+            else:
+                own = cls.own_config(config)
+                own = TimmBackboneConfig.from_dict(own.to_dict(), **overrides)
             backbone, info = cls.__new__(cls), LoadingInfo()
-            Backbone.__init__(backbone, config)
-            backbone._init_from(config, source, hub, native)  # type: ignore[arg-type]
-            backbone = backbone.to(device=device, dtype=as_dtype(dtype)).eval()
+            Backbone.__init__(backbone, own)
+            backbone._init_from(own, source, hub, native)
+            dtype = as_dtype(dtype or torch_dtype)
+            backbone = backbone.to(device=device, dtype=dtype).eval()
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod
@@ -299,6 +332,11 @@ class TimmBackbone(Backbone):
         expected = list(backbone._backbone.state_dict())
         prefix = find_prefix(state, expected, f"timm {config.backbone!r}")
         found, outside = strip_prefix(state, prefix)
+        n_stages = max((i % len(backbone.stage_names) for i in backbone.out_indices), default=0) + 1
+        needed = [key for key in expected if not key.endswith("num_batches_tracked")]
+        if not found.keys() >= set(needed) and n_stages < len(backbone.stage_names):
+            # transformers saves no stage behind the last selected one
+            backbone._init_from(config, None, HubOptions(), True, n_stages)
         initialized, unused = load_strict(
             backbone._backbone,
             found,
@@ -309,22 +347,26 @@ class TimmBackbone(Backbone):
             device=device,
         )
         info = LoadingInfo(prefix, sorted(outside + unused), initialized)
-        backbone = backbone.to(device=device).eval()
+        # also the buffers that are not saved
+        backbone = backbone.to(device=device, dtype=backbone.dtype).eval()
         backbone.report_loading(name, info)
         return backbone, info
 
 
-def _config_for(source: TimmSource, overrides: dict[str, Any]) -> TimmBackboneConfig:
-    known = ("num_channels", "features_only", "freeze_batch_norm_2d", "output_stride", "img_size")
-    known += ("out_features", "out_indices", "use_pretrained_backbone")
-    kwargs = {**source.model_args, **overrides.pop("backbone_kwargs", {})}
-    kwargs |= {name: value for name, value in overrides.items() if name not in known}
-    values = {name: value for name, value in overrides.items() if name in known}
-    return TimmBackboneConfig(source.architecture, backbone_kwargs=kwargs, **values)
+def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Overrides as fields of the configuration; the others become `backbone_kwargs`, for timm."""
+    known = signature(TimmBackboneConfig.__init__).parameters.keys() - {"unknown"}
+    fields = {name: value for name, value in overrides.items() if name in known}
+    kwargs = {name: value for name, value in overrides.items() if name not in known}
+    if kwargs:
+        fields["backbone_kwargs"] = {**(fields.get("backbone_kwargs") or {}), **kwargs}
+    return fields
 
 
-def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions) -> nn.Module:
-    """timm's features-only module with all its stages, taking any image size where timm can."""
+def _create(
+    config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, n_stages: int | None
+) -> nn.Module:
+    """timm's features-only module with its first stages (default: all), for any size timm can."""
     import timm
     from timm.layers.norm_act import freeze_batch_norm_2d
 
@@ -340,12 +382,12 @@ def _create(config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptio
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     name = name.removeprefix("timm/")
     try:
-        n_stages, kwargs = _probe(name, kwargs)
+        n_all, kwargs = _probe(name, kwargs)
         with _complete_weights(name, source is not None):
             backbone = timm.create_model(
                 name,
                 features_only=True,
-                out_indices=tuple(range(n_stages)),
+                out_indices=tuple(range(n_stages or n_all)),
                 **_pretrained_arguments(source, hub),
                 **kwargs,
             )
@@ -415,6 +457,7 @@ def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
+    _LOADING.acquire()  # the logger is the process's: one load at a time
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -425,6 +468,7 @@ def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
+        _LOADING.release()
     missing = [message for message in messages if message.startswith("Missing keys (")]
     names = [
         key

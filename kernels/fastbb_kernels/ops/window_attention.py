@@ -74,9 +74,15 @@ def window_attention_eager(
     dropout_p: float = 0.0,
 ) -> Tensor:
     q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
+    mask = _scores_bias(qkv, bias, geometry)
+    # windows with masks of their own count as heads, so that one mask serves the whole batch
+    n_masks = mask.shape[0]
+    split = (q.shape[0] // n_masks, n_masks)
+    q, k, v = (x.unflatten(0, split).flatten(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=_scores_bias(qkv, bias, geometry, q.shape[0]), dropout_p=dropout_p
+        q, k, v, attn_mask=mask.flatten(0, 1).unsqueeze(0), dropout_p=dropout_p
     )
+    out = out.unflatten(1, (n_masks, num_heads)).flatten(0, 1)
     return _unwindow(out, qkv.shape[1], qkv.shape[2], geometry)
 
 
@@ -92,7 +98,9 @@ def window_attention_weights(
     """`window_attention` that also returns the attention weights, [B * nW, num_heads, N, N]."""
     q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    scores = scores + _scores_bias(qkv, bias, geometry, q.shape[0])
+    mask = _scores_bias(qkv, bias, geometry)
+    n_masks = mask.shape[0]
+    scores = (scores.unflatten(0, (scores.shape[0] // n_masks, n_masks)) + mask).flatten(0, 1)
     statistics = torch.promote_types(scores.dtype, torch.float32)
     weights = F.softmax(scores, dim=-1, dtype=statistics).to(v.dtype)
     weights = F.dropout(weights, dropout_p)
@@ -183,15 +191,13 @@ def _roll(x: Tensor, shift: tuple[int, int], direction: int) -> Tensor:
     return torch.roll(x, (direction * shift[0], direction * shift[1]), dims=(1, 2))
 
 
-def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry, n_windows: int) -> Tensor:
-    """Bias and mask as one tensor that broadcasts to [B * nW, num_heads, N, N]."""
+def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
+    """What is added to the scores: [nW or 1, num_heads, N, N], the same for every image."""
     bias = bias.to(qkv.dtype)
     if not any(geometry.shift):
         return bias.unsqueeze(0)
     mask = _shift_mask(qkv.shape[1], qkv.shape[2], geometry, qkv)  # [nW, N, N]
-    both = bias.unsqueeze(0) + mask.unsqueeze(1)
-    batch = n_windows // max(mask.shape[0], 1)
-    return both.expand(batch, *both.shape).flatten(0, 1)
+    return bias.unsqueeze(0) + mask.unsqueeze(1)
 
 
 def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor) -> Tensor:
