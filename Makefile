@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
+# run once more without transformers, which is an extra
+CORE_TESTS := tests/ops tests/models/test_timm_files.py tests/test_backbone.py \
+	tests/test_bad_input.py tests/test_checkpoint.py tests/test_image_modes.py tests/test_image_processing.py
+
 .PHONY: demo test check bench clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q $(ARGS)
+	$(BIN)/python -m pytest -n 2 -q
+	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
 
 check: .venv/.dev
 	$(BIN)/ruff check .
