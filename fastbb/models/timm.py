@@ -154,17 +154,18 @@ class TimmBackbone(Backbone):
         source: TimmSource | None,
         hub: HubOptions,
         native: bool,
-        n_stages: int | None = None,
+        last_stage: int | None = None,
     ) -> None:
-        self._backbone = _create(config, source, hub, n_stages)
-        info: list[dict[str, Any]] = self._backbone.feature_info.info  # type: ignore[union-attr, assignment]
+        self._backbone = _create(config, source, hub, last_stage)
+        feature_info: Any = self._backbone.feature_info
+        info: list[dict[str, Any]] = feature_info.info
         names = [stage["module"] for stage in info]
         # a few models (crossvit) name two stages alike
         self.stage_names = [
             f"{name}@{i}" if name in names[:i] else name for i, name in enumerate(names)
         ]
         self.num_features = [stage["num_chs"] for stage in info]
-        self._n_built = n_stages or len(names)
+        self._built: list[int] = list(feature_info.out_indices)
         config.stage_names = list(self.stage_names)
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         self.native = native
@@ -181,10 +182,11 @@ class TimmBackbone(Backbone):
         if not wanted:
             return {}
         indices = [self.stage_names.index(name) for name in wanted]
-        if indices[-1] >= self._n_built:
+        absent = [name for name, index in zip(wanted, indices) if index not in self._built]
+        if absent:
             raise ValueError(
-                f"{wanted[-1]!r} was not loaded: the checkpoint was saved with its last stage "
-                f"{self.stage_names[self._n_built - 1]!r}, so later ones have no weights"
+                f"stage {absent[-1]!r} is not there: timm has no feature for it, or the checkpoint "
+                f"was saved without it; there are {[self.stage_names[i] for i in self._built]}"
             )
         forward = self.native_forward() if self.native and not self.training else None
         if forward is not None:
@@ -215,9 +217,10 @@ class TimmBackbone(Backbone):
 
         backbone = self._backbone
         checkpointing = self.training and self.gradient_checkpointing
+        positions = [self._built.index(index) for index in indices]
         if type(backbone) is FeatureListNet and not checkpointing:
-            maps = _run_children(backbone, pixel_values, indices[-1])
-            maps = [maps[index] for index in indices]
+            maps = _run_children(backbone, pixel_values, positions[-1])
+            maps = [maps[position] for position in positions]
         elif type(backbone) is FeatureGetterNet:
             maps = backbone.model.forward_intermediates(  # type: ignore[union-attr, operator]
                 pixel_values,
@@ -229,7 +232,7 @@ class TimmBackbone(Backbone):
             )
         else:
             maps = backbone(pixel_values)
-            maps = [maps[index] for index in indices]
+            maps = [maps[position] for position in positions]
         if getattr(backbone, "output_fmt", "NCHW") == "NHWC":
             maps = [x.permute(0, 3, 1, 2) for x in maps]
         return maps
@@ -332,11 +335,11 @@ class TimmBackbone(Backbone):
         expected = list(backbone._backbone.state_dict())
         prefix = find_prefix(state, expected, f"timm {config.backbone!r}")
         found, outside = strip_prefix(state, prefix)
-        n_stages = max((i % len(backbone.stage_names) for i in backbone.out_indices), default=0) + 1
+        last_stage = max((i % len(backbone.stage_names) for i in backbone.out_indices), default=0)
         needed = [key for key in expected if not key.endswith("num_batches_tracked")]
-        if not found.keys() >= set(needed) and n_stages < len(backbone.stage_names):
+        if not found.keys() >= set(needed) and last_stage < backbone._built[-1]:
             # transformers saves no stage behind the last selected one
-            backbone._init_from(config, None, HubOptions(), True, n_stages)
+            backbone._init_from(config, None, HubOptions(), True, last_stage)
         initialized, unused = load_strict(
             backbone._backbone,
             found,
@@ -364,9 +367,9 @@ def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _create(
-    config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, n_stages: int | None
+    config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, last_stage: int | None
 ) -> nn.Module:
-    """timm's features-only module with its first stages (default: all), for any size timm can."""
+    """timm's features-only module up to a stage (default: the last), for any size timm can."""
     import timm
     from timm.layers.norm_act import freeze_batch_norm_2d
 
@@ -382,12 +385,12 @@ def _create(
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     name = name.removeprefix("timm/")
     try:
-        n_all, kwargs = _probe(name, kwargs)
+        stages, kwargs = _probe(name, kwargs)
         with _complete_weights(name, source is not None):
             backbone = timm.create_model(
                 name,
                 features_only=True,
-                out_indices=tuple(range(n_stages or n_all)),
+                out_indices=tuple(i for i in stages if last_stage is None or i <= last_stage),
                 **_pretrained_arguments(source, hub),
                 **kwargs,
             )
@@ -402,8 +405,8 @@ def _create(
     return backbone
 
 
-def _probe(name: str, kwargs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Number of stages of a timm model, and the arguments that give it dynamic image sizes."""
+def _probe(name: str, kwargs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
+    """Stages that a timm model can return, and the arguments that give it dynamic image sizes."""
     import timm
 
     for dynamic in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
@@ -414,7 +417,10 @@ def _probe(name: str, kwargs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
             if not dynamic or not any(key in str(error) for key in dynamic):
                 raise
         else:
-            return len(model.feature_info), {**dynamic, **kwargs}  # type: ignore[arg-type]
+            info: Any = model.feature_info
+            # a placeholder (tresnet) counts as a stage but has no module
+            stages = [i for i in range(len(info)) if info[i]["module"]]
+            return stages, {**dynamic, **kwargs}
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -65,7 +65,7 @@ def test_files_that_transformers_pruned(tmp_path, name, indices):
     assert loaded.out_indices == indices
     assert_equals_upstream(loaded(pixels).feature_maps, upstream(pixels).feature_maps)
     loaded.out_indices = [-1]
-    with pytest.raises(ValueError, match="was not loaded: the checkpoint was saved with its last"):
+    with pytest.raises(ValueError, match="is not there: .*the checkpoint was saved without it"):
         loaded(pixels)
 
 
@@ -140,3 +140,14 @@ def test_dropout_left_on_under_an_eval_parent_stays_on():
             module.train()
     first, second = (backbone(PIXELS).feature_maps[0] for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_a_stage_that_timm_only_counts():
+    backbone = randomize_(TimmBackbone(TimmBackboneConfig("tresnet_m", out_indices=[1, 4])))
+    upstream = timm.create_model("tresnet_m", features_only=True, out_indices=(1, 4)).eval()
+    upstream.load_state_dict(backbone._backbone.state_dict())
+    assert_equals_upstream(backbone(PIXELS).feature_maps, upstream(PIXELS))
+    backbone.out_indices = [0]
+    with pytest.raises(ValueError, match="stage '' is not there: timm has no feature for it"):
+        backbone(PIXELS)
