@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,7 @@ import click
 
 DEFAULT_MODEL = "nano-swin-digits"
 _USAGE = 2
+_DEFECT = 70
 _INTERRUPTED = 130
 
 
@@ -91,7 +93,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 
     Exit codes: 0 every image has features; 1 finished, some images failed; 2 wrong arguments;
     3 DIR holds features of another plan; 4 too many images failed; 5 another process uses DIR;
-    6 DIR cannot be written or the disk is full; 130 interrupted.
+    6 DIR cannot be written or the disk is full; 70 a defect of fastbb; 130 interrupted.
     """
     if model is None:
         click.echo(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model", err=True)
@@ -100,7 +102,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 
         warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
         report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
-    click.echo(report)
+    _echo(str(report))
     sys.exit(1 if report.errors else 0)
 
 
@@ -111,7 +113,7 @@ def show(directory: str) -> None:
     with _exit_codes():
         from .extraction import open_features
 
-        click.echo(open_features(directory).describe())
+        _echo(open_features(directory).describe())
 
 
 @main.command(name="list")
@@ -149,7 +151,13 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
     with _exit_codes():
         from .view import view as write_view
 
-        click.echo(f"wrote {write_view(image, model, out, size=size)}")
+        _echo(f"wrote {write_view(image, model, out, size=size)}")
+
+
+def _echo(text: str, err: bool = False) -> None:
+    """Prints lines; what cannot be encoded or would command a terminal becomes an escape."""
+    shown = (c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+    click.echo("".join(shown), err=err)
 
 
 @contextlib.contextmanager
@@ -166,9 +174,12 @@ def _exit_codes() -> Iterator[None]:
             code, message = error.exit_code, str(error)
         except (ValueError, OSError) as error:
             code, message = _USAGE, str(error)
+        except Exception:
+            traceback.print_exc()
+            code, message = _DEFECT, "this is a defect of fastbb, the lines above say where"
         else:
             return
     except KeyboardInterrupt:
         code, message = _INTERRUPTED, "interrupted; the same command again goes on from here"
-    click.echo(f"fastbb: {message}", err=True)
+    _echo(f"fastbb: {message}", err=True)
     sys.exit(code)

@@ -31,6 +31,17 @@ from .image_spec import (
 )
 
 CONFIG_NAME = "preprocessor_config.json"
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+
+
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the file formats that are opened, as far as this Pillow knows them.
+
+    Files may come from anywhere, and of Pillow's other formats some start programs (EPS) and most
+    are hardly tested.
+    """
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 class BatchFeature(dict[str, Any]):
@@ -163,18 +174,24 @@ class ImageProcessor:
             return array_to_rgb(image, alpha=self.spec.alpha_in_memory)
         if isinstance(image, (bytes, bytearray, memoryview)):
             try:
-                with Image.open(io.BytesIO(image)) as opened:
+                with Image.open(io.BytesIO(image), formats=readable_formats()) as opened:
                     return self.rgb_from_file(opened)
             except UnidentifiedImageError:
                 raise ValueError(
-                    f"{len(image)} bytes that are no image file Pillow can read"
+                    f"{len(image)} bytes that are no image file of {', '.join(readable_formats())}"
+                    "; of others, pass the image that you decode"
                 ) from None
         if isinstance(image, (str, os.PathLike)):
             if str(image).startswith(("http://", "https://")):
                 raise ValueError(f"images are not downloaded; fetch {image} and pass its bytes")
             try:
-                with Image.open(image) as opened:
+                with Image.open(image, formats=readable_formats()) as opened:
                     return self.rgb_from_file(opened)
+            except UnidentifiedImageError:
+                raise UnidentifiedImageError(
+                    f"{image}: no image file of {', '.join(readable_formats())}; of others, pass "
+                    "the image that you decode"
+                ) from None
             except OSError as error:
                 if str(image) in str(error):
                     raise

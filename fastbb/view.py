@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .auto import AutoBackbone
+from .extraction.decode import MAX_RESIZED_PIXELS, ImageError, decode, read_bytes
+from .extraction.sources import source_at
 from .image_processing import AutoImageProcessor, ImageProcessor
 
 _PAPER = (22, 24, 29)
@@ -85,7 +87,7 @@ def view(
     """Writes the contact sheet of one image file, all stages after the stem.
 
     Args:
-        image_path: any picture that Pillow reads.
+        image_path: a picture in a format that extraction reads, within its limits.
         model: what `AutoBackbone.from_pretrained` takes.
         out_path: file to write; its suffix decides the format.
         size: (H, W) in pixels that the model sees. Default: the image's own shape with a longest
@@ -95,13 +97,21 @@ def view(
         The path that was written.
 
     Raises:
-        ValueError: the model does not run at this size.
+        ValueError: the picture cannot be read, or the model does not run at this size.
     """
+    if size is not None and size[0] * size[1] > MAX_RESIZED_PIXELS:
+        raise ValueError(
+            f"size: wanted at most {MAX_RESIZED_PIXELS:,} pixels (4096x4096), got "
+            f"{size[0]}x{size[1]}; give a smaller size (--size HxW)"
+        )
+    try:
+        as_stored = decode(read_bytes(source_at(image_path)))
+    except ImageError as error:
+        raise ValueError(f"{os.fspath(image_path)}: {error}") from error
     backbone = AutoBackbone.from_pretrained(model)
     backbone.out_features = [name for name in backbone.stage_names if name != "stem"]
     processor = AutoImageProcessor.from_pretrained(model)
-    with Image.open(image_path) as opened:
-        image = processor.rgb_from_file(opened)
+    image = processor.rgb_from_file(as_stored)
     size = size or _view_size(image, processor.output_size)
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BICUBIC)
     as_it_is = replace(

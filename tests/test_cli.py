@@ -86,7 +86,7 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     failed = extract()
     assert failed.exit_code == 1 and "1 failed (truncated 1)" in failed.stdout
     budget = extract("--max-error-rate", 0, out="budget")
-    assert budget.exit_code == 4 and "bad.png: truncated, the file is empty" in budget.stderr
+    assert budget.exit_code == 4 and "'bad.png': truncated, the file is empty" in budget.stderr
     (tmp_path / "file").write_text("x")
     unwritable = extract(out="file/out")
     assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
@@ -96,7 +96,9 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert interrupted.exit_code == 130
     assert "interrupted; the same command again goes on" in interrupted.stderr
     monkeypatch.setattr(pipeline.FeatureExtractor, "run", failing("defect"))
-    assert isinstance(extract(out="defect").exception, AssertionError)
+    defect = extract(out="defect")
+    assert defect.exit_code == 70 and "AssertionError" in defect.stderr
+    assert defect.stderr.endswith("fastbb: this is a defect of fastbb, the lines above say where\n")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         (("--size", "224"), "wanted height x width in pixels, such as 224x224, got '224'"),
         (("--size", "0x9"), "wanted height x width in pixels"),
+        (("--size", "20000x20000"), "size: wanted at most 16,777,216 pixels"),
         (("--out-indices", "1,two"), "wanted whole numbers such as 1,2 or -1, got '1,two'"),
         (("--out-indices", "1,9"), "out_indices must be valid indices"),
         (("--features", "pooled,tokens"), "wanted some of pooled, maps"),
@@ -151,12 +154,22 @@ def test_show(images: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for text in (
         *("complete", MODEL, "SwinBackbone", "pooled [", "rows      5 of 5", "images/s"),
-        *("failed    2", "unsupported_format   2", "bad.png: unsupported_format, none of JPEG"),
-        "caf?.png: unsupported_format",
+        *("failed    2", "unsupported_format   2", "'bad.png': unsupported_format, none of"),
+        r"'caf\udce9.png': unsupported_format",
     ):
         assert text in result.stdout
     missing = fastbb("show", images)
     assert missing.exit_code == 2 and "no features directory" in missing.stderr
+
+
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"caf\xe9\x1b[2J\xc3\xa9")
+    (images / "a\nfailed    99\x1b[2J.png").write_bytes(b"text")
+    result = fastbb("extract", images, "--out", out)
+    assert result.exit_code == 1, result.output
+    assert r"caf\udce9\x1b[2Jé: 3 of 4 images have features" in result.stdout
+    shown = fastbb("show", out).stdout
+    assert r"  'a\nfailed    99\x1b[2J.png': unsupported_format" in shown and "\x1b" not in shown
 
 
 def test_list() -> None:
@@ -176,3 +189,5 @@ def test_view(images: Path, tmp_path: Path) -> None:
         assert sheet.width > sheet.height > 100
     bad = fastbb("view", images / "none.png")
     assert bad.exit_code == 2 and "none.png" in bad.stderr
+    huge = fastbb("view", images / "1.png", "--size", "20000x20000")
+    assert huge.exit_code == 2 and "size: wanted at most 16,777,216 pixels" in huge.stderr

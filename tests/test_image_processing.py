@@ -287,6 +287,15 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         processor_for(VIT)(path)
 
 
+@pytest.mark.parametrize("format", ["EPS", "ICO", "TGA"])
+def test_formats_outside_the_list_are_not_opened(tmp_path: Path, format: str) -> None:
+    path = tmp_path / f"a.{format.lower()}"
+    picture(40, 40).save(path, format)
+    for image in (path, path.read_bytes()):
+        with pytest.raises((OSError, ValueError), match="no image file of JPEG, .*pass the image"):
+            processor_for(VIT)(image)
+
+
 def test_other_refusals() -> None:
     keeps_aspect = processor_for({**BIT, "do_center_crop": False})
     with pytest.raises(ValueError, match="2 sizes make no batch.*pass one at a time"):

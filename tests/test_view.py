@@ -252,6 +252,23 @@ def test_view_names_the_size_of_a_model_that_takes_no_other(
         view(photo, "nano-swin-digits", tmp_path / "sheet.png")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("print.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "unsupported_format"),
+        ("bomb.ppm", b"P6 99999 99999 255\n" + bytes(99), "too_many_pixels"),
+        ("none.png", None, "not_found"),
+    ],
+)
+def test_view_refuses_a_bad_picture(
+    tmp_path: Path, name: str, data: bytes | None, message: str
+) -> None:
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: ({message})"):
+        view(tmp_path / name, "nano-swin-digits", tmp_path / "sheet.png")
+
+
 def test_view_runs_a_checkpoint_in_its_own_dtype(photo: Path, tmp_path: Path) -> None:
     backbone = AutoBackbone.from_pretrained("nano-swin-digits", dtype=torch.bfloat16)
     backbone.out_features = backbone.stage_names

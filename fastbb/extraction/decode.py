@@ -11,11 +11,13 @@ import io
 import os
 import stat
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from PIL import Image, UnidentifiedImageError
 
+from ..image_processing import readable_formats
 from .sources import Source, is_url
 
 ErrorKind = Literal[
@@ -34,9 +36,10 @@ ErrorKind = Literal[
 ]
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_BYTES = 256 * 2**20
 MAX_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bomb
+# after the resize: 4096 x 4096, which is 200 MB of fp32 and far more in a model
+MAX_RESIZED_PIXELS = 2**24
 _MAX_MESSAGE_CHARS = 200
 # worth another try: what network file systems and overloaded disks answer for a moment
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY})
@@ -115,11 +118,15 @@ def _read_once(source: Source) -> bytes:
     return data
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(
+    data: bytes, resized_size: Callable[[int, int], tuple[int, int]] | None = None
+) -> Image.Image:
     """Decodes an encoded image; of an animation, the first frame.
 
     Args:
         data: the bytes of an image file.
+        resized_size: the (H, W) that an image of a height and a width will be resized to, which is
+            limited as well.
 
     Returns:
         The image, pixels loaded, in its own mode.
@@ -128,11 +135,18 @@ def decode(data: bytes) -> Image.Image:
         ImageError: of kind unsupported_format, too_many_pixels, truncated, corrupt or oom_single.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_formats())
+        image = Image.open(io.BytesIO(data), formats=readable_formats())
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise ImageError(
                 "too_many_pixels", f"{width} x {height} pixels, at most {MAX_PIXELS} are decoded"
+            )
+        to_height, to_width = resized_size(height, width) if resized_size else (0, 0)
+        if to_height * to_width > MAX_RESIZED_PIXELS:
+            raise ImageError(
+                "too_many_pixels",
+                f"{width} x {height} pixels would become {to_width} x {to_height}, at most "
+                f"{MAX_RESIZED_PIXELS} are made",
             )
         image.load()
     except ImageError:
@@ -143,7 +157,8 @@ def decode(data: bytes) -> Image.Image:
         if _has_known_signature(data):
             raise ImageError("corrupt", "the header is damaged or cut off") from error
         raise ImageError(
-            "unsupported_format", f"none of {', '.join(_formats())}; starts with {data[:12]!r}"
+            "unsupported_format",
+            f"none of {', '.join(readable_formats())}; starts with {data[:12]!r}",
         ) from error
     except MemoryError as error:
         raise ImageError("oom_single", "not enough memory to decode it") from error
@@ -156,11 +171,6 @@ def decode(data: bytes) -> Image.Image:
     return image
 
 
-def _formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
 def _has_known_signature(data: bytes) -> bool:
-    accepts = (Image.OPEN[name][1] for name in _formats())
+    accepts = (Image.OPEN[name][1] for name in readable_formats())
     return any(accept is not None and accept(data[:16]) is True for accept in accepts)

@@ -25,6 +25,9 @@ _N_ERRORS_SHOWN = 10
 class Features:
     """A features directory, read only: the rows of its committed shards.
 
+    Files are compared with their commits by size; running the extraction again reads them all and
+    redoes a shard whose sha256 differs.
+
     Args:
         directory: what an extraction wrote to.
 
@@ -119,9 +122,7 @@ class Features:
         ]
         lines += [f"  {kind:20} {n:,}" for kind, n in sorted(counts["errors"].items())]
         for error in itertools.islice(self._errors(), _N_ERRORS_SHOWN):
-            # file names may hold bytes that are no text
-            name = error.id.encode("utf-8", "replace").decode()
-            lines.append(f"  {name}: {error.kind}, {error.message}")
+            lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
         if counts["rows"] - counts["ok"] > _N_ERRORS_SHOWN:
             lines.append("  ...")
         return "\n".join(lines)
@@ -144,7 +145,7 @@ class Features:
         path = self.directory / "run.jsonl"
         rows, seconds = 0, 0.0
         for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):  # a line that a crash cut off
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
                 event = json.loads(line)
                 if event["event"] == "shard":
                     rows, seconds = rows + event["rows"], seconds + event["seconds"]

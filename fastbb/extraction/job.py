@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decode import RowError
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
-from .sources import InputError, Source, list_sources
-from .store import ExtractionError, FeatureWriter, totals
+from .sources import InputError, Source, archive_states, list_sources
+from .store import ExtractionError, FeatureWriter, is_started, totals
 
 _DEFAULT_SHARD_ROWS = 4096
 _MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -117,7 +118,7 @@ def extract(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
-    features: Sequence[str] = ("pooled",),
+    features: str | Sequence[str] = ("pooled",),
     out_indices: Sequence[int] | None = None,
     precision: str = "fp32",
     device: str | torch.device | None = None,
@@ -141,8 +142,8 @@ def extract(
         size: (H, W) that every image is resized to.
         shard_rows: images per shard, which is what an interrupted run loses at most; default: 4096,
             or fewer where the features of a shard would pass 256 MiB.
-        max_error_rate: the run stops when more than this share of the images fails; up to 1000
-            images count as 1000.
+        max_error_rate: the run stops when more than this share of the images fails, those of
+            earlier runs included; up to 1000 images count as 1000.
         progress: show a bar (a line every 30 s where stderr is no terminal) and what is done.
 
     Raises:
@@ -150,16 +151,18 @@ def extract(
         OSError: the model cannot be had.
         ExtractionError: plan mismatch, error budget, lock, or an output that cannot be written.
     """
-    if shard_rows is not None and shard_rows < 1:
-        raise ValueError(f"shard_rows: wanted at least 1, got {shard_rows}")
+    if shard_rows is not None and not (isinstance(shard_rows, int) and shard_rows >= 1):
+        raise ValueError(f"shard_rows: wanted a whole number, at least 1, got {shard_rows!r}")
     if not 0 <= max_error_rate <= 1:
         raise ValueError(f"max_error_rate: wanted a share from 0 to 1, got {max_error_rate}")
-    given = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    is_one = isinstance(inputs, (str, bytes, os.PathLike))
+    given = [os.fsdecode(path) for path in ([inputs] if is_one else inputs)]
     if not given:
         raise InputError("inputs: wanted at least one directory, glob, image, list or archive")
     skipped: Counter[str] = Counter()
+    archives = archive_states(given)
     sources = list_sources(given, skipped)
-    if not (Path(out) / "plan.json").exists():  # a wrong input is found before anything is made
+    if not is_started(Path(out)):  # most wrong inputs are found before anything is made
         sources = itertools.chain([next(sources)], sources)
 
     extractor = FeatureExtractor(
@@ -173,6 +176,7 @@ def extract(
     )
     settings = extractor.settings()
     settings["inputs"] = [os.path.abspath(path) for path in given]
+    settings["archives"] = archives
     settings["shard_rows"] = shard_rows or _default_shard_rows(settings)
     with FeatureWriter(out) as writer, _Progress(progress) as bar:
         if extractor.device.type == "cpu":
@@ -201,6 +205,7 @@ def _extract_shards(
             "done; the list of images is the one of the first start"
         )
     n_failed = done["rows"] - done["ok"]
+    _check_budget(n_failed, done["rows"], max_error_rate)
     bar.start(n_rows, done["rows"])
     start = shard_start = time.perf_counter()
     writer.log({"event": "start", "time": time.time(), **_environment(extractor)})
@@ -224,19 +229,12 @@ def _extract_shards(
                 n_left -= n_batch
                 n_failed += len(batch.errors)
                 bar.advance(n_batch)
-                if n_failed > max_error_rate * max(_MIN_BUDGET_ROWS, bar.n_done):
-                    last = batch.errors[-1] if batch.errors else None
-                    raise ErrorBudgetError(
-                        f"stopped: {n_failed:,} of {bar.n_done:,} images failed, more than the "
-                        f"share of {max_error_rate:g} allowed"
-                        + (f" (last: {last.id}: {last.kind}, {last.message})" if last else "")
-                        + "; mend the input, or allow more with max_error_rate (--max-error-rate)"
-                    )
+                _check_budget(n_failed, bar.n_done, max_error_rate, batch.errors)
             commits[shard] = writer.commit(shard, *_shard_content(parts, writer.plan["outputs"]))
             now = time.perf_counter()
             seconds, shard_start = now - shard_start, now
             writer.log({"event": "shard", "shard": shard, "rows": n_shard, "seconds": seconds})
-    writer.finish()
+    writer.finish(commits)
     final = totals(commits)
     return Report(
         writer.directory,
@@ -246,6 +244,18 @@ def _extract_shards(
         done["rows"],
         time.perf_counter() - start,
     )
+
+
+def _check_budget(
+    n_failed: int, n_done: int, max_error_rate: float, errors: Sequence[RowError] = ()
+) -> None:
+    if n_failed > max_error_rate * max(_MIN_BUDGET_ROWS, n_done):
+        last = "".join(f" (last: {e.id!r}: {e.kind}, {e.message})" for e in errors[-1:])
+        raise ErrorBudgetError(
+            f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
+            f"{max_error_rate:g} allowed{last}; mend the input, or allow more with max_error_rate "
+            "(--max-error-rate)"
+        )
 
 
 def _shard_content(

@@ -25,7 +25,15 @@ from torch import Tensor
 
 from ..auto import AutoBackbone
 from ..image_processing import AutoImageProcessor, ImageProcessor
-from .decode import MAX_BYTES, MAX_PIXELS, ImageError, RowError, decode, read_bytes
+from .decode import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    MAX_RESIZED_PIXELS,
+    ImageError,
+    RowError,
+    decode,
+    read_bytes,
+)
 from .sources import Source, source_at
 from .store import canonical_json
 
@@ -64,7 +72,7 @@ class FeatureExtractor:
     def __init__(
         self,
         model: str | os.PathLike[str],
-        features: Sequence[str] = ("pooled",),
+        features: str | Sequence[str] = ("pooled",),
         *,
         out_indices: Sequence[int] | None = None,
         precision: str = "fp32",
@@ -88,15 +96,22 @@ class FeatureExtractor:
             OSError: the model cannot be had.
             ValueError: an argument is not one of these.
         """
+        features = (features,) if isinstance(features, str) else tuple(features)
         unknown = [name for name in features if name not in FEATURES]
         if unknown or not features:
             raise ValueError(f"features: wanted some of {', '.join(FEATURES)}, got {features!r}")
         if precision not in PRECISIONS:
             raise ValueError(f"precision: wanted {' or '.join(PRECISIONS)}, got {precision!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
-        if size is not None and (len(size) != 2 or min(size) < 1):
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: wanted a whole number, at least 1, got {batch_size!r}")
+        if size is not None and not (
+            isinstance(size, (tuple, list))
+            and len(size) == 2
+            and all(isinstance(edge, int) and edge >= 1 for edge in size)
+        ):
             raise ValueError(f"size: wanted (height, width) in pixels, got {size!r}")
+        if out_indices is not None and not isinstance(out_indices, (tuple, list, range)):
+            raise ValueError(f"out_indices: wanted a list such as [1, -1], got {out_indices!r}")
         self.device = _device(device)
         self.features = tuple(name for name in FEATURES if name in features)
         self.precision = precision
@@ -119,6 +134,11 @@ class FeatureExtractor:
                     pad_size=None,
                 )
             )
+        if (seen := self.processor.output_size) and math.prod(seen) > MAX_RESIZED_PIXELS:
+            raise ValueError(
+                f"size: wanted at most {MAX_RESIZED_PIXELS:,} pixels (4096x4096), got {seen[0]}x"
+                f"{seen[1]}; give a smaller size (--size HxW)"
+            )
         keeps_aspect = self.processor.output_size is None
         if keeps_aspect and "maps" in features:
             raise ValueError(
@@ -131,19 +151,19 @@ class FeatureExtractor:
         """Computes the features of some images.
 
         Args:
-            images: an image or a list of them: PIL image, array, tensor, path, or bytes of a file;
-                or an array or tensor of four dimensions.
+            images: an image or a list or iterator of them: PIL image, array, tensor, path, or bytes
+                of a file; or an array or tensor of four dimensions.
 
         Returns:
             Tensors [n, ...] on the CPU, by the name of the feature.
 
         Raises:
             ImageError: an image has no features.
-            ValueError: the list is empty.
+            ValueError: there is no image, or one of the images is several.
+            TypeError: something is no image.
         """
-        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-        items = list(images) if is_batch else [images]
-        rows = ((i, str(i), image) for i, image in enumerate(items))
+        several = isinstance(images, (list, tuple, Iterator)) or getattr(images, "ndim", 0) == 4
+        rows = ((i, str(i), image) for i, image in enumerate(images if several else [images]))
         parts: list[dict[str, Tensor]] = []
         for batch in self.run(chunked(rows, self.batch_size)):
             for error in batch.errors:
@@ -159,11 +179,16 @@ class FeatureExtractor:
         Args:
             paths: image files; may be endless. Ids are the paths as given, with forward slashes.
 
-        Yields:
-            Batches; a file without features is among the `errors` of its batch.
+        Returns:
+            An iterator of batches; a file without features is among the `errors` of its batch.
+
+        Raises:
+            TypeError: one path instead of several.
         """
+        if isinstance(paths, (str, bytes, os.PathLike)):
+            raise TypeError(f"paths: wanted a list or iterator of paths, got {paths!r}")
         rows = ((i, source.id, source) for i, source in enumerate(map(source_at, paths)))
-        yield from self.run(chunked(rows, self.batch_size))
+        return self.run(chunked(rows, self.batch_size))
 
     def outputs(self) -> dict[str, dict[str, Any]]:
         """Shape without the batch, and dtype, of every feature.
@@ -196,7 +221,11 @@ class FeatureExtractor:
                 "weights_sha256": digest.hexdigest(),
             },
             "preprocessing": self.processor.spec.to_dict(),
-            "limits": {"bytes": MAX_BYTES, "pixels": MAX_PIXELS},
+            "limits": {
+                "bytes": MAX_BYTES,
+                "pixels": MAX_PIXELS,
+                "resized_pixels": MAX_RESIZED_PIXELS,
+            },
             "features": list(self.features),
             "outputs": self.outputs(),
             "precision": self.precision,
@@ -219,13 +248,14 @@ class FeatureExtractor:
             pad_to: batches are filled with zero images to this size.
         """
         n_threads = n_decode_threads(self.device)
-        # in chunks; at most two batches, or two images per thread, are held decoded
+        # in chunks; at most two batches, or two images per thread (of 200 MB, at the limit of
+        # pixels), are held decoded
         look_ahead = max(2, math.ceil(2 * n_threads / self.batch_size))
         pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastbb-decode")
         pending: deque[tuple[list[Row], list[Future[Tensor | ImageError]]]] = deque()
         try:
             for chunk in chunks:
-                pending.append((chunk, [pool.submit(self._load, row[2]) for row in chunk]))
+                pending.append((chunk, [pool.submit(self._load, row) for row in chunk]))
                 if len(pending) > look_ahead:
                     yield self._batch(*pending.popleft(), pad_to)
             while pending:
@@ -233,22 +263,37 @@ class FeatureExtractor:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load(self, image: Any) -> Tensor | ImageError:
+    def _load(self, row: Row) -> Tensor | ImageError:
         """fp32 [3, H, W] of an image, or why there is none."""
+        n, _, image = row
         try:
             if isinstance(image, (str, os.PathLike)):
                 image = source_at(image)
             if isinstance(image, Source):
                 image = read_bytes(image)
             if isinstance(image, (bytes, bytearray, memoryview)):
-                image = decode(bytes(image))
+                spec = self.processor.spec
+                # cut from the image as it is, a crop alone makes nothing large
+                limited = spec.resize is not None or spec.output_size is None
+                image = decode(bytes(image), spec.resized_size if limited else None)
                 try:
                     return self.processor.process(self.processor.rgb_from_file(image))
                 except Exception as error:  # whatever an odd image makes a library raise
                     return ImageError("transform", f"{type(error).__name__}: {error}")
-            return self.processor(image)["pixel_values"][0]
         except ImageError as error:
             return error
+        if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) > 3:
+            raise ValueError(
+                f"image {n}: wanted one image, got a {type(image).__name__} of several; give them "
+                "one by one, or as one array of four dimensions"
+            )
+        try:
+            return self.processor(image)["pixel_values"][0]
+        except OSError as error:  # Pillow reads a file that it has opened only when it is used
+            return ImageError("truncated" if "truncated" in str(error) else "corrupt", str(error))
+        except (TypeError, ValueError) as error:
+            text = str(error).removeprefix("images[0]: ")  # a list of its own, not the caller's
+            raise type(error)(f"image {n}: {text}") from error
 
     def _batch(
         self,
@@ -320,7 +365,7 @@ class FeatureExtractor:
 def _device(device: str | torch.device | None) -> torch.device:
     has_gpu = torch.cuda.is_available()
     try:
-        found = torch.device(device or ("cuda" if has_gpu else "cpu"))
+        found = torch.device(("cuda" if has_gpu else "cpu") if device is None else device)
     except RuntimeError as error:
         raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}") from error
     if found.type not in ("cpu", "cuda"):

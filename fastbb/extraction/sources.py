@@ -25,9 +25,10 @@ _READ += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
 _NOT_READ = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
 _NOT_READ += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 IMAGE_SUFFIXES = frozenset(_READ + _NOT_READ)
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://|pipe:)")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_ID_CHARS = 4096
 _MAX_LINE_BYTES = 65536
+_READ_BYTES = 2**20
 
 
 class InputError(ValueError):
@@ -52,14 +53,12 @@ class Source:
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` is an address or a command rather than a path."""
+    """Whether `text` is an address rather than a path."""
     return _URL.match(text) is not None
 
 
 def redact(text: str) -> str:
     """`text` without the parts of an address that carry credentials: user, query, fragment."""
-    if text.startswith("pipe:"):
-        return "pipe:"
     if not is_url(text):
         return text
     scheme, _, rest = text.partition("://")
@@ -69,7 +68,7 @@ def redact(text: str) -> str:
 
 def source_at(path: str | os.PathLike[str]) -> Source:
     """The image at a path as given; an address, which reading will refuse, loses its secrets."""
-    text = os.fspath(path)
+    text = os.fsdecode(path)
     if is_url(text):
         return Source(redact(text), redact(text))
     return Source(PurePath(text).as_posix(), os.path.abspath(text))
@@ -81,6 +80,7 @@ def list_sources(
     """Yields the images of all inputs, in the order of the inputs.
 
     Directories and globs are sorted bytewise on the id, lists and archives keep their own order.
+    A line of a .txt is a path as it stands: spaces at its ends and a leading # belong to the name.
 
     Args:
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
@@ -104,7 +104,7 @@ def list_sources(
             if first != place:
                 raise InputError(
                     f"two images would have the id {source.id!r}: {first[0]} and {source.path}; "
-                    "give their common parent directory, or a .csv list with an `id` column"
+                    + _advice_on_ids(os.fspath(given))
                 )
             yield source
         if empty:
@@ -113,6 +113,28 @@ def list_sources(
                 f"{_show(given)}: no images found"
                 + (f" (passed over: {passed_over}; a list can name them)" if passed_over else "")
             )
+
+
+def archive_states(inputs: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Size and time of change of the archives among the inputs, by absolute path.
+
+    Rows of an archive are places in it, so they mean nothing in another one of the same name.
+    """
+    states = {}
+    for path in map(os.path.abspath, inputs):
+        if path.lower().endswith(".tar") and os.path.isfile(path):
+            status = os.stat(path)
+            states[path] = {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return states
+
+
+def _advice_on_ids(given: str) -> str:
+    suffix = Path(given).suffix.lower()
+    if suffix == ".tar":
+        return "rename one of them, or extract each archive into a features directory of its own"
+    if suffix in LIST_SUFFIXES and suffix != ".txt":
+        return "give every row an `id` of its own"
+    return "give their common parent directory, or a .csv list with an `id` column"
 
 
 def _list_input(given: str, skipped: Counter[str]) -> Iterator[Source]:
@@ -214,8 +236,25 @@ def _read_tar(path: str, skipped: Counter[str]) -> Iterator[Source]:
                     skipped["files without an image suffix"] += 1
                 else:
                     yield Source(name, path, member.offset_data, member.size)
+            _check_end(path, archive)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path}: not a complete, uncompressed tar archive: {error}") from error
+
+
+def _check_end(path: str, archive: tarfile.TarFile) -> None:
+    """Raises InputError unless only zeros follow: tarfile also stops at a damaged header."""
+    file, start = archive.fileobj, archive.offset
+    assert file is not None
+    file.seek(start)
+    data = file.read(tarfile.BLOCKSIZE)
+    is_end = len(data) == tarfile.BLOCKSIZE
+    while is_end and data:
+        is_end = not any(data)
+        data = file.read(_READ_BYTES)
+    if not is_end:
+        raise InputError(
+            f"{path}: not a complete, uncompressed tar archive: damaged or cut off at byte {start}"
+        )
 
 
 def _read_list(path: str, suffix: str) -> Iterator[Source]:
@@ -232,7 +271,7 @@ def _read_list(path: str, suffix: str) -> Iterator[Source]:
                 f"got {image!r:.80}; columns: {', '.join(map(str, record))}"
             )
         name = record.get("id")
-        shown = redact(image if name is None else str(name))
+        shown = redact(image if name in (None, "") else str(name))
         if is_url(image):
             yield Source(shown, redact(image))
         else:
@@ -259,7 +298,14 @@ def _read_txt(path: str) -> Iterator[dict[str, str]]:
 def _read_csv(path: str) -> Iterator[dict[str, str]]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         try:
-            yield from csv.DictReader(file)
+            # strict: a quote that is never closed would take the rest of the file for one cell
+            for n, record in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in record:  # where DictReader puts them
+                    raise InputError(
+                        f"{path}: row {n} has more cells than the header has columns; put cells "
+                        f"that hold a comma in quotes: {record!r:.200}"
+                    )
+                yield record
         except csv.Error as error:
             raise InputError(f"{path}: not readable as CSV: {error}") from error
 

@@ -18,8 +18,10 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -35,7 +37,20 @@ from .sources import Source
 FORMAT = 1
 # facts about the frozen list: they follow from the inputs, so a resumed run takes them as they are
 _FROZEN_FIELDS = ("rows", "rows_sha256")
-_OUR_NAMES = frozenset({".lock", "plan.json", "rows", "shards", "manifest.json", "run.jsonl"})
+# what is read from a plan again, beside the frozen fields
+_READ_FIELDS = frozenset(
+    {"shard_rows", "batch_size", "precision", "device", "versions.torch", "versions.fastbb"}
+    | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
+    | {f"preprocessing.{name}" for name in ("image_processor_type", "resize", "size", "crop_size")}
+)
+# names of files by directory; an unfinished file has an end like .tmp-123
+_OUR_NAMES = {
+    ".": r"\.lock|run\.jsonl|rows|shards|(plan|manifest)\.json",
+    "rows": r"rows-\d+\.jsonl",
+    "shards": r"features-\d+\.safetensors|index-\d+\.jsonl|commit-\d+\.json",
+}
+_UNFINISHED = r"\.tmp-\d+"
+_READ_BYTES = 2**20
 
 
 class ExtractionError(RuntimeError):
@@ -45,7 +60,7 @@ class ExtractionError(RuntimeError):
         exit_code: what the command line exits with.
     """
 
-    exit_code: ClassVar[int] = 1
+    exit_code: ClassVar[int] = 70
 
 
 class PlanMismatchError(ExtractionError):
@@ -90,32 +105,55 @@ class FeatureWriter:
     def __enter__(self) -> FeatureWriter:
         with _writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in self.directory.iterdir() if ".tmp-" not in path.name}
-            if (foreign := sorted(names - _OUR_NAMES)) and "plan.json" not in names:
-                raise ValueError(
-                    f"{self.directory} holds no features but other files ({foreign[0]!r}, "
-                    f"{len(foreign)} in all); give a new or an empty directory"
-                )
+            self._check_that_it_is_ours()
             self._lock = open(self.directory / ".lock", "ab")
-        try:
-            self._take_over()
-        except BaseException:
-            self._lock.close()
-            raise
-        return self
-
-    def _take_over(self) -> None:
-        with _writing(self.directory):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            except OSError as error:
+                self._lock.close()
+                if not isinstance(error, BlockingIOError):
+                    raise
                 raise OutputLockedError(
                     f"another process is writing to {self.directory}; wait for it, or choose "
                     "another directory"
                 ) from error
-            for name in ("rows", "shards"):
+        return self
+
+    def _check_that_it_is_ours(self) -> None:
+        """Raises where a user's own files are; nothing has been made or removed yet."""
+        if is_started(self.directory):
+            plan = read_plan(self.directory / "plan.json")
+            if plan["format"] != FORMAT:
+                raise PlanMismatchError(
+                    f"{self.directory} holds features of another version of fastbb; format: "
+                    f"{plan['format']!r:.100} there, {FORMAT} asked. Use another directory"
+                )
+            return
+        paths = {path for name in _OUR_NAMES for path in self._entries(name)}
+        foreign = paths.difference(self._our_files(rf"({_UNFINISHED})?"))
+        if foreign := sorted(path.relative_to(self.directory).as_posix() for path in foreign):
+            raise ValueError(
+                f"{self.directory} holds no features but other files ({foreign[0]!r}, "
+                f"{len(foreign)} in all); give a new or an empty directory"
+            )
+
+    def _our_files(self, end: str) -> Iterator[Path]:
+        """The paths with a name that only this class gives, followed by the pattern `end`."""
+        for name, pattern in _OUR_NAMES.items():
+            for path in self._entries(name):
+                if re.fullmatch(rf"({pattern}){end}", path.name):
+                    yield path
+
+    def _entries(self, name: str) -> list[Path]:
+        directory = self.directory / name
+        return list(directory.iterdir()) if directory.exists() else []
+
+    def _clear(self) -> None:
+        """Makes the directories, without what a killed run left in them."""
+        with _writing(self.directory):
+            for name in _OUR_NAMES:
                 (self.directory / name).mkdir(exist_ok=True)
-            for leftover in self.directory.glob("**/*.tmp-*"):
+            for leftover in self._our_files(_UNFINISHED):
                 leftover.unlink()
 
     def __exit__(
@@ -142,11 +180,13 @@ class FeatureWriter:
         """
         path = self.directory / "plan.json"
         settings = json.loads(canonical_json({"format": FORMAT, **settings}))
-        resumed = path.exists()
+        resumed = is_started(self.directory)
         if resumed:
             self.plan = read_plan(path)
             _check_plan(self.directory, self.plan, settings)
+            self._clear()
         else:
+            self._clear()
             frozen = self._freeze(sources, settings["shard_rows"])
             self.plan = {**settings, **dict(zip(_FROZEN_FIELDS, frozen))}
             self._write(path, canonical_json(self.plan))
@@ -154,8 +194,9 @@ class FeatureWriter:
         return resumed
 
     def _freeze(self, sources: Iterable[Source], shard_rows: int) -> tuple[int, list[str]]:
-        for path in (self.directory / "rows").iterdir():  # of a run that died while listing
-            path.unlink()
+        with _writing(self.directory):
+            for path in self.directory.glob("rows/rows-*.jsonl"):  # of a run that died listing
+                path.unlink()
         n_rows, digests, lines = 0, [], []
 
         def flush() -> None:
@@ -196,8 +237,16 @@ class FeatureWriter:
         return [Source(**{k: v for k, v in row.items() if k != "row"}) for row in rows]
 
     def committed(self, shard: int) -> dict[str, Any] | None:
-        """The commit of a shard, or None if it has no valid one and is to be done."""
-        return read_commit(self.directory, shard, self._plan_sha256)
+        """The commit of a shard, or None if it has no valid one and is to be done.
+
+        The files of the shard are read and compared with the commit's sha256.
+        """
+        commit = read_commit(self.directory, shard, self._plan_sha256)
+        if commit is not None:
+            for name, file in commit["files"].items():
+                if _sha256(self.directory / "shards" / name) != file["sha256"]:
+                    return None
+        return commit
 
     def commit(
         self, shard: int, tensors: Mapping[str, Tensor], index: Sequence[Mapping[str, Any]]
@@ -240,10 +289,13 @@ class FeatureWriter:
         self._write(self.directory / file_name("commit", shard), canonical_json(commit))
         return commit
 
-    def finish(self) -> None:
-        """Writes the manifest; every shard must be committed."""
+    def finish(self, commits: Sequence[Mapping[str, Any] | None]) -> None:
+        """Writes the manifest.
+
+        Args:
+            commits: of every shard.
+        """
         path = self.directory / "manifest.json"
-        commits = [self.committed(shard) for shard in range(self.n_shards)]
         manifest = {"format": FORMAT, "plan_sha256": self._plan_sha256, **totals(commits)}
         if not (path.exists() and path.read_bytes() == canonical_json(manifest)):
             self._write(path, canonical_json(manifest))
@@ -297,41 +349,74 @@ def file_name(what: str, shard: int) -> str:
     return f"{directory}/{what}-{shard:05d}.{suffix}"
 
 
-def read_plan(path: Path) -> dict[str, Any]:
-    """Reads plan.json.
+def is_started(directory: Path) -> bool:
+    """Whether a plan was made in the directory.
 
     Raises:
-        PlanMismatchError: it is damaged.
+        OutputError: the directory cannot be entered.
+    """
+    path = directory / "plan.json"
+    with _writing(path):
+        return path.exists()
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Reads plan.json; of another format, only its number is sure to be there.
+
+    Raises:
+        PlanMismatchError: it is damaged, or no plan of ours.
     """
     try:
         plan = json.loads(path.read_bytes())
-        if not isinstance(plan, dict) or not {"format", *_FROZEN_FIELDS} <= plan.keys():
-            raise ValueError("fields are missing")
-    except ValueError as error:
+        if not isinstance(plan, dict) or "format" not in plan:
+            raise ValueError("the field format is missing")
+        if plan["format"] != FORMAT:
+            return plan
+        missing = {*_FROZEN_FIELDS, *_READ_FIELDS} - _flatten(plan).keys()
+        if missing or not all({"shape", "dtype"} <= set(o) for o in plan["outputs"].values()):
+            raise ValueError(f"the field {min(missing, default='outputs')} is missing")
+        if not (isinstance(plan["rows"], int) and isinstance(plan["rows_sha256"], list)):
+            raise ValueError("rows and rows_sha256 are no number and no list")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
     return plan
 
 
 def read_commit(directory: Path, shard: int, plan_sha256: str) -> dict[str, Any] | None:
-    """The commit of a shard; None if there is none, or none of this plan, or files are missing."""
+    """The commit of a shard; None if there is none, or it is damaged or of another plan.
+
+    Of the files it names only the sizes are compared.
+    """
     path = directory / file_name("commit", shard)
     try:
         commit = json.loads(path.read_bytes())
-        whole = all(
+        names = {Path(file_name(what, shard)).name for what in ("features", "index")}
+        whole = commit["files"].keys() == names and all(
             (path.parent / name).stat().st_size == file["bytes"]
             for name, file in commit["files"].items()
         )
-        return commit if whole and commit["plan_sha256"] == plan_sha256 else None
-    except (FileNotFoundError, ValueError, KeyError):
+        whole &= commit["ok"] + sum(commit["errors"].values()) == commit["rows"]
+        ours = (commit["plan_sha256"], commit["shard"]) == (plan_sha256, shard)
+        return commit if whole and ours else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     was = _flatten({name: plan[name] for name in plan if name not in _FROZEN_FIELDS})
     now = _flatten(settings)
     differing = [
-        f"{name}: {was.get(name, 'nothing')!r:.100} there, {now.get(name, 'nothing')!r:.100} asked"
-        for name in sorted(was.keys() | now.keys())
+        f"{name}: {_compared(was.get(name, 'nothing'), now.get(name, 'nothing'))}"
+        # another precision changes the weights too, but is what was asked for
+        for name in sorted(was.keys() | now.keys(), key=lambda name: (name != "precision", name))
         if name not in was or name not in now or was[name] != now[name]
     ]
     if differing:
@@ -339,6 +424,15 @@ def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str,
             f"{directory} holds features of another plan; {'; '.join(differing)}. Use the "
             "settings it was started with, or another directory"
         )
+
+
+def _compared(was: Any, now: Any) -> str:
+    """Two differing values in words; of long lists, the first entry that differs."""
+    if isinstance(was, list) and isinstance(now, list) and len(repr(was + now)) > 100:
+        n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(was, now)))
+        first = _compared(*((x[n_same] if n_same < len(x) else "nothing") for x in (was, now)))
+        return f"{len(was)} entries there, {len(now)} asked; entry {n_same + 1}: {first}"
+    return f"{was!r:.100} there, {now!r:.100} asked"
 
 
 def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

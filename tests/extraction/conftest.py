@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastbb import ResNetBackbone, ResNetConfig
+from fastbb.extraction import Report, extract
 
 NORMALIZE = {
     "do_rescale": True,
@@ -86,6 +88,24 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
         return directory
 
     return make
+
+
+@pytest.fixture
+def images(make_images: Callable[..., Path]) -> Path:
+    """Ten images, the fourth is none."""
+    root = make_images(10)
+    (root / "00003.png").write_bytes(b"text")
+    return root
+
+
+@pytest.fixture
+def run(model: Path, images: Path, tmp_path: Path) -> Callable[..., Report]:
+    """Extracts the images in three shards."""
+
+    def run(out: Path = tmp_path / "out", **options: Any) -> Report:
+        return extract(model, images, out, **{"shard_rows": 4, "batch_size": 3, **options})
+
+    return run
 
 
 def read_tree(directory: Path) -> dict[str, bytes]:

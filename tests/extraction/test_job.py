@@ -55,6 +55,15 @@ def test_several_inputs_keep_their_order(
     assert open_features(tmp_path / "out").ids == ["00002.png", "00000.png", "00001.png", "z.png"]
 
 
+def test_paths_may_be_bytes(model: Path, make_images: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_images(2)
+    extract(model, bytes(root), tmp_path / "a")  # type: ignore[arg-type]
+    extract(model, [bytes(root)], tmp_path / "a")  # type: ignore[list-item]
+    assert open_features(tmp_path / "a").ids == ["00000.png", "00001.png"]
+    with pytest.raises(TypeError, match="expected str, bytes or os.PathLike object, not int"):
+        extract(model, [7], tmp_path / "b")  # type: ignore[list-item]
+
+
 def test_nothing_is_made_for_a_wrong_input(model: Path, tmp_path: Path) -> None:
     for inputs in ([], [tmp_path / "nowhere"], [tmp_path, tmp_path / "nowhere"]):
         with pytest.raises(InputError):
@@ -180,10 +189,11 @@ def test_timings_are_logged_apart(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shard_rows": 0}, "shard_rows: wanted at least 1, got 0"),
+        ({"shard_rows": 0}, "shard_rows: wanted a whole number, at least 1, got 0"),
+        ({"shard_rows": 2.0}, "shard_rows: wanted a whole number, at least 1, got 2.0"),
         ({"max_error_rate": 5}, "max_error_rate: wanted a share from 0 to 1, got 5"),
     ],
-    ids=["shard_rows", "max_error_rate"],
+    ids=["shard_rows", "shard_rows float", "max_error_rate"],
 )
 def test_wrong_arguments_say_what_was_wanted(
     model: Path, tmp_path: Path, options: dict, message: str

@@ -1,11 +1,13 @@
+import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastbb import AutoBackbone, AutoImageProcessor
 from fastbb.extraction import FeatureExtractor, ImageError, open_features, pipeline
@@ -72,6 +74,57 @@ def test_an_image_without_features_raises_when_called_directly(model: Path, tmp_
     assert caught.value.kind == "unsupported_format"
     with pytest.raises(ValueError, match="at least one image"):
         ex([])
+
+
+def test_several_images_in_the_place_of_one_are_refused(model: Path) -> None:
+    ex = FeatureExtractor(model)
+    batch = np.zeros((2, 8, 8, 3), np.uint8)
+    for several in (batch, torch.zeros(2, 3, 8, 8), [batch[1], batch[1]], (batch[1],)):
+        with pytest.raises(ValueError, match="image 1: wanted one image, got a"):
+            ex([batch[0], several])
+
+
+def test_images_may_come_from_an_iterator(model: Path, make_images: Callable[..., Path]) -> None:
+    ex = FeatureExtractor(model, "pooled", batch_size=2)
+    paths = sorted(make_images(3).iterdir())
+    same(ex(path for path in paths)["pooled"], ex(paths)["pooled"])
+    with pytest.raises(ValueError, match="at least one image"):
+        ex(iter([]))
+
+
+def test_a_bad_image_in_memory_is_named_by_its_place(
+    model: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    ex = FeatureExtractor(model, batch_size=2)
+    good = Image.new("RGB", (8, 8))
+    with pytest.raises(TypeError, match="^image 3: an image is a PIL image"):
+        ex([good, good, good, 7])
+    with pytest.raises(ValueError, match="^image 2: "):
+        ex([good, good, np.zeros((8, 8, 7), np.uint8)])
+    (tmp_path / "cut.jpg").write_bytes(encoded(1, (64, 80), "JPEG")[:900])
+    cut = Image.open(tmp_path / "cut.jpg")
+    with cut, pytest.raises(ImageError, match="image 1: .*truncated") as caught:
+        ex([good, cut])
+    assert caught.value.kind == "truncated"
+
+
+def test_device_zero_is_the_first_gpu_and_never_the_cpu(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="device: cuda:0 is not there: torch sees 0 GPUs"):
+        FeatureExtractor(model, device=0)  # type: ignore[arg-type]
+
+
+def test_one_path_is_no_stream(model: Path, make_images: Callable[..., Path]) -> None:
+    ex = FeatureExtractor(model)
+    path = make_images(1) / "00000.png"
+    for one in (path, str(path), bytes(path)):
+        with pytest.raises(TypeError, match="paths: wanted a list or iterator of paths"):
+            ex.stream(one)  # type: ignore[arg-type]
+    (batch,) = ex.stream([bytes(path)])  # type: ignore[list-item]
+    assert batch.ids == [str(path)]
 
 
 def test_addresses_are_refused_without_their_credentials(model: Path) -> None:
@@ -205,6 +258,24 @@ def test_an_image_that_the_processor_refuses_is_a_row(
     assert [error.kind for error in batch.errors] == ["transform"] and not batch.ids
 
 
+def test_a_thin_image_is_refused_before_it_is_stretched(
+    tmp_path: Path, aspect_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = aspect_model / "preprocessor_config.json"
+    config = {**json.loads(file.read_text()), "size": {"shortest_edge": 64}}
+    stretching = shutil.copytree(aspect_model, tmp_path / "stretching")
+    config["image_processor_type"] = "BitImageProcessor"
+    (stretching / file.name).write_text(json.dumps(config))
+    Image.new("RGB", (20_000, 1)).save(tmp_path / "thin.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it was decoded"))
+    ex = FeatureExtractor(stretching)
+    (batch,) = ex.stream([tmp_path / "thin.png"])
+    (error,) = batch.errors
+    assert error.kind == "too_many_pixels"
+    assert error.message.startswith("20000 x 1 pixels would become 1280000 x 64, at most 16777216")
+    assert ex.settings()["limits"]["resized_pixels"] == 2**24
+
+
 def test_features_that_are_not_finite_are_a_row(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
@@ -254,8 +325,12 @@ def test_few_images_are_held_at_a_time(
         ({"features": ("pooled", "tokens")}, "features: wanted some of pooled, maps"),
         ({"features": ()}, "features: wanted some of pooled, maps"),
         ({"precision": "fp16"}, "precision: wanted fp32 or bf16, got 'fp16'"),
-        ({"batch_size": 0}, "batch_size: wanted at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size: wanted a whole number, at least 1, got 0"),
+        ({"batch_size": 2.0}, "batch_size: wanted a whole number, at least 1, got 2.0"),
         ({"size": (0, 3)}, "size: wanted .height, width. in pixels"),
+        ({"size": 64}, "size: wanted .height, width. in pixels, got 64"),
+        ({"size": (20_000, 20_000)}, "size: wanted at most 16,777,216 pixels.*got 20000x20000"),
+        ({"out_indices": -1}, r"out_indices: wanted a list such as \[1, -1\], got -1"),
         ({"device": "gpu"}, "device: wanted cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "meta"}, "device: wanted cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:99"}, "device: cuda:99 is not there"),

@@ -116,6 +116,23 @@ def test_file_name_column_of_image_folders_is_read(tmp_path: Path) -> None:
     assert ids(tmp_path / "metadata.csv") == ["a.jpg"]
 
 
+def test_a_line_of_text_is_a_path_as_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("# a.jpg\n b .jpg \n\npipe:x.jpg\n")
+    assert ids(tmp_path / "list.txt") == ["# a.jpg", " b .jpg ", "pipe:x.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", "id,path\n,a.jpg\n,b.jpg\n"),
+        ("list.jsonl", '{"id": "", "path": "a.jpg"}\n{"id": null, "path": "b.jpg"}\n'),
+    ],
+)
+def test_an_empty_id_is_none(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert ids(tmp_path / name) == ["a.jpg", "b.jpg"]
+
+
 SECRET_URL = "https://user:pa55@host.org:8080/a/b.jpg?X-Signature=s3cret&x=1#frag"
 
 
@@ -125,7 +142,7 @@ SECRET_URL = "https://user:pa55@host.org:8080/a/b.jpg?X-Signature=s3cret&x=1#fra
         (SECRET_URL, "https://host.org:8080/a/b.jpg"),
         ("s3://key:s3cret@bucket/x@2x.png", "s3://bucket/x@2x.png"),
         ("https://host.org?token=s3cret", "https://host.org"),
-        ("pipe:curl -H 'Authorization: s3cret' x", "pipe:"),
+        ("pipe:x.jpg", "pipe:x.jpg"),
         ("a/b?c@d.jpg", "a/b?c@d.jpg"),
     ],
 )
@@ -180,6 +197,9 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
         add(archive, "a.jpg", b"2")
     texts = {
         "no_column.csv": "name\na.jpg\n",
+        "quote.csv": 'path\n"a.jpg\nb.jpg\nc.jpg\n',
+        "cells.csv": "path,id\na, b.jpg,7\n",
+        "same.csv": "path,id\na.jpg,7\nb.jpg,7\n",
         "number.jsonl": '{"path": 3}\n',
         "array.jsonl": '["a.jpg"]\n',
         "broken.jsonl": '{"path": \n',
@@ -197,8 +217,14 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
         "no images": ([root / "none"], "no images found .*1 files without an image suffix"),
         "no match": ([f"{root}/one/*.png"], "no images found"),
         "glob root": ([f"{root}/nowhere/*.png"], "no such directory"),
-        "same id": ([root / "one", root / "two"], "two images would have the id 'a.jpg'"),
-        "same member": ([root / "twice.tar"], "two images would have the id 'a.jpg'"),
+        "same id": (
+            [root / "one", root / "two"],
+            "two images would have the id 'a.jpg'.* give their common parent directory",
+        ),
+        "same member": (
+            [root / "twice.tar"],
+            "two images would have the id 'a.jpg'.*; rename one of them, or extract each archive",
+        ),
         "compressed": ([root / "x.tar.gz"], "only uncompressed .tar is read"),
         "no tar": ([root / "short.tar"], "not a complete, uncompressed tar archive"),
         "cut tar": ([root / "cut.tar"], "not a complete, uncompressed tar archive"),
@@ -206,6 +232,9 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
             name: ([root / name], pattern)
             for name, pattern in {
                 "no_column.csv": "row 1 has no text in the column `path`.*columns: name",
+                "quote.csv": "not readable as CSV: unexpected end of data",
+                "cells.csv": "row 1 has more cells than the header has columns",
+                "same.csv": "two images would have the id '7'.*; give every row an `id` of its own",
                 "number.jsonl": "row 1 has no text in the column `path`.*got 3",
                 "array.jsonl": "row 1 is no object",
                 "broken.jsonl": "row 1 is not JSON",
@@ -222,7 +251,17 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
 @pytest.mark.parametrize(
     "kind",
     ["missing", "url", "no images", "no match", "glob root", "same id", "same member", "compressed"]
-    + ["no tar", "cut tar", "no_column.csv", "number.jsonl", "array.jsonl", "broken.jsonl"]
+    + [
+        "no tar",
+        "cut tar",
+        "no_column.csv",
+        "quote.csv",
+        "cells.csv",
+        "same.csv",
+        "number.jsonl",
+        "array.jsonl",
+        "broken.jsonl",
+    ]
     + ["long.txt", "long_id.txt", "nul.txt", "empty.txt", "text.parquet"],
 )
 def test_bad_input_says_what_was_wanted(tmp_path: Path, kind: str) -> None:

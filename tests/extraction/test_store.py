@@ -27,24 +27,6 @@ from fastbb.extraction.store import FeatureWriter, canonical_json
 Tree = Callable[[Path], dict[str, bytes]]
 
 
-@pytest.fixture
-def images(make_images: Callable[..., Path]) -> Path:
-    """Ten images, the fourth is none."""
-    root = make_images(10)
-    (root / "00003.png").write_bytes(b"text")
-    return root
-
-
-@pytest.fixture
-def run(model: Path, images: Path, tmp_path: Path) -> Callable[..., Report]:
-    """Extracts the images in three shards."""
-
-    def run(out: Path = tmp_path / "out", **options: Any) -> Report:
-        return extract(model, images, out, **{"shard_rows": 4, "batch_size": 3, **options})
-
-    return run
-
-
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
