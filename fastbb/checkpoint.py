@@ -77,7 +77,14 @@ def read_weights_file(path: Path) -> StateDict:
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+    ) as error:
         raise OSError(
             f"{path} is corrupt, truncated or not a file of weights ({error}); "
             "delete it and download or save it again"

@@ -70,7 +70,6 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -106,7 +105,7 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
-    except HfHubHTTPError as error:
+    except Exception as error:  # also of the HTTP library, which is huggingface_hub's choice
         raise OSError(f"{wanted}, and asking the Hub for {repo!r} failed: {error}") from error
 
 
@@ -189,7 +188,7 @@ def timm_source(
     name = str(name_or_dir)
     if local_directory(name_or_dir) is None:
         registered = _registered_timm_source(name.removeprefix("timm/"))
-        if registered is not None and (name.startswith("timm/") or "/" not in name):
+        if registered is not None:
             return registered
         if "/" not in name:
             return None

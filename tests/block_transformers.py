@@ -1,6 +1,6 @@
 """A pytest plugin under which transformers cannot be imported: what users without the extra have.
 
-    PYTHONPATH=tests python -m pytest -p block_transformers tests/test_backbone.py ...
+PYTHONPATH=tests python -m pytest -p block_transformers tests/test_backbone.py ...
 """
 
 import sys
