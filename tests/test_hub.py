@@ -129,3 +129,12 @@ def test_json_in_another_encoding_is_named(tmp_path):
     (tmp_path / "config.json").write_bytes('{"a": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         read_json(tmp_path / "config.json")
+
+
+def test_whatever_the_http_library_raises_is_an_os_error(monkeypatch):
+    def break_off(*args, **kwargs):
+        raise RuntimeError("peer closed the connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", break_off)
+    with pytest.raises(OSError, match="asking the Hub for 'acme/x' failed: peer closed"):
+        find_file("acme/x", "config.json")
