@@ -78,6 +78,15 @@ def test_classifier_is_ignored_and_its_missing_norms_are_reported_once(swin, cap
         loaded.out_indices = (0, 1)
 
 
+@pytest.mark.parametrize("prefix", ["", "model.", "backbone.", "encoder.model."], ids=repr)
+def test_names_in_memory_under_any_prefix_keep_their_norms(prefix, swin, recwarn):
+    backbone, directory = swin
+    state = {prefix + name: t.clone() for name, t in backbone.state_dict().items()}
+    change_weights(directory, lambda _: state)
+    assert_same(directory, backbone)
+    assert not [w for w in recwarn if "no norm for" in str(w.message)]
+
+
 HEADS = {
     # head's model_type: where its checkpoint holds the backbone
     "mask2former": "model.pixel_level_module.encoder.",

@@ -4,6 +4,7 @@ Upstream: transformers `models/swin/` and `models/maskformer/modeling_maskformer
 torchvision and timm `models/swin_transformer.py`.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -438,13 +439,10 @@ class SwinBackbone(Backbone):
         norms = {name: t for name, t in found.items() if name.startswith("hidden_states_norms.")}
         if prefix.endswith(("swin.", "model.")):
             # the norms stand beside the model that computes what they normalize
-            parent = prefix.removesuffix("swin.").removesuffix("model.") + "hidden_states_norms."
-            norms |= {
-                name.removeprefix(parent.removesuffix("hidden_states_norms.")): state[name]
-                for name in outside
-                if name.startswith(parent)
-            }
-            outside = [name for name in outside if not name.startswith(parent)]
+            parent = re.sub(r"(swin|model)\.$", "", prefix)
+            beside = [n for n in outside if n.startswith(f"{parent}hidden_states_norms.")]
+            norms |= {name.removeprefix(parent): state[name] for name in beside}
+            outside = [name for name in outside if name not in beside]
         found = {f"swin.{name}": t for name, t in found.items() if name not in norms}
         return {**found, **rename(norms, stage_norm_name)}, prefix, outside
 
