@@ -99,9 +99,8 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
             return None
         raise OSError(
             f"{wanted}, the Hub cannot be reached (no network, offline mode or "
-            "local_files_only), "
-            f"and the cache has no {filename!r} of it. Download it once with network, or pass the "
-            "path of a directory."
+            f"local_files_only), and the cache has no {filename!r} of it. Download it once with "
+            "network, or pass the path of a directory."
         ) from error
     except EntryNotFoundError:
         return None

@@ -58,9 +58,8 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-_KNOWN_FORWARDS = {
-    cls.forward for cls in (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d)
-} | {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
+_KNOWN = (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d)
+_KNOWN_FORWARDS = {cls.forward for cls in (*_KNOWN, nn.SyncBatchNorm)}
 
 
 def conv_norm_act(

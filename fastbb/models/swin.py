@@ -300,9 +300,9 @@ class SwinBackbone(Backbone):
             config.stage_channels(stage) for stage in range(len(config.depths))
         ]
         self.swin = _Swin(config)
-        self._has_stage_norms = not isinstance(config, TorchvisionSwinConfig)
         # one for every stage, so that `out_indices` may change; only the selected ones are saved
-        normed = self.out_feature_channels if self._has_stage_norms else {}
+        is_normed = not isinstance(config, TorchvisionSwinConfig)
+        normed = self.out_feature_channels if is_normed else {}
         self.hidden_states_norms = nn.ModuleDict(
             {name: nn.LayerNorm(channels) for name, channels in normed.items()}
         )
@@ -342,7 +342,7 @@ class SwinBackbone(Backbone):
         return stages
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
-        if not self._has_stage_norms:
+        if stage not in self.hidden_states_norms:
             return hidden_state
         norm = self.hidden_states_norms[stage]
         assert isinstance(norm, nn.LayerNorm)
@@ -356,7 +356,7 @@ class SwinBackbone(Backbone):
         assert isinstance(projection, nn.Conv2d)
         height, width = pixel_values.shape[2:]
         patch = _pair(self.config.patch_size)
-        if self._has_stage_norms:
+        if not isinstance(self.config, TorchvisionSwinConfig):
             pixel_values = F.pad(pixel_values, (0, -width % patch[1], 0, -height % patch[0]))
         elif height < patch[0] or width < patch[1]:
             raise ValueError(
@@ -418,12 +418,9 @@ class SwinBackbone(Backbone):
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
         super().report_loading(name, info)
-        if self._has_stage_norms:
-            norms = [
-                n.split(".")[1] for n in info.initialized if n.startswith("hidden_states_norms.")
-            ]
-            self._untrained_norms = frozenset(norms)
-            self.outputs_changed()
+        norms = [n for n in info.initialized if n.startswith("hidden_states_norms.")]
+        self._untrained_norms = frozenset(norm.split(".")[1] for norm in norms)
+        self.outputs_changed()
 
     @classmethod
     def from_checkpoint_names(

@@ -203,12 +203,13 @@ class TimmBackbone(Backbone):
 
     def native_forward(self) -> StagesForward | None:
         """The forward of a native family over timm's parameters, or None."""
-        if any(has_hooks(module) or module.training for module in self._backbone.modules()):
-            return None  # hooks and dropout only run in timm's own forward
         for family in FAMILIES:
             forward = family.timm_forward(self._backbone) if family.timm_forward else None
-            if forward is not None:
-                return forward
+            if forward is None:
+                continue
+            if any(has_hooks(module) or module.training for module in self._backbone.modules()):
+                return None  # hooks and dropout only run in timm's own forward
+            return forward
         return None
 
     def _timm_forward(self, pixel_values: Tensor, indices: list[int]) -> list[Tensor]:
