@@ -147,7 +147,9 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     blocks = [block for stage in stages for block in stage.blocks]  # type: ignore[union-attr]
     wanted: list[tuple[Any, type]] = [(proj, nn.Conv2d), (norm, nn.LayerNorm)]
     for block in blocks:
-        wanted += [(block, SwinTransformerBlock), (block.attn, WindowAttention), (block.mlp, Mlp)]
+        parts = (type(block), type(block.attn), type(block.mlp))
+        if parts != (SwinTransformerBlock, WindowAttention, Mlp):
+            return None  # and may have none of the modules below
         linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         wanted += [(linear, nn.Linear) for linear in linears]
         wanted += [

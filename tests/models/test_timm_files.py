@@ -151,3 +151,20 @@ def test_a_stage_that_timm_only_counts():
     backbone.out_indices = [0]
     with pytest.raises(ValueError, match="stage '' is not there: timm has no feature for it"):
         backbone(PIXELS)
+
+
+@torch.no_grad()
+def test_attention_replaced_in_timms_swin_runs_in_timms_own_forward():
+    kwargs = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 2, 3, 4)}
+    config = TimmBackboneConfig("swin_tiny_patch4_window7_224", backbone_kwargs=kwargs)
+    backbone = TimmBackbone(config).eval()
+
+    class Zero(torch.nn.Module):
+        def forward(self, x, mask=None):
+            return torch.zeros_like(x)
+
+    before = backbone(PIXELS).feature_maps[0]
+    backbone._backbone.layers_0.blocks[0].attn = Zero()  # type: ignore[union-attr]  # timm's names
+    after = backbone(PIXELS).feature_maps[0]
+    upstream = backbone._backbone(PIXELS)[-1].permute(0, 3, 1, 2)  # type: ignore[operator]
+    assert torch.equal(after, upstream) and not torch.equal(after, before)
