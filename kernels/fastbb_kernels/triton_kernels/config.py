@@ -1,0 +1,23 @@
+"""What a launch is configured by; each op's `launch_config` chooses the values."""
+
+from typing import NamedTuple
+
+
+class GemmConfig(NamedTuple):
+    """Tile of the output (block_m x block_n), depth of one step, and how it is scheduled."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
