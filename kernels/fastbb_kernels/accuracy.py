@@ -1,0 +1,48 @@
+"""The one accuracy rule: how far a result may be from the exact one."""
+
+import torch
+from torch import Tensor
+
+FP32_REL = 1e-5
+
+
+def accuracy_problem(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
+    """Holds a result to what eager PyTorch loses in the same dtype.
+
+    Allowed in fp32: `FP32_REL` of the largest exact magnitude. In a lower precision: twice eager's
+    own error, plus half a unit in the last place of the largest value (eager may by luck round to
+    the exact value).
+
+    Args:
+        got: the result, of any shape.
+        eager: eager PyTorch's result in the same dtype.
+        exact: the result in float64.
+
+    Returns:
+        what is wrong, in a sentence, or None.
+    """
+    if got.shape != eager.shape or eager.shape != exact.shape:
+        return f"shape {tuple(got.shape)}, eager {tuple(eager.shape)}"
+    if got.dtype != eager.dtype:
+        return f"{got.dtype}, eager {eager.dtype}"
+    if exact.dtype != torch.float64:
+        return f"the exact result must be in float64, got {exact.dtype}"
+    largest = max_magnitude(exact)
+    if got.dtype == torch.float32:
+        allowed = FP32_REL * largest
+    else:
+        allowed = 2 * max_error(eager, exact) + 0.5 * torch.finfo(got.dtype).eps * largest
+    error = max_error(got, exact)
+    # a NaN fails this comparison
+    return None if error <= allowed else f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def max_error(a: Tensor, b: Tensor) -> float:
+    """Largest difference of two tensors of one shape; NaN if either has one."""
+    difference = (a.detach().double() - b.detach().double()).abs()
+    return difference.max().item() if difference.numel() else 0.0
+
+
+def max_magnitude(a: Tensor) -> float:
+    """Largest magnitude in a tensor, 0 for an empty one."""
+    return a.detach().double().abs().max().item() if a.numel() else 0.0

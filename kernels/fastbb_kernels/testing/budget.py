@@ -1,0 +1,340 @@
+"""What each op may cost, case by case: committed as JSON, and its diff reviewed like code.
+
+`make budgets` measures and rewrites the files of `budgets/`; a test measures again and compares.
+"""
+
+import ast
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from .._dispatch import Architecture as ArchitectureName
+from .architectures import ARCHITECTURES
+from .binary import BinaryFacts, binary_facts
+from .recorder import Recording
+
+_PACKAGE = Path(__file__).parent.parent
+BUDGETS = _PACKAGE / "budgets"
+
+# the compiler is pinned, so shares only move with the code; this lets a lone instruction pass
+_SHARE_TOLERANCE = 0.01
+
+_ADVICE = "if that is meant, run `make budgets` and review the diff"
+
+
+@dataclass(frozen=True)
+class BinaryCost:
+    """One case on one architecture: the worst of the kernels that it launches.
+
+    Attributes:
+        registers: per thread.
+        spills: see `BinaryFacts`.
+        stack: bytes per thread; on AMD any is scratch memory, hence a spill.
+        shared: bytes per CTA.
+        mma_class: "HMMA"; of several kernels "HMMA+none".
+        occupancy: share of the warps that a multiprocessor could hold.
+        wide_share: share of 128-bit accesses among those of global memory.
+    """
+
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    mma_class: str
+    occupancy: float
+    wide_share: float
+
+    @classmethod
+    def of(cls, binaries: Iterable[BinaryFacts]) -> "BinaryCost":
+        facts = list(binaries)
+        return cls(
+            registers=max(f.registers for f in facts),
+            spills=sum(f.spills for f in facts),
+            stack=max(f.stack for f in facts),
+            shared=max(f.shared for f in facts),
+            mma_class="+".join(sorted({f.mma_class or "none" for f in facts})),
+            occupancy=round(min(f.occupancy for f in facts), 4),
+            wide_share=round(min(f.wide_share for f in facts), 4),
+        )
+
+
+@dataclass(frozen=True)
+class CaseCost:
+    """What one case of an op costs.
+
+    Attributes:
+        launches: of kernels.
+        minimal_bytes: every distinct element read once and every output written once.
+        requested_bytes: what the kernels' accesses add up to; None: the case was not traced.
+        binaries: by architecture.
+    """
+
+    launches: int
+    minimal_bytes: int
+    requested_bytes: int | None
+    binaries: Mapping[ArchitectureName, BinaryCost]
+
+    @classmethod
+    def of(
+        cls,
+        recordings: Mapping[ArchitectureName, Recording],
+        requested_bytes: int | None = None,
+    ) -> "CaseCost":
+        """From what `fake_gpu()` yielded for the same call on each architecture."""
+        return cls(
+            launches=max(len(recording.launches) for recording in recordings.values()),
+            minimal_bytes=max(recording.n_bytes for recording in recordings.values()),
+            requested_bytes=requested_bytes,
+            binaries={
+                arch: BinaryCost.of(binary_facts(kernel) for kernel in recording.kernels)
+                for arch, recording in recordings.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """A rule that some cases may break, and why.
+
+    Attributes:
+        case: pattern of case ids, with `*` and `?`.
+        arch: on which architecture.
+        allows: "spills", or "mma_class" (another than the architecture's best).
+        reason: for the reader of the file.
+    """
+
+    case: str
+    arch: ArchitectureName
+    allows: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an op costs: as measured, or as committed.
+
+    Attributes:
+        op: its name.
+        source: `source_hash` of what was measured.
+        cases: by case id, which names shape and dtype.
+        allowances: written by hand; rewriting the file keeps them.
+    """
+
+    op: str
+    source: str
+    cases: Mapping[str, CaseCost]
+    allowances: tuple[Allowance, ...] = ()
+
+
+def source_hash(op: str) -> str:
+    """A digest of what decides an op's costs: its files, what these share, and Triton's version.
+
+    The files are `ops/<op>.py`, `triton_kernels/<op>.py` and the other modules of
+    `triton_kernels` that this imports, directly or not.
+    """
+    files, pending = set(), [_PACKAGE / "triton_kernels" / f"{op}.py"]
+    while pending:
+        path = pending.pop()
+        if path in files or not path.is_file():
+            continue
+        files.add(path)
+        pending += [path.parent / f"{name}.py" for name in _siblings(path.read_text())]
+    files.add(_PACKAGE / "ops" / f"{op}.py")
+
+    digest = hashlib.sha256(f"triton {triton.__version__}".encode())
+    for path in sorted(files):
+        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _siblings(source: str) -> list[str]:
+    """The modules beside it that a module imports."""
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    found = []
+    for node in imports:
+        if node.level == 1:
+            found += [node.module] if node.module else [alias.name for alias in node.names]
+    return found
+
+
+def read_budget(op: str, folder: Path = BUDGETS) -> Budget:
+    """The committed budget of an op.
+
+    Raises:
+        FileNotFoundError: it has none.
+        ValueError: the file is not one that `write_budget` writes; the message names it.
+    """
+    path = folder / f"{op}.json"
+    try:
+        content = json.loads(path.read_text())
+        return Budget(
+            op,
+            content["source"],
+            {case: _case_from(entry) for case, entry in content["budgets"].items()},
+            tuple(
+                Allowance(**{**entry, "arch": _arch_from(str(entry["arch"]))})
+                for entry in content["allowances"]
+            ),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no budget: {type(error).__name__}: {error}") from error
+
+
+def write_budget(op: str, cases: Mapping[str, CaseCost], folder: Path = BUDGETS) -> Path:
+    """Replaces the committed costs of an op; its allowances stay.
+
+    The file has one line per case and architecture, in a fixed order.
+    """
+    path = folder / f"{op}.json"
+    allowances = read_budget(op, folder).allowances if path.exists() else ()
+    lines = ["{", f'  "source": {json.dumps(source_hash(op))},', '  "allowances": [']
+    lines += _with_commas(f"    {json.dumps(asdict(allowance))}" for allowance in allowances)
+    lines += ["  ],", '  "budgets": {']
+    entries = []
+    for name in sorted(cases, key=_natural):
+        case = cases[name]
+        fields = {
+            "launches": case.launches,
+            "bytes": {"minimal": case.minimal_bytes, "requested": case.requested_bytes},
+            **{
+                str(arch): asdict(case.binaries[arch])
+                for arch in ARCHITECTURES
+                if arch in case.binaries
+            },
+        }
+        body = _with_commas(f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in fields.items())
+        entries.append("\n".join([f"    {json.dumps(name)}: {{", *body, "    }"]))
+    lines += [*_with_commas(entries), "  }", "}", ""]
+    folder.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines))
+    return path
+
+
+def violations(measured: Budget, committed: Budget) -> list[str]:
+    """What `measured` spends beyond `committed`, a sentence each; empty: all is well.
+
+    Only what was measured is compared, so a part of the cases or architectures may be measured.
+    """
+    found = [
+        f"{committed.op}: the allowance of {a.allows} for {a.case} on {_label(a.arch)} gives no "
+        f"reason; write one into budgets/{committed.op}.json"
+        for a in committed.allowances
+        if not a.reason.strip()
+    ]
+    if measured.source != committed.source:
+        found.append(
+            f"{committed.op}: its source or Triton changed since the budget was measured; "
+            f"run `make budgets` and review the diff"
+        )
+    for name, case in measured.cases.items():
+        where = f"{committed.op}, {name}"
+        if name not in committed.cases:
+            found.append(f"{where}: there is no budget for this case; {_ADVICE}")
+            continue
+        budget = committed.cases[name]
+        found += _over(where, "kernel launches", budget.launches, case.launches)
+        if case.requested_bytes is not None:
+            limit = budget.requested_bytes
+            found += _over(where, "bytes requested", limit or 0, case.requested_bytes)
+        for arch, cost in case.binaries.items():
+            place = f"{where}, {_label(arch)}"
+            allowed = {
+                a.allows
+                for a in committed.allowances
+                if a.arch == arch and fnmatch(name, a.case) and a.reason.strip()
+            }
+            if arch not in budget.binaries:
+                found.append(f"{place}: there is no budget for this architecture; {_ADVICE}")
+            else:
+                found += _binary_violations(place, arch, cost, budget.binaries[arch], allowed)
+    return found
+
+
+def _binary_violations(
+    place: str,
+    arch: ArchitectureName,
+    cost: BinaryCost,
+    budget: BinaryCost,
+    allowed: set[str],
+) -> list[str]:
+    architecture = ARCHITECTURES[arch]
+    found = []
+
+    scratch = 0 if architecture.is_nvidia else cost.stack
+    if (cost.spills or scratch) and "spills" not in allowed:
+        found.append(
+            f"{place}: wanted 0 spills, came {cost.spills} and {cost.stack} B of stack; use "
+            f"smaller tiles or more warps, or add an allowance with its reason to the budget file"
+        )
+    else:
+        found += _over(place, "spills", budget.spills, cost.spills)
+    found += _over(place, "bytes of stack", budget.stack, cost.stack)
+    found += _over(place, "bytes of shared memory", budget.shared, cost.shared)
+
+    lesser = set(cost.mma_class.split("+")) - {architecture.mma_class, "none"}
+    if lesser and "mma_class" not in allowed:
+        found.append(
+            f"{place}: wanted matrix instructions {architecture.mma_class}, came "
+            f"{cost.mma_class}; change tiles or warps, or add an allowance with its reason to the "
+            f"budget file"
+        )
+    elif cost.mma_class != budget.mma_class:
+        found.append(
+            f"{place}: wanted matrix instructions {budget.mma_class}, came {cost.mma_class}; "
+            f"{_ADVICE}"
+        )
+    found += _under(place, "occupancy", budget.occupancy, cost.occupancy)
+    found += _under(place, "share of 128-bit accesses", budget.wide_share, cost.wide_share)
+    return found
+
+
+def _over(place: str, what: str, limit: int, came: int) -> list[str]:
+    if came <= limit:
+        return []
+    return [f"{place}: wanted at most {limit} {what}, came {came}; {_ADVICE}"]
+
+
+def _under(place: str, what: str, limit: float, came: float) -> list[str]:
+    if came >= limit - _SHARE_TOLERANCE:
+        return []
+    return [f"{place}: wanted {what} >= {limit:.2f}, came {came:.2f}; {_ADVICE}"]
+
+
+def _label(arch: ArchitectureName) -> str:
+    return ARCHITECTURES[arch].label
+
+
+def _case_from(entry: Mapping[str, Any]) -> CaseCost:
+    binaries = {key: cost for key, cost in entry.items() if key not in ("launches", "bytes")}
+    return CaseCost(
+        entry["launches"],
+        entry["bytes"]["minimal"],
+        entry["bytes"]["requested"],
+        {_arch_from(key): BinaryCost(**cost) for key, cost in binaries.items()},
+    )
+
+
+def _arch_from(key: str) -> ArchitectureName:
+    """JSON's keys are strings, NVIDIA's architectures numbers."""
+    names = {str(name): name for name in ARCHITECTURES}
+    if key not in names:
+        raise ValueError(f"{key!r} is none of the architectures {list(names)}")
+    return names[key]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts b2 before b16."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _with_commas(lines: Iterable[str]) -> list[str]:
+    lines = list(lines)
+    return [f"{line}," for line in lines[:-1]] + lines[-1:]

@@ -1,0 +1,106 @@
+"""A GPU that is not there: production launch code compiles its kernels exactly as on the device.
+
+Triton asks a driver what to compile for and hands it the binary. Ours answers from
+`architectures.py`, and no binary runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver as triton_driver
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from .._dispatch import Architecture as ArchitectureName
+from .architectures import ARCHITECTURES, Architecture, find_architecture
+from .recorder import Recording, describe, replaced_run
+
+# a JITFunction keeps its kernels by the device's index; real devices count from 0
+_FIRST_DEVICE_INDEX = 1000
+
+_MAX_THREADS_PER_CTA = 1024  # on every architecture of the table
+
+
+class LaunchError(RuntimeError):
+    """A kernel does not compile for an architecture, or is called wrongly."""
+
+
+@contextmanager
+def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
+    """Compiles the kernels that are launched in the block for `arch`, and runs none.
+
+    Specialisation, options, grid and binary are the device's own as long as tensors are aligned
+    as there: fresh tensors are, on the CPU and on the meta device. WHAT A KERNEL WOULD WRITE
+    KEEPS WHATEVER THE MEMORY HELD: `interpret()` is for values. torch.cuda is not touched.
+    Kernels that were compiled before come from Triton's caches.
+
+    Args:
+        arch: 80, 86, 89, 90, 100, 120, "gfx90a" or "gfx942".
+
+    Yields:
+        the launches with their compiled kernels, filled in as the block runs.
+
+    Raises:
+        ValueError: no such architecture; from a launch, if CUDA allows no such grid.
+        RuntimeError: inside another block of this harness.
+        OutOfResources: from a launch, if the kernel does not fit, as on the device.
+        LaunchError: from a launch, if the kernel does not compile or is called wrongly.
+        NotImplementedError: from a launch, if the kernel is autotuned.
+    """
+    architecture = find_architecture(arch)
+    recording = Recording(architecture)
+    compile_and_launch = JITFunction.run
+
+    def run(fn: JITFunction, *args, grid, warmup: bool, **kwargs):
+        where = f"{fn.fn.__name__} on {architecture.label}"
+        try:
+            kernel = compile_and_launch(fn, *args, grid=grid, warmup=warmup, **kwargs)
+        except OutOfResources as error:
+            name = f"{error.name} of {where}"
+            raise OutOfResources(error.required, error.limit, name) from error
+        except Exception as error:
+            kind = type(error).__name__
+            raise LaunchError(f"{where} ({fn.module}): {kind}: {error}") from error
+        if not warmup:
+            launch = describe(fn, args, kwargs, grid, architecture)
+            recording.launches.append(replace(launch, kernel=kernel))
+        return kernel
+
+    # the property `active` would create the real driver, which fails without a GPU
+    before = triton_driver._active
+    with replaced_run(architecture, run):
+        triton_driver.set_active(_Driver(architecture))  # pyright: ignore[reportArgumentType] - duck-typed
+        try:
+            yield recording
+        finally:
+            triton_driver._active = before
+
+
+class _Driver:
+    """What Triton's launch path asks of a driver and of its `utils`."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return self.architecture.target
+
+    def get_current_device(self) -> int:
+        return _FIRST_DEVICE_INDEX + list(ARCHITECTURES).index(self.architecture.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": self.architecture.shared_per_cta}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
+        # (module, function, registers, spills, most threads); without a module there is nothing
+        # to unload when the kernel is collected, perhaps under the real driver
+        return None, None, None, None, _MAX_THREADS_PER_CTA
+
+    def launcher_cls(self, source, metadata):
+        return lambda *args: None
