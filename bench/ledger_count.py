@@ -1,0 +1,273 @@
+"""Bytes and launches of eager PyTorch on a CUDA device, counted without the device.
+
+The rule, the same for every library and for our kernels: a launch reads every distinct element of
+its tensor arguments once and writes every element of its outputs once; weights count; views and
+allocations are free. A library call (a GEMM, a convolution) is one launch. What caches save and
+what tiles read twice is left out on both sides.
+
+Ops are seen by the dispatcher, best on the meta device, where a forward pass costs nothing. Ops
+that ATen composes of others (`pad`, `masked_fill`, `clone`) are taken apart by ATen's own code;
+where the CUDA implementation launches more than one kernel (`roll`, `convolution`, a norm of a
+strided tensor), its source says what, and the counter does the same.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch._ops import OpOverload
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastbb_kernels.testing import TensorArgument
+
+GEMM = "GEMM"
+ATTENTION = "attention"
+NORM = "norm"
+GELU = "GELU"
+RESIDUAL = "residual add"
+COPY = "copy"
+ROLL = "roll"
+PAD = "pad"
+MASK = "mask, bias"
+OTHER = "other"
+CATEGORIES = (GEMM, ATTENTION, NORM, GELU, RESIDUAL, COPY, ROLL, PAD, MASK, OTHER)
+
+# the ops that are one kernel on a CUDA device; any other one is refused, not guessed
+KERNELS = {
+    "addmm": GEMM,
+    "mm": GEMM,
+    "bmm": ATTENTION,
+    "_softmax": ATTENTION,
+    "mul": ATTENTION,  # queries by their scale
+    "native_layer_norm": NORM,
+    "gelu": GELU,
+    "add": RESIDUAL,
+    "add_": RESIDUAL,
+    "cat": COPY,
+    "copy_": COPY,
+    "arange": OTHER,
+    "eq": OTHER,
+    "fill_": OTHER,
+    "ge": OTHER,
+    "index": OTHER,
+    "masked_fill_": OTHER,
+    "ne": OTHER,
+    "sub": OTHER,
+    "zero_": OTHER,
+}
+ADDITIONS = ("add", "add_")
+# they write their first argument without reading it
+OVERWRITING = ("copy_", "fill_", "zero_")
+ALLOCATIONS = ("empty", "empty_strided")
+
+
+class Launch(NamedTuple):
+    """One kernel launch: the op or kernel it comes from, its category, the bytes it moves."""
+
+    name: str
+    category: str
+    n_bytes: int
+
+
+def n_bytes(launches: Iterable[Launch]) -> int:
+    return sum(launch.n_bytes for launch in launches)
+
+
+def bytes_by_category(launches: Iterable[Launch]) -> dict[str, int]:
+    """Bytes of every category that has any, in the order of `CATEGORIES`."""
+    totals = Counter[str]()
+    for launch in launches:
+        totals[launch.category] += launch.n_bytes
+    return {category: totals[category] for category in CATEGORIES if totals[category]}
+
+
+@contextmanager
+def count_launches(weights: Iterable[Tensor] = ()) -> Iterator[list[Launch]]:
+    """Counts the launches of the ops called inside the block.
+
+    Whatever is computed from weights and constants alone (a gathered position bias, a shift mask
+    and its copies) has the category "mask, bias", and so has adding it to something.
+
+    Args:
+        weights: parameters and buffers, on whatever device the block computes.
+
+    Yields:
+        a list that grows by one entry per launch.
+
+    Raises:
+        NotImplementedError: an op of which this module does not know what it launches.
+    """
+    counter = _Counter(weights)
+    with _FusedAttention(counter), counter:
+        yield counter.launches
+
+
+def n_distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct elements: what is expanded, or passed twice, counts once."""
+    return sum(argument.n_bytes for argument in {TensorArgument.of(t) for t in tensors})
+
+
+def _storage(tensor: Tensor) -> int:
+    """Identity of the memory behind a tensor; meta tensors have no address."""
+    return TensorArgument.of(tensor).storage
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.launches: list[Launch] = []
+        # what holds no image data; the tensors are kept so that no identity is used again
+        self._constants: dict[int, Tensor] = {_storage(weight): weight for weight in weights}
+        # category of the composed op that is being taken apart
+        self._composed: str | None = None
+
+    def __torch_dispatch__(
+        self, op: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = op.overloadpacket.__name__
+        if _has_kernel(op, "CompositeImplicitAutograd"):  # `contiguous`: a view or a copy
+            with self:
+                return op.decompose(*args, **kwargs)
+        if op.is_view or name in ALLOCATIONS:
+            return op(*args, **kwargs)
+        if name in SEVERAL_KERNELS:
+            return SEVERAL_KERNELS[name](self, op, *args, **kwargs)
+        if name in KERNELS:
+            return self.launch(name, KERNELS[name], op, *args, **kwargs)
+        if _has_kernel(op, "CompositeExplicitAutograd") and not _has_kernel(op, "CPU"):
+            return self._take_apart(name, op, *args, **kwargs)
+        raise NotImplementedError(
+            f"the ledger does not know how many kernels {op} launches; if one, add it to KERNELS"
+        )
+
+    def launch(
+        self, name: str, category: str, op: Callable[..., Any], *args: Any, **kw: Any
+    ) -> Any:
+        """Runs an op that is one kernel, and counts it."""
+        result = op(*args, **kw)
+        written = _tensors(result)
+        read = _tensors(args, {key: value for key, value in kw.items() if key != "out"})
+        if name in OVERWRITING:
+            read = [tensor for tensor in read if tensor is not written[0]]
+        self.count(name, category, read, written)
+        return result
+
+    def count(self, name: str, category: str, read: list[Tensor], written: list[Tensor]) -> None:
+        """Adds a launch; one that reads nothing but constants makes a mask or a bias."""
+        n_constants = sum(self._is_constant(tensor) for tensor in read)
+        if self._composed is not None:
+            category = self._composed
+        elif n_constants == len(read) or (name in ADDITIONS and n_constants):
+            category = MASK
+        n_bytes = n_distinct_bytes(read) + n_distinct_bytes(written)
+        self.launches.append(Launch(name, category, n_bytes))
+        for tensor in written:
+            if n_constants == len(read):
+                self._constants[_storage(tensor)] = tensor
+            else:
+                self._constants.pop(_storage(tensor), None)
+
+    def contiguous(self, tensor: Tensor) -> Tensor:
+        """The copy that many CUDA implementations make of a strided input."""
+        with self:
+            return tensor.contiguous()
+
+    def _is_constant(self, tensor: Tensor) -> bool:
+        return _storage(tensor) in self._constants
+
+    def _take_apart(self, name: str, op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+        """Runs an op as ATen composes it on every device, and counts what it is composed of."""
+        before = self._composed
+        if name == "constant_pad_nd" and not self._is_constant(args[0]):
+            self._composed = PAD
+        try:
+            with self:
+                return op._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+        finally:
+            self._composed = before
+
+
+def _has_kernel(op: OpOverload, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), key)
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    """Tensors on the device; Python numbers arrive as CPU scalars and travel with the launch."""
+    leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves if leaf.dim() > 0 or leaf.device.type != "cpu"]
+
+
+def _roll(counter: _Counter, op: OpOverload, x: Tensor, shifts: list[int], dims: list[int]) -> Any:
+    # TensorTransformations.cu: contiguous, then one kernel per dimension
+    x = counter.contiguous(x)
+    for shift, dim in zip(shifts, dims):
+        x = counter.launch("roll", ROLL, op, x, [shift], [dim])
+    return x
+
+
+def _convolution(
+    counter: _Counter, op: OpOverload, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
+) -> Tensor:
+    # Convolution.cpp: cuDNN's kernel has no bias, an addition in place follows it
+    y = counter.launch("convolution", GEMM, op, counter.contiguous(x), weight, None, *args)
+    if bias is not None:
+        counter.count("convolution_bias", GEMM, [y, bias], [y])
+    return y
+
+
+def _of_contiguous(counter: _Counter, op: OpOverload, x: Tensor, *args: Any) -> Any:
+    # layer_norm_kernel.cu and SoftMax.cu: expect_contiguous, then one kernel
+    name = op.overloadpacket.__name__
+    return counter.launch(name, KERNELS[name], op, counter.contiguous(x), *args)
+
+
+SEVERAL_KERNELS: dict[str, Callable[..., Any]] = {
+    "roll": _roll,
+    "convolution": _convolution,
+    "native_layer_norm": _of_contiguous,
+    "_softmax": _of_contiguous,
+}
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Keeps scaled_dot_product_attention one op, which off CUDA is composed of products.
+
+    As the memory-efficient backend runs it, the one that takes a dense mask on every architecture
+    (PyTorch may prefer a recent cuDNN on Hopper and Blackwell): attention.cpp copies a mask whose
+    rows do not start at multiples of 8 elements into one whose rows do, and the output lies in
+    memory as [B, N, heads, head_dim].
+    """
+
+    def __init__(self, counter: _Counter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        return self._attend(*args, **kwargs)
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
+    ) -> Tensor:
+        read = [q, k, v]
+        if attn_mask is not None:
+            n_keys = attn_mask.shape[-1]
+            if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
+                attn_mask = F.pad(attn_mask, (0, 8 - n_keys % 8))[..., :n_keys]
+            read.append(attn_mask)
+        batch, heads, n_queries, _head_dim = q.shape
+        y = q.new_empty(batch, n_queries, heads, v.shape[-1]).transpose(1, 2)
+        self._counter.count("scaled_dot_product_attention", ATTENTION, read, [y])
+        return y

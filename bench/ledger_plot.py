@@ -1,0 +1,99 @@
+"""The picture of a ledger: one bar per implementation, cut by where its bytes go."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ledger_count import (
+    ATTENTION,
+    COPY,
+    GELU,
+    GEMM,
+    MASK,
+    NORM,
+    OTHER,
+    PAD,
+    RESIDUAL,
+    ROLL,
+    Launch,
+    bytes_by_category,
+    n_bytes,
+)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+# Okabe and Ito's palette, which colour-blind readers tell apart, and greys; text on it
+COLOURS = {
+    GEMM: ("#0072B2", "white"),
+    ATTENTION: ("#56B4E9", "black"),
+    NORM: ("#009E73", "black"),
+    GELU: ("#F0E442", "black"),
+    RESIDUAL: ("#E69F00", "black"),
+    COPY: ("#D55E00", "white"),
+    ROLL: ("#CC79A7", "black"),
+    PAD: ("#7F7F7F", "white"),
+    MASK: ("#333333", "white"),
+    OTHER: ("#CCCCCC", "black"),
+}
+TITLE = "Memory traffic of one forward pass, GB"
+SUBTITLE = (
+    "bf16; every launch reads its inputs once and writes its outputs once; "
+    "a fused kernel counts where its main work is"
+)
+BAR_HEIGHT = 0.64
+# of the longest bar: shorter pieces have no room for their number, or their name above them
+SMALLEST_NUMBER = 0.03
+SMALLEST_NAME = 0.02
+
+
+def plot(ledgers: Mapping[str, Mapping[str, Sequence[Launch]]], path: Path) -> None:
+    """Draws one panel per model.
+
+    Args:
+        ledgers: launches by model and implementation.
+        path: the image file to write.
+    """
+    # inches: a bar takes 0.47, the names over a panel as much as a bar, the heading 0.6
+    n_rows = [len(ledger) + 1.3 for ledger in ledgers.values()]
+    height = 0.47 * sum(n_rows) + 0.6
+    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.6 / height))
+    figure = Figure(figsize=(10, height), layout=layout)
+    panels = figure.subplots(len(ledgers), 1, squeeze=False, height_ratios=n_rows)[:, 0]
+    for axes, (model, ledger) in zip(panels, ledgers.items()):
+        _draw(axes, model, ledger)
+    figure.text(0.008, 1 - 0.1 / height, TITLE, va="top", size=12, weight="bold")
+    figure.text(0.008, 1 - 0.36 / height, SUBTITLE, va="top", size=9, color="#555555")
+    figure.savefig(path, dpi=160)
+
+
+def _draw(axes: Axes, model: str, ledger: Mapping[str, Sequence[Launch]]) -> None:
+    # the longest bar comes first: its pieces have the most room for their names
+    bars = sorted(ledger.items(), key=lambda bar: -n_bytes(bar[1]))
+    longest = n_bytes(bars[0][1]) / 1e9
+    named: set[str] = set()
+    for row, (_, launches) in enumerate(bars):
+        left = 0.0
+        for category, category_bytes in bytes_by_category(launches).items():
+            width = category_bytes / 1e9
+            middle = left + width / 2
+            colour, ink = COLOURS[category]
+            axes.barh(row, width, BAR_HEIGHT, left, color=colour, edgecolor="white")
+            left += width
+            if width >= SMALLEST_NUMBER * longest:
+                axes.text(
+                    middle, row, f"{width:.1f}", color=ink, ha="center", va="center", size=8.5
+                )
+            if width >= SMALLEST_NAME * longest and category not in named:
+                named.add(category)
+                name, above = category.replace(" ", "\n"), row - BAR_HEIGHT / 2 - 0.1
+                axes.text(middle, above, name, ha="center", va="baseline", size=8)
+        total = f"  {left:.1f} GB, {len(launches)} launches"
+        axes.text(left, row, total, va="center", size=9.5, weight="bold")
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], size=9.5)
+    axes.set_ylim(len(bars) - 0.6, -1.1)
+    axes.set_xlim(0, 1.25 * longest)
+    over_names = axes.get_yaxis_transform()
+    axes.text(-0.012, -0.75, model, transform=over_names, ha="right", size=10.5, weight="bold")
+    axes.set_xticks([])
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
