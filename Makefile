@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE_TESTS := tests/ops tests/models/test_timm_files.py tests/test_backbone.py \
 	tests/test_bad_input.py tests/test_checkpoint.py tests/test_image_modes.py tests/test_image_processing.py
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -23,6 +23,10 @@ check: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python -m pytest bench --benchmark-only -q
+
+# what each kernel costs on each GPU, measured without one; review the diff it leaves
+budgets: .venv/.dev
+	$(BIN)/python -m fastbb_kernels.check --write-budgets
 
 clean:
 	rm -rf .venv demo-output

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, save_state_dict
 from .configuration import BackboneConfig
+from .derived import RemembersDerived
 from .hub import DEFAULT_HUB, HubOptions, read_config
 
 logger = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ class BackboneMixin:
         return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
 
 
-class Backbone(BackboneMixin, nn.Module):
+class Backbone(BackboneMixin, RemembersDerived):
     """Base of the families.
 
     A family gives `forward_stages`, `feature_map` and the names of its weights; loading, saving,

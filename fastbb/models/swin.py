@@ -6,6 +6,7 @@ torchvision and timm `models/swin_transformer.py`.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from ..configuration import (
     check_size,
     hierarchical_stage_names,
 )
+from ..derived import derive
 from ..layers import check_untouched
 from ..registry import Family, register
 from .swin_compute import (
@@ -186,6 +188,14 @@ class _Attention(nn.Module):
         self.relative_position_bias = _RelativePositionBias(num_heads, config.window_size)
 
 
+def _attention_tensors(
+    window: tuple[int, int], table: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight and bias of q, k and v in one, and the relative position bias."""
+    qkv_bias = torch.cat(biases) if biases else None
+    return torch.cat([q, k, v]), qkv_bias, relative_position_bias(table, window)
+
+
 class _Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -205,14 +215,21 @@ class _Block(nn.Module):
         attention, mlp = self.attention, self.mlp
         q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
         bias = attention.relative_position_bias
+        table, projections = bias.relative_position_bias_table, (q, k, v)
+        qkv_weight, qkv_bias, expanded = derive(
+            self,
+            "attention",
+            partial(_attention_tensors, bias.window),
+            table,
+            *(projection.weight for projection in projections),
+            *(projection.bias for projection in projections if projection.bias is not None),
+        )
         return SwinBlockWeights(
             norm1_weight=self.layernorm_before.weight,
             norm1_bias=self.layernorm_before.bias,
-            qkv_weight=torch.cat([q.weight, k.weight, v.weight]),
-            qkv_bias=None if q.bias is None else torch.cat([q.bias, k.bias, v.bias]),
-            relative_position_bias=relative_position_bias(
-                bias.relative_position_bias_table, bias.window
-            ),
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            relative_position_bias=expanded,
             proj_weight=attention.o_proj.weight,
             proj_bias=attention.o_proj.bias,
             norm2_weight=self.layernorm_after.weight,
@@ -356,9 +373,8 @@ class SwinBackbone(Backbone):
         assert isinstance(projection, nn.Conv2d)
         height, width = pixel_values.shape[2:]
         patch = _pair(self.config.patch_size)
-        if not isinstance(self.config, TorchvisionSwinConfig):
-            pixel_values = F.pad(pixel_values, (0, -width % patch[1], 0, -height % patch[0]))
-        elif height < patch[0] or width < patch[1]:
+        drops_pixels = isinstance(self.config, TorchvisionSwinConfig)
+        if drops_pixels and (height < patch[0] or width < patch[1]):
             raise ValueError(
                 f"the image must be at least one patch of {patch[0]}x{patch[1]} pixels, "
                 f"got {height}x{width}"
@@ -370,6 +386,7 @@ class SwinBackbone(Backbone):
             embeddings.norm.weight,
             embeddings.norm.bias,
             eps=embeddings.norm.eps,
+            ceil_mode=not drops_pixels,
         )
         if embeddings.position_embeddings is not None:
             x = x + self._positions(embeddings.position_embeddings, x, interpolate_pos_encoding)

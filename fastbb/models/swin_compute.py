@@ -13,6 +13,8 @@ from fastbb_kernels import (
     linear_residual,
     patch_merging,
     relative_position_index,
+    swin_attention_block,
+    swin_mlp_block,
     window_attention,
     window_attention_weights,
 )
@@ -59,13 +61,13 @@ class SwinBlockSpec:
 
 
 class SwinBlockWeights(NamedTuple):
-    """Tensors of a block: C channels, N tokens per window, F hidden channels."""
+    """Tensors of a block: C channels, N tokens per window, P >= N, F hidden channels."""
 
     norm1_weight: Tensor  # [C]
     norm1_bias: Tensor  # [C]
     qkv_weight: Tensor  # [3C, C]
     qkv_bias: Tensor | None  # [3C]
-    relative_position_bias: Tensor  # [num_heads, N, N]
+    relative_position_bias: Tensor  # [num_heads, N, P]
     proj_weight: Tensor  # [C, C]
     proj_bias: Tensor | None  # [C]
     norm2_weight: Tensor  # [C]
@@ -95,29 +97,38 @@ def swin_block(
     Returns:
         [B, H, W, C].
     """
-    qkv = layer_norm_linear(
-        x,
-        weights.norm1_weight,
-        weights.norm1_bias,
-        weights.qkv_weight,
-        weights.qkv_bias,
-        eps=spec.eps,
-    )
-    attend = {
-        "num_heads": spec.num_heads,
-        "geometry": spec.geometry_for(x.shape[1], x.shape[2]),
-        "dropout_p": spec.attention_dropout if training else 0.0,
-    }
-    if attentions is None:
-        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
-    else:
-        y, attention = window_attention_weights(
-            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
+    geometry = spec.geometry_for(x.shape[1], x.shape[2])
+    # what a block op cannot do inside: drop at random, hand out the attention weights
+    random_attention = training and any((spec.attention_dropout, spec.dropout, spec.drop_path))
+    random_mlp = training and any((spec.dropout, spec.mlp_drop_path))
+    if attentions is None and not random_attention:
+        x = swin_attention_block(
+            x,
+            weights.norm1_weight,
+            weights.norm1_bias,
+            weights.qkv_weight,
+            weights.qkv_bias,
+            weights.relative_position_bias,
+            weights.proj_weight,
+            weights.proj_bias,
+            num_heads=spec.num_heads,
+            geometry=geometry,
+            eps=spec.eps,
         )
-        attentions.append(attention)
-    x = _add_branch(
-        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
-    )
+    else:
+        x = _attention_half(x, spec, weights, geometry, training, attentions)
+    if not random_mlp:
+        return swin_mlp_block(
+            x,
+            weights.norm2_weight,
+            weights.norm2_bias,
+            weights.fc1_weight,
+            weights.fc1_bias,
+            weights.fc2_weight,
+            weights.fc2_bias,
+            eps=spec.eps,
+            activation=spec.activation,
+        )
     y = layer_norm_linear(
         x,
         weights.norm2_weight,
@@ -129,6 +140,40 @@ def swin_block(
     )
     return _add_branch(
         x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
+    )
+
+
+def _attention_half(
+    x: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    geometry: WindowGeometry,
+    training: bool,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """The attention half where something happens inside it, or its weights are wanted."""
+    qkv = layer_norm_linear(
+        x,
+        weights.norm1_weight,
+        weights.norm1_bias,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        eps=spec.eps,
+    )
+    attend = {
+        "num_heads": spec.num_heads,
+        "geometry": geometry,
+        "dropout_p": spec.attention_dropout if training else 0.0,
+    }
+    if attentions is None:
+        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
+    else:
+        y, attention = window_attention_weights(
+            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
+        )
+        attentions.append(attention)
+    return _add_branch(
+        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
     )
 
 
@@ -148,10 +193,20 @@ def _add_branch(
 
 
 def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """[(2h - 1) * (2w - 1), num_heads] table to the [num_heads, N, N] bias of a window."""
+    """What the scores of a window get added, from the table of its relative positions.
+
+    Args:
+        table: [(2h - 1) * (2w - 1), num_heads].
+        window: (h, w), N = h * w tokens.
+
+    Returns:
+        [num_heads, N, P] with P the next multiple of 16, so that kernels load whole aligned rows;
+        zero beyond column N. Dtype of `table`.
+    """
     tokens = window[0] * window[1]
     bias = table[relative_position_index(window, table.device)]
-    return bias.view(tokens, tokens, -1).permute(2, 0, 1)
+    bias = bias.view(tokens, tokens, -1).permute(2, 0, 1)
+    return F.pad(bias, (0, -tokens % 16)).contiguous()
 
 
 @dataclass(frozen=True)

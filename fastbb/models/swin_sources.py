@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastbb_kernels import WindowGeometry, patch_embed
 
 from ..checkpoint import StateDict
+from ..derived import derive
 from ..registry import StagesForward
 from .swin_compute import (
     MERGING_EPS,
@@ -207,14 +208,18 @@ def _timm_stage(stage: Any) -> SwinStage:
 
 def _timm_block_weights(block: Any) -> SwinBlockWeights:
     attn, mlp = block.attn, block.mlp
+    (expanded,) = derive(
+        block,
+        "relative_position_bias",
+        lambda table: (relative_position_bias(table, tuple(block.window_size)),),
+        attn.relative_position_bias_table,
+    )
     return SwinBlockWeights(
         norm1_weight=block.norm1.weight,
         norm1_bias=block.norm1.bias,
         qkv_weight=attn.qkv.weight,
         qkv_bias=attn.qkv.bias,
-        relative_position_bias=relative_position_bias(
-            attn.relative_position_bias_table, tuple(block.window_size)
-        ),
+        relative_position_bias=expanded,
         proj_weight=attn.proj.weight,
         proj_bias=attn.proj.bias,
         norm2_weight=block.norm2.weight,

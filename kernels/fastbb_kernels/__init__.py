@@ -8,6 +8,8 @@ from .ops.layer_norm_nchw import layer_norm_nchw
 from .ops.linear_residual import linear_residual
 from .ops.patch_embed import patch_embed
 from .ops.patch_merging import patch_merging
+from .ops.swin_attention_block import swin_attention_block
+from .ops.swin_mlp_block import swin_mlp_block
 from .ops.window_attention import (
     WindowGeometry,
     relative_position_index,
@@ -26,6 +28,8 @@ __all__ = [
     "patch_embed",
     "patch_merging",
     "relative_position_index",
+    "swin_attention_block",
+    "swin_mlp_block",
     "use_impl",
     "window_attention",
     "window_attention_weights",

@@ -73,6 +73,18 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None) -> bool:
     return impl != "eager" and unsupported is None
 
 
+def use_block(op: str, impl: Impl | None, unsupported: str | None) -> bool:
+    """As `use_triton` for an op made of other ops, which run where its own kernel does not.
+
+    Only a caller who names the op insists on its kernel, by `impl=` or by `use_impl(..., ops=)`.
+    "triton" for all ops leaves a call that the kernel cannot run to the other ops, and those raise
+    where they cannot run it either.
+    """
+    if impl is None and op not in _per_op and unsupported:
+        return False
+    return use_triton(op, impl, unsupported)
+
+
 def eager_only(op: str, impl: Impl | None) -> None:
     """The seam of an op without a Triton kernel: refuses `impl="triton"` with that reason."""
     use_triton(op, impl, "this op has no Triton kernel yet")
@@ -120,10 +132,11 @@ def architecture(device: torch.device) -> Architecture | None:
     """What kernels are compiled for: 90, "gfx942"; None in the interpreter."""
     if _pretending:
         return _pretended
+    # dynamo takes the properties for constants, and get_device_capability not
+    properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+        return properties.gcnArchName.split(":")[0]
+    return 10 * properties.major + properties.minor
 
 
 @contextmanager

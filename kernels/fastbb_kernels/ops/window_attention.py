@@ -6,13 +6,17 @@ Bound: memory (read qkv, write the output); everything between is address arithm
 Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._dispatch import Impl, eager_only
+from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+
+TRITON_HEAD_DIMS = (16, 32, 64)
+TRITON_MAX_TOKENS = 256  # of a window
 
 
 class WindowGeometry(NamedTuple):
@@ -44,7 +48,8 @@ def window_attention(
 
     Args:
         qkv: [B, H, W, 3C] floating point: queries, keys and values side by side, heads inside each.
-        bias: [num_heads, N, N] relative position bias, N tokens per window.
+        bias: [num_heads, N, P] relative position bias, N tokens per window; columns beyond N, which
+            make rows easy to load, are not read.
         qkv_pad: [3C] what a padded token holds (the bias of the projection), or None for zeros.
         num_heads: number of heads; must divide C.
         geometry: windows, shift and order of padding and rolling.
@@ -56,12 +61,15 @@ def window_attention(
 
     Raises:
         ValueError: shapes that do not fit together.
+        NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(qkv, bias, num_heads, geometry)
-    eager_only("window_attention", impl)
-    return window_attention_eager(
-        qkv, bias, qkv_pad, num_heads=num_heads, geometry=geometry, dropout_p=dropout_p
-    )
+    _check(qkv, bias, qkv_pad, num_heads, geometry)
+    arguments = {"num_heads": num_heads, "geometry": geometry, "dropout_p": dropout_p}
+    unsupported = window_attention_unsupported(qkv, bias, qkv_pad, **arguments)
+    if use_triton("window_attention", impl, unsupported):
+        run = _launch if launches_directly() else _window_attention
+        return run(qkv, bias, qkv_pad, *geometry)
+    return window_attention_eager(qkv, bias, qkv_pad, **arguments)
 
 
 def window_attention_eager(
@@ -84,6 +92,49 @@ def window_attention_eager(
     )
     out = out.unflatten(1, (n_masks, num_heads)).flatten(0, 1)
     return _unwindow(out, qkv.shape[1], qkv.shape[2], geometry)
+
+
+def window_attention_unsupported(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    *,
+    num_heads: int,
+    geometry: WindowGeometry,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """Why Triton cannot run this call, or None."""
+    n_tokens = geometry.window[0] * geometry.window[1]
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    if dropout_p > 0:
+        return f"the kernel has no dropout, got dropout_p={dropout_p}"
+    if n_tokens > TRITON_MAX_TOKENS:
+        return f"needs windows of at most {TRITON_MAX_TOKENS} tokens, got {n_tokens}"
+    if head_dim not in TRITON_HEAD_DIMS:
+        return f"needs a head dimension of {TRITON_HEAD_DIMS}, got {head_dim}"
+    return common_unsupported(qkv, bias=bias, qkv_pad=qkv_pad)
+
+
+def window_attention_n_bytes(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    *,
+    num_heads: int,
+    geometry: WindowGeometry,
+    dropout_p: float = 0.0,
+) -> int:
+    """Bytes of a call: qkv and bias read once, the output written once.
+
+    Of the bias those columns count that a wide load of the used ones takes along, of `qkv_pad`
+    the keys and values, and nothing where no token is padding.
+    """
+    (h, w), (_, H, W, C3) = geometry.window, qkv.shape
+    n_bias_cols = min(bias.shape[2], -(-(h * w) // 16) * 16)
+    n_elements = qkv.numel() + qkv.numel() // 3 + num_heads * h * w * n_bias_cols
+    if qkv_pad is not None and (H % h or W % w):
+        n_elements += 2 * C3 // 3
+    return qkv.element_size() * n_elements
 
 
 def window_attention_weights(
@@ -126,17 +177,25 @@ def relative_position_index(window: tuple[int, int], device: torch.device) -> Te
     return index.flatten()
 
 
-def _check(qkv: Tensor, bias: Tensor, num_heads: int, geometry: WindowGeometry) -> None:
+def _check(
+    qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, num_heads: int, geometry: WindowGeometry
+) -> None:
     (h, w), shift = geometry.window, geometry.shift
-    if qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
+    if num_heads < 1 or qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             "window_attention: qkv must be [B, H, W, 3C] with C divisible by "
             f"num_heads={num_heads}, got {list(qkv.shape)}"
         )
-    if bias.shape != (num_heads, h * w, h * w):
+    if h < 1 or w < 1:
+        raise ValueError(f"window_attention: windows must be at least 1x1, got {h}x{w}")
+    if bias.ndim != 3 or bias.shape[:2] != (num_heads, h * w) or bias.shape[2] < h * w:
         raise ValueError(
-            f"window_attention: bias must be [{num_heads}, {h * w}, {h * w}] for {num_heads} heads "
-            f"and a {h}x{w} window, got {list(bias.shape)}"
+            f"window_attention: bias must be [{num_heads}, {h * w}, at least {h * w}] for "
+            f"{num_heads} heads and a {h}x{w} window, got {list(bias.shape)}"
+        )
+    if qkv_pad is not None and qkv_pad.shape != qkv.shape[-1:]:
+        raise ValueError(
+            f"window_attention: qkv_pad must be [{qkv.shape[-1]}], got {list(qkv_pad.shape)}"
         )
     if not (0 <= shift[0] < h and 0 <= shift[1] < w):
         raise ValueError(
@@ -193,7 +252,7 @@ def _roll(x: Tensor, shift: tuple[int, int], direction: int) -> Tensor:
 
 def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
     """What is added to the scores: [nW or 1, num_heads, N, N], the same for every image."""
-    bias = bias.to(qkv.dtype)
+    bias = bias[..., : bias.shape[1]].to(qkv.dtype)
     if not any(geometry.shift):
         return bias.unsqueeze(0)
     mask = _shift_mask(qkv.shape[1], qkv.shape[2], geometry, qkv)  # [nW, N, N]
@@ -218,3 +277,45 @@ def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor
     if shift == 0:
         return torch.zeros_like(position)
     return (position >= padded - window).long() + (position >= padded - shift).long()
+
+
+@torch.library.custom_op("fastbb::window_attention", mutates_args=())
+def _window_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    roll_first: bool,
+) -> Tensor:
+    geometry = WindowGeometry((window[0], window[1]), (shift[0], shift[1]), roll_first)
+    y = window_attention_eager(qkv, bias, qkv_pad, num_heads=bias.shape[0], geometry=geometry)
+    return y.contiguous()
+
+
+@_window_attention.register_fake
+def _(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    roll_first: bool,
+) -> Tensor:
+    B, H, W, qkv_channels = qkv.shape
+    return qkv.new_empty(B, H, W, qkv_channels // 3)
+
+
+@_window_attention.register_kernel("cuda")
+def _launch(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    window: Sequence[int],
+    shift: Sequence[int],
+    roll_first: bool,
+) -> Tensor:
+    from ..triton_kernels.window_attention import launch
+
+    geometry = WindowGeometry((window[0], window[1]), (shift[0], shift[1]), roll_first)
+    return launch(qkv, bias, qkv_pad, geometry)

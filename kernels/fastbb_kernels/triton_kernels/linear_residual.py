@@ -2,6 +2,7 @@
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,39 +10,59 @@ from torch import Tensor
 from .._dispatch import Architecture, architecture, input_precision
 from .config import GemmConfig
 
+# about one program for each multiprocessor of a GPU
+_ENOUGH_PROGRAMS = 128
+
+# where a multiprocessor holds two programs with tiles of 128x128; elsewhere registers allow one
+_HOLD_LARGE_TILES = (90, 120, "gfx90a", "gfx942")
+
 
 def launch_config(
-    n_rows: int, features: int, out_features: int, arch: Architecture | None
+    n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
-    """Tiles and warps for one GEMM of [n_rows, features] by [features, out_features]."""
-    block_n = 64 if out_features % 128 else 128
+    """Tiles and warps for one GEMM of [n_rows, features] by [features, out_features].
+
+    Large tiles ask L2 for fewer bytes; small ones, with more loads under way, fill the GPU where
+    there are few rows.
+    """
     block_k = 64 if features % 64 == 0 else 32
-    return GemmConfig(block_m=128, block_n=block_n, block_k=block_k, num_warps=8, num_stages=3)
+    if dtype == torch.float32:
+        # no MMA: the operands are in registers too
+        block_k = 16
+        large = GemmConfig(64, 64, block_k, num_warps=4, num_stages=3)
+    elif arch in _HOLD_LARGE_TILES:
+        large = GemmConfig(128, 128, block_k if arch == 90 else 32, num_warps=8, num_stages=3)
+    else:
+        large = GemmConfig(64, 128, 32, num_warps=4, num_stages=3)
+    for config in (large, GemmConfig(64, 64, block_k, num_warps=4, num_stages=3)):
+        tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n)
+        if tiles >= _ENOUGH_PROGRAMS and config.block_n < 2 * out_features:
+            return config
+    return GemmConfig(64, 32, block_k, num_warps=4, num_stages=5)
 
 
 def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     """Runs the kernel; arguments and result as `linear_residual`."""
     out_features, features = weight.shape
     y = x.new_empty(residual.shape)
-    # reshape is a view unless the rows do not lie at one stride
-    rows, residual_rows = x.reshape(-1, features), residual.reshape(-1, out_features)
-    n_rows = rows.shape[0]
     if y.numel() == 0:
         return y
-    config = launch_config(n_rows, features, out_features, architecture(x.device))
+    # a view unless the rows do not lie at one stride
+    rows = x.reshape(-1, features)
+    n_rows = rows.shape[0]
+    config = launch_config(n_rows, features, out_features, x.dtype, architecture(x.device))
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
     _linear_residual_fwd_kernel[grid](
         rows,
         weight,
-        bias,
-        residual_rows,
+        None if bias is None else bias.contiguous(),
+        residual.contiguous(),
         y,
         n_rows,
         features,
         out_features,
         *rows.stride(),
         *weight.stride(),
-        *residual_rows.stride(),
         HAS_BIAS=bias is not None,
         EVEN_K=features % config.block_k == 0,
         PRECISION=input_precision(x.dtype),
@@ -55,7 +76,7 @@ def _linear_residual_fwd_kernel(
     x_ptr,  # [n_rows, features]
     weight_ptr,  # [out_features, features]
     bias_ptr,  # [out_features] or None
-    residual_ptr,  # [n_rows, out_features]
+    residual_ptr,  # [n_rows, out_features], contiguous
     y_ptr,  # [n_rows, out_features], contiguous
     n_rows,
     features,
@@ -64,8 +85,6 @@ def _linear_residual_fwd_kernel(
     stride_x_col,
     stride_weight_row,
     stride_weight_col,
-    stride_residual_row,
-    stride_residual_col,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -76,36 +95,28 @@ def _linear_residual_fwd_kernel(
     # the tiles of one set of rows run side by side: x stays in L2
     n_tiles = tl.cdiv(out_features, BLOCK_N)
     pid = tl.program_id(0)
-    rows = (pid // n_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
     cols = (pid % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask, col_mask = rows < n_rows, cols < out_features
+    row_mask, col_mask = rows < n_rows - first_row, cols < out_features
 
+    x_rows = x_ptr + (first_row + rows)[:, None] * stride_x_row
+    weight_rows = weight_ptr + cols[None, :] * stride_weight_row
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, features, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+        k = start + tl.arange(0, BLOCK_K).to(tl.int64)
         x_mask, weight_mask = row_mask[:, None], col_mask[None, :]
         if not EVEN_K:
             x_mask &= (k < features)[None, :]
             weight_mask &= (k < features)[:, None]
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_x_row + k[None, :] * stride_x_col,
-            mask=x_mask,
-            other=0.0,
-        )
-        weight = tl.load(
-            weight_ptr + cols[None, :] * stride_weight_row + k[:, None] * stride_weight_col,
-            mask=weight_mask,
-            other=0.0,
-        )
+        x = tl.load(x_rows + k[None, :] * stride_x_col, mask=x_mask, other=0.0)
+        weight = tl.load(weight_rows + k[:, None] * stride_weight_col, mask=weight_mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
+    # residual, then bias: this order takes the fewest registers
+    mask = row_mask[:, None] & col_mask[None, :]
+    offsets = first_row * out_features + rows[:, None] * out_features + cols[None, :]
+    acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    mask = row_mask[:, None] & col_mask[None, :]
-    residual_offsets = rows[:, None] * stride_residual_row + cols[None, :] * stride_residual_col
-    acc += tl.load(residual_ptr + residual_offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(
-        y_ptr + rows[:, None] * out_features + cols[None, :],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=mask,
-    )
+    tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,182 @@
+"""What the hardware allows: lower bounds of the time of every op, beside what a GPU measures.
+
+    python bench/speed_of_light.py --arch 90 --model swin_t --batch 64 --json floors.json
+
+Floors are PREDICTIONS by division: bytes over bandwidth, multiplications over peak. They leave out
+latency, launches and everything else that costs time, so a measurement below a floor means that the
+model of the kernel is wrong. `measured_us` is null where there is no such GPU.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbb_kernels._dispatch import Architecture as ArchitectureName
+from fastbb_kernels._dispatch import architecture
+from fastbb_kernels.cases import REAL_INPUTS, SWINS, Case, swin_cases
+from fastbb_kernels.check import find_op
+from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
+
+DTYPE = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class SpeedOfLight:
+    """One case on one GPU; one kernel launch.
+
+    Attributes:
+        flops: multiplications and additions that the result needs.
+        mma_flops: those that `tl.dot` executes, padding of tiles included.
+        minimal_bytes: every input read once, the output written once.
+        requested_bytes: what all programs ask caches for.
+        ctas: programs of the launch.
+        waves: of CTAs over the GPU.
+        dram_us: floor from `minimal_bytes`.
+        l2_us: floor from `requested_bytes`, over an assumed bandwidth; null: none is known.
+        mma_us: floor from `mma_flops`.
+        measured_us: median on the GPU, null where there is none.
+    """
+
+    op: str
+    case: str
+    gpu: str
+    flops: int
+    mma_flops: int
+    minimal_bytes: int
+    requested_bytes: int
+    ctas: int
+    waves: float
+    occupancy: float
+    registers: int
+    spills: int
+    dram_us: float
+    l2_us: float | None
+    mma_us: float
+    measured_us: float | None = None
+
+    @property
+    def floor_us(self) -> float:
+        """The highest of the floors."""
+        return max(self.dram_us, self.l2_us or 0.0, self.mma_us)
+
+
+@torch.no_grad()
+def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
+    """The floors of a case on a GPU; None if its kernel does not run there."""
+    op = find_op(case.op)
+    arguments = case.arguments("meta", DTYPE)
+    with fake_gpu(gpu.name) as compiled:
+        if op.unsupported(**arguments):
+            return None
+        op.call(**arguments, impl="triton")
+    (launch,) = compiled.launches
+    assert launch.kernel is not None
+    facts = binary_facts(launch.kernel)
+    # one program in the middle stands for all: at the edges of a map they do a little less
+    with trace(programs=middle, data=False) as traced:
+        op.call(**arguments, impl="triton")
+    (program,) = traced.launches
+    ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    with FlopCounterMode(display=False) as useful:
+        op.eager(**arguments)
+    minimal, requested = op.n_bytes(**arguments), ctas * program.requested_bytes
+    mma_flops = ctas * program.dot_flops
+    return SpeedOfLight(
+        op=case.op,
+        case=case.name,
+        gpu=gpu.gpu,
+        flops=useful.get_total_flops(),
+        mma_flops=mma_flops,
+        minimal_bytes=minimal,
+        requested_bytes=requested,
+        ctas=ctas,
+        waves=ctas / (facts.ctas_per_sm * gpu.multiprocessors),
+        occupancy=facts.occupancy,
+        registers=facts.registers,
+        spills=facts.spills,
+        dram_us=1e6 * minimal / gpu.dram_bytes_per_s,
+        l2_us=1e6 * requested / gpu.l2_bytes_per_s if gpu.l2_bytes_per_s else None,
+        mma_us=1e6 * mma_flops / gpu.bf16_flops,
+        measured_us=measured_us(case) if is_here(gpu) else None,
+    )
+
+
+def middle(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+    """The program in the middle of a launch."""
+    x, y, z = grid
+    return [(x // 2, y // 2, z // 2)]
+
+
+def is_here(gpu: Architecture) -> bool:
+    """Whether this machine has a GPU of that architecture."""
+    return torch.cuda.is_available() and architecture(torch.device("cuda")) == gpu.name
+
+
+@torch.no_grad()
+def measured_us(case: Case) -> float:
+    """Median time of a case on this machine's GPU, caches flushed before each run."""
+    from triton.testing import do_bench
+
+    arguments = case.arguments("cuda", DTYPE)
+    op = find_op(case.op)
+    median_ms: Any = do_bench(lambda: op.call(**arguments, impl="triton"), return_mode="median")
+    return 1e3 * float(median_ms)
+
+
+def markdown(rows: Iterable[SpeedOfLight]) -> str:
+    """A table of what bounds each case; its times are predictions but for the last column."""
+    lines = [
+        "| op | case | GPU | GFLOP useful / executed | MB minimal / requested | CTAs (waves) "
+        "| occupancy | spills | predicted floors dram / l2 / mma µs | measured µs (of floor) |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        l2 = "-" if row.l2_us is None else f"{row.l2_us:.1f}"
+        measured = "not measured"
+        if row.measured_us is not None:
+            measured = f"{row.measured_us:.1f} ({row.measured_us / row.floor_us:.2f}x)"
+        lines.append(
+            f"| {row.op} | {row.case} | {row.gpu} | {row.flops / 1e9:.2f} / "
+            f"{row.mma_flops / 1e9:.2f} | {row.minimal_bytes / 1e6:.1f} / "
+            f"{row.requested_bytes / 1e6:.1f} | {row.ctas} ({row.waves:.2f}) | "
+            f"{row.occupancy:.2f} | {row.spills} | {row.dram_us:.1f} / {l2} / {row.mma_us:.1f} | "
+            f"{measured} |"
+        )
+    return "\n".join(lines)
+
+
+def report(
+    model: str, size: tuple[int, int], window: int, batch: int, archs: Sequence[ArchitectureName]
+) -> list[SpeedOfLight]:
+    """Every case of a model on every GPU that runs it."""
+    cases = list(swin_cases(SWINS[model], size, window, batch))
+    rows = [speed_of_light(case, ARCHITECTURES[arch]) for arch in archs for case in cases]
+    return [row for row in rows if row is not None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Floors of every op, and times where a GPU is.")
+    archs = {str(arch): arch for arch in ARCHITECTURES}
+    sizes = {f"{height}x{width}": ((height, width), w) for (height, width), w, _ in REAL_INPUTS}
+    parser.add_argument("--arch", action="append", choices=list(archs), help="default: 90")
+    parser.add_argument("--model", choices=list(SWINS), default="swin_t")
+    parser.add_argument("--size", choices=list(sizes), default="224x224")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="where to write every number")
+    options = parser.parse_args()
+    size, window = sizes[options.size]
+    chosen = [archs[arch] for arch in options.arch or ["90"]]
+    rows = report(options.model, size, window, options.batch, chosen)
+    print(markdown(rows))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Tensors computed from parameters (fused, padded, folded), remembered while the parameters stay.
+
+They stand beside the modules, not in them: no state dict, copy or pickle of a module has them.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+Module = TypeVar("Module", bound="RemembersDerived")
+Derived = TypeVar("Derived", bound=tuple[Tensor | None, ...])
+
+
+def derive(
+    owner: nn.Module, name: str, compute: Callable[..., Derived], *sources: Tensor
+) -> Derived:
+    """`compute(*sources)`, remembered where no gradient is needed and nothing is traced.
+
+    It is computed again when a source is another object, lies elsewhere, or has another dtype,
+    device or version; and after whatever may change parameters without a trace in them: a step of
+    any optimizer (fused ones move no version), a call that needs a gradient, `forget_derived`.
+    Only parameters count: what `functional_call` or a parametrization puts in their place lives
+    for one call, and what is computed from it is not remembered.
+
+    Args:
+        owner: module that the result belongs to; the result does not outlive it.
+        name: of the result; a new one replaces the old one of this name.
+        compute: depends on the sources only, and is the same at every call with this name. Derive
+            together what has the same owner: to look at the sources is what a call costs.
+        sources: parameters of any shape.
+
+    Returns:
+        What `compute` returns. Calls share the tensors: nothing may write into them.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or get_proxy_mode() is not None:
+        return compute(*sources)  # in the graph, which so follows the parameters
+    return _derived_of(owner).get(name, compute, sources)
+
+
+def forget_derived(root: nn.Module) -> None:
+    """Frees what was computed from the parameters of a module and of all modules inside it."""
+    for module in root.modules():
+        weights = _DERIVED.get(module)
+        if weights is not None:
+            weights.clear()
+
+
+class RemembersDerived(nn.Module):
+    """A module that forgets what was derived inside it whenever its parameters may change."""
+
+    def refresh(self) -> None:
+        """Forgets and frees what inference computed from the weights and remembers.
+
+        In inference a backbone remembers tensors made of its weights, such as fused projections.
+        Optimizer steps, in-place operations, `load_state_dict`, `to`, `train` and new parameters
+        are followed. Call this after a change that torch does not record: through `.data`
+        (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory.
+        """
+        forget_derived(self)
+
+    def train(self: Module, mode: bool = True) -> Module:
+        self.refresh()
+        return super().train(mode)
+
+    def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
+        self.refresh()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # not load_state_dict: a module around this one does not call it
+        self.refresh()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class _Entry(NamedTuple):
+    sources: list[weakref.ref[Tensor]]
+    state: tuple[Any, ...]
+    value: tuple[Tensor | None, ...]
+
+
+class _DerivedWeights:
+    """What was computed from the parameters of one module, by name, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._n_cleared = 0
+        self._lock = threading.Lock()
+
+    def get(
+        self, name: str, compute: Callable[..., Derived], sources: tuple[Tensor, ...]
+    ) -> Derived:
+        if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
+            self.clear()  # training: the parameters are about to change
+            return compute(*sources)
+        state = self._state(sources)
+        if state is None:
+            return compute(*sources)
+        entry = self._entries.get(name)
+        if (
+            entry is not None
+            and entry.state == state
+            and all(ref() is source for ref, source in zip(entry.sources, sources))
+        ):
+            return entry.value  # type: ignore[return-value]  # of the same `compute`
+        # a tensor made in inference mode could not be used outside it
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute(*sources)
+        if all(_is_plain(tensor) for tensor in value if tensor is not None):
+            self._remember(name, sources, state, value)
+        return value
+
+    def clear(self) -> None:
+        with self._lock:
+            self._n_cleared += 1  # also what another thread is computing now will be out of date
+            self._entries.clear()
+
+    def _state(self, sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
+        """What differs once a source may have changed; None where that would not be noticed."""
+        if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # a CUDA graph must not read memory that may be freed
+        seen = []
+        for source in sources:
+            # fake, distributed and quantized tensors are of other types
+            if type(source) is not nn.Parameter or source.is_inference():  # without a version
+                return None
+            seen.append((source.data_ptr(), source._version, source.dtype, source.device))
+        return self._n_cleared, _last_step, *seen
+
+    def _remember(
+        self,
+        name: str,
+        sources: tuple[Tensor, ...],
+        state: tuple[Any, ...],
+        value: tuple[Tensor | None, ...],
+    ) -> None:
+        if sources[0].is_cuda:  # another stream may be the next to read the value
+            torch.cuda.current_stream(sources[0].device).synchronize()
+        this = weakref.ref(self)
+
+        def forget(_: weakref.ref[Tensor]) -> None:
+            weights = this()
+            if weights is not None:
+                weights._entries.pop(name, None)
+
+        entry = _Entry([weakref.ref(source, forget) for source in sources], state, value)
+        with self._lock:
+            self._entries[name] = entry
+
+
+_DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+_last_step = object()  # another one after each step of an optimizer
+_step_hook: RemovableHandle | None = None
+
+
+def _derived_of(module: nn.Module) -> _DerivedWeights:
+    weights = _DERIVED.get(module)
+    if weights is None:
+        with _lock:
+            _follow_optimizers()
+            weights = _DERIVED.setdefault(module, _DerivedWeights())
+    return weights
+
+
+def _follow_optimizers() -> None:
+    global _step_hook
+    if _step_hook is None:
+        _step_hook = register_optimizer_step_post_hook(_note_step)
+
+
+def _note_step(*_: Any) -> None:
+    global _last_step
+    _last_step = object()
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor outlives the mode or the torch.func transform that it was computed in."""
+    return type(value) is Tensor and not is_functorch_wrapped_tensor(value)

@@ -1,0 +1,325 @@
+"""Holds every op against its reference: `python -m fastbb_kernels.check`.
+
+Three rungs need no GPU: the op is well formed for torch (opcheck), its kernel computes what the
+reference computes in the interpreter, touching what it should, and it compiles for every
+architecture within its budget. With a GPU the cases run on it as well.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ._dispatch import TRITON_DTYPES, Architecture, pretend
+from .accuracy import accuracy_problem
+from .cases import Case, checked_cases, real_cases, small_cases
+from .testing import fake_gpu, record_launches, trace
+from .testing.architectures import ARCHITECTURES
+from .testing.budget import Budget, CaseCost, read_budget, source_hash, violations, write_budget
+from .testing.recorder import Recording
+
+DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# where a check compiles dtypes other than bf16
+OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
+
+
+@dataclass(frozen=True)
+class Op:
+    """The parts of an op, which all take the same arguments.
+
+    Attributes:
+        name: in `fastbb_kernels`.
+        call: the public function.
+        eager: the reference.
+        unsupported: why Triton cannot run a call, or None.
+        n_bytes: least bytes of a call.
+        custom_op: what the dispatcher of torch knows.
+    """
+
+    name: str
+    call: Callable[..., Tensor]
+    eager: Callable[..., Tensor]
+    unsupported: Callable[..., str | None]
+    n_bytes: Callable[..., int]
+    custom_op: Any
+
+
+def find_op(name: str) -> Op:
+    """The parts of the op `name`."""
+    module = import_module(f".ops.{name}", __package__)
+    return Op(
+        name,
+        call=getattr(module, name),
+        eager=getattr(module, f"{name}_eager"),
+        unsupported=getattr(module, f"{name}_unsupported"),
+        n_bytes=getattr(module, f"{name}_n_bytes"),
+        custom_op=getattr(torch.ops.fastbb, name).default,
+    )
+
+
+def op_names() -> list[str]:
+    """Every op with a Triton kernel."""
+    return list(dict.fromkeys(case.op for case in small_cases()))
+
+
+def check_registration(case: Case, dtype: torch.dtype) -> None:
+    """Runs torch's `opcheck` on the custom op as the public function calls it.
+
+    Raises:
+        torch.testing._internal.optests.OpCheckError: schema, fake kernel or tracing are wrong.
+    """
+    op = find_op(case.op)
+    module = sys.modules[op.call.__module__]
+    calls: list[tuple[Any, ...]] = []
+    arguments = case.arguments("cpu", dtype)
+    launch = mock.Mock(side_effect=lambda *args: calls.append(args))
+    with mock.patch.object(module, "_launch", launch), pretend(None), torch.no_grad():
+        op.call(**arguments, impl="triton")
+    assert calls
+    for args in calls:
+        torch.library.opcheck(op.custom_op, args)
+
+
+@dataclass(frozen=True)
+class Interpreted:
+    """What a case did in the interpreter.
+
+    Attributes:
+        problem: what is wrong, in a sentence, or None.
+        minimal_bytes: each distinct element read once and written once, by the tracer.
+        requested_bytes: what all programs ask for.
+        n_launches: of kernels.
+    """
+
+    problem: str | None
+    minimal_bytes: int = 0
+    requested_bytes: int = 0
+    n_launches: int = 0
+
+
+@torch.no_grad()
+def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
+    """Runs a case in the interpreter, traced, against the reference in float64.
+
+    Bounds, races and double writes raise at the access; the rest is the result's `problem`.
+    """
+    op = find_op(case.op)
+    arguments = case.arguments("cpu", dtype)
+    with trace() as traced:
+        got = op.call(**arguments, impl="triton")
+    traced.assert_written_once()
+    problem = accuracy_problem(got, op.eager(**arguments), op.eager(**in_float64(arguments)))
+    expected = op.n_bytes(**arguments)
+    if problem is None and traced.unique_bytes != expected:
+        problem = f"touches {traced.unique_bytes} distinct bytes, {op.name}_n_bytes says {expected}"
+    return Interpreted(problem, traced.unique_bytes, traced.requested_bytes, len(traced.launches))
+
+
+@torch.no_grad()
+def check_on_device(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Runs a case on a GPU against the reference there; what is wrong, or None."""
+    op = find_op(case.op)
+    arguments = case.arguments(device, dtype)
+    if op.unsupported(**arguments):
+        return None
+    try:
+        got = op.call(**arguments, impl="triton")
+        torch.cuda.synchronize(device)
+    except Exception as error:  # whatever a launch raises: the op is off, with this reason
+        return f"{type(error).__name__}: {error}"
+    return accuracy_problem(got, op.eager(**arguments), op.eager(**in_float64(arguments)))
+
+
+def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same call with every tensor in float64."""
+    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+@cache
+def distinct_cases(everything: bool = False) -> dict[str, list[Case]]:
+    """Per op, cases of which no two launch the same binaries, the first of each kind.
+
+    Args:
+        everything: look at `real_cases` instead of `checked_cases`, which takes a minute.
+    """
+    cases = real_cases() if everything else checked_cases()
+    found: dict[str, dict[Any, Case]] = {}
+    for case in cases:
+        arguments = case.arguments("meta", torch.bfloat16)
+        launches = {arch: _recording(case, arguments, arch) for arch in ARCHITECTURES}
+        binaries = tuple(
+            tuple(launch.specialization for launch in recording.launches)
+            for recording in launches.values()
+        )
+        if any(binaries):
+            found.setdefault(case.op, {}).setdefault(binaries, case)
+    return {op: list(cases.values()) for op, cases in found.items()}
+
+
+@torch.no_grad()
+def _recording(
+    case: Case, arguments: dict[str, Any], arch: Architecture, compiled: bool = False
+) -> Recording:
+    """The launches of a case, none where the op does not support the architecture."""
+    op = find_op(case.op)
+    with (fake_gpu if compiled else record_launches)(arch) as recording:
+        if op.unsupported(**arguments) is None:
+            op.call(**arguments, impl="triton")
+    return recording
+
+
+def compiled_dtypes(arch: Architecture) -> tuple[torch.dtype, ...]:
+    """What a check compiles for an architecture; a budget has every dtype everywhere."""
+    return TRITON_DTYPES if arch in OTHER_DTYPES_ON else (torch.bfloat16,)
+
+
+def compiled_costs(
+    cases: Iterable[Case], dtypes: Sequence[torch.dtype], archs: Sequence[Architecture]
+) -> dict[str, CaseCost]:
+    """What cases cost on the architectures that support them, by case and dtype."""
+    costs = {}
+    for case in cases:
+        for dtype in dtypes:
+            arguments = case.arguments("meta", dtype)
+            recordings = {arch: _recording(case, arguments, arch, True) for arch in archs}
+            supported = {arch: r for arch, r in recordings.items() if r.launches}
+            if supported:
+                costs[f"{case}-{DTYPE_NAMES[dtype]}"] = CaseCost.of(supported)
+    return costs
+
+
+def traced_cost(result: Interpreted) -> CaseCost:
+    """The part of a budget that the interpreter gives."""
+    return CaseCost(result.n_launches, result.minimal_bytes, result.requested_bytes, {})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found about one op.
+
+    Attributes:
+        op: its name.
+        cells: the row of the table, by column.
+        problems: a sentence each.
+    """
+
+    op: str
+    cells: dict[str, str]
+    problems: list[str]
+
+
+def check_op(
+    name: str, archs: Sequence[Architecture], dtypes: Sequence[torch.dtype], device: str | None
+) -> Report:
+    """Takes an op up the rungs; each runs whatever the one before found."""
+    cells: dict[str, str] = {}
+    problems: list[str] = []
+
+    def rung(column: str, checks: Iterator[str | None]) -> None:
+        outcomes = list(checks)
+        found = [outcome for outcome in outcomes if outcome]
+        cells[column] = f"{len(found)} of {len(outcomes)} wrong" if found else f"{len(outcomes)} ok"
+        problems.extend(found)
+
+    small = [case for case in small_cases() if case.op == name]
+    rung("opcheck", (_attempt(case, dtypes[0], check_registration) for case in small[:2]))
+    rung(
+        "interpreter",
+        (_attempt(case, dtype, _interpreted_problem) for case in small for dtype in dtypes),
+    )
+    committed = read_budget(name)
+    cases = distinct_cases()[name]
+    for arch in archs:
+        costs = compiled_costs(cases, [d for d in dtypes if d in compiled_dtypes(arch)], [arch])
+        found = violations(Budget(name, source_hash(name), costs), committed)
+        cells[str(arch)] = f"{len(found)} over" if found else f"{len(costs)} ok" if costs else "-"
+        problems.extend(found)
+    if device is not None:
+        real = [case for case in real_cases() if case.op == name and "swin_t-224-b8" in case.name]
+        check = partial(check_on_device, device=torch.device(device))
+        on_device = (_attempt(case, dtype, check) for case in small + real for dtype in dtypes)
+        rung(device, on_device)
+    return Report(name, cells, problems)
+
+
+def _interpreted_problem(case: Case, dtype: torch.dtype) -> str | None:
+    return check_interpreted(case, dtype).problem
+
+
+def _attempt(
+    case: Case, dtype: torch.dtype, check: Callable[[Case, torch.dtype], str | None]
+) -> str | None:
+    """The problem that a check returns or raises, with the case it is about."""
+    try:
+        problem = check(case, dtype)
+    except Exception as error:  # a report goes on: one broken op must not hide the others
+        problem = f"{type(error).__name__}: {error}"
+    return problem and f"{case.op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
+
+
+def rewrite_budget(name: str) -> None:
+    """Measures an op in every distinct case, dtype and architecture, and rewrites its budget."""
+    costs = compiled_costs(
+        distinct_cases(everything=True)[name], TRITON_DTYPES, list(ARCHITECTURES)
+    )
+    for case in small_cases():
+        if case.op == name:
+            key = f"{case}-{DTYPE_NAMES[torch.bfloat16]}"
+            costs[key] = traced_cost(check_interpreted(case, torch.bfloat16))
+    print(write_budget(name, costs))
+
+
+def format_table(reports: Sequence[Report]) -> str:
+    """One line per op, columns aligned."""
+    columns = list(dict.fromkeys(column for report in reports for column in report.cells))
+    rows = [["op", *columns]]
+    rows += [
+        [report.op, *(report.cells.get(column, "") for column in columns)] for report in reports
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0 all is well, 1 something is not."""
+    parser = argparse.ArgumentParser(prog="python -m fastbb_kernels.check", description=__doc__)
+    archs = {str(arch): arch for arch in ARCHITECTURES}
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    parser.add_argument("--op", action="append", choices=op_names(), help="default: all")
+    parser.add_argument("--arch", action="append", choices=list(archs), help="default: all")
+    parser.add_argument("--dtype", action="append", choices=list(dtypes), help="default: all")
+    parser.add_argument(
+        "--write-budgets", action="store_true", help="measure everything and rewrite the budgets"
+    )
+    options = parser.parse_args(argv)
+    names = options.op or op_names()
+    if options.write_budgets:
+        for name in names:
+            rewrite_budget(name)
+        return 0
+    reports = [
+        check_op(
+            name,
+            [archs[arch] for arch in options.arch or archs],
+            [dtypes[dtype] for dtype in options.dtype or dtypes],
+            "cuda" if torch.cuda.is_available() else None,
+        )
+        for name in names
+    ]
+    print(format_table(reports))
+    for report in reports:
+        print(*report.problems, sep="\n", end="\n" if report.problems else "")
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing ran on a device")
+    return int(any(report.problems for report in reports))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,303 @@
+"""y = activation(layer_norm(x) @ weight.T + bias): a GEMM whose rows are normalized on their way in.
+
+A program takes a block of rows and a range of column tiles. It reads its rows once for their
+statistics, and once more, from a cache, to normalize them: narrow rows for all its tiles together,
+kept on the chip; wide ones step by step for each tile. The rows may also be 2x2 pixels of a map,
+gathered by address (patch merging).
+"""
+# pyright: reportArgumentType=false
+# a launch passes plain values for constexpr parameters
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._activation import Activation
+from .._dispatch import Architecture, architecture, input_precision
+from .activation import activate
+from .config import GemmConfig
+
+
+class LayerNormLinearConfig(NamedTuple):
+    """How one call is split and scheduled.
+
+    Attributes:
+        gemm: tile of the output and depth of one step.
+        tiles_per_program: column tiles for which a program computes the statistics once.
+        resident: normalizes the rows once for all tiles and keeps them on the chip.
+    """
+
+    gemm: GemmConfig
+    tiles_per_program: int
+    resident: bool
+
+
+def launch_config(
+    n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
+) -> LayerNormLinearConfig:
+    """Tiles and warps for [n_rows, features] by [features, out_features]."""
+    block_k = 64 if features % 64 == 0 else 32
+    return LayerNormLinearConfig(
+        GemmConfig(64, 64, block_k, num_warps=4, num_stages=2), 4, features <= 256
+    )
+
+
+def launch(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Runs the kernel; arguments and result as `layer_norm_linear`."""
+    out_features, features = weight.shape
+    y = x.new_empty(*x.shape[:-1], out_features)
+    if y.numel() == 0:
+        return y
+    # a view unless the rows do not lie at one stride
+    rows = x.reshape(-1, features)
+    pixels = rows[:, None, None, :]
+    return launch_rows(pixels, norm_weight, norm_bias, weight, bias, y, eps, activation)
+
+
+def launch_rows(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    eps: float,
+    activation: Activation = None,
+) -> Tensor:
+    """Fills `y`, contiguous and not empty, with one row for each window of a map.
+
+    Args:
+        x: [B, H, W, C], any strides. A window is 2x2 pixels where `weight` has 4C columns, in the
+            order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), zeros beyond the map; and one
+            pixel where `weight` has C.
+        norm_weight: [features].
+        norm_bias: [features].
+        weight: [C_out, features].
+        bias: [C_out] or None.
+        y: [..., C_out].
+        eps: added to the variance.
+        activation: name of the activation, or None.
+
+    Returns:
+        `y`.
+    """
+    out_features, features = weight.shape
+    _, height, width, channels = x.shape
+    merge = features == 4 * channels
+    side = 2 if merge else 1
+    n_rows = y.numel() // out_features
+    gemm, tiles_per_program, resident = launch_config(
+        n_rows, features, out_features, x.dtype, architecture(x.device)
+    )
+    n_ranges = triton.cdiv(triton.cdiv(out_features, gemm.block_n), tiles_per_program)
+    _layer_norm_linear_fwd_kernel[(triton.cdiv(n_rows, gemm.block_m) * n_ranges,)](
+        x,
+        norm_weight,
+        norm_bias,
+        weight,
+        bias,
+        y,
+        n_rows,
+        features,
+        out_features,
+        height,
+        width,
+        eps,
+        *x.stride(),
+        *weight.stride(),
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        MERGE=merge,
+        PADDED=height % side > 0 or width % side > 0,
+        EVEN_K=features % gemm.block_k == 0,
+        N_STEPS=triton.cdiv(features, gemm.block_k) if resident else None,
+        TILES_PER_PROGRAM=tiles_per_program,
+        PRECISION=input_precision(x.dtype),
+        **gemm.options(),
+    )
+    return y
+
+
+# one binary serves all map sizes whose rows are equally aligned
+@triton.jit(do_not_specialize=["n_rows", "height", "width"])
+def _layer_norm_linear_fwd_kernel(
+    x_ptr,  # [B, height, width, C]; without MERGE one pixel is a row, and height and width are 1
+    norm_weight_ptr,  # [features]
+    norm_bias_ptr,  # [features]
+    weight_ptr,  # [out_features, features]
+    bias_ptr,  # [out_features] or None
+    y_ptr,  # [n_rows, out_features], contiguous
+    n_rows,
+    features,
+    out_features,
+    height,
+    width,
+    eps,
+    stride_x_image,
+    stride_x_row,
+    stride_x_col,
+    stride_x_channel,
+    stride_weight_row,
+    stride_weight_col,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MERGE: tl.constexpr,  # a row is 2x2 pixels
+    PADDED: tl.constexpr,  # some of which lie beyond the map
+    EVEN_K: tl.constexpr,
+    N_STEPS: tl.constexpr,  # of a row that is kept normalized; None: it is not
+    TILES_PER_PROGRAM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # the programs of one block of rows run side by side: x stays in L2
+    n_tiles = tl.cdiv(out_features, BLOCK_N)
+    n_ranges = tl.cdiv(n_tiles, TILES_PER_PROGRAM)
+    pid = tl.program_id(0)
+    first_row = (pid // n_ranges).to(tl.int64) * BLOCK_M
+    first_tile = (pid % n_ranges) * TILES_PER_PROGRAM
+    rows = tl.arange(0, BLOCK_M)
+    row_mask = rows < n_rows - first_row
+
+    if MERGE:
+        # counted from the first window of the first row's image: divisions of 32 bits only
+        y_width = (width + 1) // 2
+        n_windows = (height + 1) // 2 * y_width
+        windows = (first_row % n_windows).to(tl.int32) + rows
+        images = first_row // n_windows + windows // n_windows
+        windows = windows % n_windows
+        top, left = windows // y_width * 2, windows % y_width * 2
+        x_offsets = images * stride_x_image
+        x_offsets += top.to(tl.int64) * stride_x_row + left.to(tl.int64) * stride_x_col
+        has_below, has_right = top + 1 < height, left + 1 < width
+    else:
+        x_offsets = (first_row + rows) * stride_x_image
+        has_below, has_right = row_mask, row_mask
+    x_rows = x_ptr + x_offsets, row_mask, has_below, has_right
+    strides = stride_x_row, stride_x_col, stride_x_channel
+    norm = norm_weight_ptr, norm_bias_ptr
+
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    squares = tl.zeros((BLOCK_M,), tl.float32)
+    for start in tl.range(0, features, BLOCK_K, num_stages=3):
+        k = start + tl.arange(0, BLOCK_K)
+        x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K).to(tl.float32)
+        mean, squares = _merge_statistics(mean, squares, x, start, k, features, EVEN_K)
+    statistics = mean, tl.rsqrt(squares / features + eps)
+
+    steps = ()
+    if N_STEPS is not None:
+        for i in tl.static_range(N_STEPS):
+            k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+            x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K)
+            steps = steps + (_normalize(x, statistics, norm, k, features),)
+
+    for tile in range(first_tile, tl.minimum(first_tile + TILES_PER_PROGRAM, n_tiles)):
+        cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        col_mask = cols < out_features
+        weight_rows = weight_ptr + cols.to(tl.int64) * stride_weight_row
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if N_STEPS is not None:
+            for i in tl.static_range(N_STEPS):
+                k = i * BLOCK_K + tl.arange(0, BLOCK_K)
+                weight = _load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
+                acc = tl.dot(steps[i], weight, acc, input_precision=PRECISION)
+        else:
+            for start in range(0, features, BLOCK_K):
+                k = start + tl.arange(0, BLOCK_K)
+                x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K)
+                x = _normalize(x, statistics, norm, k, features)
+                weight = _load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
+                acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        acc = activate(acc, ACTIVATION)
+        offsets = first_row * out_features + rows[:, None] * out_features + cols[None, :]
+        tl.store(
+            y_ptr + offsets,
+            acc.to(y_ptr.dtype.element_ty),
+            mask=row_mask[:, None] & col_mask[None, :],
+        )
+
+
+@triton.jit
+def _load_columns(
+    x_rows, strides, k, features, MERGE: tl.constexpr, PADDED: tl.constexpr, EVEN_K: tl.constexpr
+):
+    """Columns `k` of a block of rows, [BLOCK_M, BLOCK_K]; zeros beyond the rows and the map.
+
+    Args:
+        x_rows: of each row, [BLOCK_M], the first pixel's address, whether the row exists, and
+            whether the map goes on below that pixel and to its right.
+        strides: of x between rows, columns and channels of the map.
+        k: [BLOCK_K] numbers of the columns.
+        features: columns of a row.
+    """
+    pointers, row_mask, has_below, has_right = x_rows
+    stride_row, stride_col, stride_channel = strides
+    mask = row_mask[:, None]
+    if MERGE:
+        pixel = k // (features // 4)
+        channel = k % (features // 4)
+        below, right = pixel % 2, pixel // 2
+        offsets = channel.to(tl.int64) * stride_channel
+        offsets += below.to(tl.int64) * stride_row + right.to(tl.int64) * stride_col
+        if PADDED:
+            mask = mask & (has_below[:, None] | (below == 0)[None, :])
+            mask = mask & (has_right[:, None] | (right == 0)[None, :])
+    else:
+        offsets = k.to(tl.int64) * stride_channel
+    if not EVEN_K:
+        mask = mask & (k < features)[None, :]
+    return tl.load(pointers[:, None] + offsets[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _merge_statistics(mean, squares, x, n_before, k, features, EVEN_K: tl.constexpr):
+    """Mean and sum of squared distances from it, of `n_before` columns and those of `x` together.
+
+    Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits.
+    """
+    n = tl.minimum(features - n_before, x.shape[1])
+    x_mean = tl.sum(x, axis=1) / n
+    centered = x - x_mean[:, None]
+    if not EVEN_K:
+        centered = tl.where((k < features)[None, :], centered, 0.0)
+    share = n / (n_before + n)
+    delta = x_mean - mean
+    squares += tl.sum(centered * centered, axis=1) + delta * delta * (n_before * share)
+    return mean + delta * share, squares
+
+
+@triton.jit
+def _normalize(x, statistics, norm, k, features):
+    """Columns `k` of the normalized rows in the dtype of `x`, as layer norm hands them on."""
+    mean, rstd = statistics
+    norm_weight_ptr, norm_bias_ptr = norm
+    weight = tl.load(norm_weight_ptr + k, mask=k < features, other=0.0).to(tl.float32)
+    bias = tl.load(norm_bias_ptr + k, mask=k < features, other=0.0).to(tl.float32)
+    y = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    return y.to(x.dtype)
+
+
+@triton.jit
+def _load_weight(weight_rows, stride_col, col_mask, k, features, EVEN_K: tl.constexpr):
+    """Columns `k` of a tile of weight rows, transposed: [BLOCK_K, BLOCK_N]."""
+    mask = col_mask[None, :]
+    if not EVEN_K:
+        mask = mask & (k < features)[:, None]
+    offsets = k.to(tl.int64) * stride_col
+    return tl.load(weight_rows[None, :] + offsets[:, None], mask=mask, other=0.0)

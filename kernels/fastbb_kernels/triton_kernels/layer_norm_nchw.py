@@ -1,0 +1,97 @@
+"""y = (x - mean) / sqrt(variance + eps) * weight + bias over the rows of a channels-last map.
+
+A program holds several whole rows in registers, so both statistics come from one read of x: the
+mean first, then the variance about it.
+"""
+# pyright: reportArgumentType=false
+# a launch passes plain values for constexpr parameters
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# about one program for each multiprocessor of a GPU
+_ENOUGH_PROGRAMS = 128
+
+
+class RowsConfig(NamedTuple):
+    """Rows and columns of a tile, and its warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
+
+
+def launch_config(n_rows: int, channels: int) -> RowsConfig:
+    """Tiles of whole rows, 32 elements a thread; fewer rows where programs would be too few."""
+    block_n = triton.next_power_of_2(channels)
+    block_m = max(1, 4096 // block_n)
+    smallest = max(1, 1024 // block_n)
+    while block_m > smallest and triton.cdiv(n_rows, block_m) < _ENOUGH_PROGRAMS:
+        block_m //= 2
+    return RowsConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 1024, 1), 8))
+
+
+def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Runs the kernel; arguments and result as `layer_norm_nchw`."""
+    channels = x.shape[-1]
+    y = x.new_empty(x.shape)
+    if y.numel() > 0:
+        # a view unless the rows do not lie at one stride
+        rows = x.reshape(-1, channels)
+        n_rows = rows.shape[0]
+        config = launch_config(n_rows, channels)
+        _layer_norm_nchw_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+            rows,
+            weight.contiguous(),
+            bias.contiguous(),
+            y,
+            n_rows,
+            eps,
+            *rows.stride(),
+            CHANNELS=channels,
+            **config.options(),
+        )
+    return y.permute(0, 3, 1, 2)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _layer_norm_nchw_fwd_kernel(
+    x_ptr,  # [n_rows, CHANNELS]
+    weight_ptr,  # [CHANNELS]
+    bias_ptr,  # [CHANNELS]
+    y_ptr,  # [n_rows, CHANNELS], contiguous
+    n_rows,
+    eps,
+    # constants, because their common divisors decide how wide a load may be
+    stride_x_row: tl.constexpr,
+    stride_x_col: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N).to(tl.int64)
+    col_mask = cols < CHANNELS
+    mask = (rows < n_rows)[:, None] & col_mask[None, :]
+
+    x_offsets = rows[:, None] * stride_x_row + cols[None, :] * stride_x_col
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1) / CHANNELS
+    centered = tl.where(col_mask[None, :], x - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / CHANNELS + eps)
+
+    weight = tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+    y = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(
+        y_ptr + rows[:, None] * CHANNELS + cols[None, :],
+        y.to(y_ptr.dtype.element_ty),
+        mask=mask,
+    )

@@ -1,0 +1,64 @@
+"""Layer-normalized rows that stay on the chip, for kernels that use them more than once."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normalized_rows(
+    row_ptrs,
+    inside,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    stride_channel,
+    eps,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Loads rows once and normalizes them.
+
+    The statistics are fp32 and take two passes over the loaded values: a large mean costs no
+    digits. The result is in pieces because CHANNELS need not be a power of two.
+
+    Args:
+        row_ptrs: [M] pointers to the first channel of each row.
+        inside: [M] i1, whether a row may be loaded.
+        norm_weight_ptr, norm_bias_ptr: [CHANNELS], contiguous.
+        stride_channel: of the rows.
+        eps: added to the variance.
+        CHANNELS: a multiple of BLOCK_C.
+        BLOCK_C: channels of a piece.
+
+    Returns:
+        tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C] in the dtype of the rows, rounded as layer
+        norm would hand them on; zeros where not `inside`.
+    """
+    pieces = ()
+    total = tl.zeros(inside.shape, tl.float32)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        piece = tl.load(
+            row_ptrs[:, None] + channels[None, :].to(tl.int64) * stride_channel,
+            mask=inside[:, None],
+            other=0.0,
+        )
+        total += tl.sum(piece.to(tl.float32), 1)
+        pieces = pieces + (piece,)
+    mean = total / CHANNELS
+
+    squares = tl.zeros(inside.shape, tl.float32)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        centered = pieces[i].to(tl.float32) - mean[:, None]
+        squares += tl.sum(centered * centered, 1)
+    rstd = tl.rsqrt(squares / CHANNELS + eps)
+
+    normalized = ()
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        weight = tl.load(norm_weight_ptr + channels).to(tl.float32)
+        bias = tl.load(norm_bias_ptr + channels).to(tl.float32)
+        centered = pieces[i].to(tl.float32) - mean[:, None]
+        piece = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+        # zeros are exact in every dtype, so that the order of mask and cast does not matter
+        normalized = normalized + (tl.where(inside[:, None], piece, 0.0).to(pieces[i].dtype),)
+    return normalized

@@ -1,0 +1,237 @@
+"""The attention half of a Swin block for one window per program.
+
+A program normalizes the tokens of its window once and keeps them on the chip. Head by head it
+projects them to queries, keys and values, attends, and adds the head's part of the output
+projection to accumulators; the sum and the residual are written once, where the tokens lie.
+Bound: weights are read from L2 by every window (4 C^2 elements), the map from DRAM once.
+"""
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# a launch passes plain values for constexpr parameters; inside a kernel values are tensors, which
+# the annotations of tl do not expect everywhere
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._dispatch import Architecture, architecture, input_precision
+from ..ops.window_attention import WindowGeometry
+from .normalized_rows import normalized_rows
+from .window_addressing import has_regions, window_tokens
+
+BLOCK_N = 64  # tokens of a window and what fills them up to a tile
+
+
+class SwinAttentionBlockConfig(NamedTuple):
+    """Channels of one step of the projections, and how the kernel is scheduled."""
+
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def launch_config(
+    channels: int, dtype: torch.dtype, arch: Architecture | None
+) -> SwinAttentionBlockConfig:
+    """Steps and warps for windows of at most 64 tokens of `channels`."""
+    return SwinAttentionBlockConfig(block_c=32, num_warps=4, num_stages=1)
+
+
+def launch(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    geometry: WindowGeometry,
+    eps: float,
+) -> Tensor:
+    """Runs the kernel; arguments and result as `swin_attention_block`."""
+    window, shift, roll_first = geometry
+    B, H, W, C = x.shape
+    num_heads, n_tokens, n_bias_cols = bias.shape
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    config = launch_config(C, x.dtype, architecture(x.device))
+    # parameters are small: one that is a view with gaps is copied rather than addressed by strides
+    _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
+        x,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+        qkv_weight.contiguous(),
+        None if qkv_bias is None else qkv_bias.contiguous(),
+        bias.contiguous(),
+        proj_weight.contiguous(),
+        None if proj_bias is None else proj_bias.contiguous(),
+        y,
+        H,
+        W,
+        *shift,
+        *x.stride(),
+        n_bias_cols,
+        eps,
+        CHANNELS=C,
+        HEAD_DIM=C // num_heads,
+        WINDOW_H=window[0],
+        WINDOW_W=window[1],
+        # rows of whole 16 columns load wide
+        BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
+        SHIFTED=any(shift),
+        PADDED=H % window[0] != 0 or W % window[1] != 0,
+        ROLL_FIRST=roll_first,
+        PRECISION=input_precision(x.dtype),
+        BLOCK_N=BLOCK_N,
+        **config.options(),
+    )
+    return y
+
+
+# one binary serves all image sizes
+@triton.jit(do_not_specialize=["height", "width", "shift_h", "shift_w"])
+def _swin_attention_block_fwd_kernel(
+    x_ptr,  # [B, height, width, CHANNELS]
+    norm_weight_ptr,  # [CHANNELS]; this and all below are contiguous
+    norm_bias_ptr,  # [CHANNELS]
+    qkv_weight_ptr,  # [3 * CHANNELS, CHANNELS]
+    qkv_bias_ptr,  # [3 * CHANNELS] or None
+    bias_ptr,  # [CHANNELS // HEAD_DIM, N, n_bias_cols]
+    proj_weight_ptr,  # [CHANNELS, CHANNELS]
+    proj_bias_ptr,  # [CHANNELS] or None
+    y_ptr,  # [B, height, width, CHANNELS]
+    height,
+    width,
+    shift_h,
+    shift_w,
+    stride_x_image,
+    stride_x_y,
+    stride_x_x,
+    stride_x_channel,
+    n_bias_cols,
+    eps,
+    CHANNELS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    BIAS_COLS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N_PIECES: tl.constexpr = CHANNELS // BLOCK_C
+    dtype = x_ptr.dtype.element_ty
+    window = tl.program_id(0)
+    tokens = tl.arange(0, BLOCK_N)
+    exists = tokens < N
+    image, token_y, token_x, inside, region = window_tokens(
+        window, tokens, height, width, shift_h, shift_w,
+        WINDOW_H, WINDOW_W, SHIFTED, PADDED, ROLL_FIRST,
+    )  # fmt: skip
+    masked = False
+    if SHIFTED:
+        masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
+    offsets = token_y.to(tl.int64) * stride_x_y + token_x.to(tl.int64) * stride_x_x
+    x_ptrs = x_ptr + image * stride_x_image + offsets
+    # padding is zeros after the norm: its queries, keys and values are the bias of the projection
+    x = normalized_rows(
+        x_ptrs, inside, norm_weight_ptr, norm_bias_ptr, stride_x_channel, eps, CHANNELS, BLOCK_C
+    )
+    acc = ()
+    for _ in tl.static_range(N_PIECES):
+        acc = acc + (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),)
+
+    # what could be computed before the loop is not worth the registers it would hold meanwhile
+    for head in tl.range(CHANNELS // HEAD_DIM, disable_licm=True):
+        rows = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
+        q, k, v = _project(x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, PRECISION)
+        scores = tl.dot(q, k, input_precision=PRECISION) * HEAD_DIM**-0.5
+        bias = tl.load(
+            bias_ptr + (head * N + tokens)[:, None] * n_bias_cols + tokens[None, :],
+            mask=exists[:, None] & (tokens < BIAS_COLS)[None, :],
+            other=0.0,
+        )
+        scores += bias.to(tl.float32)
+        if masked:
+            scores = tl.where(region[:, None] == region[None, :], scores, scores - 100.0)
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        p = tl.exp(scores - tl.max(scores, 1)[:, None])
+        row_sum = tl.sum(p, 1)
+        out = tl.dot(p.to(dtype), v, input_precision=PRECISION) / row_sum[:, None]
+        out = out.to(dtype)
+        sums = ()
+        for i in tl.static_range(N_PIECES):
+            columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            weight = tl.load(proj_weight_ptr + columns[None, :] * CHANNELS + rows[:, None])
+            sums = sums + (tl.dot(out, weight, acc[i], input_precision=PRECISION),)
+        acc = sums
+
+    y_ptrs = y_ptr + ((image * height + token_y) * width + token_x) * CHANNELS
+    for i in tl.static_range(N_PIECES):
+        columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        y = acc[i]
+        if proj_bias_ptr is not None:
+            y += tl.load(proj_bias_ptr + columns).to(tl.float32)[None, :]
+        y += tl.load(
+            x_ptrs[:, None] + columns[None, :].to(tl.int64) * stride_x_channel,
+            mask=inside[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(y_ptrs[:, None] + columns[None, :], y.to(dtype), mask=inside[:, None])
+
+
+@triton.jit
+def _project(
+    x,
+    weight_ptr,
+    bias_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Queries [N, HEAD_DIM], keys transposed [HEAD_DIM, N] and values [N, HEAD_DIM] of a head.
+
+    Keys are computed transposed: transposing the result of a product has been wrong on Hopper.
+
+    Args:
+        x: tuple of pieces [N, BLOCK_C] of the normalized tokens.
+        weight_ptr: [3 * CHANNELS, CHANNELS].
+        bias_ptr: [3 * CHANNELS] or None.
+        rows: [HEAD_DIM], numbers of the head's channels.
+    """
+    k = tl.zeros((rows.shape[0], x[0].shape[0]), tl.float32)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        weight = tl.load(weight_ptr + (CHANNELS + rows)[:, None] * CHANNELS + columns[None, :])
+        k = tl.dot(weight, tl.trans(x[i]), k, input_precision=PRECISION)
+    # one after the other: the accumulators of all three would not fit into the registers
+    q = tl.zeros((x[0].shape[0], rows.shape[0]), tl.float32)
+    v = tl.zeros((x[0].shape[0], rows.shape[0]), tl.float32)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        weight_ptrs = weight_ptr + rows[None, :] * CHANNELS + columns[:, None]
+        q = tl.dot(x[i], tl.load(weight_ptrs), q, input_precision=PRECISION)
+        v_weight = tl.load(weight_ptrs + 2 * CHANNELS * CHANNELS)
+        v = tl.dot(x[i], v_weight, v, input_precision=PRECISION)
+    if bias_ptr is not None:
+        q += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
+        k += tl.load(bias_ptr + CHANNELS + rows).to(tl.float32)[:, None]
+        v += tl.load(bias_ptr + 2 * CHANNELS + rows).to(tl.float32)[None, :]
+    return q.to(x[0].dtype), k.to(x[0].dtype), v.to(x[0].dtype)

@@ -1,0 +1,155 @@
+"""The MLP half of a Swin block: y = x + fc2(activation(fc1(layer_norm(x)))).
+
+A program normalizes its rows once and keeps them on the chip. Piece by piece it computes hidden
+columns, activates them and adds their part of fc2 to accumulators: the hidden map never exists.
+Bound: weights are read from L2 by every block of rows, the map from DRAM once.
+"""
+# pyright: reportArgumentType=false
+# a launch passes plain values for constexpr parameters
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._activation import Activation
+from .._dispatch import Architecture, architecture, input_precision
+from .activation import activate
+from .normalized_rows import normalized_rows
+
+
+class SwinMlpBlockConfig(NamedTuple):
+    """Rows of a program, hidden columns of a step, channels of a piece, and the schedule."""
+
+    block_m: int
+    block_h: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_H": self.block_h,
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def launch_config(
+    n_rows: int, channels: int, dtype: torch.dtype, arch: Architecture | None
+) -> SwinMlpBlockConfig:
+    """Tiles and warps for [n_rows, channels]."""
+    return SwinMlpBlockConfig(block_m=64, block_h=32, block_c=32, num_warps=4, num_stages=2)
+
+
+def launch(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    eps: float,
+    activation: Activation,
+) -> Tensor:
+    """Runs the kernel; arguments and result as `swin_mlp_block`."""
+    hidden, channels = fc1_weight.shape
+    y = x.new_empty(x.shape)
+    if y.numel() == 0:
+        return y
+    # a view unless the rows do not lie at one stride
+    rows = x.reshape(-1, channels)
+    n_rows = rows.shape[0]
+    config = launch_config(n_rows, channels, x.dtype, architecture(x.device))
+    # parameters are small: one that is a view with gaps is copied rather than addressed by strides
+    _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+        rows,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
+        fc1_weight.contiguous(),
+        None if fc1_bias is None else fc1_bias.contiguous(),
+        fc2_weight.contiguous(),
+        None if fc2_bias is None else fc2_bias.contiguous(),
+        y,
+        n_rows,
+        *rows.stride(),
+        eps,
+        CHANNELS=channels,
+        HIDDEN=hidden,
+        ACTIVATION=activation,
+        PRECISION=input_precision(x.dtype),
+        **config.options(),
+    )
+    return y
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _swin_mlp_block_fwd_kernel(
+    x_ptr,  # [n_rows, CHANNELS]
+    norm_weight_ptr,  # [CHANNELS]; this and all below are contiguous
+    norm_bias_ptr,  # [CHANNELS]
+    fc1_weight_ptr,  # [HIDDEN, CHANNELS]
+    fc1_bias_ptr,  # [HIDDEN] or None
+    fc2_weight_ptr,  # [CHANNELS, HIDDEN]
+    fc2_bias_ptr,  # [CHANNELS] or None
+    y_ptr,  # [n_rows, CHANNELS]
+    n_rows,
+    stride_x_row,
+    stride_x_channel,
+    eps,
+    CHANNELS: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    N_PIECES: tl.constexpr = CHANNELS // BLOCK_C
+    dtype = x_ptr.dtype.element_ty
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < n_rows
+    x_ptrs = x_ptr + rows * stride_x_row
+    x = normalized_rows(
+        x_ptrs, inside, norm_weight_ptr, norm_bias_ptr, stride_x_channel, eps, CHANNELS, BLOCK_C
+    )
+    acc = ()
+    for _ in tl.static_range(N_PIECES):
+        acc = acc + (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
+
+    # what could be computed before the loop is not worth the registers it would hold meanwhile
+    for start in tl.range(0, HIDDEN, BLOCK_H, disable_licm=True):
+        columns = start + tl.arange(0, BLOCK_H)
+        hidden = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+        for i in tl.static_range(N_PIECES):
+            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            weight = tl.load(fc1_weight_ptr + columns[None, :] * CHANNELS + channels[:, None])
+            hidden = tl.dot(x[i], weight, hidden, input_precision=PRECISION)
+        if fc1_bias_ptr is not None:
+            hidden += tl.load(fc1_bias_ptr + columns).to(tl.float32)[None, :]
+        hidden = activate(hidden, ACTIVATION).to(dtype)
+        sums = ()
+        for i in tl.static_range(N_PIECES):
+            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            weight = tl.load(fc2_weight_ptr + channels[None, :] * HIDDEN + columns[:, None])
+            sums = sums + (tl.dot(hidden, weight, acc[i], input_precision=PRECISION),)
+        acc = sums
+
+    y_ptrs = y_ptr + rows * CHANNELS
+    for i in tl.static_range(N_PIECES):
+        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        y = acc[i]
+        if fc2_bias_ptr is not None:
+            y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
+        y += tl.load(
+            x_ptrs[:, None] + channels[None, :].to(tl.int64) * stride_x_channel,
+            mask=inside[:, None],
+            other=0.0,
+        ).to(tl.float32)
+        tl.store(y_ptrs[:, None] + channels[None, :], y.to(dtype), mask=inside[:, None])

@@ -1,0 +1,219 @@
+"""softmax(q @ k.T * scale + bias + mask) @ v of one window and head per program.
+
+A program reads its tokens where they lie in the map and writes the result there; the scores of
+its queries with all keys of the window stay in registers. Windows of more than 64 tokens are
+several programs, each with 64 of the queries and all keys.
+Bound: memory (qkv and bias read, y written), and for windows of 12x12 the rate of instructions.
+"""
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+# a launch passes plain values for constexpr parameters; what tl.sum returns is a tuple to pyright;
+# branches on constexprs are static
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._dispatch import Architecture, architecture, input_precision
+from ..ops.window_attention import WindowGeometry
+from .window_addressing import has_regions, window_tokens
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+class WindowAttentionConfig(NamedTuple):
+    """Queries of a program, its keys in one or two tiles, and its warps."""
+
+    block_m: int
+    block_n: int
+    block_tail: int  # 0: the first tile holds all keys
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_TAIL": self.block_tail,
+            "num_warps": self.num_warps,
+        }
+
+
+def launch_config(
+    n_tokens: int, head_dim: int, dtype: torch.dtype, arch: Architecture | None
+) -> WindowAttentionConfig:
+    """Tiles and warps for windows of `n_tokens`: 49 keys fill a tile of 64, 144 one of 128 + 16."""
+    if n_tokens <= 64:
+        block = max(16, triton.next_power_of_2(n_tokens))
+        return WindowAttentionConfig(block, block, 0, num_warps=4)
+    block_n = 64 if n_tokens <= 128 else 128
+    block_tail = max(16, triton.next_power_of_2(n_tokens - block_n))
+    return WindowAttentionConfig(64, block_n, block_tail, num_warps=4)
+
+
+def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGeometry) -> Tensor:
+    """Runs the kernel; arguments and result as `window_attention`."""
+    window, shift, roll_first = geometry
+    B, H, W, qkv_channels = qkv.shape
+    num_heads, n_tokens, n_bias_cols = bias.shape
+    y = qkv.new_empty(B, H, W, qkv_channels // 3)
+    if y.numel() == 0:
+        return y
+    head_dim = qkv_channels // (3 * num_heads)
+    config = launch_config(n_tokens, head_dim, qkv.dtype, architecture(qkv.device))
+    n_windows = B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
+    padded = H % window[0] != 0 or W % window[1] != 0
+    grid = (n_windows * triton.cdiv(n_tokens, config.block_m) * num_heads,)
+    _window_attention_fwd_kernel[grid](
+        qkv,
+        bias,
+        qkv_pad.contiguous() if qkv_pad is not None and padded else None,
+        y,
+        num_heads,
+        H,
+        W,
+        *shift,
+        *qkv.stride(),
+        *bias.stride(),
+        WINDOW_H=window[0],
+        WINDOW_W=window[1],
+        HEAD_DIM=head_dim,
+        # rows of whole 16 columns load wide
+        BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
+        SHIFTED=any(shift),
+        PADDED=padded,
+        ROLL_FIRST=roll_first,
+        PRECISION=input_precision(qkv.dtype),
+        **config.options(),
+    )
+    return y
+
+
+# one binary serves all image sizes and numbers of heads
+@triton.jit(do_not_specialize=["num_heads", "height", "width", "shift_h", "shift_w"])
+def _window_attention_fwd_kernel(
+    qkv_ptr,  # [B, height, width, 3 * num_heads * HEAD_DIM]
+    bias_ptr,  # [num_heads, N, at least BIAS_COLS]
+    qkv_pad_ptr,  # [3 * num_heads * HEAD_DIM], what padding holds, or None: zeros
+    y_ptr,  # [B, height, width, num_heads * HEAD_DIM], contiguous
+    num_heads,
+    height,
+    width,
+    shift_h,
+    shift_w,
+    stride_qkv_image,
+    stride_qkv_y,
+    stride_qkv_x,
+    stride_qkv_channel,
+    stride_bias_head,
+    stride_bias_query,
+    stride_bias_key,
+    WINDOW_H: tl.constexpr,
+    WINDOW_W: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BIAS_COLS: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROLL_FIRST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_TAIL: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW_H * WINDOW_W
+    N_TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    # the heads of a window run side by side: their channels share cache lines
+    pid = tl.program_id(0)
+    head = (pid % num_heads).to(tl.int64)
+    window = pid // num_heads // N_TILES
+    queries = pid // num_heads % N_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    geometry = (height, width, shift_h, shift_w, WINDOW_H, WINDOW_W, SHIFTED, PADDED, ROLL_FIRST)
+    strides = (stride_qkv_image, stride_qkv_y, stride_qkv_x)
+    channels = num_heads.to(tl.int64) * HEAD_DIM
+    head_channels = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    q_ptrs = qkv_ptr + head_channels * stride_qkv_channel
+    k_ptrs = q_ptrs + channels * stride_qkv_channel
+    v_ptrs = k_ptrs + channels * stride_qkv_channel
+    k_pad, v_pad = None, None
+    if qkv_pad_ptr is not None:
+        k_pad = tl.load(qkv_pad_ptr + channels + head_channels)
+        v_pad = tl.load(qkv_pad_ptr + 2 * channels + head_channels)
+    keys = tl.arange(0, BLOCK_N)
+    tail_keys = BLOCK_N + tl.arange(0, max(BLOCK_TAIL, 1))
+
+    # all loads come before the first product, so that they are under way together
+    image, y, x, inside, region = window_tokens(window, queries, *geometry)
+    q_offsets = _offsets(image, y, x, *strides)
+    q = tl.load(q_ptrs[None, :] + q_offsets[:, None], mask=inside[:, None], other=0.0)
+    k, v, k_region = _load_keys(window, keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad)
+    bias_ptrs = bias_ptr + head * stride_bias_head + queries * stride_bias_query
+    b = _load_bias(bias_ptrs, queries, keys, stride_bias_key, N, BIAS_COLS)
+    if BLOCK_TAIL:
+        tail_k, tail_v, tail_region = _load_keys(
+            window, tail_keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad
+        )
+        tail_b = _load_bias(bias_ptrs, queries, tail_keys, stride_bias_key, N, BIAS_COLS)
+
+    masked = False
+    if SHIFTED:
+        masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
+    scores = _scores(q, k, b, region, k_region, masked, keys, N, PRECISION)
+    row_max = tl.max(scores, 1)
+    if BLOCK_TAIL:
+        tail_scores = _scores(
+            q, tail_k, tail_b, region, tail_region, masked, tail_keys, N, PRECISION
+        )
+        row_max = tl.maximum(row_max, tl.max(tail_scores, 1))
+    p = tl.exp2(scores * LOG2_E - (row_max * LOG2_E)[:, None])
+    row_sum = tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    if BLOCK_TAIL:
+        p = tl.exp2(tail_scores * LOG2_E - (row_max * LOG2_E)[:, None])
+        row_sum += tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), tail_v, acc, input_precision=PRECISION)
+    acc *= (1.0 / row_sum)[:, None]
+
+    rows = (image * height + y) * width + x
+    tl.store(
+        y_ptr + rows[:, None] * channels + head_channels[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=inside[:, None],
+    )
+
+
+@triton.jit
+def _offsets(image, y, x, stride_image, stride_y, stride_x):
+    """Where the pixels of an image of a strided map lie, in elements; i64."""
+    return image * stride_image + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+
+
+@triton.jit
+def _load_keys(window, keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad):
+    """Keys transposed, [HEAD_DIM, T], values [T, HEAD_DIM] and regions [T] of tokens."""
+    image, y, x, inside, region = window_tokens(window, keys, *geometry)
+    offsets = _offsets(image, y, x, *strides)
+    k = tl.load(k_ptrs[:, None] + offsets[None, :], mask=inside[None, :], other=0.0)
+    v = tl.load(v_ptrs[None, :] + offsets[:, None], mask=inside[:, None], other=0.0)
+    if k_pad is not None:
+        is_padding = (keys < geometry[4] * geometry[5]) & ~inside
+        k = tl.where(is_padding[None, :], k_pad[:, None], k)
+        v = tl.where(is_padding[:, None], v_pad[None, :], v)
+    return k, v, region
+
+
+@triton.jit
+def _load_bias(bias_ptrs, queries, keys, stride_key, N: tl.constexpr, COLS: tl.constexpr):
+    mask = (queries < N)[:, None] & (keys < COLS)[None, :]
+    return tl.load(bias_ptrs[:, None] + keys[None, :] * stride_key, mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(q, k, bias, q_region, k_region, masked, keys, N: tl.constexpr, PRECISION: tl.constexpr):
+    scale: tl.constexpr = q.shape[1] ** -0.5
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale + bias.to(tl.float32)
+    if masked:
+        scores = tl.where(q_region[:, None] == k_region[None, :], scores, scores - 100.0)
+    return tl.where((keys < N)[None, :], scores, float("-inf"))

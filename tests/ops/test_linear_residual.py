@@ -1,0 +1,221 @@
+"""linear_residual: its kernel against torch in float64, its addresses, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_accurate_as_eager
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import linear_residual
+from fastbb_kernels._dispatch import Architecture
+from fastbb_kernels.accuracy import max_error
+from fastbb_kernels.ops.linear_residual import linear_residual_n_bytes
+from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, trace
+from fastbb_kernels.triton_kernels import linear_residual as kernel_module
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+CUSTOM_OP = torch.ops.fastbb.linear_residual.default
+
+Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
+
+
+def upstream(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return residual + F.linear(x, weight, bias)
+
+
+def exactly(args: Arguments) -> Tensor:
+    x, weight, bias, residual = args
+    exact_bias = None if bias is None else bias.double()
+    return upstream(x.double(), weight.double(), exact_bias, residual.double())
+
+
+def arguments(
+    rows: tuple[int, ...], features: int, out_features: int, dtype: torch.dtype, bias: bool = True
+) -> Arguments:
+    return (
+        torch.randn(*rows, features).to(dtype),
+        (torch.randn(out_features, features) * features**-0.5).to(dtype),
+        torch.randn(out_features).to(dtype) if bias else None,
+        torch.randn(*rows, out_features).to(dtype),
+    )
+
+
+def run(args: Arguments) -> Tensor:
+    """The kernel's result, with every access checked and every element written once."""
+    with torch.no_grad(), trace() as t:
+        y = linear_residual(*args, impl="triton")
+    assert len(t.launches) == 1
+    t.assert_written_once("y_ptr")
+    assert t.unique_bytes == linear_residual_n_bytes(*args)
+    return y
+
+
+def assert_right(args: Arguments) -> None:
+    assert_as_accurate_as_eager("y", run(args), upstream(*args), exactly(args))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "features", "out_features"),
+    [
+        ((2, 5, 7), 96, 96),
+        ((1, 7, 7), 384, 96),
+        ((65,), 128, 32),
+        ((1,), 40, 100),
+        ((130,), 33, 17),
+        ((3,), 1, 1),
+    ],
+    ids=["proj", "fc2", "one-row-over", "one-row", "odd", "smallest"],
+)
+def test_kernel_is_as_accurate_as_eager(
+    rows: tuple[int, ...], features: int, out_features: int, dtype: torch.dtype
+) -> None:
+    assert_right(arguments(rows, features, out_features, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_large_tiles_of_every_architecture(
+    arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kernel_module.launch_config(10**6, 96, 96, dtype, arch)
+    monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
+    assert_right(arguments((config.block_m + 3,), 96, config.block_n + 32, dtype))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_rows_get_small_tiles(arch: Architecture) -> None:
+    def area(n_rows: int) -> int:
+        config = kernel_module.launch_config(n_rows, 3072, 768, torch.bfloat16, arch)
+        return config.block_m * config.block_n
+
+    assert area(49) < area(49 * 16) < area(49 * 64)
+
+
+def test_without_bias() -> None:
+    assert_right(arguments((50,), 32, 48, torch.bfloat16, bias=False))
+
+
+def test_a_large_residual_is_added_last() -> None:
+    # a sum that began with it would round every product to its last place
+    args = arguments((8,), 512, 32, torch.float32)
+    args = *args[:3], args[3] + 1e4
+    exact = exactly(args)
+    assert max_error(run(args), exact) <= 2 * max_error(upstream(*args), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_views_with_gaps(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 9, 2, 77).to(dtype)[:, 3:8, 1, 5:45]  # rows at two strides: copied
+    columns = torch.randn(40, 70).to(dtype).t()[3:23]  # the stride of a column is 70
+    sliced = torch.randn(20, 99).to(dtype)[:, 7:47]  # rows of 99
+    weight = (torch.randn(40, 61) / 8).to(dtype).t()[5:55]
+    bias = torch.randn(101).to(dtype)[1::2]
+    residual = torch.randn(4, 60, 11).to(dtype)[:, 4:54, 3:8].transpose(1, 2)
+    for view in (x, columns.view(4, 5, 40), sliced.view(4, 5, 40)):
+        args = view, weight, bias, residual
+        with torch.no_grad(), trace() as t:
+            y = linear_residual(*args, impl="triton")
+        t.assert_written_once("y_ptr")
+        assert y.is_contiguous()
+        assert_as_accurate_as_eager("y", y, upstream(*args), exactly(args))
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0, 7), ()], ids=str)
+def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
+    args = arguments(rows, 16, 24, torch.bfloat16)
+    with torch.no_grad(), interpret():
+        y = linear_residual(*args, impl="triton")
+    assert y.shape == (*rows, 24)
+    assert_as_accurate_as_eager("y", y, upstream(*args), exactly(args))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_32_bits(transposed: bool) -> None:
+    residual = torch.empty(2**31 // 96 + 100, 96, device="meta")
+    weight, bias = torch.empty(96, 96, device="meta"), torch.empty(96, device="meta")
+    x = residual.t().contiguous().t() if transposed else residual
+    with torch.no_grad(), trace(programs=corners, data=False) as t:
+        linear_residual(x, weight, bias, residual, impl="triton")
+    assert [launch.n_programs for launch in t.launches] == [2]
+
+
+@pytest.mark.parametrize("op", [linear_residual, CUSTOM_OP], ids=["public", "custom"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_compiles_and_exports(op: Any, bias: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor | None) -> Tensor:
+            return op(*args)
+
+    small = arguments((2, 5), 16, 24, torch.float32, bias)
+    large = arguments((7, 5), 16, 24, torch.float32, bias)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = (({0: batch}, None, None, {0: batch}),)
+    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    assert torch.equal(compiled(*small), upstream(*small))
+    assert torch.equal(exported(*large), upstream(*large))
+
+
+def test_custom_op_is_registered_rightly() -> None:
+    for args in (
+        arguments((2, 5), 16, 24, torch.float32),
+        arguments((3,), 16, 24, torch.bfloat16, bias=False),
+        arguments((0, 5), 16, 24, torch.float32),
+    ):
+        torch.library.opcheck(CUSTOM_OP, args)
+    x, weight, bias, residual = arguments((2, 3, 5), 16, 24, torch.float32)
+    y = CUSTOM_OP(x, weight, bias, residual.transpose(0, 1).contiguous().transpose(0, 1))
+    assert y.is_contiguous()
+
+
+def test_gradients_take_the_eager_path() -> None:
+    args = [a.requires_grad_() for a in arguments((4,), 8, 6, torch.float32) if a is not None]
+    got = torch.autograd.grad(linear_residual(*args).square().sum(), args)
+    want = torch.autograd.grad(upstream(*args).square().sum(), args)
+    for ours, theirs in zip(got, want):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": (4, 9)}, r"weight must be \[C_out, C\] .* weight \[4, 9\] and x \[2, 3, 8\]"),
+        ({"weight": (4,)}, r"weight must be \[C_out, C\] .* got weight \[4\]"),
+        ({"x": ()}, r"weight must be \[C_out, C\] .* and x \[\]"),
+        ({"bias": (5,)}, r"bias must be \[4\], got \[5\]"),
+        ({"residual": (3, 4)}, r"residual must be \[2, 3, 4\], got \[3, 4\]"),
+    ],
+    ids=["features", "weight-ndim", "x-ndim", "bias", "residual"],
+)
+def test_wrong_shapes_are_named(change: dict[str, tuple[int, ...]], message: str) -> None:
+    shapes = {"x": (2, 3, 8), "weight": (4, 8), "bias": (4,), "residual": (2, 3, 4), **change}
+    with pytest.raises(ValueError, match=f"linear_residual: {message}"):
+        linear_residual(*(torch.randn(shape) for shape in shapes.values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", torch.Tensor.double, "needs fp32, fp16 or bf16, got torch.float64"),
+        ("weight", torch.Tensor.half, "all tensors in torch.float32, got weight in torch.float16"),
+        ("bias", torch.Tensor.bfloat16, "got bias in torch.bfloat16"),
+        ("residual", lambda r: r.to("meta"), "all tensors on cpu, got residual on meta"),
+        ("weight", lambda w: w.requires_grad_(), "no backward and a gradient is needed"),
+    ],
+    ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
+)
+def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+    names = ("x", "weight", "bias", "residual")
+    args: dict[str, Any] = dict(zip(names, arguments((3,), 8, 4, torch.float32)))
+    args[name] = change(args[name])
+    with interpret(), pytest.raises(NotImplementedError, match=message):
+        linear_residual(**args, impl="triton")
+
+
+def test_refuses_the_cpu() -> None:
+    with pytest.raises(NotImplementedError, match="linear_residual: .* CUDA or ROCm .* got cpu"):
+        linear_residual(*arguments((3,), 8, 4, torch.float32), impl="triton")
