@@ -240,11 +240,7 @@ LIMITS = {
 # of transformers' traffic: what the limit of Swin-T was set as, for the other models
 LARGEST_SHARE = 4.6 / 11.0
 
-# the one place: this mark goes when every op of Swin has its kernel
-needs_every_kernel = pytest.mark.skip(reason="not every op of Swin has its kernel yet")
 
-
-@needs_every_kernel
 @pytest.mark.parametrize(("model", "implementation"), LIMITS)
 def test_ours_stays_within_its_limits(model: str, implementation: str) -> None:
     launches = launches_of(model, implementation)
@@ -253,7 +249,6 @@ def test_ours_stays_within_its_limits(model: str, implementation: str) -> None:
     assert len(launches) <= most_launches
 
 
-@needs_every_kernel
 @pytest.mark.parametrize("implementation", [SEPARATE, BLOCK])
 @pytest.mark.parametrize("model", ["swin_s_224", "swin_b_384", "swin_t_800x1088"])
 def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
@@ -263,7 +258,6 @@ def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
     assert n_bytes(launches_of(model, implementation)) <= LARGEST_SHARE * upstream
 
 
-@needs_every_kernel
 @pytest.mark.parametrize("implementation", [SEPARATE, BLOCK])
 def test_ours_has_no_rolled_padded_or_masked_tensor_in_memory(implementation: str) -> None:
     # 800x1088 needs padding in every stage
