@@ -60,8 +60,8 @@ def _count_kernel(y_ptr, x_ptr, HOW: tl.constexpr):
     if HOW == "store after":
         tl.store(y_ptr, 0.0)
     tl.atomic_add(y_ptr, 1.0)
-    if HOW == "load after":
-        tl.store(x_ptr + i, tl.load(y_ptr))
+    if HOW == "load after" and i == 0:
+        tl.store(x_ptr, tl.load(y_ptr))
 
 
 @triton.jit
@@ -217,8 +217,16 @@ def test_atomics_race_only_with_other_accesses() -> None:
     assert (got.load.requested_bytes, got.store.requested_bytes) == (12, 12)
     with pytest.raises(Race, match=r"both store element \(0,\) of y_ptr"):
         traced(lambda: _count_kernel[(3,)](y, x, HOW="store after"))
-    with pytest.raises(Race, match=r"loads element \(0,\) of y_ptr"):
+    with pytest.raises(Race, match=r"\(0, 0, 0\) loads element \(0,\) of y_ptr, .* \(2, 0, 0\)"):
         traced(lambda: _count_kernel[(3,)](y, x, HOW="load after"))
+
+
+def test_programs_are_named_on_all_axes() -> None:
+    y = torch.zeros(1)
+    with pytest.raises(
+        Race, match=r"programs \(0, 0, 0\) and \(0, 2, 3\) both store element \(0,\)"
+    ):
+        traced(lambda: _copy_kernel[(2, 3, 4)](y, y, 1, 1, N=1))
 
 
 def test_one_access_may_reach_several_tensors() -> None:

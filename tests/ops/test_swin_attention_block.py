@@ -53,7 +53,9 @@ class Reference:
                 channels, (56, 56), num_heads, window_size=window, shift_size=shift,
                 qkv_bias=qkv_bias, dynamic_mask=True,
             )  # fmt: skip
-            self.block.shift_size = shift  # (timm drops the shift of an axis that one window covers)
+            self.block.shift_size = (
+                shift  # (timm drops the shift of an axis that one window covers)
+            )
         else:
             from torchvision.models.swin_transformer import SwinTransformerBlock
 
@@ -356,12 +358,13 @@ def test_refuses_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": (7, 7, 32)}, r"x must be \[B, H, W, C\] .* num_heads=2, got \[7, 7, 32\]"),
-        ({"num_heads": 3}, r"divisible by num_heads=3, got \[1, 7, 7, 32\]"),
+        ({"x": (7, 7, 32)}, r"x must be \[B, H, W, C\], got \[7, 7, 32\]"),
+        ({"num_heads": 3}, r"A divisible by num_heads=3, got \[96, 32\]"),
         ({"num_heads": 0}, "divisible by num_heads=0"),
         ({"norm_weight": (31,)}, r"norm_weight must be \[32\] for x .*, got \[31\]"),
         ({"norm_bias": (1,)}, r"norm_bias must be \[32\]"),
-        ({"qkv_weight": (32, 96)}, r"qkv_weight must be \[96, 32\] .* got \[32, 96\]"),
+        ({"qkv_weight": (32, 96)}, r"qkv_weight must be \[3A, C\] .* got \[32, 96\]"),
+        ({"qkv_weight": (96, 31)}, r"qkv_weight must be \[96, 32\] .* got \[96, 31\]"),
         ({"qkv_bias": (32,)}, r"qkv_bias must be \[96\]"),
         ({"proj_weight": (32, 31)}, r"proj_weight must be \[32, 32\]"),
         ({"proj_bias": (96,)}, r"proj_bias must be \[32\]"),

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
 
-TRITON_HEAD_DIMS = (16, 32, 64)
+TRITON_MAX_HEAD_DIM = 64
 TRITON_MAX_TOKENS = 256  # of a window
+TRITON_MAX_FP32_TOKENS = 144  # with a head dimension of 64: more fill registers or shared memory
 
 
 class WindowGeometry(NamedTuple):
@@ -48,8 +49,8 @@ def window_attention(
 
     Args:
         qkv: [B, H, W, 3C] floating point: queries, keys and values side by side, heads inside each.
-        bias: [num_heads, N, P] relative position bias, N tokens per window; columns beyond N, which
-            make rows easy to load, are not read.
+        bias: [num_heads, N, P] relative position bias, N tokens per window. Columns beyond N are
+            ignored: rows of a multiple of 16 load wide.
         qkv_pad: [3C] what a padded token holds (the bias of the projection), or None for zeros.
         num_heads: number of heads; must divide C.
         geometry: windows, shift and order of padding and rolling.
@@ -110,8 +111,13 @@ def window_attention_unsupported(
         return f"the kernel has no dropout, got dropout_p={dropout_p}"
     if n_tokens > TRITON_MAX_TOKENS:
         return f"needs windows of at most {TRITON_MAX_TOKENS} tokens, got {n_tokens}"
-    if head_dim not in TRITON_HEAD_DIMS:
-        return f"needs a head dimension of {TRITON_HEAD_DIMS}, got {head_dim}"
+    if head_dim > TRITON_MAX_HEAD_DIM:
+        return f"needs a head dimension of at most {TRITON_MAX_HEAD_DIM}, got {head_dim}"
+    if qkv.dtype == torch.float32 and head_dim > 32 and n_tokens > TRITON_MAX_FP32_TOKENS:
+        return (
+            f"in fp32 with a head dimension over 32 needs windows of at most "
+            f"{TRITON_MAX_FP32_TOKENS} tokens, got {n_tokens}"
+        )
     return common_unsupported(qkv, bias=bias, qkv_pad=qkv_pad)
 
 

@@ -154,7 +154,7 @@ def _init_block_type(block: tl.block_type, element_ty: Any, shape: Any) -> None:
     if key not in _block_types:
         _upstream_init_block_type(block, element_ty, shape)
         _block_types[key] = dict(vars(block))
-    vars(block).update(_block_types[key], element_ty=element_ty)
+    vars(block).update(_block_types[key])
 
 
 def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:

@@ -67,8 +67,7 @@ class Memory:
 
     def store(self, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray) -> None:
         """Writes one element per pointer where the mask is on."""
-        # it refuses broadcast pointers because they are read-only, and only reads them
-        native.store(np.require(pointers, requirements="W"), value, mask)
+        native.store(pointers, value, mask)
 
     def atomic_rmw(
         self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any

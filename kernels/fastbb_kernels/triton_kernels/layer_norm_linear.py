@@ -8,6 +8,7 @@ gathered by address (patch merging).
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,33 @@ from .activation import activate
 from .config import GemmConfig
 
 
+# up to this many features rows are kept normalized on the chip
+_MAX_RESIDENT_FEATURES = 512
+# and 128 of them at a time where the features are at most: two programs fit a multiprocessor
+_MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
+    80: 256,
+    86: 128,
+    89: 128,
+    90: 384,
+    100: 384,
+    120: 128,
+    "gfx90a": 512,
+    "gfx942": 512,
+    None: 384,
+}
+# about two programs for each multiprocessor of a GPU, twice over: the last ones wait less
+_ENOUGH_PROGRAMS = 512
+# about one for each: fewer leave multiprocessors idle
+_FEW_PROGRAMS = 128
+
+
 class LayerNormLinearConfig(NamedTuple):
     """How one call is split and scheduled.
 
     Attributes:
         gemm: tile of the output and depth of one step.
-        tiles_per_program: column tiles for which a program computes the statistics once.
-        resident: normalizes the rows once for all tiles and keeps them on the chip.
+        tiles_per_program: column tiles that a program computes from one set of rows.
+        resident: normalizes the rows once for all these tiles and keeps them on the chip.
     """
 
     gemm: GemmConfig
@@ -38,11 +59,38 @@ class LayerNormLinearConfig(NamedTuple):
 def launch_config(
     n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
 ) -> LayerNormLinearConfig:
-    """Tiles and warps for [n_rows, features] by [features, out_features]."""
+    """Tiles and warps for [n_rows, features] by [features, out_features].
+
+    Rows stay on the chip where a program has several tiles to compute from them. Where rows are
+    too wide, too few, or fp32 (multiplied exactly, in registers), each tile is a program.
+    """
+
+    def n_tiles(config: GemmConfig) -> tuple[int, int]:
+        return triton.cdiv(n_rows, config.block_m), triton.cdiv(out_features, config.block_n)
+
+    if dtype == torch.float32:
+        return LayerNormLinearConfig(GemmConfig(64, 64, 16, num_warps=4, num_stages=3), 1, False)
     block_k = 64 if features % 64 == 0 else 32
-    return LayerNormLinearConfig(
-        GemmConfig(64, 64, block_k, num_warps=4, num_stages=2), 4, features <= 256
-    )
+    if features <= _MAX_RESIDENT_FEATURES:
+        for block_m in (128, 64):
+            if block_m == 128 and features > _MAX_FEATURES_OF_128_ROWS.get(arch, 0):
+                continue
+            gemm = GemmConfig(block_m, 64, block_k, num_warps=8, num_stages=1)
+            down, across = n_tiles(gemm)
+            n_programs = 1 if arch is None else _ENOUGH_PROGRAMS
+            tiles_per_program = triton.cdiv(across, triton.cdiv(n_programs, down))
+            if tiles_per_program > 1:
+                return LayerNormLinearConfig(gemm, tiles_per_program, True)
+
+    is_amd = isinstance(arch, str)
+    gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
+    if arch in (86, 89, 120):
+        gemm = gemm._replace(block_k=32)
+    if is_amd:
+        gemm = gemm._replace(block_m=128, num_stages=2)
+    if math.prod(n_tiles(gemm)) < _FEW_PROGRAMS:
+        gemm = GemmConfig(64, 32, block_k, num_warps=4, num_stages=3 if is_amd else 4)
+    return LayerNormLinearConfig(gemm, 1, False)
 
 
 def launch(
@@ -103,14 +151,16 @@ def launch_rows(
     n_ranges = triton.cdiv(triton.cdiv(out_features, gemm.block_n), tiles_per_program)
     _layer_norm_linear_fwd_kernel[(triton.cdiv(n_rows, gemm.block_m) * n_ranges,)](
         x,
-        norm_weight,
-        norm_bias,
+        norm_weight.contiguous(),
+        norm_bias.contiguous(),
         weight,
-        bias,
+        None if bias is None else bias.contiguous(),
         y,
         n_rows,
         features,
         out_features,
+        channels,
+        tiles_per_program,
         height,
         width,
         eps,
@@ -122,7 +172,6 @@ def launch_rows(
         PADDED=height % side > 0 or width % side > 0,
         EVEN_K=features % gemm.block_k == 0,
         N_STEPS=triton.cdiv(features, gemm.block_k) if resident else None,
-        TILES_PER_PROGRAM=tiles_per_program,
         PRECISION=input_precision(x.dtype),
         **gemm.options(),
     )
@@ -130,7 +179,7 @@ def launch_rows(
 
 
 # one binary serves all map sizes whose rows are equally aligned
-@triton.jit(do_not_specialize=["n_rows", "height", "width"])
+@triton.jit(do_not_specialize=["n_rows", "tiles_per_program", "height", "width"])
 def _layer_norm_linear_fwd_kernel(
     x_ptr,  # [B, height, width, C]; without MERGE one pixel is a row, and height and width are 1
     norm_weight_ptr,  # [features]
@@ -141,6 +190,8 @@ def _layer_norm_linear_fwd_kernel(
     n_rows,
     features,
     out_features,
+    channels,
+    tiles_per_program,
     height,
     width,
     eps,
@@ -156,7 +207,6 @@ def _layer_norm_linear_fwd_kernel(
     PADDED: tl.constexpr,  # some of which lie beyond the map
     EVEN_K: tl.constexpr,
     N_STEPS: tl.constexpr,  # of a row that is kept normalized; None: it is not
-    TILES_PER_PROGRAM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -164,10 +214,10 @@ def _layer_norm_linear_fwd_kernel(
 ):
     # the programs of one block of rows run side by side: x stays in L2
     n_tiles = tl.cdiv(out_features, BLOCK_N)
-    n_ranges = tl.cdiv(n_tiles, TILES_PER_PROGRAM)
+    n_ranges = tl.cdiv(n_tiles, tiles_per_program)
     pid = tl.program_id(0)
     first_row = (pid // n_ranges).to(tl.int64) * BLOCK_M
-    first_tile = (pid % n_ranges) * TILES_PER_PROGRAM
+    first_tile = (pid % n_ranges) * tiles_per_program
     rows = tl.arange(0, BLOCK_M)
     row_mask = rows < n_rows - first_row
 
@@ -185,26 +235,31 @@ def _layer_norm_linear_fwd_kernel(
     else:
         x_offsets = (first_row + rows) * stride_x_image
         has_below, has_right = row_mask, row_mask
-    x_rows = x_ptr + x_offsets, row_mask, has_below, has_right
-    strides = stride_x_row, stride_x_col, stride_x_channel
+    pixels = x_ptr + x_offsets, row_mask, has_below, has_right
+    layout = channels, stride_x_row, stride_x_col, stride_x_channel
     norm = norm_weight_ptr, norm_bias_ptr
 
     mean = tl.zeros((BLOCK_M,), tl.float32)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, features, BLOCK_K, num_stages=3):
         k = start + tl.arange(0, BLOCK_K)
-        x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K).to(tl.float32)
-        mean, squares = _merge_statistics(mean, squares, x, start, k, features, EVEN_K)
+        x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
+        mean, squares = _merge_statistics(
+            mean, squares, x.to(tl.float32), start, k, features, EVEN_K
+        )
     statistics = mean, tl.rsqrt(squares / features + eps)
 
     steps = ()
     if N_STEPS is not None:
         for i in tl.static_range(N_STEPS):
             k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-            x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K)
+            x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
             steps = steps + (_normalize(x, statistics, norm, k, features),)
 
-    for tile in range(first_tile, tl.minimum(first_tile + TILES_PER_PROGRAM, n_tiles)):
+    last_tile = first_tile + 1
+    if N_STEPS is not None:
+        last_tile = tl.minimum(first_tile + tiles_per_program, n_tiles)
+    for tile in range(first_tile, last_tile):
         cols = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         col_mask = cols < out_features
         weight_rows = weight_ptr + cols.to(tl.int64) * stride_weight_row
@@ -217,7 +272,7 @@ def _layer_norm_linear_fwd_kernel(
         else:
             for start in range(0, features, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
-                x = _load_columns(x_rows, strides, k, features, MERGE, PADDED, EVEN_K)
+                x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
                 x = _normalize(x, statistics, norm, k, features)
                 weight = _load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
                 acc = tl.dot(x, weight, acc, input_precision=PRECISION)
@@ -235,23 +290,23 @@ def _layer_norm_linear_fwd_kernel(
 
 @triton.jit
 def _load_columns(
-    x_rows, strides, k, features, MERGE: tl.constexpr, PADDED: tl.constexpr, EVEN_K: tl.constexpr
+    pixels, layout, k, features, MERGE: tl.constexpr, PADDED: tl.constexpr, EVEN_K: tl.constexpr
 ):
     """Columns `k` of a block of rows, [BLOCK_M, BLOCK_K]; zeros beyond the rows and the map.
 
     Args:
-        x_rows: of each row, [BLOCK_M], the first pixel's address, whether the row exists, and
-            whether the map goes on below that pixel and to its right.
-        strides: of x between rows, columns and channels of the map.
+        pixels: of each row, [BLOCK_M]: the address of its first pixel, whether the row exists,
+            and whether the map goes on below that pixel, and to its right.
+        layout: channels of a pixel; strides of x between rows, columns and channels.
         k: [BLOCK_K] numbers of the columns.
         features: columns of a row.
     """
-    pointers, row_mask, has_below, has_right = x_rows
-    stride_row, stride_col, stride_channel = strides
+    pointers, row_mask, has_below, has_right = pixels
+    channels, stride_row, stride_col, stride_channel = layout
     mask = row_mask[:, None]
     if MERGE:
-        pixel = k // (features // 4)
-        channel = k % (features // 4)
+        pixel = k // channels
+        channel = k % channels
         below, right = pixel % 2, pixel // 2
         offsets = channel.to(tl.int64) * stride_channel
         offsets += below.to(tl.int64) * stride_row + right.to(tl.int64) * stride_col

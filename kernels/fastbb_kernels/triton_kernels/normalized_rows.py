@@ -6,12 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def normalized_rows(
-    row_ptrs,
+    x_ptr,
+    rows,
     inside,
-    norm_weight_ptr,
-    norm_bias_ptr,
-    stride_channel,
-    eps,
+    norm,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -21,11 +19,10 @@ def normalized_rows(
     digits. The result is in pieces because CHANNELS need not be a power of two.
 
     Args:
-        row_ptrs: [M] pointers to the first channel of each row.
+        x_ptr: [..., CHANNELS], contiguous.
+        rows: [M] i64, numbers of the rows.
         inside: [M] i1, whether a row may be loaded.
-        norm_weight_ptr, norm_bias_ptr: [CHANNELS], contiguous.
-        stride_channel: of the rows.
-        eps: added to the variance.
+        norm: weight and bias, [CHANNELS] and contiguous, and eps, which is added to the variance.
         CHANNELS: a multiple of BLOCK_C.
         BLOCK_C: channels of a piece.
 
@@ -33,14 +30,18 @@ def normalized_rows(
         tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C] in the dtype of the rows, rounded as layer
         norm would hand them on; zeros where not `inside`.
     """
+    norm_weight_ptr, norm_bias_ptr, eps = norm
     pieces = ()
     total = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(CHANNELS // BLOCK_C):
         channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
         piece = tl.load(
-            row_ptrs[:, None] + channels[None, :].to(tl.int64) * stride_channel,
+            x_ptr + rows[:, None] * CHANNELS + channels[None, :],
             mask=inside[:, None],
             other=0.0,
+            # the kernel reads it again for the residual. Without this hint the compiler takes the
+            # two loads for one and keeps the first piece in registers through all that lies between
+            eviction_policy="evict_last",
         )
         total += tl.sum(piece.to(tl.float32), 1)
         pieces = pieces + (piece,)

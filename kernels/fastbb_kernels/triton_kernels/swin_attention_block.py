@@ -67,9 +67,9 @@ def launch(
     if y.numel() == 0:
         return y
     config = launch_config(C, x.dtype, architecture(x.device))
-    # parameters are small: one that is a view with gaps is copied rather than addressed by strides
+    # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
-        x,
+        x.contiguous(),
         norm_weight.contiguous(),
         norm_bias.contiguous(),
         qkv_weight.contiguous(),
@@ -81,7 +81,6 @@ def launch(
         H,
         W,
         *shift,
-        *x.stride(),
         n_bias_cols,
         eps,
         CHANNELS=C,
@@ -103,8 +102,8 @@ def launch(
 # one binary serves all image sizes
 @triton.jit(do_not_specialize=["height", "width", "shift_h", "shift_w"])
 def _swin_attention_block_fwd_kernel(
-    x_ptr,  # [B, height, width, CHANNELS]
-    norm_weight_ptr,  # [CHANNELS]; this and all below are contiguous
+    x_ptr,  # [B, height, width, CHANNELS]; this and all below are contiguous
+    norm_weight_ptr,  # [CHANNELS]
     norm_bias_ptr,  # [CHANNELS]
     qkv_weight_ptr,  # [3 * CHANNELS, CHANNELS]
     qkv_bias_ptr,  # [3 * CHANNELS] or None
@@ -116,10 +115,6 @@ def _swin_attention_block_fwd_kernel(
     width,
     shift_h,
     shift_w,
-    stride_x_image,
-    stride_x_y,
-    stride_x_x,
-    stride_x_channel,
     n_bias_cols,
     eps,
     CHANNELS: tl.constexpr,
@@ -147,12 +142,10 @@ def _swin_attention_block_fwd_kernel(
     masked = False
     if SHIFTED:
         masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
-    offsets = token_y.to(tl.int64) * stride_x_y + token_x.to(tl.int64) * stride_x_x
-    x_ptrs = x_ptr + image * stride_x_image + offsets
+    pixels = (image * height + token_y) * width + token_x
     # padding is zeros after the norm: its queries, keys and values are the bias of the projection
-    x = normalized_rows(
-        x_ptrs, inside, norm_weight_ptr, norm_bias_ptr, stride_x_channel, eps, CHANNELS, BLOCK_C
-    )
+    norm = norm_weight_ptr, norm_bias_ptr, eps
+    x = normalized_rows(x_ptr, pixels, inside, norm, CHANNELS, BLOCK_C)
     acc = ()
     for _ in tl.static_range(N_PIECES):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),)
@@ -182,18 +175,14 @@ def _swin_attention_block_fwd_kernel(
             sums = sums + (tl.dot(out, weight, acc[i], input_precision=PRECISION),)
         acc = sums
 
-    y_ptrs = y_ptr + ((image * height + token_y) * width + token_x) * CHANNELS
     for i in tl.static_range(N_PIECES):
         columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        offsets = pixels[:, None] * CHANNELS + columns[None, :]
         y = acc[i]
         if proj_bias_ptr is not None:
             y += tl.load(proj_bias_ptr + columns).to(tl.float32)[None, :]
-        y += tl.load(
-            x_ptrs[:, None] + columns[None, :].to(tl.int64) * stride_x_channel,
-            mask=inside[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        tl.store(y_ptrs[:, None] + columns[None, :], y.to(dtype), mask=inside[:, None])
+        y += tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -216,12 +205,17 @@ def _project(
         bias_ptr: [3 * CHANNELS] or None.
         rows: [HEAD_DIM], numbers of the head's channels.
     """
+    dtype = x[0].dtype
     k = tl.zeros((rows.shape[0], x[0].shape[0]), tl.float32)
     for i in tl.static_range(CHANNELS // BLOCK_C):
         columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
         weight = tl.load(weight_ptr + (CHANNELS + rows)[:, None] * CHANNELS + columns[None, :])
         k = tl.dot(weight, tl.trans(x[i]), k, input_precision=PRECISION)
-    # one after the other: the accumulators of all three would not fit into the registers
+    if bias_ptr is not None:
+        k += tl.load(bias_ptr + CHANNELS + rows).to(tl.float32)[:, None]
+    # rounded before the others begin: three fp32 sums at a time would not fit into the registers
+    k = k.to(dtype)
+
     q = tl.zeros((x[0].shape[0], rows.shape[0]), tl.float32)
     v = tl.zeros((x[0].shape[0], rows.shape[0]), tl.float32)
     for i in tl.static_range(CHANNELS // BLOCK_C):
@@ -232,6 +226,5 @@ def _project(
         v = tl.dot(x[i], v_weight, v, input_precision=PRECISION)
     if bias_ptr is not None:
         q += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
-        k += tl.load(bias_ptr + CHANNELS + rows).to(tl.float32)[:, None]
         v += tl.load(bias_ptr + 2 * CHANNELS + rows).to(tl.float32)[None, :]
-    return q.to(x[0].dtype), k.to(x[0].dtype), v.to(x[0].dtype)
+    return q.to(dtype), k, v.to(dtype)

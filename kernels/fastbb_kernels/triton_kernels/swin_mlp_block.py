@@ -63,13 +63,11 @@ def launch(
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    # a view unless the rows do not lie at one stride
-    rows = x.reshape(-1, channels)
-    n_rows = rows.shape[0]
+    n_rows = y.numel() // channels
     config = launch_config(n_rows, channels, x.dtype, architecture(x.device))
-    # parameters are small: one that is a view with gaps is copied rather than addressed by strides
+    # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
-        rows,
+        x.contiguous(),
         norm_weight.contiguous(),
         norm_bias.contiguous(),
         fc1_weight.contiguous(),
@@ -78,7 +76,6 @@ def launch(
         None if fc2_bias is None else fc2_bias.contiguous(),
         y,
         n_rows,
-        *rows.stride(),
         eps,
         CHANNELS=channels,
         HIDDEN=hidden,
@@ -91,8 +88,8 @@ def launch(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def _swin_mlp_block_fwd_kernel(
-    x_ptr,  # [n_rows, CHANNELS]
-    norm_weight_ptr,  # [CHANNELS]; this and all below are contiguous
+    x_ptr,  # [n_rows, CHANNELS]; this and all below are contiguous
+    norm_weight_ptr,  # [CHANNELS]
     norm_bias_ptr,  # [CHANNELS]
     fc1_weight_ptr,  # [HIDDEN, CHANNELS]
     fc1_bias_ptr,  # [HIDDEN] or None
@@ -100,8 +97,6 @@ def _swin_mlp_block_fwd_kernel(
     fc2_bias_ptr,  # [CHANNELS] or None
     y_ptr,  # [n_rows, CHANNELS]
     n_rows,
-    stride_x_row,
-    stride_x_channel,
     eps,
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -115,10 +110,8 @@ def _swin_mlp_block_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows
-    x_ptrs = x_ptr + rows * stride_x_row
-    x = normalized_rows(
-        x_ptrs, inside, norm_weight_ptr, norm_bias_ptr, stride_x_channel, eps, CHANNELS, BLOCK_C
-    )
+    norm = norm_weight_ptr, norm_bias_ptr, eps
+    x = normalized_rows(x_ptr, rows, inside, norm, CHANNELS, BLOCK_C)
     acc = ()
     for _ in tl.static_range(N_PIECES):
         acc = acc + (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
@@ -141,15 +134,11 @@ def _swin_mlp_block_fwd_kernel(
             sums = sums + (tl.dot(hidden, weight, acc[i], input_precision=PRECISION),)
         acc = sums
 
-    y_ptrs = y_ptr + rows * CHANNELS
     for i in tl.static_range(N_PIECES):
         channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        offsets = rows[:, None] * CHANNELS + channels[None, :]
         y = acc[i]
         if fc2_bias_ptr is not None:
             y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
-        y += tl.load(
-            x_ptrs[:, None] + channels[None, :].to(tl.int64) * stride_x_channel,
-            mask=inside[:, None],
-            other=0.0,
-        ).to(tl.float32)
-        tl.store(y_ptrs[:, None] + channels[None, :], y.to(dtype), mask=inside[:, None])
+        y += tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])

@@ -1,12 +1,12 @@
 """softmax(q @ k.T * scale + bias + mask) @ v of one window and head per program.
 
 A program reads its tokens where they lie in the map and writes the result there; the scores of
-its queries with all keys of the window stay in registers. Windows of more than 64 tokens are
-several programs, each with 64 of the queries and all keys.
+its queries with all keys of the window stay in registers, in one tile or two. Windows of more
+than 64 tokens are several programs, each with some of the queries.
 Bound: memory (qkv and bias read, y written), and for windows of 12x12 the rate of instructions.
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# a launch passes plain values for constexpr parameters; what tl.sum returns is a tuple to pyright;
+# a launch passes plain values for constexpr parameters, to pyright tl.sum returns a tuple, and
 # branches on constexprs are static
 
 from typing import NamedTuple
@@ -22,9 +22,12 @@ from .window_addressing import has_regions, window_tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# where a program of 64 queries with 256 keys and 64 channels spills
+_SMALL_REGISTER_FILES = (80, 86, 89, 120)
+
 
 class WindowAttentionConfig(NamedTuple):
-    """Queries of a program, its keys in one or two tiles, and its warps."""
+    """Queries of a program, its keys in one tile or two, and its warps."""
 
     block_m: int
     block_n: int
@@ -42,15 +45,22 @@ class WindowAttentionConfig(NamedTuple):
 
 
 def launch_config(
-    n_tokens: int, head_dim: int, dtype: torch.dtype, arch: Architecture | None
+    n_tokens: int, dtype: torch.dtype, arch: Architecture | None
 ) -> WindowAttentionConfig:
-    """Tiles and warps for windows of `n_tokens`: 49 keys fill a tile of 64, 144 one of 128 + 16."""
+    """Tiles and warps for windows of `n_tokens`: 49 keys are one tile of 64, 144 are 128 + 16."""
     if n_tokens <= 64:
-        block = max(16, triton.next_power_of_2(n_tokens))
-        return WindowAttentionConfig(block, block, 0, num_warps=4)
-    block_n = 64 if n_tokens <= 128 else 128
-    block_tail = max(16, triton.next_power_of_2(n_tokens - block_n))
-    return WindowAttentionConfig(64, block_n, block_tail, num_warps=4)
+        block_n, block_tail = max(16, triton.next_power_of_2(n_tokens)), 0
+    else:
+        block_n = 64 if n_tokens <= 128 else 128
+        block_tail = max(16, triton.next_power_of_2(n_tokens - block_n))
+    block_m = min(block_n, 64)
+    num_warps = block_m // 16
+    if dtype == torch.float32:
+        # its products have no matrix instructions, and their operands fill registers
+        block_m, num_warps = min(block_m, 32 if block_tail == 0 else 16), 2 * num_warps
+    elif n_tokens > 144:
+        block_m, num_warps = 32 if arch in _SMALL_REGISTER_FILES else 64, 8
+    return WindowAttentionConfig(block_m, block_n, block_tail, num_warps)
 
 
 def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGeometry) -> Tensor:
@@ -61,11 +71,11 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
     y = qkv.new_empty(B, H, W, qkv_channels // 3)
     if y.numel() == 0:
         return y
+    config = launch_config(n_tokens, qkv.dtype, architecture(qkv.device))
     head_dim = qkv_channels // (3 * num_heads)
-    config = launch_config(n_tokens, head_dim, qkv.dtype, architecture(qkv.device))
     n_windows = B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
-    padded = H % window[0] != 0 or W % window[1] != 0
     grid = (n_windows * triton.cdiv(n_tokens, config.block_m) * num_heads,)
+    padded = H % window[0] != 0 or W % window[1] != 0
     _window_attention_fwd_kernel[grid](
         qkv,
         bias,
@@ -80,6 +90,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
         WINDOW_H=window[0],
         WINDOW_W=window[1],
         HEAD_DIM=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         # rows of whole 16 columns load wide
         BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
         SHIFTED=any(shift),
@@ -113,6 +124,7 @@ def _window_attention_fwd_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BIAS_COLS: tl.constexpr,
     SHIFTED: tl.constexpr,
     PADDED: tl.constexpr,
@@ -129,91 +141,126 @@ def _window_attention_fwd_kernel(
     head = (pid % num_heads).to(tl.int64)
     window = pid // num_heads // N_TILES
     queries = pid // num_heads % N_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    keys = tl.arange(0, BLOCK_N)
 
     geometry = (height, width, shift_h, shift_w, WINDOW_H, WINDOW_W, SHIFTED, PADDED, ROLL_FIRST)
     strides = (stride_qkv_image, stride_qkv_y, stride_qkv_x)
+    image, y, x, inside, region = window_tokens(window, queries, *geometry)
     channels = num_heads.to(tl.int64) * HEAD_DIM
-    head_channels = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, BLOCK_D)
+    head_channels = head * HEAD_DIM + d
     q_ptrs = qkv_ptr + head_channels * stride_qkv_channel
     k_ptrs = q_ptrs + channels * stride_qkv_channel
     v_ptrs = k_ptrs + channels * stride_qkv_channel
+    bias_ptrs = bias_ptr + head * stride_bias_head + queries * stride_bias_query
     k_pad, v_pad = None, None
     if qkv_pad_ptr is not None:
-        k_pad = tl.load(qkv_pad_ptr + channels + head_channels)
-        v_pad = tl.load(qkv_pad_ptr + 2 * channels + head_channels)
-    keys = tl.arange(0, BLOCK_N)
-    tail_keys = BLOCK_N + tl.arange(0, max(BLOCK_TAIL, 1))
+        k_pad = tl.load(qkv_pad_ptr + channels + head_channels, mask=d < HEAD_DIM, other=0.0)
+        v_pad = tl.load(qkv_pad_ptr + 2 * channels + head_channels, mask=d < HEAD_DIM, other=0.0)
 
-    # all loads come before the first product, so that they are under way together
-    image, y, x, inside, region = window_tokens(window, queries, *geometry)
-    q_offsets = _offsets(image, y, x, *strides)
-    q = tl.load(q_ptrs[None, :] + q_offsets[:, None], mask=inside[:, None], other=0.0)
-    k, v, k_region = _load_keys(window, keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad)
-    bias_ptrs = bias_ptr + head * stride_bias_head + queries * stride_bias_query
-    b = _load_bias(bias_ptrs, queries, keys, stride_bias_key, N, BIAS_COLS)
+    # everything is loaded before the first product, so that all loads are under way together
+    offsets = _offsets(image, y, x, *strides)
+    q_mask = inside[:, None]
+    if BLOCK_D > HEAD_DIM:
+        q_mask = q_mask & (d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptrs[None, :] + offsets[:, None], mask=q_mask, other=0.0)
+    source = (window, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad)
+    k, v, k_region = _load_keys(keys, *source, HEAD_DIM)
+    bias = _load_bias(queries, keys, bias_ptrs, stride_bias_key, N, BIAS_COLS)
     if BLOCK_TAIL:
-        tail_k, tail_v, tail_region = _load_keys(
-            window, tail_keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad
-        )
-        tail_b = _load_bias(bias_ptrs, queries, tail_keys, stride_bias_key, N, BIAS_COLS)
+        tail_keys = BLOCK_N + tl.arange(0, BLOCK_TAIL)
+        tail_k, tail_v, tail_region = _load_keys(tail_keys, *source, HEAD_DIM)
+        tail_bias = _load_bias(queries, tail_keys, bias_ptrs, stride_bias_key, N, BIAS_COLS)
 
     masked = False
     if SHIFTED:
         masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
-    scores = _scores(q, k, b, region, k_region, masked, keys, N, PRECISION)
+    scores = _scores(q, k, bias, region, k_region, masked, keys < N, HEAD_DIM, PRECISION)
     row_max = tl.max(scores, 1)
     if BLOCK_TAIL:
         tail_scores = _scores(
-            q, tail_k, tail_b, region, tail_region, masked, tail_keys, N, PRECISION
+            q, tail_k, tail_bias, region, tail_region, masked, tail_keys < N, HEAD_DIM, PRECISION
         )
         row_max = tl.maximum(row_max, tl.max(tail_scores, 1))
-    p = tl.exp2(scores * LOG2_E - (row_max * LOG2_E)[:, None])
+    p = _exp(scores, row_max)
     row_sum = tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     if BLOCK_TAIL:
-        p = tl.exp2(tail_scores * LOG2_E - (row_max * LOG2_E)[:, None])
-        row_sum += tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), tail_v, acc, input_precision=PRECISION)
+        tail_p = _exp(tail_scores, row_max)
+        row_sum += tl.sum(tail_p, 1)
+        acc = tl.dot(tail_p.to(v.dtype), tail_v, acc, input_precision=PRECISION)
     acc *= (1.0 / row_sum)[:, None]
 
     rows = (image * height + y) * width + x
     tl.store(
         y_ptr + rows[:, None] * channels + head_channels[None, :],
         acc.to(y_ptr.dtype.element_ty),
-        mask=inside[:, None],
+        mask=q_mask,
     )
 
 
 @triton.jit
 def _offsets(image, y, x, stride_image, stride_y, stride_x):
-    """Where the pixels of an image of a strided map lie, in elements; i64."""
+    """Where pixels lie in a map of any strides, in elements; i64."""
     return image * stride_image + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
 
 
 @triton.jit
-def _load_keys(window, keys, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad):
-    """Keys transposed, [HEAD_DIM, T], values [T, HEAD_DIM] and regions [T] of tokens."""
+def _load_keys(
+    keys, window, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad, HEAD_DIM: tl.constexpr
+):
+    """[BLOCK_D, T] keys, transposed, [T, BLOCK_D] values and [T] regions of tokens `keys`.
+
+    Channels beyond HEAD_DIM are zeros.
+    """
     image, y, x, inside, region = window_tokens(window, keys, *geometry)
     offsets = _offsets(image, y, x, *strides)
-    k = tl.load(k_ptrs[:, None] + offsets[None, :], mask=inside[None, :], other=0.0)
-    v = tl.load(v_ptrs[None, :] + offsets[:, None], mask=inside[:, None], other=0.0)
+    k_mask, v_mask = inside[None, :], inside[:, None]
+    BLOCK_D: tl.constexpr = k_ptrs.shape[0]
+    if BLOCK_D > HEAD_DIM:
+        is_channel = tl.arange(0, BLOCK_D) < HEAD_DIM
+        k_mask, v_mask = k_mask & is_channel[:, None], v_mask & is_channel[None, :]
+    k = tl.load(k_ptrs[:, None] + offsets[None, :], mask=k_mask, other=0.0)
+    v = tl.load(v_ptrs[None, :] + offsets[:, None], mask=v_mask, other=0.0)
     if k_pad is not None:
-        is_padding = (keys < geometry[4] * geometry[5]) & ~inside
+        WINDOW_H: tl.constexpr = geometry[4]
+        WINDOW_W: tl.constexpr = geometry[5]
+        is_padding = (keys < WINDOW_H * WINDOW_W) & ~inside
         k = tl.where(is_padding[None, :], k_pad[:, None], k)
         v = tl.where(is_padding[:, None], v_pad[None, :], v)
     return k, v, region
 
 
 @triton.jit
-def _load_bias(bias_ptrs, queries, keys, stride_key, N: tl.constexpr, COLS: tl.constexpr):
+def _load_bias(queries, keys, ptrs, stride_key, N: tl.constexpr, COLS: tl.constexpr):
     mask = (queries < N)[:, None] & (keys < COLS)[None, :]
-    return tl.load(bias_ptrs[:, None] + keys[None, :] * stride_key, mask=mask, other=0.0)
+    return tl.load(ptrs[:, None] + keys[None, :] * stride_key, mask=mask, other=0.0)
 
 
 @triton.jit
-def _scores(q, k, bias, q_region, k_region, masked, keys, N: tl.constexpr, PRECISION: tl.constexpr):
-    scale: tl.constexpr = q.shape[1] ** -0.5
+def _scores(
+    q,
+    k,
+    bias,
+    q_region,
+    k_region,
+    masked,
+    is_key,
+    HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What the softmax is taken of; -inf where there is no key, and nowhere else."""
+    scale: tl.constexpr = HEAD_DIM**-0.5
     scores = tl.dot(q, k, input_precision=PRECISION) * scale + bias.to(tl.float32)
     if masked:
         scores = tl.where(q_region[:, None] == k_region[None, :], scores, scores - 100.0)
-    return tl.where((keys < N)[None, :], scores, float("-inf"))
+    return tl.where(is_key[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _exp(scores, row_max):
+    """exp(scores - row_max), for scores of at most row_max.
+
+    A power of 2 is one instruction: unlike exp it may flush denormals to zero.
+    """
+    return tl.exp2(scores * LOG2_E - (row_max * LOG2_E)[:, None])

@@ -1,0 +1,329 @@
+"""swin_mlp_block: its kernel against timm in float64, its addresses, and what it refuses."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.layers import Mlp
+from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from torch import Tensor, nn
+
+from fastbb_kernels import ACTIVATIONS, swin_mlp_block, use_impl
+from fastbb_kernels._dispatch import Architecture
+from fastbb_kernels.accuracy import max_error
+from fastbb_kernels.ops.swin_mlp_block import swin_mlp_block_eager, swin_mlp_block_n_bytes
+from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
+from fastbb_kernels.triton_kernels import swin_mlp_block as kernel_module
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+CUSTOM_OP = torch.ops.fastbb.swin_mlp_block.default
+
+NAMES = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+class Reference:
+    """The MLP half of a block as timm computes it."""
+
+    def __init__(
+        self,
+        channels: int = 32,
+        hidden: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        activation: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
+        mlp = Mlp(channels, hidden or 4 * channels, act_layer=activation)
+        self.block = nn.Sequential(nn.LayerNorm(channels), mlp)
+        for parameter in self.block.parameters():
+            nn.init.normal_(
+                parameter, std=1.0 if parameter.ndim == 1 else parameter.shape[1] ** -0.5
+            )
+        self.block.to(dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x + self.block(x)
+
+    def exactly(self, x: Tensor) -> Tensor:
+        double = copy.copy(self)
+        double.block = copy.deepcopy(self.block).double()
+        return double(x.double())
+
+    def arguments(self, x: Tensor) -> dict[str, Any]:
+        norm, mlp = self.block
+        tensors = (
+            x, norm.weight, norm.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        )  # fmt: skip
+        return {name: tensor.detach() for name, tensor in zip(NAMES, tensors)}
+
+
+def arguments(dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (5,)) -> dict[str, Any]:
+    return Reference(dtype=dtype).arguments(torch.randn(*rows, 32).to(dtype))
+
+
+def run(kwargs: dict[str, Any]) -> Tensor:
+    """The kernel's result, with every access checked and every element written once."""
+    with torch.no_grad(), trace() as t:
+        y = swin_mlp_block(**kwargs, impl="triton")
+    assert [launch.kernel for launch in t.launches] == ["_swin_mlp_block_fwd_kernel"]
+    t.assert_written_once("y_ptr")
+    tensors = {name: value for name, value in kwargs.items() if name in NAMES}
+    assert t.unique_bytes == swin_mlp_block_n_bytes(**tensors)
+    assert y.is_contiguous()
+    return y
+
+
+def assert_right(reference: Reference, x: Tensor) -> None:
+    y = run(reference.arguments(x))
+    assert_as_accurate_as_eager("y", y, reference(x), reference.exactly(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "channels", "hidden"),
+    [((2, 3, 7), 96, 384), ((1,), 32, 64), ((130,), 64, 192), ((3,), 256, 64)],
+    ids=["swin-t", "one-row", "rows-over", "wide"],
+)
+def test_kernel_is_as_accurate_as_eager(
+    rows: tuple[int, ...], channels: int, hidden: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(*rows, channels).to(dtype) * 2 + 1
+    assert_right(Reference(channels, hidden, dtype), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_tiles_of_every_architecture(
+    arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = kernel_module.launch_config(10**6, 64, dtype, arch)
+    monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
+    assert_right(Reference(64, 128, dtype), torch.randn(config.block_m + 3, 64).to(dtype))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_rows_get_small_tiles(arch: Architecture) -> None:
+    few, many = (
+        kernel_module.launch_config(n, 96, torch.bfloat16, arch) for n in (3136, 64 * 3136)
+    )
+    assert few.block_m <= many.block_m
+
+
+@pytest.mark.parametrize("name", [None, *ACTIVATIONS])
+def test_activations(name: str | None) -> None:
+    args = arguments() | {"activation": name}
+    exact = {key: args[key].double() for key in NAMES}
+    y = swin_mlp_block_eager(**exact, activation=name)
+    assert_equals_upstream(run(args).double(), y)
+
+
+def test_the_default_activation_is_exact_gelu() -> None:
+    reference, x = Reference(), torch.randn(9, 32)
+    with torch.no_grad():
+        assert_equals_upstream(swin_mlp_block(**reference.arguments(x)), reference(x))
+
+
+def test_without_biases() -> None:
+    args = arguments() | {"fc1_bias": None, "fc2_bias": None}
+    assert_equals_upstream(run(args), swin_mlp_block_eager(**args))
+
+
+def test_a_large_mean_costs_no_digits() -> None:
+    reference, x = Reference(), 100 + 0.01 * torch.randn(7, 32)
+    exact = reference.exactly(x)
+    assert max_error(run(reference.arguments(x)), exact) <= 2 * max_error(reference(x), exact)
+
+
+def test_eps() -> None:
+    args = arguments() | {"x": 1e-2 * torch.randn(4, 32)}
+    for eps in (1e-5, 1e-3):
+        assert_equals_upstream(run({**args, "eps": eps}), swin_mlp_block_eager(**args, eps=eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_views_with_gaps(dtype: torch.dtype) -> None:
+    args = arguments(dtype)
+    views = {
+        name: torch.cat([value, value], -1).unflatten(-1, (2, -1)).movedim(-2, 0)[1]
+        for name, value in args.items()
+        if name != "x"
+    }
+    columns = torch.randn(33, 70).to(dtype).t()[3:23, 1:]  # channels 70 apart
+    sliced = torch.randn(20, 99).to(dtype)[:, 7:39]  # rows of 99
+    copied = torch.randn(4, 9, 2, 77).to(dtype)[:, 3:8, 1, 5:37]  # rows at two strides
+    for x in (columns, sliced.view(4, 5, 32), copied):
+        with torch.no_grad(), trace() as t:
+            y = swin_mlp_block(**{**args, **views, "x": x}, impl="triton")
+        t.assert_written_once("y_ptr")
+        assert torch.equal(y, run({**args, "x": x.contiguous()}))
+        assert y.is_contiguous()
+
+
+@pytest.mark.parametrize("rows", [(0,), (2, 0, 7), ()], ids=str)
+def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
+    reference, x = Reference(), torch.randn(*rows, 32)
+    with torch.no_grad(), interpret():
+        y = swin_mlp_block(**reference.arguments(x), impl="triton")
+    assert_equals_upstream(y, reference(x))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_offsets_beyond_32_bits(transposed: bool) -> None:
+    x = torch.empty(2**31 // 32 + 100, 32, device="meta")
+    x = x.t().contiguous().t() if transposed else x
+    args = {name: value.to("meta") for name, value in arguments().items()}
+    with torch.no_grad(), trace(programs=corners, data=False) as t:
+        swin_mlp_block(**{**args, "x": x}, impl="triton")
+    assert [launch.n_programs for launch in t.launches] == [2]
+
+
+@pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no-biases"])
+def test_compiles_and_exports(custom: bool, biases: bool) -> None:
+    args = arguments(rows=(2, 5))
+    if not biases:
+        args |= {"fc1_bias": None, "fc2_bias": None}
+
+    class Model(nn.Module):
+        def forward(self, *tensors: Tensor | None) -> Tensor:
+            if custom:
+                return CUSTOM_OP(*tensors, 1e-5, "gelu")
+            return swin_mlp_block(*tensors)  # type: ignore[arg-type]  # as they come
+
+    tensors = [args[name] for name in NAMES]
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = (({0: batch}, *[None] * (len(NAMES) - 1)),)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Model(), tuple(tensors), dynamic_shapes=shapes).module()
+    for x in (tensors[0], torch.randn(7, 5, 32)):
+        want = swin_mlp_block_eager(x, *tensors[1:])
+        assert torch.equal(compiled(x, *tensors[1:]), want)
+        assert torch.equal(exported(x, *tensors[1:]), want)
+
+
+def test_custom_op_is_registered_rightly() -> None:
+    for args in (
+        arguments(rows=(2, 5)),
+        arguments(torch.bfloat16) | {"fc1_bias": None, "fc2_bias": None},
+        arguments(rows=(0, 5)),
+        arguments() | {"x": torch.randn(3, 2, 32).transpose(0, 1)},
+    ):
+        tensors = [args[name] for name in NAMES]
+        torch.library.opcheck(CUSTOM_OP, (*tensors, 1e-5, "gelu"))
+        assert CUSTOM_OP(*tensors, 1e-5, None).is_contiguous()
+
+
+def test_gradients_take_the_eager_path() -> None:
+    reference, x = Reference(dtype=torch.float64), torch.randn(4, 32).double()
+    args = reference.arguments(x)
+    leaves = [args[name].requires_grad_() for name in NAMES]
+    got = torch.autograd.grad(swin_mlp_block(**args).square().sum(), leaves)
+    upstream_x = x.detach().clone().requires_grad_()
+    y = upstream_x + reference.block(upstream_x)
+    want = torch.autograd.grad(y.square().sum(), [upstream_x, *reference.block.parameters()])
+    assert_equals_upstream(got, want)
+
+
+BLOCK = ["_swin_mlp_block_fwd_kernel"]
+SEPARATE = ["_layer_norm_linear_fwd_kernel", "_linear_residual_fwd_kernel"]
+OWN = ("swin_mlp_block",)
+
+
+@pytest.mark.parametrize(
+    ("set_impl", "ops", "impl", "channels", "kernels"),
+    [
+        ("auto", (), None, 32, BLOCK),
+        ("triton", (), None, 32, BLOCK),
+        ("eager", (), None, 32, []),
+        ("eager", (), "triton", 32, BLOCK),
+        ("triton", (), "eager", 32, []),
+        ("eager", OWN, None, 32, SEPARATE),
+        ("eager", ("linear_residual",), None, 32, BLOCK),
+        ("triton", (), None, 512, SEPARATE),
+        ("eager", (), "auto", 512, SEPARATE),
+        ("eager", (), None, 512, []),
+    ],
+)
+def test_which_kernels_run(
+    set_impl: Any, ops: tuple[str, ...], impl: Any, channels: int, kernels: list[str]
+) -> None:
+    args = Reference(channels, dtype=torch.bfloat16).arguments(torch.randn(5, channels).bfloat16())
+    with torch.no_grad(), use_impl(set_impl, ops=ops), record_launches() as recording:
+        swin_mlp_block(**args, impl=impl)
+    assert [launch.name for launch in recording.launches] == kernels
+
+
+@pytest.mark.parametrize(
+    ("channels", "hidden", "message"),
+    [
+        (512, 64, "at most .* channels in torch.float32 on 90, got 512"),
+        (48, 64, "multiple of 32 channels and of 64 hidden channels, got 48 and 64"),
+        (32, 96, "multiple of 32 channels and of 64 hidden channels, got 32 and 96"),
+    ],
+)
+def test_who_insists_on_the_block_gets_its_reason(channels: int, hidden: int, message: str) -> None:
+    args = Reference(channels, hidden).arguments(torch.randn(5, channels))
+    message = f"swin_mlp_block: impl='triton' cannot run this call: .*{message}"
+    with record_launches(), torch.no_grad():
+        with pytest.raises(NotImplementedError, match=message):
+            swin_mlp_block(**args, impl="triton")
+        with use_impl("triton", ops=OWN), pytest.raises(NotImplementedError, match=message):
+            swin_mlp_block(**args)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", torch.Tensor.double, "needs fp32, fp16 or bf16, got torch.float64"),
+        ("fc2_weight", torch.Tensor.half, "got fc2_weight in torch.float16"),
+        ("fc1_bias", lambda t: t.to("meta"), "tensors on cpu, got fc1_bias on meta"),
+        ("norm_weight", lambda t: t.requires_grad_(), "no backward and a gradient is needed"),
+    ],
+    ids=["dtype", "weight-dtype", "device", "gradient"],
+)
+def test_what_the_kernel_refuses(
+    name: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    args = arguments()
+    args[name] = change(args[name])
+    with interpret(), pytest.raises(NotImplementedError, match=message):
+        swin_mlp_block(**args, impl="triton")
+
+
+def test_an_activation_without_a_kernel_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    args = arguments() | {"activation": "tanh"}
+    with interpret(), torch.no_grad():
+        assert torch.equal(swin_mlp_block(**args), swin_mlp_block_eager(**args))
+        with pytest.raises(NotImplementedError, match="knows the activations .* got 'tanh'"):
+            swin_mlp_block(**args, impl="triton")
+
+
+def test_refuses_the_cpu() -> None:
+    message = "swin_mlp_block: impl='triton' .* CUDA or ROCm device, got cpu"
+    with pytest.raises(NotImplementedError, match=message):
+        swin_mlp_block(**arguments(), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": ()}, r"fc1_weight must be \[F, C\] .* and x \[\]"),
+        ({"fc1_weight": (128, 31)}, r"fc1_weight must be \[F, C\] .* fc1_weight \[128, 31\]"),
+        ({"fc1_weight": (32,)}, r"fc1_weight must be \[F, C\] .* fc1_weight \[32\]"),
+        ({"norm_weight": (31,)}, r"norm_weight must be \[32\] .* got \[31\]"),
+        ({"norm_bias": (1, 32)}, r"norm_bias must be \[32\] .* got \[1, 32\]"),
+        ({"fc1_bias": (32,)}, r"fc1_bias must be \[128\]"),
+        ({"fc2_weight": (128, 32)}, r"fc2_weight must be \[32, 128\] .* got \[128, 32\]"),
+        ({"fc2_bias": (128,)}, r"fc2_bias must be \[32\]"),
+        ({"activation": "relu6"}, "activation must be None or one of .* got 'relu6'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    args = arguments()
+    for name, value in change.items():
+        args[name] = torch.randn(value) if name in NAMES else value
+    with pytest.raises(ValueError, match=f"swin_mlp_block: {message}"):
+        swin_mlp_block(**args)
