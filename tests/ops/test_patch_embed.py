@@ -184,7 +184,7 @@ def test_offsets_beyond_32_bits(
     assert launch.n_programs == min(launch.grid[0], 2)
 
 
-@pytest.mark.parametrize("size", [(8, 12), (9, 13)], ids=str)
+@pytest.mark.parametrize("size", [(8, 12), (9, 12), (8, 13)], ids=str)
 def test_eager_pads_only_where_it_must(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def test_is_transformers_too(size: tuple[int, int]) -> None:
     from transformers.models.swin.modeling_swin import SwinPatchMerging
 
     module = upstream(12, 24)
-    theirs = SwinPatchMerging(size, 12).eval()
+    theirs = SwinPatchMerging(12)
     theirs.load_state_dict(module.state_dict())
     theirs.norm.eps = EPS
     x = torch.randn(2, *size, 12)
@@ -122,7 +122,7 @@ def test_a_large_mean_does_not_cancel() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("path")
 def test_views_with_gaps(dtype: torch.dtype) -> None:
     module = upstream(20, 24, dtype)
