@@ -53,9 +53,8 @@ def upstream(
 
 
 def exactly(args: Arguments, activation: str | None = None) -> Tensor:
-    *tensors, bias = args
-    exact_bias = None if bias is None else bias.double()
-    return upstream(*(t.double() for t in tensors), exact_bias, activation)
+    exact: Any = [None if t is None else t.double() for t in args]
+    return upstream(*exact, activation=activation)
 
 
 def arguments(
@@ -208,7 +207,7 @@ def test_offsets_beyond_32_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", [*ARCHITECTURES, 75, "gfx1100"])
 def test_launches_fill_a_gpu(arch: Architecture, dtype: torch.dtype) -> None:
     for n_rows, features in ((49, 768), (196, 384), (784, 192), (3136, 96), (200704, 96)):
         args = (n_rows, features, 4 * features)
@@ -216,7 +215,7 @@ def test_launches_fill_a_gpu(arch: Architecture, dtype: torch.dtype) -> None:
         tiles = math.ceil(n_rows / gemm.block_m) * math.ceil(4 * features / gemm.block_n)
         assert tiles / tiles_per_program >= 48, args
         assert resident == (tiles_per_program > 1)
-        if n_rows == 200704:
+        if n_rows == 200704 and arch in ARCHITECTURES:
             # every row is normalized once
             assert resident == (dtype != torch.float32)
 
@@ -269,7 +268,7 @@ def test_gradients_take_the_eager_path() -> None:
     args = [a.requires_grad_() for a in arguments((3,), 8, 5, torch.float32) if a is not None]
     y = layer_norm_linear(*args, eps=EPS, activation="gelu")
     got = torch.autograd.grad(y.square().sum(), args)
-    want = torch.autograd.grad(upstream(*args, "gelu").square().sum(), args)
+    want = torch.autograd.grad(upstream(*args, activation="gelu").square().sum(), args)
     for ours, theirs in zip(got, want):
         assert torch.equal(ours, theirs)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastbb_kernels import layer_norm_nchw
 from fastbb_kernels.ops.layer_norm_nchw import layer_norm_nchw_n_bytes
-from fastbb_kernels.testing import corners, interpret, trace
+from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels.layer_norm_nchw import launch_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -141,6 +141,15 @@ def test_tiles_hold_whole_rows() -> None:
             assert config.block_m * config.block_n <= max(4096, config.block_n)
     # at batch 1 the GPU is filled by smaller tiles
     assert launch_config(3136, 96).block_m < launch_config(200704, 96).block_m
+
+
+def test_loads_are_wide_where_eight_divides_the_channels() -> None:
+    args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in [(8, 9, 9, 24), (24,)]]
+    with torch.no_grad(), fake_gpu(90) as gpu:
+        layer_norm_nchw(args[0], args[1], args[1], impl="triton")
+    facts = binary_facts(gpu.kernels[0])
+    # x, y, weight and bias are wide; another layout may share out the two vectors
+    assert facts.medium_accesses + facts.narrow_accesses <= 2 <= facts.wide_accesses
 
 
 @pytest.mark.parametrize("op", [layer_norm_nchw, CUSTOM_OP], ids=["public", "custom"])

@@ -12,7 +12,7 @@ from fastbb_kernels import linear_residual
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
 from fastbb_kernels.ops.linear_residual import linear_residual_n_bytes
-from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, trace
+from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import linear_residual as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -93,6 +93,21 @@ def test_few_rows_get_small_tiles(arch: Architecture) -> None:
         return config.block_m * config.block_n
 
     assert area(49) < area(49 * 16) < area(49 * 64)
+
+
+@pytest.mark.parametrize("arch", [90, 120, "gfx90a", "gfx942"])
+def test_two_programs_with_large_tiles_fit_a_multiprocessor(arch: Architecture) -> None:
+    args = [
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((200_704, 384), (96, 384), (96,), (200_704, 96))
+    ]
+    with torch.no_grad(), fake_gpu(arch) as gpu:
+        linear_residual(*args, impl="triton")
+    (launch,) = gpu.launches
+    assert launch.constexprs["BLOCK_M"] == launch.constexprs["BLOCK_N"] == 128
+    facts = binary_facts(gpu.kernels[0])
+    assert facts.spills == 0
+    assert facts.ctas_per_sm >= 2
 
 
 def test_without_bias() -> None:

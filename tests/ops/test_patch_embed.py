@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastbb_kernels import patch_embed
 from fastbb_kernels.ops.patch_embed import patch_embed_n_bytes
-from fastbb_kernels.testing import corners, interpret, trace
+from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import patch_embed as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -204,6 +204,19 @@ def test_tiles_hold_whole_rows(dtype: torch.dtype) -> None:
         config = kernel_module.launch_config(48, channels, dtype)
         assert channels <= config.block_n < max(2 * channels, 17)
         assert 48 % config.block_k == 0  # nothing multiplied in vain
+
+
+@pytest.mark.parametrize("size", [(252, 332), (801, 1088)], ids=str)
+def test_aligned_rows_are_loaded_as_wide_as_those_of_224_pixels(size: tuple[int, int]) -> None:
+    def accesses(height: int, width: int) -> tuple[int, int, int]:
+        shapes = [(1, 3, height, width), (96, 3, 4, 4), (96,), (96,), (96,)]
+        args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes]
+        with torch.no_grad(), fake_gpu(90) as gpu:
+            patch_embed(*args, ceil_mode=True, impl="triton")
+        facts = binary_facts(gpu.kernels[0])
+        return facts.wide_accesses, facts.medium_accesses, facts.narrow_accesses
+
+    assert accesses(*size) == accesses(224, 224)
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["dropped", "padded"])

@@ -26,6 +26,18 @@ from .window_attention import WindowGeometry, window_attention, window_attention
 TRITON_HEAD_DIMS = (16, 32, 64)
 TRITON_MAX_TOKENS = 64  # of a window
 
+# most channels that compile without spilling registers
+_MOST_CHANNELS: dict[Architecture, int] = {
+    80: 192,
+    86: 192,
+    89: 192,
+    90: 256,
+    100: 256,
+    120: 96,
+    "gfx90a": 256,
+    "gfx942": 256,
+}
+
 
 def swin_attention_block(
     x: Tensor,
@@ -141,18 +153,14 @@ def swin_attention_block_unsupported(
     if channels % 32:
         return f"needs a multiple of 32 channels, got {channels}"
     arch = architecture(x.device)
-    most = _most_channels(x.dtype, arch)
+    if arch is None:  # the interpreter runs anything
+        return None
+    if x.dtype == torch.float32:
+        return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
+    most = _MOST_CHANNELS.get(arch, 0)
     if channels > most:
-        return (
-            f"needs at most {most} channels in {x.dtype} on {arch}, got {channels}: "
-            "more would not fit into the registers"
-        )
+        return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
     return None
-
-
-def _most_channels(dtype: torch.dtype, arch: Architecture | None) -> int:
-    """What compiles without spilling registers. None is the interpreter, which has no limit."""
-    return 256
 
 
 def swin_attention_block_n_bytes(

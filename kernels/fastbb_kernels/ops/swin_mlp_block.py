@@ -21,6 +21,18 @@ from .._dispatch import (
 from .layer_norm_linear import _TRITON_ACTIVATIONS, layer_norm_linear, layer_norm_linear_eager
 from .linear_residual import linear_residual, linear_residual_eager
 
+# most channels that compile without spilling registers
+_MOST_CHANNELS: dict[Architecture, int] = {
+    80: 256,
+    86: 256,
+    89: 256,
+    90: 256,
+    100: 256,
+    120: 192,
+    "gfx90a": 256,
+    "gfx942": 256,
+}
+
 
 def swin_mlp_block(
     x: Tensor,
@@ -129,18 +141,14 @@ def swin_mlp_block_unsupported(
             f"got {channels} and {hidden}"
         )
     arch = architecture(x.device)
-    most = _most_channels(x.dtype, arch)
+    if arch is None:  # the interpreter runs anything
+        return None
+    if x.dtype == torch.float32:
+        return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
+    most = _MOST_CHANNELS.get(arch, 0)
     if channels > most:
-        return (
-            f"needs at most {most} channels in {x.dtype} on {arch}, got {channels}: "
-            "more would not fit into the registers"
-        )
+        return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
     return None
-
-
-def _most_channels(dtype: torch.dtype, arch: Architecture | None) -> int:
-    """What compiles without spilling registers. None is the interpreter, which has no limit."""
-    return 256
 
 
 def swin_mlp_block_n_bytes(

@@ -1,12 +1,12 @@
-"""y = activation(layer_norm(x) @ weight.T + bias): a GEMM whose rows are normalized on their way in.
+"""y = activation(layer_norm(x) @ weight.T + bias): a GEMM that normalizes its rows on their way in.
 
-A program takes a block of rows and a range of column tiles. It reads its rows once for their
-statistics, and once more, from a cache, to normalize them: narrow rows for all its tiles together,
-kept on the chip; wide ones step by step for each tile. The rows may also be 2x2 pixels of a map,
-gathered by address (patch merging).
+A program takes a block of rows and some column tiles. It reads its rows once for their statistics,
+and again, from a cache, to normalize them: narrow rows once for all its tiles, to be kept on the
+chip; wide ones step by step for each tile. A row may also be 2x2 pixels of a map, gathered by
+address (patch merging).
 """
-# pyright: reportArgumentType=false
-# a launch passes plain values for constexpr parameters
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# a launch passes plain values for constexpr parameters, and to pyright tl.range is no iterator
 
 import math
 from typing import NamedTuple
@@ -21,10 +21,9 @@ from .._dispatch import Architecture, architecture, input_precision
 from .activation import activate
 from .config import GemmConfig
 
-
-# up to this many features rows are kept normalized on the chip
+# up to this many features, 64 rows are kept normalized on the chip
 _MAX_RESIDENT_FEATURES = 512
-# and 128 of them at a time where the features are at most: two programs fit a multiprocessor
+# and up to these, 128 rows; on NVIDIA two such programs fit a multiprocessor
 _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
     80: 256,
     86: 128,
@@ -36,9 +35,9 @@ _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
     "gfx942": 512,
     None: 384,
 }
-# about two programs for each multiprocessor of a GPU, twice over: the last ones wait less
+# about two for each multiprocessor of a GPU, twice over: the last ones keep the others waiting
 _ENOUGH_PROGRAMS = 512
-# about one for each: fewer leave multiprocessors idle
+# about one for each multiprocessor
 _FEW_PROGRAMS = 128
 
 
@@ -65,31 +64,34 @@ def launch_config(
     too wide, too few, or fp32 (multiplied exactly, in registers), each tile is a program.
     """
 
-    def n_tiles(config: GemmConfig) -> tuple[int, int]:
-        return triton.cdiv(n_rows, config.block_m), triton.cdiv(out_features, config.block_n)
-
     if dtype == torch.float32:
         return LayerNormLinearConfig(GemmConfig(64, 64, 16, num_warps=4, num_stages=3), 1, False)
     block_k = 64 if features % 64 == 0 else 32
-    if features <= _MAX_RESIDENT_FEATURES:
-        for block_m in (128, 64):
-            if block_m == 128 and features > _MAX_FEATURES_OF_128_ROWS.get(arch, 0):
-                continue
+    # otherwise every element of a load has its own mask, which takes registers
+    whole_steps = features % block_k == 0
+
+    def n_tiles(gemm: GemmConfig) -> tuple[int, int]:
+        return triton.cdiv(n_rows, gemm.block_m), triton.cdiv(out_features, gemm.block_n)
+
+    if features <= _MAX_RESIDENT_FEATURES and arch in _MAX_FEATURES_OF_128_ROWS:
+        many = whole_steps and features <= _MAX_FEATURES_OF_128_ROWS[arch]
+        for block_m in (128, 64) if many else (64,):
             gemm = GemmConfig(block_m, 64, block_k, num_warps=8, num_stages=1)
             down, across = n_tiles(gemm)
-            n_programs = 1 if arch is None else _ENOUGH_PROGRAMS
-            tiles_per_program = triton.cdiv(across, triton.cdiv(n_programs, down))
+            n_ranges = 1 if arch is None else triton.cdiv(_ENOUGH_PROGRAMS, down)
+            tiles_per_program = triton.cdiv(across, n_ranges)
             if tiles_per_program > 1:
                 return LayerNormLinearConfig(gemm, tiles_per_program, True)
 
-    is_amd = isinstance(arch, str)
-    gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
-    if arch in (86, 89, 120):
-        gemm = gemm._replace(block_k=32)
-    if is_amd:
-        gemm = gemm._replace(block_m=128, num_stages=2)
-    if math.prod(n_tiles(gemm)) < _FEW_PROGRAMS:
-        gemm = GemmConfig(64, 32, block_k, num_warps=4, num_stages=3 if is_amd else 4)
+    if isinstance(arch, str):
+        gemm = GemmConfig(128, 128, block_k, num_warps=8, num_stages=2)
+    else:
+        if arch not in (80, 90, 100, None):  # 100 KB of shared memory, or who knows
+            block_k = 32
+        gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
+    few = arch is not None and math.prod(n_tiles(gemm)) < _FEW_PROGRAMS
+    if few or not whole_steps:
+        gemm = GemmConfig(64, 32, block_k, num_warps=4, num_stages=3)
     return LayerNormLinearConfig(gemm, 1, False)
 
 

@@ -68,7 +68,9 @@ def launch(
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_NORM_BIAS=norm_bias is not None,
-        PADDED=y_height * p > height or y_width * q > width,
+        PADDED_ROWS=y_height * p > height,
+        PADDED_COLS=y_width * q > width,
+        ALIGNED=all(stride % q == 0 for stride in pixel_values.stride()[:3]),
         PRECISION=input_precision(y.dtype),
         **config.options(),
     )
@@ -101,12 +103,19 @@ def _patch_embed_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr,
-    PADDED: tl.constexpr,
+    PADDED_ROWS: tl.constexpr,
+    PADDED_COLS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    if ALIGNED:
+        # tells the compiler, so that one load takes the Q pixels of a row of a patch
+        stride_x_image = stride_x_image // Q * Q
+        stride_x_channel = stride_x_channel // Q * Q
+        stride_x_row = stride_x_row // Q * Q
     FEATURES: tl.constexpr = IN_CHANNELS * P * Q
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -136,8 +145,9 @@ def _patch_embed_fwd_kernel(
         if FEATURES % BLOCK_K != 0:
             x_mask &= (k < FEATURES)[None, :]
             weight_mask &= (k < FEATURES)[:, None]
-        if PADDED:
+        if PADDED_ROWS:
             x_mask &= top[:, None] + dy[None, :] < height
+        if PADDED_COLS:
             x_mask &= left[:, None] + dx[None, :] < width
         x = tl.load(x_rows[:, None] + x_offsets[None, :], mask=x_mask, other=0.0)
         weight_offsets = cols[None, :] * FEATURES + k[:, None]

@@ -11,7 +11,6 @@ Bound: weights are read from L2 by every window (4 C^2 elements), the map from D
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,11 +24,16 @@ BLOCK_N = 64  # tokens of a window and what fills them up to a tile
 
 
 class SwinAttentionBlockConfig(NamedTuple):
-    """Channels of one step of the projections, and how the kernel is scheduled."""
+    """Channels of one step of the projections, and how the kernel is scheduled.
+
+    Attributes:
+        compiler: options that only the compiler of one vendor knows.
+    """
 
     block_c: int
     num_warps: int
     num_stages: int
+    compiler: dict[str, int]
 
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
@@ -37,14 +41,23 @@ class SwinAttentionBlockConfig(NamedTuple):
             "BLOCK_C": self.block_c,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **self.compiler,
         }
 
 
-def launch_config(
-    channels: int, dtype: torch.dtype, arch: Architecture | None
-) -> SwinAttentionBlockConfig:
+def launch_config(channels: int, arch: Architecture | None) -> SwinAttentionBlockConfig:
     """Steps and warps for windows of at most 64 tokens of `channels`."""
-    return SwinAttentionBlockConfig(block_c=32, num_warps=4, num_stages=1)
+    num_stages, compiler = 1, {}
+    if isinstance(arch, str):
+        # four wavefronts have 16 rows of a window each; products of 32 rows would be computed twice
+        compiler = {"matrix_instr_nonkdim": 16}
+    elif channels <= 128 and arch in (80, 90):
+        # shared memory holds the next head's weights for two programs of a multiprocessor
+        num_stages = 2
+    if channels <= 96 and arch in (80, 86, 89):
+        # left alone, the assembler aims at 168 registers and spills what is more
+        compiler = {"maxnreg": 192}
+    return SwinAttentionBlockConfig(32, 4, num_stages, compiler)
 
 
 def launch(
@@ -66,7 +79,7 @@ def launch(
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    config = launch_config(C, x.dtype, architecture(x.device))
+    config = launch_config(C, architecture(x.device))
     # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
         x.contiguous(),

@@ -9,7 +9,6 @@ Bound: weights are read from L2 by every block of rows, the map from DRAM once.
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,13 +20,21 @@ from .normalized_rows import normalized_rows
 
 
 class SwinMlpBlockConfig(NamedTuple):
-    """Rows of a program, hidden columns of a step, channels of a piece, and the schedule."""
+    """Tiles of a program, and how it is scheduled.
+
+    Attributes:
+        block_m: rows.
+        block_h: hidden columns of a step.
+        block_c: channels of a piece.
+        compiler: options that only the compiler of one vendor knows.
+    """
 
     block_m: int
     block_h: int
     block_c: int
     num_warps: int
     num_stages: int
+    compiler: dict[str, int]
 
     def options(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
@@ -37,14 +44,18 @@ class SwinMlpBlockConfig(NamedTuple):
             "BLOCK_C": self.block_c,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **self.compiler,
         }
 
 
-def launch_config(
-    n_rows: int, channels: int, dtype: torch.dtype, arch: Architecture | None
-) -> SwinMlpBlockConfig:
+def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> SwinMlpBlockConfig:
     """Tiles and warps for [n_rows, channels]."""
-    return SwinMlpBlockConfig(block_m=64, block_h=32, block_c=32, num_warps=4, num_stages=2)
+    # every program reads all weights: many rows at a time, unless that leaves too few programs
+    block_m, num_warps = (128, 8) if n_rows >= 128 * 256 else (64, 4)
+    if isinstance(arch, str):
+        return SwinMlpBlockConfig(block_m, 32, 32, num_warps, 1, {"matrix_instr_nonkdim": 16})
+    num_stages = 1 if channels > 192 else 2  # the registers that prefetching takes
+    return SwinMlpBlockConfig(block_m, 32, 32, num_warps, num_stages, {})
 
 
 def launch(
@@ -64,7 +75,7 @@ def launch(
     if y.numel() == 0:
         return y
     n_rows = y.numel() // channels
-    config = launch_config(n_rows, channels, x.dtype, architecture(x.device))
+    config = launch_config(n_rows, channels, architecture(x.device))
     # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
         x.contiguous(),

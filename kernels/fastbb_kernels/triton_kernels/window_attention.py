@@ -22,8 +22,8 @@ from .window_addressing import has_regions, window_tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# where a program of 64 queries with 256 keys and 64 channels spills
-_SMALL_REGISTER_FILES = (80, 86, 89, 120)
+# whose matrix instructions read both operands from registers
+_OPERANDS_IN_REGISTERS = (80, 86, 89, 120)
 
 
 class WindowAttentionConfig(NamedTuple):
@@ -45,7 +45,7 @@ class WindowAttentionConfig(NamedTuple):
 
 
 def launch_config(
-    n_tokens: int, dtype: torch.dtype, arch: Architecture | None
+    n_tokens: int, head_dim: int, dtype: torch.dtype, arch: Architecture | None
 ) -> WindowAttentionConfig:
     """Tiles and warps for windows of `n_tokens`: 49 keys are one tile of 64, 144 are 128 + 16."""
     if n_tokens <= 64:
@@ -56,10 +56,12 @@ def launch_config(
     block_m = min(block_n, 64)
     num_warps = block_m // 16
     if dtype == torch.float32:
-        # its products have no matrix instructions, and their operands fill registers
+        # NVIDIA has no matrix instructions for it, and the operands of a product fill registers
         block_m, num_warps = min(block_m, 32 if block_tail == 0 else 16), 2 * num_warps
     elif n_tokens > 144:
-        block_m, num_warps = 32 if arch in _SMALL_REGISTER_FILES else 64, 8
+        block_m, num_warps = 32 if arch in _OPERANDS_IN_REGISTERS else 64, 8
+    elif arch == 100 and head_dim > 32:
+        num_warps *= 2  # tensor memory holds no more programs, so that these may have more warps
     return WindowAttentionConfig(block_m, block_n, block_tail, num_warps)
 
 
@@ -71,8 +73,8 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
     y = qkv.new_empty(B, H, W, qkv_channels // 3)
     if y.numel() == 0:
         return y
-    config = launch_config(n_tokens, qkv.dtype, architecture(qkv.device))
     head_dim = qkv_channels // (3 * num_heads)
+    config = launch_config(n_tokens, head_dim, qkv.dtype, architecture(qkv.device))
     n_windows = B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
     grid = (n_windows * triton.cdiv(n_tokens, config.block_m) * num_heads,)
     padded = H % window[0] != 0 or W % window[1] != 0
