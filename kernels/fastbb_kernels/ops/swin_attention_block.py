@@ -28,10 +28,10 @@ TRITON_MAX_TOKENS = 64  # of a window
 
 # most channels that compile without spilling registers
 _MOST_CHANNELS: dict[Architecture, int] = {
-    80: 192,
-    86: 192,
-    89: 192,
-    90: 256,
+    80: 128,
+    86: 96,
+    89: 96,
+    90: 192,
     100: 256,
     120: 96,
     "gfx90a": 256,
@@ -152,6 +152,8 @@ def swin_attention_block_unsupported(
         return f"needs a head dimension of {TRITON_HEAD_DIMS}, got {head_dim}"
     if channels % 32:
         return f"needs a multiple of 32 channels, got {channels}"
+    if x.shape[1:].numel() >= 2**31:
+        return f"needs images of less than 2**31 elements, got {list(x.shape[1:])}"
     arch = architecture(x.device)
     if arch is None:  # the interpreter runs anything
         return None

@@ -102,8 +102,6 @@ def launch(
         WINDOW_W=window[1],
         # rows of whole 16 columns load wide
         BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
-        SHIFTED=any(shift),
-        PADDED=H % window[0] != 0 or W % window[1] != 0,
         ROLL_FIRST=roll_first,
         PRECISION=input_precision(x.dtype),
         BLOCK_N=BLOCK_N,
@@ -112,7 +110,7 @@ def launch(
     return y
 
 
-# one binary serves all image sizes
+# one binary serves all image sizes, padded or not, and blocks with and without a shift
 @triton.jit(do_not_specialize=["height", "width", "shift_h", "shift_w"])
 def _swin_attention_block_fwd_kernel(
     x_ptr,  # [B, height, width, CHANNELS]; this and all below are contiguous
@@ -135,8 +133,6 @@ def _swin_attention_block_fwd_kernel(
     WINDOW_H: tl.constexpr,
     WINDOW_W: tl.constexpr,
     BIAS_COLS: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    PADDED: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,12 +146,14 @@ def _swin_attention_block_fwd_kernel(
     exists = tokens < N
     image, token_y, token_x, inside, region = window_tokens(
         window, tokens, height, width, shift_h, shift_w,
-        WINDOW_H, WINDOW_W, SHIFTED, PADDED, ROLL_FIRST,
+        WINDOW_H, WINDOW_W, SHIFTED=True, PADDED=True, ROLL_FIRST=ROLL_FIRST,
     )  # fmt: skip
-    masked = False
-    if SHIFTED:
-        masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
-    pixels = (image * height + token_y) * width + token_x
+    masked = (shift_h + shift_w > 0) & has_regions(window, height, width, WINDOW_H, WINDOW_W)
+    # 64 bits only where they do not cost a register per row
+    first = image * height * width * CHANNELS
+    x_ptr += first
+    y_ptr += first
+    pixels = token_y * width + token_x
     # padding is zeros after the norm: its queries, keys and values are the bias of the projection
     norm = norm_weight_ptr, norm_bias_ptr, eps
     x = normalized_rows(x_ptr, pixels, inside, norm, CHANNELS, BLOCK_C)
