@@ -29,8 +29,8 @@ TRITON_MAX_TOKENS = 64  # of a window
 # most channels that compile without spilling registers
 _MOST_CHANNELS: dict[Architecture, int] = {
     80: 128,
-    86: 96,
-    89: 96,
+    86: 64,
+    89: 64,
     90: 192,
     100: 256,
     120: 96,

@@ -23,9 +23,9 @@ from .linear_residual import linear_residual, linear_residual_eager
 
 # most channels that compile without spilling registers
 _MOST_CHANNELS: dict[Architecture, int] = {
-    80: 256,
-    86: 256,
-    89: 256,
+    80: 192,
+    86: 192,
+    89: 192,
     90: 256,
     100: 256,
     120: 192,
