@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def build_pair(source: str) -> Pair:
     return timm_pair("swin_tiny_patch4_window7_224", img_size=64, out_indices=(0, 1), **TINY)
 
 
-def kernel_maps(model: fastbb.BackboneMixin, pixels: Tensor, blocks: bool) -> Sequence[Tensor]:
+def kernel_maps(model: Any, pixels: Tensor, blocks: bool) -> Sequence[Tensor]:
     """The maps with every op forced onto its kernel."""
     with ExitStack() as stack:
         for block in [torch.no_grad(), use_impl("triton"), interpret()]:
@@ -89,7 +90,8 @@ def check_low_precision(
     pair: Pair, sizes: Sequence[tuple[int, int]], dtype: torch.dtype, blocks: bool
 ) -> None:
     # the truth is the same rounded weights in float64, computed by upstream
-    pair.ours.to(dtype), pair.upstream.to(dtype)
+    pair.ours.to(dtype)
+    pair.upstream.to(dtype)
     for height, width in sizes:
         pixels = images(height, width, batch=1).to(dtype)
         eager = pair.maps(pixels)

@@ -1,4 +1,8 @@
 """swin_mlp_block: its kernel against timm in float64, its addresses, and what it refuses."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportIndexIssue=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportPrivateImportUsage=false
+# upstream types the children of its modules as tensors, and arguments travel in dicts
 
 import copy
 from collections.abc import Callable

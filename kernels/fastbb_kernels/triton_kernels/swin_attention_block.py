@@ -5,7 +5,8 @@ projects them to queries, keys and values, attends, and adds the head's part of 
 projection to accumulators; the sum and the residual are written once, where the tokens lie.
 Bound: weights are read from L2 by every window (4 C^2 elements), the map from DRAM once.
 """
-# pyright: reportArgumentType=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # a launch passes plain values for constexpr parameters; inside a kernel values are tensors, which
 # the annotations of tl do not expect everywhere
 

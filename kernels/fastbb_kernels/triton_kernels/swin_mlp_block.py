@@ -4,7 +4,8 @@ A program normalizes its rows once and keeps them on the chip. Piece by piece it
 columns, activates them and adds their part of fc2 to accumulators: the hidden map never exists.
 Bound: weights are read from L2 by every block of rows, the map from DRAM once.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # a launch passes plain values for constexpr parameters
 
 from typing import NamedTuple
