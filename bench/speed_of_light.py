@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb_kernels._dispatch import Architecture as ArchitectureName
-from fastbb_kernels._dispatch import architecture
+from fastbb_kernels._dispatch import architecture, pretend
 from fastbb_kernels.cases import REAL_INPUTS, SWINS, Case, swin_cases
 from fastbb_kernels.check import find_op
 from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
@@ -79,9 +79,10 @@ def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
     assert launch.kernel is not None
     facts = binary_facts(launch.kernel)
     # one program in the middle stands for all: at the edges of a map they do a little less
-    with trace(programs=middle, data=False) as traced:
+    with trace(programs=middle, data=False) as traced, pretend(gpu.name):
         op.call(**arguments, impl="triton")
     (program,) = traced.launches
+    assert program.grid == launch.grid  # the tiles are those of the binary
     ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with FlopCounterMode(display=False) as useful:
         op.eager(**arguments)
