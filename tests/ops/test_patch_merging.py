@@ -102,10 +102,9 @@ def test_as_it_is_launched(shape: tuple[int, int, int, int], dtype: torch.dtype 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(6, 4), (5, 7)], ids=str)
 def test_is_transformers_too(size: tuple[int, int]) -> None:
-    from transformers.models.swin.modeling_swin import SwinPatchMerging
-
+    swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     module = upstream(12, 24)
-    theirs = SwinPatchMerging(12)
+    theirs = swin.SwinPatchMerging(12)
     theirs.load_state_dict(module.state_dict())
     theirs.norm.eps = EPS
     x = torch.randn(2, *size, 12)
