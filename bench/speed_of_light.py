@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb_kernels._dispatch import Architecture as ArchitectureName
 from fastbb_kernels._dispatch import architecture, pretend
-from fastbb_kernels.cases import REAL_INPUTS, SWINS, Case, swin_cases
+from fastbb_kernels.case import Case
+from fastbb_kernels.cases import MODELS, REAL_INPUTS, model_cases
 from fastbb_kernels.check import find_op
 from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
 
@@ -153,10 +154,10 @@ def markdown(rows: Iterable[SpeedOfLight]) -> str:
 
 
 def report(
-    model: str, size: tuple[int, int], window: int, batch: int, archs: Sequence[ArchitectureName]
+    model: str, size: tuple[int, int], batch: int, archs: Sequence[ArchitectureName]
 ) -> list[SpeedOfLight]:
     """Every case of a model on every GPU that runs it."""
-    cases = list(swin_cases(SWINS[model], size, window, batch))
+    cases = model_cases(model, size, batch)
     rows = [speed_of_light(case, ARCHITECTURES[arch]) for arch in archs for case in cases]
     return [row for row in rows if row is not None]
 
@@ -164,16 +165,15 @@ def report(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Floors of every op, and times where a GPU is.")
     archs = {str(arch): arch for arch in ARCHITECTURES}
-    sizes = {f"{height}x{width}": ((height, width), w) for (height, width), w, _ in REAL_INPUTS}
+    sizes = {f"{height}x{width}": (height, width) for (height, width), *_ in REAL_INPUTS}
     parser.add_argument("--arch", action="append", choices=list(archs), help="default: 90")
-    parser.add_argument("--model", choices=list(SWINS), default="swin_t")
+    parser.add_argument("--model", choices=MODELS, default="swin_t")
     parser.add_argument("--size", choices=list(sizes), default="224x224")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path, help="where to write every number")
     options = parser.parse_args()
-    size, window = sizes[options.size]
     chosen = [archs[arch] for arch in options.arch or ["90"]]
-    rows = report(options.model, size, window, options.batch, chosen)
+    rows = report(options.model, sizes[options.size], options.batch, chosen)
     print(markdown(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

@@ -3,7 +3,7 @@
 import pytest
 from speed_of_light import markdown, speed_of_light
 
-from fastbb_kernels.cases import SWINS, swin_cases
+from fastbb_kernels.swin_cases import SWINS, swin_cases
 from fastbb_kernels.testing import ARCHITECTURES
 
 CASES = {case.name: case for case in swin_cases(SWINS["swin_t"], (224, 224), 7, 64)}

@@ -2,12 +2,18 @@
 
 from ._activation import ACTIVATIONS
 from ._dispatch import Impl, use_impl
+from .ops.bottleneck_tail import bottleneck_tail
+from .ops.conv1x1_bn_act import conv1x1_bn_act
+from .ops.conv1x1_dual import conv1x1_dual
+from .ops.conv3x3_bn_act import conv3x3_bn_act
 from .ops.conv_bn_act import conv_bn_act
+from .ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from .ops.layer_norm_linear import layer_norm_linear
 from .ops.layer_norm_nchw import layer_norm_nchw
 from .ops.linear_residual import linear_residual
 from .ops.patch_embed import patch_embed
 from .ops.patch_merging import patch_merging
+from .ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool
 from .ops.swin_attention_block import swin_attention_block
 from .ops.swin_mlp_block import swin_mlp_block
 from .ops.window_attention import (
@@ -21,13 +27,19 @@ __all__ = [
     "ACTIVATIONS",
     "Impl",
     "WindowGeometry",
+    "bottleneck_tail",
+    "conv1x1_bn_act",
+    "conv1x1_dual",
+    "conv3x3_bn_act",
     "conv_bn_act",
+    "depthwise_conv_bn_act",
     "layer_norm_linear",
     "layer_norm_nchw",
     "linear_residual",
     "patch_embed",
     "patch_merging",
     "relative_position_index",
+    "stem_conv_bn_relu_pool",
     "swin_attention_block",
     "swin_mlp_block",
     "use_impl",

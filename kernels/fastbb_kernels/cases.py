@@ -2,291 +2,77 @@
 
 One list for the tests, the on-device check, the budgets and the benches. Real cases are for the
 meta device or a GPU; the twins take the same paths through the kernels (windows, shift, padding,
-head dimension) with few windows and channels, for the interpreter.
+strides, head dimension) with few pixels and channels, for the interpreter.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from .case import Case
+from .resnet_cases import MOBILE, RESNETS, Depthwise, ResNetShape, mobile_cases, resnet_cases
+from .swin_cases import SWINS, SwinShape, swin_cases
 
-import torch
-from torch import Tensor
-
-from .ops.window_attention import WindowGeometry
-
-# image size (height, width), window, batches; the first batch of each is that of the ledger
+# image size (height, width), window of a Swin, batches; the first batch is that of the ledger
 REAL_INPUTS = (
     ((224, 224), 7, (64, 8, 1)),
     ((384, 384), 12, (8, 64, 1)),
     ((800, 1088), 7, (8, 64, 1)),
 )
 
-# more channels and larger windows are for the separate ops
-BLOCK_CHANNELS, BLOCK_WINDOW = 256, 8
+
+MODELS = (*SWINS, *RESNETS)
 
 
-class Random:
-    """Makes the tensors of a call; on the meta device they have no values."""
-
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device(device), dtype
-
-    def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (torch.randn(shape, device=self.device) * std + mean).to(self.dtype)
-
-    def weight(self, *shape: int) -> Tensor:
-        """[out, ...] weights that keep the magnitude of what they multiply."""
-        return self.normal(*shape, std=math.prod(shape[1:]) ** -0.5)
-
-    def norm(self, features: int) -> dict[str, Tensor]:
-        """Weight and bias of a layer norm, away from their defaults."""
-        return {
-            "norm_weight": self.normal(features, std=0.2, mean=1.0),
-            "norm_bias": self.normal(features, std=0.2),
-        }
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of an op.
-
-    Attributes:
-        op: its name in `fastbb_kernels`.
-        name: model, image size, batch and place, such as `swin_t-224-b64-stage1-qkv`.
-        make: makes the keyword arguments of the call.
-    """
-
-    op: str
-    name: str
-    make: Callable[[Random], dict[str, Any]]
-
-    def arguments(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments of the call, random unless the device is meta."""
-        return self.make(Random(device, dtype))
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True)
-class SwinShape:
-    """What the shapes of a Swin follow from: channels, blocks and heads per stage, patch size."""
-
-    name: str
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    patch: int = 4
-
-
-SWINS = {
-    shape.name: shape
-    for shape in (
-        SwinShape("swin_t", 96, (2, 2, 6, 2), (3, 6, 12, 24)),
-        SwinShape("swin_s", 96, (2, 2, 18, 2), (3, 6, 12, 24)),
-        SwinShape("swin_b", 128, (2, 2, 18, 2), (4, 8, 16, 32)),
-        SwinShape("swin_l", 192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    )
-}
-
-
-def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int) -> Iterator[Case]:
-    """Every distinct call of one forward of a Swin, with transformers' semantics.
-
-    Args:
-        shape: the model.
-        size: height and width of the image in pixels.
-        window: tokens per side of a window.
-        batch: images.
-    """
-    pixels = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-    prefix = f"{shape.name}-{pixels}-b{batch}"
-    channels = shape.embed_dim
-    height, width = (-(-side // shape.patch) for side in size)
-    yield Case("patch_embed", f"{prefix}-stem", _patch_embed((batch, 3, *size), shape))
-    yield Case("layer_norm_nchw", f"{prefix}-stem-norm", _nchw((batch, height, width, channels)))
-    for stage, heads in enumerate(shape.num_heads):
-        where = f"{prefix}-stage{stage + 1}"
-        if stage > 0:
-            merged = (batch, height, width, channels)
-            yield Case("patch_merging", f"{where}-merge", _merging(merged))
-            height, width, channels = -(-height // 2), -(-width // 2), 2 * channels
-        tokens = (batch, height, width, channels)
-        yield Case("layer_norm_linear", f"{where}-qkv", _norm_linear(tokens, 3, None))
-        yield Case("linear_residual", f"{where}-proj", _linear_residual(tokens, 1))
-        yield Case("layer_norm_linear", f"{where}-fc1", _norm_linear(tokens, 4, "gelu"))
-        yield Case("linear_residual", f"{where}-fc2", _linear_residual(tokens, 4))
-        has_blocks = channels <= BLOCK_CHANNELS
-        if has_blocks:
-            yield Case("swin_mlp_block", f"{where}-mlp", _mlp_block(tokens))
-        for suffix, shift in (("", 0), ("-shifted", window // 2))[: shape.depths[stage]]:
-            geometry = WindowGeometry((window, window), (shift, shift))
-            attention = _window_attention(tokens, heads, geometry)
-            yield Case("window_attention", f"{where}-attention{suffix}", attention)
-            if has_blocks and window <= BLOCK_WINDOW:
-                block = _attention_block(tokens, heads, geometry)
-                yield Case("swin_attention_block", f"{where}-block{suffix}", block)
-        yield Case("layer_norm_nchw", f"{where}-norm", _nchw(tokens))
+def model_cases(model: str, size: tuple[int, int], batch: int) -> list[Case]:
+    """Every distinct call of one forward of a model of `MODELS` at a size of `REAL_INPUTS`."""
+    if model in RESNETS:
+        return list(resnet_cases(RESNETS[model], size, batch))
+    windows = {size: window for size, window, _ in REAL_INPUTS}
+    return list(swin_cases(SWINS[model], size, windows[size], batch))
 
 
 def checked_cases() -> list[Case]:
-    """What every run of the tests compiles: Swin-T and -B at 224, 384 (window 12) and 800x1088."""
-    return [
+    """What every run of the tests compiles: Swin-T and -B, ResNet-50 and -18, mobile networks."""
+    models = [
         case
-        for model in ("swin_t", "swin_b")
-        for size, window, batches in REAL_INPUTS
-        for case in swin_cases(SWINS[model], size, window, batches[0])
+        for model in ("swin_t", "swin_b", "resnet50")
+        for size, _, batches in REAL_INPUTS
+        for case in model_cases(model, size, batches[0])
     ]
+    # a 3x3 with a residual and a strided 1x1, which ResNet-50 has not
+    basic = model_cases("resnet18", (224, 224), 64)
+    return [*models, *basic, *mobile_cases(MOBILE, 64)]
 
 
 def real_cases() -> list[Case]:
-    """`checked_cases`, then those of Swin-S and -L and of the batches 1, 8 and 64."""
-    cases = [
+    """`checked_cases`, then the other models and the batches 1, 8 and 64."""
+    models = [
         case
-        for shape in SWINS.values()
-        for size, window, batches in REAL_INPUTS
+        for model in MODELS
+        for size, _, batches in REAL_INPUTS
         for batch in batches
-        for case in swin_cases(shape, size, window, batch)
+        for case in model_cases(model, size, batch)
     ]
-    return list({case.name: case for case in [*checked_cases(), *cases]}.values())
+    mobile = [case for batch in REAL_INPUTS[0][2] for case in mobile_cases(MOBILE, batch)]
+    cases = [*checked_cases(), *models, *mobile]
+    return list({case.name: case for case in cases}.values())
 
 
 def small_cases() -> list[Case]:
     """Twins of the real cases, for the interpreter: seconds, not hours."""
-    twins = (
+    swins = (
         # whole windows; padded ones and odd maps to merge; window 12; a map below the window
         (SwinShape("whole", 32, (2, 2), (1, 2)), (56, 56), 7, 1),
         (SwinShape("padded", 32, (2, 2), (2, 1)), (37, 50), 7, 2),
         (SwinShape("window12", 32, (2,), (1,)), (48, 60), 12, 1),
         (SwinShape("below", 32, (2,), (2,)), (14, 21), 7, 3),
     )
-    return [case for twin in twins for case in swin_cases(*twin)]
-
-
-_Shape = tuple[int, int, int, int]
-_Make = Callable[[Random], dict[str, Any]]
-
-
-def _patch_embed(pixels: _Shape, shape: SwinShape) -> _Make:
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "pixel_values": random.normal(*pixels),
-            "weight": random.weight(shape.embed_dim, pixels[1], shape.patch, shape.patch),
-            "bias": random.normal(shape.embed_dim),
-            **random.norm(shape.embed_dim),
-            "ceil_mode": True,
-        }
-
-    return make
-
-
-def _nchw(tokens: _Shape) -> _Make:
-    def make(random: Random) -> dict[str, Any]:
-        norm = random.norm(tokens[-1])
-        return {
-            "x": random.normal(*tokens, mean=0.5),
-            "weight": norm["norm_weight"],
-            "bias": norm["norm_bias"],
-        }
-
-    return make
-
-
-def _merging(tokens: _Shape) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(4 * channels),
-            "weight": random.weight(2 * channels, 4 * channels),
-        }
-
-    return make
-
-
-def _norm_linear(tokens: _Shape, ratio: int, activation: str | None) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(channels),
-            "weight": random.weight(ratio * channels, channels),
-            "bias": random.normal(ratio * channels),
-            "activation": activation,
-        }
-
-    return make
-
-
-def _linear_residual(tokens: _Shape, ratio: int) -> _Make:
-    *rows, channels = tokens
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*rows, ratio * channels),
-            "weight": random.weight(channels, ratio * channels),
-            "bias": random.normal(channels),
-            "residual": random.normal(*tokens),
-        }
-
-    return make
-
-
-def _window_attention(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
-    *rows, channels = tokens
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "qkv": random.normal(*rows, 3 * channels),
-            "bias": _position_bias(random, heads, geometry),
-            "qkv_pad": random.normal(3 * channels),
-            "num_heads": heads,
-            "geometry": geometry,
-        }
-
-    return make
-
-
-def _attention_block(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(channels),
-            "qkv_weight": random.weight(3 * channels, channels),
-            "qkv_bias": random.normal(3 * channels),
-            "bias": _position_bias(random, heads, geometry),
-            "proj_weight": random.weight(channels, channels),
-            "proj_bias": random.normal(channels),
-            "num_heads": heads,
-            "geometry": geometry,
-        }
-
-    return make
-
-
-def _mlp_block(tokens: _Shape) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(channels),
-            "fc1_weight": random.weight(4 * channels, channels),
-            "fc1_bias": random.normal(4 * channels),
-            "fc2_weight": random.weight(channels, 4 * channels),
-            "fc2_bias": random.normal(channels),
-            "activation": "gelu",
-        }
-
-    return make
-
-
-def _position_bias(random: Random, heads: int, geometry: WindowGeometry) -> Tensor:
-    """[heads, N, P], the columns padded as the models prepare them."""
-    n_tokens = math.prod(geometry.window)
-    return random.normal(heads, n_tokens, -(-n_tokens // 16) * 16)
+    resnets = (
+        # odd maps at every stride; tails of the width that has a kernel
+        (ResNetShape("basic", "basic", (2, 1), 16), (37, 50), 2),
+        (ResNetShape("bottleneck", "bottleneck", (2, 2), 16), (45, 38), 2),
+        (ResNetShape("tail", "bottleneck", (2,), 64), (29, 26), 1),
+    )
+    mobile = (Depthwise(24, 9, 3, 1, "silu"), Depthwise(40, 11, 5, 2, "hardswish"))
+    return [
+        *(case for twin in swins for case in swin_cases(*twin)),
+        *(case for twin in resnets for case in resnet_cases(*twin)),
+        *mobile_cases(mobile, 2, "small"),
+    ]

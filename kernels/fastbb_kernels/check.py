@@ -19,13 +19,16 @@ from torch import Tensor
 
 from ._dispatch import TRITON_DTYPES, Architecture, pretend
 from .accuracy import accuracy_problem
-from .cases import Case, checked_cases, real_cases, small_cases
+from .case import Case
+from .cases import checked_cases, real_cases, small_cases
 from .testing import fake_gpu, record_launches, trace
 from .testing.architectures import ARCHITECTURES
 from .testing.budget import Budget, CaseCost, read_budget, source_hash, violations, write_budget
 from .testing.recorder import Recording
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# the real cases that a check runs on a GPU, beside the small ones
+ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
 # where a check compiles dtypes other than bf16
 OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
 
@@ -242,7 +245,9 @@ def check_op(
         cells[str(arch)] = f"{len(found)} over" if found else f"{len(costs)} ok" if costs else "-"
         problems.extend(found)
     if device is not None:
-        real = [case for case in real_cases() if case.op == name and "swin_t-224-b8" in case.name]
+        real = [
+            case for case in real_cases() if case.op == name and case.name.startswith(ON_DEVICE)
+        ]
         check = partial(check_on_device, device=torch.device(device))
         on_device = (_attempt(case, dtype, check) for case in small + real for dtype in dtypes)
         rung(device, on_device)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastbb_kernels._dispatch import Architecture
-from fastbb_kernels.cases import Case, small_cases
+from fastbb_kernels.case import Case
+from fastbb_kernels.cases import small_cases
 from fastbb_kernels.check import (
     DTYPE_NAMES,
     check_interpreted,

@@ -1,0 +1,52 @@
+"""One call of an op, and the random tensors that it is made with."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Random:
+    """Makes the tensors of a call; on the meta device they have no values."""
+
+    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+
+    def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        return (torch.randn(shape, device=self.device) * std + mean).to(self.dtype)
+
+    def weight(self, *shape: int) -> Tensor:
+        """[out, ...] weights that keep the magnitude of what they multiply."""
+        return self.normal(*shape, std=math.prod(shape[1:]) ** -0.5)
+
+    def norm(self, features: int) -> dict[str, Tensor]:
+        """Weight and bias of a layer norm, away from their defaults."""
+        return {
+            "norm_weight": self.normal(features, std=0.2, mean=1.0),
+            "norm_bias": self.normal(features, std=0.2),
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op.
+
+    Attributes:
+        op: its name in `fastbb_kernels`.
+        name: model, image size, batch and place, such as `swin_t-224-b64-stage1-qkv`.
+        make: makes the keyword arguments of the call.
+    """
+
+    op: str
+    name: str
+    make: Callable[[Random], dict[str, Any]]
+
+    def arguments(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
+        """Keyword arguments of the call, random unless the device is meta."""
+        return self.make(Random(device, dtype))
+
+    def __str__(self) -> str:
+        return self.name

@@ -1,0 +1,203 @@
+"""Sum of two 1x1 convolutions with the batch norms folded in, then an activation.
+
+Algorithm: two GEMMs into one accumulator, over the pixels of channels-last maps.
+Bound: memory (read both maps, write y); the second product is never written.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._activation import ACTIVATIONS, Activation, activate
+from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+
+# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
+_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
+
+
+def conv1x1_dual(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    activation: Activation = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Computes `activation(conv2d(x, weight) + conv2d(shortcut, shortcut_weight, stride) + bias)`.
+
+    This ends the first block of a residual stage: its last convolution and the projection of its
+    input. The batch norms are folded into weights and bias (`fastbb.fold`). The kernel works on
+    channels-last memory and copies maps that are not; it keeps fp32 from the products to the
+    result, where eager PyTorch rounds each product.
+
+    Args:
+        x: [B, C_in, h, w] floating point, any strides.
+        weight: [C, C_in, 1, 1].
+        shortcut: [B, C_s, H, W] with h = ceil(H / stride) and w likewise, any strides.
+        shortcut_weight: [C, C_s, 1, 1].
+        bias: [C], the sum of both.
+        stride: of the shortcut's convolution, in both directions.
+        activation: name of the activation, or None.
+        impl: implementation to use; default: that of `use_impl`.
+
+    Returns:
+        [B, C, h, w], dtype of `x`; the kernel's is channels-last.
+
+    Raises:
+        ValueError: shapes that do not fit together, no stride or an unknown activation.
+        NotImplementedError: `impl="triton"` cannot run this call; the message says why.
+    """
+    tensors = x, weight, shortcut, shortcut_weight, bias
+    _check(*tensors, stride, activation)
+    unsupported = conv1x1_dual_unsupported(*tensors, stride=stride, activation=activation)
+    if use_triton("conv1x1_dual", impl, unsupported):
+        run = _launch if launches_directly() else _conv1x1_dual
+        return run(*tensors, stride, activation)
+    return conv1x1_dual_eager(*tensors, stride=stride, activation=activation)
+
+
+def conv1x1_dual_eager(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    y = F.conv2d(x, weight, bias)
+    # y is ours: in place saves a pass of allocation each, and autograd keeps neither value
+    y.add_(F.conv2d(shortcut, shortcut_weight, stride=stride))
+    return F.relu_(y) if activation == "relu" else activate(y, activation)
+
+
+def conv1x1_dual_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    activation: Activation = None,
+) -> str | None:
+    """Why Triton cannot run this call, or None."""
+    if activation is not None and activation not in _TRITON_ACTIVATIONS:
+        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
+    return common_unsupported(
+        x, weight=weight, shortcut=shortcut, shortcut_weight=shortcut_weight, bias=bias
+    )
+
+
+def conv1x1_dual_n_bytes(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    activation: Activation = None,
+) -> int:
+    """Bytes of a call: the pixels that it uses and the parameters read once, y written once."""
+    batch, channels, height, width = x.shape
+    maps = channels + shortcut.shape[1] + weight.shape[0]
+    parameters = weight.numel() + shortcut_weight.numel() + bias.numel()
+    return x.element_size() * (batch * height * width * maps + parameters)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    activation: Activation,
+) -> None:
+    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(
+            "conv1x1_dual: weight must be [C, C_in, 1, 1] for x [B, C_in, h, w], "
+            f"got weight {list(weight.shape)} and x {list(x.shape)}"
+        )
+    if stride < 1:
+        raise ValueError(f"conv1x1_dual: stride must be at least 1, got {stride}")
+    batch, _, height, width = x.shape
+    if (
+        shortcut.ndim != 4
+        or shortcut.shape[0] != batch
+        or -(-shortcut.shape[2] // stride) != height
+        or -(-shortcut.shape[3] // stride) != width
+    ):
+        raise ValueError(
+            f"conv1x1_dual: shortcut must be [{batch}, C_s, H, W] with ceil(H / {stride}) = "
+            f"{height} and ceil(W / {stride}) = {width}, got {list(shortcut.shape)}"
+        )
+    projection = (weight.shape[0], shortcut.shape[1], 1, 1)
+    if shortcut_weight.shape != projection:
+        raise ValueError(
+            f"conv1x1_dual: shortcut_weight must be {list(projection)}, "
+            f"got {list(shortcut_weight.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"conv1x1_dual: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"conv1x1_dual: activation must be None or one of {sorted(ACTIVATIONS)}, "
+            f"got {activation!r}"
+        )
+
+
+def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
+    batch, _, height, width = x.shape
+    shape = batch, weight.shape[0], height, width
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("fastbb::conv1x1_dual", mutates_args=())
+def _conv1x1_dual(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    activation: str | None,
+) -> Tensor:
+    tensors = x, weight, shortcut, shortcut_weight, bias
+    y = conv1x1_dual_eager(*tensors, stride=stride, activation=activation)
+    # a copy: where a size is 1, several strides count as channels-last
+    return _empty_output(x, weight).copy_(y)
+
+
+@_conv1x1_dual.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    activation: str | None,
+) -> Tensor:
+    return _empty_output(x, weight)
+
+
+@_conv1x1_dual.register_kernel("cuda")
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    shortcut: Tensor,
+    shortcut_weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    activation: str | None,
+) -> Tensor:
+    from ..triton_kernels.conv1x1_dual import launch
+
+    y = _empty_output(x, weight)
+    return launch(x, weight, shortcut, shortcut_weight, bias, stride, activation, y)

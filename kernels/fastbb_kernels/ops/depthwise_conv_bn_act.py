@@ -1,0 +1,184 @@
+"""Depthwise convolution, batch norm and activation: the middle of an inverted bottleneck.
+
+Algorithm: each channel is convolved with its own k x k taps; bias and activation in the epilogue.
+Bound: memory for 3x3 (read x, write y), instructions from 5x5 on.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .._activation import ACTIVATIONS, Activation, activate
+from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+
+# the kernel unrolls a column of taps; larger ones are not checked for spills
+_TRITON_KERNEL_SIZES = (3, 5, 7)
+
+# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
+_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
+
+
+def depthwise_conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: Activation = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Computes `activation(conv2d(x))` with one filter per channel.
+
+    The batch norm is folded into weight and bias (`fastbb.fold`). Zeros pad the map: every
+    `stride`-th pixel is the center of a window. The kernel works on channels-last memory; it keeps
+    fp32 from the product to the result, where eager PyTorch rounds before the activation.
+
+    Args:
+        x: [B, C, H, W] floating point, any strides; copied unless it is channels-last.
+        weight: [C, 1, k, k], k odd, any strides; copied unless C is its fastest axis, as in
+            `weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)`.
+        bias: [C].
+        stride: of the convolution, in both directions.
+        dilation: of the convolution, in both directions.
+        activation: name of the activation, or None.
+        impl: implementation to use; default: that of `use_impl`.
+
+    Returns:
+        [B, C, h, w], dtype of `x`; h and w are H / stride and W / stride, rounded up. The kernel's
+        is channels-last.
+
+    Raises:
+        ValueError: shapes that do not fit together, or an unknown activation.
+        NotImplementedError: `impl="triton"` cannot run this call; the message says why.
+    """
+    _check(x, weight, bias, stride, dilation, activation)
+    options = {"stride": stride, "dilation": dilation, "activation": activation}
+    unsupported = depthwise_conv_bn_act_unsupported(x, weight, bias, **options)
+    if use_triton("depthwise_conv_bn_act", impl, unsupported):
+        run = _launch if launches_directly() else _depthwise_conv_bn_act
+        return run(x, weight, bias, stride, dilation, activation)
+    return depthwise_conv_bn_act_eager(x, weight, bias, **options)
+
+
+def depthwise_conv_bn_act_eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: Activation = None,
+) -> Tensor:
+    channels, _, k, _ = weight.shape
+    x = F.conv2d(x, weight, bias, stride, dilation * (k // 2), dilation, groups=channels)
+    # x is ours, and autograd does not need its value before a relu
+    return F.relu_(x) if activation == "relu" else activate(x, activation)
+
+
+def depthwise_conv_bn_act_unsupported(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: Activation = None,
+) -> str | None:
+    """Why Triton cannot run this call, or None."""
+    if weight.shape[2] not in _TRITON_KERNEL_SIZES:
+        return f"needs k in {_TRITON_KERNEL_SIZES}, got {weight.shape[2]}"
+    if activation is not None and activation not in _TRITON_ACTIVATIONS:
+        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
+    return common_unsupported(x, weight=weight, bias=bias)
+
+
+def depthwise_conv_bn_act_n_bytes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    activation: Activation = None,
+) -> int:
+    """Bytes of a call: weight, bias and the pixels under a tap read once, y written once."""
+    batch, channels, *size = x.shape
+    reach = dilation * (weight.shape[2] // 2)
+
+    def n_read(side: int) -> int:
+        taps = range(-reach, reach + 1, dilation)
+        read = {center + tap for center in range(0, side, stride) for tap in taps}
+        return len(read & set(range(side)))
+
+    n_rows, n_cols = map(n_read, size)
+    height, width = (-(-side // stride) for side in size)
+    n_pixels = batch * (n_rows * n_cols + height * width)
+    return x.element_size() * (n_pixels * channels + weight.numel() + channels)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: Activation
+) -> None:
+    if (
+        x.ndim != 4
+        or weight.ndim != 4
+        or weight.shape[:2] != (x.shape[1], 1)
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[2] % 2 == 0
+    ):
+        raise ValueError(
+            "depthwise_conv_bn_act: weight must be [C, 1, k, k], k odd, for x [B, C, H, W], "
+            f"got weight {list(weight.shape)} and x {list(x.shape)}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"depthwise_conv_bn_act: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
+        )
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(
+            f"depthwise_conv_bn_act: x must have pixels, got {x.shape[2]}x{x.shape[3]}"
+        )
+    if stride < 1 or dilation < 1:
+        raise ValueError(
+            "depthwise_conv_bn_act: stride and dilation must be at least 1, "
+            f"got {stride} and {dilation}"
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            "depthwise_conv_bn_act: activation must be None or one of "
+            f"{sorted(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
+def _empty_output(x: Tensor, stride: int) -> Tensor:
+    batch, channels, height, width = x.shape
+    shape = batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("fastbb::depthwise_conv_bn_act", mutates_args=())
+def _depthwise_conv_bn_act(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
+) -> Tensor:
+    y = depthwise_conv_bn_act_eager(
+        x, weight, bias, stride=stride, dilation=dilation, activation=activation
+    )
+    # a copy: where a size is 1, several strides count as channels-last
+    return _empty_output(x, stride).copy_(y)
+
+
+@_depthwise_conv_bn_act.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
+) -> Tensor:
+    return _empty_output(x, stride)
+
+
+@_depthwise_conv_bn_act.register_kernel("cuda")
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
+) -> Tensor:
+    from ..triton_kernels.depthwise_conv_bn_act import launch
+
+    return launch(x, weight, bias, stride, dilation, activation, _empty_output(x, stride))

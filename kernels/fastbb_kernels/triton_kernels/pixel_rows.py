@@ -1,0 +1,120 @@
+"""Pixels of channels-last maps as rows of a GEMM: what a 1x1 convolution is."""
+# pyright: reportArgumentType=false
+# inside a kernel values are tensors, which tl's types do not say
+
+import torch
+import triton
+import triton.language as tl
+
+from .._dispatch import Architecture
+from .config import GemmConfig
+
+# about one program for each multiprocessor of a GPU
+_ENOUGH_PROGRAMS = 128
+
+# where a multiprocessor holds two programs with tiles of 128x128; a residual takes more registers
+_HOLD_LARGE_TILES = (90, 100)
+_AMD = ("gfx90a", "gfx942")
+
+
+def launch_config(
+    n_rows: int,
+    channels: int,
+    out_channels: int,
+    residual: bool,
+    dtype: torch.dtype,
+    arch: Architecture | None,
+) -> GemmConfig:
+    """Tiles and warps for one GEMM of [n_rows, channels] by [channels, out_channels].
+
+    Large tiles ask L2 for fewer bytes, and so do narrow ones where there are few output channels;
+    small ones, with more loads under way, fill the GPU where there are few rows.
+    """
+    block_k = 64 if channels % 64 == 0 and arch not in _AMD else 32
+    if dtype == torch.float32:
+        # no MMA: the operands are in registers too, of which a third stage takes too many
+        block_k = 16
+        large = GemmConfig(64, 64, block_k, num_warps=4, num_stages=2)
+    elif arch in _AMD or (arch in _HOLD_LARGE_TILES and not residual):
+        large = GemmConfig(128, 128, block_k, num_warps=8, num_stages=3)
+    else:
+        large = GemmConfig(64, 128, 32, num_warps=4, num_stages=3)
+    for config in (large, GemmConfig(128, 64, block_k, num_warps=8, num_stages=3)):
+        tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
+        if tiles >= _ENOUGH_PROGRAMS and config.block_n < 2 * out_channels:
+            return config
+    return GemmConfig(64, 32, block_k, num_warps=4, num_stages=5)
+
+
+@triton.jit
+def strided_pixels(first_row, rows, height, width, STRIDE: tl.constexpr):
+    """Finds the pixels that a strided 1x1 convolution reads for its pixels `first_row + rows`.
+
+    Args:
+        first_row: i64 scalar.
+        rows: [M] i32.
+        height: of the map that is read.
+        width: likewise.
+        STRIDE: in both directions.
+
+    Returns:
+        [M] i64, numbers of pixels in [B, height, width].
+    """
+    if STRIDE == 1:
+        pixels = first_row + rows
+    else:
+        # counted from the first pixel of the first row's image: divisions of 32 bits only
+        y_width = tl.cdiv(width, STRIDE)
+        n_pixels = tl.cdiv(height, STRIDE) * y_width
+        rows += (first_row % n_pixels).to(tl.int32)
+        images = first_row // n_pixels + rows // n_pixels
+        rows = rows % n_pixels
+        top, left = rows // y_width * STRIDE, rows % y_width * STRIDE
+        pixels = (images * height + top) * width + left
+    return pixels
+
+
+@triton.jit
+def add_product(
+    acc,
+    map_ptr,
+    pixels,
+    pixel_mask,
+    weight_ptr,
+    cols,
+    col_mask,
+    channels,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds the product of a map's pixels and a weight to `acc`.
+
+    Args:
+        acc: [M, N] fp32.
+        map_ptr: [n_pixels, channels], contiguous.
+        pixels: [M] i64, numbers of pixels.
+        pixel_mask: [M] i1, whether a pixel may be loaded.
+        weight_ptr: [n_cols, channels], contiguous.
+        cols: [N] i32, rows of the weight.
+        col_mask: [N] i1, whether a row of the weight may be loaded.
+        channels: of the map.
+        EVEN_K: `channels` is a multiple of BLOCK_K.
+        PRECISION: of products in fp32.
+        BLOCK_K: channels of a step.
+
+    Returns:
+        [M, N] fp32.
+    """
+    map_rows = map_ptr + pixels[:, None] * channels
+    weight_rows = weight_ptr + cols[None, :] * channels
+    for start in range(0, channels, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x_mask, weight_mask = pixel_mask[:, None], col_mask[None, :]
+        if not EVEN_K:
+            x_mask &= (k < channels)[None, :]
+            weight_mask &= (k < channels)[:, None]
+        x = tl.load(map_rows + k[None, :], mask=x_mask, other=0.0)
+        weight = tl.load(weight_rows + k[:, None], mask=weight_mask, other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    return acc

@@ -1,0 +1,351 @@
+"""bottleneck_tail: its kernel against upstream's modules in float64, what runs, and refusals."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_accurate_as_eager
+from torch import Tensor, channels_last, nn
+
+from fastbb_kernels import ACTIVATIONS, bottleneck_tail, use_impl
+from fastbb_kernels._dispatch import Architecture
+from fastbb_kernels.accuracy import max_error
+from fastbb_kernels.ops.bottleneck_tail import bottleneck_tail_eager, bottleneck_tail_n_bytes
+from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
+from fastbb_kernels.triton_kernels import bottleneck_tail as kernel_module
+from fastbb_kernels.triton_kernels.config import GemmConfig
+
+DTYPES = [torch.float16, torch.bfloat16]
+
+CUSTOM_OP = torch.ops.fastbb.bottleneck_tail.default
+
+NAMES = ("x", "weight", "bias", "expand_weight", "expand_bias", "residual")
+
+
+class Reference:
+    """The end of a bottleneck as torch's modules compute it."""
+
+    def __init__(
+        self,
+        channels: int = 64,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        out_channels: int | None = None,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: str | None = "relu",
+    ) -> None:
+        self.options = {"stride": stride, "dilation": dilation, "activation": activation}
+        out_channels = out_channels or 4 * channels
+        conv = nn.Conv2d(channels, channels, 3, stride, dilation, dilation=dilation, bias=False)
+        expand = nn.Conv2d(channels, out_channels, 1, bias=False)
+        norms = nn.BatchNorm2d(channels), nn.BatchNorm2d(out_channels)
+        for norm in norms:
+            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        layers = conv, norms[0], nn.ReLU(), expand, norms[1]
+        self.block = nn.Sequential(*layers).eval().requires_grad_(False).to(dtype)
+
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        activation = self.options["activation"]
+        y = self.block(x) + residual
+        return ACTIVATIONS[activation](y) if isinstance(activation, str) else y
+
+    def exactly(self, x: Tensor, residual: Tensor) -> Tensor:
+        double = copy.copy(self)
+        double.block = copy.deepcopy(self.block).double()
+        return double(x.double(), residual.double())
+
+    def arguments(self, x: Tensor) -> dict[str, Any]:
+        """What the op takes, with the norms folded in in float64."""
+        tensors: list[Tensor] = [x]
+        layers: Any = copy.deepcopy(self.block).double()
+        conv, norm, _, expand, expand_norm = layers
+        for layer, its_norm in ((conv, norm), (expand, expand_norm)):
+            scale = its_norm.weight / (its_norm.running_var + its_norm.eps).sqrt()
+            folded = layer.weight * scale[:, None, None, None]
+            tensors += [folded, its_norm.bias - its_norm.running_mean * scale]
+        tensors.append(torch.randn_like(self.block(x)))
+        return {**{k: v.to(x.dtype) for k, v in zip(NAMES, tensors)}, **self.options}
+
+
+def image(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype).to(memory_format=channels_last)
+
+
+def arguments(
+    shape: tuple[int, int, int, int] = (2, 64, 3, 4),
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
+) -> dict[str, Any]:
+    return Reference(shape[1], dtype, **options).arguments(image(*shape, dtype=dtype))
+
+
+def positional(kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of the custom op."""
+    return tuple(kwargs[name] for name in (*NAMES, "stride", "dilation", "activation"))
+
+
+def run(kwargs: dict[str, Any]) -> Tensor:
+    """The kernel's result, with every access checked and every element written once."""
+    with torch.no_grad(), trace() as t:
+        y = bottleneck_tail(**kwargs, impl="triton")
+    assert [launch.kernel for launch in t.launches] == ["_bottleneck_tail_fwd_kernel"]
+    t.assert_written_once("y_ptr")
+    assert t.unique_bytes == bottleneck_tail_n_bytes(**kwargs)
+    assert y.is_contiguous(memory_format=channels_last)
+    return y
+
+
+def assert_right(reference: Reference, x: Tensor) -> None:
+    kwargs = reference.arguments(x)
+    y, residual = run(kwargs), kwargs["residual"]
+    assert_as_accurate_as_eager("y", y, reference(x, residual), reference.exactly(x, residual))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 64, 9, 7), (1, 128, 5, 5), (1, 64, 1, 1)],
+    ids=["64", "128", "one-pixel"],
+)
+def test_kernel_is_as_accurate_as_eager(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    assert_right(Reference(shape[1], dtype), image(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_strides_and_dilations(stride: int, dilation: int) -> None:
+    for size in (8, 9):
+        reference = Reference(out_channels=64, stride=stride, dilation=dilation)
+        assert_right(reference, image(1, 64, size, 5))
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_activations(activation: str | None) -> None:
+    reference = Reference(out_channels=64, activation=activation)
+    assert_right(reference, image(1, 64, 3, 3))
+
+
+def every_config() -> list[tuple[int, GemmConfig]]:
+    """The tiles of every architecture, for many and for few pixels."""
+    chosen = (
+        (channels, kernel_module.launch_config(n_rows, channels, arch))
+        for arch in ARCHITECTURES
+        for channels in (64, 128)
+        for n_rows in (10**6, 49)
+    )
+    return list(dict.fromkeys(chosen))
+
+
+@pytest.mark.parametrize(("channels", "config"), every_config(), ids=str)
+def test_every_tile(channels: int, config: GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.num_warps == 4  # such loops have miscompiled with 8
+    monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
+    reference = Reference(channels, out_channels=128)
+    assert_right(reference, image(1, channels, 1, config.block_m + 3))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_few_pixels_get_small_tiles(arch: Architecture) -> None:
+    few, many = (kernel_module.launch_config(n, 64, arch) for n in (3136, 64 * 3136))
+    assert few.block_m < many.block_m
+
+
+def test_any_strides() -> None:
+    def at(name: str, view: Tensor) -> Tensor:
+        """The argument `name`, with the strides of a view."""
+        return view.copy_(kwargs[name])
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    kwargs = arguments((2, 64, 3, 4), out_channels=64)
+    want = run(kwargs)
+    for views in (
+        {name: kwargs[name].contiguous() for name in ("x", "weight", "residual")},
+        {"x": at("x", empty(4, 128, 3, 9)[1:3, ::2, :, 2:6]), "bias": at("bias", empty(128)[::2])},
+        {"weight": at("weight", empty(64, 64, 6, 3)[:, :, ::2])},
+        {"expand_weight": at("expand_weight", empty(64, 64, 1, 1).transpose(0, 1))},
+        {"expand_bias": at("expand_bias", empty(128)[::2])},
+        {"residual": at("residual", empty(2, 64, 4, 3).mT)},
+    ):
+        assert torch.equal(run({**kwargs, **views}), want)
+
+
+@pytest.mark.parametrize("impl", ["triton", "eager"])
+def test_no_images(impl: Any) -> None:
+    with torch.no_grad(), interpret():
+        y = bottleneck_tail(**arguments((0, 64, 3, 4), stride=2), impl=impl)
+    assert y.shape == (0, 256, 2, 2)
+
+
+@pytest.mark.parametrize("shape", [(2**11, 64, 64, 65), (1, 64, 2900, 2901)], ids=["many", "large"])
+def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
+    def meta(*shape: int) -> Tensor:
+        tensor = torch.empty(shape, device="meta")
+        return tensor.to(memory_format=channels_last) if tensor.ndim == 4 else tensor
+
+    batch, channels, height, width = shape
+    tensors = (
+        meta(*shape),
+        meta(channels, channels, 3, 3),
+        meta(channels),
+        meta(256, channels, 1, 1),
+        meta(256),
+        meta(batch, 256, height, width),
+    )
+    with torch.no_grad(), trace(programs=corners, data=False) as t:
+        bottleneck_tail(*tensors, impl="triton")
+    assert [launch.n_programs for launch in t.launches] == [2]
+
+
+@pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
+def test_compiles_and_exports(custom: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            if custom:
+                return CUSTOM_OP(*tensors, 2, 1, "relu")
+            return bottleneck_tail(*tensors, stride=2)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+    def inputs(batch: int) -> tuple[Tensor, ...]:
+        kwargs = arguments((batch, 8, 5, 4), torch.float32, stride=2)
+        return tuple(kwargs[name] for name in NAMES)
+
+    small, large = inputs(2), inputs(7)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = (({0: batch}, None, None, None, None, {0: batch}),)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    assert torch.equal(compiled(*small), bottleneck_tail_eager(*small, stride=2))
+    assert torch.equal(exported(*large), bottleneck_tail_eager(*large, stride=2))
+
+
+def test_custom_op_is_registered_rightly() -> None:
+    for kwargs in (
+        arguments((2, 8, 3, 4), torch.float32, dilation=2),
+        arguments((1, 64, 3, 3), stride=2),
+        arguments((2, 3, 1, 1), out_channels=1),  # where strides are ambiguous
+        arguments((0, 8, 3, 4)),
+    ):
+        torch.library.opcheck(CUSTOM_OP, positional(kwargs))
+
+
+OWN = ["_bottleneck_tail_fwd_kernel"]
+SEPARATE = ["_conv3x3_bn_act_fwd_kernel", "_conv1x1_bn_act_fwd_kernel"]
+NAME = ("bottleneck_tail",)
+
+
+@pytest.mark.parametrize(
+    ("arch", "set_impl", "ops", "impl", "channels", "kernels"),
+    [
+        (90, "auto", (), None, 64, SEPARATE),
+        (90, "auto", NAME, None, 64, SEPARATE),
+        (90, "triton", (), None, 64, OWN),
+        (90, "triton", NAME, None, 64, OWN),
+        (90, "auto", (), "triton", 128, OWN),
+        (90, "triton", (), "auto", 64, SEPARATE),
+        (90, "triton", (), None, 32, SEPARATE),
+        (90, "eager", NAME, None, 64, SEPARATE),
+        (90, "eager", (), None, 64, []),
+        ("gfx942", "auto", (), None, 64, OWN),
+        ("gfx942", "auto", (), None, 32, SEPARATE),
+        ("gfx942", "auto", (), "eager", 64, []),
+    ],
+)
+def test_which_kernels_run(
+    arch: Architecture,
+    set_impl: Any,
+    ops: tuple[str, ...],
+    impl: Any,
+    channels: int,
+    kernels: list[str],
+) -> None:
+    kwargs = arguments((1, channels, 3, 4))
+    with torch.no_grad(), use_impl(set_impl, ops=ops), record_launches(arch) as recording:
+        bottleneck_tail(**kwargs, impl=impl)
+    assert [launch.name for launch in recording.launches] == kernels
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"shape": (1, 32, 3, 4)}, "needs 64 or 128 channels .* got 32 and 128"),
+        ({"out_channels": 96}, "needs .* a multiple of 64 after the expansion, got 64 and 96"),
+        ({"dtype": torch.float32}, "needs fp16 or bf16"),
+    ],
+    ids=["channels", "out-channels", "fp32"],
+)
+def test_who_insists_on_the_kernel_gets_its_reason(kwargs: dict[str, Any], message: str) -> None:
+    call = arguments(**kwargs)
+    message = f"bottleneck_tail: impl='triton' cannot run this call: {message}"
+    with record_launches(), torch.no_grad():
+        with pytest.raises(NotImplementedError, match=message):
+            bottleneck_tail(**call, impl="triton")
+        with use_impl("triton", ops=NAME), pytest.raises(NotImplementedError, match=message):
+            bottleneck_tail(**call)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", Tensor.double, "needs fp32, fp16 or bf16, got torch.float64"),
+        ("expand_weight", Tensor.half, "got expand_weight in torch.float16"),
+        ("expand_bias", lambda t: t.to("meta"), "tensors on cpu, got expand_bias on meta"),
+        ("residual", lambda t: t.requires_grad_(), "no backward and a gradient is needed"),
+    ],
+    ids=["dtype", "weight-dtype", "device", "gradient"],
+)
+def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+    kwargs = arguments()
+    kwargs[name] = change(kwargs[name])
+    with interpret(), pytest.raises(NotImplementedError, match=message):
+        bottleneck_tail(**kwargs, impl="triton")
+
+
+def test_refuses_an_activation_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    with interpret(), pytest.raises(NotImplementedError, match="knows the activations"):
+        bottleneck_tail(**arguments(activation="tanh"), impl="triton")
+
+
+def test_refuses_the_cpu() -> None:
+    with pytest.raises(NotImplementedError, match="bottleneck_tail: .* CUDA or ROCm .* got cpu"):
+        bottleneck_tail(**arguments(), impl="triton")
+
+
+def test_gradients_take_the_eager_path() -> None:
+    reference = Reference(4, torch.float64)
+    kwargs = reference.arguments(torch.randn(1, 4, 3, 5).double())
+    leaves = [kwargs[name].requires_grad_() for name in ("x", "residual")]
+    got = torch.autograd.grad(bottleneck_tail(**kwargs).square().sum(), leaves)
+    want = torch.autograd.grad(reference(*leaves).square().sum(), leaves)
+    for ours, theirs in zip(got, want):
+        assert max_error(ours, theirs) <= 1e-10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (8, 3, 4)}, r"weight must be \[C, C, 3, 3\] .* and x \[8, 3, 4\]"),
+        ({"weight": (8, 9, 3, 3)}, r"weight must be \[C, C, 3, 3\] .* got weight \[8, 9, 3, 3\]"),
+        ({"bias": (9,)}, r"bias must be \[8\], got \[9\]"),
+        ({"expand_weight": (32, 9, 1, 1)}, r"expand_weight must be \[C_out, 8, 1, 1\]"),
+        ({"expand_weight": (32, 8)}, r"expand_weight must be .* got \[32, 8\]"),
+        ({"expand_bias": (8,)}, r"expand_bias must be \[32\], got \[8\]"),
+        ({"stride": 2}, r"residual must be \[2, 32, 2, 2\], got \[2, 32, 3, 4\]"),
+        ({"stride": 0}, "stride and dilation must be positive, got 0 and 1"),
+        ({"dilation": 0}, "stride and dilation must be positive, got 1 and 0"),
+        ({"activation": "relu6"}, "activation must be None or one of .* got 'relu6'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    kwargs = arguments((2, 8, 3, 4), torch.float32)
+    for name, value in change.items():
+        kwargs[name] = torch.randn(value) if name in NAMES else value
+    with pytest.raises(ValueError, match=f"bottleneck_tail: {message}"):
+        bottleneck_tail(**kwargs)

@@ -1,0 +1,351 @@
+"""conv1x1_dual: its kernel against torch in float64, its addresses, and what it refuses."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import ACTIVATIONS, conv1x1_dual
+from fastbb_kernels._dispatch import Architecture
+from fastbb_kernels.ops.conv1x1_dual import conv1x1_dual_n_bytes
+from fastbb_kernels.testing import (
+    ARCHITECTURES,
+    binary_facts,
+    corners,
+    fake_gpu,
+    interpret,
+    record_launches,
+    trace,
+)
+from fastbb_kernels.triton_kernels import conv1x1_dual as kernel_module
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+CUSTOM_OP = torch.ops.fastbb.conv1x1_dual.default
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def conv_and_norm(channels: int, out_channels: int, stride: int) -> Any:
+    """As upstream's, in eval mode, with statistics as after training."""
+    norm = nn.BatchNorm2d(out_channels)
+    state = {name: torch.randn(out_channels) for name in ("bias", "running_mean")}
+    state |= {name: torch.rand(out_channels) + 0.5 for name in ("weight", "running_var")}
+    norm.load_state_dict(state, strict=False)
+    module = nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride, bias=False), norm)
+    return module.eval().requires_grad_(False)
+
+
+def folded(module: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias in float64 of the one convolution that computes the same."""
+    conv, norm = copy.deepcopy(module).double()
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
+
+
+def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype, memory_format=torch.channels_last)
+
+
+def arguments(
+    pixels: tuple[int, int, int, int],
+    channels: int,
+    out_channels: int,
+    stride: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> Tensors:
+    """`pixels`: shape of the shortcut."""
+    batch, shortcut_channels, height, width = pixels
+    fan_in = channels + shortcut_channels
+    return (
+        channels_last(batch, channels, -(-height // stride), -(-width // stride), dtype=dtype),
+        (torch.randn(out_channels, channels, 1, 1) * fan_in**-0.5).to(dtype),
+        channels_last(*pixels, dtype=dtype),
+        (torch.randn(out_channels, shortcut_channels, 1, 1) * fan_in**-0.5).to(dtype),
+        torch.randn(out_channels).to(dtype),
+    )
+
+
+def eager(args: Tensors, stride: int, activation: str | None = None) -> Tensor:
+    x, weight, shortcut, shortcut_weight, bias = args
+    y = F.conv2d(x, weight, bias) + F.conv2d(shortcut, shortcut_weight, stride=stride)
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def run(args: Tensors, stride: int, activation: str | None = None) -> Tensor:
+    """The kernel's result, with every access checked and every element written once."""
+    with torch.no_grad(), trace() as t:
+        y = conv1x1_dual(*args, stride=stride, activation=activation, impl="triton")
+    assert len(t.launches) == 1
+    t.assert_written_once("y_ptr")
+    assert t.unique_bytes == conv1x1_dual_n_bytes(*args, stride=stride)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    return y
+
+
+def assert_right(args: Tensors, stride: int, activation: str | None = None) -> None:
+    x, weight, shortcut, shortcut_weight, bias = (tensor.double() for tensor in args)
+    exact = eager((x, weight, shortcut, shortcut_weight, bias), stride, activation)
+    got = run(args, stride, activation)
+    assert_as_accurate_as_eager("y", got, eager(args, stride, activation), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("pixels", "channels", "out_channels"),
+    [
+        ((2, 64, 7, 9), 64, 96),
+        ((3, 128, 5, 11), 32, 64),
+        ((1, 24, 11, 6), 40, 100),
+        ((2, 33, 7, 7), 16, 17),
+        ((1, 16, 1, 1), 32, 48),
+        ((5, 1, 2, 3), 1, 1),
+    ],
+    ids=["same", "more", "eights", "odd", "one-pixel", "smallest"],
+)
+def test_kernel_is_as_accurate_as_upstream(
+    pixels: tuple[int, int, int, int],
+    channels: int,
+    out_channels: int,
+    stride: int,
+    dtype: torch.dtype,
+) -> None:
+    x, _, shortcut, _, _ = arguments(pixels, channels, out_channels, stride, dtype)
+    main = conv_and_norm(channels, out_channels, 1).to(dtype)
+    projection = conv_and_norm(pixels[1], out_channels, stride).to(dtype)
+    (weight, bias), (shortcut_weight, shortcut_bias) = folded(main), folded(projection)
+    parameters = weight, shortcut_weight, bias + shortcut_bias
+    weight, shortcut_weight, bias = (tensor.to(dtype) for tensor in parameters)
+    upstream = F.relu(main(x) + projection(shortcut))
+    exact = F.relu(main.double()(x.double()) + projection.double()(shortcut.double()))
+    got = run((x, weight, shortcut, shortcut_weight, bias), stride, "relu")
+    assert_as_accurate_as_eager("y", got, upstream, exact)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_activations(activation: str | None) -> None:
+    assert_right(arguments((1, 16, 5, 5), 16, 24, 2, torch.bfloat16), 2, activation)
+
+
+def test_both_products_are_added_before_the_activation() -> None:
+    x, weight, shortcut, shortcut_weight, bias = arguments((1, 16, 5, 7), 16, 8, 2)
+    shortcut, shortcut_weight = shortcut.abs(), -50 * shortcut_weight.abs()
+    y = run((x, weight, shortcut, shortcut_weight, bias), 2, "relu")
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("size", [(7, 5), (1, 9), (6, 7), (5, 8)], ids=str)
+@pytest.mark.parametrize("stride", [2, 3])
+def test_a_stride_starts_at_the_first_pixel_of_each_image(
+    size: tuple[int, int], stride: int
+) -> None:
+    # every pixel holds its own number, and more images than one lie in a tile
+    x, weight, shortcut, _, bias = arguments((5, 16, *size), 16, 16, stride)
+    numbers = torch.arange(5 * size[0] * size[1]).view(5, 1, *size).float()
+    shortcut = numbers.expand_as(shortcut).contiguous(memory_format=torch.channels_last)
+    identity = torch.eye(16).view(16, 16, 1, 1)
+    y = run((x, 0 * weight, shortcut, identity, 0 * bias), stride)
+    assert torch.equal(y, shortcut[:, :, ::stride, ::stride])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_tiles_of_every_architecture(
+    arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {
+        kernel_module.launch_config(n_rows, 64, 256, False, dtype, arch) for n_rows in (10**6, 49)
+    }
+    assert len(configs) == 2
+    for config in configs:
+        monkeypatch.setattr(kernel_module, "launch_config", lambda *_, config=config: config)
+        pixels = (1, 32, config.block_m + 1, 3)
+        assert_right(arguments(pixels, 96, config.block_n + 16, 2, dtype), 2, "relu")
+
+
+@pytest.mark.parametrize("arch", [90, 100, "gfx942"])
+def test_two_programs_fit_a_multiprocessor(arch: Architecture) -> None:
+    def empty(*shape: int) -> Tensor:
+        memory = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return memory.contiguous(memory_format=torch.channels_last)
+
+    maps = empty(64, 128, 28, 28), empty(64, 256, 56, 56)
+    weights = empty(512, 128, 1, 1), empty(512, 256, 1, 1)
+    bias = torch.empty(512, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad(), fake_gpu(arch) as gpu:
+        conv1x1_dual(
+            maps[0], weights[0], maps[1], weights[1], bias,
+            stride=2, activation="relu", impl="triton",
+        )  # fmt: skip
+    (launch,) = gpu.launches
+    assert launch.constexprs["BLOCK_M"] == launch.constexprs["BLOCK_N"] == 128
+    facts = binary_facts(gpu.kernels[0])
+    assert facts.spills == 0
+    assert facts.ctas_per_sm >= 2
+
+
+def test_both_maps_are_requested_once_for_all_columns_of_a_tile() -> None:
+    args = arguments((2, 64, 9, 9), 32, 32, 2, torch.bfloat16)
+    with torch.no_grad(), trace() as t:
+        conv1x1_dual(*args, stride=2, impl="triton")
+    for name in ("x_ptr", "shortcut_ptr"):
+        load = t.launches[0].tensors[name].load
+        assert load.requested_bytes == load.unique_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maps_that_are_not_channels_last(dtype: torch.dtype) -> None:
+    args = arguments((2, 24, 7, 9), 40, 32, 2, dtype)
+    wide = torch.randn(2, 70, 20, 20).to(dtype)
+    weights = torch.randn(24, 99).to(dtype) / 8
+    shortcut_weight = weights[:, 7:39].t()[:, :, None, None]
+    views = (
+        (args[0].contiguous(), args[2].contiguous()),
+        (wide[:, 3:43, 4:8, 5:10], wide[:, 3:27, 5:12, 2:11]),
+        (wide[:, 3:43, 5:10, 4:8].transpose(2, 3), wide[:, 3:27, 5:14, 2:9].transpose(2, 3)),
+        (args[0][:1].expand(2, -1, -1, -1), channels_last(2, 48, 7, 9, dtype=dtype)[:, ::2]),
+    )
+    for x, shortcut in views:
+        assert_right((x, args[1], shortcut, shortcut_weight, args[4]), 2, "relu")
+
+
+def test_channels_last_maps_are_not_copied() -> None:
+    args = arguments((2, 16, 5, 5), 16, 16, 2)
+    with torch.no_grad(), record_launches() as recording:
+        conv1x1_dual(*args, stride=2, impl="triton")
+    tensors = recording.launches[0].tensors
+    for name, tensor in zip(("x", "weight", "shortcut", "shortcut_weight", "bias"), args):
+        assert tensors[f"{name}_ptr"].storage == tensor.untyped_storage()._cdata
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_images(stride: int) -> None:
+    args = arguments((0, 16, 7, 7), 24, 32, stride, torch.bfloat16)
+    with torch.no_grad(), interpret():
+        y = conv1x1_dual(*args, stride=stride, impl="triton")
+    assert y.shape == (0, 32, -(-7 // stride), -(-7 // stride))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "stride"),
+    [((700, 64, 224, 224), 1), ((700, 64, 224, 225), 2), ((1, 64, 6000, 6001), 2)],
+    ids=["stride-1", "many-images", "huge-image"],
+)
+def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", memory_format=torch.channels_last)
+
+    x = empty(pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
+    weight, bias = empty(64, 64, 1, 1), torch.empty(64, device="meta")
+    with torch.no_grad(), trace(programs=corners, data=False) as t:
+        conv1x1_dual(x, weight, empty(*pixels), weight, bias, stride=stride, impl="triton")
+    assert [launch.n_programs for launch in t.launches] == [2]
+
+
+@pytest.mark.parametrize("op", [conv1x1_dual, CUSTOM_OP], ids=["public", "custom"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_compiles_and_exports(op: Any, stride: int) -> None:
+    class Model(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return op(*args, stride=stride, activation="relu")
+
+    # fixed maps: h = ceil(H / stride) relates the two, and only the batch is dynamic
+    small, large = (arguments((batch, 8, 5, 7), 12, 16, stride) for batch in (2, 7))
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = (({0: batch}, None, {0: batch}, None, None),)
+    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    assert_equals_upstream(compiled(*small), eager(small, stride, "relu"))
+    assert_equals_upstream(exported(*large), eager(large, stride, "relu"))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "out_channels"),
+    [((2, 8, 5, 7), 12), ((3, 8, 1, 1), 12), ((1, 8, 5, 7), 1), ((0, 8, 5, 7), 4)],
+    ids=["map", "one-pixel", "one-channel", "empty"],
+)
+def test_custom_op_is_registered_rightly(
+    pixels: tuple[int, int, int, int], out_channels: int
+) -> None:
+    args = arguments(pixels, 16, out_channels, 2)
+    torch.library.opcheck(CUSTOM_OP, (*args, 2, "relu"))
+    # strides that count as channels-last where a size is 1, and are not those of the fake
+    args = [tensor.clone(memory_format=torch.contiguous_format) for tensor in args]
+    torch.library.opcheck(CUSTOM_OP, (*args, 2, None))
+    on_meta = [tensor.to("meta") for tensor in args]
+    with torch.no_grad(), interpret():
+        launched = conv1x1_dual(*args, stride=2, impl="triton")
+    assert CUSTOM_OP(*args, 2, None).stride() == launched.stride()
+    assert CUSTOM_OP(*on_meta, 2, None).stride() == launched.stride()
+
+
+def test_gradients_take_the_eager_path() -> None:
+    args = arguments((2, 8, 5, 5), 8, 6, 2)
+    for tensor in args:
+        tensor.requires_grad_()
+    ours = conv1x1_dual(*args, stride=2, activation="relu")
+    got = torch.autograd.grad(ours.square().sum(), args)
+    want = torch.autograd.grad(eager(args, 2, "relu").square().sum(), args)
+    for theirs, tensor in zip(want, got):
+        assert torch.equal(tensor, theirs)
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, (6, 5, 5), r"weight must be \[C, C_in, 1, 1\] .* and x \[6, 5, 5\]"),
+        (1, (4, 6, 3, 3), r"weight must be .* got weight \[4, 6, 3, 3\]"),
+        (2, (2, 8, 7, 5), r"shortcut must be \[2, C_s, H, W\] with .* = 3 .* got \[2, 8, 7, 5\]"),
+        (2, (2, 8, 5, 4), r"shortcut must be .* ceil\(W / 2\) = 3, got \[2, 8, 5, 4\]"),
+        (2, (1, 8, 5, 5), r"shortcut must be \[2, C_s, H, W\] .* got \[1, 8, 5, 5\]"),
+        (2, (8, 5, 5), r"shortcut must be .* got \[8, 5, 5\]"),
+        (3, (4, 7, 1, 1), r"shortcut_weight must be \[4, 8, 1, 1\], got \[4, 7, 1, 1\]"),
+        (4, (5,), r"bias must be \[4\], got \[5\]"),
+    ],
+    ids=["x", "weight", "height", "width", "batch", "ndim", "shortcut_weight", "bias"],
+)
+def test_wrong_shapes_are_named(index: int, change: tuple[int, ...], message: str) -> None:
+    args = list(arguments((2, 8, 5, 5), 6, 4, 2))
+    args[index] = torch.ones(change)
+    with pytest.raises(ValueError, match=f"conv1x1_dual: {message}"):
+        conv1x1_dual(*args, stride=2)
+
+
+def test_wrong_options_are_named() -> None:
+    args = arguments((2, 8, 5, 5), 6, 4)
+    with pytest.raises(ValueError, match="conv1x1_dual: stride must be at least 1, got 0"):
+        conv1x1_dual(*args, stride=0)
+    with pytest.raises(ValueError, match="conv1x1_dual: activation must be .*, got 'tanh'"):
+        conv1x1_dual(*args, activation="tanh")
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, torch.Tensor.double, "needs fp32, fp16 or bf16, got torch.float64"),
+        (1, torch.Tensor.half, "all tensors in torch.float32, got weight in torch.float16"),
+        (2, lambda s: s.to("meta"), "all tensors on cpu, got shortcut on meta"),
+        (3, lambda w: w.requires_grad_(), "no backward and a gradient is needed"),
+        (4, torch.Tensor.bfloat16, "got bias in torch.bfloat16"),
+    ],
+    ids=["dtype", "weight-dtype", "device", "gradient", "bias-dtype"],
+)
+def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+    args = list(arguments((1, 8, 3, 3), 4, 4))
+    args[index] = change(args[index])
+    with interpret(), pytest.raises(NotImplementedError, match=message):
+        conv1x1_dual(*args, impl="triton")
+
+
+def test_refuses_the_cpu_and_activations_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments((1, 8, 3, 3), 4, 4)
+    with pytest.raises(NotImplementedError, match="conv1x1_dual: .* CUDA or ROCm .* got cpu"):
+        conv1x1_dual(*args, impl="triton")
+    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
+    with interpret(), pytest.raises(NotImplementedError, match="knows the .* got 'tanh'"):
+        conv1x1_dual(*args, activation="tanh", impl="triton")
