@@ -27,22 +27,28 @@ def derive(
     It is computed again when a source is another object, lies elsewhere, or has another dtype,
     device or version; and after whatever may change parameters without a trace in them: a step of
     any optimizer (fused ones move no version), a call that needs a gradient, `forget_derived`.
-    Only parameters count: what `functional_call` or a parametrization puts in their place lives
-    for one call, and what is computed from it is not remembered.
+    What a parametrization puts in place of a parameter lives for one call, and what is computed
+    from it is not remembered.
 
     Args:
         owner: module that the result belongs to; the result does not outlive it.
         name: of the result; a new one replaces the old one of this name.
         compute: depends on the sources only, and is the same at every call with this name. Derive
             together what has the same owner: to look at the sources is what a call costs.
-        sources: parameters of any shape.
+        sources: parameters and buffers of any shape. Batch norm moves its running statistics
+            without a new version; it counts batches in one that has.
 
     Returns:
         What `compute` returns. Calls share the tensors: nothing may write into them.
     """
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or get_proxy_mode() is not None:
+    if is_tracing():
         return compute(*sources)  # in the graph, which so follows the parameters
     return _derived_of(owner).get(name, compute, sources)
+
+
+def is_tracing() -> bool:
+    """Whether calls are being recorded into a graph, by torch.compile, torch.export or others."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing() or get_proxy_mode() is not None
 
 
 def forget_derived(root: nn.Module) -> None:
@@ -128,8 +134,7 @@ class _DerivedWeights:
             return None  # a CUDA graph must not read memory that may be freed
         seen = []
         for source in sources:
-            # fake, distributed and quantized tensors are of other types
-            if type(source) is not nn.Parameter or source.is_inference():  # without a version
+            if not _can_be_followed(source):
                 return None
             seen.append((source.data_ptr(), source._version, source.dtype, source.device))
         return self._n_cleared, _last_step, *seen
@@ -179,6 +184,16 @@ def _follow_optimizers() -> None:
 def _note_step(*_: Any) -> None:
     global _last_step
     _last_step = object()
+
+
+def _can_be_followed(source: Tensor) -> bool:
+    """Whether it is a parameter or a buffer whose changes show in its version."""
+    if source.is_inference():  # without a version
+        return False
+    # fake, distributed and quantized tensors are of other types
+    if type(source) is nn.Parameter:
+        return True
+    return _is_plain(source) and not source.requires_grad
 
 
 def _is_plain(value: Tensor) -> bool:

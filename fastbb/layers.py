@@ -1,12 +1,20 @@
 """Parts that families share."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn import functional as F
 
-from fastbb_kernels import ACTIVATIONS, conv_bn_act
+from fastbb_kernels import (
+    ACTIVATIONS,
+    bottleneck_tail,
+    conv1x1_dual,
+    conv_bn_act,
+    stem_conv_bn_relu_pool,
+)
+
+from .fold import folded, folded_with_shortcut, has_hooks, runs_folded
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -47,67 +55,141 @@ def check_untouched(backbone: nn.Module) -> None:
             )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see or change what passes through a module, or replaced it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
+def is_plain_batch_norm(norm: nn.Module | None) -> bool:
+    """Whether a module is torch's batch norm, or a frozen one without an activation of its own."""
+    return type(norm) is nn.BatchNorm2d or type(norm).__name__ == "FrozenBatchNorm2d"
 
 
 _KNOWN = (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d)
 _KNOWN_FORWARDS = {cls.forward for cls in (*_KNOWN, nn.SyncBatchNorm)}
 
 
-def conv_norm_act(
-    conv: nn.Conv2d,
-    norm: nn.Module,
-    x: Tensor,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """Applies a convolution, its batch norm, a residual and an activation; one op in inference.
+class ConvNorm(NamedTuple):
+    """A convolution and the batch norm that it feeds."""
 
-    Args:
-        conv: zero-padded convolution.
-        norm: batch norm, which in training uses the statistics of the batch, or a frozen one.
-        x: [B, C_in, H, W].
-        activation: name of the activation, or None.
-        residual: [B, C, h, w], added before the activation, or None.
+    conv: nn.Conv2d
+    norm: nn.Module
 
-    Returns:
-        [B, C, h, w].
-    """
-    statistics: Any = norm
-    if statistics.running_mean is None or (norm.training and isinstance(norm, _BatchNorm)):
-        # statistics of the batch: the module updates its own running ones
-        x = norm(conv(x))
-        x = x if residual is None else x + residual
-        return x if activation is None else ACTIVATIONS[activation](x)
-    return conv_bn_act(
-        x,
-        conv.weight,
-        conv.bias,
-        statistics.running_mean,
-        statistics.running_var,
-        statistics.weight,
-        statistics.bias,
-        eps=statistics.eps,
-        stride=_pair(conv.stride),
-        padding=_pair(conv.padding),
-        dilation=_pair(conv.dilation),
-        groups=conv.groups,
-        residual=residual,
-        activation=activation,
-    )
+    def __call__(
+        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """Convolves, normalizes, adds the residual, activates; one op in inference.
+
+        Args:
+            x: [B, C_in, H, W].
+            activation: name of the activation, or None.
+            residual: [B, C, h, w], added before the activation, or None.
+
+        Returns:
+            [B, C, h, w].
+        """
+        conv = self.conv
+        if not runs_folded(conv, self.norm, x):
+            x = self.norm(conv(x))
+            x = x if residual is None else x + residual
+            return x if activation is None else ACTIVATIONS[activation](x)
+        return conv_bn_act(
+            x,
+            *folded(conv, self.norm),
+            stride=_pair(conv.stride),
+            padding=_pair(conv.padding),
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+            residual=residual,
+            activation=activation,
+        )
+
+    def stem(self, x: Tensor, activation: str | None, pool: bool = True) -> Tensor:
+        """The stem of a ResNet: convolves, normalizes, activates, and pools 3x3 by stride 2.
+
+        Args:
+            x: [B, C_in, H, W].
+            activation: name of the activation, or None.
+            pool: whether to pool.
+
+        Returns:
+            [B, C, h, w].
+        """
+        conv = self.conv
+        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        if shape == _STEM and runs_folded(conv, self.norm, x):
+            weight, bias = folded(conv, self.norm)
+            return stem_conv_bn_relu_pool(x, weight, bias, activation=activation, pool=pool)
+        x = self(x, activation)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1) if pool else x
+
+    def end(
+        self, x: Tensor, residual: Tensor, shortcut: "ConvNorm | None", activation: str | None
+    ) -> Tensor:
+        """`activation(self(x) + shortcut(residual))`, the end of a residual block.
+
+        Args:
+            x: [B, C_in, h, w].
+            residual: [B, C_s, H, W]; without a shortcut, [B, C, h, w].
+            shortcut: convolution of the residual, or None.
+            activation: name of the activation, or None.
+
+        Returns:
+            [B, C, h, w].
+        """
+        if shortcut is None:
+            return self(x, activation, residual)
+        stride = shortcut.conv.stride[0]
+        fuses = (
+            _is_1x1(self.conv, 1)
+            and _is_1x1(shortcut.conv, stride)
+            and runs_folded(self.conv, self.norm, x)
+            and runs_folded(shortcut.conv, shortcut.norm, residual)
+        )
+        if not fuses:
+            return self(x, activation, shortcut(residual))
+        weight, shortcut_weight, bias = folded_with_shortcut(*self, *shortcut)
+        return conv1x1_dual(
+            x, weight, residual, shortcut_weight, bias, stride=stride, activation=activation
+        )
+
+    def tail(
+        self, x: Tensor, expand: "ConvNorm", residual: Tensor, activation: str | None
+    ) -> Tensor:
+        """`activation(expand(relu(self(x))) + residual)`, the end of a bottleneck block.
+
+        Args:
+            x: [B, C_in, H, W].
+            expand: of the result of this convolution.
+            residual: [B, C, h, w].
+            activation: name of the last activation, or None.
+
+        Returns:
+            [B, C, h, w].
+        """
+        conv, last = self.conv, expand.conv
+        fuses = (
+            _is_square_3x3(conv)
+            and _is_1x1(last, 1)
+            and runs_folded(conv, self.norm, x)
+            and runs_folded(last, expand.norm, x)
+        )
+        if not fuses:
+            return expand(self(x, "relu"), activation, residual)
+        tensors = (*folded(conv, self.norm), *folded(last, expand.norm), residual)
+        stride, dilation = conv.stride[0], conv.dilation[0]
+        return bottleneck_tail(x, *tensors, stride=stride, dilation=dilation, activation=activation)
 
 
-def is_batch_norm(norm: nn.Module | None) -> bool:
-    """Whether a module is a plain or frozen batch norm, without an activation of its own."""
-    return type(norm) is nn.BatchNorm2d or type(norm).__name__ == "FrozenBatchNorm2d"
+_STEM = ((7, 7), (2, 2), (3, 3), (1, 1), 1)
+
+
+def _is_1x1(conv: nn.Conv2d, stride: int) -> bool:
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return shape == ((1, 1), (stride, stride), (0, 0), 1)
+
+
+def _is_square_3x3(conv: nn.Conv2d) -> bool:
+    """Whether `bottleneck_tail` can express it."""
+    stride, dilation = conv.stride[0], conv.dilation[0]
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    wanted = ((3, 3), (stride, stride), (dilation, dilation), (dilation, dilation), 1)
+    return shape == wanted and conv.in_channels == conv.out_channels
 
 
 def _pair(value: object) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """What a family of backbones tells the rest of fastbb about itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,8 +9,8 @@ from .backbone import Backbone
 from .checkpoint import StateDict
 from .configuration import BackboneConfig
 
-# pixels [B, C, H, W] and the last stage wanted -> [B, C, h, w] of stages 0 ... last
-StagesForward = Callable[[Tensor, int], list[Tensor]]
+# pixels [B, C, H, W] and the stages wanted, at least one -> their maps [B, C, h, w] in that order
+StagesForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ FASTBB, KERNELS = ROOT / "fastbb", ROOT / "kernels" / "fastbb_kernels"
 # a module imports only what stands before its own layer, or beside it in the same layer
 LAYERS = [
     {"fastbb_kernels"},
-    {"fastbb.derived", "fastbb.layers", "fastbb.hub"},
+    {"fastbb.derived", "fastbb.dataflow", "fastbb.hub"},
+    {"fastbb.fold"},
+    {"fastbb.layers"},
     {"fastbb.configuration", "fastbb.checkpoint"},
     {"fastbb.backbone"},
     {"fastbb.registry"},

@@ -24,7 +24,7 @@ from ..configuration import (
     check_integers,
     hierarchical_stage_names,
 )
-from ..layers import check_untouched, conv_norm_act, is_batch_norm
+from ..layers import ConvNorm, check_untouched, is_plain_batch_norm
 from ..registry import Family, StagesForward, register
 
 REDUCTION = 4  # of the channels inside a bottleneck
@@ -90,8 +90,9 @@ class _ConvNorm(nn.Module):
         )
         self.normalization = nn.BatchNorm2d(outputs)
 
-    def apply_to(self, x: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
-        return conv_norm_act(self.convolution, self.normalization, x, activation, residual)
+    @property
+    def pair(self) -> ConvNorm:
+        return ConvNorm(self.convolution, self.normalization)
 
 
 class _Block(nn.Module):
@@ -115,12 +116,38 @@ class _Block(nn.Module):
 
     def apply_to(self, x: Tensor, activation: str) -> Tensor:
         """[B, C, H, W] -> [B, C', h, w]."""
-        shortcut = self.shortcut
-        residual = shortcut.apply_to(x, None) if isinstance(shortcut, _ConvNorm) else x
-        *inner, last = (layer for layer in self.layer if isinstance(layer, _ConvNorm))
-        for layer in inner:
-            x = layer.apply_to(x, "relu")
-        return last.apply_to(x, activation, residual)
+        pairs = [layer.pair for layer in self.layer if isinstance(layer, _ConvNorm)]
+        shortcut = self.shortcut.pair if isinstance(self.shortcut, _ConvNorm) else None
+        return residual_block(x, pairs, shortcut, activation)
+
+
+def residual_block(
+    x: Tensor,
+    pairs: Sequence[ConvNorm],
+    shortcut: ConvNorm | None,
+    activation: str,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Basic or bottleneck block: the convolutions with ReLU between them, then the residual.
+
+    Args:
+        x: [B, C, H, W].
+        pairs: two (basic) or three (bottleneck) convolutions.
+        shortcut: the convolution of the residual, or None.
+        activation: name of the last activation.
+        residual: [B, C_s, H_s, W_s] if it is not `x`.
+
+    Returns:
+        [B, C', h, w].
+    """
+    residual = x if residual is None else residual
+    if len(pairs) == 3 and shortcut is None:
+        first, second, last = pairs
+        return second.tail(first(x, "relu"), last, residual, activation)
+    *inner, last = pairs
+    for pair in inner:
+        x = pair(x, "relu")
+    return last.end(x, residual, shortcut, activation)
 
 
 class _Embedder(nn.Module):
@@ -187,8 +214,7 @@ class ResNetBackbone(Backbone):
         check_untouched(self)
         activation = self.config.hidden_act
         stages: dict[str, Tensor] = {}
-        x = self.embedder.embedder.apply_to(pixel_values, activation)
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+        x = self.embedder.embedder.pair.stem(pixel_values, activation)
         for index, name in enumerate(self.stage_names):
             if index > 0:
                 stage = self.encoder.stages[index - 1]
@@ -262,70 +288,101 @@ def _from_torchvision(name: str) -> str:
 
 
 def timm_forward(features: nn.Module) -> StagesForward | None:
-    """A forward over the parameters of timm's features-only ResNet; None if it is not a plain one.
+    """A forward over the parameters of timm's features-only ResNet; None if it is not one.
 
+    A block or stem with parts that have no op of ours runs as timm's module.
     Stage 0 is the stem before the pool (stride 2), as timm counts.
+    """
+    parts = dict(features.named_children())
+    stem = [parts.pop(name, None) for name in ("conv1", "bn1", "act1", "maxpool")]
+    if None in stem or not all(type(stage) is nn.Sequential for stage in parts.values()):
+        return None
+    conv, norm, act, pool = (part for part in stem if part is not None)
+    pair = ConvNorm(conv, norm)  # type: ignore[arg-type]  # checked here
+    fused = _is_plain(pair) and type(act) is nn.ReLU and _pools_by_2(pool)
+    stages = [[timm_block(block) for block in stage.children()] for stage in parts.values()]
+
+    def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        maps = {}
+        if fused and 0 not in indices:
+            x = pair.stem(pixel_values, "relu")
+        else:
+            if fused:
+                x = pair.stem(pixel_values, "relu", pool=False)
+            else:
+                x = act(norm(conv(pixel_values)))
+            maps[0] = x
+            x = pool(x) if max(indices) else x
+        for index, stage in enumerate(stages[: max(indices)], start=1):
+            for block in stage:
+                x = block(x)
+            maps[index] = x
+        return [maps[index] for index in indices]
+
+    return forward
+
+
+def timm_block(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """timm's residual block as calls of our ops; the block itself if they do not cover it.
+
+    Channel attention, blur pools and the average pool before a shortcut run as timm's modules. In
+    inference, where this is for, stochastic depth and drop block do nothing.
     """
     from timm.models.resnet import BasicBlock, Bottleneck
 
-    parts = dict(features.named_children())
-    stem = [parts.pop(name, None) for name in ("conv1", "bn1", "act1", "maxpool")]
-    conv, norm, act, pool = stem
-    plain = (
-        type(conv) is nn.Conv2d
-        and is_batch_norm(norm)
-        and type(act) is nn.ReLU
-        and type(pool) is nn.MaxPool2d
-        and all(type(stage) is nn.Sequential for stage in parts.values())
-        and all(type(b) in (BasicBlock, Bottleneck) for s in parts.values() for b in s.children())
-    )
-    if not plain:
-        return None
-    stages = [[_timm_block(block) for block in stage.children()] for stage in parts.values()]
-    if any(block is None for stage in stages for block in stage):
-        return None
-
-    def forward(pixel_values: Tensor, last: int) -> list[Tensor]:
-        assert isinstance(conv, nn.Conv2d) and norm is not None and pool is not None
-        maps = [conv_norm_act(conv, norm, pixel_values, "relu")]
-        x = maps[0]
-        for index, stage in enumerate(stages[:last]):
-            x = pool(x) if index == 0 else x
-            for block in stage:
-                assert block is not None
-                x = block(x)
-            maps.append(x)
-        return maps
-
-    return forward
-
-
-def _timm_block(block: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """timm's residual block as calls of our ops, or None if it has parts that they do not cover."""
-    parts = dict(block.named_children())
-    extras = [parts.pop(name, nn.Identity()) for name in ("aa", "drop_block")]
-    downsample = list(parts.pop("downsample", nn.Sequential()).children())
-    pairs = [(parts.get(f"conv{i}"), parts.get(f"bn{i}"), parts.get(f"act{i}")) for i in (1, 2, 3)]
-    pairs = [pair for pair in pairs if pair[0] is not None]
-    known = {f"{kind}{i + 1}" for i in range(len(pairs)) for kind in ("conv", "bn", "act")}
-    parts.pop("drop_path", None)  # inert in inference
-    convs = [pair[:2] for pair in pairs] + ([tuple(downsample)] if downsample else [])
+    if type(block) not in (BasicBlock, Bottleneck):
+        return block
+    parts: Any = block
+    numbers = (1, 2) if type(block) is BasicBlock else (1, 2, 3)
+    pairs = [ConvNorm(getattr(parts, f"conv{i}"), getattr(parts, f"bn{i}")) for i in numbers]
+    acts = [getattr(parts, f"act{i}") for i in numbers]
+    before, shortcut = _timm_shortcut(parts.downsample)
     covered = (
-        parts.keys() == known
-        and all(type(extra) is nn.Identity for extra in extras)
-        and all(type(act) is nn.ReLU for *_, act in pairs)
-        and all(len(c) == 2 and type(c[0]) is nn.Conv2d and is_batch_norm(c[1]) for c in convs)
+        all(type(act) is nn.ReLU for act in acts)
+        and all(_is_plain(pair) for pair in pairs)
+        and (parts.downsample is None or shortcut is not None)
     )
     if not covered:
-        return None
+        return block
+    blur = None if isinstance(parts.aa, nn.Identity) else parts.aa
 
     def forward(x: Tensor) -> Tensor:
-        residual = conv_norm_act(downsample[0], downsample[1], x) if downsample else x  # type: ignore[arg-type]
-        for conv, norm, _ in pairs[:-1]:
-            x = conv_norm_act(conv, norm, x, "relu")  # type: ignore[arg-type]
-        return conv_norm_act(pairs[-1][0], pairs[-1][1], x, "relu", residual)  # type: ignore[arg-type]
+        residual = x
+        for module in before:
+            residual = module(residual)
+        if blur is None and parts.se is None:
+            return residual_block(x, pairs, shortcut, "relu", residual)
+        *inner, last = pairs
+        for pair in inner:
+            x = pair(x, "relu")
+        x = x if blur is None else blur(x)
+        if parts.se is None:
+            return last.end(x, residual, shortcut, "relu")
+        x = parts.se(last(x))
+        x += residual if shortcut is None else shortcut(residual)
+        return F.relu_(x)
 
     return forward
+
+
+def _timm_shortcut(downsample: nn.Module | None) -> tuple[list[nn.Module], ConvNorm | None]:
+    """What runs before the convolution of a shortcut, and it with its norm, if it has these."""
+    if type(downsample) is not nn.Sequential or len(downsample) < 2:
+        return [], None
+    *before, conv, norm = downsample
+    pair = ConvNorm(conv, norm)  # type: ignore[arg-type]  # checked here
+    return before, pair if _is_plain(pair) else None
+
+
+def _pools_by_2(pool: nn.Module) -> bool:
+    """Whether a pool is the one of `stem_conv_bn_relu_pool`."""
+    if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices:
+        return False
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
+
+
+def _is_plain(pair: ConvNorm) -> bool:
+    return type(pair.conv) is nn.Conv2d and is_plain_batch_norm(pair.norm)
 
 
 register(

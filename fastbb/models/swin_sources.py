@@ -1,6 +1,7 @@
 """Swin's weights elsewhere: transformers' files, torchvision's tensors, timm's modules."""
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -169,7 +170,7 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     if any(merging.norm.eps != MERGING_EPS for merging in mergings):
         return None
 
-    def forward(pixel_values: Tensor, last: int) -> list[Tensor]:
+    def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
         assert isinstance(proj, nn.Conv2d) and isinstance(norm, nn.LayerNorm)
         patch = proj.kernel_size
         height, width = pixel_values.shape[2:]
@@ -180,10 +181,10 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
             )
         x = patch_embed(pixel_values, proj.weight, proj.bias, norm.weight, norm.bias, eps=norm.eps)
         maps = []
-        for stage in stages[: last + 1]:
+        for stage in stages[: max(indices) + 1]:
             x = swin_stage(x, _timm_stage(stage))
             maps.append(x.permute(0, 3, 1, 2))
-        return maps
+        return [maps[index] for index in indices]
 
     return forward
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
 from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
+from ..fold import FoldedNorm, find_norms, fold_, has_hooks, is_batch_norm, unfold_
 from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
-from ..layers import has_hooks
 from ..registry import FAMILIES, Family, StagesForward, register
 
 _LOADING = threading.Lock()
@@ -115,12 +115,13 @@ class TimmBackboneConfig(BackboneConfig):
 class TimmBackbone(Backbone):
     """A timm model behind the backbone API; maps are always NCHW in shape.
 
-    Its state dict is timm's features-only module under `_backbone.`. Where a native family computes
-    the same maps (Swin, plain ResNets), it computes from timm's parameters in inference.
+    Its state dict is timm's features-only module under `_backbone.`. In inference, batch norms are
+    folded into convolutions (`fold_report` says which), and where a native family computes the same
+    maps (Swin, ResNets) it computes from timm's parameters.
 
     Args:
         config: names the model.
-        native: False always runs timm's own forward.
+        native: False always runs timm's own forward, nothing folded.
 
     Raises:
         ValueError: timm has no such model, or does not take an option; lists close names.
@@ -170,6 +171,18 @@ class TimmBackbone(Backbone):
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         self.native = native
 
+    @property
+    def native(self) -> bool:
+        """Whether inference may run our ops instead of timm's modules."""
+        return self._native
+
+    @native.setter
+    def native(self, native: bool) -> None:
+        unfold_(self._backbone)
+        self._native = native
+        norms = _find_norms(self._backbone, self.config) if native else []
+        self.fold_report = fold_(self._backbone, norms)
+
     def forward_stages(
         self,
         pixel_values: Tensor,
@@ -190,8 +203,7 @@ class TimmBackbone(Backbone):
             )
         forward = self.native_forward() if self.native and not self.training else None
         if forward is not None:
-            maps = forward(pixel_values, indices[-1])
-            return {name: maps[index] for name, index in zip(wanted, indices)}
+            return dict(zip(wanted, forward(pixel_values, indices)))
         try:
             maps = self._timm_forward(pixel_values, indices)
         except AssertionError as error:  # how timm refuses an input
@@ -355,6 +367,19 @@ class TimmBackbone(Backbone):
         backbone = backbone.to(device=device, dtype=backbone.dtype).eval()
         backbone.report_loading(name, info)
         return backbone, info
+
+
+def _find_norms(backbone: nn.Module, config: TimmBackboneConfig) -> list[FoldedNorm]:
+    """The batch norms of a timm model; none if it has none, or does not run on a fake image."""
+    parameters = list(backbone.parameters())
+    if not parameters or not any(is_batch_norm(module) for module in backbone.modules()):
+        return []
+    cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
+    size = config.img_size or cfg.get("input_size", (3, 224, 224))[1:]
+    height, width = (size, size) if isinstance(size, int) else size
+    like = parameters[0]
+    shape = 1, config.num_channels, height, width
+    return find_norms(backbone, torch.empty(shape, dtype=like.dtype, device=like.device))
 
 
 def _fields(overrides: dict[str, Any]) -> dict[str, Any]:

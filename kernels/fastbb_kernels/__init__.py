@@ -6,7 +6,7 @@ from .ops.bottleneck_tail import bottleneck_tail
 from .ops.conv1x1_bn_act import conv1x1_bn_act
 from .ops.conv1x1_dual import conv1x1_dual
 from .ops.conv3x3_bn_act import conv3x3_bn_act
-from .ops.conv_bn_act import conv_bn_act
+from .ops.conv_bn_act import conv_bn_act, conv_op
 from .ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from .ops.layer_norm_linear import layer_norm_linear
 from .ops.layer_norm_nchw import layer_norm_nchw
@@ -32,6 +32,7 @@ __all__ = [
     "conv1x1_dual",
     "conv3x3_bn_act",
     "conv_bn_act",
+    "conv_op",
     "depthwise_conv_bn_act",
     "layer_norm_linear",
     "layer_norm_nchw",

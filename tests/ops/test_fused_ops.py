@@ -8,12 +8,14 @@ from torch import nn
 import fastbb_kernels
 from fastbb_kernels import (
     conv_bn_act,
+    conv_op,
     layer_norm_linear,
     layer_norm_nchw,
     linear_residual,
     patch_embed,
     patch_merging,
 )
+from fastbb_kernels.testing import interpret, record_launches
 
 DTYPES = [torch.float64, torch.float16, torch.bfloat16]
 
@@ -104,21 +106,23 @@ def test_layer_norm_nchw():
     [
         {"kernel_size": 1},
         {"kernel_size": 1, "stride": 2},
+        {"kernel_size": 1, "padding": 1},
         {"kernel_size": 3, "padding": 1, "stride": 2},
         {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
-        {"kernel_size": 7, "padding": 3, "stride": 2, "bias": True},
+        {"kernel_size": 5, "padding": 2, "groups": 8},
+        {"kernel_size": (1, 3), "padding": "same"},
+        {"kernel_size": 7, "padding": 3, "stride": 2},
     ],
-    ids=["1x1", "1x1-stride2", "3x3-stride2", "3x3-dilated-grouped", "7x7-bias"],
+    ids=lambda conv: "-".join(f"{name}{value}" for name, value in conv.items()),
 )
 def test_conv_bn_act(conv, with_residual, dtype):
     class Reference(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = nn.Conv2d(8, 16, **{"bias": False, **conv})
-            self.bn = nn.BatchNorm2d(16, eps=1e-3)
+            self.conv = nn.Conv2d(8, 16, **conv)
 
         def forward(self, x):
-            y = self.bn(self.conv(x))
+            y = self.conv(x)
             return torch.relu(y + residual.to(y.dtype) if with_residual else y)
 
     module = randomize(Reference())
@@ -126,16 +130,11 @@ def test_conv_bn_act(conv, with_residual, dtype):
     residual = torch.randn_like(module.conv(x))
     untouched = residual.clone()
 
-    def op(x, conv, bn):
+    def op(x, conv):
         return conv_bn_act(
             x,
             conv.weight,
             conv.bias,
-            bn.running_mean,
-            bn.running_var,
-            bn.weight,
-            bn.bias,
-            eps=bn.eps,
             stride=conv.stride,
             padding=conv.padding,
             dilation=conv.dilation,
@@ -144,27 +143,56 @@ def test_conv_bn_act(conv, with_residual, dtype):
             activation="relu",
         )
 
-    assert_holds(op, module, x, lambda m: (m.conv, m.bn), dtype)
+    assert_holds(op, module, x, lambda m: (m.conv,), dtype)
     assert torch.equal(residual, untouched)
 
 
+@pytest.mark.parametrize(
+    ("shape", "geometry", "op"),
+    [
+        ((8, 4, 1, 1), {"stride": (2, 2)}, "conv1x1_bn_act"),
+        ((8, 4, 1, 1), {"padding": "same"}, "conv1x1_bn_act"),
+        ((8, 4, 1, 1), {"padding": (1, 1)}, None),
+        ((8, 2, 1, 1), {"groups": 2}, None),
+        ((8, 4, 3, 3), {"padding": (1, 1), "stride": (2, 2)}, "conv3x3_bn_act"),
+        ((8, 4, 3, 3), {"padding": (2, 2), "dilation": (2, 2)}, "conv3x3_bn_act"),
+        ((8, 4, 3, 3), {"padding": (1, 1), "dilation": (2, 2)}, None),
+        ((8, 4, 3, 3), {"padding": (1, 1), "stride": (2, 1)}, None),
+        ((8, 4, 3, 3), {}, None),
+        ((8, 1, 5, 5), {"padding": (2, 2), "groups": 8}, "depthwise_conv_bn_act"),
+        ((8, 1, 5, 5), {"padding": (2, 2), "groups": 4}, None),
+        ((8, 1, 9, 9), {"padding": (4, 4), "groups": 8}, None),
+        ((8, 1, 3, 3), {"padding": (1, 1)}, "conv3x3_bn_act"),
+        ((8, 4, 7, 7), {"padding": (3, 3), "stride": (2, 2)}, None),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_conv_bn_act_runs_the_op_that_has_a_kernel(shape, geometry, op):
+    assert conv_op(shape, **geometry) == op
+    weight, bias = torch.randn(shape), torch.randn(shape[0])
+    x = torch.randn(2, shape[1] * geometry.get("groups", 1), 9, 7)
+    want = torch.relu(torch.nn.functional.conv2d(x, weight, bias, **geometry))
+    if op is None:
+        with interpret(), pytest.raises(NotImplementedError, match="conv_bn_act: impl='triton'"):
+            conv_bn_act(x, weight, bias, **geometry, impl="triton")
+        return
+    arguments = {**geometry, "activation": "relu", "impl": "triton"}
+    with record_launches() as record:
+        conv_bn_act(*(tensor.to("meta") for tensor in (x, weight, bias)), **arguments)
+    assert [launch.name for launch in record.launches] == [f"_{op}_fwd_kernel"]
+    with interpret():
+        y = conv_bn_act(x, weight, bias, **arguments)
+    assert_equals_upstream(y, want)
+
+
 def test_gradients_flow_through_conv_bn_act():
-    conv, bn = nn.Conv2d(3, 4, 3), randomize(nn.BatchNorm2d(4))
-    mean, var = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+    conv = nn.Conv2d(3, 4, 3)
     x, residual = torch.randn(2, 3, 7, 7), torch.randn(2, 4, 5, 5, requires_grad=True)
-
-    def ours():
-        return conv_bn_act(
-            x, conv.weight, conv.bias, mean, var, bn.weight, bn.bias,
-            residual=residual, activation="relu",
-        )  # fmt: skip
-
-    def theirs():
-        return torch.relu(bn(conv(x)) + residual)
-
-    leaves = [*conv.parameters(), *bn.parameters(), residual]
-    got = torch.autograd.grad(ours().square().sum(), leaves)
-    want = torch.autograd.grad(theirs().square().sum(), leaves)
+    leaves = [*conv.parameters(), residual]
+    ours = conv_bn_act(x, conv.weight, conv.bias, residual=residual, activation="relu")
+    got = torch.autograd.grad(ours.square().sum(), leaves)
+    want = torch.autograd.grad(torch.relu(conv(x) + residual).square().sum(), leaves)
     assert_equals_upstream(got, want)
 
 
@@ -192,7 +220,7 @@ def test_every_activation_is_torchs():
         (patch_merging, [(1, 2, 2, 4), (16,), (16,), (8, 16)]),
         (patch_embed, [(1, 3, 8, 8), (4, 3, 4, 4), (4,), (4,), (4,)]),
         (layer_norm_nchw, [(1, 2, 2, 4), (4,), (4,)]),
-        (conv_bn_act, [(1, 3, 8, 8), (4, 3, 1, 1), (4,), (4,), (4,), (4,), (4,)]),
+        (conv_bn_act, [(1, 3, 8, 8), (4, 3, 2, 2), (4,)]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -1,7 +1,6 @@
-"""Convolution, batch normalization with running statistics, residual, activation.
+"""Any convolution with its batch norm folded in, a residual, an activation.
 
-Algorithm: the normalization is an affine map of the convolution's output.
-Bound: memory for 1x1 kernels, flops for 3x3.
+It is made of other ops: where one has a kernel for the geometry it runs, elsewhere plain PyTorch.
 """
 
 from torch import Tensor
@@ -9,39 +8,34 @@ from torch.nn import functional as F
 
 from .._activation import Activation, activate
 from .._dispatch import Impl, eager_only
+from .conv1x1_bn_act import conv1x1_bn_act
+from .conv3x3_bn_act import conv3x3_bn_act
+from .depthwise_conv_bn_act import depthwise_conv_bn_act
+
+Pair = tuple[int, int]
 
 
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     *,
-    eps: float = 1e-5,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
+    stride: Pair = (1, 1),
+    padding: Pair | str = (0, 0),
+    dilation: Pair = (1, 1),
     groups: int = 1,
     residual: Tensor | None = None,
     activation: Activation = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Computes `activation(batch_norm(conv2d(x)) + residual)`, normalizing with running statistics.
+    """Computes `activation(conv2d(x) + residual)`, the batch norm folded in (`fastbb.fold`).
 
     Args:
         x: [B, C_in, H, W] floating point, any strides.
         weight: [C, C_in / groups, kh, kw].
         bias: [C] or None.
-        running_mean: [C].
-        running_var: [C].
-        norm_weight: [C] or None.
-        norm_bias: [C] or None.
-        eps: added to the variance; may be 0.
         stride: of the convolution, (height, width).
-        padding: with zeros on each side, (height, width) in pixels.
+        padding: with zeros on each side, (height, width) in pixels, or torch's "same", "valid".
         dilation: of the convolution, (height, width).
         groups: of the convolution.
         residual: [B, C, h, w], added before the activation, or None.
@@ -50,46 +44,71 @@ def conv_bn_act(
 
     Returns:
         [B, C, h, w], dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+        NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
+    op = conv_op(weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if bias is not None and op == "conv1x1_bn_act":
+        return conv1x1_bn_act(
+            x, weight, bias, stride=stride[0], residual=residual, activation=activation, impl=impl
+        )
+    if bias is not None and op == "conv3x3_bn_act":
+        return conv3x3_bn_act(
+            x,
+            weight,
+            bias,
+            stride=stride[0],
+            dilation=dilation[0],
+            residual=residual,
+            activation=activation,
+            impl=impl,
+        )
+    if bias is not None and op == "depthwise_conv_bn_act" and residual is None:
+        return depthwise_conv_bn_act(
+            x,
+            weight,
+            bias,
+            stride=stride[0],
+            dilation=dilation[0],
+            activation=activation,
+            impl=impl,
+        )
     eager_only("conv_bn_act", impl)
-    return conv_bn_act_eager(
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        norm_weight,
-        norm_bias,
-        eps=eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        residual=residual,
-        activation=activation,
-    )
-
-
-def conv_bn_act_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> Tensor:
     x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    x = F.batch_norm(x, running_mean, running_var, norm_weight, norm_bias, eps=eps)
     # x is ours: in place saves a pass of allocation each, and autograd keeps neither value
     if residual is not None:
         x.add_(residual)
     return F.relu_(x) if activation == "relu" else activate(x, activation)
+
+
+def conv_op(
+    weight_shape: tuple[int, ...],
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair | str = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> str | None:
+    """The op that has a kernel for a convolution with a bias; None: only plain PyTorch has.
+
+    Args:
+        weight_shape: [C, C_in / groups, kh, kw].
+        stride: of the convolution, (height, width).
+        padding: (height, width) in pixels, or torch's "same", "valid".
+        dilation: of the convolution, (height, width).
+        groups: of the convolution.
+    """
+    outputs, inputs, *kernel = weight_shape
+    if kernel[0] != kernel[1] or stride[0] != stride[1] or dilation[0] != dilation[1]:
+        return None
+    if kernel[0] == 1:
+        no_padding = padding in ((0, 0), "same", "valid")
+        return "conv1x1_bn_act" if groups == 1 and no_padding else None
+    if padding != (dilation[0] * (kernel[0] // 2),) * 2:
+        return None
+    if groups == 1:
+        return "conv3x3_bn_act" if kernel[0] == 3 else None
+    is_depthwise = groups == outputs and inputs == 1
+    return "depthwise_conv_bn_act" if is_depthwise and kernel[0] in (3, 5, 7) else None

@@ -1,0 +1,498 @@
+"""Batch norms folded into the convolutions before them, and activations fused with both.
+
+In inference a batch norm is an affine map of each channel, so it can be part of the weights of the
+convolution that feeds it. Neither parameters nor the state dict change: folded weights are derived
+values, computed in float64, cast once, and made again when a source changes.
+
+Which norm belongs to which convolution is read off the dataflow of a forward pass, not off names or
+the order of children: `find_norms`. `fold_` makes a model compute with folded weights, `unfold_`
+undoes it.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
+
+from .dataflow import RESULT, Dataflow, trace_dataflow
+from .derived import derive, forget_derived, is_tracing
+
+# frozen norms have no common class: torchvision, timm, detectron2 and a dozen files of transformers
+# each define one of such a name; transformers' has no `eps`
+_FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
+_FROZEN_EPS = 1e-5
+
+
+def is_batch_norm(module: nn.Module | None) -> bool:
+    """Whether a module is a 2d batch norm of any library, frozen, synchronized or with activation.
+
+    That it computes what its kind computes is checked by `fold_`.
+    """
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        return True
+    return type(module).__name__.endswith(_FROZEN)
+
+
+def fold_batch_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that computes `batch_norm(conv2d(x))`, in float64.
+
+    Args:
+        weight: [C, C_in / groups, kh, kw].
+        bias: [C] or None, of the convolution.
+        running_mean: [C].
+        running_var: [C].
+        norm_weight: [C] or None.
+        norm_bias: [C] or None.
+        eps: added to the variance; may be 0.
+
+    Returns:
+        weight like `weight` and bias [C], float64.
+    """
+    scale = (running_var.double() + eps).rsqrt()
+    if norm_weight is not None:
+        scale = scale * norm_weight.double()
+    shift = -running_mean.double() if bias is None else bias.double() - running_mean.double()
+    shift = shift * scale
+    if norm_bias is not None:
+        shift = shift + norm_bias.double()
+    return weight.double() * scale.view(-1, 1, 1, 1), shift
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight, in channels-last memory, and bias of `norm(conv(x))`, remembered.
+
+    Args:
+        conv: convolution.
+        norm: batch norm with running statistics.
+    """
+    sources = _Sources(conv, norm)
+
+    def compute(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = sources.fold(tensors)
+        return _as_weight(weight, conv), bias.to(conv.weight.dtype)
+
+    return derive(conv, f"folded with eps {sources.eps}", compute, *sources.tensors)
+
+
+def folded_with_shortcut(
+    conv: nn.Conv2d, norm: nn.Module, shortcut: nn.Conv2d, shortcut_norm: nn.Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both weights, and the one bias, of `norm(conv(x)) + shortcut_norm(shortcut(y))`."""
+    sources, others = _Sources(conv, norm), _Sources(shortcut, shortcut_norm)
+    n = len(sources.tensors)
+
+    def compute(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weight, bias = sources.fold(tensors[:n])
+        shortcut_weight, shortcut_bias = others.fold(tensors[n:])
+        bias = (bias + shortcut_bias).to(conv.weight.dtype)
+        return _as_weight(weight, conv), _as_weight(shortcut_weight, shortcut), bias
+
+    name = f"folded with shortcut, eps {sources.eps} and {others.eps}"
+    return derive(conv, name, compute, *sources.tensors, *others.tensors)
+
+
+class _Sources:
+    """What a folded weight is computed from, without what is absent."""
+
+    def __init__(self, conv: nn.Conv2d, norm: Any) -> None:
+        self.eps: float = getattr(norm, "eps", _FROZEN_EPS)
+        # the count is a source because statistics move without a new version, see `derive`
+        found = (conv.weight, conv.bias, norm.running_mean, norm.running_var)
+        found = (*found, norm.weight, norm.bias, getattr(norm, "num_batches_tracked", None))
+        self._present = [tensor is not None for tensor in found]
+        self.tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
+
+    def fold(self, tensors: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        given = iter(tensors)
+        *sources, _count = (next(given) if present else None for present in self._present)
+        return fold_batch_norm(*sources, eps=self.eps)  # type: ignore[misc]
+
+
+def _as_weight(weight: Tensor, conv: nn.Conv2d) -> Tensor:
+    """In the memory that kernels read wide: channels last."""
+    weight = weight.to(conv.weight.dtype)
+    if weight.shape[1] == 1:  # depthwise: one channel per filter, so those of the output
+        return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor) -> bool:
+    """Whether a call may use folded weights: it needs no gradient and no statistics of the batch.
+
+    The mode of the norm decides, not that of the model: frozen ones stay in eval.
+    """
+    if norm.running_mean is None or (norm.training and isinstance(norm, _BatchNorm)):
+        return False
+    if is_tracing() and not x.is_cuda:
+        return False  # a compiler fuses the norm, and would fold anew in every call
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        if not is_tracing():
+            forget_derived(conv)  # training: the parameters are about to change
+        return False
+    return x.dtype == conv.weight.dtype and not _autocasts(x.device.type)
+
+
+def _autocasts(device_type: str) -> bool:
+    available = torch.amp.is_autocast_available(device_type)  # not for meta, and then it raises
+    return available and torch.is_autocast_enabled(device_type)
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """One batch norm of a model.
+
+    Attributes:
+        norm: its name.
+        conv: name of the convolution that it is folded into, or None.
+        activation: name of the activation module after it that is fused too, or None.
+        fused: what is fused as activation, by the name in `ACTIVATIONS`, or None.
+        op: op that computes the convolution; None: plain PyTorch.
+        refused: why the norm is not folded, or None.
+    """
+
+    norm: str
+    conv: str | None = None
+    activation: str | None = None
+    fused: str | None = None
+    op: str | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What became of every batch norm that a forward pass of a model runs."""
+
+    norms: tuple[FoldedNorm, ...]
+
+    @property
+    def folded(self) -> list[FoldedNorm]:
+        return [norm for norm in self.norms if norm.refused is None]
+
+    @property
+    def refused(self) -> list[FoldedNorm]:
+        return [norm for norm in self.norms if norm.refused is not None]
+
+    def __str__(self) -> str:
+        fused = sum(norm.fused is not None for norm in self.folded)
+        lines = [
+            f"{len(self.norms)} batch norms: {len(self.folded)} folded, "
+            f"{fused} of them with their activation, {len(self.refused)} refused"
+        ]
+        ops = Counter(norm.op or "plain convolution" for norm in self.folded)
+        lines += [f"  {count:4d} {op}" for op, count in ops.most_common()]
+        reasons: dict[str, list[str]] = {}
+        for norm in self.refused:
+            reasons.setdefault(str(norm.refused), []).append(norm.norm)
+        for reason, names in reasons.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"  {names[0]}{more}: {reason}")
+        return "\n".join(lines)
+
+
+def find_norms(model: nn.Module, *args: Any, **kwargs: Any) -> list[FoldedNorm]:
+    """Runs a model once and finds for each batch norm the convolution it can be folded into.
+
+    Args:
+        model: on any device; on the meta device nothing is computed.
+        args: of its forward, such as one small image.
+        kwargs: of its forward.
+
+    Returns:
+        one entry per batch norm that ran, in their order; `op` and `fused` are not filled in.
+    """
+    flow = trace_dataflow(model, _is_watched, *args, **kwargs)
+    names = {module: name for name, module in model.named_modules()}
+    found = []
+    for norm in flow.inputs:
+        if is_batch_norm(norm):
+            conv, refused = _conv_of(norm, flow)
+            activation = None if conv is None else _activation_after(norm, conv, flow)
+            found.append(
+                FoldedNorm(
+                    names[norm],
+                    conv and names[conv],
+                    activation and names[activation],
+                    refused=refused,
+                )
+            )
+    return found
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Norms, and modules without parts, which are read as a whole; an identity reads nothing."""
+    is_leaf = next(module.children(), None) is None
+    return is_batch_norm(module) or (is_leaf and not isinstance(module, nn.Identity))
+
+
+def _conv_of(norm: nn.Module, flow: Dataflow) -> tuple[nn.Conv2d | None, str | None]:
+    """The convolution that alone feeds a norm, or why there is none."""
+    if getattr(norm, "running_mean", None) is None:
+        return None, "it has no running statistics"
+    inputs = flow.inputs[norm]
+    writers = {output and output.producer for output in inputs}
+    conv = writers.pop()
+    if writers:
+        return None, "it runs several times, after different modules"
+    if not isinstance(conv, nn.Conv2d):
+        what = "something computed" if conv is None else f"the output of a {type(conv).__name__}"
+        return None, f"it reads {what}, not the output of a convolution"
+    for output in flow.outputs[conv]:
+        others = [reader for reader in output.consumers if reader is not norm]
+        if others:
+            return None, f"the output of its convolution is also read by {_described(others)}"
+    if len(inputs) != len(flow.outputs[conv]) or not all(flow.weights[conv]):
+        return None, "its convolution computes its weights (weight standardization?)"
+    reason = _conv_problem(conv, norm, flow)
+    return (None, reason) if reason else (conv, None)
+
+
+def _conv_problem(conv: nn.Conv2d, norm: nn.Module, flow: Dataflow) -> str | None:
+    if conv.padding_mode != "zeros":
+        return f"its convolution pads with padding_mode={conv.padding_mode!r}"
+    if getattr(conv, "norm", None) is norm:
+        activation = getattr(conv, "activation", None)
+        inside = [output.inside for output in flow.outputs[norm]]
+        if all(len(readers) == (activation is not None) for readers in inside):
+            return None
+    elif type(conv).forward is nn.Conv2d.forward or _pads_as_tensorflow(conv):
+        return None
+    return f"its convolution, a {type(conv).__name__}, does more than convolve"
+
+
+def _activation_after(norm: nn.Module, conv: nn.Conv2d, flow: Dataflow) -> nn.Module | None:
+    """The one module that reads a norm and nothing else; whether it is an activation is open."""
+    if getattr(conv, "norm", None) is norm:
+        return None
+    readers = {reader for output in flow.outputs[norm] for reader in output.consumers}
+    reader = readers.pop() if len(readers) == 1 else None
+    if not isinstance(reader, nn.Module) or next(reader.parameters(), None) is not None:
+        return None
+    reads = flow.inputs[reader]
+    alone = all(output is not None and output.producer is norm for output in reads)
+    return reader if alone and len(reads) == len(flow.outputs[norm]) else None
+
+
+def _described(readers: Sequence[nn.Module | str]) -> str:
+    reader = readers[0]
+    if reader == RESULT:
+        return RESULT
+    return f"a {type(reader).__name__}" if isinstance(reader, nn.Module) else f"`{reader}`"
+
+
+def _pads_as_tensorflow(conv: nn.Conv2d) -> bool:
+    """timm's Conv2dSame: as much padding as the input needs, more of it at the far sides."""
+    return type(conv).__name__ == "Conv2dSame" and type(conv).__module__.startswith("timm.")
+
+
+def fold_(model: nn.Module, norms: Iterable[FoldedNorm]) -> FoldReport:
+    """Makes a model compute with folded weights wherever a call allows it (see `runs_folded`).
+
+    The forwards of convolutions, norms and activations are bound on the instances; parameters,
+    buffers, hooks and types stay. A module with hooks runs as it was, so that they see its values.
+
+    Args:
+        model: folded in place.
+        norms: what `find_norms` found in this model, or in its twin on the meta device.
+    """
+    report = []
+    for entry in norms:
+        if entry.refused is None:
+            assert entry.conv is not None
+            conv, norm = model.get_submodule(entry.conv), model.get_submodule(entry.norm)
+            assert isinstance(conv, nn.Conv2d)
+            after = None if entry.activation is None else model.get_submodule(entry.activation)
+            entry = _bind(entry, conv, norm, after)
+        report.append(entry)
+    return FoldReport(tuple(report))
+
+
+def _bind(
+    entry: FoldedNorm, conv: nn.Conv2d, norm: nn.Module, after: nn.Module | None
+) -> FoldedNorm:
+    problem = _norm_problem(norm)
+    if problem:
+        return replace(entry, conv=None, activation=None, refused=problem)
+    own = getattr(norm, "act", None)
+    if own is not None and not isinstance(own, nn.Identity):
+        after = None  # the norm's own activation comes first
+    fused = activation_name(own if after is None else after)
+    if fused is None:
+        after = None
+    pair = _FoldedConv(conv, norm, after, fused)
+    conv.forward = pair.conv_forward
+    norm.forward = pair.norm_forward
+    if after is not None:
+        after.forward = pair.activation_forward
+    activation = entry.activation if after is not None else None
+    return replace(entry, activation=activation, fused=fused, op=pair.op)
+
+
+def unfold_(model: nn.Module) -> None:
+    """Gives a folded model its own forwards back."""
+    for module in model.modules():
+        if is_folded(module):
+            del module.forward
+
+
+def is_folded(module: nn.Module) -> bool:
+    """Whether `fold_` has bound the forward of this module."""
+    return isinstance(getattr(vars(module).get("forward"), "__self__", None), _FoldedConv)
+
+
+class _FoldedConv:
+    """The forwards of a convolution, its norm and its activation, where the first does it all.
+
+    Bound methods of a plain object: a deep copy of the model binds those of the copied modules.
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, norm: nn.Module, after: nn.Module | None, fused: str | None
+    ) -> None:
+        self.conv, self.norm, self.after, self.fused = conv, norm, after, fused
+        self.owns_norm = getattr(conv, "norm", None) is norm
+        self.op = conv_op(conv.weight.shape, **self._geometry())
+
+    def conv_forward(self, x: Tensor) -> Tensor:
+        conv = self.conv
+        if not self._applies(x):
+            return type(conv).forward(conv, x)
+        weight, bias = folded(conv, self.norm)
+        if _pads_as_tensorflow(conv):
+            x = F.pad(x, _tensorflow_padding(conv, x))
+        x = conv_bn_act(x, weight, bias, **self._geometry(), activation=self.fused)
+        if not self.owns_norm:
+            return x
+        x = self._rest_of_norm(x)
+        activation: Any = getattr(conv, "activation", None)
+        return x if activation is None else activation(x)
+
+    def norm_forward(self, x: Tensor) -> Tensor:
+        if self.owns_norm or not self._applies(x):
+            return type(self.norm).forward(self.norm, x)
+        return self._rest_of_norm(x)
+
+    def activation_forward(self, x: Tensor) -> Tensor:
+        assert self.after is not None
+        return x if self._applies(x) else type(self.after).forward(self.after, x)
+
+    def _rest_of_norm(self, x: Tensor) -> Tensor:
+        """The activation of a BatchNormAct2d, where it is not fused."""
+        act: Any = getattr(self.norm, "act", None)
+        return x if act is None or (self.fused and self.after is None) else act(x)
+
+    def _applies(self, x: Tensor) -> bool:
+        # all three forwards of a call ask this and get the same answer
+        if not runs_folded(self.conv, self.norm, x):
+            return False
+        modules = (self.conv, self.norm, self.after)
+        return not any(module is not None and _is_hooked(module) for module in modules)
+
+    def _geometry(self) -> dict[str, Any]:
+        conv = self.conv
+        padding = (0, 0) if _pads_as_tensorflow(conv) else conv.padding
+        return {
+            "stride": conv.stride,
+            "padding": padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+        }
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something wants to see or change what passes through a module, or replaced it."""
+    return _is_hooked(module) or ("forward" in vars(module) and not is_folded(module))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _tensorflow_padding(conv: nn.Conv2d, x: Tensor) -> list[int]:
+    padding: list[int] = []
+    sides = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)
+    for size, kernel, stride, dilation in reversed(list(sides)):
+        missing = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        padding += [missing // 2, missing - missing // 2]
+    return padding
+
+
+@torch.no_grad()
+def _norm_problem(norm: Any) -> str | None:
+    """Why a norm cannot be folded, by what it computes, which its class does not always tell."""
+    if has_hooks(norm):
+        return "it has hooks"
+    if type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
+        return None
+    running_mean = norm.running_mean
+    if running_mean.is_meta:
+        return None
+    shape = (1, len(running_mean), 2, 2)
+    x = torch.linspace(-3, 3, 4 * len(running_mean), device="cpu").view(shape)
+    x = x.to(running_mean.device, running_mean.dtype)
+    scale, shift = _affine(norm)
+    want = x.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    want = want.to(x.dtype)
+    for part in (getattr(norm, "drop", None), getattr(norm, "act", None)):
+        want = want if part is None else part(want)
+    training = norm.training
+    norm.training = False
+    try:
+        got = type(norm).forward(norm, x)
+    finally:
+        norm.training = training
+    tolerance = 16 * torch.finfo(x.dtype).eps
+    if not torch.allclose(got, want, rtol=tolerance, atol=tolerance * want.abs().max().item()):
+        return f"a {type(norm).__name__} does not compute what batch norms do"
+    return None
+
+
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm, [C] each, float64."""
+    one = torch.ones(len(norm.running_mean), 1, 1, 1, device=norm.running_mean.device)
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    scale, shift = fold_batch_norm(one, None, *statistics, eps=getattr(norm, "eps", _FROZEN_EPS))
+    return scale.flatten(), shift
+
+
+@torch.no_grad()
+def activation_name(module: nn.Module | None) -> str | None:
+    """The name in `ACTIVATIONS` of what a module computes, or None.
+
+    Libraries have many classes for the same function, so the function is what is compared.
+    """
+    if module is None or isinstance(module, nn.Identity) or has_hooks(module):
+        return None
+    if next(module.parameters(), None) is not None:
+        return None
+    x = torch.linspace(-8, 8, 256, device="cpu").view(1, 4, 8, 8)
+    try:
+        got = module(x.clone())
+    except (RuntimeError, ValueError, TypeError):  # not for such a tensor: no activation
+        return None
+    if not isinstance(got, Tensor) or got.shape != x.shape:
+        return None
+    for name, function in ACTIVATIONS.items():
+        if torch.allclose(got, function(x), rtol=1e-6, atol=1e-6):
+            return name
+    return None
