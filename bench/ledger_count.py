@@ -30,14 +30,15 @@ from fastbb_kernels.testing import TensorArgument
 GEMM = "GEMM"
 ATTENTION = "attention"
 NORM = "norm"
-GELU = "GELU"
+ACTIVATION = "activation"
 RESIDUAL = "residual add"
 COPY = "copy"
 ROLL = "roll"
 PAD = "pad"
 MASK = "mask, bias"
+POOL = "pool"
 OTHER = "other"
-CATEGORIES = (GEMM, ATTENTION, NORM, GELU, RESIDUAL, COPY, ROLL, PAD, MASK, OTHER)
+CATEGORIES = (*(GEMM, ATTENTION, NORM, ACTIVATION, RESIDUAL, POOL, COPY, ROLL, PAD, MASK, OTHER),)
 
 # the ops that are one kernel on a CUDA device; any other one is refused, not guessed
 KERNELS = {
@@ -47,9 +48,13 @@ KERNELS = {
     "_softmax": ATTENTION,
     "mul": ATTENTION,  # queries by their scale
     "native_layer_norm": NORM,
-    "gelu": GELU,
+    "gelu": ACTIVATION,
+    "relu": ACTIVATION,
+    "relu_": ACTIVATION,
     "add": RESIDUAL,
     "add_": RESIDUAL,
+    "avg_pool2d": POOL,
+    "max_pool2d_with_indices": POOL,  # also in inference it writes the indices
     "cat": COPY,
     "copy_": COPY,
     "arange": OTHER,
@@ -229,9 +234,31 @@ def _of_contiguous(counter: _Counter, op: OpOverload, x: Tensor, *args: Any) -> 
     return counter.launch(name, KERNELS[name], op, counter.contiguous(x), *args)
 
 
+def _batch_norm(
+    counter: _Counter,
+    op: OpOverload,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    *args: Any,
+) -> Any:
+    # Normalization.cpp: cuDNN takes no bf16. Normalization.cu, in eval: a copy of the mean, the
+    # inverse deviation, both fp32, then one kernel
+    result = op(x, weight, bias, mean, var, *args)
+    statistics = [torch.empty_like(mean, dtype=torch.float32) for _ in range(2)]
+    for source, made in zip((mean, var), statistics):
+        counter.count("batch_norm_statistics", NORM, [source], [made])
+    read = [tensor for tensor in (x, weight, bias, *statistics) if tensor is not None]
+    counter.count("native_batch_norm", NORM, read, [result[0]])
+    return result
+
+
 SEVERAL_KERNELS: dict[str, Callable[..., Any]] = {
     "roll": _roll,
     "convolution": _convolution,
+    "native_batch_norm": _batch_norm,
     "native_layer_norm": _of_contiguous,
     "_softmax": _of_contiguous,
 }

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ledger_count import (
+    ACTIVATION,
     ATTENTION,
     COPY,
-    GELU,
     GEMM,
     MASK,
     NORM,
@@ -27,7 +27,7 @@ COLOURS = {
     GEMM: ("#0072B2", "white"),
     ATTENTION: ("#56B4E9", "black"),
     NORM: ("#009E73", "black"),
-    GELU: ("#F0E442", "black"),
+    ACTIVATION: ("#F0E442", "black"),
     RESIDUAL: ("#E69F00", "black"),
     COPY: ("#D55E00", "white"),
     ROLL: ("#CC79A7", "black"),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from ledger import CASES, count_kernels, kernel_category
 from ledger_count import (
+    ACTIVATION,
     ATTENTION,
     COPY,
-    GELU,
     GEMM,
     MASK,
     NORM,
@@ -129,7 +129,7 @@ def test_numbers_are_no_traffic() -> None:
 
 def test_a_gelu() -> None:
     x = meta(6, 8)
-    assert counted(lambda: F.gelu(x)) == [(GELU, 2 * 96)]
+    assert counted(lambda: F.gelu(x)) == [(ACTIVATION, 2 * 96)]
 
 
 def attend(n: int, mask: Tensor | None) -> Callable[[], Tensor]:
@@ -182,7 +182,7 @@ def test_our_kernels_count_by_the_same_rule_beside_ops() -> None:
         F.gelu(linear_residual(x, weight, bias, residual))
     names = {launch.name: (launch.category, launch.n_bytes) for launch in launches}
     assert names == {
-        "gelu": (GELU, 2 * 2 * 6 * 64),
+        "gelu": (ACTIVATION, 2 * 2 * 6 * 64),
         "_linear_residual_fwd_kernel": (GEMM, 2 * (6 * 32 + 64 * 32 + 64 + 2 * 6 * 64)),
     }
 
@@ -207,7 +207,8 @@ UPSTREAM = {
 
 @functools.cache
 def launches_of(model: str, implementation: str) -> list[Launch]:
-    return ledger.IMPLEMENTATIONS[implementation](CASES[model])
+    case = CASES[model]
+    return ledger.IMPLEMENTATIONS[case.family][implementation](case)
 
 
 @pytest.mark.parametrize(("model", "implementation"), UPSTREAM)
@@ -223,7 +224,7 @@ def test_the_parts_of_upstreams_swin_as_counted_by_hand() -> None:
     blocks = sum(depth * one_map for depth, one_map in zip(depths, maps))
     # two additions of two maps to a third, and the activation of four maps
     assert parts[RESIDUAL] == blocks * 2 * 3
-    assert parts[GELU] == blocks * 2 * 4
+    assert parts[ACTIVATION] == blocks * 2 * 4
     # every map is padded by nothing, which copies it
     assert parts[PAD] == blocks * 2
     # in every second block, there and back, two dimensions each
@@ -254,7 +255,7 @@ def test_ours_stays_within_its_limits(model: str, implementation: str) -> None:
 def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
     model: str, implementation: str
 ) -> None:
-    upstream, _ = UPSTREAM[model, ledger.UPSTREAM]
+    upstream, _ = UPSTREAM[model, "transformers, SDPA"]
     assert n_bytes(launches_of(model, implementation)) <= LARGEST_SHARE * upstream
 
 
@@ -266,14 +267,14 @@ def test_ours_has_no_rolled_padded_or_masked_tensor_in_memory(implementation: st
 
 
 TWO_SIDES: dict[str, Callable[[ledger.Case], list[Launch]]] = {
-    ledger.UPSTREAM: lambda case: [Launch("mm", GEMM, 3 * GB), Launch("roll", ROLL, GB)],
+    "transformers, SDPA": lambda case: [Launch("mm", GEMM, 3 * GB), Launch("roll", ROLL, GB)],
     SEPARATE: lambda case: [Launch("_linear_residual_fwd_kernel", GEMM, GB)],
 }
 
 
 @pytest.fixture
 def two_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "IMPLEMENTATIONS", TWO_SIDES)
+    monkeypatch.setattr(ledger, "IMPLEMENTATIONS", {"swin": TWO_SIDES})
 
 
 def test_the_summary_is_a_row_per_model(two_sides: None) -> None:
