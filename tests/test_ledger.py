@@ -16,6 +16,7 @@ from ledger_count import (
     MASK,
     NORM,
     PAD,
+    POOL,
     RESIDUAL,
     ROLL,
     Launch,
@@ -127,6 +128,26 @@ def test_numbers_are_no_traffic() -> None:
     assert counted(lambda: x * torch.tensor(0.5)) == [(ATTENTION, 2 * 96)]
 
 
+def test_a_batch_norm_makes_its_statistics_in_two_small_launches() -> None:
+    module, x = on_meta(nn.BatchNorm2d(8).eval()), meta(5, 8, 3, 3)
+    weights = [*module.parameters(), *module.buffers()]
+    per_channel = (MASK, 8 * (2 + 4))
+    assert counted(lambda: module(x), *weights) == [
+        *(per_channel, per_channel),
+        (NORM, 2 * (360 + 8 + 8 + 360) + 4 * (8 + 8)),
+    ]
+
+
+def test_a_max_pool_writes_its_indices_too() -> None:
+    x = meta(1, 2, 4, 4)
+    assert counted(lambda: F.max_pool2d(x, 2)) == [(POOL, 2 * 32 + (2 + 8) * 8)]
+
+
+def test_an_activation_in_place_reads_and_writes() -> None:
+    x = meta(6, 8)
+    assert counted(lambda: F.relu_(x)) == [(ACTIVATION, 2 * 96)]
+
+
 def test_a_gelu() -> None:
     x = meta(6, 8)
     assert counted(lambda: F.gelu(x)) == [(ACTIVATION, 2 * 96)]
@@ -202,6 +223,13 @@ UPSTREAM = {
     ("swin_b_384", "timm"): (13_669_691_120, 619),
     ("swin_t_800x1088", "transformers, SDPA"): (26_609_620_178, 457),
     ("swin_t_800x1088", "timm"): (31_431_668_090, 346),
+    ("resnet50", "transformers"): (10_490_577_792, 278),
+    ("resnet50", "timm"): (10_490_577_792, 278),
+    ("resnet18", "transformers"): (2_366_671_744, 106),
+    ("resnet18", "timm"): (2_366_671_744, 106),
+    ("resnet101", "transformers"): (15_769_867_136, 550),
+    ("resnet101", "timm"): (15_769_867_136, 550),
+    ("resnet50d", "timm"): (11_197_095_616, 291),
 }
 
 
@@ -231,12 +259,27 @@ def test_the_parts_of_upstreams_swin_as_counted_by_hand() -> None:
     assert parts[ROLL] == blocks // 2 * 2 * 2 * 2
 
 
-GB = 10**9
+def test_the_parts_of_upstreams_resnet_as_counted_by_hand() -> None:
+    parts = bytes_by_category(launches_of("resnet50", "timm"))
+    image, channels, depths = 2 * 64, (256, 512, 1024, 2048), (3, 4, 6, 3)
+    ends = sum(
+        depth * image * (56 >> stage) ** 2 * wide
+        for stage, (depth, wide) in enumerate(zip(depths, channels))
+    )
+    # a sum of two maps, written to one of them
+    assert parts[RESIDUAL] == 3 * ends
+    # 112x112 in, 56x56 out, and int64 indices
+    assert parts[POOL] == image * 64 * (112**2 + 56**2) + 8 * 64 * 64 * 56**2
+
+
+GB, MB = 10**9, 10**6
 SEPARATE, BLOCK = "fastbb, separate ops", "fastbb, block kernels"
 # most bytes and launches of a forward pass
 LIMITS = {
     ("swin_t_224", SEPARATE): (4.6 * GB, 70),
     ("swin_t_224", BLOCK): (3.3 * GB, 60),
+    ("resnet50", "fastbb"): (52 * MB * 64, 60),
+    ("resnet50", "fastbb, tail kernels"): (46 * MB * 64, 60),
 }
 # of transformers' traffic: what the limit of Swin-T was set as, for the other models
 LARGEST_SHARE = 4.6 / 11.0
@@ -257,6 +300,37 @@ def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
 ) -> None:
     upstream, _ = UPSTREAM[model, "transformers, SDPA"]
     assert n_bytes(launches_of(model, implementation)) <= LARGEST_SHARE * upstream
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet101", "resnet50d"])
+def test_our_resnets_move_the_same_share_of_upstreams_traffic(model: str) -> None:
+    upstream, _ = UPSTREAM[model, "timm"]
+    share = 52 / 163 if model != "resnet50d" else 58.5 / 175  # its average pools stay
+    assert n_bytes(launches_of(model, "fastbb")) <= share * upstream
+
+
+@pytest.mark.parametrize("model", ["resnet50", "resnet18", "resnet101"])
+def test_our_resnets_are_nothing_but_convolutions(model: str) -> None:
+    assert bytes_by_category(launches_of(model, "fastbb")).keys() == {GEMM}
+
+
+def test_the_bytes_of_our_resnet_as_counted_by_hand() -> None:
+    image, size, inputs = 2 * 64, 56, 64
+    elements = 3 * 224**2 + 64 * 56**2  # of one image: the stem
+    weights = 64 * 3 * 49 + 64
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        inner, outputs = 64 << stage, 256 << stage
+        for block in range(depth):
+            before, first = inputs * size**2, block == 0
+            size = size // 2 if first and stage else size
+            wide = before // inputs * inner  # the 1x1 runs before the stride
+            inside, after = inner * size**2, outputs * size**2
+            # reduce, 3x3, and expand with the residual or its convolution
+            elements += before + wide + wide + inside + inside + before + after
+            weights += inputs * inner + 9 * inner**2 + inner * outputs + 2 * inner + outputs
+            weights += inputs * outputs if first else 0
+            inputs = outputs
+    assert n_bytes(launches_of("resnet50", "fastbb")) == image * elements + 2 * weights
 
 
 @pytest.mark.parametrize("implementation", [SEPARATE, BLOCK])
