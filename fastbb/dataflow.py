@@ -44,12 +44,14 @@ class Dataflow:
         inputs: of each module and call, the output that it read, None where no module wrote it.
         outputs: of each module and call.
         weights: of each convolution and call, whether its own weight was what it convolved with.
+        by_keyword: modules that were called with keyword arguments.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[nn.Module, list[Output | None]] = defaultdict(list)
         self.outputs: dict[nn.Module, list[Output]] = defaultdict(list)
         self.weights: dict[nn.Module, list[bool]] = defaultdict(list)
+        self.by_keyword: set[nn.Module] = set()
 
 
 def trace_dataflow(
@@ -113,6 +115,8 @@ class _Recorder(TorchFunctionMode):
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._within or isinstance(self._within[-1], nn.Conv2d):
+            if kwargs:
+                self.flow.by_keyword.add(module)
             read = self.written(args, kwargs)
             self.flow.inputs[module].append(read[0] if len(read) == 1 else None)
             for output in read:

@@ -252,6 +252,8 @@ def _conv_of(norm: nn.Module, flow: Dataflow) -> tuple[nn.Conv2d | None, str | N
     if not isinstance(conv, nn.Conv2d):
         what = "something computed" if conv is None else f"the output of a {type(conv).__name__}"
         return None, f"it reads {what}, not the output of a convolution"
+    if flow.by_keyword & {conv, norm}:
+        return None, "it or its convolution is called with keyword arguments"
     for output in flow.outputs[conv]:
         others = [reader for reader in output.consumers if reader is not norm]
         if others:
@@ -281,7 +283,7 @@ def _activation_after(norm: nn.Module, conv: nn.Conv2d, flow: Dataflow) -> nn.Mo
         return None
     readers = {reader for output in flow.outputs[norm] for reader in output.consumers}
     reader = readers.pop() if len(readers) == 1 else None
-    if not isinstance(reader, nn.Module) or next(reader.parameters(), None) is not None:
+    if not isinstance(reader, nn.Module) or reader in flow.by_keyword:
         return None
     reads = flow.inputs[reader]
     alone = all(output is not None and output.producer is norm for output in reads)
@@ -335,10 +337,11 @@ def _bind(
     if fused is None:
         after = None
     pair = _FoldedConv(conv, norm, after, fused)
-    conv.forward = pair.conv_forward
-    norm.forward = pair.norm_forward
+    forwards: list[tuple[Any, Any]] = [(conv, pair.conv_forward), (norm, pair.norm_forward)]
     if after is not None:
-        after.forward = pair.activation_forward
+        forwards.append((after, pair.activation_forward))
+    for module, forward in forwards:
+        module.forward = forward
     activation = entry.activation if after is not None else None
     return replace(entry, activation=activation, fused=fused, op=pair.op)
 

@@ -58,7 +58,7 @@ SWINS = {"hf_swin": hf_swin, "timm_swin": timm_swin}
 CONVOLUTIONS = {"hf_resnet": hf_resnet, "timm_mobilenet": timm_mobilenet}
 
 
-@pytest.fixture(params=[*SWINS.values(), *CONVOLUTIONS.values()], ids=[*SWINS, *CONVOLUTIONS])
+@pytest.fixture(params=[*SWINS.values(), *CONVOLUTIONS.values()], ids=list(SWINS | CONVOLUTIONS))
 def backbone(request: pytest.FixtureRequest) -> Any:
     """A tiny model that has computed, and so remembers."""
     model = request.param()
@@ -66,7 +66,7 @@ def backbone(request: pytest.FixtureRequest) -> Any:
     return model
 
 
-@pytest.fixture(params=SWINS.values(), ids=SWINS)
+@pytest.fixture(params=SWINS.values(), ids=list(SWINS))
 def swin(request: pytest.FixtureRequest) -> Any:
     model = request.param()
     infer(model)

@@ -7,20 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from folding import PIXELS, assert_folds, folded_, small
 from reference_models import images, randomize_
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
-from timm.layers.std_conv import StdConv2d
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastbb.fold import activation_name, find_norms, fold_, is_folded, unfold_
+from fastbb.fold import activation_name, find_norms, fold_, is_folded
 from fastbb_kernels import ACTIVATIONS
-
-PIXELS = images(13, 10, channels=6).double()
 
 
 def detr_norm(channels: int) -> nn.Module:
@@ -51,51 +48,12 @@ class Detectron2Conv(nn.Conv2d):
         self.norm = norm
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         x = F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
         x = self.norm(x)
         return x if self.activation is None else self.activation(x)
-
-
-def small(*modules: nn.Module) -> Any:
-    """Random weights; float64, so that a wrong eps shows. Small variances for the same reason."""
-    model = randomize_(nn.Sequential(*modules)).double()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_var"):
-                buffer.mul_(0.01)
-    return model
-
-
-def folded_(model: Any, pixels: Tensor = PIXELS) -> Any:
-    """The model, folded, and its report."""
-    return model, fold_(model, find_norms(model, pixels))
-
-
-@torch.no_grad()
-def assert_folds(model: Any, n_folded: int, pixels: Tensor = PIXELS) -> Any:
-    """Folds a model, holds it to what it computed before, and returns the report."""
-    want = model(pixels)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    parameters = list(model.parameters())
-    _, report = folded_(model, pixels)
-    assert len(report.folded) == n_folded, str(report)
-    got = model(pixels)
-    assert n_folded == 0 or not torch.equal(got, want)  # it is another computation
-    assert_equals_upstream(got, want, rel=1e-12)
-    now = model.state_dict()
-    assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in state)
-    assert all(a is b for a, b in zip(parameters, model.parameters()))
-    unfold_(model)
-    assert torch.equal(model(pixels), want)
-    assert not any(is_folded(module) for module in model.modules())
-    return report
-
-
-def reasons(model: Any, pixels: Tensor = PIXELS) -> list[str]:
-    return [str(norm.refused) for norm in assert_folds(model, 0, pixels).norms]
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -135,151 +93,6 @@ def test_every_kind_of_convolution(conv: Any, op: str | None) -> None:
         model = small(copy.deepcopy(conv), nn.BatchNorm2d(conv.out_channels), nn.ReLU())
         (entry,) = assert_folds(model, 1, pixels).norms
         assert entry.op == op and entry.fused == "relu"
-
-
-class Wired(nn.Module):
-    """Two convolutions and two norms, wired by a function."""
-
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
-        super().__init__()
-        # registered in an order that is not that of the computation
-        self.norm2, self.norm1 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
-        self.conv1, self.conv2 = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1)
-        self.act = nn.ReLU()
-        self.wiring = forward
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.wiring(self, x)
-
-
-def residual(m: Any, x: Tensor) -> Tensor:
-    return m.act(x + m.norm2(m.conv2(m.act(m.norm1(m.conv1(x))))))
-
-
-def inplace_residual(m: Any, x: Tensor) -> Tensor:
-    y = m.norm1(m.conv1(x))
-    y += x
-    return F.relu_(y)
-
-
-def same_twice(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.conv1(m.act(m.norm1(m.conv1(x)))))
-
-
-def two_names(m: Any, x: Tensor) -> Tensor:
-    y = m.conv2(x)
-    z = m.conv1(x)
-    return m.norm1(y) - m.norm2(z)
-
-
-@pytest.mark.parametrize(
-    ("wiring", "pairs"),
-    [
-        (residual, {"norm1": "conv1", "norm2": "conv2"}),
-        (inplace_residual, {"norm1": "conv1"}),
-        (same_twice, {"norm1": "conv1"}),
-        (two_names, {"norm1": "conv2", "norm2": "conv1"}),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_pairs_are_found_by_dataflow(wiring: Any, pairs: dict[str, str]) -> None:
-    report = assert_folds(small(Wired(wiring)), len(pairs))
-    assert {norm.norm: norm.conv for norm in report.folded} == {
-        f"0.{norm}": f"0.{conv}" for norm, conv in pairs.items()
-    }
-    # the one ReLU runs twice, so it stays a module
-    assert not any(norm.activation for norm in report.folded)
-
-
-def read_by_a_function(m: Any, x: Tensor) -> Tensor:
-    y = m.conv1(x)
-    return m.norm1(y) + y
-
-
-def read_by_a_module(m: Any, x: Tensor) -> Tensor:
-    y = m.conv1(x)
-    return m.norm1(y) + m.conv2(y)
-
-
-def changed_in_place(m: Any, x: Tensor) -> Tensor:
-    y = m.conv1(x)
-    y.mul_(2)
-    return m.norm1(y)
-
-
-def activated_between(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.act(m.conv1(x)))
-
-
-def after_an_addition(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.conv1(x) + x)
-
-
-def two_norms(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.conv1(x)) + m.norm2(m.conv1(x))
-
-
-def two_convolutions(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.conv1(x)) + m.norm1(m.conv2(x))
-
-
-def functional_weight(m: Any, x: Tensor) -> Tensor:
-    return m.norm1(m.conv1(x) if x is None else F.conv2d(x, m.conv1.weight, padding=1))
-
-
-@pytest.mark.parametrize(
-    ("wiring", "reason"),
-    [
-        (read_by_a_function, "also read by `add`"),
-        (read_by_a_module, "also read by a Conv2d"),
-        (changed_in_place, "also read by `mul_`"),
-        (activated_between, "it reads the output of a ReLU, not the output of a convolution"),
-        (after_an_addition, "it reads something computed, not the output of a convolution"),
-        (two_norms, "also read by a BatchNorm2d"),
-        (two_convolutions, "runs several times, after different modules"),
-        (functional_weight, "it reads something computed"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_dataflow_that_forbids_folding(wiring: Any, reason: str) -> None:
-    assert all(reason in why for why in reasons(small(Wired(wiring))))
-
-
-def test_an_output_that_the_model_returns_is_not_folded() -> None:
-    class Returns(nn.Sequential):
-        def forward(self, x: Tensor) -> Any:
-            y = self[0](x)
-            return {"map": [y], "norm": self[1](y)}
-
-    model = Returns(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8)).eval().double()
-    (norm,) = find_norms(model, PIXELS)
-    assert norm.refused == ("the output of its convolution is also read by the result of the model")
-
-
-class NotABatchNorm(nn.BatchNorm2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize(
-    ("modules", "reason"),
-    [
-        ([StdConv2d(6, 8, 3), nn.BatchNorm2d(8)], "computes its weights (weight standard"),
-        (
-            [parametrizations.weight_norm(nn.Conv2d(6, 8, 3)), nn.BatchNorm2d(8)],
-            "computes its weights",
-        ),
-        ([nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8, track_running_stats=False)], "no running stat"),
-        ([nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8)], "'reflect'"),
-        ([nn.Conv2d(6, 8, 3), NotABatchNorm(8)], "NotABatchNorm does not compute what batch"),
-        ([nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8)], "output of a ConvTranspose2d"),
-        ([nn.BatchNorm2d(6), nn.Conv2d(6, 8, 3)], "it reads something computed"),
-    ],
-    ids=lambda value: "",
-)
-def test_modules_that_forbid_folding(modules: list[nn.Module], reason: str) -> None:
-    (why,) = reasons(small(*modules))
-    assert reason in why
 
 
 def test_a_report_says_what_became_of_every_norm() -> None:
@@ -413,7 +226,7 @@ DETECTION = {
 def test_torchvisions_detection_backbones(name: str, frozen_eps: float | None) -> None:
     from torchvision import models
 
-    detector = models.get_model(f"{name}", weights=None, weights_backbone=None)
+    detector: Any = models.get_model(name, weights=None, weights_backbone=None)
     backbone = detector.backbone
     if frozen_eps is not None:  # as with weights
         for module in [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]:

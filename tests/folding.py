@@ -1,0 +1,51 @@
+"""Small models to fold, and what folding may change of them: nothing but rounding."""
+
+from typing import Any
+
+import torch
+from reference_models import images, randomize_
+from tolerance import assert_equals_upstream
+from torch import Tensor, nn
+
+from fastbb.fold import find_norms, fold_, is_folded, unfold_
+
+PIXELS = images(13, 10, channels=6).double()
+
+
+def small(*modules: nn.Module) -> Any:
+    """Random weights; float64, so that a wrong eps shows. Small variances for the same reason."""
+    model = randomize_(nn.Sequential(*modules)).double()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_var"):
+                buffer.mul_(0.01)
+    return model
+
+
+def folded_(model: Any, pixels: Tensor = PIXELS) -> Any:
+    """The model, folded, and its report."""
+    return model, fold_(model, find_norms(model, pixels))
+
+
+@torch.no_grad()
+def assert_folds(model: Any, n_folded: int, pixels: Tensor = PIXELS) -> Any:
+    """Folds a model, holds it to what it computed before, and returns the report."""
+    want = model(pixels)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    _, report = folded_(model, pixels)
+    assert len(report.folded) == n_folded, str(report)
+    got = model(pixels)
+    assert n_folded == 0 or not torch.equal(got, want)  # it is another computation
+    assert_equals_upstream(got, want, rel=1e-12)
+    now = model.state_dict()
+    assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in state)
+    assert all(a is b for a, b in zip(parameters, model.parameters()))
+    unfold_(model)
+    assert torch.equal(model(pixels), want)
+    assert not any(is_folded(module) for module in model.modules())
+    return report
+
+
+def reasons(model: Any, pixels: Tensor = PIXELS) -> list[str]:
+    return [str(norm.refused) for norm in assert_folds(model, 0, pixels).norms]
