@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -448,7 +449,7 @@ def _norm_problem(norm: Any) -> str | None:
     if type(norm).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward):
         return None
     running_mean = norm.running_mean
-    if running_mean.is_meta:
+    if running_mean.is_meta or isinstance(running_mean, FakeTensor):
         return None
     shape = (1, len(running_mean), 2, 2)
     x = torch.linspace(-3, 3, 4 * len(running_mean), device="cpu").view(shape)
@@ -479,6 +480,7 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+@unset_fake_temporarily()
 def activation_name(module: nn.Module | None) -> str | None:
     """The name in `ACTIVATIONS` of what a module computes, or None.
 
