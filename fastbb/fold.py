@@ -5,14 +5,14 @@ convolution that feeds it. Neither parameters nor the state dict change: folded 
 values, computed in float64, cast once, and made again when a source changes.
 
 Which norm belongs to which convolution is read off the dataflow of a forward pass, not off names or
-the order of children: `find_norms`. `fold_` makes a model compute with folded weights, `unfold_`
-undoes it.
+the order of children: `find_norms`. `Folding` runs a model with folded weights.
 """
 
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
 from .dataflow import RESULT, Dataflow, trace_dataflow
 from .derived import derive, forget_derived, is_tracing
 
+Result = TypeVar("Result")
+
 # frozen norms have no common class: torchvision, timm, detectron2 and a dozen files of transformers
 # each define one of such a name; transformers' has no `eps`
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
@@ -34,7 +36,7 @@ _FROZEN_EPS = 1e-5
 def is_batch_norm(module: nn.Module | None) -> bool:
     """Whether a module is a 2d batch norm of any library, frozen, synchronized or with activation.
 
-    That it computes what its kind computes is checked by `fold_`.
+    That it computes what its kind computes is checked by `Folding`.
     """
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         return True
@@ -303,59 +305,85 @@ def _pads_as_tensorflow(conv: nn.Conv2d) -> bool:
     return type(conv).__name__ == "Conv2dSame" and type(conv).__module__.startswith("timm.")
 
 
-def fold_(model: nn.Module, norms: Iterable[FoldedNorm]) -> FoldReport:
-    """Makes a model compute with folded weights wherever a call allows it (see `runs_folded`).
+class Folding:
+    """Folded forwards bound on the modules of a model, which apply where `run` calls it.
 
-    The forwards of convolutions, norms and activations are bound on the instances; parameters,
-    buffers, hooks and types stay. A module with hooks runs as it was, so that they see its values.
+    Parameters, buffers, hooks and types of modules stay, and a module called on its own computes
+    what it always did. So does the whole model once one of its folded modules was replaced.
 
     Args:
-        model: folded in place.
-        norms: what `find_norms` found in this model, or in its twin on the meta device.
+        model: its modules get forwards bound on the instances.
+        norms: what `find_norms` found in it.
+
+    Attributes:
+        report: what became of every norm.
     """
-    report = []
-    for entry in norms:
-        if entry.refused is None:
-            assert entry.conv is not None
-            conv, norm = model.get_submodule(entry.conv), model.get_submodule(entry.norm)
-            assert isinstance(conv, nn.Conv2d)
-            after = None if entry.activation is None else model.get_submodule(entry.activation)
-            entry = _bind(entry, conv, norm, after)
-        report.append(entry)
-    return FoldReport(tuple(report))
+
+    def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self.report = FoldReport(tuple(self._bind(model, norm) for norm in norms))
+
+    def run(self, forward: Callable[..., Result], *args: Any) -> Result:
+        """`forward(*args)`, a forward of the model, with folded weights where a call allows it."""
+        if is_tracing() or not self.is_intact():
+            return forward(*args)
+        before = getattr(_running, "folding", None)
+        _running.folding = self
+        try:
+            return forward(*args)
+        finally:
+            _running.folding = before
+
+    def undo(self) -> None:
+        """Gives the modules their own forwards back."""
+        for _, _, module in self._places:
+            if is_folded(module):
+                del module.forward
+        self._places.clear()
+
+    def is_intact(self) -> bool:
+        """Whether the folded modules are still where they were found."""
+        return all(parent._modules.get(name) is module for parent, name, module in self._places)
+
+    def applies(self) -> bool:
+        """Whether what is being called belongs to a forward of the model."""
+        if is_tracing():  # a graph is of a whole model
+            return self.is_intact()
+        return getattr(_running, "folding", None) is self
+
+    def _bind(self, model: nn.Module, entry: FoldedNorm) -> FoldedNorm:
+        if entry.refused is not None:
+            return entry
+        names = (entry.conv, entry.norm, entry.activation)
+        conv, norm, after = (name and model.get_submodule(name) for name in names)
+        if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.Module):
+            return replace(entry, conv=None, activation=None, refused="the model is a convolution")
+        problem = _norm_problem(norm)
+        if problem:
+            return replace(entry, conv=None, activation=None, refused=problem)
+        own = getattr(norm, "act", None)
+        if own is not None and not isinstance(own, nn.Identity):
+            after = None  # the norm's own activation comes first
+        fused = activation_name(own if after is None else after)
+        if fused is None:
+            after = None
+        pair = _FoldedConv(self, conv, norm, after or None, fused)
+        forwards: list[tuple[Any, Any]] = [(conv, pair.conv_forward), (norm, pair.norm_forward)]
+        if after:
+            forwards.append((after, pair.activation_forward))
+        for name, (module, forward) in zip(names, forwards):
+            module.forward = forward
+            parent, _, child = str(name).rpartition(".")
+            self._places.append((model.get_submodule(parent), child, module))
+        activation = entry.activation if after else None
+        return replace(entry, activation=activation, fused=fused, op=pair.op)
 
 
-def _bind(
-    entry: FoldedNorm, conv: nn.Conv2d, norm: nn.Module, after: nn.Module | None
-) -> FoldedNorm:
-    problem = _norm_problem(norm)
-    if problem:
-        return replace(entry, conv=None, activation=None, refused=problem)
-    own = getattr(norm, "act", None)
-    if own is not None and not isinstance(own, nn.Identity):
-        after = None  # the norm's own activation comes first
-    fused = activation_name(own if after is None else after)
-    if fused is None:
-        after = None
-    pair = _FoldedConv(conv, norm, after, fused)
-    forwards: list[tuple[Any, Any]] = [(conv, pair.conv_forward), (norm, pair.norm_forward)]
-    if after is not None:
-        forwards.append((after, pair.activation_forward))
-    for module, forward in forwards:
-        module.forward = forward
-    activation = entry.activation if after is not None else None
-    return replace(entry, activation=activation, fused=fused, op=pair.op)
-
-
-def unfold_(model: nn.Module) -> None:
-    """Gives a folded model its own forwards back."""
-    for module in model.modules():
-        if is_folded(module):
-            del module.forward
+_running = threading.local()  # the folding whose model this thread is running
 
 
 def is_folded(module: nn.Module) -> bool:
-    """Whether `fold_` has bound the forward of this module."""
+    """Whether a `Folding` has bound the forward of this module."""
     return isinstance(getattr(vars(module).get("forward"), "__self__", None), _FoldedConv)
 
 
@@ -366,8 +394,14 @@ class _FoldedConv:
     """
 
     def __init__(
-        self, conv: nn.Conv2d, norm: nn.Module, after: nn.Module | None, fused: str | None
+        self,
+        folding: Folding,
+        conv: nn.Conv2d,
+        norm: nn.Module,
+        after: nn.Module | None,
+        fused: str | None,
     ) -> None:
+        self.folding = folding
         self.conv, self.norm, self.after, self.fused = conv, norm, after, fused
         self.owns_norm = getattr(conv, "norm", None) is norm
         self.op = conv_op(conv.weight.shape, **self._geometry())
@@ -402,7 +436,7 @@ class _FoldedConv:
 
     def _applies(self, x: Tensor) -> bool:
         # all three forwards of a call ask this and get the same answer
-        if not runs_folded(self.conv, self.norm, x):
+        if not runs_folded(self.conv, self.norm, x) or not self.folding.applies():
             return False
         modules = (self.conv, self.norm, self.after)
         return not any(module is not None and _is_hooked(module) for module in modules)

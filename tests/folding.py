@@ -7,7 +7,7 @@ from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 
-from fastbb.fold import find_norms, fold_, is_folded, unfold_
+from fastbb.fold import Folding, FoldReport, find_norms, is_folded
 
 PIXELS = images(13, 10, channels=6).double()
 
@@ -22,29 +22,29 @@ def small(*modules: nn.Module) -> Any:
     return model
 
 
-def folded_(model: Any, pixels: Tensor = PIXELS) -> Any:
-    """The model, folded, and its report."""
-    return model, fold_(model, find_norms(model, pixels))
+def fold(model: Any, pixels: Tensor = PIXELS) -> Folding:
+    return Folding(model, find_norms(model, pixels))
 
 
 @torch.no_grad()
-def assert_folds(model: Any, n_folded: int, pixels: Tensor = PIXELS) -> Any:
+def assert_folds(model: Any, n_folded: int, pixels: Tensor = PIXELS) -> FoldReport:
     """Folds a model, holds it to what it computed before, and returns the report."""
     want = model(pixels)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())
-    _, report = folded_(model, pixels)
-    assert len(report.folded) == n_folded, str(report)
-    got = model(pixels)
+    folding = fold(model, pixels)
+    assert len(folding.report.folded) == n_folded, str(folding.report)
+    got = folding.run(model, pixels)
     assert n_folded == 0 or not torch.equal(got, want)  # it is another computation
     assert_equals_upstream(got, want, rel=1e-12)
+    assert torch.equal(model(pixels), want)
     now = model.state_dict()
     assert list(now) == list(state) and all(torch.equal(now[name], state[name]) for name in state)
     assert all(a is b for a, b in zip(parameters, model.parameters()))
-    unfold_(model)
-    assert torch.equal(model(pixels), want)
+    folding.undo()
+    assert torch.equal(folding.run(model, pixels), want)
     assert not any(is_folded(module) for module in model.modules())
-    return report
+    return folding.report
 
 
 def reasons(model: Any, pixels: Tensor = PIXELS) -> list[str]:

@@ -3,11 +3,12 @@
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from folding import PIXELS, assert_folds, folded_, small
+from folding import PIXELS, assert_folds, fold, small
 from reference_models import images, randomize_
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastbb.fold import activation_name, find_norms, fold_, is_folded
+from fastbb.fold import activation_name, is_folded
 from fastbb_kernels import ACTIVATIONS
 
 
@@ -113,37 +114,37 @@ def test_a_report_says_what_became_of_every_norm() -> None:
 def test_the_mode_of_the_norm_decides() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     upstream = copy.deepcopy(model)
-    folded_(model)
+    folding = fold(model)
     # frozen norms in a model that trains, as detection does
     for either in (model, upstream):
         either.train()[1].eval()
-    got = model(PIXELS)
+    got = folding.run(model, PIXELS)
     assert_equals_upstream(got, upstream(PIXELS), rel=1e-12)
     assert not torch.equal(got, upstream(PIXELS))
     # the norm alone trains, and counts what it sees
     for either in (model, upstream):
         either.eval()[1].train()
     for _ in range(2):
-        assert torch.equal(model(PIXELS), upstream(PIXELS))
+        assert torch.equal(folding.run(model, PIXELS), upstream(PIXELS))
     assert torch.equal(model[1].running_mean, upstream[1].running_mean)
     for either in (model, upstream):
         either.eval()
-    assert_equals_upstream(model(PIXELS), upstream(PIXELS), rel=1e-12)
+    assert_equals_upstream(folding.run(model, PIXELS), upstream(PIXELS), rel=1e-12)
 
 
 def test_gradients_are_upstreams() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     upstream = copy.deepcopy(model)
-    folded_(model)
-    for either in (model, upstream):
-        either(PIXELS).square().sum().backward()
+    folding = fold(model)
+    folding.run(model, PIXELS).square().sum().backward()
+    upstream(PIXELS).square().sum().backward()
     for ours, theirs in zip(model.parameters(), upstream.parameters()):
         assert ours.grad is not None and theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad)
     # of the input alone
     model.requires_grad_(False)
     pixels = PIXELS.clone().requires_grad_()
-    model(pixels).sum().backward()
+    folding.run(model, pixels).sum().backward()
     assert pixels.grad is not None
 
 
@@ -151,45 +152,110 @@ def test_gradients_are_upstreams() -> None:
 def test_hooks_see_the_values_of_their_module() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     want = [model[0](PIXELS), model[:2](PIXELS)]
-    folded_(model)
+    folding = fold(model)
     for position in range(2):
         seen: list[Tensor] = []
         handle = model[position].register_forward_hook(lambda _m, _x, y, seen=seen: seen.append(y))
-        model(PIXELS)
+        folding.run(model, PIXELS)
         handle.remove()
         assert torch.equal(seen[0], want[position])
 
 
 @torch.no_grad()
+def test_a_module_called_on_its_own_computes_what_it_did() -> None:
+    model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    y = model[0](PIXELS)
+    want = [y, model[1](y), model[2](y)]
+    folding = fold(model)
+    folding.run(model, PIXELS)
+    for module, x, expected in zip(model, (PIXELS, y, y), want):
+        assert torch.equal(module(x), expected)
+
+
+class LowRank(nn.Module):
+    """A convolution with an adapter beside it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = conv
+        self.adapter = nn.Conv2d(6, 8, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.adapter(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", range(3))
+def test_a_replaced_module_is_not_passed_over(position: int) -> None:
+    model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    upstream = copy.deepcopy(model)
+    folding = fold(model)
+    folding.run(model, PIXELS)
+    adapter = LowRank(model[0])
+    for either in (model, upstream):
+        either[position] = nn.Identity()
+        if position == 0:
+            either[0] = adapter
+    want = upstream(PIXELS)
+    assert torch.equal(folding.run(model, PIXELS), want)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_folds_its_own_weights(make_copy: Callable[[Any], Any]) -> None:
-    model, _ = folded_(small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
-    want = model(PIXELS)
-    twin = make_copy(model)
+    model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    folding = fold(model)
+    want = folding.run(model, PIXELS)
+    twin, its_folding = make_copy((model, folding))
     assert all(is_folded(module) for module in twin)
     for parameter in model.parameters():
         parameter.zero_()
-    assert torch.equal(twin(PIXELS), want)
+    assert torch.equal(its_folding.run(twin, PIXELS), want)
     twin[1].eps = 0.5
-    assert not torch.equal(twin(PIXELS), want)
+    assert not torch.equal(its_folding.run(twin, PIXELS), want)
+
+
+@torch.no_grad()
+def test_threads_do_not_disturb_each_other() -> None:
+    model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    folding = fold(model)
+    folded_map, own_map = folding.run(model, PIXELS), model(PIXELS)
+    assert not torch.equal(folded_map, own_map)
+
+    def call(index: int) -> bool:
+        with torch.no_grad():
+            got = folding.run(model, PIXELS) if index % 2 else model(PIXELS)
+        return torch.equal(got, folded_map if index % 2 else own_map)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(200)))
 
 
 @torch.no_grad()
 def test_autocast_computes_as_upstream() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).float()
     upstream = copy.deepcopy(model)
-    folded_(model, PIXELS.float())
+    folding = fold(model, PIXELS.float())
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(PIXELS.float()), upstream(PIXELS.float()))
+        assert torch.equal(folding.run(model, PIXELS.float()), upstream(PIXELS.float()))
 
 
 @torch.no_grad()
 def test_compiles_and_exports() -> None:
-    model, _ = folded_(small(nn.Conv2d(6, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 4, 1)))
+    class Runs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small(nn.Conv2d(6, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 4, 1))
+            self.folding = fold(self.model)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.folding.run(self.model, x)
+
+    model = Runs()
     want = model(PIXELS)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_equals_upstream(compiled(PIXELS), want, rel=1e-12)
-    shapes = {"input": {0: torch.export.Dim("batch")}}
+    shapes = {"x": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(model, (PIXELS,), dynamic_shapes=shapes).module()
     assert_equals_upstream(exported(PIXELS[:1].repeat(3, 1, 1, 1))[:1], want[:1], rel=1e-12)
 
@@ -234,9 +300,10 @@ def test_torchvisions_detection_backbones(name: str, frozen_eps: float | None) -
     randomize_(backbone)
     pixels = images(64, 96, batch=1)
     want = backbone(pixels)
-    report = fold_(backbone, find_norms(backbone, pixels))
+    folding = fold(backbone, pixels)
+    report = folding.report
     assert len(report.folded) > 20 and not report.refused, str(report)
-    got = backbone(pixels)
+    got = folding.run(backbone, pixels)
     assert list(got) == list(want)
     for key in want:
         assert_equals_upstream(got[key], want[key], rel=1e-4)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
 from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..fold import FoldedNorm, find_norms, fold_, has_hooks, is_batch_norm, unfold_
+from ..fold import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
 from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
 from ..registry import FAMILIES, Family, StagesForward, register
 
@@ -178,10 +178,16 @@ class TimmBackbone(Backbone):
 
     @native.setter
     def native(self, native: bool) -> None:
-        unfold_(self._backbone)
+        if hasattr(self, "_folding"):
+            self._folding.undo()
         self._native = native
         norms = _find_norms(self._backbone, self.config) if native else []
-        self.fold_report = fold_(self._backbone, norms)
+        self._folding = Folding(self._backbone, norms)
+
+    @property
+    def fold_report(self) -> FoldReport:
+        """What became of every batch norm: folded into which convolution, or refused and why."""
+        return self._folding.report
 
     def forward_stages(
         self,
@@ -203,9 +209,9 @@ class TimmBackbone(Backbone):
             )
         forward = self.native_forward() if self.native and not self.training else None
         if forward is not None:
-            return dict(zip(wanted, forward(pixel_values, indices)))
+            return dict(zip(wanted, self._folding.run(forward, pixel_values, indices)))
         try:
-            maps = self._timm_forward(pixel_values, indices)
+            maps = self._folding.run(self._timm_forward, pixel_values, indices)
         except AssertionError as error:  # how timm refuses an input
             raise ValueError(
                 f"timm's {self.config.backbone!r} does not take pixel_values of shape "
