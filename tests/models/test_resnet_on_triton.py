@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from reference_models import Pair, hf_pair, hf_resnet, images, timm_pair
-from tolerance import assert_equals_upstream
+from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbb_kernels import use_impl
 from fastbb_kernels.testing import interpret
@@ -43,9 +44,18 @@ def build_pair(source: str) -> Pair:
     raise AssertionError(source)
 
 
+class OnlyKernels(TorchDispatchMode):
+    """Refuses PyTorch's own convolutions and batch norms."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert "convolution" not in name and "batch_norm" not in name, func
+        return func(*args, **(kwargs or {}))
+
+
 def kernel_maps(model: Any, pixels: Tensor) -> Sequence[Tensor]:
     """The maps with every op forced onto its kernel."""
-    with torch.no_grad(), use_impl("triton"), interpret():
+    with torch.no_grad(), use_impl("triton"), interpret(), OnlyKernels():
         return model(pixels).feature_maps
 
 
@@ -61,3 +71,22 @@ def test_fp32_equals_upstream(source: str) -> None:
     with torch.no_grad():
         want = pair.maps(pixels)
     assert_equals_upstream(kernel_maps(pair.ours, pixels), want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("source", "dtype"),
+    [(source, torch.bfloat16) for source in SOURCES] + [("hf-bottleneck", torch.float16)],
+    ids=str,
+)
+def test_low_precision_is_as_accurate_as_upstream(source: str, dtype: torch.dtype) -> None:
+    pair = build_pair(source)
+    # the truth is the same rounded weights in float64, computed by upstream
+    pair.ours.to(dtype)
+    pair.upstream.to(dtype)
+    pixels = images(97, 65, batch=1).to(dtype)
+    eager = pair.maps(pixels)
+    pair.upstream.double()
+    exact = pair.maps(pixels.double())
+    for i, maps in enumerate(zip(kernel_maps(pair.ours, pixels), eager, exact)):
+        assert_as_accurate_as_eager(f"map {i}", *maps)
