@@ -19,6 +19,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_activation(op: str, activation: Activation) -> None:
+    """Raises a ValueError unless the argument `activation` of `op` is a name above or None."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{op}: activation must be None or one of {sorted(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """Applies the named activation to `x` of any shape; None leaves it as it is."""
     return x if activation is None else ACTIVATIONS[activation](x)

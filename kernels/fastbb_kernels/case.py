@@ -18,6 +18,9 @@ class Random:
     def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * std + mean).to(self.dtype)
 
+    def pixels(self, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, device=self.device, dtype=torch.uint8)
+
     def weight(self, *shape: int) -> Tensor:
         """[out, ...] weights that keep the magnitude of what they multiply."""
         return self.normal(*shape, std=math.prod(shape[1:]) ** -0.5)

@@ -6,7 +6,15 @@ strides, head dimension) with few pixels and channels, for the interpreter.
 """
 
 from .case import Case
-from .resnet_cases import MOBILE, RESNETS, Depthwise, ResNetShape, mobile_cases, resnet_cases
+from .resnet_cases import (
+    MOBILE,
+    RESNETS,
+    Depthwise,
+    ResNetShape,
+    mobile_cases,
+    resnet_cases,
+    stem_cases,
+)
 from .swin_cases import SWINS, SwinShape, swin_cases
 
 # image size (height, width), window of a Swin, batches; the first batch is that of the ledger
@@ -74,5 +82,6 @@ def small_cases() -> list[Case]:
     return [
         *(case for twin in swins for case in swin_cases(*twin)),
         *(case for twin in resnets for case in resnet_cases(*twin)),
+        *stem_cases((19, 25), 2, "small"),
         *mobile_cases(mobile, 2, "small"),
     ]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .case import Case, Random
 
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
 # the width of the tails that `bottleneck_tail` has a kernel for
 TAIL_CHANNELS = (64, 128)
 
@@ -80,6 +82,12 @@ def resnet_cases(shape: ResNetShape, size: tuple[int, int], batch: int) -> Itera
             inputs = outputs
 
 
+def stem_cases(size: tuple[int, int], batch: int, name: str) -> Iterator[Case]:
+    """The calls of a stem that `resnet_cases` has not: of decoded photos, and without a pool."""
+    yield Case("stem_conv_bn_relu_pool", f"{name}-photos", _stem(batch, size, 16, photos=True))
+    yield Case("stem_conv_bn_relu_pool", f"{name}-no-pool", _stem(batch, size, 16, pool=False))
+
+
 @dataclass(frozen=True)
 class Depthwise:
     """A depthwise convolution of a mobile network: channels, side of the map, kernel, stride."""
@@ -138,13 +146,20 @@ def _weight(random: Random, *shape: int) -> Tensor:
     return weight.to(memory_format=torch.channels_last)
 
 
-def _stem(batch: int, size: tuple[int, int], channels: int) -> _Make:
+def _stem(
+    batch: int, size: tuple[int, int], channels: int, photos: bool = False, pool: bool = True
+) -> _Make:
     def make(random: Random) -> dict[str, Any]:
-        return {
+        arguments = {
             "pixel_values": random.normal(batch, 3, *size),
             "weight": _weight(random, channels, 3, 7, 7),
             "bias": random.normal(channels),
+            "pool": pool,
         }
+        if photos:
+            pixels = random.pixels(batch, *size, 3).permute(0, 3, 1, 2)
+            arguments |= {"pixel_values": pixels, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return arguments
 
     return make
 

@@ -298,8 +298,8 @@ def test_gradients_take_the_eager_path(activation: str | None) -> None:
         ({"x": (4, 6, 7)}, r"weight must be .* and x \[4, 6, 7\]"),
         ({"x": (2, 4, 0, 7)}, "x must have pixels, got 0x7"),
         ({"bias": (5,)}, r"bias must be \[4\], got \[5\]"),
-        ({"stride": 0}, "stride and dilation must be at least 1, got 0 and 1"),
-        ({"dilation": 0}, "stride and dilation must be at least 1, got 1 and 0"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"dilation": 0}, "dilation must be at least 1, got 0"),
         ({"activation": "softmax"}, "activation must be None or one of .* got 'softmax'"),
     ],
     ids=str,
@@ -329,16 +329,6 @@ def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
     args[name] = change(args[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         depthwise_conv_bn_act(**args, impl="triton")
-
-
-def test_an_activation_that_somebody_adds_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ACTIVATIONS, "double", lambda x: 2 * x)
-    args = {**some_arguments(1, 4, 5, 5), "activation": "double"}
-    with interpret():
-        y = depthwise_conv_bn_act(**args)
-        with pytest.raises(NotImplementedError, match="knows the activations .* got 'double'"):
-            depthwise_conv_bn_act(**args, impl="triton")
-    assert torch.equal(y, depthwise_conv_bn_act_eager(**args))
 
 
 def test_eager_runs_any_odd_kernel() -> None:

@@ -14,6 +14,7 @@ from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool_n_bytes
 from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import stem_conv_bn_relu_pool as kernel_module
+from fastbb_kernels.triton_kernels.config import GemmConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
@@ -123,14 +124,23 @@ def test_activations_come_before_the_pool(activation: str | None) -> None:
     assert_right(Stem(1, 8, activation), torch.randn(1, 1, 11, 14).bfloat16(), torch.bfloat16)
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_tiles_of_every_architecture(
-    arch: Architecture, activation: str, monkeypatch: pytest.MonkeyPatch
+def every_config() -> list[tuple[torch.dtype, str, GemmConfig]]:
+    """The tiles of every architecture."""
+    chosen = (
+        (dtype, activation, kernel_module.launch_config(1, 72, dtype, dtype, activation, arch))
+        for arch in ARCHITECTURES
+        for dtype in (torch.float32, torch.bfloat16)
+        for activation in ("relu", "gelu")
+    )
+    return list(dict.fromkeys(chosen))
+
+
+@pytest.mark.parametrize(("dtype", "activation", "config"), every_config(), ids=str)
+def test_every_tile(
+    config: GemmConfig, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dtype = torch.bfloat16
-    config = kernel_module.launch_config(1, 72, dtype, dtype, activation, arch)
     monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
+    # two tiles each way, the second ones cut; one of them ends in the second image
     assert_right(Stem(1, 72, activation), torch.randn(2, 1, 22, 22).to(dtype), dtype)
 
 
@@ -241,8 +251,17 @@ def test_compiles_and_exports(op: Any, normalization: Any) -> None:
         assert torch.equal(model(x, weight, bias), want)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 9, 12), (0, 3, 9, 12), (2, 3, 1, 1), (1, 3, 4, 1)])
-@pytest.mark.parametrize("channels", [1, 8])
+@pytest.mark.parametrize(
+    ("shape", "channels"),
+    # the last ones where strides are ambiguous
+    [
+        ((2, 3, 9, 12), 8),
+        ((0, 3, 9, 12), 8),
+        ((2, 3, 9, 12), 1),
+        ((2, 3, 1, 1), 8),
+        ((1, 3, 4, 1), 1),
+    ],
+)
 def test_custom_op_is_registered_rightly(shape: tuple[int, ...], channels: int) -> None:
     normalization = [0.5] * 3, [0.2] * 3
     for x, stem in (
@@ -287,6 +306,10 @@ def test_gradients_take_the_eager_path() -> None:
         (
             {"pixel_values": photo(1, 3, 8, 8), "mean": [0.5] * 3, "std": [0.5]},
             r"std must have 3 numbers for uint8 pixel_values, got \[0.5\]",
+        ),
+        (
+            {"pixel_values": photo(1, 3, 8, 8), "mean": [0.5] * 3, "std": [0.5, 0.0, 1.0]},
+            r"std must not contain 0, got \[0.5, 0.0, 1.0\]",
         ),
     ],
 )

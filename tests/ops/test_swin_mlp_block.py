@@ -295,16 +295,6 @@ def test_what_the_kernel_refuses(
         swin_mlp_block(**args, impl="triton")
 
 
-def test_an_activation_without_a_kernel_runs_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ACTIVATIONS, "tanh", torch.tanh)
-    args: dict[str, Any] = {**arguments(), "activation": "tanh"}
-    with interpret(), torch.no_grad():
-        # the second layer still has its kernel
-        torch.testing.assert_close(swin_mlp_block(**args), swin_mlp_block_eager(**args))
-        with pytest.raises(NotImplementedError, match="knows the activations .* got 'tanh'"):
-            swin_mlp_block(**args, impl="triton")
-
-
 def test_refuses_the_cpu() -> None:
     message = "swin_mlp_block: impl='triton' .* CUDA or ROCm device, got cpu"
     with pytest.raises(NotImplementedError, match=message):

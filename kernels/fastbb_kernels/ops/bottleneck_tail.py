@@ -8,7 +8,8 @@ Bound: memory at 64 channels (read x and the residual, write y), even with flops
 import torch
 from torch import Tensor
 
-from .._activation import ACTIVATIONS, Activation
+from .._activation import Activation, check_activation
+from .._convolution import check_positive, check_shape, empty_output, output_shape
 from .._dispatch import (
     Impl,
     architecture,
@@ -17,13 +18,7 @@ from .._dispatch import (
     launches_directly,
     use_block,
 )
-from .conv1x1_bn_act import (
-    _TRITON_ACTIVATIONS,
-    _empty_output,
-    _output_shape,
-    conv1x1_bn_act,
-    conv1x1_bn_act_eager,
-)
+from .conv1x1_bn_act import conv1x1_bn_act, conv1x1_bn_act_eager
 from .conv3x3_bn_act import conv3x3_bn_act, conv3x3_bn_act_eager, conv3x3_bn_act_n_bytes
 
 
@@ -124,8 +119,6 @@ def bottleneck_tail_unsupported(
     )
     if reason is not None:
         return reason
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     out_channels, channels = expand_weight.shape[:2]
     if channels not in (64, 128) or out_channels % 64:
         return (
@@ -179,25 +172,14 @@ def _check(
             f"bottleneck_tail: expand_weight must be [C_out, {C}, 1, 1], "
             f"got {list(expand_weight.shape)}"
         )
-    if stride < 1 or dilation < 1:
-        raise ValueError(
-            f"bottleneck_tail: stride and dilation must be positive, got {stride} and {dilation}"
-        )
-    shapes = {
-        "bias": (bias, (C,)),
-        "expand_bias": (expand_bias, expand_weight.shape[:1]),
-        "residual": (residual, _output_shape(x, expand_weight, stride)),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor.shape != shape:
-            raise ValueError(
-                f"bottleneck_tail: {name} must be {list(shape)}, got {list(tensor.shape)}"
-            )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"bottleneck_tail: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
+    check_positive("bottleneck_tail", stride=stride, dilation=dilation)
+    for name, tensor, shape in (
+        ("bias", bias, (C,)),
+        ("expand_bias", expand_bias, expand_weight.shape[:1]),
+        ("residual", residual, output_shape(x, expand_weight, stride)),
+    ):
+        check_shape("bottleneck_tail", name, tensor, shape)
+    check_activation("bottleneck_tail", activation)
 
 
 @torch.library.custom_op("fastbb::bottleneck_tail", mutates_args=())
@@ -223,8 +205,7 @@ def _bottleneck_tail(
         dilation=dilation,
         activation=activation,
     )
-    # a copy: where a size is 1, several strides count as channels-last
-    return _empty_output(x, expand_weight, stride).copy_(y)
+    return empty_output(x, expand_weight, stride).copy_(y)
 
 
 @_bottleneck_tail.register_fake
@@ -239,7 +220,7 @@ def _(
     dilation: int,
     activation: str | None,
 ) -> Tensor:
-    return _empty_output(x, expand_weight, stride)
+    return empty_output(x, expand_weight, stride)
 
 
 @_bottleneck_tail.register_kernel("cuda")
@@ -256,7 +237,7 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.bottleneck_tail import launch
 
-    y = _empty_output(x, expand_weight, stride)
+    y = empty_output(x, expand_weight, stride)
     return launch(
         x,
         weight,

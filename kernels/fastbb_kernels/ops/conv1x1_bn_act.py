@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation
+from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-
-# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
-_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
 
 
 def conv1x1_bn_act(
@@ -48,8 +46,8 @@ def conv1x1_bn_act(
         ValueError: shapes that do not fit together, no stride or an unknown activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(x, weight, bias, stride, residual, activation)
     options = {"stride": stride, "residual": residual, "activation": activation}
+    check_convolution("conv1x1_bn_act", x, weight, bias, kernel=1, **options)
     unsupported = conv1x1_bn_act_unsupported(x, weight, bias, **options)
     if use_triton("conv1x1_bn_act", impl, unsupported):
         run = _launch if launches_directly() else _conv1x1_bn_act
@@ -66,11 +64,7 @@ def conv1x1_bn_act_eager(
     residual: Tensor | None = None,
     activation: Activation = None,
 ) -> Tensor:
-    y = F.conv2d(x, weight, bias, stride)
-    # y is ours: in place saves a pass of allocation each, and autograd keeps neither value
-    if residual is not None:
-        y.add_(residual)
-    return F.relu_(y) if activation == "relu" else activate(y, activation)
+    return finish(F.conv2d(x, weight, bias, stride), activation, residual)
 
 
 def conv1x1_bn_act_unsupported(
@@ -83,8 +77,6 @@ def conv1x1_bn_act_unsupported(
     activation: Activation = None,
 ) -> str | None:
     """Why Triton cannot run this call, or None."""
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     return common_unsupported(x, weight=weight, bias=bias, residual=residual)
 
 
@@ -98,51 +90,10 @@ def conv1x1_bn_act_n_bytes(
     activation: Activation = None,
 ) -> int:
     """Bytes of a call: the pixels that it uses, residual and parameters read once, y written."""
-    batch, channels, height, width = _output_shape(x, weight, stride)
+    batch, channels, height, width = output_shape(x, weight, stride)
     maps = x.shape[1] + channels + (0 if residual is None else channels)
     n_elements = batch * height * width * maps + weight.numel() + channels
     return x.element_size() * n_elements
-
-
-def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    batch, _, height, width = x.shape
-    return batch, weight.shape[0], -(-height // stride), -(-width // stride)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    residual: Tensor | None,
-    activation: Activation,
-) -> None:
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
-        raise ValueError(
-            "conv1x1_bn_act: weight must be [C, C_in, 1, 1] for x [B, C_in, H, W], "
-            f"got weight {list(weight.shape)} and x {list(x.shape)}"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"conv1x1_bn_act: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-        )
-    if stride < 1:
-        raise ValueError(f"conv1x1_bn_act: stride must be at least 1, got {stride}")
-    shape = _output_shape(x, weight, stride)
-    if residual is not None and residual.shape != shape:
-        raise ValueError(
-            f"conv1x1_bn_act: residual must be {list(shape)}, got {list(residual.shape)}"
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"conv1x1_bn_act: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
-
-
-def _empty_output(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    shape = _output_shape(x, weight, stride)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @torch.library.custom_op("fastbb::conv1x1_bn_act", mutates_args=())
@@ -157,8 +108,7 @@ def _conv1x1_bn_act(
     y = conv1x1_bn_act_eager(
         x, weight, bias, stride=stride, residual=residual, activation=activation
     )
-    # a copy: where a size is 1, several strides count as channels-last
-    return _empty_output(x, weight, stride).copy_(y)
+    return empty_output(x, weight, stride).copy_(y)
 
 
 @_conv1x1_bn_act.register_fake
@@ -170,7 +120,7 @@ def _(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    return _empty_output(x, weight, stride)
+    return empty_output(x, weight, stride)
 
 
 @_conv1x1_bn_act.register_kernel("cuda")
@@ -184,5 +134,5 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.conv1x1_bn_act import launch
 
-    y = _empty_output(x, weight, stride)
+    y = empty_output(x, weight, stride)
     return launch(x, weight, bias, stride, residual, activation, y)

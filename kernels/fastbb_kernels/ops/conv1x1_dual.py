@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation
+from .._convolution import check_convolution, check_shape, empty_output, finish
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-
-# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
-_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
 
 
 def conv1x1_dual(
@@ -70,9 +68,7 @@ def conv1x1_dual_eager(
     activation: Activation = None,
 ) -> Tensor:
     y = F.conv2d(x, weight, bias)
-    # y is ours: in place saves a pass of allocation each, and autograd keeps neither value
-    y.add_(F.conv2d(shortcut, shortcut_weight, stride=stride))
-    return F.relu_(y) if activation == "relu" else activate(y, activation)
+    return finish(y, activation, F.conv2d(shortcut, shortcut_weight, stride=stride))
 
 
 def conv1x1_dual_unsupported(
@@ -86,8 +82,6 @@ def conv1x1_dual_unsupported(
     activation: Activation = None,
 ) -> str | None:
     """Why Triton cannot run this call, or None."""
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     return common_unsupported(
         x, weight=weight, shortcut=shortcut, shortcut_weight=shortcut_weight, bias=bias
     )
@@ -119,13 +113,9 @@ def _check(
     stride: int,
     activation: Activation,
 ) -> None:
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 1, 1):
-        raise ValueError(
-            "conv1x1_dual: weight must be [C, C_in, 1, 1] for x [B, C_in, h, w], "
-            f"got weight {list(weight.shape)} and x {list(x.shape)}"
-        )
-    if stride < 1:
-        raise ValueError(f"conv1x1_dual: stride must be at least 1, got {stride}")
+    check_convolution(
+        "conv1x1_dual", x, weight, bias, kernel=1, stride=stride, activation=activation
+    )
     batch, _, height, width = x.shape
     if (
         shortcut.ndim != 4
@@ -138,24 +128,7 @@ def _check(
             f"{height} and ceil(W / {stride}) = {width}, got {list(shortcut.shape)}"
         )
     projection = (weight.shape[0], shortcut.shape[1], 1, 1)
-    if shortcut_weight.shape != projection:
-        raise ValueError(
-            f"conv1x1_dual: shortcut_weight must be {list(projection)}, "
-            f"got {list(shortcut_weight.shape)}"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"conv1x1_dual: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"conv1x1_dual: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
-
-
-def _empty_output(x: Tensor, weight: Tensor) -> Tensor:
-    batch, _, height, width = x.shape
-    shape = batch, weight.shape[0], height, width
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    check_shape("conv1x1_dual", "shortcut_weight", shortcut_weight, projection)
 
 
 @torch.library.custom_op("fastbb::conv1x1_dual", mutates_args=())
@@ -170,8 +143,7 @@ def _conv1x1_dual(
 ) -> Tensor:
     tensors = x, weight, shortcut, shortcut_weight, bias
     y = conv1x1_dual_eager(*tensors, stride=stride, activation=activation)
-    # a copy: where a size is 1, several strides count as channels-last
-    return _empty_output(x, weight).copy_(y)
+    return empty_output(x, weight).copy_(y)
 
 
 @_conv1x1_dual.register_fake
@@ -184,7 +156,7 @@ def _(
     stride: int,
     activation: str | None,
 ) -> Tensor:
-    return _empty_output(x, weight)
+    return empty_output(x, weight)
 
 
 @_conv1x1_dual.register_kernel("cuda")
@@ -199,5 +171,5 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.conv1x1_dual import launch
 
-    y = _empty_output(x, weight)
+    y = empty_output(x, weight)
     return launch(x, weight, shortcut, shortcut_weight, bias, stride, activation, y)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation
+from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, chosen_impl, common_unsupported, launches_directly, use_triton
-from .conv1x1_bn_act import _TRITON_ACTIVATIONS, _empty_output, _output_shape
 
 
 def conv3x3_bn_act(
@@ -49,10 +49,14 @@ def conv3x3_bn_act(
         ValueError: shapes that do not fit together, or no such activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(x, weight, bias, stride, dilation, residual, activation)
-    unsupported = conv3x3_bn_act_unsupported(
-        x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation=activation
-    )
+    options = {
+        "stride": stride,
+        "dilation": dilation,
+        "residual": residual,
+        "activation": activation,
+    }
+    check_convolution("conv3x3_bn_act", x, weight, bias, kernel=3, **options)
+    unsupported = conv3x3_bn_act_unsupported(x, weight, bias, **options)
     if use_triton("conv3x3_bn_act", impl, unsupported):
         if launches_directly():
             return _launch(x, weight, bias, stride, dilation, residual, activation)
@@ -60,9 +64,7 @@ def conv3x3_bn_act(
             return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
         if activation == "relu":
             return _cudnn_conv3x3_bn_relu(x, weight, bias, stride, dilation, residual)
-    return conv3x3_bn_act_eager(
-        x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation=activation
-    )
+    return conv3x3_bn_act_eager(x, weight, bias, **options)
 
 
 def conv3x3_bn_act_eager(
@@ -76,10 +78,7 @@ def conv3x3_bn_act_eager(
     activation: Activation = None,
 ) -> Tensor:
     y = F.conv2d(x, weight, bias, stride, dilation, dilation)
-    # y is ours: in place saves a pass of allocation each, and autograd keeps neither value
-    if residual is not None:
-        y.add_(residual)
-    return F.relu_(y) if activation == "relu" else activate(y, activation)
+    return finish(y, activation, residual)
 
 
 def conv3x3_bn_act_unsupported(
@@ -93,12 +92,7 @@ def conv3x3_bn_act_unsupported(
     activation: Activation = None,
 ) -> str | None:
     """Why Triton cannot run this call, or None."""
-    reason = common_unsupported(x, weight=weight, bias=bias, residual=residual)
-    if reason is not None:
-        return reason
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
-    return None
+    return common_unsupported(x, weight=weight, bias=bias, residual=residual)
 
 
 def conv3x3_bn_act_n_bytes(
@@ -114,7 +108,7 @@ def conv3x3_bn_act_n_bytes(
     """Bytes of a call: what is used of x, the parameters and the residual read once, y written."""
     batch, channels, height, width = x.shape
     used = _n_used(height, stride, dilation) * _n_used(width, stride, dilation)
-    maps = (1 if residual is None else 2) * math.prod(_output_shape(x, weight, stride))
+    maps = (1 if residual is None else 2) * math.prod(output_shape(x, weight, stride))
     n_elements = batch * channels * used + weight.numel() + bias.numel() + maps
     return x.element_size() * n_elements
 
@@ -124,40 +118,6 @@ def _n_used(size: int, stride: int, dilation: int) -> int:
     centers = range(0, size, stride)
     taps = {center + offset for center in centers for offset in (-dilation, 0, dilation)}
     return len(taps.intersection(range(size)))
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    dilation: int,
-    residual: Tensor | None,
-    activation: Activation,
-) -> None:
-    if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
-        raise ValueError(
-            "conv3x3_bn_act: weight must be [C, C_in, 3, 3] for x [B, C_in, H, W], "
-            f"got weight {list(weight.shape)} and x {list(x.shape)}"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"conv3x3_bn_act: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-        )
-    if stride < 1 or dilation < 1:
-        raise ValueError(
-            f"conv3x3_bn_act: stride and dilation must be positive, got {stride} and {dilation}"
-        )
-    shape = _output_shape(x, weight, stride)
-    if residual is not None and residual.shape != shape:
-        raise ValueError(
-            f"conv3x3_bn_act: residual must be {list(shape)}, got {list(residual.shape)}"
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"conv3x3_bn_act: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
 
 
 @torch.library.custom_op("fastbb::conv3x3_bn_act", mutates_args=())
@@ -173,13 +133,12 @@ def _conv3x3_bn_act(
     y = conv3x3_bn_act_eager(
         x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation=activation
     )
-    # a copy: where a size is 1, several strides count as channels-last
-    return _empty_output(x, weight, stride).copy_(y)
+    return empty_output(x, weight, stride).copy_(y)
 
 
 @_conv3x3_bn_act.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
-    return _empty_output(x, weight, stride)
+    return empty_output(x, weight, stride)
 
 
 @_conv3x3_bn_act.register_kernel("cuda")
@@ -194,7 +153,7 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.conv3x3_bn_act import launch
 
-    y = _empty_output(x, weight, stride)
+    y = empty_output(x, weight, stride)
     return launch(x, weight, bias, stride, dilation, residual, activation, y)
 
 
@@ -207,7 +166,7 @@ def _cudnn_conv3x3_bn_relu(
 
 @_cudnn_conv3x3_bn_relu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
-    return _empty_output(x, weight, stride)
+    return empty_output(x, weight, stride)
 
 
 @_cudnn_conv3x3_bn_relu.register_kernel("cuda")
@@ -227,7 +186,7 @@ def _call_cudnn(
         y = conv3x3_bn_act_eager(
             x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation="relu"
         )
-        return _empty_output(x, weight, stride).copy_(y)
+        return empty_output(x, weight, stride).copy_(y)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     geometry = [stride] * 2, [dilation] * 2, [dilation] * 2
     bias = bias.contiguous()

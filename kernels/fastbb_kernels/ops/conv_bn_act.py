@@ -6,7 +6,8 @@ It is made of other ops: where one has a kernel for the geometry it runs, elsewh
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import Activation, activate
+from .._activation import Activation
+from .._convolution import finish
 from .._dispatch import Impl, eager_only
 from .conv1x1_bn_act import conv1x1_bn_act
 from .conv3x3_bn_act import conv3x3_bn_act
@@ -76,11 +77,8 @@ def conv_bn_act(
             impl=impl,
         )
     eager_only("conv_bn_act", impl)
-    x = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    # x is ours: in place saves a pass of allocation each, and autograd keeps neither value
-    if residual is not None:
-        x.add_(residual)
-    return F.relu_(x) if activation == "relu" else activate(x, activation)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return finish(y, activation, residual)
 
 
 def conv_op(

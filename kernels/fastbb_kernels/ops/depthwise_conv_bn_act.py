@@ -4,18 +4,18 @@ Algorithm: each channel is convolved with its own k x k taps; bias and activatio
 Bound: memory for 3x3 (read x, write y), instructions from 5x5 on.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation, check_activation
+from .._convolution import check_positive, check_shape, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
 
 # the kernel unrolls a column of taps; larger ones are not checked for spills
 _TRITON_KERNEL_SIZES = (3, 5, 7)
-
-# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
-_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
 
 
 def depthwise_conv_bn_act(
@@ -71,9 +71,8 @@ def depthwise_conv_bn_act_eager(
     activation: Activation = None,
 ) -> Tensor:
     channels, _, k, _ = weight.shape
-    x = F.conv2d(x, weight, bias, stride, dilation * (k // 2), dilation, groups=channels)
-    # x is ours, and autograd does not need its value before a relu
-    return F.relu_(x) if activation == "relu" else activate(x, activation)
+    y = F.conv2d(x, weight, bias, stride, dilation * (k // 2), dilation, groups=channels)
+    return finish(y, activation)
 
 
 def depthwise_conv_bn_act_unsupported(
@@ -88,8 +87,6 @@ def depthwise_conv_bn_act_unsupported(
     """Why Triton cannot run this call, or None."""
     if weight.shape[2] not in _TRITON_KERNEL_SIZES:
         return f"needs k in {_TRITON_KERNEL_SIZES}, got {weight.shape[2]}"
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     return common_unsupported(x, weight=weight, bias=bias)
 
 
@@ -112,9 +109,9 @@ def depthwise_conv_bn_act_n_bytes(
         return len(read & set(range(side)))
 
     n_rows, n_cols = map(n_read, size)
-    height, width = (-(-side // stride) for side in size)
-    n_pixels = batch * (n_rows * n_cols + height * width)
-    return x.element_size() * (n_pixels * channels + weight.numel() + channels)
+    n_pixels = batch * n_rows * n_cols
+    n_results = math.prod(output_shape(x, weight, stride))
+    return x.element_size() * (n_pixels * channels + n_results + weight.numel() + channels)
 
 
 def _check(
@@ -131,30 +128,13 @@ def _check(
             "depthwise_conv_bn_act: weight must be [C, 1, k, k], k odd, for x [B, C, H, W], "
             f"got weight {list(weight.shape)} and x {list(x.shape)}"
         )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"depthwise_conv_bn_act: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-        )
+    check_shape("depthwise_conv_bn_act", "bias", bias, weight.shape[:1])
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(
             f"depthwise_conv_bn_act: x must have pixels, got {x.shape[2]}x{x.shape[3]}"
         )
-    if stride < 1 or dilation < 1:
-        raise ValueError(
-            "depthwise_conv_bn_act: stride and dilation must be at least 1, "
-            f"got {stride} and {dilation}"
-        )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            "depthwise_conv_bn_act: activation must be None or one of "
-            f"{sorted(ACTIVATIONS)}, got {activation!r}"
-        )
-
-
-def _empty_output(x: Tensor, stride: int) -> Tensor:
-    batch, channels, height, width = x.shape
-    shape = batch, channels, (height - 1) // stride + 1, (width - 1) // stride + 1
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    check_positive("depthwise_conv_bn_act", stride=stride, dilation=dilation)
+    check_activation("depthwise_conv_bn_act", activation)
 
 
 @torch.library.custom_op("fastbb::depthwise_conv_bn_act", mutates_args=())
@@ -164,15 +144,14 @@ def _depthwise_conv_bn_act(
     y = depthwise_conv_bn_act_eager(
         x, weight, bias, stride=stride, dilation=dilation, activation=activation
     )
-    # a copy: where a size is 1, several strides count as channels-last
-    return _empty_output(x, stride).copy_(y)
+    return empty_output(x, weight, stride).copy_(y)
 
 
 @_depthwise_conv_bn_act.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
 ) -> Tensor:
-    return _empty_output(x, stride)
+    return empty_output(x, weight, stride)
 
 
 @_depthwise_conv_bn_act.register_kernel("cuda")
@@ -181,4 +160,4 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.depthwise_conv_bn_act import launch
 
-    return launch(x, weight, bias, stride, dilation, activation, _empty_output(x, stride))
+    return launch(x, weight, bias, stride, dilation, activation, empty_output(x, weight, stride))

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation, activate, check_activation
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-
-# what the kernel's epilogue knows; an activation that somebody adds to ACTIVATIONS runs eager
-_TRITON_ACTIVATIONS = frozenset(ACTIVATIONS)
 
 
 def layer_norm_linear(
@@ -82,8 +79,6 @@ def layer_norm_linear_unsupported(
     activation: Activation = None,
 ) -> str | None:
     """Why Triton cannot run this call, or None."""
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     return common_unsupported(
         x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias
     )
@@ -129,11 +124,7 @@ def _check(
             raise ValueError(
                 f"layer_norm_linear: {name} must be [{size}], got {list(tensor.shape)}"
             )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"layer_norm_linear: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
+    check_activation("layer_norm_linear", activation)
 
 
 @torch.library.custom_op("fastbb::layer_norm_linear", mutates_args=())

@@ -4,13 +4,15 @@ Algorithm: an implicit GEMM over pixels; maxima of its rows, so that no map befo
 Bound: memory (read the pixels, write the pooled map), if the convolution runs on matrix units.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import ACTIVATIONS, Activation, activate
+from .._activation import Activation, check_activation
+from .._convolution import check_shape, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
 
 # a program holds the weights of all channels in registers
@@ -79,9 +81,7 @@ def stem_conv_bn_relu_pool_eager(
         exact = torch.promote_types(pixel_values.dtype, torch.float32)
         mean_, std_ = (pixel_values.new_tensor(v, dtype=exact).view(-1, 1, 1) for v in (mean, std))
         pixel_values = ((pixel_values.to(exact) / 255 - mean_) / std_).to(weight.dtype)
-    y = F.conv2d(pixel_values, weight, bias, stride=2, padding=3)
-    # y is ours: in place saves an allocation, and autograd does not keep the value
-    y = F.relu_(y) if activation == "relu" else activate(y, activation)
+    y = finish(F.conv2d(pixel_values, weight, bias, stride=2, padding=3), activation)
     return F.max_pool2d(y, 3, stride=2, padding=1) if pool else y
 
 
@@ -116,7 +116,8 @@ def stem_conv_bn_relu_pool_n_bytes(
     pool: bool = True,
 ) -> int:
     """Bytes of a call: pixels, all of which are used, and parameters read once, y written once."""
-    n_elements = weight.numel() + bias.numel() + _empty(pixel_values, weight, pool, "meta").numel()
+    n_results = math.prod(output_shape(pixel_values, weight, _stride(pool)))
+    n_elements = weight.numel() + bias.numel() + n_results
     return pixel_values.nbytes + weight.element_size() * n_elements
 
 
@@ -140,10 +141,7 @@ def _check(
             "stem_conv_bn_relu_pool: pixel_values must have channels and pixels, "
             f"got {list(pixel_values.shape)}"
         )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"stem_conv_bn_relu_pool: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-        )
+    check_shape("stem_conv_bn_relu_pool", "bias", bias, weight.shape[:1])
     for name, values in (("mean", mean), ("std", std)):
         if pixel_values.dtype == torch.uint8:
             if values is None or len(values) != channels:
@@ -156,26 +154,13 @@ def _check(
                 f"stem_conv_bn_relu_pool: {name} must be None for pixel_values in "
                 f"{pixel_values.dtype}, which are normalized, got {values}"
             )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"stem_conv_bn_relu_pool: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
+    if std is not None and 0 in std:
+        raise ValueError(f"stem_conv_bn_relu_pool: std must not contain 0, got {list(std)}")
+    check_activation("stem_conv_bn_relu_pool", activation)
 
 
-def _empty(
-    pixel_values: Tensor, weight: Tensor, pool: bool, device: torch.device | str | None = None
-) -> Tensor:
-    """The result's memory: the strides of channels-last even where sizes are 1."""
-    sizes = pixel_values.shape[2:]
-    for _ in range(2 if pool else 1):
-        sizes = [(size - 1) // 2 + 1 for size in sizes]
-    return torch.empty(
-        (pixel_values.shape[0], weight.shape[0], *sizes),
-        dtype=weight.dtype,
-        device=device or weight.device,
-        memory_format=torch.channels_last,
-    )
+def _stride(pool: bool) -> int:
+    return 4 if pool else 2
 
 
 @torch.library.custom_op("fastbb::stem_conv_bn_relu_pool", mutates_args=())
@@ -191,7 +176,7 @@ def _stem_conv_bn_relu_pool(
     y = stem_conv_bn_relu_pool_eager(
         pixel_values, weight, bias, mean=mean, std=std, activation=activation, pool=pool
     )
-    return _empty(pixel_values, weight, pool).copy_(y)
+    return empty_output(pixel_values, weight, _stride(pool)).copy_(y)
 
 
 @_stem_conv_bn_relu_pool.register_fake
@@ -204,7 +189,7 @@ def _(
     activation: str | None,
     pool: bool,
 ) -> Tensor:
-    return _empty(pixel_values, weight, pool)
+    return empty_output(pixel_values, weight, _stride(pool))
 
 
 @_stem_conv_bn_relu_pool.register_kernel("cuda")
@@ -219,5 +204,5 @@ def _launch(
 ) -> Tensor:
     from ..triton_kernels.stem_conv_bn_relu_pool import launch
 
-    y = _empty(pixel_values, weight, pool)
+    y = empty_output(pixel_values, weight, _stride(pool))
     return launch(pixel_values, weight, bias, mean, std, activation, pool, y)

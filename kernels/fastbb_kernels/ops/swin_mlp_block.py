@@ -9,7 +9,7 @@ for every block of rows costs more than it saves, and the separate ops run.
 import torch
 from torch import Tensor
 
-from .._activation import ACTIVATIONS, Activation
+from .._activation import Activation, check_activation
 from .._dispatch import (
     Architecture,
     Impl,
@@ -18,7 +18,7 @@ from .._dispatch import (
     launches_directly,
     use_block,
 )
-from .layer_norm_linear import _TRITON_ACTIVATIONS, layer_norm_linear, layer_norm_linear_eager
+from .layer_norm_linear import layer_norm_linear, layer_norm_linear_eager
 from .linear_residual import linear_residual, linear_residual_eager
 
 # most channels that compile without spilling registers
@@ -132,8 +132,6 @@ def swin_mlp_block_unsupported(
     )
     if reason is not None:
         return reason
-    if activation is not None and activation not in _TRITON_ACTIVATIONS:
-        return f"the kernel knows the activations {sorted(_TRITON_ACTIVATIONS)}, got {activation!r}"
     hidden, channels = fc1_weight.shape
     if channels % 32 or hidden % 64:
         return (
@@ -199,11 +197,7 @@ def _check(
                 f"swin_mlp_block: {name} must be {shape} for fc1_weight {[F, C]}, "
                 f"got {list(tensor.shape)}"
             )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(
-            f"swin_mlp_block: activation must be None or one of {sorted(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
+    check_activation("swin_mlp_block", activation)
 
 
 @torch.library.custom_op("fastbb::swin_mlp_block", mutates_args=())

@@ -15,6 +15,7 @@ from .._dispatch import Architecture, architecture, input_precision
 from .activation import activate
 from .config import GemmConfig
 from .conv3x3_bn_act import conv3x3_rows
+from .pixel_rows import interpreter_config
 
 # about one program for each multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
@@ -22,6 +23,8 @@ _ENOUGH_PROGRAMS = 128
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> GemmConfig:
     """Pixels and columns of a step, and how it is scheduled."""
+    if arch is None:
+        return interpreter_config(n_rows, 64, channels)
     if arch in (90, 100):
         config = GemmConfig(128, 64, 64, num_warps=4, num_stages=3 if arch == 90 else 2)
     elif isinstance(arch, str) or channels == 64:

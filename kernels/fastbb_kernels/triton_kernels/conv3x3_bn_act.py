@@ -17,12 +17,13 @@ from .._activation import Activation
 from .._dispatch import Architecture, architecture, input_precision
 from .activation import activate
 from .config import GemmConfig
+from .pixel_rows import interpreter_config
 
 # about one program for each multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
 
 # rows and columns of the largest tile of which a multiprocessor holds two without spills
-_LARGEST_TILE: dict[Architecture | None, tuple[int, int]] = {
+_LARGEST_TILE: dict[Architecture, tuple[int, int]] = {
     90: (128, 128),
     100: (128, 64),
     "gfx90a": (128, 128),
@@ -34,6 +35,8 @@ def launch_config(
     n_rows: int, channels: int, out_channels: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
     """Tiles and stages for [n_rows, 9 * channels] by [9 * channels, out_channels]."""
+    if arch is None:
+        return interpreter_config(n_rows, out_channels, channels)
     if dtype == torch.float32:
         # no MMA: the operands are in registers too
         tiles, smallest, block_k, num_stages = [(64, 64)], (32, 32), 16, 2

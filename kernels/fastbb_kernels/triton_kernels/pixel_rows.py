@@ -17,6 +17,13 @@ _HOLD_LARGE_TILES = (90, 100)
 _AMD = ("gfx90a", "gfx942")
 
 
+def interpreter_config(n_rows: int, out_channels: int, channels: int) -> GemmConfig:
+    """Large tiles, for the interpreter: it takes as long for an operation on many as on one."""
+    sizes = (n_rows, 1024), (out_channels, 256), (channels, 64)
+    blocks = (min(most, max(16, triton.next_power_of_2(size))) for size, most in sizes)
+    return GemmConfig(*blocks, num_warps=4, num_stages=1)
+
+
 def launch_config(
     n_rows: int,
     channels: int,
@@ -30,6 +37,8 @@ def launch_config(
     Large tiles ask L2 for fewer bytes, and so do narrow ones where there are few output channels;
     small ones, with more loads under way, fill the GPU where there are few rows.
     """
+    if arch is None:
+        return interpreter_config(n_rows, out_channels, channels)
     block_k = 64 if channels % 64 == 0 and arch not in _AMD else 32
     if dtype == torch.float32:
         # no MMA: the operands are in registers too, of which a third stage takes too many

@@ -20,6 +20,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, architecture, input_precision
 from .activation import activate
 from .config import GemmConfig
+from .pixel_rows import interpreter_config
 
 _MONOTONIC = (None, "relu")
 
@@ -36,6 +37,8 @@ def launch_config(
     arch: Architecture | None,
 ) -> GemmConfig:
     """Tiles and warps: what registers hold besides the weight of all channels."""
+    if arch is None:
+        return interpreter_config(256, out_features, 64)
     block_n = max(16, min(64, triton.next_power_of_2(out_features)))
     if dtype == torch.float32:
         # no MMA: the operands are in registers too
