@@ -1,5 +1,6 @@
 """Who reads what a module wrote: recorded during one forward pass, by the identity of tensors."""
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,15 +27,18 @@ class Output:
     """A tensor that a module made in one call.
 
     Attributes:
-        producer: the module; for a convolution with a norm of its own, what its `conv2d` returned.
+        producer: the module; in a convolution that does more, `conv2d` and then the names of other
+            functions.
         consumers: what read the tensor, in order: watched modules, names of functions outside
             them, `RESULT`.
-        inside: of the consumers those that are part of the module around `producer`.
+        inside: of the consumers those that are part of the convolution around `producer`.
+        containers: modules that returned this very tensor, not watched themselves.
     """
 
-    producer: nn.Module
+    producer: nn.Module | str
     consumers: list[nn.Module | str] = field(default_factory=list)
     inside: list[nn.Module | str] = field(default_factory=list)
+    containers: list[nn.Module] = field(default_factory=list)
 
 
 class Dataflow:
@@ -43,14 +47,19 @@ class Dataflow:
     Attributes:
         inputs: of each module and call, the output that it read, None where no module wrote it.
         outputs: of each module and call.
-        weights: of each convolution and call, whether its own weight was what it convolved with.
+        returned: of each convolution and call, what it returned, None where no module wrote it.
+        own_weights: of each convolution and call, whether it convolved with its own weight.
+        only_convolves: of each convolution and call, whether it called `conv2d` with its own input
+            and arguments.
         by_keyword: modules that were called with keyword arguments.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[nn.Module, list[Output | None]] = defaultdict(list)
         self.outputs: dict[nn.Module, list[Output]] = defaultdict(list)
-        self.weights: dict[nn.Module, list[bool]] = defaultdict(list)
+        self.returned: dict[nn.Module, list[Output | None]] = defaultdict(list)
+        self.own_weights: dict[nn.Module, list[bool]] = defaultdict(list)
+        self.only_convolves: dict[nn.Module, list[bool]] = defaultdict(list)
         self.by_keyword: set[nn.Module] = set()
 
 
@@ -80,13 +89,18 @@ def trace_dataflow(
             module.training = False
             if isinstance(module, nn.Conv2d) or watched(module):
                 stack.enter_context(recorder.watch(module))
+            else:
+                stack.callback(module.register_forward_hook(recorder.contain).remove)
         try:
             with recorder:
                 result = functional_call(model, weights, args, kwargs)
         finally:
             for module, training in modes:
                 module.training = training
-    for output in recorder.written(result):
+    # what is still there was returned, in whatever container, or kept
+    if recorder.alive() - set(recorder.written(result)):
+        gc.collect()
+    for output in recorder.alive():
         output.consumers.append(RESULT)
     return recorder.flow
 
@@ -97,6 +111,7 @@ class _Recorder(TorchFunctionMode):
         self.flow = Dataflow()
         self._writers = WeakTensorKeyDictionary()
         self._within: list[nn.Module] = []
+        self._inputs: list[Any] = []
 
     @contextmanager
     def watch(self, module: nn.Module) -> Iterator[None]:
@@ -113,6 +128,15 @@ class _Recorder(TorchFunctionMode):
         leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
         return [self._writers[leaf] for leaf in leaves if leaf in self._writers]
 
+    def alive(self) -> set[Output]:
+        """The outputs whose tensors still exist."""
+        return set(self._writers.values())
+
+    def contain(self, module: nn.Module, args: Any, result: Any) -> None:
+        if isinstance(result, Tensor):
+            for output in self.written(result):
+                output.containers.append(module)
+
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self._within or isinstance(self._within[-1], nn.Conv2d):
             if kwargs:
@@ -122,10 +146,14 @@ class _Recorder(TorchFunctionMode):
             for output in read:
                 output.consumers.append(module)
         self._within.append(module)
+        self._inputs.append(args[0] if args else None)
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         assert self._within.pop() is module
+        self._inputs.pop()
         if isinstance(module, nn.Conv2d):
+            written = self.written(result)
+            self.flow.returned[module].append(written[0] if len(written) == 1 else None)
             for output in self.flow.outputs[module][-1:]:
                 for inner in (output, *self._outputs_of(output.consumers)):
                     inner.inside = list(inner.consumers)
@@ -136,29 +164,48 @@ class _Recorder(TorchFunctionMode):
         modules = [consumer for consumer in consumers if isinstance(consumer, nn.Module)]
         return [output for module in modules for output in self.flow.outputs[module][-1:]]
 
-    def _write(self, module: nn.Module, result: Any) -> None:
+    def _write(self, producer: nn.Module | str, result: Any) -> None:
         if isinstance(result, Tensor):
-            output = Output(module)
-            self.flow.outputs[module].append(output)
-            self._writers[result] = output
+            output = self._writers[result] = Output(producer)
+            if isinstance(producer, nn.Module):
+                self.flow.outputs[producer].append(output)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         module = self._within[-1] if self._within else None
-        convolves = isinstance(module, nn.Conv2d)
-        if (module is None or convolves) and not _only_looks(func):
-            for output in self.written(args, kwargs):
-                # what comes into a convolution was read by it, not by what it does inside
-                if module is None or module not in output.consumers:
-                    output.consumers.append(_name(func))
+        read = [] if _only_looks(func) else self.written(args, kwargs)
+        for output in read:
+            # what comes into a module was read by it, not by what it does inside
+            if module is None or module not in output.consumers:
+                output.consumers.append(_name(func))
         result = func(*args, **kwargs)
-        if convolves and func in (F.conv2d, torch.conv2d):
-            weight = args[1] if len(args) > 1 else kwargs.get("weight")
-            self.flow.weights[module].append(weight is module.weight)
-            self._write(module, result)
+        if isinstance(module, nn.Conv2d):
+            if func in (F.conv2d, torch.conv2d):
+                self._convolved(module, *args, **kwargs)
+                self._write(module, result)
+            elif read and not self.written(result):
+                self._write(_name(func), result)
         return result
+
+    def _convolved(
+        self,
+        conv: nn.Conv2d,
+        input: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: Any = 1,
+    ) -> None:
+        given = (stride, padding, dilation, groups)
+        wanted = (conv.stride, conv.padding, conv.dilation, conv.groups)
+        self.flow.own_weights[conv].append(weight is conv.weight)
+        self.flow.only_convolves[conv].append(
+            input is self._inputs[-1] and bias is conv.bias and given == wanted
+        )
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

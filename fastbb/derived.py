@@ -5,7 +5,7 @@ They stand beside the modules, not in them: no state dict, copy or pickle of a m
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +20,11 @@ Derived = TypeVar("Derived", bound=tuple[Tensor | None, ...])
 
 
 def derive(
-    owner: nn.Module, name: str, compute: Callable[..., Derived], *sources: Tensor
+    owner: nn.Module,
+    name: str,
+    compute: Callable[..., Derived],
+    *sources: Tensor,
+    constants: Hashable = None,
 ) -> Derived:
     """`compute(*sources)`, remembered where no gradient is needed and nothing is traced.
 
@@ -33,17 +37,22 @@ def derive(
     Args:
         owner: module that the result belongs to; the result does not outlive it.
         name: of the result; a new one replaces the old one of this name.
-        compute: depends on the sources only, and is the same at every call with this name. Derive
-            together what has the same owner: to look at the sources is what a call costs.
+        compute: depends on sources and constants only, and is the same at every call with this
+            name. Derive together what has the same owner: to look at the sources is what a call
+            costs.
         sources: parameters and buffers of any shape. Batch norm moves its running statistics
             without a new version; it counts batches in one that has.
+        constants: what else the result depends on.
 
     Returns:
         What `compute` returns. Calls share the tensors: nothing may write into them.
     """
     if is_tracing():
         return compute(*sources)  # in the graph, which so follows the parameters
-    return _derived_of(owner).get(name, compute, sources)
+    weights = _DERIVED.get(owner)
+    if weights is None:
+        weights = _start_deriving(owner)
+    return weights.get(name, compute, sources, constants)
 
 
 def is_tracing() -> bool:
@@ -87,9 +96,26 @@ class RemembersDerived(nn.Module):
 
 
 class _Entry(NamedTuple):
-    sources: list[weakref.ref[Tensor]]
-    state: tuple[Any, ...]
+    sources: list[tuple[weakref.ref[Tensor], int, int, torch.dtype, torch.device]]
+    constants: Hashable
+    n_cleared: int
+    last_step: object
     value: tuple[Tensor | None, ...]
+
+    def is_of(self, sources: tuple[Tensor, ...], constants: Hashable) -> bool:
+        """Whether nothing has changed since; every inference asks this for every layer."""
+        if constants != self.constants or len(sources) != len(self.sources):
+            return False
+        for source, (ref, address, version, dtype, device) in zip(sources, self.sources):
+            if (
+                ref() is not source
+                or source._version != version
+                or source.data_ptr() != address
+                or source.dtype != dtype
+                or source.device != device
+            ):
+                return False
+        return True
 
 
 class _DerivedWeights:
@@ -101,26 +127,39 @@ class _DerivedWeights:
         self._lock = threading.Lock()
 
     def get(
-        self, name: str, compute: Callable[..., Derived], sources: tuple[Tensor, ...]
+        self,
+        name: str,
+        compute: Callable[..., Derived],
+        sources: tuple[Tensor, ...],
+        constants: Hashable,
     ) -> Derived:
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()  # training: the parameters are about to change
             return compute(*sources)
-        state = self._state(sources)
-        if state is None:
-            return compute(*sources)
+        if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return compute(*sources)  # a CUDA graph must not read memory that may be freed
+        n_cleared, last_step = self._n_cleared, _last_step
         entry = self._entries.get(name)
         if (
             entry is not None
-            and entry.state == state
-            and all(ref() is source for ref, source in zip(entry.sources, sources))
+            and entry.n_cleared == n_cleared
+            and entry.last_step is last_step
+            and entry.is_of(sources, constants)
         ):
             return entry.value  # type: ignore[return-value]  # of the same `compute`
+        if not all(_can_be_followed(source) for source in sources):
+            return compute(*sources)
+        states = [(s.data_ptr(), s._version, s.dtype, s.device) for s in sources]
         # a tensor made in inference mode could not be used outside it
         with torch.inference_mode(False), torch.no_grad():
             value = compute(*sources)
         if all(_is_plain(tensor) for tensor in value if tensor is not None):
-            self._remember(name, sources, state, value)
+            if sources[0].is_cuda:  # another stream may be the next to read the value
+                torch.cuda.current_stream(sources[0].device).synchronize()
+            refs = self._refs(name, sources)
+            seen = [(ref, *state) for ref, state in zip(refs, states)]
+            with self._lock:
+                self._entries[name] = _Entry(seen, constants, n_cleared, last_step, value)
         return value
 
     def clear(self) -> None:
@@ -128,26 +167,7 @@ class _DerivedWeights:
             self._n_cleared += 1  # also what another thread is computing now will be out of date
             self._entries.clear()
 
-    def _state(self, sources: tuple[Tensor, ...]) -> tuple[Any, ...] | None:
-        """What differs once a source may have changed; None where that would not be noticed."""
-        if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            return None  # a CUDA graph must not read memory that may be freed
-        seen = []
-        for source in sources:
-            if not _can_be_followed(source):
-                return None
-            seen.append((source.data_ptr(), source._version, source.dtype, source.device))
-        return self._n_cleared, _last_step, *seen
-
-    def _remember(
-        self,
-        name: str,
-        sources: tuple[Tensor, ...],
-        state: tuple[Any, ...],
-        value: tuple[Tensor | None, ...],
-    ) -> None:
-        if sources[0].is_cuda:  # another stream may be the next to read the value
-            torch.cuda.current_stream(sources[0].device).synchronize()
+    def _refs(self, name: str, sources: tuple[Tensor, ...]) -> list[weakref.ref[Tensor]]:
         this = weakref.ref(self)
 
         def forget(_: weakref.ref[Tensor]) -> None:
@@ -155,9 +175,7 @@ class _DerivedWeights:
             if weights is not None:
                 weights._entries.pop(name, None)
 
-        entry = _Entry([weakref.ref(source, forget) for source in sources], state, value)
-        with self._lock:
-            self._entries[name] = entry
+        return [weakref.ref(source, forget) for source in sources]
 
 
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
@@ -166,13 +184,10 @@ _last_step = object()  # another one after each step of an optimizer
 _step_hook: RemovableHandle | None = None
 
 
-def _derived_of(module: nn.Module) -> _DerivedWeights:
-    weights = _DERIVED.get(module)
-    if weights is None:
-        with _lock:
-            _follow_optimizers()
-            weights = _DERIVED.setdefault(module, _DerivedWeights())
-    return weights
+def _start_deriving(module: nn.Module) -> _DerivedWeights:
+    with _lock:
+        _follow_optimizers()
+        return _DERIVED.setdefault(module, _DerivedWeights())
 
 
 def _follow_optimizers() -> None:

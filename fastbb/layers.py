@@ -14,7 +14,7 @@ from fastbb_kernels import (
     stem_conv_bn_relu_pool,
 )
 
-from .fold import folded, folded_with_shortcut, has_hooks, runs_folded
+from .fold import as_pair, folded, folded_with_shortcut, has_hooks, runs_folded
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -91,9 +91,9 @@ class ConvNorm(NamedTuple):
         return conv_bn_act(
             x,
             *folded(conv, self.norm),
-            stride=_pair(conv.stride),
-            padding=_pair(conv.padding),
-            dilation=_pair(conv.dilation),
+            stride=as_pair(conv.stride),
+            padding=conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding),
+            dilation=as_pair(conv.dilation),
             groups=conv.groups,
             residual=residual,
             activation=activation,
@@ -134,7 +134,7 @@ class ConvNorm(NamedTuple):
         """
         if shortcut is None:
             return self(x, activation, residual)
-        stride = shortcut.conv.stride[0]
+        stride = as_pair(shortcut.conv.stride)[0]
         fuses = (
             _is_1x1(self.conv, 1)
             and _is_1x1(shortcut.conv, stride)
@@ -186,13 +186,7 @@ def _is_1x1(conv: nn.Conv2d, stride: int) -> bool:
 
 def _is_square_3x3(conv: nn.Conv2d) -> bool:
     """Whether `bottleneck_tail` can express it."""
-    stride, dilation = conv.stride[0], conv.dilation[0]
+    stride, dilation = as_pair(conv.stride)[0], as_pair(conv.dilation)[0]
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     wanted = ((3, 3), (stride, stride), (dilation, dilation), (dilation, dilation), 1)
     return shape == wanted and conv.in_channels == conv.out_channels
-
-
-def _pair(value: object) -> tuple[int, int]:
-    """A pair that Conv2d holds, typed."""
-    assert isinstance(value, tuple)
-    return value

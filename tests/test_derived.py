@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reference_models import gradients, images, randomize_
-from tolerance import assert_equal_gradients
+from tolerance import assert_equal_gradients, assert_equals_upstream
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -171,9 +171,13 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 def assert_follows(backbone: Any, before: Tensor) -> None:
-    maps = infer(backbone)
+    maps, want = infer(backbone), infer(rebuilt(backbone))
     assert maps.dtype != before.dtype or not torch.equal(maps, before)
-    assert torch.equal(maps, infer(rebuilt(backbone)))
+    # what cannot be remembered is not folded, so that it rounds otherwise
+    if any(p.is_inference() for p in backbone.parameters()):
+        assert_equals_upstream(maps, want)
+    else:
+        assert torch.equal(maps, want)
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
@@ -273,7 +277,8 @@ def test_functional_call_computes_from_its_own_parameters(backbone: Any, kind: A
     with torch.no_grad():
         for _ in range(2):
             maps = torch.func.functional_call(backbone, weights, (PIXELS,))[0][-1]
-            assert torch.equal(maps, infer(other)) and not torch.equal(maps, before)
+            assert_equals_upstream(maps, infer(other))  # tensors are not folded into each other
+            assert not torch.equal(maps, before)
     assert torch.equal(infer(backbone), before)
 
 

@@ -172,34 +172,6 @@ def test_a_module_called_on_its_own_computes_what_it_did() -> None:
         assert torch.equal(module(x), expected)
 
 
-class LowRank(nn.Module):
-    """A convolution with an adapter beside it."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.base = conv
-        self.adapter = nn.Conv2d(6, 8, 3).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.adapter(x)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("position", range(3))
-def test_a_replaced_module_is_not_passed_over(position: int) -> None:
-    model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
-    upstream = copy.deepcopy(model)
-    folding = fold(model)
-    folding.run(model, PIXELS)
-    adapter = LowRank(model[0])
-    for either in (model, upstream):
-        either[position] = nn.Identity()
-        if position == 0:
-            either[0] = adapter
-    want = upstream(PIXELS)
-    assert torch.equal(folding.run(model, PIXELS), want)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_folds_its_own_weights(make_copy: Callable[[Any], Any]) -> None:

@@ -376,7 +376,7 @@ class TimmBackbone(Backbone):
 
 
 def _find_norms(backbone: nn.Module, config: TimmBackboneConfig) -> list[FoldedNorm]:
-    """The batch norms of a timm model; none if it has none, or does not run on a fake image."""
+    """The batch norms of a timm model, and which convolution each belongs to."""
     parameters = list(backbone.parameters())
     if not parameters or not any(is_batch_norm(module) for module in backbone.modules()):
         return []
@@ -385,7 +385,13 @@ def _find_norms(backbone: nn.Module, config: TimmBackboneConfig) -> list[FoldedN
     height, width = (size, size) if isinstance(size, int) else size
     like = parameters[0]
     shape = 1, config.num_channels, height, width
-    return find_norms(backbone, torch.empty(shape, dtype=like.dtype, device=like.device))
+    pixels = torch.empty(shape, dtype=like.dtype, device=like.device)
+    try:
+        return find_norms(backbone, pixels)
+    except Exception as error:  # whatever a model does on the meta device, it still runs elsewhere
+        reason = f"the model does not run on the meta device: {error}"
+        names = [name for name, module in backbone.named_modules() if is_batch_norm(module)]
+        return [FoldedNorm(name, refused=reason) for name in names]
 
 
 def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
