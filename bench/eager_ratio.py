@@ -29,14 +29,14 @@ def interleaved_times(calls: list[Callable[[], object]], rounds: int) -> list[li
     return times
 
 
-@torch.inference_mode()
 def measure(model: str, dtype: torch.dtype, batch: int, size: int, rounds: int) -> list[str]:
     """A row of the table."""
     theirs = transformers_model(model).eval().to(dtype)
     ours = fastbb_model(model).eval().to(dtype)
     ours.load_state_dict(theirs.state_dict())
     pixels = torch.randn(batch, 3, size, size).to(dtype)
-    times = interleaved_times([lambda: theirs(pixels), lambda: ours(pixels)], rounds)
+    with torch.inference_mode():
+        times = interleaved_times([lambda: theirs(pixels), lambda: ours(pixels)], rounds)
     medians = [statistics.median(taken) for taken in times]
     ratios = sorted(a / b for a, b in zip(*times))
     return [

@@ -24,6 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
+from fastbb_kernels._dispatch import is_plainly_eager
+from fastbb_kernels.ops.conv_bn_act import conv_bn_act_eager
 
 from .dataflow import RESULT, Dataflow, trace_dataflow
 from .derived import derive, forget_derived, is_tracing
@@ -94,7 +96,8 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
         weight, bias = _fold(tensors, present, eps)
         return _as_weight(weight, conv, channels_last), bias.to(conv.weight.dtype)
 
-    return derive(conv, "folded", compute, *sources, constants=(eps, channels_last, present))
+    name = "folded, channels last" if channels_last else "folded"
+    return derive(conv, name, compute, *sources, constants=(eps, present))
 
 
 def folded_with_shortcut(
@@ -118,13 +121,23 @@ def folded_with_shortcut(
 def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[bool, ...]]:
     """eps, the tensors that a folded weight is computed from, and which of seven are there."""
     # the count is a source because statistics move without a new version, see `derive`
-    found = (
-        *(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias),
-        getattr(norm, "num_batches_tracked", None),
-    )
-    present = tuple(tensor is not None for tensor in found)
+    found = [_tensor(conv, "weight"), _tensor(conv, "bias")]
+    found += [_tensor(norm, name) for name in _NORM_TENSORS]
+    present = tuple([tensor is not None for tensor in found])
     tensors = [tensor for tensor in found if tensor is not None]
     return getattr(norm, "eps", _FROZEN_EPS), tensors, present
+
+
+_NORM_TENSORS = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+
+
+def _tensor(module: Any, name: str) -> Tensor | None:
+    """`module.name`, None if it has none; nn.Module's own look-up is most of a call's overhead."""
+    if name in module._parameters:
+        return module._parameters[name]
+    if name in module._buffers:
+        return module._buffers[name]
+    return getattr(module, name, None)
 
 
 def _fold(
@@ -144,20 +157,24 @@ def _as_weight(weight: Tensor, conv: nn.Conv2d, channels_last: bool = True) -> T
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor) -> bool:
+def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor | None = None) -> bool:
     """Whether a call may use folded weights: it needs no gradient and no statistics of the batch.
+
+    Without an input: whether calls with some input may.
 
     The mode of the norm decides, not that of the model: frozen ones stay in eval. A call that needs
     a gradient forgets what was folded: the parameters are about to change.
     """
-    if norm.running_mean is None or conv.padding_mode != "zeros":
+    if _tensor(norm, "running_mean") is None or conv.padding_mode != "zeros":
         return False
-    if isinstance(norm, _BatchNorm) and (norm.training or norm.num_batches_tracked is None):
+    if isinstance(norm, _BatchNorm) and (
+        norm.training or _tensor(norm, "num_batches_tracked") is None
+    ):
         return False
-    tracing = is_tracing()
-    if tracing and not x.is_cuda:
-        return False  # a compiler fuses the norm, and would fold anew in every call
     weight = conv.weight
+    tracing = is_tracing()
+    if tracing and not weight.is_cuda:
+        return False  # a compiler fuses the norm, and would fold anew in every call
     if torch.is_grad_enabled():
         tensors = (x, weight, conv.bias, norm.weight, norm.bias)
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -166,12 +183,14 @@ def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor) -> bool:
             return False
     if not tracing and (type(weight) is not nn.Parameter or weight.is_inference()):
         return False  # it could not be remembered, and folding costs more than it saves
-    return x.dtype == weight.dtype and not _autocasts(x.device.type)
+    if _autocasts(weight.device.type):
+        return False
+    return x is None or x.dtype == weight.dtype
 
 
 def _autocasts(device_type: str) -> bool:
-    available = torch.amp.is_autocast_available(device_type)  # not for meta, and then it raises
-    return available and torch.is_autocast_enabled(device_type)
+    # of the devices without autocast some would raise
+    return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
 
 
 @dataclass(frozen=True)
@@ -370,19 +389,26 @@ class Folding:
 
     def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
-        self._token = object()  # not the folding: its modules know nothing of the model
+        self._pairs: list[_FoldedConv] = []
         self.report = FoldReport(tuple(self._bind(model, norm) for norm in norms))
 
-    def run(self, forward: Callable[..., Result], *args: Any) -> Result:
-        """`forward(*args)`, a forward of the model, with folded weights where a call allows it."""
-        if not self._is_intact():
-            return forward(*args)
-        before = getattr(_running, "token", None)
-        _running.token = self._token
+    def run(self, forward: Callable[..., Result], *args: Any, few: bool = False) -> Result:
+        """`forward(*args)`, a forward of the model, with folded weights where a call allows it.
+
+        Args:
+            forward: of the model or of parts of it.
+            args: its arguments.
+            few: it calls few of the modules, and computes from parameters besides.
+        """
+        before = getattr(_running, "weights", None)
+        # for all at once: between convolutions the same look costs several times as much
+        all_pairs = [] if few else self._pairs
+        weights = {pair: pair.weights() for pair in all_pairs} if self._is_intact() else None
+        _running.weights = weights
         try:
             return forward(*args)
         finally:
-            _running.token = before
+            _running.weights = before
 
     def undo(self) -> None:
         """Gives the modules their own forwards back."""
@@ -390,6 +416,7 @@ class Folding:
             if is_folded(module):
                 del module.forward
         self._places.clear()
+        self._pairs.clear()
 
     def _is_intact(self) -> bool:
         """Whether the folded modules are still where they were found."""
@@ -412,7 +439,8 @@ class Folding:
         fused = activation_name(own if after is None else after)
         after = None if fused is None else after
         containers = [model.get_submodule(name) for name in entry.containers]
-        pair = _FoldedConv(self._token, conv, norm, after, fused, containers)
+        pair = _FoldedConv(conv, norm, after, fused, containers)
+        self._pairs.append(pair)
         self._take(model, entry.conv, conv, pair.conv_forward)
         self._take(model, entry.norm, norm, pair.norm_forward)
         if after is not None:
@@ -429,7 +457,8 @@ class Folding:
         self._places.append((model.get_submodule(parent), child, module))
 
 
-_running = threading.local()  # the token of the folding whose model this thread is running
+# of the model that this thread is running: weight and bias of each pair, None for one that may not
+_running = threading.local()
 
 
 def is_folded(module: nn.Module) -> bool:
@@ -446,29 +475,40 @@ class _FoldedConv:
 
     def __init__(
         self,
-        token: object,
         conv: nn.Conv2d,
         norm: nn.Module,
         after: nn.Module | None,
         fused: str | None,
         containers: Sequence[nn.Module],
     ) -> None:
-        self.token, self.conv, self.norm, self.after = token, conv, norm, after
+        self.conv, self.norm, self.after = conv, norm, after
         self.fused = fused
         self.owns_norm = _owns(conv, norm)
         # whose hooks would see the values of the end
         self.seen = [conv, norm, *containers] + ([after] if after is not None else [])
         self.op = conv_op(conv.weight.shape, **self._geometry())
 
-    def conv_forward(self, x: Tensor) -> Tensor:
-        conv = self.conv
-        if not self._applies(x):
-            return type(conv).forward(conv, x)
+    def weights(self) -> tuple[Tensor, Tensor] | None:
+        """Weight and bias for the calls of one forward, or None if it may not use folded ones."""
+        if not runs_folded(self.conv, self.norm) or _has_any_global_hook():
+            return None
+        if any(has_hooks(module) for module in self.seen):
+            return None
         # kernels want channels last; elsewhere the model gets the layout it expects
-        weight, bias = folded(conv, self.norm, channels_last=x.is_cuda)
+        return folded(self.conv, self.norm, channels_last=self.conv.weight.is_cuda)
+
+    def conv_forward(self, x: Tensor) -> Tensor:
+        conv, weights = self.conv, self._given()
+        if weights is None or not self._takes(x):
+            return type(conv).forward(conv, x)
         if _pads_as_tensorflow(conv):
             x = F.pad(x, _tensorflow_padding(conv, x))
-        x = conv_bn_act(x, weight, bias, **self._geometry(), activation=self.fused)
+        if is_plainly_eager(x, None):  # by the shortest way: small models are many such calls
+            padding = (0, 0) if _pads_as_tensorflow(conv) else conv.padding
+            geometry = (conv.stride, padding, conv.dilation, conv.groups)
+            x = conv_bn_act_eager(x, *weights, *geometry, None, self.fused)
+        else:
+            x = conv_bn_act(x, *weights, **self._geometry(), activation=self.fused)
         if not self.owns_norm:
             return self._mark(x)
         x = self._rest_of_norm(x)
@@ -487,31 +527,38 @@ class _FoldedConv:
         return self._unmark(x)
 
     def _mark(self, x: Any) -> Tensor:
-        if not is_tracing():
+        if not torch.compiler.is_compiling():
             x._folded_by = self
         return x
 
     def _unmark(self, x: Any) -> Tensor:
-        if not is_tracing():
+        if not torch.compiler.is_compiling():
             del x._folded_by
         return x
 
     def _made(self, x: Tensor) -> bool:
-        if is_tracing():  # a graph has no marks; its modes are those at its start
-            return self._applies(x)
+        if torch.compiler.is_compiling():  # a graph has no marks; its modes are those at its start
+            return self._given() is not None
         return getattr(x, "_folded_by", None) is self
+
+    def _given(self) -> tuple[Tensor, Tensor] | None:
+        weights = getattr(_running, "weights", None)
+        if weights is None:
+            return None
+        if self not in weights:
+            weights[self] = self.weights()
+        return weights[self]
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether the modes are still those at the start of the forward, and the input fits."""
+        if torch.is_grad_enabled() or _autocasts(x.device.type):
+            return runs_folded(self.conv, self.norm, x)
+        return x.dtype == self.conv.weight.dtype
 
     def _rest_of_norm(self, x: Tensor) -> Tensor:
         """The activation of a BatchNormAct2d, where it is not fused."""
         act: Any = _own_activation(self.norm)
         return x if act is None or (self.fused and self.after is None) else act(x)
-
-    def _applies(self, x: Tensor) -> bool:
-        if getattr(_running, "token", None) is not self.token:
-            return False
-        if not runs_folded(self.conv, self.norm, x) or _has_any_global_hook():
-            return False
-        return not any(has_hooks(module) for module in self.seen)
 
     def _geometry(self) -> dict[str, Any]:
         conv = self.conv

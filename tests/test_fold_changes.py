@@ -89,7 +89,7 @@ def test_a_change_of_modules_is_followed(make: Callable[[], Any], change: Any) -
 
 @torch.no_grad()
 def test_an_activation_that_a_converted_norm_never_runs_is_not_fused() -> None:
-    model = small(nn.Conv2d(6, 8, 3), BatchNormAct2d(8))
+    model: Any = small(nn.Conv2d(6, 8, 3), BatchNormAct2d(8))
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert hasattr(model[1], "act")
     assert_folds(model, 1)
@@ -287,6 +287,7 @@ def test_a_native_resnet_follows_changes_of_its_convolutions() -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             module.padding_mode = "circular"
-            module._reversed_padding_repeated_twice = [module.padding[0]] * 4
+            around: Any = [module.kernel_size[0] // 2] * 4
+            module._reversed_padding_repeated_twice = around
     circular = model(pixels).feature_maps[0]
     assert not torch.allclose(circular, before)

@@ -209,7 +209,8 @@ class TimmBackbone(Backbone):
             )
         forward = self.native_forward() if self.native and not self.training else None
         if forward is not None:
-            return dict(zip(wanted, self._folding.run(forward, pixel_values, indices)))
+            maps = self._folding.run(forward, pixel_values, indices, few=True)
+            return dict(zip(wanted, maps))
         try:
             maps = self._folding.run(self._timm_forward, pixel_values, indices)
         except AssertionError as error:  # how timm refuses an input

@@ -55,6 +55,13 @@ def chosen_impl(op: str, impl: Impl | None) -> Impl:
     return _per_op.get(op, _default)
 
 
+def is_plainly_eager(x: Tensor, impl: Impl | None) -> bool:
+    """Whether no op can do other than run PyTorch: the question that costs least, on CPUs."""
+    if x.is_cuda or _pretending or impl == "triton":
+        return False
+    return _default != "triton" and "triton" not in _per_op.values()
+
+
 def use_triton(op: str, impl: Impl | None, unsupported: str | None) -> bool:
     """Resolves `impl` for one call.
 

@@ -3,12 +3,14 @@
 It is made of other ops: where one has a kernel for the geometry it runs, elsewhere plain PyTorch.
 """
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._activation import Activation
 from .._convolution import finish
-from .._dispatch import Impl, eager_only
+from .._dispatch import Impl, eager_only, is_plainly_eager
 from .conv1x1_bn_act import conv1x1_bn_act
 from .conv3x3_bn_act import conv3x3_bn_act
 from .depthwise_conv_bn_act import depthwise_conv_bn_act
@@ -47,9 +49,13 @@ def conv_bn_act(
         [B, C, h, w], dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError, RuntimeError: shapes that do not fit together.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
+    if is_plainly_eager(x, impl):
+        return conv_bn_act_eager(
+            x, weight, bias, stride, padding, dilation, groups, residual, activation
+        )
     op = conv_op(weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
     if bias is not None and op == "conv1x1_bn_act":
         return conv1x1_bn_act(
@@ -77,6 +83,22 @@ def conv_bn_act(
             impl=impl,
         )
     eager_only("conv_bn_act", impl)
+    return conv_bn_act_eager(
+        x, weight, bias, stride, padding, dilation, groups, residual, activation
+    )
+
+
+def conv_bn_act_eager(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any = (1, 1),
+    padding: Any = (0, 0),
+    dilation: Any = (1, 1),
+    groups: int = 1,
+    residual: Tensor | None = None,
+    activation: Activation = None,
+) -> Tensor:
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return finish(y, activation, residual)
 
