@@ -14,7 +14,8 @@ from fastbb_kernels import (
     stem_conv_bn_relu_pool,
 )
 
-from .fold import as_pair, folded, folded_with_shortcut, has_hooks, runs_folded
+from .fold import as_pair, folded, folded_with_shortcut, runs_folded
+from .folding import has_hooks
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from folding import PIXELS, assert_folds, fold, small
+from fold_models import PIXELS, assert_folds, fold, small
 from reference_models import images, randomize_
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastbb.fold import activation_name, is_folded
+from fastbb.folding import activation_name, is_folded
 from fastbb_kernels import ACTIVATIONS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from folding import PIXELS, assert_folds, fold, reasons, small
+from fold_models import PIXELS, assert_folds, fold, reasons, small
 from reference_models import images, randomize_
 from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from tolerance import assert_equals_upstream

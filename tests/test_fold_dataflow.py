@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from folding import PIXELS, assert_folds, reasons, small
+from fold_models import PIXELS, assert_folds, reasons, small
 from timm.layers.std_conv import StdConv2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from fastbb.fold import find_norms
+from fastbb.folding import find_norms
 
 
 class Wired(nn.Module):

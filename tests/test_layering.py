@@ -14,7 +14,7 @@ FASTBB, KERNELS = ROOT / "fastbb", ROOT / "kernels" / "fastbb_kernels"
 LAYERS = [
     {"fastbb_kernels"},
     {"fastbb.derived", "fastbb.dataflow", "fastbb.hub"},
-    {"fastbb.fold"},
+    {"fastbb.fold", "fastbb.folding"},
     {"fastbb.layers"},
     {"fastbb.configuration", "fastbb.checkpoint"},
     {"fastbb.backbone"},

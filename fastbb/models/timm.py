@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
 from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..fold import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
+from ..folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
 from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
 from ..registry import FAMILIES, Family, StagesForward, register
 

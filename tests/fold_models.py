@@ -7,7 +7,7 @@ from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 
-from fastbb.fold import Folding, FoldReport, find_norms, is_folded
+from fastbb.folding import Folding, FoldReport, find_norms, is_folded
 
 PIXELS = images(13, 10, channels=6).double()
 
