@@ -64,7 +64,7 @@ def test_every_kind_of_norm(norm: Callable[[int], nn.Module], bias: bool) -> Non
     assert report.folded[0].op == "conv3x3_bn_act"
 
 
-@pytest.mark.parametrize("activation", [None, F.relu_, nn.SiLU()], ids=str)
+@pytest.mark.parametrize("activation", [None, F.relu_, nn.SiLU()], ids=["none", "relu_", "silu"])
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_convolutions_that_own_their_norm(
     norm: Callable[[int], nn.Module], activation: Any
