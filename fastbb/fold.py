@@ -159,10 +159,6 @@ def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor | None = None) -> bool:
 
 
 def autocasts(device_type: str) -> bool:
+    """Whether torch.autocast chooses the dtypes on a kind of device."""
     # of the devices without autocast some would raise
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
-
-
-def as_pair(value: Any) -> tuple[int, int]:
-    """What a convolution holds as an int or as a pair."""
-    return value if isinstance(value, tuple) else (value, value)

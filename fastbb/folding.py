@@ -18,11 +18,9 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
-from fastbb_kernels._dispatch import is_plainly_eager
-from fastbb_kernels.ops.conv_bn_act import conv_bn_act_eager
 
 from .dataflow import RESULT, Dataflow, trace_dataflow
-from .fold import FROZEN_EPS, as_pair, autocasts, fold_batch_norm, folded, runs_folded
+from .fold import FROZEN_EPS, autocasts, fold_batch_norm, folded, runs_folded
 
 Result = TypeVar("Result")
 
@@ -99,8 +97,8 @@ def find_norms(model: nn.Module, *args: Any, **kwargs: Any) -> list[FoldedNorm]:
     """Runs a model once and finds for each batch norm the convolution it can be folded into.
 
     Args:
-        model: on any device; on the meta device nothing is computed.
-        args: of its forward, such as one small image.
+        model: on any device; it runs on the meta device, where nothing is computed.
+        args: of its forward, such as one image.
         kwargs: of its forward.
 
     Returns:
@@ -351,12 +349,7 @@ class _FoldedConv:
             return type(conv).forward(conv, x)
         if _pads_as_tensorflow(conv):
             x = F.pad(x, _tensorflow_padding(conv, x))
-        if is_plainly_eager(x, None):  # by the shortest way: small models are many such calls
-            padding = (0, 0) if _pads_as_tensorflow(conv) else conv.padding
-            geometry = (conv.stride, padding, conv.dilation, conv.groups)
-            x = conv_bn_act_eager(x, *weights, *geometry, None, self.fused)
-        else:
-            x = conv_bn_act(x, *weights, **self._geometry(), activation=self.fused)
+        x = conv_bn_act(x, *weights, **self._geometry(), activation=self.fused)
         if not self.owns_norm:
             return self._mark(x)
         x = self._rest_of_norm(x)
@@ -410,11 +403,10 @@ class _FoldedConv:
 
     def _geometry(self) -> dict[str, Any]:
         conv = self.conv
-        padding = (0, 0) if _pads_as_tensorflow(conv) else conv.padding
         return {
-            "stride": as_pair(conv.stride),
-            "padding": padding if isinstance(padding, str) else as_pair(padding),
-            "dilation": as_pair(conv.dilation),
+            "stride": conv.stride,
+            "padding": 0 if _pads_as_tensorflow(conv) else conv.padding,
+            "dilation": conv.dilation,
             "groups": conv.groups,
         }
 

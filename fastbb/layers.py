@@ -13,8 +13,9 @@ from fastbb_kernels import (
     conv_bn_act,
     stem_conv_bn_relu_pool,
 )
+from fastbb_kernels.ops.conv_bn_act import as_pair
 
-from .fold import as_pair, folded, folded_with_shortcut, runs_folded
+from .fold import folded, folded_with_shortcut, runs_folded
 from .folding import has_hooks
 
 
@@ -92,9 +93,9 @@ class ConvNorm(NamedTuple):
         return conv_bn_act(
             x,
             *folded(conv, self.norm),
-            stride=as_pair(conv.stride),
-            padding=conv.padding if isinstance(conv.padding, str) else as_pair(conv.padding),
-            dilation=as_pair(conv.dilation),
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
             groups=conv.groups,
             residual=residual,
             activation=activation,

@@ -304,13 +304,12 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
 
     def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
         maps = {}
-        if fused and 0 not in indices:
-            x = pair.stem(pixel_values, "relu")
+        pooled = fused and 0 not in indices
+        if fused:
+            x = pair.stem(pixel_values, "relu", pool=pooled)
         else:
-            if fused:
-                x = pair.stem(pixel_values, "relu", pool=False)
-            else:
-                x = act(norm(conv(pixel_values)))
+            x = act(norm(conv(pixel_values)))
+        if not pooled:
             maps[0] = x
             x = pool(x) if max(indices) else x
         for index, stage in enumerate(stages[: max(indices)], start=1):

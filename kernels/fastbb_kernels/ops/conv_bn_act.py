@@ -15,7 +15,7 @@ from .conv1x1_bn_act import conv1x1_bn_act
 from .conv3x3_bn_act import conv3x3_bn_act
 from .depthwise_conv_bn_act import depthwise_conv_bn_act
 
-Pair = tuple[int, int]
+Size = int | tuple[int, ...]  # of both directions, or (height, width)
 
 
 def conv_bn_act(
@@ -23,9 +23,9 @@ def conv_bn_act(
     weight: Tensor,
     bias: Tensor | None,
     *,
-    stride: Pair = (1, 1),
-    padding: Pair | str = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     residual: Tensor | None = None,
     activation: Activation = None,
@@ -57,31 +57,15 @@ def conv_bn_act(
             x, weight, bias, stride, padding, dilation, groups, residual, activation
         )
     op = conv_op(weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    # the ops have one stride and one dilation for both directions
+    options: dict[str, Any] = {"stride": as_pair(stride)[0], "activation": activation, "impl": impl}
     if bias is not None and op == "conv1x1_bn_act":
-        return conv1x1_bn_act(
-            x, weight, bias, stride=stride[0], residual=residual, activation=activation, impl=impl
-        )
+        return conv1x1_bn_act(x, weight, bias, residual=residual, **options)
+    options["dilation"] = as_pair(dilation)[0]
     if bias is not None and op == "conv3x3_bn_act":
-        return conv3x3_bn_act(
-            x,
-            weight,
-            bias,
-            stride=stride[0],
-            dilation=dilation[0],
-            residual=residual,
-            activation=activation,
-            impl=impl,
-        )
+        return conv3x3_bn_act(x, weight, bias, residual=residual, **options)
     if bias is not None and op == "depthwise_conv_bn_act" and residual is None:
-        return depthwise_conv_bn_act(
-            x,
-            weight,
-            bias,
-            stride=stride[0],
-            dilation=dilation[0],
-            activation=activation,
-            impl=impl,
-        )
+        return depthwise_conv_bn_act(x, weight, bias, **options)
     eager_only("conv_bn_act", impl)
     return conv_bn_act_eager(
         x, weight, bias, stride, padding, dilation, groups, residual, activation
@@ -92,9 +76,9 @@ def conv_bn_act_eager(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Any = (1, 1),
-    padding: Any = (0, 0),
-    dilation: Any = (1, 1),
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
     residual: Tensor | None = None,
     activation: Activation = None,
@@ -106,9 +90,9 @@ def conv_bn_act_eager(
 def conv_op(
     weight_shape: tuple[int, ...],
     *,
-    stride: Pair = (1, 1),
-    padding: Pair | str = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
     groups: int = 1,
 ) -> str | None:
     """The op that has a kernel for a convolution with a bias; None: only plain PyTorch has.
@@ -121,6 +105,8 @@ def conv_op(
         groups: of the convolution.
     """
     outputs, inputs, *kernel = weight_shape
+    stride, dilation = as_pair(stride), as_pair(dilation)
+    padding = padding if isinstance(padding, str) else as_pair(padding)
     if kernel[0] != kernel[1] or stride[0] != stride[1] or dilation[0] != dilation[1]:
         return None
     if kernel[0] == 1:
@@ -132,3 +118,8 @@ def conv_op(
         return "conv3x3_bn_act" if kernel[0] == 3 else None
     is_depthwise = groups == outputs and inputs == 1
     return "depthwise_conv_bn_act" if is_depthwise and kernel[0] in (3, 5, 7) else None
+
+
+def as_pair(value: Size) -> tuple[int, ...]:
+    """(height, width) of what counts for both."""
+    return (value, value) if isinstance(value, int) else value
