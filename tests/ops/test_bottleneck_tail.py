@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_reference import folded
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, channels_last, nn
 
@@ -60,13 +61,8 @@ class Reference:
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
         """What the op takes, with the norms folded in in float64."""
-        tensors: list[Tensor] = [x]
-        layers: Any = copy.deepcopy(self.block).double()
-        conv, norm, _, expand, expand_norm = layers
-        for layer, its_norm in ((conv, norm), (expand, expand_norm)):
-            scale = its_norm.weight / (its_norm.running_var + its_norm.eps).sqrt()
-            folded = layer.weight * scale[:, None, None, None]
-            tensors += [folded, its_norm.bias - its_norm.running_mean * scale]
+        conv, norm, _, expand, expand_norm = self.block
+        tensors = [x, *folded((conv, norm)), *folded((expand, expand_norm))]
         tensors.append(torch.randn_like(self.block(x)))
         return {**{k: v.to(x.dtype) for k, v in zip(NAMES, tensors)}, **self.options}
 

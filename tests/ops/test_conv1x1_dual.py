@@ -1,10 +1,10 @@
 """conv1x1_dual: its kernel against torch in float64, its addresses, and what it refuses."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from conv_reference import channels_last, conv_and_norm, folded
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,27 +28,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CUSTOM_OP = torch.ops.fastbb.conv1x1_dual.default
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def conv_and_norm(channels: int, out_channels: int, stride: int) -> Any:
-    """As upstream's, in eval mode, with statistics as after training."""
-    norm = nn.BatchNorm2d(out_channels)
-    state = {name: torch.randn(out_channels) for name in ("bias", "running_mean")}
-    state |= {name: torch.rand(out_channels) + 0.5 for name in ("weight", "running_var")}
-    norm.load_state_dict(state, strict=False)
-    module = nn.Sequential(nn.Conv2d(channels, out_channels, 1, stride, bias=False), norm)
-    return module.eval().requires_grad_(False)
-
-
-def folded(module: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float64 of the one convolution that computes the same."""
-    conv, norm = copy.deepcopy(module).double()
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-
-
-def channels_last(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype, memory_format=torch.channels_last)
 
 
 def arguments(

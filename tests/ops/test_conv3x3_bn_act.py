@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_reference import folded
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
@@ -55,11 +56,7 @@ class Reference:
 
     def arguments(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
         """What the op takes: the norm folded into the convolution in float64."""
-        layers: Any = copy.deepcopy(self.block).double()
-        conv, norm = layers
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        folded = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-        weight, bias = (tensor.to(x.dtype) for tensor in folded)
+        weight, bias = (tensor.to(x.dtype) for tensor in folded(self.block))
         tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
         return {**tensors, **self.options}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_reference import folded
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, channels_last, nn
 
@@ -66,12 +67,7 @@ class Reference:
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
         """What the op takes: the norm folded into the convolution in float64."""
-        conv: Any
-        norm: Any
-        conv, norm = copy.deepcopy(self.block).double()
-        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-        folded = conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale
-        weight, bias = (tensor.to(x.dtype) for tensor in folded)
+        weight, bias = (tensor.to(x.dtype) for tensor in folded(self.block))
         return {"x": x, "weight": weight, "bias": bias, **self.options}
 
 

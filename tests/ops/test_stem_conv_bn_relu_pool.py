@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from conv_reference import folded
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,14 +57,12 @@ class Stem(nn.Module):
 
     def arguments(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """Those of the op, with the batch norm folded in."""
-        state = {name: tensor.double() for name, tensor in self.norm.state_dict().items()}
-        scale = state["weight"] / (state["running_var"] + self.norm.eps).sqrt()
-        weight = self.conv.weight.detach().double() * scale[:, None, None, None]
+        weight, bias = (tensor.detach() for tensor in folded((self.conv, self.norm)))
         mean, std = self.normalization or (None, None)
         return {
             "pixel_values": x,
             "weight": weight.to(dtype, memory_format=CHANNELS_LAST),
-            "bias": (state["bias"] - state["running_mean"] * scale).to(dtype),
+            "bias": bias.to(dtype),
             "mean": mean,
             "std": std,
             "activation": self.activation,
