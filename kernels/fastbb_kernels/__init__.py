@@ -1,7 +1,7 @@
 """Ops of vision backbones. `__all__` is the promise; each op is one file in `ops/`."""
 
 from ._activation import ACTIVATIONS
-from ._dispatch import Impl, use_impl
+from ._dispatch import Impl, KernelWarning, use_impl
 from .ops.bottleneck_tail import bottleneck_tail
 from .ops.conv1x1_bn_act import conv1x1_bn_act
 from .ops.conv1x1_dual import conv1x1_dual
@@ -26,6 +26,7 @@ from .ops.window_attention import (
 __all__ = [
     "ACTIVATIONS",
     "Impl",
+    "KernelWarning",
     "WindowGeometry",
     "bottleneck_tail",
     "conv1x1_bn_act",

@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from threading import Lock
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+
+if TYPE_CHECKING:
+    from .self_check import SelfCheck
 
 # "eager" is the op's plain PyTorch; torch.compile is applied to whole models, never per op
 Impl = Literal["auto", "triton", "eager"]
@@ -21,6 +26,14 @@ _per_op: dict[str, Impl] = {}
 
 _pretending = False
 _pretended: Architecture | None = None
+
+_installed_check: "SelfCheck | None" = None
+_own_check: "SelfCheck | None" = None
+_own_check_lock = Lock()
+
+
+class KernelWarning(RuntimeWarning):
+    """A kernel does not work on this device, and something else runs in its place."""
 
 
 @contextmanager
@@ -62,39 +75,95 @@ def is_plainly_eager(x: Tensor, impl: Impl | None) -> bool:
     return _default != "triton" and "triton" not in _per_op.values()
 
 
-def use_triton(op: str, impl: Impl | None, unsupported: str | None) -> bool:
+def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -> bool:
     """Resolves `impl` for one call.
 
     Args:
-        op: name of the op, for the error.
+        op: name of the op, for the error and the self-check.
         impl: what the caller asked for; None: what `use_impl` set.
         unsupported: why Triton cannot run this call, or None.
+        x: a tensor of the call that has its device and dtype.
 
     Raises:
         ValueError: there is no such implementation.
-        NotImplementedError: "triton" was asked for and cannot run; the message says why.
+        NotImplementedError: "triton" was asked for and cannot run, or is known to fail on the
+            device; the message says why.
     """
     impl = chosen_impl(op, impl)
-    if impl == "triton" and unsupported:
-        raise NotImplementedError(f"{op}: impl='triton' cannot run this call: {unsupported}")
-    return impl != "eager" and unsupported is None
+    if impl == "triton":
+        reason = unsupported or _problem(op, x, run=False)
+        if reason:
+            raise NotImplementedError(f"{op}: impl='triton' cannot run this call: {reason}")
+        return True
+    return impl == "auto" and unsupported is None and _problem(op, x) is None
 
 
-def use_block(op: str, impl: Impl | None, unsupported: str | None) -> bool:
+def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -> bool:
     """As `use_triton` for an op made of other ops, which run where its own kernel does not.
 
     Only a caller who names the op insists on its kernel, by `impl=` or by `use_impl(..., ops=)`.
     "triton" for all ops leaves a call that the kernel cannot run to the other ops, and those raise
     where they cannot run it either.
     """
-    if impl is None and op not in _per_op and unsupported:
-        return False
-    return use_triton(op, impl, unsupported)
+    if impl is None and op not in _per_op and _default == "triton":
+        return unsupported is None and _problem(op, x, run=False) is None
+    return use_triton(op, impl, unsupported, x)
 
 
 def eager_only(op: str, impl: Impl | None) -> None:
     """The seam of an op without a Triton kernel: refuses `impl="triton"` with that reason."""
-    use_triton(op, impl, "this op has no Triton kernel yet")
+    if chosen_impl(op, impl) == "triton":
+        raise NotImplementedError(
+            f"{op}: impl='triton' cannot run this call: this op has no Triton kernel yet"
+        )
+
+
+def current_check() -> "SelfCheck | None":
+    """What decides whether an op's kernels can be trusted; None: there is no GPU to check."""
+    global _own_check
+    if _installed_check is not None or _pretending:
+        return _installed_check
+    if _own_check is not None:
+        return _own_check
+    with _own_check_lock:
+        if _own_check is None and torch.cuda.is_available():
+            from .self_check import SelfCheck
+
+            _own_check = SelfCheck()
+    return _own_check
+
+
+@contextmanager
+def use_check(check: "SelfCheck") -> Iterator[None]:
+    """Lets `check` decide inside the block which ops can be trusted, on pretended devices too."""
+    global _installed_check
+    before, _installed_check = _installed_check, check
+    try:
+        yield
+    finally:
+        _installed_check = before
+
+
+def _problem(op: str, x: Tensor, run: bool = True) -> str | None:
+    """Why the kernels of an op cannot be trusted with tensors like `x`, or None.
+
+    Args:
+        op: its name.
+        x: a tensor of the call.
+        run: checks the op now unless that was done before; never for a fake tensor.
+    """
+    return _checked(op, x.device, x.dtype, run and not isinstance(x, FakeTensor))
+
+
+def _checked(op: str, device: torch.device, dtype: torch.dtype, run: bool) -> str | None:
+    check = current_check()
+    if check is None:
+        return None
+    return check.problem(op, device, dtype) if run else check.known_problem(op, device, dtype)
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler
+_checked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def common_unsupported(x: Tensor, **others: Tensor | None) -> str | None:

@@ -12,14 +12,20 @@ from torch import Tensor
 class Random:
     """Makes the tensors of a call; on the meta device they have no values."""
 
-    def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: torch.device | str, dtype: torch.dtype, seed: int | None = None
+    ) -> None:
+        """Draws from a generator of its own if there is a seed, else from PyTorch's."""
         self.device, self.dtype = torch.device(device), dtype
+        self._from: dict[str, Any] = {"device": self.device}
+        if seed is not None:
+            self._from["generator"] = torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *shape: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
-        return (torch.randn(shape, device=self.device) * std + mean).to(self.dtype)
+        return (torch.randn(shape, **self._from) * std + mean).to(self.dtype)
 
     def pixels(self, *shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, device=self.device, dtype=torch.uint8)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, **self._from)
 
     def weight(self, *shape: int) -> Tensor:
         """[out, ...] weights that keep the magnitude of what they multiply."""
@@ -47,9 +53,17 @@ class Case:
     name: str
     make: Callable[[Random], dict[str, Any]]
 
-    def arguments(self, device: torch.device | str, dtype: torch.dtype) -> dict[str, Any]:
-        """Keyword arguments of the call, random unless the device is meta."""
-        return self.make(Random(device, dtype))
+    def arguments(
+        self, device: torch.device | str, dtype: torch.dtype, seed: int | None = None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the call, random unless the device is meta.
+
+        Args:
+            device: of the tensors.
+            dtype: of the tensors.
+            seed: gives the same values each time, and leaves PyTorch's generators as they are.
+        """
+        return self.make(Random(device, dtype, seed))
 
     def __str__(self) -> str:
         return self.name

@@ -10,66 +10,26 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from ._dispatch import TRITON_DTYPES, Architecture, pretend
 from .accuracy import accuracy_problem
 from .case import Case
 from .cases import checked_cases, real_cases, small_cases
+from .op import DTYPE_NAMES, find_op, in_float64, op_names
+from .self_check import case_problem
 from .testing import fake_gpu, record_launches, trace
 from .testing.architectures import ARCHITECTURES
 from .testing.budget import Budget, CaseCost, read_budget, source_hash, violations, write_budget
 from .testing.recorder import Recording
 
-DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # the real cases that a check runs on a GPU, beside the small ones
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
 # where a check compiles dtypes other than bf16
 OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
-
-
-@dataclass(frozen=True)
-class Op:
-    """The parts of an op, which all take the same arguments.
-
-    Attributes:
-        name: in `fastbb_kernels`.
-        call: the public function.
-        eager: the reference.
-        unsupported: why Triton cannot run a call, or None.
-        n_bytes: least bytes of a call.
-        custom_op: what the dispatcher of torch knows.
-    """
-
-    name: str
-    call: Callable[..., Tensor]
-    eager: Callable[..., Tensor]
-    unsupported: Callable[..., str | None]
-    n_bytes: Callable[..., int]
-    custom_op: Any
-
-
-def find_op(name: str) -> Op:
-    """The parts of the op `name`."""
-    module = import_module(f".ops.{name}", __package__)
-    return Op(
-        name,
-        call=getattr(module, name),
-        eager=getattr(module, f"{name}_eager"),
-        unsupported=getattr(module, f"{name}_unsupported"),
-        n_bytes=getattr(module, f"{name}_n_bytes"),
-        custom_op=getattr(torch.ops.fastbb, name).default,
-    )
-
-
-def op_names() -> list[str]:
-    """Every op with a Triton kernel."""
-    return list(dict.fromkeys(case.op for case in small_cases()))
 
 
 def check_registration(case: Case, dtype: torch.dtype) -> None:
@@ -123,26 +83,6 @@ def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
     if problem is None and traced.unique_bytes != expected:
         problem = f"touches {traced.unique_bytes} distinct bytes, {op.name}_n_bytes says {expected}"
     return Interpreted(problem, traced.unique_bytes, traced.requested_bytes, len(traced.launches))
-
-
-@torch.no_grad()
-def check_on_device(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Runs a case on a GPU against the reference there; what is wrong, or None."""
-    op = find_op(case.op)
-    arguments = case.arguments(device, dtype)
-    if op.unsupported(**arguments):
-        return None
-    try:
-        got = op.call(**arguments, impl="triton")
-        torch.cuda.synchronize(device)
-    except Exception as error:  # whatever a launch raises: the op is off, with this reason
-        return f"{type(error).__name__}: {error}"
-    return accuracy_problem(got, op.eager(**arguments), op.eager(**in_float64(arguments)))
-
-
-def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same call with every tensor in float64."""
-    return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
 @cache
@@ -248,7 +188,7 @@ def check_op(
         real = [
             case for case in real_cases() if case.op == name and case.name.startswith(ON_DEVICE)
         ]
-        check = partial(check_on_device, device=torch.device(device))
+        check = partial(case_problem, device=torch.device(device), impl="triton")
         on_device = (_attempt(case, dtype, check) for case in small + real for dtype in dtypes)
         rung(device, on_device)
     return Report(name, cells, problems)

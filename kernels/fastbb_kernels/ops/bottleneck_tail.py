@@ -65,7 +65,7 @@ def bottleneck_tail(
     unsupported = bottleneck_tail_unsupported(
         *tensors, stride=stride, dilation=dilation, activation=activation
     )
-    if use_block("bottleneck_tail", impl, unsupported):
+    if use_block("bottleneck_tail", impl, unsupported, x):
         asked_for = chosen_impl("bottleneck_tail", impl) == "triton"
         if asked_for or isinstance(architecture(x.device), str):
             run = _launch if launches_directly() else _bottleneck_tail

@@ -49,7 +49,7 @@ def conv1x1_bn_act(
     options = {"stride": stride, "residual": residual, "activation": activation}
     check_convolution("conv1x1_bn_act", x, weight, bias, kernel=1, **options)
     unsupported = conv1x1_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("conv1x1_bn_act", impl, unsupported):
+    if use_triton("conv1x1_bn_act", impl, unsupported, x):
         run = _launch if launches_directly() else _conv1x1_bn_act
         return run(x, weight, bias, stride, residual, activation)
     return conv1x1_bn_act_eager(x, weight, bias, **options)

@@ -51,7 +51,7 @@ def conv1x1_dual(
     tensors = x, weight, shortcut, shortcut_weight, bias
     _check(*tensors, stride, activation)
     unsupported = conv1x1_dual_unsupported(*tensors, stride=stride, activation=activation)
-    if use_triton("conv1x1_dual", impl, unsupported):
+    if use_triton("conv1x1_dual", impl, unsupported, x):
         run = _launch if launches_directly() else _conv1x1_dual
         return run(*tensors, stride, activation)
     return conv1x1_dual_eager(*tensors, stride=stride, activation=activation)

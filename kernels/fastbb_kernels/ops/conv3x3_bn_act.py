@@ -57,7 +57,7 @@ def conv3x3_bn_act(
     }
     check_convolution("conv3x3_bn_act", x, weight, bias, kernel=3, **options)
     unsupported = conv3x3_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("conv3x3_bn_act", impl, unsupported):
+    if use_triton("conv3x3_bn_act", impl, unsupported, x):
         if launches_directly():
             return _launch(x, weight, bias, stride, dilation, residual, activation)
         if chosen_impl("conv3x3_bn_act", impl) == "triton" or torch.version.hip:

@@ -55,7 +55,7 @@ def depthwise_conv_bn_act(
     _check(x, weight, bias, stride, dilation, activation)
     options = {"stride": stride, "dilation": dilation, "activation": activation}
     unsupported = depthwise_conv_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("depthwise_conv_bn_act", impl, unsupported):
+    if use_triton("depthwise_conv_bn_act", impl, unsupported, x):
         run = _launch if launches_directly() else _depthwise_conv_bn_act
         return run(x, weight, bias, stride, dilation, activation)
     return depthwise_conv_bn_act_eager(x, weight, bias, **options)

@@ -48,7 +48,7 @@ def layer_norm_linear(
     tensors = x, norm_weight, norm_bias, weight, bias
     _check(*tensors, activation)
     unsupported = layer_norm_linear_unsupported(*tensors, eps=eps, activation=activation)
-    if use_triton("layer_norm_linear", impl, unsupported):
+    if use_triton("layer_norm_linear", impl, unsupported, x):
         run = _launch if launches_directly() else _layer_norm_linear
         return run(*tensors, eps, activation)
     return layer_norm_linear_eager(*tensors, eps=eps, activation=activation)

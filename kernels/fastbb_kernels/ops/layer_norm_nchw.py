@@ -35,7 +35,7 @@ def layer_norm_nchw(
     """
     _check(x, weight, bias)
     unsupported = layer_norm_nchw_unsupported(x, weight, bias)
-    if use_triton("layer_norm_nchw", impl, unsupported):
+    if use_triton("layer_norm_nchw", impl, unsupported, x):
         run = _launch if launches_directly() else _layer_norm_nchw
         return run(x, weight, bias, eps)
     return layer_norm_nchw_eager(x, weight, bias, eps=eps)

@@ -37,7 +37,7 @@ def linear_residual(
     """
     _check(x, weight, bias, residual)
     unsupported = linear_residual_unsupported(x, weight, bias, residual)
-    if use_triton("linear_residual", impl, unsupported):
+    if use_triton("linear_residual", impl, unsupported, x):
         run = _launch if launches_directly() else _linear_residual
         return run(x, weight, bias, residual)
     return linear_residual_eager(x, weight, bias, residual)

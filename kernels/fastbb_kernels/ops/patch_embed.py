@@ -49,7 +49,7 @@ def patch_embed(
     tensors = pixel_values, weight, bias, norm_weight, norm_bias
     _check(*tensors, ceil_mode)
     unsupported = patch_embed_unsupported(*tensors, eps=eps, ceil_mode=ceil_mode)
-    if use_triton("patch_embed", impl, unsupported):
+    if use_triton("patch_embed", impl, unsupported, pixel_values):
         run = _launch if launches_directly() else _patch_embed
         return run(*tensors, eps, ceil_mode)
     return patch_embed_eager(*tensors, eps=eps, ceil_mode=ceil_mode)

@@ -43,7 +43,7 @@ def patch_merging(
     """
     tensors = x, norm_weight, norm_bias, weight
     _check(*tensors)
-    if use_triton("patch_merging", impl, patch_merging_unsupported(*tensors, eps=eps)):
+    if use_triton("patch_merging", impl, patch_merging_unsupported(*tensors, eps=eps), x):
         run = _launch if launches_directly() else _patch_merging
         return run(*tensors, eps)
     return patch_merging_eager(*tensors, eps=eps)

@@ -59,7 +59,7 @@ def stem_conv_bn_relu_pool(
     unsupported = stem_conv_bn_relu_pool_unsupported(
         pixel_values, weight, bias, mean=mean, std=std, activation=activation, pool=pool
     )
-    if use_triton("stem_conv_bn_relu_pool", impl, unsupported):
+    if use_triton("stem_conv_bn_relu_pool", impl, unsupported, weight):
         run = _launch if launches_directly() else _stem_conv_bn_relu_pool
         return run(pixel_values, weight, bias, mean, std, activation, pool)
     return stem_conv_bn_relu_pool_eager(

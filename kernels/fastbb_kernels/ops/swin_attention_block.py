@@ -87,7 +87,7 @@ def swin_attention_block(
     unsupported = swin_attention_block_unsupported(
         *tensors, num_heads=num_heads, geometry=geometry, eps=eps
     )
-    if use_block("swin_attention_block", impl, unsupported):
+    if use_block("swin_attention_block", impl, unsupported, x):
         run = _launch if launches_directly() else _swin_attention_block
         return run(*tensors, *geometry, eps)
     qkv = layer_norm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps=eps, impl=impl)

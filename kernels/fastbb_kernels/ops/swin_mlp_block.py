@@ -74,7 +74,7 @@ def swin_mlp_block(
     tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     _check(*tensors, activation)
     unsupported = swin_mlp_block_unsupported(*tensors, eps=eps, activation=activation)
-    if use_block("swin_mlp_block", impl, unsupported):
+    if use_block("swin_mlp_block", impl, unsupported, x):
         run = _launch if launches_directly() else _swin_mlp_block
         return run(*tensors, eps, activation)
     hidden = layer_norm_linear(

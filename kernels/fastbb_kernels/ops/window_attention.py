@@ -67,7 +67,7 @@ def window_attention(
     _check(qkv, bias, qkv_pad, num_heads, geometry)
     arguments = {"num_heads": num_heads, "geometry": geometry, "dropout_p": dropout_p}
     unsupported = window_attention_unsupported(qkv, bias, qkv_pad, **arguments)
-    if use_triton("window_attention", impl, unsupported):
+    if use_triton("window_attention", impl, unsupported, qkv):
         run = _launch if launches_directly() else _window_attention
         return run(qkv, bias, qkv_pad, *geometry)
     return window_attention_eager(qkv, bias, qkv_pad, **arguments)

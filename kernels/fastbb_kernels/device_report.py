@@ -1,0 +1,109 @@
+"""What works on a GPU: every op in every dtype, as a table."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ._dispatch import KernelWarning, launches_directly
+from .op import DTYPE_NAMES, op_names
+from .self_check import current
+
+_WITHOUT_A_GPU = (
+    "no GPU here, so there is nothing to check: on {device} every op runs as PyTorch's own.\n"
+    "`python -m fastbb_kernels.check` (needs fastbb[testing]) runs the kernels in an interpreter "
+    "and compiles them for every GPU."
+)
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What was found on a device.
+
+    Attributes:
+        device: its name, "" without a GPU.
+        outcomes: by op and dtype what is wrong, in a sentence, or None.
+        notes: on the file that remembers this.
+        text: the table and what is wrong.
+    """
+
+    device: str
+    outcomes: dict[tuple[str, torch.dtype], str | None]
+    notes: tuple[str, ...]
+    text: str
+
+    @property
+    def problems(self) -> list[str]:
+        return [problem for problem in self.outcomes.values() if problem]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_ops(
+    device: str | None = None,
+    ops: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    again: bool = False,
+    progress: Callable[[str], None] = lambda op: None,
+) -> DeviceReport:
+    """Runs the self-check of ops, as their first use does.
+
+    Args:
+        device: such as "cuda:1"; default: the GPU if there is one.
+        ops: their names; default: all.
+        dtypes: "fp32", "fp16", "bf16"; default: all.
+        again: also of ops that were checked before.
+        progress: told the name of each op before it is checked.
+
+    Raises:
+        ValueError: no such device, op or dtype.
+    """
+    names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    for kind, wanted, known in (("op", ops, op_names()), ("dtype", dtypes, names)):
+        for name in wanted:
+            if name not in known:
+                raise ValueError(f"{kind}: wanted one of {', '.join(known)}, got {name!r}")
+    found = _device(device)
+    check = current()
+    if check is None or (found.type == "cpu" and not launches_directly()):
+        return DeviceReport("", {}, (), _WITHOUT_A_GPU.format(device=found))
+    outcomes = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KernelWarning)  # the report says it
+        for op in ops or op_names():
+            progress(op)
+            for dtype in (names[name] for name in dtypes or names):
+                outcome_of = check.check_again if again else check.problem
+                outcomes[op, dtype] = outcome_of(op, found, dtype)
+    cache = check.cache(found)
+    notes = (*cache.notes, f"remembered in {cache.path}")
+    text = "\n".join([cache.machine.device, *_table(outcomes), *notes])
+    return DeviceReport(cache.machine.device, outcomes, notes, text)
+
+
+def _device(device: str | None) -> torch.device:
+    n_devices = torch.cuda.device_count()
+    try:
+        found = torch.device(device or ("cuda" if n_devices else "cpu"))
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
+    if found.type == "cuda" and (found.index or 0) >= n_devices:
+        raise ValueError(f"device: {found} is not there: torch sees {n_devices} GPUs")
+    return found
+
+
+def _table(outcomes: dict[tuple[str, torch.dtype], str | None]) -> list[str]:
+    """A line per op, then one per problem; a blank line between them."""
+    ops = list(dict.fromkeys(op for op, _ in outcomes))
+    dtypes = list(dict.fromkeys(dtype for _, dtype in outcomes))
+    width = max(map(len, ops))
+    lines = ["  ".join(["op".ljust(width), *(DTYPE_NAMES[dtype] for dtype in dtypes)])]
+    for op in ops:
+        cells = ("off " if outcomes[op, dtype] else "ok  " for dtype in dtypes)
+        lines.append("  ".join([op.ljust(width), *cells]).rstrip())
+    problems = [problem for problem in outcomes.values() if problem]
+    return [*lines, "", *problems, ""] if problems else [*lines, ""]

@@ -1,0 +1,130 @@
+"""What a remembered result holds for: a device, its driver, and the code that ran on it."""
+
+import hashlib
+import json
+import platform
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import device as Device
+
+_PACKAGE = Path(__file__).parent
+_SOURCES = ("*.py", "ops/*.py", "triton_kernels/*.py")
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+_AMD_DRIVER = Path("/sys/module/amdgpu/version")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Everything that a check's or a measurement's result depends on; all fields are texts.
+
+    Attributes:
+        device: name of the GPU or of the CPU's model.
+        capability: "9.0" or "gfx942"; of a CPU the best instructions that PyTorch uses: "AVX512".
+        driver: its version; "" of a CPU, or unknown.
+        torch: version.
+        triton: version, "" without it.
+        fastbb: version, "source" where it is not installed.
+        kernels: digest of the kernels' sources.
+        threads: that PyTorch uses on a CPU; "" of a GPU.
+    """
+
+    device: str
+    capability: str
+    driver: str
+    torch: str
+    triton: str
+    fastbb: str
+    kernels: str
+    threads: str
+
+    @classmethod
+    def of(cls, device: Device) -> "Machine":
+        """The machine as it is now, seen from `device`.
+
+        Raises:
+            ValueError: neither a CPU nor a CUDA or ROCm device.
+        """
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"Machine: wanted a cpu or a cuda device, got {device}")
+        is_gpu = device.type == "cuda"
+        return cls(
+            device=torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
+            capability=_gpu_capability(device) if is_gpu else _cpu_capability(),
+            driver=_driver() if is_gpu else "",
+            torch=str(torch.__version__),
+            triton=_triton_version(),
+            fastbb=_fastbb_version(),
+            kernels=kernels_digest(),
+            threads="" if is_gpu else str(torch.get_num_threads()),
+        )
+
+    @property
+    def key(self) -> str:
+        """A file name without suffix: the device, readable, and a digest of all fields."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")[:60].strip("-")
+        fields = json.dumps(asdict(self), sort_keys=True).encode()
+        return f"{slug or 'unknown'}-{hashlib.sha256(fields).hexdigest()[:12]}"
+
+
+@cache
+def kernels_digest() -> str:
+    """A digest of the sources that a result depends on, as they were when first asked for."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
+        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _gpu_capability(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"{properties.major}.{properties.minor}"
+
+
+def _cpu_capability() -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _cpu_name() -> str:
+    for line in _read(_CPU_INFO).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    """The kernel module's version: PyTorch only knows the CUDA version that it speaks."""
+    if torch.version.hip:
+        return _read(_AMD_DRIVER).strip()
+    found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read(_NVIDIA_DRIVER))
+    return found[1] if found else ""
+
+
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return triton.__version__
+
+
+def _fastbb_version() -> str:
+    try:
+        return metadata.version("fastbb")
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,131 @@
+"""Kernels that fail in every way that a GPU's can, in the place of an op's launcher."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+import fastbb_kernels
+from fastbb_kernels._dispatch import pretend
+from fastbb_kernels.machine import Machine
+from fastbb_kernels.result_cache import ResultCache
+from fastbb_kernels.self_check import Hardware, SelfCheck
+
+Launch = Callable[..., Any]
+
+MACHINE = Machine("Pretended GPU", "9.0", "570", "2.9", "3.5", "0.1.0", "abc", "")
+CPU = torch.device("cpu")
+
+
+class PretendedHardware(Hardware):
+    """A GPU whose memory may be full, and that may be lost or be capturing a graph."""
+
+    def __init__(self) -> None:
+        self.full = self.lost = self.capturing = False
+
+    def synchronize(self, device: torch.device) -> None:
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def has_room(self, device: torch.device) -> bool:
+        return not self.full
+
+    def is_capturing(self, device: torch.device) -> bool:
+        return self.capturing
+
+
+def self_check(
+    folder: Path, hardware: Hardware | None = None, machine: Machine = MACHINE, **options: Any
+) -> SelfCheck:
+    """A check of a pretended GPU that remembers in `folder`."""
+    return SelfCheck(
+        machine_of=lambda device: machine,
+        cache_of=lambda machine: ResultCache(machine, folder),
+        hardware=hardware or PretendedHardware(),
+        **options,
+    )
+
+
+def custom_op(op: str) -> Launch:
+    """What a custom op computes on a CPU, from the arguments of its launcher."""
+    return getattr(torch.ops.fastbb, op).default
+
+
+@contextmanager
+def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
+    """CPU tensors count as a GPU's, and a launch of an op calls what is given for it."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(pretend(None))
+        mocks = {op: mock.Mock(side_effect=launch) for op, launch in launches.items()}
+        for op, launch in mocks.items():
+            module = sys.modules[getattr(fastbb_kernels, op).__module__]
+            stack.enter_context(mock.patch.object(module, "_launch", launch))
+        yield mocks
+
+
+def wrong(op: str) -> Launch:
+    """A part of the result is off by a tenth of the largest."""
+
+    def launch(*args: Any) -> Tensor:
+        y = custom_op(op)(*args)
+        y[..., -1, -1] += y.abs().max() / 10
+        return y
+
+    return launch
+
+
+def nan(op: str) -> Launch:
+    def launch(*args: Any) -> Tensor:
+        y = custom_op(op)(*args)
+        y[..., -1, -1] = torch.nan
+        return y
+
+    return launch
+
+
+def flaky(op: str) -> Launch:
+    """Right every time, but not the same."""
+    calls = iter(range(10**6))
+
+    def launch(*args: Any) -> Tensor:
+        y = custom_op(op)(*args)
+        if next(calls) % 2:
+            y[..., -1, -1].nextafter_(y.new_tensor(torch.inf))
+        return y
+
+    return launch
+
+
+def other_shape(op: str) -> Launch:
+    return lambda *args: custom_op(op)(*args)[:, 1:]
+
+
+def other_dtype(op: str) -> Launch:
+    return lambda *args: custom_op(op)(*args).half()
+
+
+def nothing(op: str) -> Launch:
+    return lambda *args: None
+
+
+def raising(error: Exception) -> Callable[[str], Launch]:
+    def launcher(op: str) -> Launch:
+        def launch(*args: Any) -> Tensor:
+            raise error
+
+        return launch
+
+    return launcher
+
+
+out_of_resources = raising(OutOfResources(262144, 232448, "shared memory"))
+out_of_memory = raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB"))
+driver_out_of_memory = raising(RuntimeError("Triton Error [CUDA]: out of memory"))
+crashing = raising(ZeroDivisionError("at\n  line 3"))

@@ -1,0 +1,279 @@
+"""Before "auto" runs an op's kernels it asks whether they were checked, and everywhere else not."""
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import broken_kernels as broken
+import pytest
+import torch
+from broken_kernels import CPU, PretendedHardware, custom_op, launching, self_check
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from fastbb_kernels import KernelWarning, _dispatch, layer_norm_nchw, swin_mlp_block, use_impl
+from fastbb_kernels.cases import small_cases
+from fastbb_kernels.op import find_op, op_names
+from fastbb_kernels.self_check import SelfCheck, current, use
+from fastbb_kernels.testing import interpret
+
+NORM, BLOCK = "layer_norm_nchw", "swin_mlp_block"
+PARTS = ("layer_norm_linear", "linear_residual")
+N_CASES = {op: sum(case.op == op for case in small_cases()) for op in op_names()}
+
+
+def norm_arguments() -> tuple[Tensor, ...]:
+    return tuple(torch.randn(shape) for shape in ((1, 3, 4, 8), (8,), (8,)))
+
+
+def block_arguments() -> tuple[Tensor, ...]:
+    shapes = ((6, 32), (32,), (32,), (64, 32), (64,), (32, 64), (32,))
+    return tuple(torch.randn(shape) for shape in shapes)
+
+
+def right(*ops: str) -> dict[str, Callable[..., Any]]:
+    return {op: custom_op(op) for op in ops}
+
+
+class Unasked(SelfCheck):
+    """A check that nobody may ask."""
+
+    def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        raise AssertionError(f"asked about {op}")
+
+    def known_problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return self.problem(op, device, dtype)
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_every_op_asks_with_its_name_device_and_dtype(op: str) -> None:
+    """The cases of an op run through its public function, where the question is."""
+    asked = []
+
+    class Asked(SelfCheck):
+        def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+            asked.append((op, device, dtype))
+            return "is off"
+
+    kernels = {name: custom_op(name) for name in op_names()}
+    for case in small_cases():
+        if case.op == op:
+            asked.clear()
+            arguments = case.arguments("cpu", torch.bfloat16)
+            with launching(**kernels) as launches, use(Asked()):
+                y = find_op(op).call(**arguments, impl="auto")
+                assert torch.equal(y, find_op(op).eager(**arguments))
+            assert asked[0] == (op, CPU, torch.bfloat16)
+            assert not any(launch.called for launch in launches.values())
+
+
+def test_nobody_asks_on_a_cpu_or_a_pretended_device() -> None:
+    arguments = norm_arguments()
+    with torch.no_grad(), use(Unasked()):
+        layer_norm_nchw(*arguments)
+        layer_norm_nchw(*arguments, impl="eager")
+        with pytest.raises(NotImplementedError, match="needs a CUDA or ROCm device"):
+            layer_norm_nchw(*arguments, impl="triton")
+    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+        layer_norm_nchw(*arguments)
+        assert current() is None and launches[NORM].call_count == 1
+
+
+def test_a_machine_with_a_gpu_has_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "_own_check", None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert current() is None
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check = current()
+    assert isinstance(check, SelfCheck) and current() is check
+    other = SelfCheck()
+    with use(other):
+        assert current() is other
+    assert current() is check
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_a_block_is_not_blamed_for_an_op_that_it_is_made_of(action: Any, tmp_path: Path) -> None:
+    """Where the block has no kernel its parts run, each after its own check."""
+    check = self_check(tmp_path)
+    launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
+    without_kernel = mock.patch.dict(swin_mlp_block.__globals__, use_block=lambda *args: False)
+    arguments = block_arguments()
+    with launching(**launches), use(check), without_kernel:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter(action)
+            # a warning that is an error is one of the caller, and not of a case
+            with pytest.raises(KernelWarning) if action == "error" else nullcontext():
+                check.problem(BLOCK, CPU, torch.float32)
+        assert check.problem(BLOCK, CPU, torch.float32) is None
+        y = swin_mlp_block(*arguments)
+        assert torch.equal(y, find_op(BLOCK).eager(*arguments))
+    assert [f"{PARTS[0]} is off" in str(warning.message) for warning in warned] == (
+        [] if action == "error" else [True]
+    )
+    off = {op for (op, _), problem in check.results(CPU).items() if problem}
+    assert off == {PARTS[0]} and len(check.results(CPU)) == 3
+
+
+def test_the_parts_of_a_broken_block_run_by_their_kernels(tmp_path: Path) -> None:
+    launches = {BLOCK: broken.crashing(BLOCK), **right(*PARTS)}
+    arguments = block_arguments()
+    with launching(**launches) as launched, use(self_check(tmp_path)):
+        with pytest.warns(KernelWarning, match=f"{BLOCK} is off.*the ops that it is made of run"):
+            y = swin_mlp_block(*arguments)
+        assert torch.equal(y, find_op(BLOCK).eager(*arguments))
+        calls = [launched[part].call_count for part in PARTS]
+        assert calls == [2 * N_CASES[part] + 1 for part in PARTS]
+        # "triton" for all: the block has no kernel that works, its parts have
+        with use_impl("triton"):
+            swin_mlp_block(*arguments)
+        assert [launched[part].call_count for part in PARTS] == [n + 1 for n in calls]
+        with (
+            use_impl("triton", ops=[BLOCK]),
+            pytest.raises(NotImplementedError, match=f"{BLOCK}.*cannot run.*ZeroDivisionError"),
+        ):
+            swin_mlp_block(*arguments)
+
+
+def test_who_insists_gets_the_kernel_unless_it_is_known_to_fail(tmp_path: Path) -> None:
+    arguments = norm_arguments()
+    with launching(layer_norm_nchw=broken.wrong(NORM)) as launches, use(self_check(tmp_path)):
+        layer_norm_nchw(*arguments, impl="triton")
+        assert launches[NORM].call_count == 1
+        with pytest.warns(KernelWarning):
+            layer_norm_nchw(*arguments)
+        refusal = rf"layer_norm_nchw: impl='triton' cannot run this call: {NORM}, .*: error "
+        with pytest.raises(NotImplementedError, match=refusal):
+            layer_norm_nchw(*arguments, impl="triton")
+    # found by another process
+    with launching(layer_norm_nchw=broken.wrong(NORM)) as launches, use(self_check(tmp_path)):
+        with pytest.raises(NotImplementedError, match=refusal):
+            layer_norm_nchw(*arguments, impl="triton")
+        launches[NORM].assert_not_called()
+
+
+def test_a_device_that_was_full_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    hardware = PretendedHardware()
+    hardware.full = True
+    launches = iter([broken.out_of_memory(NORM), custom_op(NORM)])
+    with (
+        launching(layer_norm_nchw=lambda *args: next(launches)(*args)),
+        use(self_check(tmp_path, hardware)),
+    ):
+        with pytest.warns(KernelWarning, match="not checked"):
+            layer_norm_nchw(*norm_arguments())
+        layer_norm_nchw(*norm_arguments(), impl="triton")
+
+
+def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
+    hardware = PretendedHardware()
+    check = self_check(tmp_path, hardware)
+    arguments = norm_arguments()
+    with launching(layer_norm_nchw=custom_op(NORM)) as launches, use(check):
+        hardware.capturing = True
+        for _ in range(2):
+            layer_norm_nchw(*arguments)
+        launches[NORM].assert_not_called()
+        problem = check.problem(NORM, CPU, torch.float32)
+        assert problem is not None and problem.startswith("not checked yet")
+        hardware.capturing = False
+        layer_norm_nchw(*arguments)
+        assert launches[NORM].call_count == 2 * N_CASES[NORM] + 1
+        hardware.capturing = True
+        layer_norm_nchw(*arguments)
+        assert launches[NORM].call_count == 2 * N_CASES[NORM] + 2
+    # what another process found needs no check
+    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+        assert self_check(tmp_path, hardware).problem(NORM, CPU, torch.float32) is None
+
+
+def test_threads_share_one_check(tmp_path: Path) -> None:
+    def slow(*args: Any) -> Tensor:
+        time.sleep(0.001)
+        return broken.wrong(NORM)(*args)
+
+    check = self_check(tmp_path)
+    found: list[str | None] = []
+    start = threading.Barrier(4)
+
+    def ask() -> None:
+        start.wait()
+        found.append(check.problem(NORM, CPU, torch.float32))
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    with launching(layer_norm_nchw=slow) as launches, pytest.warns(KernelWarning) as warned:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert launches[NORM].call_count == len(warned) == 1
+    assert len(found) == 4 and len(set(found)) == 1 and found[0] is not None
+
+
+@pytest.fixture
+def without_what_was_compiled_before() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Norm(nn.Module):
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return layer_norm_nchw(*tensors)
+
+
+@pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
+@pytest.mark.usefixtures("without_what_was_compiled_before")
+def test_a_compiler_asks_while_it_traces(is_right: bool, tmp_path: Path) -> None:
+    """In one graph, and the answer is a constant of it."""
+    arguments = norm_arguments()
+    launch = custom_op(NORM) if is_right else broken.wrong(NORM)
+    check = self_check(tmp_path)
+    targets: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with launching() as _, use(check):
+        module = layer_norm_nchw.__globals__
+        with mock.patch.dict(module, _launch=launch):
+            compiled = torch.compile(Norm(), fullgraph=True, backend=backend)
+            if is_right:
+                y = compiled(*arguments)
+            else:
+                with pytest.warns(KernelWarning, match="is off"):
+                    y = compiled(*arguments)
+    assert torch.equal(y, layer_norm_nchw(*arguments, impl="eager"))
+    assert any("fastbb" in target for target in targets) == is_right
+    assert (check.results(CPU)[NORM, torch.float32] is None) == is_right
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_fake_tensors_start_no_check(is_known: bool, tmp_path: Path) -> None:
+    if is_known:
+        with launching(layer_norm_nchw=broken.wrong(NORM)), pytest.warns(KernelWarning):
+            self_check(tmp_path).problem(NORM, CPU, torch.float32)
+    check = self_check(tmp_path)
+    with (
+        torch.no_grad(),
+        FakeTensorMode(),
+        use(check),
+        launching(layer_norm_nchw=Tensor) as launches,
+    ):
+        arguments = tuple(torch.empty(shape) for shape in ((1, 3, 4, 8), (8,), (8,)))
+        launches[NORM].side_effect = custom_op(NORM)
+        layer_norm_nchw(*arguments)
+    assert launches[NORM].call_count == (not is_known)
+
+
+def test_a_real_kernel_passes_in_the_interpreter(tmp_path: Path) -> None:
+    check = self_check(tmp_path)
+    with interpret(), use(check):
+        assert check.problem("patch_merging", CPU, torch.float16) is None
+    assert check.results(CPU) == {("patch_merging", torch.float16): None}

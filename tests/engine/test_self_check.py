@@ -1,0 +1,307 @@
+"""A kernel that fails on a device is not used there: results are those of the reference."""
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import broken_kernels as broken
+import pytest
+import torch
+from broken_kernels import CPU, MACHINE, PretendedHardware, custom_op, launching, self_check
+from torch import Tensor
+
+from fastbb_kernels import KernelWarning, patch_merging
+from fastbb_kernels.case import Case
+from fastbb_kernels.cases import small_cases
+from fastbb_kernels.self_check import SECTION, SelfCheck, case_problem, use
+
+OP = "patch_merging"
+CASES = [case for case in small_cases() if case.op == OP]
+KEY = f"{OP}/torch.float32"
+
+
+def arguments() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = (2, 5, 4, 8), (32,), (32,), (16, 32)
+    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+
+
+def reference() -> Tensor:
+    return patch_merging(*arguments(), impl="eager")
+
+
+def remembered(folder: Path) -> dict[str, Any]:
+    path = folder / f"{MACHINE.key}.json"
+    return json.loads(path.read_text())["results"][SECTION] if path.exists() else {}
+
+
+FAULTS = {
+    "wrong": (broken.wrong, r"error \S+, allowed"),
+    "nan": (broken.nan, "NaN where eager PyTorch has numbers"),
+    "flaky": (broken.flaky, "two runs with the same inputs differ"),
+    "other_shape": (broken.other_shape, r"shape \(.*\), eager \(.*\)"),
+    "other_dtype": (broken.other_dtype, "torch.float16, eager torch.float32"),
+    "nothing": (broken.nothing, "wanted a tensor, got NoneType"),
+    "crashing": (broken.crashing, "ZeroDivisionError: at line 3"),
+    "out_of_resources": (broken.out_of_resources, "OutOfResources: out of resource: shared memory"),
+    "out_of_memory": (broken.out_of_memory, "asks for more memory than a small case may take"),
+}
+
+
+@pytest.mark.parametrize("launcher, reason", FAULTS.values(), ids=FAULTS)
+def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path) -> None:
+    check = self_check(tmp_path)
+    wanted = (
+        rf"kernel of {OP} is off on Pretended GPU for fp32, and eager PyTorch runs instead: "
+        rf"{OP}, {CASES[0]}, fp32: .*{reason}"
+    )
+    with launching(patch_merging=launcher(OP)) as launches, use(check):
+        with pytest.warns(KernelWarning, match=wanted) as warned:
+            y = patch_merging(*arguments())
+        assert torch.equal(y, reference()) and len(warned) == 1
+        n_launches = launches[OP].call_count
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(patch_merging(*arguments()), reference())
+    assert launches[OP].call_count == n_launches <= 2
+    assert list(remembered(tmp_path)) == [KEY]
+    assert check.results(CPU) == {(OP, torch.float32): check.known_problem(OP, CPU, torch.float32)}
+
+    # the next process does not try it again, and says why
+    with launching(patch_merging=launcher(OP)) as launches, use(self_check(tmp_path)):
+        with pytest.warns(KernelWarning, match=r"fastbb check --again") as warned:
+            y = patch_merging(*arguments())
+        assert torch.equal(y, reference()) and len(warned) == 1
+    launches[OP].assert_not_called()
+
+
+def test_a_right_kernel_is_used(tmp_path: Path) -> None:
+    for launches_of_check in (2 * len(CASES), 0):  # then it is remembered
+        with launching(patch_merging=custom_op(OP)) as launches, use(self_check(tmp_path)):
+            patch_merging(*arguments())
+            assert launches[OP].call_count == launches_of_check + 1
+            patch_merging(*arguments())
+            assert launches[OP].call_count == launches_of_check + 2
+    assert remembered(tmp_path) == {KEY: {"problem": None}}
+
+
+def test_dtypes_are_checked_by_themselves(tmp_path: Path) -> None:
+    def launch(x: Tensor, *args: Any) -> Tensor:
+        return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else custom_op(OP)(x, *args)
+
+    check = self_check(tmp_path)
+    with launching(patch_merging=launch), use(check):
+        for dtype in (torch.float32, torch.bfloat16):
+            assert check.problem(OP, CPU, dtype) is None
+        with pytest.warns(KernelWarning, match="for fp16"):
+            assert check.problem(OP, CPU, torch.float16) is not None
+    assert [problem is None for problem in check.results(CPU).values()] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    "launcher", [broken.out_of_memory, broken.driver_out_of_memory], ids=["torch", "driver"]
+)
+def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -> None:
+    hardware = PretendedHardware()
+    hardware.full = True
+    check = self_check(tmp_path, hardware)
+    with launching(patch_merging=launcher(OP)) as launches, use(check):
+        with pytest.warns(KernelWarning, match="not checked: cpu has no memory left") as warned:
+            assert torch.equal(patch_merging(*arguments()), reference())
+            assert torch.equal(patch_merging(*arguments()), reference())
+        assert launches[OP].call_count == len(warned) == 1
+    assert remembered(tmp_path) == {} and check.results(CPU) == {}
+    hardware.full = False
+    with launching(patch_merging=custom_op(OP)):
+        assert check.check_again(OP, CPU, torch.float32) is None
+        assert self_check(tmp_path).problem(OP, CPU, torch.float32) is None
+
+
+def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None:
+    hardware = PretendedHardware()
+
+    def launch(*args: Any) -> Tensor:
+        hardware.lost = True  # every later call fails, whatever it does
+        return custom_op(OP)(*args)
+
+    check = self_check(tmp_path, hardware)
+    with launching(patch_merging=launch, linear_residual=custom_op("linear_residual")) as launches:
+        with pytest.warns(KernelWarning, match="illegal memory.*lost to this process, which has"):
+            problem = check.problem(OP, CPU, torch.float32)
+        assert launches[OP].call_count == 1
+        with pytest.warns(KernelWarning, match="not checked: cpu is lost to this process"):
+            check.problem("linear_residual", CPU, torch.float32)
+        launches["linear_residual"].assert_not_called()
+        assert remembered(tmp_path) == {KEY: {"problem": problem}}
+        hardware.lost = False
+        following = self_check(tmp_path, hardware)
+        with use(following), pytest.warns(KernelWarning, match="remembered in"):
+            assert torch.equal(patch_merging(*arguments()), reference())
+        assert launches[OP].call_count == 1
+        assert following.problem("linear_residual", CPU, torch.float32) is None
+
+
+def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None:
+    check = self_check(tmp_path)
+    with launching(patch_merging=custom_op(OP)) as launches:
+        with (
+            mock.patch.object(Case, "arguments", side_effect=RuntimeError("cuBLAS is not there")),
+            pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
+        ):
+            check.problem(OP, CPU, torch.float32)
+        launches[OP].assert_not_called()
+    assert remembered(tmp_path) == {}
+
+
+def test_tf32_is_checked_by_itself_and_as_exact_as_eager(tmp_path: Path) -> None:
+    """Where eager PyTorch itself multiplies in TF32, no kernel has to be better than that."""
+
+    def off_by(error: float, y: Tensor) -> Tensor:
+        return y + error * y.abs().max() if y.dtype == torch.float32 else y
+
+    exact = patch_merging.__globals__["patch_merging_eager"]
+
+    def problem(eager_error: float, error: float) -> str | None:
+        with mock.patch.dict(
+            patch_merging.__globals__,
+            patch_merging_eager=lambda *a, **k: off_by(eager_error, exact(*a, **k)),
+        ):
+            return case_problem(
+                CASES[0],
+                torch.float32,
+                CPU,
+                run_case=lambda case, arguments, impl: off_by(error, exact(**arguments)),
+            )
+
+    with launching(patch_merging=custom_op(OP)):
+        assert problem(0, 5e-6) is None and problem(0, 2e-5) is not None
+        assert problem(1e-3, 1.9e-3) is None and problem(1e-3, 2.1e-3) is not None
+
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            check = self_check(tmp_path)
+            assert check.problem(OP, CPU, torch.float32) is None
+            assert check.results(CPU) == {(OP, torch.float32): None}
+        finally:
+            torch.set_float32_matmul_precision(before)
+    assert list(remembered(tmp_path)) == [f"{KEY}/tf32"] and check.results(CPU) == {}
+
+
+UNUSABLE = {
+    "torn": '{"format": 1, "mach',
+    "foreign": json.dumps({"format": 1, "machine": {}, "results": {}}),
+    "odd": json.dumps([1, 2]),
+}
+
+
+@pytest.mark.parametrize("written", UNUSABLE.values(), ids=UNUSABLE)
+def test_a_cache_that_cannot_be_used(
+    written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / f"{MACHINE.key}.json").write_text(written)
+    check = self_check(tmp_path)
+    with (
+        caplog.at_level("INFO"),
+        launching(patch_merging=broken.wrong(OP)),
+        use(check),
+        pytest.warns(KernelWarning),
+    ):
+        for _ in range(2):
+            assert torch.equal(patch_merging(*arguments()), reference())
+    assert [record.message[:7] for record in caplog.records] == ["ignored"]
+    assert list(remembered(tmp_path)) == [KEY]
+
+
+@pytest.mark.parametrize("value", [None, "ok", 1, [], {}, {"problem": 3}], ids=str)
+def test_a_value_that_no_check_wrote_is_checked_again(value: Any, tmp_path: Path) -> None:
+    check = self_check(tmp_path)
+    check.cache(CPU).put(SECTION, KEY, value)
+    assert check.results(CPU) == {}
+    with launching(patch_merging=broken.nan(OP)), use(check), pytest.warns(KernelWarning):
+        assert torch.equal(patch_merging(*arguments()), reference())
+
+
+@pytest.mark.parametrize("field", ["driver", "triton", "kernels", "device"])
+def test_another_version_is_checked_again(field: str, tmp_path: Path) -> None:
+    with launching(patch_merging=custom_op(OP)):
+        self_check(tmp_path).problem(OP, CPU, torch.float32)
+    updated = self_check(tmp_path, machine=replace(MACHINE, **{field: "new"}))
+    with launching(patch_merging=broken.wrong(OP)), use(updated), pytest.warns(KernelWarning):
+        assert torch.equal(patch_merging(*arguments()), reference())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_text("in the way")
+    check = self_check(tmp_path / "file")
+    with (
+        caplog.at_level("INFO"),
+        launching(patch_merging=broken.wrong(OP)) as launches,
+        use(check),
+        pytest.warns(KernelWarning) as warned,
+    ):
+        for _ in range(2):
+            assert torch.equal(patch_merging(*arguments()), reference())
+        assert check.problem(OP, CPU, torch.bfloat16) is not None
+    assert launches[OP].call_count == len(warned) == 2  # once per dtype
+    assert len(caplog.records) == len({record.message for record in caplog.records}) == 2
+
+
+def test_checked_again_when_asked(tmp_path: Path) -> None:
+    check = self_check(tmp_path)
+    with launching(patch_merging=broken.wrong(OP)), use(check), pytest.warns(KernelWarning):
+        assert check.problem(OP, CPU, torch.float32) is not None
+        # by its kernel, though that is off
+        assert check.check_again(OP, CPU, torch.float32) is not None
+    check = self_check(tmp_path)
+    with launching(patch_merging=custom_op(OP)):
+        assert check.check_again(OP, CPU, torch.float32) is None
+    assert check.problem(OP, CPU, torch.float32) is None
+    assert remembered(tmp_path) == {KEY: {"problem": None}}
+
+
+def inputs_of_a_check(check: Callable[..., SelfCheck], folder: Path) -> list[Tensor]:
+    seen: list[Tensor] = []
+
+    def run(case: Case, arguments: dict[str, Any], impl: Any) -> Tensor:
+        assert impl == "auto" and not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+        seen.append(arguments["x"].clone())
+        return custom_op(OP)(*arguments.values(), 1e-5)
+
+    with launching():
+        check(folder, run_case=run).problem(OP, CPU, torch.bfloat16)
+    return seen
+
+
+def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    first = inputs_of_a_check(self_check, tmp_path / "first")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(3)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        second = inputs_of_a_check(self_check, tmp_path / "second")
+        assert torch.is_inference_mode_enabled() and torch.is_autocast_enabled("cpu")
+    assert len(first) == len(second) == 2 * len(CASES)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_fresh_memory_is_not_zero(tmp_path: Path) -> None:
+    """Where results are put, the check leaves NaN first: what a kernel does not write shows."""
+    made: list[Tensor] = []
+    full_like = torch.full_like
+
+    def recorded(like: Tensor, value: float) -> Tensor:
+        made.append(full_like(like, value))
+        return made[-1]
+
+    def run(case: Case, arguments: dict[str, Any], impl: Any) -> Tensor:
+        return made.pop()  # as an allocator does
+
+    with launching(), mock.patch("torch.full_like", recorded), pytest.warns(KernelWarning):
+        problem = self_check(tmp_path, run_case=run).problem(OP, CPU, torch.float32)
+    assert problem is not None and "NaN where eager PyTorch has numbers" in problem
