@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, sa
 from .configuration import BackboneConfig
 from .derived import RemembersDerived
 from .hub import DEFAULT_HUB, HubOptions, read_config
+
+if TYPE_CHECKING:
+    from .engine.engine import Engine
+    from .engine.explanation import Explanation
+    from .engine.verify import VerifyReport
 
 logger = logging.getLogger(__name__)
 
@@ -181,6 +186,10 @@ class Backbone(BackboneMixin, RemembersDerived):
     # patterns of names that a checkpoint may lack, and that it may have in excess
     optional_weights: ClassVar[tuple[str, ...]] = ()
     unused_weights: ClassVar[tuple[str, ...]] = ()
+    # arguments of `forward` that only this family has
+    forward_options: ClassVar[tuple[str, ...]] = ()
+    # decides how a prepared backbone runs
+    _engine: "Engine | None" = None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -237,6 +246,8 @@ class Backbone(BackboneMixin, RemembersDerived):
         Raises:
             ValueError: the input is not what the backbone takes.
         """
+        if self._engine is not None:
+            pixel_values = self._engine.converted(pixel_values)
         self._check_input(pixel_values)
         config = self.config
         hidden: bool | Sequence[int] = (
@@ -251,15 +262,28 @@ class Backbone(BackboneMixin, RemembersDerived):
         wanted = (
             self.stage_names if hidden is not False or attentions is not None else self.out_features
         )
-        stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
-        output = BackboneOutput(
-            tuple(self.feature_map(name, stages[name]) for name in self.out_features),
-            None if hidden is False else self._hidden_states(stages, hidden),
-            None if attentions is None else tuple(attentions),
-        )
+        only_maps = hidden is False and attentions is None
+        if self._engine is not None and only_maps and not self._takes(kwargs):
+            output = BackboneOutput(self._engine(pixel_values))
+        else:
+            stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
+            output = BackboneOutput(
+                tuple(self.feature_map(name, stages[name]) for name in self.out_features),
+                None if hidden is False else self._hidden_states(stages, hidden),
+                None if attentions is None else tuple(attentions),
+            )
         if return_dict is None:
             return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The maps [B, C, h, w] of `out_features`, op by op, of checked pixels [B, C, H, W]."""
+        stages = self.forward_stages(pixel_values, self.out_features)
+        return tuple(self.feature_map(name, stages[name]) for name in self.out_features)
+
+    def _takes(self, kwargs: dict[str, Any]) -> bool:
+        """Whether one of these arguments changes what the family computes."""
+        return any(kwargs.get(name) for name in self.forward_options)
 
     def _hidden_states(
         self, stages: dict[str, Tensor], selected: bool | Sequence[int]
@@ -306,6 +330,67 @@ class Backbone(BackboneMixin, RemembersDerived):
                 f"pixel_values are {pixel_values.dtype}, the weights {dtype}; "
                 f"convert with pixel_values.to({dtype})"
             )
+
+    def prepare(
+        self: Module,
+        mode: str = "auto",
+        precision: str | None = None,
+        example: Tensor | Sequence[int] | None = None,
+        cuda_graph: bool | str = "auto",
+        expected_images: int | None = None,
+    ) -> Module:
+        """A backbone that computes the same maps in the fastest way that was checked.
+
+        For inference. Wherever that way cannot be taken (a gradient is needed, changed weights,
+        hidden states or attentions are asked for, an error) the eager one is, and `explain()` says
+        why. Weights, layers and hooks that change after something was compiled are noticed.
+
+        Args:
+            mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
+                "eager" is PyTorch op by op, "triton" our kernels, "compile" torch.compile over the
+                whole backbone, "triton+compile" torch.compile around our kernels.
+            precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights, and
+                takes pixels of any floating dtype; default: that of the weights, which are shared.
+            example: pixels [B, C, H, W], or their (B, H, W), to get ready for now. Default: the
+                first pixels that come.
+            cuda_graph: replay a recorded graph; "auto": for small batches on a GPU.
+            expected_images: how many are to come. Says whether compiling pays.
+
+        Returns:
+            A backbone of the same class.
+
+        Raises:
+            ValueError: an argument is none of these, this device cannot do it, or the backbone is
+                in training mode.
+        """
+        from .engine.prepare import prepare
+
+        return prepare(self, mode, precision, example, cuda_graph, expected_images)
+
+    def explain(self) -> "Explanation":
+        """Prints and returns what runs for every shape of input so far, and why."""
+        from .engine.prepare import explain
+
+        explanation = explain(self)
+        print(explanation)
+        return explanation
+
+    def verify(
+        self, reference: str | nn.Module = "auto", inputs: Tensor | Sequence[Tensor] | None = None
+    ) -> "VerifyReport":
+        """Compares every feature map with that of the model's own library.
+
+        Args:
+            reference: "auto" is upstream's own model where its library is installed, else our
+                eager one in float64; or a module that returns the same maps.
+            inputs: pixels [B, C, H, W]; default: random ones of the model's size and another.
+
+        Returns:
+            A table of errors and what is allowed; `passed` says whether all is well.
+        """
+        from .engine.verify import verify
+
+        return verify(self, reference, inputs)
 
     @property
     def dtype(self) -> torch.dtype:

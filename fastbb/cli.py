@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import traceback
 import warnings
@@ -152,6 +153,86 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
         from .view import view as write_view
 
         _echo(f"wrote {write_view(image, model, out, size=size)}")
+
+
+@main.command(name="verify-model")
+@click.argument("name")
+@click.option(
+    "--size",
+    "sizes",
+    type=_Size(),
+    multiple=True,
+    metavar="HxW",
+    help="Of the images, may be repeated.  [default: the model's own and a smaller one]",
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=2, show_default=True, help="Images of each size."
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True
+)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
+@click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
+@click.option(
+    "--mode",
+    type=click.Choice(["auto", "eager", "compile", "triton", "triton+compile"]),
+    help="Prepare the model in it first.  [default: it runs as loaded]",
+)
+def verify_model(name: str, **options: Any) -> None:
+    """Compares a model's feature maps with those of its own library, on random images.
+
+    Exit codes: 0 every map is as accurate as its library's; 1 some are not; 2 wrong arguments or no
+    such model.
+    """
+    with _exit_codes():
+        from .engine.verify import verify_model as run
+
+        report = run(name, **options)
+    _echo(str(report))
+    sys.exit(0 if report.passed else 1)
+
+
+@main.command()
+@click.option("--device", metavar="DEVICE", help="cuda or cuda:N.  [default: a GPU if any]")
+@click.option("--op", "ops", multiple=True, help="Name, may be repeated.  [default: all]")
+@click.option(
+    "--dtype",
+    "dtypes",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    multiple=True,
+    help="May be repeated.  [default: all]",
+)
+@click.option("--again", is_flag=True, help="Also what is remembered from an earlier check.")
+def check(device: str | None, **options: Any) -> None:
+    """Tries the kernels of every op on the GPU, against PyTorch's own ops there.
+
+    The results are remembered, as those of an op's first use are.
+
+    Exit codes: 0 every kernel is right, or there is no GPU; 1 some are not, and are not used;
+    2 wrong arguments.
+    """
+    with _exit_codes():
+        from fastbb_kernels.device_report import check_ops
+
+        report = check_ops(
+            device, **options, progress=lambda op: click.echo(f"checking {op}", err=True)
+        )
+    _echo(str(report))
+    sys.exit(1 if report.problems else 0)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+def doctor(as_json: bool) -> None:
+    """Says what this machine can run: problems first, each with what to do.
+
+    Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here.
+    """
+    from .engine.doctor import doctor as examine  # not `_exit_codes`: torch itself may be broken
+
+    found = examine()
+    _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    sys.exit(1 if found.problems else 0)
 
 
 def _echo(text: str, err: bool = False) -> None:

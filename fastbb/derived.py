@@ -3,9 +3,11 @@
 They stand beside the modules, not in them: no state dict, copy or pickle of a module has them.
 """
 
+import operator
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -55,6 +57,21 @@ def derive(
     return weights.get(name, compute, sources, constants)
 
 
+@contextmanager
+def holding_derived() -> Iterator[list[tuple[Tensor | None, ...]]]:
+    """Hands out what was remembered and used inside the block, for a CUDA graph to keep alive.
+
+    Only inside it does a graph that is being captured read remembered tensors, instead of computing
+    them anew in every replay. Whoever replays the graph watches the weights (`ModuleStamp`).
+    """
+    global _held
+    before, _held = _held, []
+    try:
+        yield _held
+    finally:
+        _held = before
+
+
 def is_tracing() -> bool:
     """Whether calls are being recorded into a graph, by torch.compile, torch.export or others."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or get_proxy_mode() is not None
@@ -80,19 +97,76 @@ class RemembersDerived(nn.Module):
         (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory.
         """
         forget_derived(self)
+        _note_written(self.parameters())
 
     def train(self: Module, mode: bool = True) -> Module:
-        self.refresh()
+        forget_derived(self)
         return super().train(mode)
 
     def _apply(self: Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Module:
-        self.refresh()
+        forget_derived(self)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # not load_state_dict: a module around this one does not call it
-        self.refresh()
+        forget_derived(self)
         super()._load_from_state_dict(*args, **kwargs)
+
+
+class ModuleStamp:
+    """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
+
+    Asked before every use of what was baked. It notices weights that were written, moved or
+    replaced, layers that were replaced, and hooks that came or went.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        # the dictionaries of a module are looked into, which costs less than walking the tree
+        self._layers = [(m._modules, dict(m._modules)) for m in modules]
+        self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
+        self._n_hooks = self._count_hooks()
+        self._owners = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers) if d]
+        self._tensors = [t for _, own in self._owners for t in own.values() if t is not None]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._addresses, self._versions = self._read()
+        self._ids = {id(tensor) for tensor in self._tensors}
+        self._is_written = False
+        _follow_optimizers()
+        _STAMPS.add(self)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            not self._is_written
+            and self._count_hooks() == self._n_hooks
+            and all(now == then for now, then in self._layers)
+            and all(
+                len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
+                for now, then in self._owners
+            )
+            and self._read() == (self._addresses, self._versions)
+        )
+
+    def _read(self) -> tuple[list[int], list[int]]:
+        # another dtype or device is another address
+        return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
+
+    def _count_hooks(self) -> int:
+        return sum(map(len, self._hooks))
+
+    def note_written(self, tensors: Iterable[Tensor]) -> None:
+        """Takes note of tensors that were written without a trace in them."""
+        self._is_written = self._is_written or any(id(tensor) in self._ids for tensor in tensors)
+
+
+_STAMPS: weakref.WeakSet[ModuleStamp] = weakref.WeakSet()
+
+
+def _note_written(tensors: Iterable[Tensor]) -> None:
+    tensors = list(tensors)
+    for stamp in list(_STAMPS):
+        stamp.note_written(tensors)
 
 
 class _Entry(NamedTuple):
@@ -136,7 +210,8 @@ class _DerivedWeights:
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()  # training: the parameters are about to change
             return compute(*sources)
-        if sources[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        if capturing and _held is None:
             return compute(*sources)  # a CUDA graph must not read memory that may be freed
         n_cleared, last_step = self._n_cleared, _last_step
         entry = self._entries.get(name)
@@ -146,8 +221,10 @@ class _DerivedWeights:
             and entry.last_step is last_step
             and entry.is_of(sources, constants)
         ):
+            if _held is not None:
+                _held.append(entry.value)
             return entry.value  # type: ignore[return-value]  # of the same `compute`
-        if not all(_can_be_followed(source) for source in sources):
+        if capturing or not all(_can_be_followed(source) for source in sources):
             return compute(*sources)
         states = [(s.data_ptr(), s._version, s.dtype, s.device) for s in sources]
         # a tensor made in inference mode could not be used outside it
@@ -180,6 +257,7 @@ class _DerivedWeights:
 
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
+_held: list[tuple[Tensor | None, ...]] | None = None
 _last_step = object()  # another one after each step of an optimizer
 _step_hook: RemovableHandle | None = None
 
@@ -196,9 +274,11 @@ def _follow_optimizers() -> None:
         _step_hook = register_optimizer_step_post_hook(_note_step)
 
 
-def _note_step(*_: Any) -> None:
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global _last_step
     _last_step = object()
+    if _STAMPS:
+        _note_written(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _can_be_followed(source: Tensor) -> bool:

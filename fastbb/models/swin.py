@@ -308,6 +308,7 @@ class SwinBackbone(Backbone):
     config: SwinConfig
     optional_weights = ("hidden_states_norms.*", "swin.layernorm.*")
     unused_weights = ("*relative_position_index", "*.attn_mask", "*.mask_token")
+    forward_options = ("interpolate_pos_encoding",)
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__(config)
@@ -325,8 +326,24 @@ class SwinBackbone(Backbone):
         )
         self._specs = _block_specs(config)
         self._untrained_norms: frozenset[str] = frozenset()
-        self.register_load_state_dict_pre_hook(_fill_optional_weights)
         self._init_weights()
+
+    def _load_from_state_dict(
+        self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes what transformers holds in memory: the norms of selected stages only."""
+        own = self.state_dict()
+        untrained = set()
+        for name in own:
+            if prefix + name not in state_dict and name.startswith(
+                ("hidden_states_norms.", "swin.layernorm.")
+            ):
+                value = torch.ones_like if name.endswith("weight") else torch.zeros_like
+                state_dict[prefix + name] = value(own[name])
+                untrained.add(name.split(".")[1])
+        self._untrained_norms = frozenset(untrained & set(self.hidden_states_norms))
+        self.outputs_changed()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -521,24 +538,6 @@ def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
         specs.append(stage)
         done += depth
     return specs
-
-
-def _fill_optional_weights(
-    backbone: nn.Module, state_dict: StateDict, prefix: str, *args: Any
-) -> None:
-    """`load_state_dict` takes what transformers holds in memory: the selected norms only."""
-    assert isinstance(backbone, SwinBackbone)
-    own = backbone.state_dict()
-    untrained = set()
-    for name in own:
-        if prefix + name not in state_dict and name.startswith(
-            ("hidden_states_norms.", "swin.layernorm.")
-        ):
-            value = torch.ones_like if name.endswith("weight") else torch.zeros_like
-            state_dict[prefix + name] = value(own[name])
-            untrained.add(name.split(".")[1])
-    backbone._untrained_norms = frozenset(untrained & set(backbone.hidden_states_norms))
-    backbone.outputs_changed()
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""How a whole backbone runs: eager, compiled, Triton, CUDA graph; choice, checks, explanation."""

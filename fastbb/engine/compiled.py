@@ -1,0 +1,104 @@
+"""A whole backbone through torch.compile, for one size of images, its weights frozen in."""
+
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from fastbb_kernels import Impl, use_impl
+
+from ..backbone import Backbone
+from .trial import Run
+
+# set while compiling only. Freezing folds batch norms and packs weights for the CPU's library
+_INDUCTOR = {"freezing": True}
+
+
+def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
+    """Compiles the feature maps of a backbone for the shape of an example.
+
+    The weights are baked in: whoever calls the result watches them (`ModuleStamp`), and calls it
+    with pixels of that very shape, dtype and device.
+
+    Args:
+        backbone: in eval mode.
+        example: [B, C, H, W].
+        impl: "eager" hands PyTorch's operations to the compiler, "auto" leaves our kernels in the
+            graph as they are.
+
+    Raises:
+        Exception: whatever the compiler raises.
+    """
+
+    def forward(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return backbone.feature_maps(pixel_values)
+
+    compiled = torch.compile(
+        own_code(forward),
+        fullgraph=True,
+        dynamic=False,
+        # what guards would ask in every call, the engine knows
+        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+    )
+    # inference tensors do not trace
+    with torch.inference_mode(False), torch.no_grad(), local_inductor_options(), use_impl(impl):
+        compiled(example.clone())
+
+    def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return compiled(pixel_values.contiguous())
+
+    return run
+
+
+def local_inductor_options() -> AbstractContextManager[None]:
+    """The compiler's options, set for the block only."""
+    from torch._inductor import config
+
+    return config.patch(_INDUCTOR)
+
+
+def own_code(function: Callable) -> Callable:
+    """The function with a code object of its own: dynamo counts and keeps artefacts per code."""
+    copy = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def in_chunks(run: Run, n_images: int, other: Run | None = None) -> Run:
+    """Runs a batch `n_images` at a time; images do not depend on their neighbours.
+
+    Args:
+        run: takes `n_images`, and any number if `other` is None.
+        n_images: images per call.
+        other: takes the rest of a batch where it is less than half of `n_images`; a longer rest is
+            filled up with empty images.
+    """
+
+    def chunked(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        batch = pixel_values.shape[0]
+        if batch == n_images or (batch < n_images and other is None):
+            return run(pixel_values)
+        parts = []
+        for part in pixel_values.split(n_images):
+            missing = n_images - part.shape[0]
+            if missing == 0 or other is None:
+                parts.append(run(part))
+            elif 2 * part.shape[0] < n_images:
+                parts.append(other(part))
+            else:
+                filled = torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
+                parts.append(tuple(maps[: part.shape[0]] for maps in run(filled)))
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(torch.cat(maps) for maps in zip(*parts))
+
+    return chunked

@@ -1,0 +1,74 @@
+"""What decides how a CPU runs a backbone best: its instructions, and where large tensors lie."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# glibc hands memory from here on back to the kernel at once, and gets it page by page anew
+# (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c); a third is left for what a library allocates beside
+KEPT_BYTES = 24 * 2**20
+
+_NATIVE = {
+    torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
+    torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The instruction sets that the kernel reports, in its names; none where it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86, Arm
+            return frozenset(value.split())
+    return frozenset()
+
+
+def has_arithmetic(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in a dtype; one that does not converts in every operation."""
+    return dtype not in _NATIVE or bool(_NATIVE[dtype] & cpu_flags())
+
+
+def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
+    """How many images of a batch to run at once so that no tensor outgrows `KEPT_BYTES`.
+
+    Args:
+        run: a forward pass; it is run once, with one image.
+        pixel_values: [B, C, H, W].
+
+    Returns:
+        At least 1, at most B, and such that all parts of the batch are about equal.
+    """
+    batch = pixel_values.shape[0]
+    if batch < 2:
+        return batch
+    with _LargestTensor() as largest:
+        run(pixel_values[:1])
+    most = max(1, min(batch, KEPT_BYTES // max(largest.n_bytes, 1)))
+    n_parts = -(-batch // most)
+    return -(-batch // n_parts)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Sees every result of an operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.n_bytes = max(self.n_bytes, leaf.numel() * leaf.element_size())
+        return result

@@ -1,0 +1,82 @@
+"""CUDA graphs: a forward pass recorded once per shape, replayed in one launch."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..derived import holding_derived
+from .trial import Run
+
+MAX_GRAPHS = 8
+_WARM_UP = 3  # runs before a capture, which must not allocate, tune or check anything new
+
+
+class GraphPool:
+    """Graphs of one way to run a backbone, by shape of the pixels; the least recently used goes.
+
+    All graphs of a pool share memory: one replay after the other may overwrite the maps of the one
+    before, so maps are copied out before they are returned, and never alias.
+    """
+
+    def __init__(self, run: Run, max_graphs: int = MAX_GRAPHS, capture: Any = None) -> None:
+        """
+        Args:
+            run: what is recorded.
+            max_graphs: shapes that are kept.
+            capture: records `run(pixels)`; default: on the device of the pixels.
+        """
+        self._run = run
+        self._max_graphs = max_graphs
+        self._capture = capture or _Capture()
+        self._graphs: OrderedDict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = (
+            OrderedDict()
+        )
+
+    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Replays the graph of this shape, recording it first where there is none.
+
+        Raises:
+            RuntimeError: the forward pass cannot be captured.
+        """
+        key = (*pixel_values.shape, pixel_values.dtype, pixel_values.device)
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._capture(self._run, pixel_values)
+            self._graphs[key] = graph
+            while len(self._graphs) > self._max_graphs:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(key)
+        return graph(pixel_values)
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+
+class _Capture:
+    """Records on CUDA devices; the graphs share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, run: Run, pixel_values: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        static = pixel_values.clone()
+        side = torch.cuda.Stream(static.device)
+        side.wait_stream(torch.cuda.current_stream(static.device))
+        with torch.no_grad(), torch.cuda.stream(side):
+            for _ in range(_WARM_UP):
+                run(static)
+        torch.cuda.current_stream(static.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.no_grad(), holding_derived() as held, torch.cuda.graph(graph, pool=self._pool):
+            maps = run(static)
+
+        def replay(pixel_values: Tensor, held: Any = held) -> tuple[Tensor, ...]:
+            static.copy_(pixel_values)
+            graph.replay()
+            return tuple(x.clone() for x in maps)
+
+        return replay

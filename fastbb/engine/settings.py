@@ -1,0 +1,66 @@
+"""What an engine is asked for, and what it measures and remembers with."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from fastbb_kernels.result_cache import ResultCache
+
+from .trial import Candidate, Clock, Report, tuning_bar
+
+Mode = Literal["auto", "eager", "compile", "triton", "triton+compile"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class EngineWarning(UserWarning):
+    """A prepared backbone does not run as it was asked to; the maps are right all the same."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `prepare` was asked for."""
+
+    mode: Mode = "auto"
+    precision: Precision | None = None
+    cuda_graph: bool | Literal["auto"] = "auto"
+    expected_images: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, get_args(Mode))
+        if self.precision is not None:
+            _check_choice("precision", self.precision, get_args(Precision))
+        if not isinstance(self.cuda_graph, bool):  # 0 and 1 are equal to False and True
+            _check_choice("cuda_graph", self.cuda_graph, ("auto", True, False))
+        expected = self.expected_images
+        is_count = isinstance(expected, int) and not isinstance(expected, bool) and expected >= 0
+        if expected is not None and not is_count:
+            raise ValueError(
+                f"expected_images must be a number of images, at least 0, or None, got {expected!r}"
+            )
+
+
+@dataclass
+class Tools:
+    """What an engine measures and remembers with; tests put their own here.
+
+    Attributes:
+        clock: times a call; default: the wall clock around the device's work.
+        cache: of measured choices; default: the user's, of this machine.
+        candidates: ways to run that are measured beside the engine's own.
+        budget_s: seconds for one measured choice; a candidate that was begun is finished.
+        progress: shows what is going on; default: a bar on a terminal.
+    """
+
+    clock: Clock | None = None
+    cache: ResultCache | None = None
+    candidates: Sequence[Candidate] = ()
+    budget_s: float = 20.0
+    progress: Callable[[int], Report] = tuning_bar
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
+    if type(value) not in (str, bool) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -1,0 +1,213 @@
+"""The measured choice: candidates run in turns, those that are wrong drop out, the fastest wins."""
+
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# pixels [B, C, H, W] -> feature maps [B, C', h, w]
+Run = Callable[[Tensor], tuple[Tensor, ...]]
+# seconds that a call takes, to the end of the device's work
+Clock = Callable[[Callable[[], object]], float]
+
+# says in a few words what is being done
+Report = Callable[[str], None]
+
+TIE = 0.03  # nearer than this counts as equally fast
+MIN_ROUNDS, MAX_ROUNDS = 3, 30
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a backbone.
+
+    Attributes:
+        name: as `explain()` prints it.
+        build: makes it ready and returns what runs.
+        compiles: whether that needs a compiler, and a minute or more.
+    """
+
+    name: str
+    build: Callable[[], Run]
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of a candidate.
+
+    Attributes:
+        name: of the candidate.
+        seconds: median time of a forward pass, None where it may not run or was not timed.
+        problem: why it may not run, or None.
+    """
+
+    name: str
+    seconds: float | None = None
+    problem: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "Trial":
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError, TypeError, KeyError: the value is something else.
+        """
+        seconds, problem = value["seconds"], value["problem"]
+        if not isinstance(seconds, float | None) or not isinstance(problem, str | None):
+            raise ValueError(f"not a trial: {value}")
+        return cls(str(value["name"]), seconds, problem)
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.name}: {self.problem}"
+        return f"{self.name}: " + ("not timed" if self.seconds is None else duration(self.seconds))
+
+
+def run_trials(
+    candidates: Sequence[Candidate],
+    pixels: Tensor,
+    problem_of: Callable[[Sequence[Tensor]], str | None],
+    *,
+    clock: Clock,
+    budget_s: float,
+    report: Report,
+) -> tuple[list[Trial], dict[str, Run]]:
+    """Builds candidates, holds them to the truth, and times those that pass, in turns.
+
+    A candidate that raises, runs out of memory or is wrong in any of its runs drops out with the
+    reason. Those that a compiler has to build come last, and only while there is time.
+
+    Args:
+        candidates: simplest first.
+        pixels: [B, C, H, W], what they run on.
+        problem_of: why maps are not accepted, or None.
+        clock: times a call.
+        budget_s: seconds for all of it, after which no candidate and no round is begun; one
+            candidate and `MIN_ROUNDS` rounds there are always.
+        report: is told what is going on, once for each candidate and each round.
+
+    Returns:
+        A trial of each candidate, in their order, and what runs of those without a problem.
+    """
+    runs: dict[str, Run] = {}
+    problems: dict[str, str | None] = {}
+    spent = 0.0
+
+    def attempt(name: str, run: Callable[[], Sequence[Tensor]]) -> float | None:
+        """Seconds of a call; what is wrong with it is among the problems."""
+        nonlocal spent
+        maps: list[Tensor] = []
+        try:
+            seconds = clock(lambda: maps.extend(run()))
+            spent += seconds
+            problems[name] = problem_of(maps)
+        except Exception as error:  # whatever a candidate does, another one runs
+            problems[name], seconds = describe(error), None
+        if problems[name] is not None:
+            runs.pop(name, None)
+        return seconds
+
+    for candidate in sorted(candidates, key=lambda candidate: candidate.compiles):
+        if runs and spent >= budget_s:
+            problems[candidate.name] = "not tried, the time for measuring was over"
+            continue
+        report(f"preparing {candidate.name}")
+
+        def first(candidate: Candidate = candidate) -> Sequence[Tensor]:
+            runs[candidate.name] = candidate.build()
+            return runs[candidate.name](pixels)
+
+        attempt(candidate.name, first)
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(MAX_ROUNDS):
+        if not runs or (index >= MIN_ROUNDS and spent >= budget_s):
+            break
+        report(f"round {index + 1}")
+        for name, run in list(runs.items()):
+            seconds = attempt(name, lambda run=run: run(pixels))
+            if problems[name] is not None:
+                problems[name] = f"not the same every time: {problems[name]}"
+            elif seconds is not None:
+                times[name].append(seconds)
+    trials = [
+        Trial(name, statistics.median(times[name]) if name in runs else None, problem)
+        for name, problem in ((c.name, problems[c.name]) for c in candidates)
+    ]
+    return trials, runs
+
+
+def winner(trials: Sequence[Trial], tie: float = TIE) -> Trial | None:
+    """The simplest trial that is as fast as the fastest, or None if none may run.
+
+    Args:
+        trials: simplest first.
+        tie: share of the time within which two count as equally fast.
+    """
+    timed = [(trial.seconds, trial) for trial in trials if trial.seconds is not None]
+    if not timed:
+        return None
+    fastest = min(seconds for seconds, _ in timed)
+    return next(trial for seconds, trial in timed if seconds <= fastest * (1 + tie))
+
+
+def wall_clock(device: torch.device) -> Clock:
+    """A clock for a device: it waits for the device before and after the call."""
+
+    def clock(call: Callable[[], object]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def tuning_bar(n_candidates: int) -> Report:
+    """A progress bar on a terminal, elsewhere lines in the log."""
+    if not sys.stderr.isatty():
+        return logger.info
+    from tqdm import tqdm
+
+    bar = tqdm(total=n_candidates + MIN_ROUNDS, desc="measuring", leave=False)
+
+    def report(text: str) -> None:
+        bar.set_postfix_str(text)
+        bar.update(bar.n < (bar.total or 0))
+
+    return report
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done its work; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return f"out of memory: {first}"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 1.23 ms, 45.6 ms, 7.89 s."""
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.3g} us"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

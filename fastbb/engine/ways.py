@@ -1,0 +1,186 @@
+"""The ways in which one backbone can run: op by op, compiled, replayed as a CUDA graph."""
+
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbb_kernels import Impl, use_impl
+from fastbb_kernels._dispatch import launches_directly
+
+from ..backbone import Backbone
+from ..derived import ModuleStamp
+from .compiled import compile_maps, in_chunks
+from .cpu import KEPT_BYTES, has_arithmetic, images_at_once
+from .graphs import GraphPool
+from .trial import Run
+from .truth import without_engine
+
+GRAPH = " + CUDA graph"
+
+
+class Way(NamedTuple):
+    """One way to run one shape of input.
+
+    Attributes:
+        runs: what it is, for people.
+        run: from pixels to maps.
+        is_baked: whether weights, layers and hooks are inside, as they were.
+        why: what has to be said about it, "" if nothing.
+    """
+
+    runs: str
+    run: Run
+    is_baked: bool = False
+    why: str = ""
+
+
+@dataclass
+class _Compiled:
+    """The artefacts of one mode.
+
+    Attributes:
+        run: for `at_once` images of `size`.
+        at_once: images per call.
+        size: height and width of the images.
+        any_size: for every other size; a reason if there can be none; None if it was not asked for.
+    """
+
+    run: Run
+    at_once: int
+    size: tuple[int, int]
+    any_size: Run | str | None = None
+
+
+class Ways:
+    """Builds runs of a backbone, and keeps what they share: artefacts, graphs, a copy in fp32."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._compiled: dict[str, _Compiled] = {}
+        self._graphs: dict[str, GraphPool] = {}
+        self._wide: tuple[Backbone, ModuleStamp] | None = None
+        self._lock = threading.RLock()
+
+    def build(self, name: str, pixel_values: Tensor) -> Way:
+        """The way "eager", "triton", "compile" or "triton+compile", maybe with `GRAPH` behind it.
+
+        Args:
+            name: of the way.
+            pixel_values: [B, C, H, W]; what is returned is for this shape.
+
+        Raises:
+            Exception: whatever a compiler or a capture raises.
+        """
+        base = name.removesuffix(GRAPH)
+        if name != base:
+            return self._graph(name, self.build(base, pixel_values))
+        if name == "triton":
+            return Way(name, self.triton)
+        return self._compile(name, pixel_values) if "compile" in name else self._eager(pixel_values)
+
+    def eager(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """PyTorch's operations one by one, in fp32 where the CPU lacks the dtype."""
+        backbone, dtype = self._arithmetic_backbone(), self._backbone.dtype
+        with torch.no_grad(), use_impl("eager"):
+            if backbone.dtype == dtype:
+                return backbone.feature_maps(pixel_values)
+            maps = backbone.feature_maps(pixel_values.to(backbone.dtype))
+            return tuple(x.to(dtype) for x in maps)
+
+    def triton(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Our kernels, where they passed their check, and eager elsewhere."""
+        with torch.no_grad(), use_impl("auto"):
+            return self._backbone.feature_maps(pixel_values)
+
+    def is_compiled(self, name: str) -> bool:
+        """Whether there are artefacts of a mode."""
+        return name in self._compiled
+
+    def has_artefact(self, name: str, pixel_values: Tensor) -> bool:
+        """Whether this shape needs no other artefact than those that there are."""
+        compiled = self._compiled.get(name)
+        if compiled is None:
+            return False
+        return compiled.any_size is not None or tuple(pixel_values.shape[2:]) == compiled.size
+
+    def _eager(self, pixel_values: Tensor) -> Way:
+        """Eager; on a CPU as many images at once as memory stays cheap for."""
+        if on_gpu(pixel_values):
+            return Way("eager", self.eager)
+        runs, why = "eager", []
+        if not has_arithmetic(self._backbone.dtype):
+            runs += " in fp32"
+            name = str(self._backbone.dtype).removeprefix("torch.")
+            why.append(f"this CPU has no {name} arithmetic")
+        at_once = images_at_once(self.eager, pixel_values)
+        if at_once == len(pixel_values):
+            return Way(runs, self.eager, why="; ".join(why))
+        runs += f", {at_once} images at once"
+        why.append(f"larger tensors than {KEPT_BYTES >> 20} MiB are slow to allocate")
+        return Way(runs, in_chunks(self.eager, at_once), why="; ".join(why))
+
+    def _compile(self, name: str, pixel_values: Tensor) -> Way:
+        """What the artefacts of a mode do for this shape; the first shape seen is compiled for."""
+        with self._lock:
+            compiled = self._compiled.get(name)
+            if compiled is None:
+                compiled = self._compiled[name] = self._compile_first(name, pixel_values)
+            size = pixel_values.shape[2], pixel_values.shape[3]
+            if size == compiled.size:
+                run = in_chunks(compiled.run, compiled.at_once, self.eager)
+                return Way(f"{name}, {compiled.at_once} images at once", run, True)
+            if compiled.any_size is None:
+                from .any_size import compile_any_size
+
+                made = compile_any_size(self._arithmetic_backbone(), _impl_of(name))
+                compiled.any_size = made if isinstance(made, str) else self._in_own_dtype(made)
+            own = "x".join(map(str, compiled.size))
+            if isinstance(compiled.any_size, str):
+                way = self._eager(pixel_values)
+                return way._replace(why=f"{name} is for {own} images, and {compiled.any_size}")
+            why = f"beside the artefact for {own} images one takes every other size"
+            return Way(f"{name}, any size", compiled.any_size, True, why)
+
+    def _compile_first(self, name: str, pixel_values: Tensor) -> _Compiled:
+        backbone = self._arithmetic_backbone()
+        pixels = pixel_values.to(backbone.dtype)
+        at_once = len(pixels)
+        if not on_gpu(pixels):
+            at_once = images_at_once(self.eager, pixel_values)
+        run = compile_maps(backbone, pixels[:at_once], _impl_of(name))
+        return _Compiled(self._in_own_dtype(run), at_once, (pixels.shape[2], pixels.shape[3]))
+
+    def _graph(self, name: str, way: Way) -> Way:
+        pool = self._graphs.setdefault(way.runs, GraphPool(way.run))
+        return Way(name, pool, True, way.why)
+
+    def _arithmetic_backbone(self) -> Backbone:
+        """The backbone, or where the CPU does not multiply in its dtype a copy in fp32."""
+        backbone = self._backbone
+        if backbone.device.type != "cpu" or launches_directly() or has_arithmetic(backbone.dtype):
+            return backbone
+        with self._lock:
+            if self._wide is None or not self._wide[1].is_current():
+                with torch.inference_mode(False):
+                    wide = without_engine(backbone, copied=True).float()
+                self._wide = wide, ModuleStamp(backbone)
+            return self._wide[0]
+
+    def _in_own_dtype(self, run: Run) -> Run:
+        """A run of the arithmetic backbone with the dtype of the backbone outside."""
+        dtype, inside = self._backbone.dtype, self._arithmetic_backbone().dtype
+        if dtype == inside:
+            return run
+        return lambda pixel_values: tuple(x.to(dtype) for x in run(pixel_values.to(inside)))
+
+
+def on_gpu(pixel_values: Tensor) -> bool:
+    """Whether pixels are on a GPU, or on one that is pretended."""
+    return pixel_values.is_cuda or launches_directly()
+
+
+def _impl_of(name: str) -> Impl:
+    return "auto" if name.startswith("triton") else "eager"
