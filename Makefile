@@ -21,8 +21,9 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/.dev
+bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
+	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
 
 # what each kernel costs on each GPU, measured without one; review the diff it leaves
 budgets: .venv/.dev
@@ -41,3 +42,7 @@ clean:
 .venv/.dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/.demo
+
+.venv/.bench: .venv/.dev
+	$(PIP) -e '.[dev,bench]'
+	touch $@

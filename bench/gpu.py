@@ -1,0 +1,321 @@
+"""What this machine's GPU does with fastbb, in under nine minutes: `make gpu`.
+
+    PYTHONPATH=.:kernels:bench python bench/gpu.py                # everything, to bench/results/
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --stage ops    # a part of it
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --dry-run      # tiny cases on the CPU
+
+It takes the Python, torch and triton that the machine has, installs and downloads nothing, and
+leaves out what an absent package was needed for. Every stage is a process of its own with a time
+box: one that fails, hangs or crashes is named in the results, and the next one runs; where it
+crashed at one of its items, the others get another process. Results are written after each stage.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import import_module
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from gpu_report import DRY_RUN, markdown
+from gpu_work import FORK, Work, describe, end_with_parent, ending, leave, read_lines
+
+RESULTS = Path(__file__).parent / "results"
+BUDGET_S = 520.0
+NO_GPU = 2  # exit code, as for wrong arguments
+PROBE_S = 90.0
+CUT_OFF = "cut off"
+_MARGIN_S = 5.0  # what a stage has to end by itself, before it is ended
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run that is a process of its own.
+
+    Attributes:
+        name: of the process.
+        section: of the results that its rows go to, and what `--stage` takes.
+        box_s: seconds that are kept for it; what earlier stages leave is added.
+        run: is called in the process.
+    """
+
+    name: str
+    section: str
+    box_s: float
+    run: Callable[[Work], None]
+
+
+def all_stages(dry_run: bool) -> list[Stage]:
+    """The stages in order; their modules are imported where they run."""
+
+    def stage(name: str, box_s: float, module: str, function: str, *args: Any) -> Stage:
+        def run(work: Work) -> None:
+            getattr(import_module(module), function)(work, dry_run, *args)
+
+        return Stage(name, name.partition(",")[0], box_s, run)
+
+    stages = [
+        stage("environment", 25, "gpu_stages", "environment"),
+        stage("check", 75, "gpu_stages", "check"),
+        stage("build", 40, "gpu_stages", "build"),
+        stage("tune", 75, "gpu_stages", "tune"),
+        stage("ops", 50, "gpu_stages", "ops"),
+        stage("models, bf16", 60, "gpu_models", "bf16"),
+        stage("models, compiled Swin-T", 65, "gpu_models", "compiled", "swin_t"),
+        stage("models, compiled ResNet-50", 40, "gpu_models", "compiled", "resnet50"),
+        stage("models, other precisions", 50, "gpu_models", "other_precisions"),
+        stage("models, max-autotune Swin-T", 20, "gpu_models", "max_autotune", "swin_t"),
+        stage("models, max-autotune ResNet-50", 10, "gpu_models", "max_autotune", "resnet50"),
+        stage("models, compiled others", 10, "gpu_models", "compiled_others"),
+    ]
+    # the others would show nothing more
+    in_dry_run = (*range(6), 7)
+    return [stages[index] for index in in_dry_run] if dry_run else stages
+
+
+class Results:
+    """What was found so far, and the two files that say it."""
+
+    def __init__(self, folder: Path, dry_run: bool) -> None:
+        self.folder = folder
+        self.data: dict[str, Any] = {
+            "label": DRY_RUN if dry_run else "measured",
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "stages": [],
+            "sections": {},
+        }
+        self._stem: str | None = None
+
+    def add(self, stage: Stage, outcome: str, seconds: float, file: Path) -> None:
+        """Adds what a stage left, and writes the files."""
+        found = read_lines(file)
+        rows = [value["row"] for value in found if "row" in value]
+        planned = dict.fromkeys(item for value in found for item in value.get("plan", []))
+        reached = {row["item"] for row in rows}
+        missing = [item for item in planned if item not in reached]
+        if outcome == "finished" and missing:
+            outcome = "finished as far as its time went"
+        entry = {"stage": stage.name, "outcome": outcome, "seconds": round(seconds, 1)}
+        self.data["stages"].append({**entry, "not_reached": missing})
+        section = self.data["sections"].setdefault(stage.section, [])
+        section += [{"stage": stage.name, "label": self.data["label"], **row} for row in rows]
+        self.write()
+
+    @property
+    def stem(self) -> Path:
+        """The files without suffix; those of an earlier run stay."""
+        if self._stem is None:
+            facts = {row["item"]: row for row in self.data["sections"].get("environment", [])}
+            name = "dry run" if self.data["label"] == DRY_RUN else "unknown GPU"
+            name = facts.get("GPU", {}).get("value", name)
+            slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+            stem = first = f"{slug}-{self.data['date'][:10]}"
+            n = 1
+            while (self.folder / f"{stem}.json").exists():
+                n += 1
+                stem = f"{first}-{n}"
+            self._stem = stem
+        return self.folder / self._stem
+
+    def write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = {".json": json.dumps(self.data, indent=1) + "\n", ".md": markdown(self.data)}
+        for suffix, text in texts.items():
+            file = self.stem.with_name(self.stem.name + suffix)
+            draft = file.with_name(f".{file.name}.{os.getpid()}")
+            draft.write_text(text)
+            draft.replace(file)
+
+
+def run_stages(
+    stages: Sequence[Stage], results: Results, budget_s: float, begin: float | None = None
+) -> bool:
+    """Runs stages one after the other; returns whether none failed.
+
+    Args:
+        stages: in order.
+        results: is told after each stage.
+        budget_s: seconds for all of them; boxes shrink where they do not fit.
+        begin: of the budget, on the monotonic clock; default: now.
+    """
+    begin = time.monotonic() if begin is None else begin
+    scale = min(1.0, budget_s / sum(stage.box_s for stage in stages))
+    all_well = True
+    with tempfile.TemporaryDirectory() as folder:
+        for index, stage in enumerate(stages):
+            file = Path(folder) / str(index)
+            file.touch()
+            later_s = scale * sum(other.box_s for other in stages[index + 1 :])
+            start = time.monotonic()
+            box_s = begin + budget_s - later_s - start
+            outcome = "interrupted"
+            try:
+                outcome = _run_stage(stage, file, begin, box_s)
+            finally:  # also when this process is told to end
+                seconds = time.monotonic() - start
+                print(f"[{start + seconds - begin:6.1f} s] {stage.name}: {outcome}", flush=True)
+                results.add(stage, outcome, seconds, file)
+            all_well &= outcome == "finished" or outcome.startswith((CUT_OFF, "not reached"))
+    return all_well
+
+
+def _run_stage(stage: Stage, file: Path, begin: float, box_s: float) -> str:
+    """Runs a stage, in further processes after a crash; returns how it ended."""
+    if box_s < 1:
+        return "not reached: no time was left"
+    print(f"[{time.monotonic() - begin:6.1f} s] {stage.name}: has {box_s:.0f} s", flush=True)
+    end = time.monotonic() + box_s
+    crashes = []
+    while True:
+        left_s = end - time.monotonic()
+        outcome = _run_process(stage, file, begin, left_s)
+        if outcome == "finished":
+            return f"finished, after it {'; '.join(crashes)}" if crashes else outcome
+        if outcome == CUT_OFF:
+            return "; ".join([*crashes, f"{CUT_OFF} after {box_s:.0f} s"])
+        crashes.append(outcome)
+        if not _mark_crash(file, outcome) or end - time.monotonic() < 1:
+            return "; ".join(crashes)
+
+
+def _run_process(stage: Stage, file: Path, begin: float, box_s: float) -> str:
+    """Runs what is left of a stage in one process; returns how that ended."""
+    deadline = time.monotonic() + box_s - min(_MARGIN_S, box_s / 5)
+    process = FORK.Process(target=_child, args=(stage, Work(stage.name, file, begin, deadline)))
+    process.start()
+    try:
+        process.join(box_s)
+        is_late = process.is_alive()
+    finally:
+        _end_group(process)
+    if is_late:
+        return CUT_OFF
+    if process.exitcode == 0:
+        return "finished"
+    errors = [value["error"] for value in read_lines(file) if "error" in value]
+    is_error = process.exitcode == 1 and errors
+    return f"failed: {errors[-1]}" if is_error else ending(process.exitcode)
+
+
+def _mark_crash(file: Path, outcome: str) -> bool:
+    """Blames the item that was being done; returns whether there is one, and others are left."""
+    found = read_lines(file)
+    began = [value["began"] for value in found if "began" in value]
+    reached = {value["row"]["item"] for value in found if "row" in value}
+    with file.open("a") as lines:
+        for item in dict.fromkeys(began):
+            if item not in reached:
+                row = {"item": item, "problem": f"its process {outcome}"}
+                lines.write("\n" + json.dumps({"row": row}) + "\n")
+    planned = {item for value in found for item in value.get("plan", [])}
+    is_new = bool(began) and not any(value.get("crashed") == len(began) for value in found)
+    with file.open("a") as lines:
+        lines.write(json.dumps({"crashed": len(began)}) + "\n")
+    return is_new and bool(planned - set(began))
+
+
+def _child(stage: Stage, work: Work) -> None:
+    os.setsid()
+    end_with_parent()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        stage.run(work)
+    except Exception as error:
+        traceback.print_exc()
+        work.append({"error": describe(error)})
+        leave(1)
+    leave(0)
+
+
+def _end_group(process: BaseProcess) -> None:
+    """Ends a stage's process and all that it started."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()  # it ended, or has no group of its own yet
+    process.join(10)
+
+
+def why_no_gpu() -> str | None:
+    """Why the stages cannot run here, or None. Imports torch, and leaves CUDA alone."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} cannot import torch ({error})"
+
+    def probe() -> None:
+        os._exit(0 if torch.cuda.is_available() else 1)
+
+    process = FORK.Process(target=probe)
+    process.start()
+    process.join(PROBE_S)
+    if process.is_alive():
+        process.kill()
+        return f"the GPU does not answer within {PROBE_S:.0f} s"
+    if process.exitcode != 0:
+        return f"torch {torch.__version__} of {sys.executable} sees none"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 0, 1 if a stage failed, 2 without a GPU."""
+    begin = time.monotonic()
+    stages = all_stages(dry_run=False)
+    sections = list(dict.fromkeys(stage.section for stage in stages))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results")
+    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
+    parser.add_argument(
+        "--stage",
+        action="append",
+        choices=sections,
+        help="default: all; the environment is always looked at",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no GPU: tiny cases, numbers that mean nothing"
+    )
+    options = parser.parse_args(argv)
+    if options.budget <= 0:
+        parser.error(f"--budget must be more than 0 seconds, got {options.budget:g}")
+    out = options.out or RESULTS
+    if options.dry_run:
+        out = options.out or Path(tempfile.mkdtemp(prefix="fastbb-dry-run-"))
+        if out.resolve() == RESULTS.resolve():
+            parser.error(f"--out must not be {RESULTS} in a dry run: that is for measurements")
+        stages = all_stages(dry_run=True)
+        import_module("torch")
+    else:
+        reason = why_no_gpu()
+        if reason is not None:
+            print(
+                f"gpu.py: wanted a CUDA or ROCm GPU, and {reason}; choose another Python with "
+                "`make gpu PYTHON=...`, or see what would run with --dry-run",
+                file=sys.stderr,
+            )
+            return NO_GPU
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what upstream's libraries call going without a network
+    wanted = {"environment", *(options.stage or sections)}
+    results = Results(out, options.dry_run)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    stages = [stage for stage in stages if stage.section in wanted]
+    all_well = run_stages(stages, results, options.budget, begin)
+    print(f"results: {results.stem}.json and {results.stem}.md")
+    return 0 if all_well else 1
+
+
+if __name__ == "__main__":
+    leave(main())  # without waiting for a process that even SIGKILL does not end

@@ -1,0 +1,212 @@
+"""Times on a device, and the floors that no time can be below."""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbb_kernels
+from fastbb_kernels._dispatch import architecture
+
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "tf32": torch.float32,
+    "fp32": torch.float32,
+}
+_FLUSH_BYTES = 256 << 20  # more than any L2 holds
+_CALL_S = 5e-3  # shorter calls are repeated this long between two events
+_MAX_CALLS = 50
+
+
+@contextmanager
+def precision(name: str) -> Iterator[torch.dtype]:
+    """Inside the block fp32 is multiplied as `name` says; yields the dtype of its tensors."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield PRECISIONS[name]
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call: median and extremes of the rounds."""
+
+    median_ms: float
+    min_ms: float
+    max_ms: float
+    n_rounds: int
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+class Clock:
+    """Times calls on a device: by its events on a GPU, by the wall clock on a CPU."""
+
+    def __init__(self, device: torch.device, flush: bool = False) -> None:
+        """
+        Args:
+            device: where the calls run.
+            flush: empties the L2 cache of a GPU before each call.
+        """
+        self._is_gpu = device.type == "cuda"
+        self._flushed: Tensor | None = None
+        if flush and self._is_gpu:
+            self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def times(
+        self, calls: Mapping[str, Callable[[], object]], max_s: float, max_rounds: int = 30
+    ) -> dict[str, Times]:
+        """Times calls in turns, so that what else the machine does meets all of them.
+
+        Args:
+            calls: by name; each has run before.
+            max_s: seconds after which no round begins, once there were 5.
+            max_rounds: no more than these.
+        """
+        repeats = {name: self._repeats(call) for name, call in calls.items()}
+        taken: dict[str, list[float]] = {name: [] for name in calls}
+        begin = time.perf_counter()
+        for index in range(max_rounds):
+            if index >= 5 and time.perf_counter() - begin > max_s:
+                break
+            for name, call in calls.items():
+                taken[name].append(self._ms(call, repeats[name]))
+        return {
+            name: Times(statistics.median(ms), min(ms), max(ms), len(ms))
+            for name, ms in taken.items()
+        }
+
+    def _repeats(self, call: Callable[[], object]) -> int:
+        if self._flushed is not None or not self._is_gpu:
+            return 1
+        self._ms(call, 1)
+        once_s = 1e-3 * self._ms(call, 1)
+        return max(1, min(_MAX_CALLS, round(_CALL_S / once_s)))
+
+    def _ms(self, call: Callable[[], object], n_calls: int) -> float:
+        if not self._is_gpu:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self._flushed is not None:
+            self._flushed.zero_()
+        begin.record()
+        for _ in range(n_calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / n_calls
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a GPU cannot exceed.
+
+    Attributes:
+        source: whose figures these are.
+        dram_bytes_per_s: of its memory, None if unknown.
+        flops: multiplications and additions per second by precision; those unknown are missing.
+    """
+
+    source: str
+    dram_bytes_per_s: float | None
+    flops: dict[str, float]
+
+    def __str__(self) -> str:
+        figures = [f"{name} {flops / 1e12:.0f} TF/s" for name, flops in self.flops.items()]
+        if self.dram_bytes_per_s is not None:
+            figures.insert(0, f"{self.dram_bytes_per_s / 1e9:.0f} GB/s")
+        return f"{', '.join(figures)} ({self.source})"
+
+    def floor_ms(self, n_bytes: float, n_flops: float, precision: str) -> float | None:
+        """The longer of moving the bytes and of multiplying; None where a peak is not known."""
+        if self.dram_bytes_per_s is None or precision not in self.flops:
+            return None
+        return 1e3 * max(n_bytes / self.dram_bytes_per_s, n_flops / self.flops[precision])
+
+
+PRETENDED = Peaks("pretended", 1e10, dict.fromkeys(PRECISIONS, 1e11))
+
+
+@cache
+def peaks(device: torch.device) -> Peaks:
+    """Of this GPU: its memory by its driver, its arithmetic by the data sheet of its kind."""
+    if device.type != "cuda":
+        return PRETENDED
+    known = _architectures().get(architecture(device))
+    dram, memory = None, "memory unknown"
+    if torch.version.hip is None:  # on AMD the driver's clock is not the data rate
+        try:
+            from triton.testing import get_dram_gbps
+
+            dram, memory = 1e9 * get_dram_gbps(device.index or 0), "memory by the driver"
+        except Exception:  # whatever another version of triton makes of it
+            dram = None
+    if known is None:
+        return Peaks(f"{memory}, arithmetic unknown", dram, {})
+    if dram is None:
+        dram, memory = known.dram_bytes_per_s, f"memory of {known.gpu}"
+    flops = {
+        "bf16": known.bf16_flops,
+        "fp16": known.fp16_flops,
+        "tf32": known.bf16_flops / 2,  # on all data sheets that have it
+        "fp32": known.fp32_flops,
+    }
+    return Peaks(f"{memory}, arithmetic of {known.gpu}", dram, flops)
+
+
+def _architectures() -> dict[Any, Any]:
+    """The table of `fastbb_kernels.testing`, without the packages that its harness needs."""
+    name = "fastbb_kernels.testing.architectures"
+    path = Path(fastbb_kernels.__file__).parent / "testing" / "architectures.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.ARCHITECTURES
+
+
+class OurBytes(TorchDispatchMode):
+    """Adds up what launches of our ops read and write at least, each distinct tensor once."""
+
+    # what a 1x1 convolution with a stride reads only some pixels of
+    _STRIDED: ClassVar = {"conv1x1_bn_act": "x", "conv1x1_dual": "shortcut"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_bytes = 0
+        self.n_launches = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "fastbb":
+            named = {argument.name: x for argument, x in zip(func._schema.arguments, args)}
+            self.n_bytes += self._moved(func._schema.name.partition("::")[2], named, result)
+            self.n_launches += 1
+        return result
+
+    def _moved(self, op: str, arguments: dict[str, Any], result: Tensor) -> int:
+        tensors = {id(x): x for x in (*arguments.values(), result) if isinstance(x, Tensor)}
+        n_bytes = sum(x.numel() * x.element_size() for x in tensors.values())
+        x = arguments.get(self._STRIDED.get(op, ""))
+        stride = arguments.get("stride", 1)
+        if x is not None and stride > 1:
+            used = x[..., ::stride, ::stride]
+            n_bytes -= (x.numel() - used.numel()) * x.element_size()
+        return n_bytes

@@ -1,0 +1,536 @@
+"""The stages of `gpu.py` that run whole models: upstream's, ours, and compiled ones, in turns.
+
+A cell is a model, a precision and a batch. All of its columns take the same weights and images,
+return all four stages, and are held to upstream's float64 maps before they are timed.
+"""
+
+import copy
+import io
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+from gpu_measure import PRECISIONS, Clock, OurBytes, peaks, precision
+from gpu_stages import on_device
+from gpu_work import Work, describe
+from peer_models import (
+    MODELS,
+    Cell,
+    FeatureMaps,
+    Model,
+    StateDict,
+    fastbb_model,
+    load_timm,
+    random_weights,
+    timm_maps,
+    transformers_model,
+)
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastbb_kernels import use_impl
+from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
+
+MODEL_NAMES = ("swin_t", "resnet50", "swin_b")
+BATCHES = (64, 1, 8, 256)
+N_CHECKED = 4  # images that are held to float64
+_SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+ALL_MODELS = {
+    **MODELS,
+    "swin_b": Model("Swin-B", "swin", _SWIN_B, "swin_base_patch4_window7_224"),
+}
+_TINY_SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+_TINY_RESNET = [1, 1]
+TINY_MODELS = {
+    "swin_t": Model("", "swin", _TINY_SWIN, "swin_tiny_patch4_window7_224", _TINY_SWIN),
+    "resnet50": Model(
+        "",
+        "resnet",
+        {"depths": _TINY_RESNET, "hidden_sizes": [256, 512]},
+        "resnet50",
+        {"layers": _TINY_RESNET},
+    ),
+}
+_CELL_S = 1.5
+
+UPSTREAM = "eager upstream"
+FASTBB = "fastbb"
+GRAPH = "fastbb, CUDA graph"
+COMPILED = "upstream, compiled"
+MAX_AUTOTUNE = "upstream, max-autotune"
+BASE = (UPSTREAM, FASTBB, GRAPH)
+
+Run = Callable[[], Sequence[Tensor]]
+
+
+class Wrong(Exception):
+    """A column's maps are not accepted; the message says why."""
+
+
+@dataclass(frozen=True)
+class GpuCell(Cell):
+    """A cell whose `dtype` is a precision; three models, and tiny ones for a dry run."""
+
+    @property
+    def model(self) -> Model:
+        return TINY_MODELS[self.name] if self.tiny else ALL_MODELS[self.name]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return PRECISIONS[self.dtype]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.dtype}, batch {self.batch}"
+
+
+def cell(name: str, dtype: str, batch: int, dry_run: bool) -> GpuCell:
+    if dry_run:
+        return GpuCell(name, dtype, batch, 32, tiny=True, stages=("stage1", "stage2"))
+    return GpuCell(name, dtype, batch, 224)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """The library's own model, and what its maps are in transformers' words."""
+
+    library: str
+    module: nn.Module
+    maps: Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+@cache
+def weights(name: str, dry_run: bool) -> StateDict:
+    return random_weights(cell(name, "fp32", 1, dry_run))
+
+
+@cache
+def upstream(name: str, dtype: str, device: torch.device, dry_run: bool) -> Upstream:
+    """transformers' model, else timm's, else our plain PyTorch; its note says which."""
+    one, state = cell(name, dtype, 1, dry_run), weights(name, dry_run)
+    problems = []
+    for library, load in (("transformers", _load_transformers), ("timm", load_timm)):
+        try:
+            module, maps = load(one, state), _unchanged
+        except Exception as error:  # not installed, or a version that does not fit
+            problems.append(f"{library}: {describe(error)}")
+            continue
+        if library == "timm":
+            maps = _in_transformers_words(one, state, device)
+        label = _label(library, module, problems)
+        return Upstream(label, _laid_out(module, one, device), maps)
+    module = _laid_out(FeatureMaps(_ours(one, state)), one, device)
+    return Upstream("fastbb eager" + _because(problems), _PlainPyTorch(module), _unchanged)
+
+
+def _label(library: str, module: nn.Module, problems: Sequence[str]) -> str:
+    """A library, its version, its attention, and why it is not the one before it."""
+    config = getattr(getattr(module, "backbone", None), "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    facts = [metadata.version(library), *([attention] if attention else [])]
+    return f"{library} {', '.join(facts)}" + _because(problems)
+
+
+def _because(problems: Sequence[str]) -> str:
+    return f" ({'; '.join(problems)})" if problems else ""
+
+
+def _load_transformers(one: Cell, state: StateDict) -> nn.Module:
+    """By the names that this version has in memory: ours, or those of its checkpoints."""
+    model = transformers_model(one)
+    wanted = [name for name in model.state_dict() if not name.endswith("position_index")]
+    renamed = fastbb_model(one)
+    renamed.load_state_dict(state)
+    for known in (state, renamed.to_checkpoint_names()):
+        if known.keys() >= set(wanted):
+            model.load_state_dict({name: known[name] for name in wanted}, strict=False)
+            return FeatureMaps(model).to(one.torch_dtype)
+    raise ValueError(f"this version has other names: {sorted(set(wanted) - state.keys())[:3]}")
+
+
+def _unchanged(maps: Sequence[Tensor]) -> Sequence[Tensor]:
+    return maps
+
+
+def _in_transformers_words(
+    one: GpuCell, state: StateDict, device: torch.device
+) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
+    on_device = {name: tensor.to(device) for name, tensor in state.items()}
+    return lambda maps: timm_maps(maps, one, on_device)
+
+
+class _PlainPyTorch(nn.Module):
+    """Ours without kernels, where no other library is installed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        with use_impl("eager"):
+            return self.module(pixels)
+
+
+def _laid_out(module: nn.Module, one: GpuCell, device: torch.device) -> nn.Module:
+    """As its users run it fastest: convolutions in channels_last."""
+    module = module.to(device)
+    return module.to(memory_format=torch.channels_last) if _is_resnet(one) else module
+
+
+def _is_resnet(one: GpuCell) -> bool:
+    return one.model.family == "resnet"
+
+
+def _ours(one: GpuCell, state: StateDict) -> Any:
+    model = fastbb_model(one)
+    model.load_state_dict(state)
+    return model.to(one.torch_dtype).eval()
+
+
+@cache
+def ours(name: str, dtype: str, device: torch.device, dry_run: bool) -> Any:
+    return _ours(cell(name, dtype, 1, dry_run), weights(name, dry_run)).to(device)
+
+
+@cache
+def _images(n: int, size: int) -> Tensor:
+    """[n, 3, size, size] fp32, exact in bf16; the same ones first whatever n."""
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randn(3, size, size, generator=generator) for _ in range(n)]
+    return torch.stack(images).bfloat16().float()
+
+
+def pixels_of(one: GpuCell, device: torch.device) -> Tensor:
+    return _images(one.batch, one.size).to(device, one.torch_dtype)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Upstream's maps of a few images, in the cell's precision and in float64."""
+
+    eager: tuple[Tensor, ...]
+    exact: tuple[Tensor, ...]
+
+    def check(self, maps: Sequence[Tensor]) -> None:
+        """Holds the first images of a result to the accuracy rule.
+
+        Raises:
+            Wrong: with what is wrong.
+        """
+        if len(maps) != len(self.exact):
+            raise Wrong(f"{len(maps)} maps, upstream {len(self.exact)}")
+        for index, (got, eager, exact) in enumerate(zip(maps, self.eager, self.exact)):
+            lost = 2 * max_error(eager, exact) / max_magnitude(exact)
+            # fp32 is held to itself, TF32 to what upstream loses by it
+            relative = lost if torch.backends.cudnn.allow_tf32 else FP32_REL
+            problem = accuracy_problem(
+                got[: len(eager)].to(eager.dtype), eager, exact, max(relative, FP32_REL)
+            )
+            if problem:
+                raise Wrong(f"map {index}: {problem}")
+
+
+@cache
+def truth(name: str, dtype: str, n_images: int, device: torch.device, dry_run: bool) -> Truth:
+    """Called in the precision of the cell."""
+    source = upstream(name, dtype, device, dry_run)
+    pixels = pixels_of(cell(name, dtype, n_images, dry_run), device)
+    exact = copy.deepcopy(source.module).double()
+    with torch.inference_mode():
+        eager = source.maps(source.module(pixels))
+        return Truth(
+            tuple(x.to(PRECISIONS[dtype]) for x in eager),
+            tuple(x.double() for x in source.maps(exact(pixels.double()))),
+        )
+
+
+# columns
+
+
+def _upstream_column(one: GpuCell, pixels: Tensor) -> Run:
+    module = upstream(one.name, one.dtype, pixels.device, one.tiny).module
+    laid_out = _channels_last(pixels, one)
+    return lambda: module(laid_out)
+
+
+def _channels_last(pixels: Tensor, one: GpuCell) -> Tensor:
+    if not _is_resnet(one):
+        return pixels
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def _fastbb_column(one: GpuCell, pixels: Tensor) -> Run:
+    backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
+    return lambda: backbone(pixels).feature_maps
+
+
+def _warm_up(one: GpuCell, device: torch.device) -> None:
+    """Makes our fused and folded weights."""
+    # in a dry run, where nothing is timed, an op without its kernel is an error
+    with use_impl("triton") if one.tiny else nullcontext():
+        ours(one.name, one.dtype, device, one.tiny)(pixels_of(one, device)[:1])
+
+
+def prepared(backbone: Any, mode: str, one: GpuCell, **options: Any) -> Any:
+    """The engine's backbone, ready for a cell: the only place that knows how it is asked for."""
+    if not hasattr(backbone, "prepare"):
+        raise NotImplementedError("this version of fastbb has no Backbone.prepare()")
+    return backbone.prepare(mode=mode, example=(one.batch, one.size, one.size), **options)
+
+
+def _graph_column(one: GpuCell, pixels: Tensor) -> Run:
+    backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
+    ready = prepared(backbone, "triton", one, cuda_graph=pixels.is_cuda)
+    with torch.inference_mode():
+        ready(pixels)
+    runs = _decisions(ready)[0]
+    if pixels.is_cuda and "graph" not in runs["runs"].lower():
+        raise RuntimeError(f"runs {runs['runs']}, not a CUDA graph: {runs['why']}")
+    return lambda: ready(pixels).feature_maps
+
+
+def _decisions(ready: Any) -> list[dict[str, str]]:
+    """The rows of a prepared backbone's explanation."""
+    with redirect_stdout(io.StringIO()):  # it prints them too
+        rows = ready.explain().rows
+    return [
+        {name: str(getattr(row, name)) for name in ("what", "runs", "why", "others")}
+        for row in rows
+    ]
+
+
+def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None = None) -> Run:
+    module = upstream(one.name, one.dtype, pixels.device, one.tiny).module
+    torch.compiler.reset()  # it stops compiling after 8 variants of one function
+    if one.tiny:
+        run = torch.compile(module, backend="eager")
+    else:
+        run = torch.compile(module, mode=mode, dynamic=False)
+    laid_out = _channels_last(pixels, one)
+    with torch.inference_mode():
+        for _ in range(3):  # a graph of its own is recorded after a first run
+            run(laid_out)
+    return lambda: run(laid_out)
+
+
+COLUMNS: dict[str, Callable[[GpuCell, Tensor], Run]] = {
+    UPSTREAM: _upstream_column,
+    FASTBB: _fastbb_column,
+    GRAPH: _graph_column,
+    COMPILED: _compiled_column,
+    MAX_AUTOTUNE: lambda one, pixels: _compiled_column(one, pixels, "max-autotune"),
+}
+
+
+# stages
+
+
+def bf16(work: Work, dry_run: bool) -> None:
+    """All cells in bf16, the most telling first."""
+    if dry_run:
+        run_cells(work, [cell("swin_t", "bf16", 1, True), cell("resnet50", "bf16", 1, True)])
+        return
+    run_cells(work, [cell(name, "bf16", batch, False) for name, batch in _IN_ORDER])
+
+
+_IN_ORDER = (
+    ("swin_t", 64),
+    ("resnet50", 64),
+    ("swin_t", 1),
+    ("resnet50", 1),
+    ("swin_b", 64),
+    ("swin_t", 256),
+    ("resnet50", 256),
+    ("swin_t", 8),
+    ("resnet50", 8),
+    ("swin_b", 1),
+    ("swin_b", 256),
+    ("swin_b", 8),
+)
+
+
+def other_precisions(work: Work, dry_run: bool) -> None:
+    """The same cells in fp16, TF32 and fp32."""
+    run_cells(
+        work,
+        [
+            cell(name, dtype, batch, dry_run)
+            for name, batch in _IN_ORDER
+            for dtype in ("fp16", "tf32", "fp32")
+        ],
+    )
+
+
+def compiled(work: Work, dry_run: bool, name: str) -> None:
+    """torch.compile's default over upstream's model, beside the other columns."""
+    if dry_run:
+        run_cells(work, [cell(name, "fp32", 1, True)], (UPSTREAM, COMPILED))
+        return
+    run_cells(work, [cell(name, "bf16", 64, False)], (*BASE, COMPILED))
+
+
+def max_autotune(work: Work, dry_run: bool, name: str) -> None:
+    """torch.compile with max-autotune, which takes minutes; last, so that it costs nothing else."""
+    run_cells(work, [cell(name, "bf16", 64, dry_run)], (*BASE, MAX_AUTOTUNE))
+
+
+def compiled_others(work: Work, dry_run: bool) -> None:
+    """torch.compile's default in the other bf16 cells."""
+    cells = [cell(name, "bf16", batch, dry_run) for name, batch in _IN_ORDER[2:]]
+    run_cells(work, cells, (*BASE, COMPILED))
+
+
+def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BASE) -> None:
+    """Measures cells until the time is over, a row each."""
+    items = {f"{one.title} ({', '.join(columns)})": one for one in cells}
+    with on_device(cells[0].tiny) as device:
+        for item, one in work.in_time(items):
+            start = time.perf_counter()
+            try:
+                with precision(one.dtype):
+                    row = measure(one, columns, device)
+            except Exception as error:
+                row = {"problem": describe(error)}
+            where = {"model": one.name, "precision": one.dtype, "batch": one.batch}
+            work.row(item, **where, **row)
+            work.say(f"{one.title}: {time.perf_counter() - start:.1f} s")
+            _synchronize(device)  # raises where the device is lost: the rest gets a new process
+            _empty_cache(device)
+
+
+def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """The row of a cell."""
+    pixels = pixels_of(one, device)
+    reference = truth(one.name, one.dtype, min(N_CHECKED, one.batch), device, one.tiny)
+    source = upstream(one.name, one.dtype, device, one.tiny)
+    _warm_up(one, device)  # so that no weights count as memory of a column
+    cells: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Run] = {}
+    for name in columns:
+        cells[name] = {}
+        before = _start_memory(device)
+        try:
+            run = COLUMNS[name](one, pixels)
+            if name in (COMPILED, MAX_AUTOTUNE):
+                _forget_peak(device)
+            with torch.inference_mode():
+                found = run()
+                _synchronize(device)
+                cells[name]["peak_mb"] = _peak_mb(device, before)
+                of_upstream = name in (UPSTREAM, COMPILED, MAX_AUTOTUNE)
+                reference.check(source.maps(found) if of_upstream else found)
+            runs[name] = run
+        except Exception as error:
+            cells[name]["problem"] = _problem(error)
+        found = None
+    with torch.inference_mode():
+        times = Clock(device).times(runs, max_s=_CELL_S, max_rounds=1 if one.tiny else 30)
+    floor = floor_of(one, device)
+    for name, taken in times.items():
+        images_per_s = 1e3 * one.batch / taken.median_ms
+        cells[name] |= {**taken.to_dict(), "images_per_s": images_per_s}
+    return {"upstream": source.library, "columns": cells, **floor}
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, Wrong):
+        return f"wrong, not timed: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of memory: {describe(error)}"
+    return describe(error)
+
+
+def floor_of(one: GpuCell, device: torch.device) -> dict[str, Any]:
+    """What no forward pass through our ops can be faster than: their bytes, their arithmetic."""
+    try:
+        with torch.inference_mode(), OurBytes() as counted:
+            ours(one.name, one.dtype, device, one.tiny)(pixels_of(one, device))
+        n_flops = one.batch * _flops(one.name, one.tiny)
+    except Exception as error:
+        return {"floor_ms": None, "floor_problem": describe(error)}
+    return {
+        "n_bytes": counted.n_bytes,
+        "n_launches": counted.n_launches,
+        "n_flops": n_flops,
+        "floor_ms": peaks(device).floor_ms(counted.n_bytes, n_flops, one.dtype),
+    }
+
+
+@cache
+def _flops(name: str, dry_run: bool) -> int:
+    """Multiplications and additions for one image."""
+    one = cell(name, "fp32", 1, dry_run)
+    backbone = fastbb_model(one).to("meta").eval()
+    with torch.no_grad(), use_impl("eager"), FlopCounterMode(display=False) as counted:
+        backbone(torch.empty(1, 3, one.size, one.size, device="meta"))
+    return counted.get_total_flops()
+
+
+def build_model(name: str, dtype: str, batches: Sequence[int], dry_run: bool) -> dict[str, Any]:
+    """Runs one of our models once per batch, so that its kernels are compiled."""
+    seconds, problems = {}, []
+    with on_device(dry_run) as device, precision(dtype):
+        for batch in batches:
+            start = time.perf_counter()
+            one = cell(name, dtype, batch, dry_run)
+            try:
+                _fastbb_column(one, pixels_of(one, device))()
+                _synchronize(device)
+            except Exception as error:
+                problems.append(f"batch {batch}: {describe(error)}")
+            seconds[str(batch)] = round(time.perf_counter() - start, 2)
+    return {"model": name, "precision": dtype, "seconds": seconds, "problems": problems}
+
+
+def tuned(name: str, dtype: str, batch: int, dry_run: bool) -> dict[str, Any]:
+    """What the engine chooses for a cell; in a dry run it is told what to choose."""
+    one = cell(name, dtype, batch, dry_run)
+    with on_device(dry_run) as device, precision(dtype):
+        start = time.perf_counter()
+        mode = "triton" if dry_run else "auto"
+        ready = prepared(ours(name, dtype, device, dry_run), mode, one)
+        with torch.inference_mode():
+            ready(pixels_of(one, device))
+        _synchronize(device)
+        seconds = time.perf_counter() - start
+        return {
+            "model": name,
+            "precision": dtype,
+            "batch": batch,
+            "seconds": round(seconds, 1),
+            "decisions": _decisions(ready),
+        }
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    _empty_cache(device)
+    _forget_peak(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_mb(device: torch.device, before: int) -> float | None:
+    if device.type != "cuda":
+        return None
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
