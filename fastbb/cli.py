@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 DEFAULT_MODEL = "nano-swin-digits"
+MODES = ("auto", "eager", "compile", "triton", "triton+compile")  # of `Backbone.prepare`
 _USAGE = 2
 _DEFECT = 70
 _INTERRUPTED = 130
@@ -73,6 +74,13 @@ def main() -> None:
     type=_Size(),
     metavar="HxW",
     help="Resize every image to this instead of the model's own.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="How the model runs; auto compiles where that pays for so many images.",
 )
 @click.option(
     "--shard-rows",
@@ -175,7 +183,7 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
 @click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
 @click.option(
     "--mode",
-    type=click.Choice(["auto", "eager", "compile", "triton", "triton+compile"]),
+    type=click.Choice(MODES),
     help="Prepare the model in it first.  [default: it runs as loaded]",
 )
 def verify_model(name: str, **options: Any) -> None:
@@ -219,6 +227,57 @@ def check(device: str | None, **options: Any) -> None:
         )
     _echo(str(report))
     sys.exit(1 if report.problems else 0)
+
+
+@main.command()
+@click.argument("name", metavar="MODEL")
+@click.option(
+    "--batch",
+    "batches",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Images per forward pass, may be repeated.  [default: 1 and 8]",
+)
+@click.option(
+    "--size",
+    "sizes",
+    type=_Size(),
+    multiple=True,
+    help="Of the images, may be repeated.  [default: the model's own]",
+)
+@click.option(
+    "--dtype",
+    "precisions",
+    type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
+    multiple=True,
+    help="May be repeated.  [default: bf16 on a GPU, fp32 on a CPU]",
+)
+@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
+@click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
+@click.option(
+    "--budget",
+    "budget_s",
+    type=click.FloatRange(min=0, min_open=True),
+    default=180,
+    show_default=True,
+    metavar="SECONDS",
+    help="For each combination; what was begun is finished.",
+)
+def tune(name: str, device: str | None, **options: Any) -> None:
+    """Measures which way to run a model is fastest here, and remembers it for mode "auto".
+
+    Ways that compute other maps than float64 would, or fail, are left out and named.
+
+    Exit codes: 0 measured; 2 wrong arguments or no such model.
+    """
+    with _exit_codes():
+        from .engine.tune import remembered_in, tune_model
+
+        warnings.simplefilter("ignore", UserWarning)  # the results say it
+        say = lambda text: click.echo(f"measuring {text}", err=True)  # noqa: E731
+        for tuned in tune_model(name, device=device, progress=say, **options):
+            _echo(str(tuned))
+        _echo(remembered_in(device))
 
 
 @main.command()

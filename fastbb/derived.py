@@ -3,6 +3,7 @@
 They stand beside the modules, not in them: no state dict, copy or pickle of a module has them.
 """
 
+import itertools
 import operator
 import threading
 import weakref
@@ -117,15 +118,17 @@ class ModuleStamp:
     """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
 
     Asked before every use of what was baked. It notices weights that were written, moved or
-    replaced, layers that were replaced, and hooks that came or went.
+    replaced, layers that were replaced, and hooks of layers that came or went.
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
         # the dictionaries of a module are looked into, which costs less than walking the tree
         self._layers = [(m._modules, dict(m._modules)) for m in modules]
-        self._hooks = [m._forward_hooks for m in modules] + [m._forward_pre_hooks for m in modules]
-        self._n_hooks = self._count_hooks()
+        # not its own, which run around what was baked
+        inside = modules[1:]
+        self._hooks = [m._forward_hooks for m in inside] + [m._forward_pre_hooks for m in inside]
+        self._hook_ids = self._read_hooks()
         self._owners = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers) if d]
         self._tensors = [t for _, own in self._owners for t in own.values() if t is not None]
         self._versioned = [t for t in self._tensors if not t.is_inference()]
@@ -139,7 +142,7 @@ class ModuleStamp:
         """Whether nothing has changed since."""
         return (
             not self._is_written
-            and self._count_hooks() == self._n_hooks
+            and self._read_hooks() == self._hook_ids
             and all(now == then for now, then in self._layers)
             and all(
                 len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
@@ -152,8 +155,8 @@ class ModuleStamp:
         # another dtype or device is another address
         return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
 
-    def _count_hooks(self) -> int:
-        return sum(map(len, self._hooks))
+    def _read_hooks(self) -> list[int]:
+        return list(itertools.chain.from_iterable(self._hooks))
 
     def note_written(self, tensors: Iterable[Tensor]) -> None:
         """Takes note of tensors that were written without a trace in them."""

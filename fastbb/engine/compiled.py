@@ -3,17 +3,22 @@
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 
 from ..backbone import Backbone
+from .cpu import multiplies_faster_as_convolution
+from .frozen import attention_to_products, fold_constants, linear_to_convolution
 from .trial import Run
 
 # set while compiling only. Freezing folds batch norms and packs weights for the CPU's library
 _INDUCTOR = {"freezing": True}
+# calls one kernel after the other from C++: at batch 1 Python takes a tenth of the time
+_INDUCTOR_ON_CPU = {**_INDUCTOR, "cpp_wrapper": True}
 
 
 def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
@@ -31,20 +36,19 @@ def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> R
     Raises:
         Exception: whatever the compiler raises.
     """
-
-    def forward(pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return backbone.feature_maps(pixel_values)
-
-    compiled = torch.compile(
-        own_code(forward),
-        fullgraph=True,
-        dynamic=False,
-        # what guards would ask in every call, the engine knows
-        options={"guard_filter_fn": lambda guards: [False] * len(guards)},
-    )
+    on_cpu = example.device.type == "cpu"
     # inference tensors do not trace
-    with torch.inference_mode(False), torch.no_grad(), local_inductor_options(), use_impl(impl):
-        compiled(example.clone())
+    with torch.inference_mode(False), torch.no_grad(), use_impl(impl):
+        forward = _frozen(backbone, example) if on_cpu else backbone.feature_maps
+        compiled = torch.compile(
+            own_code(lambda pixel_values: forward(pixel_values)),
+            fullgraph=True,
+            dynamic=False,
+            # what guards would ask in every call, the engine knows
+            options={"guard_filter_fn": lambda guards: [False] * len(guards)},
+        )
+        with local_inductor_options(_INDUCTOR_ON_CPU if on_cpu else _INDUCTOR):
+            compiled(example.clone())
 
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -53,11 +57,41 @@ def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> R
     return run
 
 
-def local_inductor_options() -> AbstractContextManager[None]:
+class _Maps(nn.Module):
+    """The feature maps as a module, which is what can be exported."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        # convolutions and what follows them are fastest in this layout, maps included
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return self.backbone.feature_maps(pixel_values)
+
+
+def _frozen(backbone: Backbone, example: Tensor) -> Callable[[Tensor], Any]:
+    """The forward pass as a graph in which all that does not depend on pixels is a constant.
+
+    The compiler folds parameters too, but not what is made of `arange`, as masks and the indices of
+    relative positions are; those it would compute for every element of every window.
+    """
+    try:
+        graph: Any = torch.export.export(_Maps(backbone), (example.clone(),)).module()
+        fold_constants(graph)
+        attention_to_products(graph)
+    except Exception:  # some timm models can be compiled and not exported
+        return _Maps(backbone)
+    if example.dtype == torch.float32 and multiplies_faster_as_convolution():
+        linear_to_convolution(graph)
+    return graph
+
+
+def local_inductor_options(options: dict[str, Any] = _INDUCTOR) -> AbstractContextManager[None]:
     """The compiler's options, set for the block only."""
     from torch._inductor import config
 
-    return config.patch(_INDUCTOR)
+    return config.patch(options)
 
 
 def own_code(function: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """What decides how a CPU runs a backbone best: its instructions, and where large tensors lie."""
 
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +39,30 @@ def cpu_flags() -> frozenset[str]:
 def has_arithmetic(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in a dtype; one that does not converts in every operation."""
     return dtype not in _NATIVE or bool(_NATIVE[dtype] & cpu_flags())
+
+
+@cache
+def multiplies_faster_as_convolution() -> bool:
+    """Whether fp32 products are faster in oneDNN's convolutions than in the BLAS of `F.linear`.
+
+    PyTorch multiplies fp32 matrices by MKL where it is built with it, whose kernels for other
+    makers' CPUs reach less of their peak. Measured once in a process, in some 50 ms.
+    """
+    x, weight = torch.randn(3136, 384), torch.randn(192, 384)
+    rows = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
+    filters = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
+
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    with torch.inference_mode():
+        calls = (lambda: F.linear(x, weight)), (lambda: torch.conv2d(rows, filters))
+        times = [[seconds(call) for call in calls] for _ in range(9)]
+    # what else runs only ever adds time
+    linear, convolution = (min(taken) for taken in zip(*times))
+    return convolution < 0.97 * linear
 
 
 def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:

@@ -73,7 +73,7 @@ class Engine:
     def reset(self) -> None:
         """Forgets what was compiled, captured and chosen."""
         with self._lock:
-            self._features = list(self._backbone.out_features)
+            self._features: list[str] | None = None  # whose maps plans compute
             self._ways = Ways(self._backbone)
             self._stamp: ModuleStamp | None = None  # of what is baked into plans
             self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
@@ -92,7 +92,7 @@ class Engine:
         self.__dict__.update(state)
         self.tools = Tools()
         self._lock = threading.RLock()
-        self._unpickled = True  # the backbone is not whole yet
+        self.reset()  # asks nothing of the backbone, which is not whole yet
 
     def converted(self, pixel_values: Any) -> Any:
         """The pixels in the dtype of the weights, where that was asked for."""
@@ -103,21 +103,12 @@ class Engine:
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The feature maps, checked pixels [B, C, H, W] given."""
-        if self.__dict__.pop("_unpickled", False) or self._features != self._backbone.out_features:
-            self.reset()
+        self._follow_outputs()
         if self._why_plain(pixel_values) is not None:
             return self._backbone.feature_maps(pixel_values)
         plan = self._plan(pixel_values)
         if plan.way.is_baked and not self._is_current():
-            if any(self._ways.is_compiled(mode) for mode in ("compile", "triton+compile")):
-                self._warn_once(
-                    "changed",
-                    "weights, layers or hooks changed since they were compiled, so it runs eager: "
-                    "call prepare() again",
-                )
-                return self.in_precision(self._ways.eager, pixel_values)
-            self.reset()  # graphs are recorded again in no time
-            plan = self._plan(pixel_values)
+            plan = self._after_change() or self._plan(pixel_values)
         try:
             return self.in_precision(plan.way.run, pixel_values)
         except Exception as error:
@@ -128,8 +119,24 @@ class Engine:
 
     def prepare_for(self, pixel_values: Tensor) -> None:
         """Compiles, captures and measures now what pixels of this shape need."""
-        if self._why_plain(pixel_values) is None:
-            self.in_precision(self._plan(pixel_values).way.run, pixel_values)
+        with torch.no_grad():  # it is inference that is prepared for
+            self(pixel_values)
+
+    def mode_for(self, pixel_values: Tensor) -> str:
+        """The mode that computes what pixels of this shape are given, now and in other processes.
+
+        Mode "auto" measures, and may choose otherwise the next time.
+        """
+        self.prepare_for(pixel_values)
+        plan = self._plans.get(tuple(pixel_values.shape))
+        return "eager" if plan is None else plan.way.mode
+
+    def _follow_outputs(self) -> None:
+        """Forgets everything where other maps are wanted than before."""
+        features = list(self._backbone.out_features)
+        if self._features not in (None, features):
+            self.reset()
+        self._features = features
 
     def in_precision(self, run: Any, pixel_values: Tensor) -> Any:
         """A call with fp32 multiplied as `precision` asks, which PyTorch keeps in global flags."""
@@ -168,6 +175,17 @@ class Engine:
     def _is_current(self) -> bool:
         return self._stamp is None or self._stamp.is_current()
 
+    def _after_change(self) -> Plan | None:
+        """Forgets what was baked; what runs instead where making it again takes long."""
+        if any(self._ways.is_compiled(mode) for mode in ("compile", "triton+compile")):
+            reason = "weights, layers or hooks changed since they were compiled, so it runs eager: "
+            reason = self._warn_once("changed", f"{reason}call prepare() again")
+            return Plan(Way("eager", self._ways.eager), reason)
+        if any(plan.way.is_baked for plan in self._plans.values()):
+            self.reset()  # graphs are recorded again in no time
+        self._ways, self._stamp = Ways(self._backbone), None
+        return None
+
     def _note(self, topic: str, reason: str) -> str:
         self._notes[topic] = reason
         return reason
@@ -192,15 +210,25 @@ class Engine:
             plan = self._plans.get(key)
             if plan is not None and plan.n_left is not None:
                 plan.n_left -= 1
-            if plan is None or plan.n_left == 0:
+            if plan is None or (plan.n_left is not None and plan.n_left <= 0):
+                instead = None if self._is_current() else self._after_change()
+                if instead is not None:
+                    return instead
                 if self._stamp is None:
                     self._stamp = ModuleStamp(self._backbone)
-                seen_often = plan is not None
-                plan = self.in_precision(lambda x: self._decide(x, seen_often), pixel_values)
-                self._plans[key] = plan
+                plan = self._plans[key] = self._try_to_decide(pixel_values, plan is not None)
                 while len(self._plans) > MAX_PLANS:
                     self._plans.popitem(last=False)
         return plan
+
+    def _try_to_decide(self, pixel_values: Tensor, seen_often: bool) -> Plan:
+        try:
+            return self.in_precision(lambda x: self._decide(x, seen_often), pixel_values)
+        except Exception as error:  # eager raises the same where the input is at fault
+            self.in_precision(self._ways.eager, pixel_values)
+            problem = f"choosing what runs failed: {describe(error)}"
+            self._warn(f"eager runs, {problem}")
+            return Plan(Way("eager", self._ways.eager), problem)
 
     def _decide(self, pixel_values: Tensor, seen_often: bool) -> Plan:
         mode = self.settings.mode
@@ -249,7 +277,7 @@ class Engine:
     ) -> Plan:
         """A way that is held to the truth once; another plan, with the reason, if it fails."""
         try:
-            way = self._ways.build(name, pixel_values)
+            way = self._way(name, pixel_values)
             problem = None
             if way.is_baked:
                 problem = Truth.of(self._backbone, pixel_values).problem(way.run(pixel_values))
@@ -274,14 +302,20 @@ class Engine:
         expected = self.settings.expected_images
         if expected is None:
             return 0.0
-        n_pixels = pixel_values.shape[2:].numel()
+        saved_pixels = pixel_values.shape[2:].numel() * expected * gain
         if self._s_per_pixel is None:
             clock, way = self._clock(pixel_values), self._plain_name(pixel_values)
+            few = pixel_values[:1]
+            run = self._ways.build(way, few).run
+            first_s = clock(lambda: run(few)) / few.shape[2:].numel()
+            if first_s * saved_pixels < COMPILE_S:
+                return first_s * saved_pixels  # no first run is faster than those that follow
             run = self._ways.build(way, pixel_values).run
             run(pixel_values)
             times = [clock(lambda: run(pixel_values)) for _ in range(3)]
-            self._s_per_pixel = statistics.median(times) / (len(pixel_values) * n_pixels)
-        return self._s_per_pixel * n_pixels * expected * gain
+            n_pixels = len(pixel_values) * pixel_values.shape[2:].numel()
+            self._s_per_pixel = statistics.median(times) / n_pixels
+        return self._s_per_pixel * saved_pixels
 
     def _plain_name(self, pixel_values: Tensor) -> str:
         return "triton" if on_gpu(pixel_values) else "eager"
@@ -347,11 +381,15 @@ class Engine:
             f"{expected} images"
         )
 
-    def _named(self, name: str, pixels: Tensor, why: str) -> Plan:
+    def _way(self, name: str, pixels: Tensor) -> Way:
         """A way by its name, among the engine's own and those of `tools`."""
         for candidate in self.tools.candidates:
             if candidate.name == name:
-                return Plan(Way(name, candidate.build(), _bakes(name)), why)
+                return Way(name, candidate.build(), True)
+        return self._ways.build(name, pixels)
+
+    def _named(self, name: str, pixels: Tensor, why: str) -> Plan:
+        """What was chosen by its name, held to the truth for these pixels."""
         if _compiles(name) and not (
             self._ways.has_artefact(name, pixels)
             or not self._ways.is_compiled(name)
@@ -443,7 +481,7 @@ class Engine:
     def _replace(self, pixel_values: Tensor, plan: Plan, problem: str) -> None:
         """A plan failed where eager did not: this shape runs eager from now on."""
         self._warn(f"{plan.way.runs} failed, eager runs: {problem}")
-        trials = [*plan.trials, Trial(plan.way.runs, problem=problem)]
+        trials = [*plan.trials, Trial(plan.way.name, problem=problem)]
         with self._lock:
             self._plans[tuple(pixel_values.shape)] = self._eager_plan(
                 pixel_values, f"{plan.way.runs} failed", *trials
@@ -456,13 +494,15 @@ class Engine:
                 _by(shape),
                 plan.way.runs,
                 plan.why,
-                "; ".join(str(trial) for trial in plan.trials if trial.name != plan.way.runs),
+                "; ".join(str(trial) for trial in plan.trials if trial.name != plan.way.name),
             )
             for shape, plan in list(self._plans.items())
         ]
         if not rows:
             rows = [Row("any", "not decided", "nothing has run yet, and no example= was given")]
         rows += [Row("note", "eager", reason) for reason in self._notes.values()]
+        notes = [] if self.tools.cache is None else self.tools.cache.notes
+        rows += [Row("cache", "-", note) for note in notes]
         return Explanation(f"{self._name}, mode {self.settings.mode}", tuple(rows))
 
     @property
@@ -482,7 +522,7 @@ def _compiles(name: str) -> bool:
 
 
 def _bakes(name: str) -> bool:
-    return _compiles(name) or name.endswith(GRAPH)
+    return name not in ("eager", "triton")
 
 
 def _by(shape: tuple[int, ...]) -> str:

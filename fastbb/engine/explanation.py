@@ -13,7 +13,7 @@ class Row:
     """A line of an explanation.
 
     Attributes:
-        what: an input shape of the whole backbone, "ops", or an op by name.
+        what: an input shape of the whole backbone; "note" and "cache" hold for every shape.
         runs: what runs for it.
         why: the reason.
         others: what else was tried, each with its time or what was wrong with it.

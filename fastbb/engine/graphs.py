@@ -1,5 +1,6 @@
 """CUDA graphs: a forward pass recorded once per shape, replayed in one launch."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,8 @@ class GraphPool:
     """Graphs of one way to run a backbone, by shape of the pixels; the least recently used goes.
 
     All graphs of a pool share memory: one replay after the other may overwrite the maps of the one
-    before, so maps are copied out before they are returned, and never alias.
+    before, so maps are copied out before they are returned, and never alias. Threads wait for each
+    other.
     """
 
     def __init__(self, run: Run, max_graphs: int = MAX_GRAPHS, capture: Any = None) -> None:
@@ -31,6 +33,7 @@ class GraphPool:
         self._run = run
         self._max_graphs = max_graphs
         self._capture = capture or _Capture()
+        self._lock = threading.Lock()
         self._graphs: OrderedDict[tuple[Any, ...], Callable[[Tensor], tuple[Tensor, ...]]] = (
             OrderedDict()
         )
@@ -42,14 +45,15 @@ class GraphPool:
             RuntimeError: the forward pass cannot be captured.
         """
         key = (*pixel_values.shape, pixel_values.dtype, pixel_values.device)
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._capture(self._run, pixel_values)
-            self._graphs[key] = graph
-            while len(self._graphs) > self._max_graphs:
-                self._graphs.popitem(last=False)
-        self._graphs.move_to_end(key)
-        return graph(pixel_values)
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self._capture(self._run, pixel_values)
+                self._graphs[key] = graph
+                while len(self._graphs) > self._max_graphs:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            return graph(pixel_values)
 
     def __len__(self) -> int:
         return len(self._graphs)

@@ -35,7 +35,7 @@ def prepare(
             prepared = without_engine(backbone, copied=True).to(dtype)
     prepared._engine = Engine(prepared, settings, tools)
     if example is not None:
-        prepared._engine.prepare_for(_pixels(prepared, example))
+        prepared._engine.prepare_for(example_pixels(prepared, example))
     return prepared
 
 
@@ -70,8 +70,8 @@ def _check_device(backbone: Backbone, settings: Settings) -> None:
         )
 
 
-def _pixels(backbone: Backbone, example: Any) -> Tensor:
-    """The example as checked pixels [B, C, H, W]."""
+def example_pixels(backbone: Backbone, example: Any) -> Tensor:
+    """The example as checked pixels [B, C, H, W]; random ones for (batch, height, width)."""
     if isinstance(example, Tensor):
         pixels = example.to(backbone.device, backbone.dtype)
     else:

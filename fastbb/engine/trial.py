@@ -1,6 +1,7 @@
 """The measured choice: candidates run in turns, those that are wrong drop out, the fastest wins."""
 
 import logging
+import math
 import statistics
 import sys
 import time
@@ -65,7 +66,8 @@ class Trial:
             ValueError, TypeError, KeyError: the value is something else.
         """
         seconds, problem = value["seconds"], value["problem"]
-        if not isinstance(seconds, float | None) or not isinstance(problem, str | None):
+        is_time = seconds is None or (isinstance(seconds, float) and 0 <= seconds < math.inf)
+        if not is_time or not isinstance(problem, str | None):
             raise ValueError(f"not a trial: {value}")
         return cls(str(value["name"]), seconds, problem)
 
@@ -208,6 +210,7 @@ def describe(error: BaseException) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds for people: 1.23 ms, 45.6 ms, 7.89 s."""
-    if seconds < 1e-3:
-        return f"{1e6 * seconds:.3g} us"
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if seconds * scale < 999.5:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"

@@ -25,16 +25,28 @@ class Way(NamedTuple):
     """One way to run one shape of input.
 
     Attributes:
-        runs: what it is, for people.
+        name: that builds it.
         run: from pixels to maps.
         is_baked: whether weights, layers and hooks are inside, as they were.
         why: what has to be said about it, "" if nothing.
+        detail: of how it runs, "" if there is none.
     """
 
-    runs: str
+    name: str
     run: Run
     is_baked: bool = False
     why: str = ""
+    detail: str = ""
+
+    @property
+    def runs(self) -> str:
+        """What it is, for people."""
+        return f"{self.name}, {self.detail}" if self.detail else self.name
+
+    @property
+    def mode(self) -> str:
+        """The mode that computes the same: a graph replays what was recorded."""
+        return self.name.removesuffix(GRAPH)
 
 
 @dataclass
@@ -110,17 +122,17 @@ class Ways:
         """Eager; on a CPU as many images at once as memory stays cheap for."""
         if on_gpu(pixel_values):
             return Way("eager", self.eager)
-        runs, why = "eager", []
+        run, why, details = self.eager, [], []
         if not has_arithmetic(self._backbone.dtype):
-            runs += " in fp32"
-            name = str(self._backbone.dtype).removeprefix("torch.")
-            why.append(f"this CPU has no {name} arithmetic")
+            details.append("in fp32")
+            dtype = str(self._backbone.dtype).removeprefix("torch.")
+            why.append(f"this CPU has no {dtype} arithmetic")
         at_once = images_at_once(self.eager, pixel_values)
-        if at_once == len(pixel_values):
-            return Way(runs, self.eager, why="; ".join(why))
-        runs += f", {at_once} images at once"
-        why.append(f"larger tensors than {KEPT_BYTES >> 20} MiB are slow to allocate")
-        return Way(runs, in_chunks(self.eager, at_once), why="; ".join(why))
+        if at_once < len(pixel_values):
+            run = in_chunks(self.eager, at_once)
+            details.append(f"{at_once} images at once")
+            why.append(f"larger tensors than {KEPT_BYTES >> 20} MiB are slow to allocate")
+        return Way("eager", run, why="; ".join(why), detail=", ".join(details))
 
     def _compile(self, name: str, pixel_values: Tensor) -> Way:
         """What the artefacts of a mode do for this shape; the first shape seen is compiled for."""
@@ -131,10 +143,12 @@ class Ways:
             size = pixel_values.shape[2], pixel_values.shape[3]
             if size == compiled.size:
                 run = in_chunks(compiled.run, compiled.at_once, self.eager)
-                return Way(f"{name}, {compiled.at_once} images at once", run, True)
+                return Way(name, run, True, detail=f"{compiled.at_once} images at once")
             if compiled.any_size is None:
                 from .any_size import compile_any_size
 
+                # a compiler that fails once is not asked again for every other size
+                compiled.any_size = "compiling for every other size failed"
                 made = compile_any_size(self._arithmetic_backbone(), _impl_of(name))
                 compiled.any_size = made if isinstance(made, str) else self._in_own_dtype(made)
             own = "x".join(map(str, compiled.size))
@@ -142,7 +156,7 @@ class Ways:
                 way = self._eager(pixel_values)
                 return way._replace(why=f"{name} is for {own} images, and {compiled.any_size}")
             why = f"beside the artefact for {own} images one takes every other size"
-            return Way(f"{name}, any size", compiled.any_size, True, why)
+            return Way(name, compiled.any_size, True, why, "any size")
 
     def _compile_first(self, name: str, pixel_values: Tensor) -> _Compiled:
         backbone = self._arithmetic_backbone()
@@ -155,7 +169,7 @@ class Ways:
 
     def _graph(self, name: str, way: Way) -> Way:
         pool = self._graphs.setdefault(way.runs, GraphPool(way.run))
-        return Way(name, pool, True, way.why)
+        return Way(name, pool, True, way.why, way.detail)
 
     def _arithmetic_backbone(self) -> Backbone:
         """The backbone, or where the CPU does not multiply in its dtype a copy in fp32."""

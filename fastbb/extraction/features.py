@@ -111,7 +111,8 @@ class Features:
             f"model     {model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})",
             f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
             f"{pixels['size']}, crop {pixels['crop_size']}",
-            f"run       {plan['precision']} on {plan['device']}, batches of {plan['batch_size']}, "
+            f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
+            f"{plan['batch_size']}, "
             f"torch {plan['versions']['torch']}, fastbb {plan['versions']['fastbb']}",
             f"outputs   {', '.join(outputs)}",
             f"rows      {counts['rows']:,} of {plan['rows']:,}, in {counts['shards']:,} of "

@@ -124,6 +124,7 @@ def extract(
     device: str | torch.device | None = None,
     batch_size: int = 32,
     size: tuple[int, int] | None = None,
+    mode: str = "auto",
     shard_rows: int | None = None,
     max_error_rate: float = 0.05,
     progress: bool = False,
@@ -140,6 +141,8 @@ def extract(
         device: default: "cuda" where there is one, else "cpu".
         batch_size: images per forward pass.
         size: (H, W) that every image is resized to.
+        mode: of `Backbone.prepare`. What "auto" chooses at the first start the plan records, and a
+            resumed run takes.
         shard_rows: images per shard, which is what an interrupted run loses at most; default: 4096,
             or fewer where the features of a shard would pass 256 MiB.
         max_error_rate: the run stops when more than this share of the images fails, those of
@@ -173,16 +176,19 @@ def extract(
         device=device,
         batch_size=batch_size,
         size=size,
+        mode="eager",  # until it is known how many images there are
     )
-    settings = extractor.settings()
+    settings = {**extractor.settings(), "mode": mode}
     settings["inputs"] = [os.path.abspath(path) for path in given]
     settings["archives"] = archives
     settings["shard_rows"] = shard_rows or _default_shard_rows(settings)
     with FeatureWriter(out) as writer, _Progress(progress) as bar:
         if extractor.device.type == "cpu":
             bar.say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        resumed = writer.start(settings, sources)
-        if not resumed:
+        resumed = writer.start(settings, sources, lambda n: extractor.choose_mode(mode, n))
+        if resumed:
+            extractor.prepare(writer.plan["runs"], writer.plan["rows"])
+        else:
             passed_over = (f", passed over {n:,} {what}" for what, n in sorted(skipped.items()))
             bar.say(f"{writer.plan['rows']:,} images{''.join(passed_over)}")
         return _extract_shards(extractor, writer, bar, max_error_rate, resumed)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..auto import AutoBackbone
+from ..engine.prepare import example_pixels
 from ..image_processing import AutoImageProcessor, ImageProcessor
 from .decode import (
     MAX_BYTES,
@@ -79,6 +80,8 @@ class FeatureExtractor:
         device: str | torch.device | None = None,
         batch_size: int = 32,
         size: tuple[int, int] | None = None,
+        mode: str = "auto",
+        expected_images: int | None = None,
     ) -> None:
         """Loads the model.
 
@@ -91,6 +94,8 @@ class FeatureExtractor:
             device: default: "cuda" where there is one, else "cpu".
             batch_size: images per forward pass.
             size: (H, W) that every image is resized to, instead of the model's own resize and crop.
+            mode: how the model runs, see `Backbone.prepare`.
+            expected_images: how many are to come, see `Backbone.prepare`.
 
         Raises:
             OSError: the model cannot be had.
@@ -146,6 +151,37 @@ class FeatureExtractor:
                 "not stack; give a size (--size HxW), or ask for pooled features only"
             )
         self.batch_size = 1 if keeps_aspect else batch_size
+        self.prepare(mode, expected_images)
+
+    def prepare(self, mode: str, expected_images: int | None = None) -> None:
+        """Changes how the model runs, see `Backbone.prepare`.
+
+        Raises:
+            ValueError: there is no such mode, or this device cannot do it.
+        """
+        self.model = self.model.prepare(mode, expected_images=expected_images)
+
+    def choose_mode(self, mode: str, expected_images: int) -> str:
+        """Prepares the model and returns the mode that computes the same in any other process.
+
+        Args:
+            mode: of `Backbone.prepare`. "auto" chooses for full batches; where images keep their
+                aspect ratio there is no shape to measure, and they run op by op.
+            expected_images: how many are to come.
+        """
+        if mode != "auto":
+            self.prepare(mode, expected_images)
+            return mode
+        size = self.processor.output_size
+        if size is None:
+            mode = "triton" if self.device.type == "cuda" else "eager"
+            self.prepare(mode, expected_images)
+            return mode
+        self.prepare(mode, expected_images)
+        engine = self.model._engine
+        assert engine is not None
+        batch = min(self.batch_size, expected_images)
+        return engine.mode_for(example_pixels(self.model, (batch, *size)))
 
     def __call__(self, images: Any) -> dict[str, Tensor]:
         """Computes the features of some images.

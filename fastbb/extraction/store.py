@@ -23,7 +23,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -35,8 +35,9 @@ from torch import Tensor
 from .sources import Source
 
 FORMAT = 1
-# facts about the frozen list: they follow from the inputs, so a resumed run takes them as they are
-_FROZEN_FIELDS = ("rows", "rows_sha256")
+# what the first start found: the list of the inputs, and the mode that was fastest. A resumed run
+# takes them as they are
+_FROZEN_FIELDS = ("rows", "rows_sha256", "runs")
 # what is read from a plan again, beside the frozen fields
 _READ_FIELDS = frozenset(
     {"shard_rows", "batch_size", "precision", "device", "versions.torch", "versions.fastbb"}
@@ -164,12 +165,19 @@ class FeatureWriter:
     ) -> None:
         self._lock.close()
 
-    def start(self, settings: Mapping[str, Any], sources: Iterable[Source]) -> bool:
+    def start(
+        self,
+        settings: Mapping[str, Any],
+        sources: Iterable[Source],
+        runs: Callable[[int], str] = lambda n_rows: "eager",
+    ) -> bool:
         """Writes the plan and the frozen list, or checks that they are the same ones.
 
         Args:
             settings: everything that decides the values; has an entry `shard_rows`.
             sources: the rows; only consumed where there is no plan yet.
+            runs: chooses the mode that computes, for so many rows; only asked where there is no
+                plan yet.
 
         Returns:
             Whether there was a plan already, so that the run is a resumed one.
@@ -187,8 +195,8 @@ class FeatureWriter:
             self._clear()
         else:
             self._clear()
-            frozen = self._freeze(sources, settings["shard_rows"])
-            self.plan = {**settings, **dict(zip(_FROZEN_FIELDS, frozen))}
+            n_rows, digests = self._freeze(sources, settings["shard_rows"])
+            self.plan = {**settings, "rows": n_rows, "rows_sha256": digests, "runs": runs(n_rows)}
             self._write(path, canonical_json(self.plan))
         self._plan_sha256 = hashlib.sha256(canonical_json(self.plan)).hexdigest()
         return resumed

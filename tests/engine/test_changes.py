@@ -1,0 +1,375 @@
+"""A prepared backbone computes with the weights, layers and hooks that it has now."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretended_device import MANY, Compiler, Device, explained, install, no_warning
+from reference_models import from_hf, hf_resnet, hf_swin, images, timm_pair
+from tolerance import assert_equals_upstream
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from fastbb.derived import _STAMPS, ModuleStamp, derive, holding_derived
+from fastbb.engine.prepare import prepare
+from fastbb.engine.settings import EngineWarning
+
+PIXELS = images(64, 64)
+CHANGED = "weights, layers or hooks changed since they were compiled, so it runs eager"
+
+
+def resnet() -> Any:
+    return from_hf(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
+
+
+def swin() -> Any:
+    return from_hf(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
+
+
+@pytest.fixture(params=[resnet, swin], ids=["resnet", "swin"])
+def backbone(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    return install(Compiler(), monkeypatch)
+
+
+def upstream_of(backbone: Any, folder: Path) -> Any:
+    """transformers' model with the weights of ours, as they are now."""
+    import transformers
+
+    backbone.save_pretrained(folder)
+    return getattr(transformers, type(backbone).__name__).from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def maps_of(model: Any, pixels: Tensor = PIXELS) -> tuple[Tensor, ...]:
+    return model(pixels).feature_maps
+
+
+# what changes weights so that it shows in them, or is told to `refresh`
+
+
+def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
+    def change(backbone: Any) -> None:
+        for p in backbone.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer(backbone.parameters(), lr=0.1, **options).step()
+
+    return change
+
+
+def load(assign: bool) -> Callable[[Any], None]:
+    def change(backbone: Any) -> None:
+        state = {name: tensor.detach() * 0.5 for name, tensor in backbone.state_dict().items()}
+        backbone.load_state_dict(state, assign=assign)
+
+    return change
+
+
+@torch.no_grad()
+def in_place(backbone: Any) -> None:
+    for p in backbone.parameters():
+        p.mul_(0.5)
+
+
+def replace_data(backbone: Any) -> None:
+    for p in backbone.parameters():
+        p.data = p.data * 0.5
+
+
+def edit_data(backbone: Any) -> None:
+    for p in backbone.parameters():
+        p.data.mul_(0.5)
+    backbone.refresh()
+
+
+def edit_data_of_one(backbone: Any) -> None:
+    list(backbone.parameters())[-1].data.add_(1)
+    backbone.refresh()
+
+
+def replace_a_parameter(backbone: Any) -> None:
+    layer = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    layer.weight = nn.Parameter(layer.weight.detach() * 0.5)
+
+
+def replace_a_layer(backbone: Any) -> None:
+    for parent in backbone.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.Conv2d):
+                other = copy.deepcopy(child)
+                with torch.no_grad():
+                    other.weight.mul_(0.5)
+                setattr(parent, name, other)
+                return
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "adamw": optimizer_step(AdamW),
+    "adamw-fused": optimizer_step(AdamW, fused=True),
+    "sgd-fused": optimizer_step(SGD, fused=True),
+    "load": load(assign=False),
+    "load-assign": load(assign=True),
+    "in_place": in_place,
+    "in_place-inference_mode": torch.inference_mode()(in_place),
+    "data_replaced": replace_data,
+    "data_edited-refresh": edit_data,
+    "data_of_one-refresh": edit_data_of_one,
+    "parameter_replaced": replace_a_parameter,
+    "layer_replaced": replace_a_layer,
+}
+
+
+@pytest.mark.parametrize("of_original", [False, True], ids=["prepared", "original"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_weights_that_changed_are_computed_with(
+    change: Callable[[Any], None], of_original: bool, backbone: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """Also where the backbone is changed that was prepared: they share their weights."""
+    prepared = backbone.prepare("compile", example=PIXELS)
+    before = maps_of(prepared)
+    change(backbone if of_original else prepared)
+    want = maps_of(upstream_of(prepared, tmp_path))
+    with pytest.warns(EngineWarning, match=CHANGED) as warned:
+        got = maps_of(prepared)
+    assert len(warned) == 1 and not torch.equal(got[-1], before[-1])
+    assert_equals_upstream(got, want)
+    with no_warning():
+        assert_equals_upstream(maps_of(prepared), want)
+    assert explained(prepared, capsys).rows[-1].why.startswith(CHANGED)
+
+
+def statistics_in_place(backbone: Any) -> None:
+    for buffer in backbone.buffers():
+        buffer.mul_(2)
+
+
+def statistics_through_data(backbone: Any) -> None:
+    for buffer in backbone.buffers():
+        buffer.data.mul_(2)
+    backbone.refresh()
+
+
+def statistics_of_training(backbone: Any) -> None:
+    backbone.train()
+    maps_of(backbone)
+    backbone.eval()
+
+
+@pytest.mark.parametrize(
+    "change", [statistics_in_place, statistics_through_data, statistics_of_training]
+)
+def test_statistics_that_changed_are_computed_with(
+    change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    prepared = resnet().prepare("compile", example=PIXELS)
+    before = maps_of(prepared)
+    change(prepared)
+    with pytest.warns(EngineWarning, match=CHANGED):
+        got = maps_of(prepared)
+    assert not torch.equal(got[-1], before[-1])
+    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path)))
+
+
+def twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+def negative(module: nn.Module, inputs: Any) -> Any:
+    return tuple(-x for x in inputs)
+
+
+def convolution_of(model: Any) -> nn.Conv2d:
+    return next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
+def test_hooks_of_layers_that_come_go_and_are_swapped_are_followed() -> None:
+    """Of a family whose own forward runs, so that its layers may have hooks."""
+    pair = timm_pair("test_efficientnet")
+    layers = [convolution_of(model) for model in (pair.ours, pair.upstream)]
+    handles: list[Any] = []
+
+    def add(hook: Any, before: bool = False) -> None:
+        for layer in layers:
+            register = layer.register_forward_pre_hook if before else layer.register_forward_hook
+            handles.append(register(hook))
+
+    def remove() -> None:
+        while handles:
+            handles.pop().remove()
+
+    def swap() -> None:
+        remove()
+        add(lambda module, inputs, y: y * 3)
+
+    steps: list[Callable[[], None]] = [
+        lambda: add(twice),
+        swap,
+        remove,
+        lambda: add(negative, before=True),
+    ]
+    for step in steps:
+        prepared = pair.ours.prepare("compile", example=PIXELS)
+        with no_warning():
+            before = maps_of(prepared)
+            assert_equals_upstream(before, pair.maps(PIXELS))
+        step()
+        with pytest.warns(EngineWarning, match=CHANGED):
+            got = maps_of(prepared)
+        assert_equals_upstream(got, pair.maps(PIXELS))
+        assert not torch.equal(got[-1], before[-1])
+
+
+def test_a_hook_of_the_whole_backbone_runs_around_what_was_compiled(compiler: Compiler) -> None:
+    prepared = resnet().prepare("compile", example=PIXELS)
+    seen: list[Any] = []
+    prepared.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with no_warning():
+        output = torch.no_grad()(prepared)(PIXELS)
+    assert seen == [output] and len(compiler.compiled) == 1
+
+
+def test_a_hook_that_a_family_refuses_is_refused(backbone: Any) -> None:
+    prepared = backbone.prepare("compile", example=PIXELS)
+    handle = convolution_of(prepared).register_forward_hook(twice)
+    with pytest.warns(EngineWarning), pytest.raises(ValueError, match="remove them, or hook the"):
+        maps_of(prepared)
+    handle.remove()
+    with no_warning():
+        maps_of(prepared)
+
+
+def test_another_precision_afterwards_is_a_change() -> None:
+    prepared = resnet().prepare("compile", example=PIXELS)
+    prepared.half()
+    with pytest.warns(EngineWarning, match=CHANGED):
+        assert maps_of(prepared, PIXELS.half())[0].dtype == torch.float16
+
+
+def test_what_was_not_compiled_follows_changes_without_a_word(
+    backbone: Any, tmp_path: Path
+) -> None:
+    prepared = backbone.prepare("eager", example=PIXELS)
+    for index, change in enumerate(CHANGES.values()):
+        change(prepared)
+        with no_warning():
+            got = maps_of(prepared)
+        assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / str(index))))
+
+
+def test_a_change_before_anything_was_compiled_is_none(compiler: Compiler, tmp_path: Path) -> None:
+    """The first shape ran eager, and only for the second one something is compiled."""
+    device = Device()
+    tools = device.tools(tmp_path)
+    prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
+    maps_of(prepared, PIXELS[:0])
+    in_place(prepared)
+    want = maps_of(upstream_of(prepared, tmp_path / "model"))
+    with no_warning():
+        assert_equals_upstream(maps_of(prepared), want)
+        assert_equals_upstream(maps_of(prepared), want)
+    assert len(compiler.compiled) == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=str)
+def test_after_a_change_nothing_is_compiled_for_other_shapes(
+    size: tuple[int, int], compiler: Compiler, tmp_path: Path
+) -> None:
+    device = Device()
+    tools = device.tools(tmp_path)
+    prepared = prepare(resnet(), "compile", example=PIXELS, expected_images=MANY, tools=tools)
+    in_place(prepared)
+    pixels = images(*size, batch=3)
+    with pytest.warns(EngineWarning, match=CHANGED) as warned:
+        got = maps_of(prepared, pixels)
+    assert len(warned) == 1 and len(compiler.compiled) == 1
+    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / "model"), pixels))
+
+
+def test_prepared_again_it_is_compiled_with_the_weights_of_now(
+    compiler: Compiler, tmp_path: Path
+) -> None:
+    prepared = resnet().prepare("compile", example=PIXELS)
+    in_place(prepared)
+    again = prepared.prepare("compile", example=PIXELS)
+    with no_warning():
+        assert_equals_upstream(maps_of(again), maps_of(upstream_of(again, tmp_path)))
+    assert len(compiler.compiled) == 2
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_copy_in_fp32_of_a_cpu_without_the_dtype_follows(
+    change: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
+    prepared = resnet().prepare("eager", "bf16")
+    maps_of(prepared)
+    with torch.inference_mode(False):
+        change(prepared)
+    upstream = upstream_of(prepared, tmp_path).float()
+    want = [x.bfloat16() for x in maps_of(upstream, PIXELS.bfloat16().float())]
+    got = maps_of(prepared, PIXELS)
+    for ours, theirs in zip(got, want):  # rounded once, from what is within fp32's tolerance
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - theirs.float()).abs().max() <= 2**-8 * theirs.abs().max()
+
+
+# the parts: `ModuleStamp`, `holding_derived`
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
+
+
+def test_a_stamp_of_what_did_not_change_is_current() -> None:
+    module = layers()
+    stamp = ModuleStamp(module)
+    module(PIXELS).sum().backward()
+    optimizer = AdamW(layers().parameters())  # of others
+    optimizer.step()
+    module.eval()
+    copy.deepcopy(module).zero_grad()
+    assert stamp.is_current()
+
+
+def test_a_stamp_notices_what_is_inside_a_layer_that_was_added() -> None:
+    module = layers()
+    stamp = ModuleStamp(module)
+    module.append(nn.Identity())
+    assert not stamp.is_current()
+    del module[2]
+    assert stamp.is_current()
+    module.get_submodule("1").add_module("2", nn.GELU())
+    assert not stamp.is_current()
+
+
+def test_a_stamp_does_not_outlive_who_holds_it() -> None:
+    module = layers()
+    stamp = ModuleStamp(module)
+    del stamp
+    weight = module.get_parameter("0.weight")
+    assert not any(weight is tensor for stamp in _STAMPS for tensor in stamp._tensors)
+
+
+def test_what_is_held_is_what_was_remembered_and_used() -> None:
+    module = nn.Linear(3, 2).requires_grad_(False)
+
+    def use() -> tuple[Tensor, ...]:
+        return derive(module, "doubled", lambda weight: (weight * 2,), module.weight)
+
+    (value,) = use()
+    with holding_derived() as held:
+        assert not held
+        use()
+        with holding_derived() as inner:
+            use()
+        use()
+    use()
+    assert [one is value for (one,) in held] == [True, True]
+    assert [one is value for (one,) in inner] == [True]

@@ -1,0 +1,373 @@
+"""CUDA graphs: few, never aliased, recorded only where that pays, and never of old weights."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pretended_device import Device, baked, explained, gpu, no_warning, only_row
+from reference_models import from_hf, hf_resnet, images
+from tolerance import assert_equals_upstream
+from torch import Tensor, nn
+
+from fastbb.backbone import Backbone
+from fastbb.derived import derive
+from fastbb.engine import engine, graphs
+from fastbb.engine.engine import Engine
+from fastbb.engine.graphs import GraphPool
+from fastbb.engine.prepare import prepare
+from fastbb.engine.settings import EngineWarning, Settings
+from fastbb.engine.trial import Run
+from fastbb.engine.truth import without_engine
+
+PIXELS, WIDE = images(64, 64), images(64, 96)
+OFTEN = engine.SEEN_BEFORE_TUNED
+
+
+# the pool
+
+
+class Recorder:
+    """A capture that remembers what it recorded."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Any] = []
+        self.n_at_once = self.most_at_once = 0
+
+    def __call__(self, run: Run, pixel_values: Tensor) -> Run:
+        self.recorded.append((tuple(pixel_values.shape), pixel_values.dtype))
+
+        def replay(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            self.n_at_once += 1
+            self.most_at_once = max(self.most_at_once, self.n_at_once)
+            time.sleep(0.001)
+            self.n_at_once -= 1
+            return run(pixel_values)
+
+        return replay
+
+
+def doubled(pixel_values: Tensor) -> tuple[Tensor, ...]:
+    return (pixel_values * 2,)
+
+
+def test_a_shape_and_dtype_is_recorded_once() -> None:
+    recorder = Recorder()
+    pool = GraphPool(doubled, capture=recorder)
+    for x in (PIXELS, PIXELS + 1, WIDE, PIXELS.half(), PIXELS[:1], WIDE):
+        assert torch.equal(pool(x)[0], x * 2)
+    assert len(recorder.recorded) == len(set(recorder.recorded)) == len(pool) == 4
+
+
+def test_the_least_recently_used_graph_goes() -> None:
+    recorder = Recorder()
+    pool = GraphPool(doubled, max_graphs=2, capture=recorder)
+    one, two, three = (torch.ones(n) for n in (1, 2, 3))
+    for x in (one, two, one, three, one):
+        pool(x)
+    assert len(recorder.recorded) == 3 and len(pool) == 2
+    pool(two)
+    assert len(recorder.recorded) == 4 and len(pool) == 2
+
+
+def test_what_cannot_be_recorded_leaves_nothing() -> None:
+    def fail(run: Run, pixel_values: Tensor) -> Run:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    pool = GraphPool(doubled, capture=fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            pool(PIXELS)
+    assert len(pool) == 0
+
+
+def test_threads_replay_one_after_the_other() -> None:
+    recorder = Recorder()
+    pool = GraphPool(doubled, capture=recorder)
+    threads = [threading.Thread(target=lambda: [pool(PIXELS) for _ in range(5)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert recorder.most_at_once == 1 and len(recorder.recorded) == 1
+
+
+# recording, on a CUDA that computes on the CPU
+
+
+class Cuda:
+    """In the place of `torch.cuda`: what runs while a graph is recorded, the graph runs again."""
+
+    def __init__(self) -> None:
+        self.capturing: Any = None
+        self.pools: list[Any] = []
+        self.n_runs = 0
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
+        self.capturing = graph
+        self.pools.append(pool)
+        yield
+        self.capturing = None
+
+    def new_graph(self) -> Any:
+        graph = SimpleNamespace()
+
+        def replay() -> None:
+            for old, new in zip(graph.maps, graph.run(graph.pixels)):
+                old.copy_(new)
+
+        graph.replay = replay
+        return graph
+
+    def recordable(self, run: Run) -> Run:
+        def recorded(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            self.n_runs += 1
+            maps = run(pixel_values)
+            if self.capturing is not None:
+                graph = self.capturing
+                graph.run, graph.pixels, graph.maps = run, pixel_values, maps
+            return maps
+
+        return recorded
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    cuda = Cuda()
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": cuda.new_graph,
+        "graph_pool_handle": object,
+        "graph": cuda.graph,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return cuda
+
+
+def test_replays_do_not_alias(cuda: Cuda) -> None:
+    pool = GraphPool(cuda.recordable(doubled))
+    pixels = [images(8, 8, seed=seed) for seed in range(3)]
+    maps = [pool(x)[0] for x in pixels]
+    for x, y in zip(pixels, maps):
+        assert torch.equal(y, 2 * x)
+    kept = pixels[0].clone()
+    maps[1].zero_()
+    assert torch.equal(pool(pixels[0])[0], 2 * kept) and torch.equal(pixels[0], kept)
+
+
+def test_runs_before_it_is_recorded_and_never_after(cuda: Cuda) -> None:
+    pool = GraphPool(cuda.recordable(doubled))
+    for _ in range(3):
+        pool(PIXELS)
+    assert cuda.n_runs == graphs._WARM_UP + 1
+    pool(WIDE)
+    assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]  # of memory
+
+
+def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    values = []
+
+    def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        (weight,) = derive(layer, "doubled", lambda weight: (weight * 2,), layer.weight)
+        values.append(weight.data_ptr())
+        return (pixel_values @ weight,)
+
+    pool = GraphPool(cuda.recordable(run))
+    pool(images(8, 8))
+    replay: Any = next(iter(pool._graphs.values()))
+    assert len(set(values)) == 1  # computed once, before
+    assert [value.data_ptr() for (value,) in replay.__defaults__[0]] == values[:1]
+
+
+# what the engine records
+
+
+class Graphs:
+    """In the place of recording: bakes a backbone, and replays it.
+
+    Attributes:
+        recorded: batch and width of what was recorded, in order.
+        backbone: what is baked.
+        error: is raised by a recording, if there is one.
+        broken: is raised by a replay, if there is one.
+        spoil: what a replay does to the maps.
+    """
+
+    def __init__(self, backbone: Backbone, device: Device) -> None:
+        self.recorded: list[tuple[int, int]] = []
+        self.backbone, self.device = backbone, device
+        self.error: Exception | None = None
+        self.broken: Exception | None = None
+        self.spoil: Callable[[Tensor], Tensor] = lambda x: x
+
+    def __call__(self, run: Run, pixel_values: Tensor) -> Run:
+        self.recorded.append((len(pixel_values), pixel_values.shape[3]))
+        if self.error is not None:
+            raise self.error
+        run(pixel_values)
+        frozen = baked(self.backbone)
+
+        def replay(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            if self.broken is not None:
+                raise self.broken
+            self.device.say(0.1)
+            return tuple(self.spoil(x) for x in frozen(pixel_values))
+
+        return replay
+
+
+@pytest.fixture
+def upstream() -> Any:
+    return hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2])
+
+
+@pytest.fixture
+def backbone(upstream: Any) -> Any:
+    return from_hf(upstream)
+
+
+@pytest.fixture
+def recording(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Graphs:
+    """A GPU that can record graphs."""
+    recording = Graphs(backbone, Device())
+    monkeypatch.setattr(graphs, "_Capture", lambda: recording)
+    monkeypatch.setattr(
+        Engine, "_may_capture", lambda self, pixels: self.settings.cuda_graph is not False
+    )
+    return recording
+
+
+@torch.no_grad()
+def assert_right(backbone: Any, upstream: Any, *batches: Tensor) -> None:
+    for pixels in batches:
+        assert_equals_upstream(backbone(pixels).feature_maps, upstream(pixels).feature_maps)
+
+
+def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
+    """Prepared for our kernels: `prepare` refuses cuda_graph=True on a GPU that is none."""
+    prepared = without_engine(backbone)
+    prepared._engine = Engine(prepared, Settings("triton", cuda_graph=cuda_graph))
+    return prepared
+
+
+def test_the_first_shape_is_recorded_and_others_when_they_come_often(
+    backbone: Any, upstream: Any, recording: Graphs, capsys: Any
+) -> None:
+    with gpu(), no_warning():
+        prepared = prepare(backbone, "triton")
+        assert_right(prepared, upstream, PIXELS, PIXELS)
+        assert only_row(prepared, capsys).runs == "triton + CUDA graph"
+        assert_right(prepared, upstream, *[WIDE] * OFTEN)
+        row = explained(prepared, capsys).rows[-1]
+        assert row.runs == "triton" and "when the shape came more often" in row.why
+        assert recording.recorded == [(2, 64)]
+        assert_right(prepared, upstream, WIDE, WIDE)
+        assert explained(prepared, capsys).rows[-1].runs == "triton + CUDA graph"
+    assert recording.recorded == [(2, 64), (2, 96)]
+
+
+@pytest.mark.parametrize("graph", ["auto", True, False], ids=str)
+def test_a_large_batch_is_recorded_only_for_who_asks(
+    graph: Any,
+    backbone: Any,
+    upstream: Any,
+    recording: Graphs,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "SMALL_BATCH_PIXELS", PIXELS[:, 0].numel() - 1)
+    with gpu(), no_warning():
+        prepared = prepared_with(backbone, graph)
+        assert_right(prepared, upstream, *[PIXELS] * (OFTEN + 2), WIDE)
+        rows = explained(prepared, capsys).rows
+    if graph is True:
+        assert recording.recorded == [(2, 64), (2, 96)]  # at once
+    else:
+        assert not recording.recorded and {row.runs for row in rows} == {"triton"}
+        assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")
+
+
+def test_few_graphs_are_kept(backbone: Any, upstream: Any, recording: Graphs) -> None:
+    with gpu(), no_warning():
+        prepared = prepared_with(backbone, True)
+        batches = [images(32, 32 * n) for n in range(1, graphs.MAX_GRAPHS + 2)]
+        assert_right(prepared, upstream, *batches, batches[-1])
+        assert len(recording.recorded) == graphs.MAX_GRAPHS + 1
+        assert_right(prepared, upstream, batches[0])
+    assert recording.recorded[-1] == (2, 32) and len(recording.recorded) == graphs.MAX_GRAPHS + 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [("raises", "RuntimeError: not permitted"), ("wrong", "map 0 is wrong"), ("nan", "error nan")],
+)
+def test_a_graph_that_fails_is_off(
+    fault: str, problem: str, backbone: Any, upstream: Any, recording: Graphs, capsys: Any
+) -> None:
+    recording.error = RuntimeError("not permitted\nat") if fault == "raises" else None
+    recording.spoil = lambda x: x * {"wrong": 1.001, "nan": torch.nan}.get(fault, 1)
+    with gpu():
+        prepared = prepare(backbone, "triton")
+        with pytest.warns(
+            EngineWarning, match=rf"triton \+ CUDA graph is off, triton runs: .*{problem}"
+        ):
+            assert_right(prepared, upstream, PIXELS)
+        with no_warning():
+            assert_right(prepared, upstream, *[PIXELS] * (OFTEN + 1))
+        row = only_row(prepared, capsys)
+    assert row.runs == "triton" and problem in row.others
+    assert len(recording.recorded) == 1
+
+
+def test_a_graph_that_fails_later_is_replaced_by_eager(
+    backbone: Any, upstream: Any, recording: Graphs, capsys: Any
+) -> None:
+    with gpu():
+        prepared = prepare(backbone, "triton")
+        assert_right(prepared, upstream, PIXELS)
+        recording.broken = RuntimeError("CUDA error")
+        with pytest.warns(EngineWarning, match=r"triton \+ CUDA graph failed, eager runs: Runtime"):
+            assert_right(prepared, upstream, PIXELS)
+        assert only_row(prepared, capsys).runs == "eager"
+
+
+def test_a_graph_is_measured_as_others_are(
+    backbone: Any, upstream: Any, recording: Graphs, tmp_path: Path, capsys: Any
+) -> None:
+    with gpu(), no_warning():
+        prepared = prepare(backbone, tools=recording.device.tools(tmp_path))
+        assert_right(prepared, upstream, PIXELS, PIXELS)
+        row = only_row(prepared, capsys)
+        assert row.runs == "triton + CUDA graph"
+        assert row.others == "triton: 1 s; eager: 1 s; eager + CUDA graph: 100 ms"
+        assert_right(prepared, upstream, WIDE)
+        # another shape is not recorded because this one was
+        row = explained(prepared, capsys).rows[-1]
+        assert row.runs == "triton" and row.why == "what won for 2x64x64"
+
+
+@pytest.mark.parametrize("mode", ["auto", "triton"])
+def test_after_a_change_of_weights_it_is_recorded_again(
+    mode: str, backbone: Any, upstream: Any, recording: Graphs, tmp_path: Path, capsys: Any
+) -> None:
+    with gpu(), no_warning():
+        prepared = prepare(backbone, mode, tools=recording.device.tools(tmp_path))
+        assert_right(prepared, upstream, PIXELS)
+        n_recorded = len(recording.recorded)
+        for model in (backbone, upstream):
+            for p in model.parameters():
+                p.mul_(0.5)
+        assert_right(prepared, upstream, PIXELS, PIXELS)
+        assert only_row(prepared, capsys).runs == "triton + CUDA graph"
+    assert len(recording.recorded) == 2 * n_recorded

@@ -1,0 +1,124 @@
+"""How the ways of the engine compute: on CPUs, on GPUs, and with which global settings."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from pretended_device import Compiler, gpu, install, no_warning, only_row
+from reference_models import Pair, hf_pair, hf_resnet, images
+from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from torch import Tensor
+
+from fastbb.backbone import Backbone
+from fastbb.engine import cpu
+from fastbb.engine.engine import Engine
+from fastbb.engine.prepare import prepare
+from fastbb.engine.settings import Settings
+
+PIXELS = images(64, 64)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    """Its weights are not to be changed."""
+    return hf_pair(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
+
+
+@pytest.fixture(autouse=True)
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    return install(Compiler(), monkeypatch)
+
+
+@torch.no_grad()
+def assert_right(backbone: Backbone, pair: Pair, pixels: Tensor = PIXELS) -> None:
+    assert_equals_upstream(backbone(pixels).feature_maps, pair.maps(pixels))
+
+
+@pytest.mark.parametrize("mode", ["eager", "triton", "compile", "triton+compile"])
+def test_on_a_gpu_a_mode_runs_as_it_is_named(
+    mode: str, pair: Pair, compiler: Compiler, capsys: Any
+) -> None:
+    with gpu(), no_warning():
+        backbone = prepare(pair.ours, mode)
+        assert_right(backbone, pair)
+        row = only_row(backbone, capsys)
+    assert row.runs.split(",")[0] == mode and row.why == f"mode={mode!r}"
+    assert compiler.impls == {"compile": ["eager"], "triton+compile": ["auto"]}.get(mode, [])
+
+
+def test_a_cpu_runs_as_many_images_at_once_as_its_memory_stays_cheap_for(
+    pair: Pair, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest = 4 * 16 * 32 * 32  # bytes of an image's first map, that of the convolution
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 2 * largest)
+    backbone = pair.ours.prepare("eager")
+    assert_right(backbone, pair, images(64, 64, 5))
+    row = only_row(backbone, capsys)
+    assert row.runs == "eager, 2 images at once" and "slow to allocate" in row.why
+
+
+def test_a_cpu_without_the_dtype_computes_in_fp32(
+    pair: Pair, compiler: Compiler, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
+    backbone = pair.ours.prepare("eager", "bf16", example=PIXELS)
+    row = only_row(backbone, capsys)
+    assert row.runs == "eager, in fp32" and "this CPU has no bfloat16 arithmetic" in row.why
+    compiled = pair.ours.prepare("compile", "bf16", example=PIXELS)
+    with torch.no_grad(), no_warning():
+        exact = copy.deepcopy(pair.upstream).double()(PIXELS.double()).feature_maps
+        low = copy.deepcopy(pair.upstream).bfloat16()(PIXELS.bfloat16()).feature_maps
+        for maps in (compiled(PIXELS).feature_maps, backbone(PIXELS).feature_maps):
+            for name, *held in zip(backbone.out_features, maps, low, exact):
+                assert_as_accurate_as_eager(name, *held)
+    assert only_row(compiled, capsys).runs == "compile, 2 images at once"
+
+
+# how fp32 is multiplied, which PyTorch keeps for the whole process
+
+
+def flags() -> tuple[str, bool]:
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+
+@pytest.fixture
+def flags_of_the_user() -> Iterator[tuple[str, bool]]:
+    before = flags()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cudnn.allow_tf32 = True
+    yield flags()
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "inside"),
+    [
+        (None, ("medium", True)),
+        ("fp32", ("highest", False)),
+        ("tf32", ("high", True)),
+        ("bf16", ("medium", True)),
+    ],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_flags_are_set_for_a_call_only(
+    precision: Any, inside: Any, fails: bool, pair: Pair, flags_of_the_user: tuple[str, bool]
+) -> None:
+    seen = []
+
+    class Seen(type(pair.ours)):
+        def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+            seen.append(flags())
+            if fails:
+                raise ZeroDivisionError
+            return super().feature_maps(pixel_values)
+
+    backbone = prepare(pair.ours, "eager", None if precision == "tf32" else precision)
+    backbone.__class__ = Seen
+    # `prepare` refuses tf32 on a CPU
+    backbone._engine = Engine(backbone, Settings("eager", precision))
+    with torch.no_grad(), pytest.raises(ZeroDivisionError) if fails else no_warning():
+        backbone(PIXELS)
+    assert set(seen) == {inside} and flags() == flags_of_the_user
