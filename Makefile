@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm_files.py tests/test_backbone.py \
 	tests/test_bad_input.py tests/test_checkpoint.py tests/test_image_modes.py tests/test_image_processing.py
 
-.PHONY: demo test check bench budgets clean
+.PHONY: demo test check bench gpu budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -24,6 +24,10 @@ check: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
 	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
+
+# takes the Python, torch and triton that the machine has, installs nothing; under nine minutes
+gpu:
+	PYTHONPATH=.:kernels:bench $(PYTHON) bench/gpu.py
 
 # what each kernel costs on each GPU, measured without one; review the diff it leaves
 budgets: .venv/.dev
