@@ -176,7 +176,7 @@ def extract(
         device=device,
         batch_size=batch_size,
         size=size,
-        mode="eager",  # until it is known how many images there are
+        mode=mode,
     )
     settings = {**extractor.settings(), "mode": mode}
     settings["inputs"] = [os.path.abspath(path) for path in given]

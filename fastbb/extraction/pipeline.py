@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..auto import AutoBackbone
+from ..backbone import Backbone
 from ..engine.prepare import example_pixels
 from ..image_processing import AutoImageProcessor, ImageProcessor
 from .decode import (
@@ -122,7 +123,7 @@ class FeatureExtractor:
         self.precision = precision
         self._name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
         options: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
-        self.model = AutoBackbone.from_pretrained(
+        self._loaded = AutoBackbone.from_pretrained(
             model, dtype=PRECISIONS[precision], device=self.device, **options
         ).eval()
         self.processor: ImageProcessor = AutoImageProcessor.from_pretrained(model)
@@ -159,7 +160,7 @@ class FeatureExtractor:
         Raises:
             ValueError: there is no such mode, or this device cannot do it.
         """
-        self.model = self.model.prepare(mode, expected_images=expected_images)
+        self.model = self._loaded.prepare(mode, expected_images=expected_images)
 
     def choose_mode(self, mode: str, expected_images: int) -> str:
         """Prepares the model and returns the mode that computes the same in any other process.
@@ -233,7 +234,7 @@ class FeatureExtractor:
             ValueError: the model does not take images of the processor's size.
         """
         height, width = self.processor.output_size or (224, 224)
-        example = self._forward(torch.zeros(1, 3, height, width))
+        example = self._features_of(self._loaded, torch.zeros(1, 3, height, width))
         return {
             name: {
                 "shape": list(tensor.shape[1:]),
@@ -386,15 +387,18 @@ class FeatureExtractor:
                 ) from error
             raise
 
-    @torch.no_grad()
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Features on the CPU of fp32 [B, 3, H, W]."""
-        maps = self.model(pixels.to(self.device, PRECISIONS[self.precision])).feature_maps
+        return self._features_of(self.model, pixels)
+
+    @torch.no_grad()
+    def _features_of(self, model: Backbone, pixels: Tensor) -> dict[str, Tensor]:
+        maps = model(pixels.to(self.device, PRECISIONS[self.precision])).feature_maps
         features = {}
         if "pooled" in self.features:
             features["pooled"] = maps[-1].float().mean((2, 3))
         if "maps" in self.features:
-            features |= {f"maps.{name}": m for name, m in zip(self.model.out_features, maps)}
+            features |= {f"maps.{name}": m for name, m in zip(model.out_features, maps)}
         return {name: tensor.cpu().contiguous() for name, tensor in features.items()}
 
 

@@ -23,6 +23,9 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # plain globals, not ContextVars: dynamo guards on them
 _default: Impl = "auto"
 _per_op: dict[str, Impl] = {}
+# the blocks of `use_impl` that are open, in the order they were entered
+_blocks: list[tuple[Impl, tuple[str, ...]]] = []
+_blocks_lock = Lock()
 
 _pretending = False
 _pretended: Architecture | None = None
@@ -38,7 +41,7 @@ class KernelWarning(RuntimeWarning):
 
 @contextmanager
 def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
-    """Sets the implementation of ops called without `impl=` inside the block.
+    """Sets the implementation of ops called without `impl=` inside the block, in all threads.
 
     An op that is made of other ops (`swin_attention_block`) runs those where its own kernel does
     not run, so a whole model follows `use_impl("triton")` as long as every part has a kernel.
@@ -48,17 +51,23 @@ def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
             "triton" raises the reason where Triton cannot run the call.
         ops: names of the ops this is about, before what is set for all; default: all.
     """
-    global _default, _per_op
-    before = _default, _per_op
-    _check(impl)
-    if ops:
-        _per_op = {**_per_op, **dict.fromkeys(ops, impl)}
-    else:
-        _default = impl
+    block = _check(impl), (ops,) if isinstance(ops, str) else tuple(ops)
+    with _blocks_lock:
+        _blocks.append(block)
+        _apply_blocks()
     try:
         yield
     finally:
-        _default, _per_op = before
+        # not what was before: blocks of other threads may have come and gone
+        with _blocks_lock:
+            _blocks[:] = [other for other in _blocks if other is not block]
+            _apply_blocks()
+
+
+def _apply_blocks() -> None:
+    global _default, _per_op
+    _default = next((impl for impl, ops in reversed(_blocks) if not ops), "auto")
+    _per_op = {op: impl for impl, ops in _blocks for op in ops}
 
 
 def chosen_impl(op: str, impl: Impl | None) -> Impl:

@@ -1,0 +1,111 @@
+"""How the model runs is chosen once, recorded, and taken by a resumed run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from pretended_device import baked
+from torch import Tensor
+
+from fastbb.backbone import Backbone
+from fastbb.cli import main
+from fastbb.engine import engine, ways
+from fastbb.engine.engine import Engine
+from fastbb.engine.trial import Run
+from fastbb.extraction import FeatureExtractor, Report, extract, open_features
+from fastbb.extraction.store import FeatureWriter, PlanMismatchError
+
+
+@pytest.fixture
+def compiled_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes that a pretended compiler was asked for."""
+    shapes: list[tuple[int, ...]] = []
+
+    def compile_maps(backbone: Backbone, example: Tensor, impl: str) -> Run:
+        shapes.append(tuple(example.shape))
+        return baked(backbone)
+
+    monkeypatch.setattr(ways, "compile_maps", compile_maps)
+    return shapes
+
+
+def test_few_images_run_eager(
+    run: Callable[..., Report], tmp_path: Path, compiled_for: list[tuple[int, ...]]
+) -> None:
+    assert run().ok == 9
+    features = open_features(tmp_path / "out")
+    assert (features.plan["mode"], features.plan["runs"]) == ("auto", "eager")
+    assert "fp32 on cpu (eager)" in features.describe() and not compiled_for
+
+
+def test_what_auto_chose_is_taken_by_a_resumed_run(
+    run: Callable[..., Report],
+    model: Path,
+    images: Path,
+    tmp_path: Path,
+    compiled_for: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(tmp_path / "whole", mode="compile")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "mode_for", lambda self, pixels: "compile")
+        patch.setattr(FeatureWriter, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+        assert open_features(tmp_path / "out").plan["runs"] == "compile"
+    compiled_for.clear()
+    monkeypatch.setattr(Engine, "mode_for", None)  # nobody may choose again
+    assert run().ok == 9
+    assert compiled_for == [(3, 3, 32, 32)]
+    whole, resumed = open_features(tmp_path / "whole"), open_features(tmp_path / "out")
+    assert torch.equal(whole["pooled"], resumed["pooled"])
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_many_images_are_measured(
+    model: Path,
+    images: Path,
+    compiled_for: list[tuple[int, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(engine, "COMPILE_S", 0.0)  # compiling pays for any number
+    ex = FeatureExtractor(model, batch_size=4)
+    assert ex.choose_mode("auto", 100) in ("eager", "compile")
+    assert compiled_for == [(4, 3, 32, 32)]
+    row = ex.model.explain().rows[0]
+    assert row.what == "4x32x32" and "the fastest that passed its check" in row.why
+
+
+def test_images_of_many_shapes_run_op_by_op(
+    aspect_model: Path, images: Path, tmp_path: Path, compiled_for: list[tuple[int, ...]]
+) -> None:
+    extract(aspect_model, images, tmp_path / "out")
+    assert open_features(tmp_path / "out").plan["runs"] == "eager" and not compiled_for
+
+
+def test_another_mode_is_another_plan(run: Callable[..., Report]) -> None:
+    run()
+    with pytest.raises(PlanMismatchError, match="mode: 'auto' there, 'eager' asked"):
+        run(mode="eager")
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [("triton", "needs a CUDA or ROCm device"), ("fast", "is not one of 'auto', 'eager'")],
+)
+def test_a_mode_that_is_impossible(
+    mode: str, message: str, model: Path, images: Path, tmp_path: Path
+) -> None:
+    arguments = ["extract", str(images), "--out", str(tmp_path / "out"), "--model", str(model)]
+    result = CliRunner().invoke(main, [*arguments, "--mode", mode, "--device", "cpu"])
+    assert result.exit_code == 2 and message in result.output, result.output
+    assert not (tmp_path / "out" / "plan.json").exists()
+    with pytest.raises(ValueError, match="mode"):
+        FeatureExtractor(model, mode=mode, device="cpu")

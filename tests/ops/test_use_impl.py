@@ -1,0 +1,52 @@
+"""`use_impl` blocks nest, and those of several threads leave nothing behind."""
+
+import threading
+
+import pytest
+
+from fastbb_kernels import use_impl
+from fastbb_kernels._dispatch import Impl, chosen_impl
+
+
+def test_the_innermost_block_counts() -> None:
+    with use_impl("eager"):
+        with use_impl("triton"), use_impl("eager", ops=["patch_embed"]):
+            with use_impl("eager"):
+                assert chosen_impl("patch_merging", None) == "eager"
+            assert chosen_impl("patch_merging", None) == "triton"
+            assert chosen_impl("patch_embed", None) == "eager"
+            assert chosen_impl("patch_embed", "auto") == "auto"
+        assert chosen_impl("patch_merging", None) == chosen_impl("patch_embed", None) == "eager"
+    assert chosen_impl("patch_merging", None) == "auto"
+
+
+def test_an_error_and_a_wrong_name_leave_nothing_behind() -> None:
+    with pytest.raises(ZeroDivisionError), use_impl("eager"):
+        raise ZeroDivisionError
+    with pytest.raises(ValueError, match="impl must be one of"), use_impl("cuda"):  # type: ignore[arg-type]  # on purpose
+        pass
+    assert chosen_impl("patch_merging", None) == "auto"
+
+
+def test_blocks_of_threads_that_overlap_leave_nothing_behind() -> None:
+    """Whichever is left first: neither puts back what it found."""
+    for order in ((0, 1), (1, 0)):
+        steps = [[threading.Event(), threading.Event()] for _ in range(2)]
+
+        def run(impl: Impl, entered: threading.Event, leave: threading.Event) -> None:
+            with use_impl(impl):
+                entered.set()
+                leave.wait()
+
+        threads = [
+            threading.Thread(target=run, args=(impl, *step))
+            for impl, step in zip(("eager", "triton"), steps)
+        ]
+        for thread, (entered, _) in zip(threads, steps):
+            thread.start()
+            entered.wait()
+        assert chosen_impl("patch_merging", None) == "triton"
+        for index in order:
+            steps[index][1].set()
+            threads[index].join()
+        assert chosen_impl("patch_merging", None) == "auto"
