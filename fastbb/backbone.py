@@ -341,9 +341,10 @@ class Backbone(BackboneMixin, RemembersDerived):
     ) -> Module:
         """A backbone that computes the same maps in the fastest way that was checked.
 
-        For inference. Wherever that way cannot be taken (a gradient is needed, changed weights,
-        hidden states or attentions are asked for, an error) the eager one is, and `explain()` says
-        why. Weights, layers and hooks that change after something was compiled are noticed.
+        For inference. Wherever that way cannot be taken (a gradient is needed, changed weights, an
+        error) the eager one is, and `explain()` says why; hidden states and attentions are computed
+        as if it were not prepared. Weights, layers and hooks that change after something was
+        compiled are noticed.
 
         Args:
             mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;

@@ -125,6 +125,8 @@ class ModuleStamp:
         modules = list(module.modules())
         # the dictionaries of a module are looked into, which costs less than walking the tree
         self._layers = [(m._modules, dict(m._modules)) for m in modules]
+        self._modules = modules
+        self._modes = self._read_modes()
         # not its own, which run around what was baked
         inside = modules[1:]
         self._hooks = [m._forward_hooks for m in inside] + [m._forward_pre_hooks for m in inside]
@@ -143,6 +145,7 @@ class ModuleStamp:
         return (
             not self._is_written
             and self._read_hooks() == self._hook_ids
+            and self._read_modes() == self._modes
             and all(now == then for now, then in self._layers)
             and all(
                 len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
@@ -154,6 +157,10 @@ class ModuleStamp:
     def _read(self) -> tuple[list[int], list[int]]:
         # another dtype or device is another address
         return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
+
+    def _read_modes(self) -> list[Any]:
+        """Whether each module trains, and what was put over its forward."""
+        return [(m.training, m.__dict__.get("forward")) for m in self._modules]
 
     def _read_hooks(self) -> list[int]:
         return list(itertools.chain.from_iterable(self._hooks))

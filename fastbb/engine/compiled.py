@@ -37,6 +37,7 @@ def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> R
         Exception: whatever the compiler raises.
     """
     on_cpu = example.device.type == "cpu"
+    example = example.contiguous()  # as what is run; guards, which would ask, there are none
     # inference tensors do not trace
     with torch.inference_mode(False), torch.no_grad(), use_impl(impl):
         forward = _frozen(backbone, example) if on_cpu else backbone.feature_maps

@@ -12,9 +12,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastbb_kernels.machine import Machine
+from fastbb_kernels.result_cache import ResultCache
+
 # glibc hands memory from here on back to the kernel at once, and gets it page by page anew
-# (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c); a third is left for what a library allocates beside
-KEPT_BYTES = 24 * 2**20
+# (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c, 32 MiB)
+KEPT_BYTES = 28 * 2**20
 
 _NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
@@ -46,9 +49,18 @@ def multiplies_faster_as_convolution() -> bool:
     """Whether fp32 products are faster in oneDNN's convolutions than in the BLAS of `F.linear`.
 
     PyTorch multiplies fp32 matrices by MKL where it is built with it, whose kernels for other
-    makers' CPUs reach less of their peak. Measured once in a process, in some 50 ms.
+    makers' CPUs reach less of their peak. Measured once on a machine, in some 50 ms.
     """
-    x, weight = torch.randn(3136, 384), torch.randn(192, 384)
+    cache = ResultCache(Machine.of(torch.device("cpu")))
+    known = cache.get("cpu", "multiplies_faster_as_convolution")
+    if not isinstance(known, bool):
+        known = _measure_convolution()
+        cache.put("cpu", "multiplies_faster_as_convolution", known)
+    return known
+
+
+def _measure_convolution() -> bool:
+    x, weight = (torch.linspace(-1, 1, n * 384, device="cpu").view(n, 384) for n in (3136, 192))
     rows = x.view(1, 1, *x.shape).permute(0, 3, 1, 2)
     filters = weight[:, :, None, None].contiguous(memory_format=torch.channels_last)
 
@@ -86,7 +98,7 @@ def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Sees every result of an operation."""
+    """Sees every result of an operation that is memory of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +106,12 @@ class _LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and _memory(leaf) not in given:  # not a view
                 self.n_bytes = max(self.n_bytes, leaf.numel() * leaf.element_size())
         return result
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -24,19 +24,33 @@ from ..backbone import Backbone
 from ..derived import ModuleStamp, is_tracing
 from .explanation import Explanation, Row
 from .settings import DTYPES, EngineWarning, Settings, Tools
-from .trial import Candidate, Clock, Run, Trial, describe, duration, run_trials, wall_clock, winner
+from .trial import (
+    Candidate,
+    Clock,
+    Run,
+    Trial,
+    describe,
+    duration,
+    is_not_tried,
+    run_trials,
+    wall_clock,
+    winner,
+)
 from .truth import Truth
-from .ways import GRAPH, Way, Ways, on_gpu
+from .ways import ANY_SIZE, GRAPH, Way, Ways, on_gpu
 
 MAX_PLANS = 256  # shapes that are remembered
 MAX_TUNED = 8  # shapes that mode "auto" measures by itself in one process
 # a second shape is measured, and a graph of it recorded, when it came so often
 SEEN_BEFORE_TUNED = 3
+# an artefact for every size is held to the truth in so many of them
+CHECKED_SIZES = 3
 # what compiling costs and gains before it was measured (Swin-T and ResNet-50, 2 cores of a CPU)
 COMPILE_S = 90.0
 COMPILE_GAIN = 0.15
 # up to as many pixels in a batch, launches cost more than what they launch
 SMALL_BATCH_PIXELS = 16 * 224 * 224
+_flags_lock = threading.RLock()
 _FASTEST = "the fastest that passed its check (ties within 3 % go to the simpler)"
 
 
@@ -73,12 +87,15 @@ class Engine:
     def reset(self) -> None:
         """Forgets what was compiled, captured and chosen."""
         with self._lock:
-            self._features: list[str] | None = None  # whose maps plans compute
+            self._state: tuple[Any, ...] | None = None  # what plans were made for
+            self._parts: list[torch.nn.Module] | None = None
             self._ways = Ways(self._backbone)
             self._stamp: ModuleStamp | None = None  # of what is baked into plans
             self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
             self._tuned: dict[tuple[int, ...], str] = {}  # shape -> name of what won
             self._s_per_pixel: float | None = None
+            self._first_s_per_pixel: float | None = None
+            self._n_any_size = 0
             self._notes: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
@@ -127,30 +144,34 @@ class Engine:
 
         Mode "auto" measures, and may choose otherwise the next time.
         """
-        self.prepare_for(pixel_values)
-        plan = self._plans.get(tuple(pixel_values.shape))
-        return "eager" if plan is None else plan.way.mode
+        self._follow_outputs()
+        with torch.no_grad():
+            plain = self._why_plain(pixel_values) is not None
+            return "eager" if plain else self._plan(pixel_values).way.mode
 
     def _follow_outputs(self) -> None:
-        """Forgets everything where other maps are wanted than before."""
-        features = list(self._backbone.out_features)
-        if self._features not in (None, features):
-            self.reset()
-        self._features = features
+        """Forgets everything where other maps are wanted, or of another dtype or device."""
+        backbone = self._backbone
+        state = (list(backbone.out_features), backbone.dtype, backbone.device)
+        if self._state not in (None, state) and not (self._state[0] == state[0] and self._compiled):
+            self.reset()  # what was compiled is found to be out of date
+        self._state = state
 
     def in_precision(self, run: Any, pixel_values: Tensor) -> Any:
         """A call with fp32 multiplied as `precision` asks, which PyTorch keeps in global flags."""
         if self.settings.precision is None or self._backbone.dtype != torch.float32:
             return run(pixel_values)
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         allowed = self.settings.precision == "tf32"
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        torch.backends.cudnn.allow_tf32 = allowed
-        try:
-            return run(pixel_values)
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
+        wanted = "high" if allowed else "highest", allowed
+        with _flags_lock:  # one after the other: the flags are the process's
+            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            if wanted != before:
+                _set_flags(*wanted)
+                try:
+                    return run(pixel_values)
+                finally:
+                    _set_flags(*before)
+        return run(pixel_values)
 
     # --- why nothing but the backbone's own forward may run
 
@@ -158,7 +179,9 @@ class Engine:
         backbone = self._backbone
         if is_tracing():
             return "inside a graph that is being recorded"
-        if backbone.training:
+        if self._parts is None:
+            self._parts = list(backbone.modules())
+        if any(part.training for part in self._parts):
             return self._note("training", "in training mode: call .eval()")
         if torch.is_autocast_enabled(pixel_values.device.type):
             return self._note("autocast", "under torch.autocast, which chooses dtypes itself")
@@ -177,7 +200,16 @@ class Engine:
 
     def _after_change(self) -> Plan | None:
         """Forgets what was baked; what runs instead where making it again takes long."""
-        if any(self._ways.is_compiled(mode) for mode in ("compile", "triton+compile")):
+        with self._lock:
+            return None if self._is_current() else self._forget_baked()
+
+    @property
+    def _compiled(self) -> bool:
+        """Whether a shape runs what takes long to make again."""
+        return any(_compiles(plan.way.name) for plan in list(self._plans.values()))
+
+    def _forget_baked(self) -> Plan | None:
+        if self._compiled:
             reason = "weights, layers or hooks changed since they were compiled, so it runs eager: "
             reason = self._warn_once("changed", f"{reason}call prepare() again")
             return Plan(Way("eager", self._ways.eager), reason)
@@ -234,6 +266,9 @@ class Engine:
         mode = self.settings.mode
         if len(pixel_values) == 0:
             return Plan(Way("eager", self._ways.eager), "an empty batch")
+        if pixel_values.device.type not in ("cpu", "cuda", "meta"):
+            why = f"nothing else is known for {pixel_values.device.type}"
+            return Plan(Way("eager", self._ways.eager), why)
         is_gpu = on_gpu(pixel_values)
         if mode == "auto":
             plan = self._choose(pixel_values, is_gpu, seen_often)
@@ -255,7 +290,8 @@ class Engine:
                 why = f"another size than {mode} is for; a second artefact pays for more images"
                 return self._eager_plan(pixel_values, f"{why}: say expected_images=")
             self._warn_if_wasted(pixel_values)
-        return self._checked(mode, pixel_values, f"mode={mode!r}")
+        recorded = self.settings.cuda_graph is True and self._may_capture(pixel_values)
+        return self._checked(mode + GRAPH if recorded else mode, pixel_values, f"mode={mode!r}")
 
     def _plan_op_by_op(self, mode: str, pixel_values: Tensor, seen_often: bool) -> Plan:
         """On a GPU; as a CUDA graph where that was asked for, or the batch is small and usual."""
@@ -279,7 +315,7 @@ class Engine:
         try:
             way = self._way(name, pixel_values)
             problem = None
-            if way.is_baked:
+            if way.is_baked and not self._is_trusted(way):
                 problem = Truth.of(self._backbone, pixel_values).problem(way.run(pixel_values))
             if problem is None:
                 return Plan(way, why)
@@ -288,6 +324,13 @@ class Engine:
         instead = instead or self._eager_plan(pixel_values, "")
         self._warn(f"{name} is off, {instead.way.runs} runs: {problem}")
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
+
+    def _is_trusted(self, way: Way) -> bool:
+        """Whether an artefact for every size was right in some; each check costs some passes."""
+        if way.detail != ANY_SIZE:
+            return False
+        self._n_any_size += 1
+        return self._n_any_size > CHECKED_SIZES
 
     def _may_capture(self, pixel_values: Tensor) -> bool:
         return self.settings.cuda_graph is not False and pixel_values.is_cuda
@@ -307,9 +350,11 @@ class Engine:
             clock, way = self._clock(pixel_values), self._plain_name(pixel_values)
             few = pixel_values[:1]
             run = self._ways.build(way, few).run
-            first_s = clock(lambda: run(few)) / few.shape[2:].numel()
-            if first_s * saved_pixels < COMPILE_S:
-                return first_s * saved_pixels  # no first run is faster than those that follow
+            if self._first_s_per_pixel is None:
+                self._first_s_per_pixel = clock(lambda: run(few)) / few.shape[2:].numel()
+            if self._first_s_per_pixel * saved_pixels < COMPILE_S:
+                # no first run is faster than those that follow
+                return self._first_s_per_pixel * saved_pixels
             run = self._ways.build(way, pixel_values).run
             run(pixel_values)
             times = [clock(lambda: run(pixel_values)) for _ in range(3)]
@@ -421,14 +466,16 @@ class Engine:
         if best is None:
             plan = self._eager_plan(pixels, "nothing passed: eager is what others are held to")
         else:
-            plan = Plan(Way(best.name, runs[best.name], _bakes(best.name)), _FASTEST)
+            is_own = all(c.name != best.name for c in self.tools.candidates)
+            way = Way(best.name, runs[best.name], _bakes(best.name))
+            plan = Plan(self._ways.build(best.name, pixels) if is_own else way, _FASTEST)
             self._tuned[tuple(pixels.shape)] = best.name
-            if compiling:
+            if compiling and not any(is_not_tried(trial) for trial in trials):
                 value = {"trials": [trial.to_dict() for trial in trials], "winner": best.name}
                 self.cache(pixels.device).put("tuned", self.key(pixels), value)
         plan.trials = trials
         for trial in trials:
-            if trial.problem is not None and not trial.problem.startswith("not tried"):
+            if trial.problem is not None and not is_not_tried(trial):
                 self._warn(f"{trial.name} is off: {trial.problem}")
         with self._lock:
             self._plans[tuple(pixels.shape)] = plan
@@ -515,6 +562,11 @@ class Engine:
         names = {dtype: name for name, dtype in DTYPES.items()}
         own = names.get(self._backbone.dtype, str(self._backbone.dtype).removeprefix("torch."))
         return "tf32" if self.settings.precision == "tf32" else own
+
+
+def _set_flags(matmul: str, cudnn: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def _compiles(name: str) -> bool:

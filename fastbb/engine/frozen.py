@@ -9,16 +9,21 @@ from torch.nn import functional as F
 _LINEAR = torch.ops.aten.linear.default
 _GELU = torch.ops.aten.gelu.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @torch.no_grad()
 def fold_constants(graph: fx.GraphModule) -> None:
-    """Computes now what does not depend on the inputs of a graph, and puts it in as constants."""
+    """Computes now what does not depend on the inputs of a graph, and puts it in as constants.
+
+    Raises:
+        NotImplementedError: the graph writes into what would be a constant.
+    """
     values: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
         if node.op == "get_attr":
             values[node] = _attribute(graph, node.target)
+        elif _writes_to(node, values):
+            raise NotImplementedError(f"{node} writes into a constant")
         elif _is_constant(node, values):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
@@ -78,6 +83,8 @@ def _replace(graph: fx.GraphModule, node: fx.Node, function: Any, arguments: Any
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """`F.scaled_dot_product_attention` of [..., N, head_dim]."""
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, -torch.inf)
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + mask
     return F.softmax(scores, dim=-1) @ v
 
@@ -105,6 +112,15 @@ def _attribute(graph: fx.GraphModule, target: str) -> Any:
     for part in target.split("."):
         value = getattr(value, part)
     return value
+
+
+def _writes_to(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    """Whether an operation changes one of its inputs that is known."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return False
+    named = {a.name: x for a, x in zip(node.target._schema.arguments, node.args)} | node.kwargs
+    written = (named.get(a.name) for a in node.target._schema.arguments if a.is_write)
+    return any(isinstance(x, fx.Node) and x in values for x in written)
 
 
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

@@ -66,21 +66,34 @@ class _Capture:
         self._pool: Any = None
 
     def __call__(self, run: Run, pixel_values: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        static = pixel_values.clone()
-        side = torch.cuda.Stream(static.device)
-        side.wait_stream(torch.cuda.current_stream(static.device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                run(static)
-        torch.cuda.current_stream(static.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        with torch.no_grad(), holding_derived() as held, torch.cuda.graph(graph, pool=self._pool):
-            maps = run(static)
+        device = pixel_values.device
+        with torch.cuda.device(device), torch.no_grad():
+            static = pixel_values.clone()
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    run(static)
+            torch.cuda.current_stream(device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            with (
+                holding_derived() as held,
+                torch.cuda.graph(graph, pool=self._pool, stream=side),
+            ):
+                maps = run(static)
+            for x in maps:  # a graph that recorded nothing must not pass for one that did
+                x.fill_(torch.nan)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
 
         def replay(pixel_values: Tensor, held: Any = held) -> tuple[Tensor, ...]:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(done)  # another stream may still replay or copy
             static.copy_(pixel_values)
             graph.replay()
-            return tuple(x.clone() for x in maps)
+            copies = tuple(x.clone() for x in maps)
+            done.record(stream)
+            return copies
 
         return replay

@@ -51,7 +51,7 @@ def explain(backbone: Backbone) -> Explanation:
 
 
 def _check_device(backbone: Backbone, settings: Settings) -> None:
-    if backbone.training:
+    if any(module.training for module in backbone.modules()):
         raise ValueError("prepare() is for inference, the backbone is training: call .eval() first")
     is_gpu = backbone.device.type == "cuda"
     if settings.mode.startswith("triton") and not (is_gpu or launches_directly()):
@@ -85,7 +85,7 @@ def example_pixels(backbone: Backbone, example: Any) -> Tensor:
         batch, height, width = shape
         generator = torch.Generator().manual_seed(0)
         channels = backbone.config.num_channels
-        pixels = torch.randn(batch, channels, height, width, generator=generator)
+        pixels = torch.randn(batch, channels, height, width, generator=generator, device="cpu")
         pixels = pixels.to(backbone.device, backbone.dtype)
     backbone._check_input(pixels)
     return pixels

@@ -22,6 +22,8 @@ Clock = Callable[[Callable[[], object]], float]
 # says in a few words what is being done
 Report = Callable[[str], None]
 
+_NOT_TRIED = "not tried, the time for measuring was over"
+
 TIE = 0.03  # nearer than this counts as equally fast
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 
@@ -89,15 +91,16 @@ def run_trials(
     """Builds candidates, holds them to the truth, and times those that pass, in turns.
 
     A candidate that raises, runs out of memory or is wrong in any of its runs drops out with the
-    reason. Those that a compiler has to build come last, and only while there is time.
+    reason. Those that a compiler has to build come last, and only while there is time; all others
+    are tried, however long the first use of their kernels takes.
 
     Args:
         candidates: simplest first.
         pixels: [B, C, H, W], what they run on.
         problem_of: why maps are not accepted, or None.
         clock: times a call.
-        budget_s: seconds for all of it, after which no candidate and no round is begun; one
-            candidate and `MIN_ROUNDS` rounds there are always.
+        budget_s: seconds after which no candidate that compiles is begun; and those of the rounds,
+            of which there are at least `MIN_ROUNDS`.
         report: is told what is going on, once for each candidate and each round.
 
     Returns:
@@ -122,8 +125,8 @@ def run_trials(
         return seconds
 
     for candidate in sorted(candidates, key=lambda candidate: candidate.compiles):
-        if runs and spent >= budget_s:
-            problems[candidate.name] = "not tried, the time for measuring was over"
+        if candidate.compiles and runs and spent >= budget_s:
+            problems[candidate.name] = _NOT_TRIED
             continue
         report(f"preparing {candidate.name}")
 
@@ -134,6 +137,7 @@ def run_trials(
         attempt(candidate.name, first)
 
     times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = 0.0
     for index in range(MAX_ROUNDS):
         if not runs or (index >= MIN_ROUNDS and spent >= budget_s):
             break
@@ -149,6 +153,11 @@ def run_trials(
         for name, problem in ((c.name, problems[c.name]) for c in candidates)
     ]
     return trials, runs
+
+
+def is_not_tried(trial: Trial) -> bool:
+    """Whether there was no time for a candidate, of which nothing is known therefore."""
+    return trial.problem == _NOT_TRIED
 
 
 def winner(trials: Sequence[Trial], tie: float = TIE) -> Trial | None:

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from fastbb_kernels.machine import Machine, find_device
+from fastbb_kernels.result_cache import ResultCache
+
 from ..auto import AutoBackbone
 from ..backbone import Backbone
 from .explanation import Explanation
 from .prepare import example_pixels, prepare
 from .settings import Tools
 from .trial import Trial, winner
-from .verify import find_device, model_size
+from .verify import model_size
 
 BATCHES = (1, 8)
 BUDGET_S = 180.0
@@ -103,8 +106,5 @@ def _tuned(backbone: Backbone, precision: str, shape: tuple[int, int, int], tool
 
 def remembered_in(device: str | None = None) -> str:
     """Where the results are kept, and why they may not be, a line each."""
-    from fastbb_kernels.machine import Machine
-    from fastbb_kernels.result_cache import ResultCache
-
     cache = ResultCache(Machine.of(find_device(device)))
     return "\n".join([*cache.notes, f"remembered in {cache.path}"])

@@ -14,6 +14,7 @@ from fastbb_kernels.accuracy import (
     max_error,
     max_magnitude,
 )
+from fastbb_kernels.machine import find_device
 
 from ..auto import AutoBackbone
 from ..backbone import Backbone
@@ -198,26 +199,6 @@ def verify_model(
         backbone = backbone.prepare(mode=mode, precision=precision, example=example)
     images = [random_images(backbone, size, batch) for size in sizes]
     return verify(backbone, inputs=images or None, batch=batch)
-
-
-def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; default: a GPU if there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
-    n_gpus = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= n_gpus:
-        raise ValueError(f"device: {found} is not there: torch sees {n_gpus} GPUs")
-    return found
 
 
 def random_images(

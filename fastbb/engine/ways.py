@@ -15,10 +15,11 @@ from ..derived import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .cpu import KEPT_BYTES, has_arithmetic, images_at_once
 from .graphs import GraphPool
-from .trial import Run
+from .trial import Run, describe
 from .truth import without_engine
 
 GRAPH = " + CUDA graph"
+ANY_SIZE = "any size"
 
 
 class Way(NamedTuple):
@@ -72,6 +73,7 @@ class Ways:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
         self._compiled: dict[str, _Compiled] = {}
+        self._failed: dict[str, str] = {}
         self._graphs: dict[str, GraphPool] = {}
         self._wide: tuple[Backbone, ModuleStamp] | None = None
         self._lock = threading.RLock()
@@ -139,7 +141,14 @@ class Ways:
         with self._lock:
             compiled = self._compiled.get(name)
             if compiled is None:
-                compiled = self._compiled[name] = self._compile_first(name, pixel_values)
+                if name in self._failed:  # it would take as long, and fail again
+                    raise RuntimeError(self._failed[name])
+                try:
+                    compiled = self._compiled[name] = self._compile_first(name, pixel_values)
+                except Exception as error:
+                    if not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                        self._failed[name] = describe(error)
+                    raise
             size = pixel_values.shape[2], pixel_values.shape[3]
             if size == compiled.size:
                 run = in_chunks(compiled.run, compiled.at_once, self.eager)
@@ -156,7 +165,7 @@ class Ways:
                 way = self._eager(pixel_values)
                 return way._replace(why=f"{name} is for {own} images, and {compiled.any_size}")
             why = f"beside the artefact for {own} images one takes every other size"
-            return Way(name, compiled.any_size, True, why, "any size")
+            return Way(name, compiled.any_size, True, why, ANY_SIZE)
 
     def _compile_first(self, name: str, pixel_values: Tensor) -> _Compiled:
         backbone = self._arithmetic_backbone()

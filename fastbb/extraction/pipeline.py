@@ -23,6 +23,8 @@ import PIL
 import torch
 from torch import Tensor
 
+from fastbb_kernels.machine import find_device
+
 from ..auto import AutoBackbone
 from ..backbone import Backbone
 from ..engine.prepare import example_pixels
@@ -118,7 +120,7 @@ class FeatureExtractor:
             raise ValueError(f"size: wanted (height, width) in pixels, got {size!r}")
         if out_indices is not None and not isinstance(out_indices, (tuple, list, range)):
             raise ValueError(f"out_indices: wanted a list such as [1, -1], got {out_indices!r}")
-        self.device = _device(device)
+        self.device = find_device(device)
         self.features = tuple(name for name in FEATURES if name in features)
         self.precision = precision
         self._name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
@@ -170,19 +172,20 @@ class FeatureExtractor:
                 aspect ratio there is no shape to measure, and they run op by op.
             expected_images: how many are to come.
         """
-        if mode != "auto":
-            self.prepare(mode, expected_images)
-            return mode
         size = self.processor.output_size
-        if size is None:
+        if size is None and mode == "auto":
             mode = "triton" if self.device.type == "cuda" else "eager"
-            self.prepare(mode, expected_images)
-            return mode
         self.prepare(mode, expected_images)
         engine = self.model._engine
-        assert engine is not None
-        batch = min(self.batch_size, expected_images)
-        return engine.mode_for(example_pixels(self.model, (batch, *size)))
+        if size is None or engine is None:
+            return mode
+        pixels = example_pixels(self.model, (min(self.batch_size, expected_images), *size))
+        try:
+            return engine.mode_for(pixels)
+        except (RuntimeError, MemoryError) as error:
+            if _is_out_of_memory(error):
+                raise self._too_large(pixels) from error
+            raise
 
     def __call__(self, images: Any) -> dict[str, Tensor]:
         """Computes the features of some images.
@@ -371,9 +374,7 @@ class FeatureExtractor:
         try:
             return self._forward(pixels)
         except (RuntimeError, ValueError) as error:
-            out_of_memory = isinstance(error, torch.OutOfMemoryError) or (
-                "not enough memory" in str(error) or "can't allocate memory" in str(error)
-            )
+            out_of_memory = _is_out_of_memory(error)
             # only where images differ in size does one image's size decide
             if self.processor.output_size is None:
                 size = f"at {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width)"
@@ -381,11 +382,14 @@ class FeatureExtractor:
                     return ImageError("oom_single", f"the model runs out of memory {size}")
                 return ImageError("transform", f"the model does not take it {size}: {error}")
             if out_of_memory:
-                raise ValueError(
-                    f"batch_size: {len(pixels)} images of {pixels.shape[2]} x {pixels.shape[3]} do "
-                    f"not fit into the memory of {self.device}; start again with fewer"
-                ) from error
+                raise self._too_large(pixels) from error
             raise
+
+    def _too_large(self, pixels: Tensor) -> ValueError:
+        return ValueError(
+            f"batch_size: {len(pixels)} images of {pixels.shape[2]} x {pixels.shape[3]} do "
+            f"not fit into the memory of {self.device}; start again with fewer"
+        )
 
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Features on the CPU of fp32 [B, 3, H, W]."""
@@ -402,19 +406,10 @@ class FeatureExtractor:
         return {name: tensor.cpu().contiguous() for name, tensor in features.items()}
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    has_gpu = torch.cuda.is_available()
-    try:
-        found = torch.device(("cuda" if has_gpu else "cpu") if device is None else device)
-    except RuntimeError as error:
-        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}") from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device: {found} is not there: torch sees {torch.cuda.device_count()} GPUs"
-        )
-    return found
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    )
 
 
 def n_decode_threads(device: torch.device) -> int:

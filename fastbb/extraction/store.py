@@ -1,4 +1,4 @@
-"""The features directory, format 1, written shard by shard.
+"""The features directory, format 2, written shard by shard.
 
     plan.json                   what decides the values; its sha256 is the identity of the run
     rows/rows-*.jsonl           the frozen input list, one file per shard
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from .sources import Source
 
-FORMAT = 1
+FORMAT = 2
 # what the first start found: the list of the inputs, and the mode that was fastest. A resumed run
 # takes them as they are
 _FROZEN_FIELDS = ("rows", "rows_sha256", "runs")

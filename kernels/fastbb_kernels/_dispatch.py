@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _default: Impl = "auto"
 _per_op: dict[str, Impl] = {}
 # the blocks of `use_impl` that are open, in the order they were entered
-_blocks: list[tuple[Impl, tuple[str, ...]]] = []
+_blocks: list["_Block"] = []
 _blocks_lock = Lock()
 
 _pretending = False
@@ -39,6 +39,13 @@ class KernelWarning(RuntimeWarning):
     """A kernel does not work on this device, and something else runs in its place."""
 
 
+class _Block(NamedTuple):
+    """An open block of `use_impl`."""
+
+    impl: Impl
+    ops: tuple[str, ...]
+
+
 @contextmanager
 def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
     """Sets the implementation of ops called without `impl=` inside the block, in all threads.
@@ -51,7 +58,7 @@ def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
             "triton" raises the reason where Triton cannot run the call.
         ops: names of the ops this is about, before what is set for all; default: all.
     """
-    block = _check(impl), (ops,) if isinstance(ops, str) else tuple(ops)
+    block = _Block(_check(impl), (ops,) if isinstance(ops, str) else tuple(ops))
     with _blocks_lock:
         _blocks.append(block)
         _apply_blocks()
@@ -66,8 +73,9 @@ def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
 
 def _apply_blocks() -> None:
     global _default, _per_op
-    _default = next((impl for impl, ops in reversed(_blocks) if not ops), "auto")
-    _per_op = {op: impl for impl, ops in _blocks for op in ops}
+    impls: list[Impl] = ["auto", *(block.impl for block in _blocks if not block.ops)]
+    _default = impls[-1]
+    _per_op = {op: block.impl for block in _blocks for op in block.ops}
 
 
 def chosen_impl(op: str, impl: Impl | None) -> Impl:

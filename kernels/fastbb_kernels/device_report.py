@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ._dispatch import KernelWarning, launches_directly
+from .machine import find_device
 from .op import DTYPE_NAMES, op_names
 from .self_check import current
 
@@ -65,7 +66,7 @@ def check_ops(
         for name in wanted:
             if name not in known:
                 raise ValueError(f"{kind}: wanted one of {', '.join(known)}, got {name!r}")
-    found = _device(device)
+    found = find_device(device)
     check = current()
     if check is None or (found.type == "cpu" and not launches_directly()):
         return DeviceReport("", {}, (), _WITHOUT_A_GPU.format(device=found))
@@ -81,19 +82,6 @@ def check_ops(
     notes = (*cache.notes, f"remembered in {cache.path}")
     text = "\n".join([cache.machine.device, *_table(outcomes), *notes])
     return DeviceReport(cache.machine.device, outcomes, notes, text)
-
-
-def _device(device: str | None) -> torch.device:
-    n_devices = torch.cuda.device_count()
-    try:
-        found = torch.device(device or ("cuda" if n_devices else "cpu"))
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
-    if found.type == "cuda" and (found.index or 0) >= n_devices:
-        raise ValueError(f"device: {found} is not there: torch sees {n_devices} GPUs")
-    return found
 
 
 def _table(outcomes: dict[tuple[str, torch.dtype], str | None]) -> list[str]:

@@ -72,6 +72,26 @@ class Machine:
         return f"{slug or 'unknown'}-{hashlib.sha256(fields).hexdigest()[:12]}"
 
 
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name; default: a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: wanted cpu, cuda or cuda:N, got {device!r}")
+    n_gpus = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= n_gpus:
+        raise ValueError(f"device: {found} is not there: torch sees {n_gpus} GPUs")
+    return found
+
+
 @cache
 def kernels_digest() -> str:
     """A digest of the sources that a result depends on, as they were when first asked for."""

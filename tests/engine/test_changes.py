@@ -245,6 +245,31 @@ def test_a_hook_that_a_family_refuses_is_refused(backbone: Any) -> None:
         maps_of(prepared)
 
 
+@torch.no_grad()
+def test_layers_that_train_elsewhere_train_here(backbone: Any, capsys: Any) -> None:
+    """The layers are those of the backbone that was prepared."""
+    prepared = backbone.prepare("compile")
+    before = maps_of(prepared)
+    backbone.train()
+    maps_of(prepared)
+    assert "in training mode: call .eval()" in explained(prepared, capsys).rows[-1].why
+    with pytest.raises(ValueError, match="training"):
+        prepared.prepare("compile")
+    backbone.eval()
+    if type(backbone).__name__ == "SwinBackbone":  # without statistics that have moved
+        assert all(map(torch.equal, maps_of(prepared), before))
+
+
+def test_a_forward_that_was_put_on_a_layer_is_a_change() -> None:
+    backbone = resnet()
+    stamp = ModuleStamp(backbone)
+    layer: Any = backbone.embedder.embedder.convolution
+    layer.forward = layer.forward
+    assert not stamp.is_current()
+    del layer.forward
+    assert stamp.is_current()
+
+
 def test_another_precision_afterwards_is_a_change() -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     prepared.half()

@@ -110,7 +110,7 @@ def test_auto_compiles_for_many_images(
         assert_right(backbone, pair, ONE)
         assert_right(backbone, pair, ONE)
     row = only_row(backbone, capsys)
-    assert row.runs == "compile" and row.others == "eager: 200 ms"
+    assert row.runs == "compile, 1 images at once" and row.others == "eager: 200 ms"
     assert compiler.compiled == [(1, 3, 64, 64)] and compiler.impls == ["eager"]
 
 

@@ -83,6 +83,22 @@ def test_what_depends_on_no_input_is_computed_once() -> None:
     assert not torch.equal(first, graph(x)[1])  # random numbers are drawn anew
 
 
+class Written(nn.Module):
+    """A mask that is made empty and then filled, as timm's Swins make theirs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(4)
+        mask[2:] = 1
+        return x * mask
+
+
+@torch.no_grad()
+def test_what_is_written_after_it_was_made_is_no_constant() -> None:
+    graph = exported(Written(), torch.randn(3, 4))
+    with pytest.raises(NotImplementedError, match="writes into a constant"):
+        fold_constants(graph)
+
+
 class Layers(nn.Module):
     def __init__(self, approximate: str = "none", bias: bool = True) -> None:
         super().__init__()
@@ -121,6 +137,17 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **self.options)
+
+
+@torch.no_grad()
+def test_a_mask_of_what_counts() -> None:
+    module, tensors = Attention(), [torch.randn(2, 3, 9, 8) for _ in range(3)]
+    mask = torch.rand(1, 3, 9, 9) > 0.3
+    mask[..., 0] = True
+    graph = exported(module, *tensors, mask)
+    attention_to_products(graph)
+    assert targets(graph)["_attention"] == 1
+    assert_equals_upstream(graph(*tensors, mask), module(*tensors, mask))
 
 
 @pytest.mark.parametrize(

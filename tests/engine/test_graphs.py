@@ -107,9 +107,10 @@ class Cuda:
         self.capturing: Any = None
         self.pools: list[Any] = []
         self.n_runs = 0
+        self.events: list[str] = []
 
     @contextmanager
-    def graph(self, graph: Any, pool: Any) -> Iterator[None]:
+    def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
         self.capturing = graph
         self.pools.append(pool)
         yield
@@ -140,7 +141,10 @@ class Cuda:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     cuda = Cuda()
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(
+        wait_stream=lambda other: None, wait_event=lambda event: cuda.events.append("wait")
+    )
+    event = SimpleNamespace(record=lambda stream: cuda.events.append("record"))
     fakes = {
         "Stream": lambda device: stream,
         "current_stream": lambda device: stream,
@@ -148,6 +152,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
         "CUDAGraph": cuda.new_graph,
         "graph_pool_handle": object,
         "graph": cuda.graph,
+        "device": lambda device: nullcontext(),
+        "Event": lambda: event,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -172,6 +178,22 @@ def test_runs_before_it_is_recorded_and_never_after(cuda: Cuda) -> None:
     assert cuda.n_runs == graphs._WARM_UP + 1
     pool(WIDE)
     assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]  # of memory
+
+
+def test_a_replay_waits_for_what_another_stream_still_does(cuda: Cuda) -> None:
+    pool = GraphPool(cuda.recordable(doubled))
+    for _ in range(2):
+        pool(PIXELS)
+    assert cuda.events == ["record", "wait", "record", "wait", "record"]
+
+
+def test_a_graph_that_recorded_nothing_gives_nothing_away(
+    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that was captured on another device."""
+    pool = GraphPool(cuda.recordable(doubled))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    assert pool(PIXELS)[0].isnan().all()
 
 
 def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:

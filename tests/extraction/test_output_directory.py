@@ -46,7 +46,7 @@ def test_files_of_somebody_else_are_left_alone(run: Run, tmp_path: Path, name: s
 
 @pytest.mark.parametrize(
     "plan",
-    ["{}", "null", "{", '{"format":9}', '{"format":1,"rows":1,"rows_sha256":[]}'],
+    ["{}", "null", "{", '{"format":9}', '{"format":2,"rows":1,"rows_sha256":[]}'],
     ids=["empty", "null", "cut", "later format", "few fields"],
 )
 def test_a_plan_of_something_else_is_left_alone(run: Run, tmp_path: Path, plan: str) -> None:
@@ -55,10 +55,10 @@ def test_a_plan_of_something_else_is_left_alone(run: Run, tmp_path: Path, plan: 
     (out / "notes.tmp-1" / "a.tmp-2").write_text("x")
     (out / "plan.json").write_text(plan)
     before = everything(out)
-    with pytest.raises(PlanMismatchError, match="is damaged|format: 9 there, 1 asked"):
+    with pytest.raises(PlanMismatchError, match="is damaged|format: 9 there, 2 asked"):
         run()
     assert everything(out) == before
-    with pytest.raises((PlanMismatchError, ValueError), match="is damaged|format 1 is read, got 9"):
+    with pytest.raises((PlanMismatchError, ValueError), match="is damaged|format 2 is read, got 9"):
         open_features(out)
 
 

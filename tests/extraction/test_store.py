@@ -339,8 +339,8 @@ def test_no_features_and_features_of_a_later_version(
         open_features(tmp_path)
     run()
     path = tmp_path / "out" / "plan.json"
-    path.write_text(path.read_text().replace('"format":1', '"format":2'))
-    with pytest.raises(ValueError, match="format 1 is read, got 2"):
+    path.write_text(path.read_text().replace('"format":2', '"format":3'))
+    with pytest.raises(ValueError, match="format 2 is read, got 3"):
         open_features(tmp_path / "out")
     path.write_text("{")
     with pytest.raises(ExtractionError, match="is damaged"):
