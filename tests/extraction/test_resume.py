@@ -20,6 +20,20 @@ CORRUPT = {3: b"", 400: b"text", 901: 30, 1300: 45, 1999: 50}
 PAUSE_S = 120.0
 
 COMMAND = "from fastbb.cli import main; main()"
+# gives who watches the time to see a commit before the next one
+RESTS_AFTER_COMMIT = (
+    """
+import time
+from fastbb.extraction.store import FeatureWriter
+commit = FeatureWriter.commit
+def resting(self, *content):
+    done = commit(self, *content)
+    time.sleep(0.3)
+    return done
+FeatureWriter.commit = resting
+"""
+    + COMMAND
+)
 # kills itself where the features of the last shard are stored and its commit is not
 DIES_BEFORE_COMMIT = (
     """
@@ -79,14 +93,14 @@ def test_killed_and_resumed_is_byte_identical(
     whole = tree(tmp_path / "whole")
     assert (report.rows, report.ok) == (N_IMAGES, N_IMAGES - len(CORRUPT))
 
-    with start(arguments) as first:
+    with start(arguments, RESTS_AFTER_COMMIT) as first:
         wait_for_commits(first, out, 1)
         first.send_signal(signal.SIGINT)
         _, message = first.communicate(timeout=PAUSE_S)
     assert first.returncode == 130 and "the same command again goes on" in message
     assert not list(out.rglob("*.tmp-*"))
 
-    with start(arguments) as second:
+    with start(arguments, RESTS_AFTER_COMMIT) as second:
         wait_for_commits(second, out, max(3, len(commits(out)) + 1))
         second.kill()
     n_done = len(commits(out))
