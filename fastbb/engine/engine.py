@@ -243,7 +243,7 @@ class Engine:
             if plan is not None and plan.n_left is not None:
                 plan.n_left -= 1
             if plan is None or (plan.n_left is not None and plan.n_left <= 0):
-                instead = None if self._is_current() else self._after_change()
+                instead = self._after_change()
                 if instead is not None:
                     return instead
                 if self._stamp is None:
@@ -285,10 +285,10 @@ class Engine:
 
     def _plan_compiled(self, mode: str, pixel_values: Tensor) -> Plan:
         """What a mode that the user named compiles, held to the truth before it may run."""
+        if self._needs_another_for_few(mode, pixel_values):
+            why = f"another size than {mode} is for; a second artefact pays for more images"
+            return self._eager_plan(pixel_values, f"{why}: say expected_images=")
         if not self._ways.has_artefact(mode, pixel_values):
-            if self._ways.is_compiled(mode) and not self._compiling_pays(pixel_values):
-                why = f"another size than {mode} is for; a second artefact pays for more images"
-                return self._eager_plan(pixel_values, f"{why}: say expected_images=")
             self._warn_if_wasted(pixel_values)
         recorded = self.settings.cuda_graph is True and self._may_capture(pixel_values)
         return self._checked(mode + GRAPH if recorded else mode, pixel_values, f"mode={mode!r}")
@@ -339,6 +339,14 @@ class Engine:
 
     def _compiling_pays(self, pixel_values: Tensor) -> bool:
         return self._saved_s(pixel_values) >= COMPILE_S
+
+    def _needs_another_for_few(self, name: str, pixel_values: Tensor) -> bool:
+        """Whether this shape needs a second artefact, which does not pay."""
+        return (
+            self._ways.is_compiled(name)
+            and not self._ways.has_artefact(name, pixel_values)
+            and not self._compiling_pays(pixel_values)
+        )
 
     def _saved_s(self, pixel_values: Tensor, gain: float = COMPILE_GAIN) -> float:
         """Seconds that compiling saves on all expected images."""
@@ -435,11 +443,7 @@ class Engine:
 
     def _named(self, name: str, pixels: Tensor, why: str) -> Plan:
         """What was chosen by its name, held to the truth for these pixels."""
-        if _compiles(name) and not (
-            self._ways.has_artefact(name, pixels)
-            or not self._ways.is_compiled(name)
-            or self._compiling_pays(pixels)
-        ):
+        if self._needs_another_for_few(name, pixels):
             why = f"another size than {name} is for; a second artefact pays for more images"
             return self._eager_plan(pixels, why)
         return self._checked(name, pixels, why)

@@ -19,11 +19,11 @@ from fastbb_kernels.machine import find_device
 from ..auto import AutoBackbone
 from ..backbone import Backbone
 from ..models.timm import TimmBackbone
+from .settings import DTYPES
 from .truth import allowed_rel, fp32_rel
 from .upstream import Upstream, upstream_from, upstream_of
 
 _BATCH = 2
-_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ANY_SIZE = 224  # of models that are not made for one
 
 
@@ -192,7 +192,7 @@ def verify_model(
     """
     where = find_device(device)
     options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
-    dtype = torch.float32 if mode is not None else _PRECISIONS[precision]
+    dtype = torch.float32 if mode is not None else DTYPES[precision]
     backbone = AutoBackbone.from_pretrained(name, dtype=dtype, device=where, **options)
     if mode is not None:
         example = (batch, *(sizes[0] if sizes else model_size(backbone)))

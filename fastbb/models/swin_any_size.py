@@ -16,16 +16,14 @@ from torch.nn import functional as F
 
 from fastbb_kernels import (
     WindowGeometry,
-    layer_norm_linear,
     linear_residual,
     patch_merging,
-    swin_mlp_block,
 )
 from fastbb_kernels.ops.window_attention import _regions, _windows
 
 from ..layers import check_untouched
 from .swin import SwinBackbone, TorchvisionSwinConfig
-from .swin_compute import MERGING_EPS, SwinBlockSpec, SwinBlockWeights
+from .swin_compute import MERGING_EPS, SwinBlockSpec, SwinBlockWeights, mlp_half, project_qkv
 
 MAX_REMEMBERED_SIZES = 16
 PADDING = -1  # in an index: a token that the map does not have
@@ -242,31 +240,14 @@ def _block(
     regions: Tensor | None,
 ) -> Tensor:
     """`swin_block` in inference, on rows [T, C]; the indices are those of `WindowIndices`."""
-    qkv = layer_norm_linear(
-        x,
-        weights.norm1_weight,
-        weights.norm1_bias,
-        weights.qkv_weight,
-        weights.qkv_bias,
-        eps=spec.eps,
-    )
+    qkv = project_qkv(x, spec, weights)
     padding = 0.0 if weights.qkv_bias is None else weights.qkv_bias
     qkv = _rows(qkv, gather, padding).unflatten(2, (3, spec.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [W, heads, N, head_dim]
     y = _attend(q, k, v, weights.relative_position_bias, regions)
     y = y.transpose(1, 2).flatten(2).flatten(0, 1)[scatter]
     x = linear_residual(y, weights.proj_weight, weights.proj_bias, x)
-    return swin_mlp_block(
-        x,
-        weights.norm2_weight,
-        weights.norm2_bias,
-        weights.fc1_weight,
-        weights.fc1_bias,
-        weights.fc2_weight,
-        weights.fc2_bias,
-        eps=spec.eps,
-        activation=spec.activation,
-    )
+    return mlp_half(x, spec, weights)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None) -> Tensor:

@@ -118,17 +118,7 @@ def swin_block(
     else:
         x = _attention_half(x, spec, weights, geometry, training, attentions)
     if not random_mlp:
-        return swin_mlp_block(
-            x,
-            weights.norm2_weight,
-            weights.norm2_bias,
-            weights.fc1_weight,
-            weights.fc1_bias,
-            weights.fc2_weight,
-            weights.fc2_bias,
-            eps=spec.eps,
-            activation=spec.activation,
-        )
+        return mlp_half(x, spec, weights)
     y = layer_norm_linear(
         x,
         weights.norm2_weight,
@@ -143,6 +133,33 @@ def swin_block(
     )
 
 
+def project_qkv(x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights) -> Tensor:
+    """Queries, keys and values [..., 3C] of tokens [..., C], with the norm before them."""
+    return layer_norm_linear(
+        x,
+        weights.norm1_weight,
+        weights.norm1_bias,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        eps=spec.eps,
+    )
+
+
+def mlp_half(x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights) -> Tensor:
+    """The second half of a block in inference, its norm and residual included: [..., C]."""
+    return swin_mlp_block(
+        x,
+        weights.norm2_weight,
+        weights.norm2_bias,
+        weights.fc1_weight,
+        weights.fc1_bias,
+        weights.fc2_weight,
+        weights.fc2_bias,
+        eps=spec.eps,
+        activation=spec.activation,
+    )
+
+
 def _attention_half(
     x: Tensor,
     spec: SwinBlockSpec,
@@ -152,14 +169,7 @@ def _attention_half(
     attentions: list[Tensor] | None,
 ) -> Tensor:
     """The attention half where something happens inside it, or its weights are wanted."""
-    qkv = layer_norm_linear(
-        x,
-        weights.norm1_weight,
-        weights.norm1_bias,
-        weights.qkv_weight,
-        weights.qkv_bias,
-        eps=spec.eps,
-    )
+    qkv = project_qkv(x, spec, weights)
     attend = {
         "num_heads": spec.num_heads,
         "geometry": geometry,
