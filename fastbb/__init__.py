@@ -4,10 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .acceleration import AccelerateReport, accelerate, restore
     from .auto import AutoBackbone, AutoConfig, list_backbones
     from .backbone import BackboneMixin, BackboneOutput
     from .configuration import BackboneConfigMixin
     from .extraction import FeatureExtractor, extract, open_features
+    from .heads import MaskFormerConfig as MaskFormerConfig
+    from .heads import MaskFormerForInstanceSegmentation as MaskFormerForInstanceSegmentation
+    from .heads import register as register
+    from .heads import unregister as unregister
     from .image_processing import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
@@ -16,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccelerateReport",
     "AutoBackbone",
     "AutoConfig",
     "AutoImageProcessor",
@@ -30,16 +36,25 @@ __all__ = [
     "SwinConfig",
     "TimmBackbone",
     "TimmBackboneConfig",
+    "accelerate",
     "extract",
     "list_backbones",
     "open_features",
+    "restore",
 ]
 
 _MODULES = {
+    "acceleration": ("AccelerateReport", "accelerate", "restore"),
     "auto": ("AutoBackbone", "AutoConfig", "list_backbones"),
     "backbone": ("BackboneMixin", "BackboneOutput"),
     "configuration": ("BackboneConfigMixin",),
     "extraction": ("FeatureExtractor", "extract", "open_features"),
+    "heads": (
+        "MaskFormerConfig",
+        "MaskFormerForInstanceSegmentation",
+        "register",
+        "unregister",
+    ),
     "image_processing": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),

@@ -57,6 +57,11 @@ def check_untouched(backbone: nn.Module) -> None:
             )
 
 
+def is_foldable(norm: nn.Module | None) -> bool:
+    """Whether a module is a batch norm, or a frozen one of any library, and nothing else."""
+    return type(norm) is nn.BatchNorm2d or type(norm).__name__.endswith("FrozenBatchNorm2d")
+
+
 def is_plain_batch_norm(norm: nn.Module | None) -> bool:
     """Whether a module is torch's batch norm, or a frozen one without an activation of its own."""
     return type(norm) is nn.BatchNorm2d or type(norm).__name__ == "FrozenBatchNorm2d"

@@ -1,13 +1,14 @@
 """What a family of backbones tells the rest of fastbb about itself."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from .backbone import Backbone
 from .checkpoint import StateDict
 from .configuration import BackboneConfig
+from .replacement import Fast
 
 # pixels [B, C, H, W] and the stages wanted, at least one -> their maps [B, C, h, w] in that order
 StagesForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
@@ -24,6 +25,7 @@ class Family:
             maps from its parameters, or None if the module is not exactly of this family.
         torchvision_names: torchvision's models of this family.
         from_torchvision: configuration and renamed tensors of a torchvision state dict.
+        replaces: full names of upstream's classes, and what computes the same in their place.
     """
 
     backbone: type[Backbone]
@@ -31,6 +33,7 @@ class Family:
     timm_forward: Callable[[nn.Module], StagesForward | None] | None = None
     torchvision_names: tuple[str, ...] = ()
     from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
+    replaces: Mapping[str, type[Fast]] = field(default_factory=dict)
 
 
 FAMILIES: list[Family] = []

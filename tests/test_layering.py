@@ -13,16 +13,18 @@ FASTBB, KERNELS = ROOT / "fastbb", ROOT / "kernels" / "fastbb_kernels"
 # a module imports only what stands before its own layer, or beside it in the same layer
 LAYERS = [
     {"fastbb_kernels"},
-    {"fastbb.derived", "fastbb.dataflow", "fastbb.hub"},
+    {"fastbb.derived", "fastbb.dataflow", "fastbb.hub", "fastbb.measuring"},
     {"fastbb.fold", "fastbb.folding"},
+    {"fastbb.replacement"},
     {"fastbb.layers"},
     {"fastbb.configuration", "fastbb.checkpoint"},
     {"fastbb.backbone"},
-    {"fastbb.registry"},
+    {"fastbb.registry", "fastbb.host"},
     {"fastbb.models"},
     {"fastbb.auto"},
     {"fastbb.image_modes", "fastbb.image_spec", "fastbb.image_processing"},
     {"fastbb.engine"},
+    {"fastbb.acceleration"},
     {"fastbb.extraction"},
     {"fastbb.cli", "fastbb.view"},
 ]

@@ -22,20 +22,10 @@ from fastbb_kernels.result_cache import ResultCache
 
 from ..backbone import Backbone
 from ..derived import ModuleStamp, is_tracing
+from ..measuring import Clock, describe, duration, wall_clock
 from .explanation import Explanation, Row
 from .settings import DTYPES, EngineWarning, Settings, Tools
-from .trial import (
-    Candidate,
-    Clock,
-    Run,
-    Trial,
-    describe,
-    duration,
-    is_not_tried,
-    run_trials,
-    wall_clock,
-    winner,
-)
+from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
 from .ways import ANY_SIZE, GRAPH, Way, Ways, on_gpu
 

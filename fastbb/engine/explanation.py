@@ -43,10 +43,11 @@ class Explanation:
     def __str__(self) -> str:
         header = ("what", "runs", "why", "others")
         rows = [header, *((r.what, r.runs, r.why, r.others) for r in self.rows)]
-        return f"{self.title}\n{_table(rows)}"
+        return f"{self.title}\n{table(rows)}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of columns as text; long cells are wrapped."""
     cells = [[textwrap.wrap(text, _WIDTH) or [""] for text in row] for row in rows]
     widths = [max(len(line) for cell in column for line in cell) for column in zip(*cells)]
     lines = []

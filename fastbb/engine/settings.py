@@ -8,7 +8,8 @@ import torch
 
 from fastbb_kernels.result_cache import ResultCache
 
-from .trial import Candidate, Clock, Report, tuning_bar
+from ..measuring import Clock
+from .trial import Candidate, Report, tuning_bar
 
 Mode = Literal["auto", "eager", "compile", "triton", "triton+compile"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]

@@ -4,20 +4,18 @@ import logging
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from ..measuring import Clock, describe, duration
 
 logger = logging.getLogger(__name__)
 
 # pixels [B, C, H, W] -> feature maps [B, C', h, w]
 Run = Callable[[Tensor], tuple[Tensor, ...]]
-# seconds that a call takes, to the end of the device's work
-Clock = Callable[[Callable[[], object]], float]
 
 # says in a few words what is being done
 Report = Callable[[str], None]
@@ -174,19 +172,6 @@ def winner(trials: Sequence[Trial], tie: float = TIE) -> Trial | None:
     return next(trial for seconds, trial in timed if seconds <= fastest * (1 + tie))
 
 
-def wall_clock(device: torch.device) -> Clock:
-    """A clock for a device: it waits for the device before and after the call."""
-
-    def clock(call: Callable[[], object]) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        return time.perf_counter() - start
-
-    return clock
-
-
 def tuning_bar(n_candidates: int) -> Report:
     """A progress bar on a terminal, elsewhere lines in the log."""
     if not sys.stderr.isatty():
@@ -200,26 +185,3 @@ def tuning_bar(n_candidates: int) -> Report:
         bar.update(bar.n < (bar.total or 0))
 
     return report
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has done its work; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def describe(error: BaseException) -> str:
-    """An error in one line."""
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return f"out of memory: {first}"
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: 1.23 ms, 45.6 ms, 7.89 s."""
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
-        if seconds * scale < 999.5:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"

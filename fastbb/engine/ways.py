@@ -12,10 +12,11 @@ from fastbb_kernels._dispatch import launches_directly
 
 from ..backbone import Backbone
 from ..derived import ModuleStamp
+from ..measuring import describe
 from .compiled import compile_maps, in_chunks
 from .cpu import KEPT_BYTES, has_arithmetic, images_at_once
 from .graphs import GraphPool
-from .trial import Run, describe
+from .trial import Run
 from .truth import without_engine
 
 GRAPH = " + CUDA graph"

@@ -40,9 +40,10 @@ from .swin_compute import (
     SwinBlockSpec,
     SwinBlockWeights,
     SwinStage,
-    relative_position_bias,
+    attention_tensors,
     swin_stage,
 )
+from .swin_hosts import REPLACED
 from .swin_sources import (
     in_memory_name,
     legacy_name,
@@ -188,14 +189,6 @@ class _Attention(nn.Module):
         self.relative_position_bias = _RelativePositionBias(num_heads, config.window_size)
 
 
-def _attention_tensors(
-    window: tuple[int, int], table: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weight and bias of q, k and v in one, and the relative position bias."""
-    qkv_bias = torch.cat(biases) if biases else None
-    return torch.cat([q, k, v]), qkv_bias, relative_position_bias(table, window)
-
-
 class _Mlp(nn.Module):
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -219,7 +212,7 @@ class _Block(nn.Module):
         qkv_weight, qkv_bias, expanded = derive(
             self,
             "attention",
-            partial(_attention_tensors, bias.window),
+            partial(attention_tensors, bias.window),
             table,
             *(projection.weight for projection in projections),
             *(projection.bias for projection in projections if projection.bias is not None),
@@ -557,5 +550,6 @@ register(
         timm_forward=timm_forward,
         torchvision_names=("swin_t", "swin_s", "swin_b"),
         from_torchvision=torchvision_swin,
+        replaces=REPLACED,
     )
 )

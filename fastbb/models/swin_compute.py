@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -217,6 +218,14 @@ def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     bias = table[relative_position_index(window, table.device)]
     bias = bias.view(tokens, tokens, -1).permute(2, 0, 1)
     return F.pad(bias, (0, -tokens % 16)).contiguous()
+
+
+def attention_tensors(
+    window: tuple[int, int], table: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight and bias of q, k and v in one, and the relative position bias."""
+    qkv_bias = torch.cat(biases) if biases else None
+    return torch.cat([q, k, v]), qkv_bias, relative_position_bias(table, window)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ from fastbb.engine.trial import (
     Candidate,
     Run,
     Trial,
-    describe,
-    duration,
     is_not_tried,
     run_trials,
     tuning_bar,
-    wall_clock,
     winner,
 )
 from fastbb.engine.truth import Truth, allowed_rel, fp32_rel, without_engine
+from fastbb.measuring import describe, duration, wall_clock
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
 PIXELS = images(4, 4)

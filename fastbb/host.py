@@ -1,0 +1,182 @@
+"""A whole backbone inside a host: folded, and run by the engine, behind the host's own contract."""
+
+import copy
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .backbone import Backbone
+from .configuration import BackboneConfig
+from .derived import ModuleStamp
+from .folding import Folding, FoldReport, find_norms, is_batch_norm
+from .replacement import Fast, HowToRun, Refused, replacement_of
+
+TRACED_SIZE = 224  # pixels, of the image that the dataflow is read off
+
+
+class NothingToDo(Refused):
+    """A module that gains nothing from being replaced as a whole; its blocks may."""
+
+
+class HostConfig(BackboneConfig):
+    """What an engine knows of a backbone inside a host."""
+
+    model_type: ClassVar[str] = "fastbb-host"
+
+    def __init__(self, *, architecture: str = "", num_channels: int = 3, **unknown: Any) -> None:
+        super().__init__(**unknown)
+        self.architecture = architecture
+        self.num_channels = num_channels
+        self._set_stages(["result"], None, None)
+
+
+class HostBackbone(Backbone):
+    """The modules of a host behind the backbone API; `feature_maps` are the host's results.
+
+    Args:
+        config: what is known of it.
+        region: computes the results.
+    """
+
+    config_class = HostConfig
+    config: HostConfig
+
+    def __init__(self, config: HostConfig, region: "Region") -> None:
+        super().__init__(config)
+        self.stage_names = list(config.stage_names or ())
+        self.host: nn.Module = region.module
+        self._region = region
+        self.training = False  # whether anything inside trains is asked before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostBackbone":
+        host = copy.deepcopy(self.host, memo)
+        own = replacement_of(host)
+        if own is not None:
+            own.unbind()  # the copy is run by whom it was made for
+        region = type(self._region)(host, self._region.how)
+        return HostBackbone(copy.copy(self.config), region)
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return self._region.tensors(pixel_values)
+
+    def forward_stages(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        raise NotImplementedError("a host returns all its results at once")
+
+
+class Region(Fast):
+    """A module of a host that takes pixels: its norms folded, its calls run by the engine."""
+
+    methods = ("forward_features", "forward_intermediates")
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        self._folding = Folding(module, _norms(module))
+        self._spec: TreeSpec | None = None
+        self._prepared: tuple[HostBackbone, ModuleStamp | None] | None = None
+        if "compile" not in how.mode and how.precision is None and not self.helps:
+            self.close()
+            raise NothingToDo("it has nothing of its own to accelerate")
+
+    @property
+    def fold_report(self) -> FoldReport:
+        return self._folding.report
+
+    @property
+    def helps(self) -> bool:
+        """Whether computing op by op gains something, beyond what its blocks gain."""
+        return bool(self.fold_report.folded)
+
+    def close(self) -> None:
+        self._folding.undo()
+
+    def see(self, result: Any) -> None:
+        leaves, spec = tree_flatten(result)
+        tensors = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
+        self._spec = spec if leaves and tensors else None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        pixel_values = self._only_pixels(args, kwargs)
+        if pixel_values is None or self._spec is None:
+            return self.run("forward", *args, **kwargs)
+        backbone = self.prepared()
+        engine = backbone._engine
+        assert engine is not None
+        tensors = engine(engine.converted(pixel_values))
+        return tree_unflatten([x.to(pixel_values.dtype) for x in tensors], self._spec)
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run("forward_features", *args, **kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run("forward_intermediates", *args, **kwargs)
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """The module's own method, with norms folded and blocks replaced."""
+
+        def call() -> Any:
+            return getattr(type(self.module), method)(self.module, *args, **kwargs)
+
+        return self._folding.run(call)
+
+    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the module's result for pixels [B, C, H, W]."""
+        return tuple(tree_flatten(self.run("forward", pixel_values))[0])
+
+    def prepared(self) -> HostBackbone:
+        """The module behind the engine, made anew where a converted copy is out of date."""
+        if self._prepared is not None:
+            backbone, stamp = self._prepared
+            if stamp is None or stamp.is_current():
+                return backbone
+        config = HostConfig(architecture=type(self.module).__qualname__)
+        backbone = HostBackbone(config, self)
+        prepared = backbone.prepare(self.how.mode, self.how.precision)
+        is_copy = prepared.host is not self.module
+        self._prepared = prepared, ModuleStamp(self.module) if is_copy else None
+        return prepared
+
+    def explanation(self) -> str:
+        """What the engine decided, "" before it did."""
+        if self._prepared is None or self._prepared[0]._engine is None:
+            return ""
+        return str(self._prepared[0]._engine.explain())
+
+    def likeness(self) -> Hashable:
+        return id(self)
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        if not args and not kwargs:
+            return "it was called without pixels"
+        return None
+
+    def _only_pixels(self, args: Any, kwargs: Any) -> Tensor | None:
+        """The pixels of a call that asks for nothing else."""
+        values = [*args, *kwargs.values()]
+        pixels = [value for value in values if isinstance(value, Tensor)]
+        others = [value for value in values if not isinstance(value, Tensor)]
+        if len(pixels) != 1 or pixels[0].ndim != 4 or any(others):
+            return None
+        return pixels[0]
+
+
+def _norms(module: nn.Module) -> Sequence[Any]:
+    """The batch norms of a module, and which convolution each belongs to.
+
+    Raises:
+        Refused: the module does not take pixels alone.
+    """
+    if not any(is_batch_norm(part) for part in module.modules()):
+        return []
+    like = next(module.parameters(), None)
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if like is None or first is None:
+        raise Refused("it has no convolution")
+    channels = first.in_channels
+    pixels = torch.empty(1, channels, TRACED_SIZE, TRACED_SIZE, dtype=like.dtype, device="meta")
+    try:
+        return find_norms(module, pixels)
+    except Exception as error:
+        raise Refused(f"it does not run on the meta device: {error}") from error

@@ -1,0 +1,114 @@
+"""Residual blocks inside models of transformers, timm and torchvision."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..folding import activation_name
+from ..layers import ConvNorm, is_foldable
+from ..replacement import Fast, HowToRun, Refused
+from .resnet_compute import residual_block, timm_block
+
+
+class _Block(Fast):
+    """Two (basic) or three (bottleneck) convolutions and a shortcut."""
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        pairs, inner, before, shortcut, last = self.parts(module)
+        for pair in (*pairs, *([] if shortcut is None else [shortcut])):
+            if type(pair.conv) is not nn.Conv2d or not is_foldable(pair.norm):
+                raise Refused(f"it has a {type(pair.norm).__name__} or another convolution")
+        if any(activation_name(act) != "relu" for act in inner):
+            raise Refused("an activation between its convolutions is not ReLU")
+        activation = activation_name(last)
+        if activation is None:
+            raise Refused(f"its activation is a {type(last).__name__}")
+        self._pairs, self._before, self._shortcut = pairs, before, shortcut
+        self._activation = activation
+
+    def parts(
+        self, block: Any
+    ) -> tuple[list[ConvNorm], list[nn.Module], list[nn.Module], ConvNorm | None, nn.Module]:
+        """Convolutions, activations between them, what runs before the shortcut, it, the last."""
+        raise NotImplementedError
+
+    def likeness(self) -> Hashable:
+        convs = [*self._pairs, *([] if self._shortcut is None else [self._shortcut])]
+        return type(self).__name__, *((p.conv.weight.shape, p.conv.stride) for p in convs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        for module in self._before:
+            residual = module(residual)
+        return residual_block(x, self._pairs, self._shortcut, self._activation, residual)
+
+
+class TransformersBlock(_Block):
+    """ResNetBasicLayer, ResNetBottleNeckLayer, and RT-DETR's, which may pool before a shortcut."""
+
+    def parts(self, block: Any) -> Any:
+        pairs = [ConvNorm(part.convolution, part.normalization) for part in block.layer]
+        inner = [part.activation for part in block.layer[:-1]]
+        if not isinstance(block.layer[-1].activation, nn.Identity):
+            raise Refused("it activates before the residual is added")
+        parts = list(block.shortcut) if type(block.shortcut) is nn.Sequential else [block.shortcut]
+        *before, last = parts
+        if isinstance(last, nn.Identity):
+            return pairs, inner, before, None, block.activation
+        if not hasattr(last, "convolution"):
+            raise Refused(f"its shortcut is a {type(last).__name__}")
+        return (
+            pairs,
+            inner,
+            before,
+            ConvNorm(last.convolution, last.normalization),
+            block.activation,
+        )
+
+
+class TorchvisionBlock(_Block):
+    """BasicBlock and Bottleneck, dilated and grouped ones too."""
+
+    def parts(self, block: Any) -> Any:
+        numbers = (1, 2, 3) if hasattr(block, "conv3") else (1, 2)
+        pairs = [ConvNorm(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
+        if block.downsample is None:
+            return pairs, [block.relu], [], None, block.relu
+        if type(block.downsample) is not nn.Sequential or len(block.downsample) != 2:
+            raise Refused(f"its shortcut is a {type(block.downsample).__name__}")
+        return pairs, [block.relu], [], ConvNorm(*block.downsample), block.relu
+
+
+class TimmBlock(Fast):
+    """BasicBlock and Bottleneck of timm, with their attention and blur pools."""
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        forward = timm_block(module)
+        if forward is module:
+            raise Refused("it has parts without an op of ours")
+        self._forward: Callable[[Tensor], Tensor] = forward
+
+    def likeness(self) -> Hashable:
+        return type(self).__name__, *(p.shape for p in self.module.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(x)
+
+
+_TRANSFORMERS, _TIMM = "transformers.models", "timm.models.resnet"
+_TORCHVISION = "torchvision.models.resnet"
+REPLACED: dict[str, type[Fast]] = {
+    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer": TransformersBlock,
+    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBottleNeckLayer": TransformersBlock,
+    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer": TransformersBlock,
+    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBottleNeckLayer": (
+        TransformersBlock
+    ),
+    f"{_TIMM}.BasicBlock": TimmBlock,
+    f"{_TIMM}.Bottleneck": TimmBlock,
+    f"{_TORCHVISION}.BasicBlock": TorchvisionBlock,
+    f"{_TORCHVISION}.Bottleneck": TorchvisionBlock,
+}

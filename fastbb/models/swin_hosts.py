@@ -1,0 +1,387 @@
+"""Swin inside models of transformers, timm and torchvision: blocks, mergings, whole backbones."""
+
+from collections.abc import Hashable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbb_kernels import WindowGeometry, layer_norm_nchw, patch_embed, patch_merging
+
+from ..derived import derive
+from ..folding import activation_name
+from ..host import Region
+from ..replacement import Fast, HowToRun, Refused
+from .swin_compute import (
+    MERGING_EPS,
+    SwinBlockSpec,
+    SwinBlockWeights,
+    SwinStage,
+    attention_tensors,
+    relative_position_bias,
+    swin_block,
+    swin_stage,
+)
+
+
+class _Block(Fast):
+    """A block of any library: its semantics, read when it is made, and its weights."""
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        block: Any = module
+        self._norms = self.norms(block)
+        self._linears = self.linears(block)
+        if any(type(norm) is not nn.LayerNorm for norm in self._norms):
+            raise Refused("its norms are not layer norms")
+        if any(type(linear) is not nn.Linear for linear in self._linears):
+            raise Refused("its linear layers are not torch's own")
+        if self._norms[0].eps != self._norms[1].eps:
+            raise Refused("its two norms have different eps")
+        *_, proj, fc1, _ = self._linears
+        self._channels = proj.out_features
+        if proj.in_features != proj.out_features:
+            raise Refused("its heads have a size of their own")
+        activation = activation_name(self.activation(block))
+        if activation is None:
+            raise Refused(f"its activation is a {type(self.activation(block)).__name__}")
+        self._activation = activation
+        if fc1.bias is None:
+            raise Refused("its MLP has no bias")
+
+    def norms(self, block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm]:
+        """Those before the attention and the MLP."""
+        return block.norm1, block.norm2
+
+    def linears(self, block: Any) -> tuple[nn.Linear, ...]:
+        """Projections to queries, keys and values (one or three), to the output, fc1 and fc2."""
+        return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.mlp.act
+
+    def table(self) -> Tensor:
+        """The relative position bias table."""
+        return self.module.attn.relative_position_bias_table
+
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Window and shift, as they are now."""
+        return tuple(self.module.window_size), tuple(self.module.shift_size)
+
+    def num_heads(self) -> int:
+        return self.module.attn.num_heads
+
+    roll_first = False
+    clamp_shift = False
+
+    def spec(self) -> SwinBlockSpec:
+        window, shift = self.geometry()
+        return SwinBlockSpec(
+            num_heads=self.num_heads(),
+            geometry=WindowGeometry(window, shift, roll_first=self.roll_first),
+            clamp_shift=self.clamp_shift,
+            eps=self._norms[0].eps,
+            activation=self._activation,
+        )
+
+    def weights(self) -> SwinBlockWeights:
+        norm1, norm2 = self._norms
+        *projections, proj, fc1, fc2 = self._linears
+        window, _ = self.geometry()
+        table = self.table()
+        if len(projections) == 3:
+            qkv_weight, qkv_bias, expanded = derive(
+                self.module,
+                "attention",
+                partial(attention_tensors, window),
+                table,
+                *(projection.weight for projection in projections),
+                *(projection.bias for projection in projections if projection.bias is not None),
+                constants=window,
+            )
+        else:
+            qkv_weight, qkv_bias = projections[0].weight, projections[0].bias
+            (expanded,) = derive(
+                self.module,
+                "relative_position_bias",
+                lambda table: (relative_position_bias(table, window),),
+                table,
+                constants=window,
+            )
+        return SwinBlockWeights(
+            norm1_weight=norm1.weight,
+            norm1_bias=norm1.bias,
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            relative_position_bias=expanded,
+            proj_weight=proj.weight,
+            proj_bias=proj.bias,
+            norm2_weight=norm2.weight,
+            norm2_bias=norm2.bias,
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=fc2.weight,
+            fc2_bias=fc2.bias,
+        )
+
+    def why_table(self) -> str | None:
+        """Why the table is not that of the window, or None."""
+        (height, width), _ = self.geometry()
+        if self.table().shape[0] != (2 * height - 1) * (2 * width - 1):
+            return f"its bias table is not for windows of {height}x{width}"
+        return None
+
+    def likeness(self) -> Hashable:
+        return type(self).__name__, self._channels, self.num_heads(), *self.geometry()
+
+    def why_not(self, x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+        return self.why_table()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swin_block(x, self.spec(), self.weights())
+
+
+class TimmBlock(_Block):
+    roll_first = True
+
+    def why_not(self, x: Tensor) -> str | None:
+        block = self.module
+        if not getattr(block, "dynamic_mask", False) and x.shape[1:3] != block.input_resolution:
+            return "its attention mask is that of another size"
+        return self.why_table()
+
+
+class TorchvisionBlock(_Block):
+    clamp_shift = True
+
+    def linears(self, block: Any) -> tuple[nn.Linear, ...]:
+        return block.attn.qkv, block.attn.proj, block.mlp[0], block.mlp[3]
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.mlp[1]
+
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        return tuple(self.module.attn.window_size), tuple(self.module.attn.shift_size)
+
+
+class TransformersBlock(_Block):
+    """SwinLayer: tokens [B, H * W, C] and (H, W)."""
+
+    def norms(self, block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm]:
+        return block.layernorm_before, block.layernorm_after
+
+    def linears(self, block: Any) -> tuple[nn.Linear, ...]:
+        attention = block.attention
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        return *projections, attention.o_proj, block.mlp.fc1, block.mlp.fc2
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.mlp.activation_fn
+
+    def table(self) -> Tensor:
+        return self.module.attention.relative_position_bias.relative_position_bias_table
+
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        window, shift = int(self.module.window_size), int(self.module.shift_size)
+        return (window, window), (shift, shift)
+
+    def num_heads(self) -> int:
+        return self.module.attention.num_attention_heads
+
+    def why_not(
+        self,
+        x: Tensor,
+        input_dimensions: tuple[int, int],
+        always_partition: bool = False,
+        **kwargs: Any,
+    ) -> str | None:
+        config = self.module.attention.config
+        if kwargs.get("output_attentions", config.output_attentions):
+            return "attention weights are asked for"
+        if config._attn_implementation not in ("eager", "sdpa"):
+            return f"attn_implementation={config._attn_implementation!r} is the host's choice"
+        if not always_partition:
+            self.module.set_shift_and_window_size(input_dimensions)  # as its own forward does
+        return self.why_table()
+
+    def forward(self, x: Tensor, input_dimensions: tuple[int, int], *_: Any, **__: Any) -> Any:
+        return self.apply(x, input_dimensions), None
+
+    def apply(self, x: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
+        height, width = input_dimensions
+        tokens = x.view(x.shape[0], height, width, x.shape[2])
+        return swin_block(tokens, self.spec(), self.weights()).view(x.shape)
+
+    def comparable(self, result: Any) -> Any:
+        return result[0]  # beside it are attention weights, which nobody asked for
+
+
+class MaskFormerBlock(TransformersBlock):
+    """MaskFormerSwinLayer."""
+
+    def linears(self, block: Any) -> tuple[nn.Linear, ...]:
+        own = getattr(block.attention, "self")  # noqa: B009 -- a name that reads as a variable
+        return (
+            *(own.query, own.key, own.value),
+            *(block.attention.output.dense, block.intermediate.dense, block.output.dense),
+        )
+
+    def activation(self, block: Any) -> nn.Module:
+        return block.intermediate.intermediate_act_fn
+
+    def table(self) -> Tensor:
+        return self._own.relative_position_bias_table
+
+    def num_heads(self) -> int:
+        return self._own.num_attention_heads
+
+    @property
+    def _own(self) -> Any:
+        return getattr(self.module.attention, "self")  # noqa: B009 -- as above
+
+    def why_not(
+        self, x: Tensor, input_dimensions: tuple[int, int], output_attentions: Any = False
+    ) -> str | None:
+        return "attention weights are asked for" if output_attentions else self.why_table()
+
+    def forward(self, x: Tensor, input_dimensions: tuple[int, int], *_: Any) -> Any:
+        return (self.apply(x, input_dimensions),)
+
+
+class Merging(Fast):
+    """Patch merging of timm and torchvision: [B, H, W, C] to [B, h, w, 2C]."""
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        if type(self.module.norm) is not nn.LayerNorm:
+            raise Refused(f"its norm is a {type(self.module.norm).__name__}")
+        reduction = self.module.reduction
+        if type(reduction) is not nn.Linear or reduction.bias is not None:
+            raise Refused("its reduction is not a linear layer without bias")
+
+    def likeness(self) -> Hashable:
+        return type(self).__name__, self.module.reduction.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.module.norm
+        weight = self.module.reduction.weight
+        return patch_merging(x, norm.weight, norm.bias, weight, eps=norm.eps)
+
+
+class TransformersMerging(Merging):
+    """Patch merging of transformers: [B, H * W, C] and (H, W) to [B, h * w, 2C]."""
+
+    def forward(self, x: Tensor, input_dimensions: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        height, width = input_dimensions
+        tokens = x.view(x.shape[0], height, width, x.shape[2])
+        return super().forward(tokens).flatten(1, 2)
+
+
+class TransformersSwin(Region):
+    """SwinBackbone and MaskFormerSwinBackbone: no stage beyond the last that is asked for.
+
+    Everything but the maps is upstream's to compute.
+    """
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        host: Any = module
+        self._swin = host.swin if hasattr(host, "swin") else host.model
+        self._normed_by_name = isinstance(host.hidden_states_norms, nn.ModuleDict)
+        make = TransformersBlock if self._normed_by_name else MaskFormerBlock
+        stages = self._swin.encoder.layers
+        self._blocks = [[make(block, how) for block in stage.blocks] for stage in stages]
+        for stage in list(stages)[:-1]:
+            if Merging(stage.downsample, how).module.norm.eps != MERGING_EPS:
+                raise Refused("the norms of its mergings have another eps")
+
+    @property
+    def helps(self) -> bool:
+        return True
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        config = self.module.config
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, getattr(config, name)):
+                return f"{name} is asked for"
+        if len(args) > 1 or kwargs.get("interpolate_pos_encoding"):
+            return "it is called with arguments that change what it computes"
+        attention = getattr(config, "_attn_implementation", "eager")
+        if attention not in ("eager", "sdpa", None):
+            return f"attn_implementation={attention!r} is the host's choice"
+        embeddings = self._swin.embeddings
+        if embeddings.position_embeddings is not None:
+            return "it has absolute position embeddings"
+        return self._blocks[0][0].why_table()
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return_dict = kwargs.pop("return_dict", self.module.config.return_dict)
+        from transformers.modeling_outputs import BackboneOutput
+
+        pixel_values = args[0] if args else kwargs["pixel_values"]
+        engine = self.prepared()._engine
+        assert engine is not None
+        maps = engine(engine.converted(pixel_values))
+        maps = tuple(x.to(pixel_values.dtype) for x in maps)
+        return BackboneOutput(feature_maps=maps) if return_dict else (maps,)
+
+    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        names, wanted = list(self.module.stage_names), list(self.module.out_features)
+        x = self._embed(pixel_values)
+        maps = []
+        for index, name in enumerate(names):
+            if index > 0:
+                x = swin_stage(x, self._stage(index - 1))
+            if name in wanted:
+                maps.append(self._map(x, name, index))
+            if name == wanted[-1]:
+                break
+        return tuple(maps)
+
+    def _embed(self, pixel_values: Tensor) -> Tensor:
+        embeddings = self._swin.embeddings
+        projection, norm = embeddings.patch_embeddings.projection, embeddings.norm
+        return patch_embed(
+            pixel_values,
+            projection.weight,
+            projection.bias,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            ceil_mode=True,
+        )
+
+    def _stage(self, index: int) -> SwinStage:
+        downsample = None
+        if index > 0:
+            merging = self._swin.encoder.layers[index - 1].downsample
+            downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+        return SwinStage(
+            downsample, [(block.spec(), block.weights) for block in self._blocks[index]]
+        )
+
+    def _map(self, x: Tensor, name: str, index: int) -> Tensor:
+        norms = self.module.hidden_states_norms
+        norm = norms[name] if self._normed_by_name else norms[index - 1]
+        return layer_norm_nchw(x, norm.weight, norm.bias, eps=norm.eps)
+
+
+_TRANSFORMERS, _TIMM = "transformers.models", "timm.models.swin_transformer"
+_TORCHVISION = "torchvision.models.swin_transformer"
+REPLACED: dict[str, type[Fast]] = {
+    f"{_TRANSFORMERS}.swin.modeling_swin.SwinBackbone": TransformersSwin,
+    f"{_TRANSFORMERS}.swin.modeling_swin.SwinLayer": TransformersBlock,
+    f"{_TRANSFORMERS}.swin.modeling_swin.SwinPatchMerging": TransformersMerging,
+    f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinBackbone": TransformersSwin,
+    f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": MaskFormerBlock,
+    f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinPatchMerging": (
+        TransformersMerging
+    ),
+    f"{_TIMM}.SwinTransformerBlock": TimmBlock,
+    f"{_TIMM}.PatchMerging": Merging,
+    f"{_TORCHVISION}.SwinTransformerBlock": TorchvisionBlock,
+    f"{_TORCHVISION}.PatchMerging": Merging,
+}

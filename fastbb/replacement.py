@@ -1,0 +1,514 @@
+"""Our forward in place of that of one module of somebody else's model: bound, checked, undone.
+
+A `Fast` computes what a module of one class computes, from the module's own parameters. A
+`Replacement` binds it on the instance and decides at every call whether it may run: the module's
+own forward runs wherever a gradient or a graph is recorded, something inside was changed or is
+watched, the results differ, or ours takes longer.
+"""
+
+import copy
+import itertools
+import statistics
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from fastbb_kernels import use_impl
+
+from .derived import forget_derived, is_tracing
+from .fold import autocasts
+from .folding import is_folded
+from .measuring import describe, duration, wall_clock
+
+TIE = 0.03  # ours may take so much longer, measured, and still runs
+ROUNDS = 3
+# how many kinds of input are checked, and how many are timed; others run as the last one did
+MAX_CHECKED, MAX_TIMED = 8, 4
+# largest difference to upstream's result, over its largest value: rounding, not other maths
+ALLOWED = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
+_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}
+
+
+class AccelerateWarning(UserWarning):
+    """Part of an accelerated model runs as it did before; results are right all the same."""
+
+
+class Refused(Exception):
+    """Why a module is left alone."""
+
+
+@dataclass(frozen=True)
+class HowToRun:
+    """What `accelerate` was asked for.
+
+    Attributes:
+        mode: see `Backbone.prepare`; all but "auto" run ours without timing it.
+        precision: of whole backbones.
+    """
+
+    mode: str = "auto"
+    precision: str | None = None
+
+
+class Fast:
+    """What computes the result of one module of a host, from the module's parameters.
+
+    Args:
+        module: of exactly the class that this is written for.
+        how: what was asked for.
+
+    Raises:
+        Refused: the module computes something that is not covered.
+    """
+
+    # methods beside `forward` that hosts call, and that are replaced too
+    methods: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        self.module: Any = module
+        self.how = how
+
+    def likeness(self) -> Hashable:
+        """Modules of a model for which this is equal take equally long on equal inputs."""
+        return type(self.module).__name__
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this call is upstream's, or None."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the module's own forward."""
+        raise NotImplementedError
+
+    def comparable(self, result: Any) -> Any:
+        """The part of a result that has to equal upstream's."""
+        return result
+
+    def see(self, result: Any) -> None:
+        """Is shown a result of upstream before the first call of its kind."""
+
+    def close(self) -> None:
+        """Takes away what it put on modules."""
+
+
+@dataclass
+class Choice:
+    """What runs for one kind of input, and why.
+
+    Attributes:
+        ours: whether ours does.
+        why: it does.
+        formats: memory format of each tensor of upstream's result; None where it has another.
+    """
+
+    ours: bool
+    why: str
+    formats: list[torch.memory_format | None] = field(default_factory=list)
+
+
+class Timings:
+    """Seconds of ours and of upstream's, by likeness and input; the modules of a model share it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Hashable, tuple[float, float]] = {}
+        self._timed: dict[Hashable, list[Hashable]] = {}
+
+    def of(
+        self, likeness: Hashable, kind: Hashable, measure: Callable[[], tuple[float, float]]
+    ) -> tuple[float, float]:
+        """Measured once; of many kinds of input the first are, and the last stands for others."""
+        timed = self._timed.setdefault(likeness, [])
+        key = (likeness, kind)
+        if key not in self._seconds:
+            if len(timed) >= MAX_TIMED:
+                return self._seconds[timed[-1]]
+            self._seconds[key] = measure()
+            timed.append(key)
+        return self._seconds[key]
+
+
+class Replacement:
+    """The forward of one module of a host; `bind` puts it there.
+
+    Args:
+        module: of the host.
+        name: of the module in the host.
+        make: what computes its result.
+        how: what was asked for.
+        timings: of the host.
+
+    Attributes:
+        choices: what was decided for each kind of input so far.
+        reasons: why calls went to upstream's forward, and how many.
+        off: why it will not run again, or None.
+
+    Raises:
+        Refused: by `make`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        make: type[Fast],
+        how: HowToRun,
+        timings: Timings,
+    ) -> None:
+        self.module, self.name, self.how = module, name, how
+        self.choices: dict[Hashable, Choice] = {}
+        self.reasons: dict[str, int] = {}
+        self.off: str | None = None
+        self._make, self._timings = make, timings
+        self._fast: Fast | None = make(module, how)
+        self._watch: _Watch | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
+        # the copied module is not whole yet, so what reads it is made at its first call
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(self.__getstate__())
+        other.module = copy.deepcopy(self.module, memo)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "choices": {}, "reasons": {}, "_fast": None, "_watch": None}
+
+    @property
+    def fast(self) -> Fast:
+        if self._fast is None:
+            self._fast = self._make(self.module, self.how)
+        return self._fast
+
+    # --- bound on the module
+
+    def bind(self) -> None:
+        """Puts itself over the module's forward, and over what moves its parameters."""
+        for name in ("forward", *self._make.methods, *_MOVES):
+            setattr(self.module, name, getattr(self, name))
+
+    def unbind(self) -> None:
+        """Takes itself away."""
+        for name in ("forward", *self._make.methods, *_MOVES):
+            if getattr(vars(self.module).get(name), "__self__", None) is self:
+                delattr(self.module, name)
+        self.fast.close()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Forgets what was computed from the parameters."""
+        forget_derived(self.module)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.refresh()
+        return type(self.module).train(self.module, mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.refresh()
+        return type(self.module)._apply(self.module, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("forward", args, kwargs)
+
+    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("forward_features", args, kwargs)
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call("forward_intermediates", args, kwargs)
+
+    # --- what runs
+
+    def upstream(self, method: str, args: Any, kwargs: Any) -> Any:
+        """What the module's own method returns."""
+        return getattr(type(self.module), method)(self.module, *args, **kwargs)
+
+    def _call(self, method: str, args: Any, kwargs: Any) -> Any:
+        # a graph that is recorded is the host's: its compiler fuses what upstream wrote
+        if is_tracing() or _local.upstream_only or self in _local.running:
+            return self.upstream(method, args, kwargs)
+        reason = self._why_upstream(args, kwargs)
+        if reason is not None:
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            return self.upstream(method, args, kwargs)
+        kind = (method, *_kind_of(args, kwargs))
+        choice = self.choices.get(kind)
+        if choice is None:
+            if len(self.choices) < MAX_CHECKED:
+                return self._decide(kind, method, args, kwargs)
+            choice = next(reversed(self.choices.values()))
+        if not choice.ours:
+            return self.upstream(method, args, kwargs)
+        try:
+            return self._run(choice, method, args, kwargs)
+        except Exception as error:  # where the input is at fault, upstream raises its own
+            result = self.upstream(method, args, kwargs)
+            self._turn_off(describe(error))
+            return result
+
+    def _run(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Any:
+        outermost = not _local.running
+        _local.running.append(self)
+        try:
+            if outermost and self.how.mode in ("eager", "compile"):
+                with use_impl("eager"):
+                    result = getattr(self.fast, method)(*args, **kwargs)
+            else:
+                result = getattr(self.fast, method)(*args, **kwargs)
+        finally:
+            _local.running.pop()
+        # between parts of one backbone nobody looks at strides
+        return _in_formats(result, choice.formats) if outermost else result
+
+    def _why_upstream(self, args: Any, kwargs: Any) -> str | None:
+        if self.off is not None:
+            return self.off
+        if self._watch is None:
+            self._watch = _Watch(self.module)
+        watch = self._watch
+        problem = watch.problem()
+        if problem is not None:
+            return problem
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        if torch.is_grad_enabled() and (
+            any(tensor.requires_grad for tensor in tensors) or watch.requires_grad()
+        ):
+            self.refresh()  # the parameters are about to change
+            return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
+        like = watch.first_parameter()
+        if like is None:
+            return "it has no parameters"
+        if like.device.type not in ("cpu", "cuda"):
+            return f"it is on the {like.device.type} device"
+        if autocasts(like.device.type):
+            return "torch.autocast chooses the dtypes: convert the model, or give precision="
+        for tensor in tensors:
+            if tensor.device != like.device:
+                return f"the input is on {tensor.device}, the weights on {like.device}"
+            if tensor.is_floating_point() and tensor.dtype != like.dtype:
+                return f"the input is {tensor.dtype}, the weights {like.dtype}"
+        return self.fast.why_not(*args, **kwargs)
+
+    def _decide(self, kind: Hashable, method: str, args: Any, kwargs: Any) -> Any:
+        """Holds ours to upstream's on this input, times both, and returns the result."""
+        with upstream_only():
+            want = self.upstream(method, args, kwargs)
+        self.fast.see(want)
+        formats = [_format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
+        choice = Choice(True, "equal to upstream's", formats)
+        compared = self.fast.comparable
+        try:
+            got = self._run(choice, method, args, kwargs)
+            problem = difference(compared(got), compared(want), self.how.precision)
+        except Exception as error:  # whatever ours does, upstream's result is there
+            problem = describe(error)
+        if problem is not None:
+            self._turn_off(problem)
+            return want
+        if self.how.mode == "auto":
+            ours, theirs = self._timings.of(
+                self.fast.likeness(), kind, lambda: self._time(choice, method, args, kwargs)
+            )
+            choice.ours = ours <= theirs * (1 + TIE)
+            choice.why = f"{duration(ours)}, upstream {duration(theirs)}"
+        self.choices[kind] = choice
+        return got if choice.ours else want
+
+    def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> tuple[float, float]:
+        """Seconds of ours and of upstream's, medians of calls in turns."""
+        like = self._watch and self._watch.first_parameter()
+        clock = wall_clock(torch.device("cpu") if like is None else like.device)
+        ours, theirs = [], []
+        for _ in range(ROUNDS):
+            ours.append(clock(lambda: self._run(choice, method, args, kwargs)))
+            with upstream_only():
+                theirs.append(clock(lambda: self.upstream(method, args, kwargs)))
+        return statistics.median(ours), statistics.median(theirs)
+
+    def _turn_off(self, problem: str) -> None:
+        self.off = problem
+        self.choices.clear()
+        what = f"{self.name or 'the model'} ({type(self.module).__name__})"
+        warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
+
+
+_MOVES = ("train", "_apply")
+
+
+def replacement_of(module: nn.Module) -> Replacement | None:
+    """What is bound on a module, or None."""
+    own = getattr(vars(module).get("forward"), "__self__", None)
+    return own if isinstance(own, Replacement) else None
+
+
+class _Local(threading.local):
+    upstream_only = False
+
+    def __init__(self) -> None:
+        self.running: list[Replacement] = []  # those whose ours is running, the outermost first
+
+
+_local = _Local()
+
+
+@contextmanager
+def upstream_only() -> Iterator[None]:
+    """Every forward that this thread calls is upstream's."""
+    before, _local.upstream_only = _local.upstream_only, True
+    try:
+        yield
+    finally:
+        _local.upstream_only = before
+
+
+class _Watch:
+    """What inside a module must stay as it was for its parameters to say what it computes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modules = list(module.modules())
+        self._layers = [(m._modules, dict(m._modules)) for m in self._modules]
+        self._classes = [type(m) for m in self._modules]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(m, name) for m in self._modules[1:] for name in hooks]
+        self._owners = [m._parameters for m in self._modules if m._parameters]
+        self._trained = self._requiring()
+
+    def problem(self) -> str | None:
+        """Why upstream's forward has to run, or None."""
+        modules = self._modules
+        if any(m.training for m in modules):
+            return "it is in training mode: call .eval()"
+        if any(self._hooks) and not all(map(_is_capturing, self._all_hooks())):
+            return "a layer inside it has hooks"
+        if any(now != then for now, then in self._layers) or self._classes != list(
+            map(type, modules)
+        ):
+            forget_derived(self._module)
+            return "layers inside it were replaced: call accelerate() again"
+        if any(map(_has_foreign_forward, modules[1:])):
+            forget_derived(self._module)
+            return "something else was put over the forward of a layer inside it"
+        for owner in self._owners:
+            for parameter in owner.values():
+                if parameter is not None and type(parameter) is not nn.Parameter:
+                    return f"a parameter inside it is a {type(parameter).__name__}"
+        # freezing comes with changes that leave no trace in a parameter, such as merged LoRA
+        if (trained := self._requiring()) != self._trained:
+            self._trained = trained
+            forget_derived(self._module)
+        return None
+
+    def requires_grad(self) -> bool:
+        return any(self._requiring())
+
+    def first_parameter(self) -> nn.Parameter | None:
+        values = itertools.chain.from_iterable(owner.values() for owner in self._owners)
+        return next((p for p in values if p is not None), None)
+
+    def _requiring(self) -> list[bool]:
+        return [p is not None and p.requires_grad for o in self._owners for p in o.values()]
+
+    def _all_hooks(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(hooks.values() for hooks in self._hooks)
+
+
+def _has_foreign_forward(module: nn.Module) -> bool:
+    if "forward" not in vars(module):
+        return False
+    return replacement_of(module) is None and not is_folded(module)
+
+
+def _is_capturing(hook: Any) -> bool:
+    """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
+
+    What asks for them is seen in the arguments, see `Fast.why_not`.
+    """
+    is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _kind_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
+    """What decides how long a call takes, and whether ours covers it."""
+    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
+        if isinstance(value, Tensor):
+            yield tuple(value.shape), value.dtype, _format_of(value)
+        else:
+            yield value if isinstance(value, (int, str, float, type(None))) else repr(value)
+
+
+def _format_of(x: Tensor) -> torch.memory_format | None:
+    if x.is_contiguous():
+        return torch.contiguous_format
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else None
+
+
+def _in_formats(result: Any, formats: list[torch.memory_format | None]) -> Any:
+    """The result with tensors laid out as upstream's, for hosts that take views of them."""
+    if isinstance(result, Tensor):  # the usual result of a block
+        wanted = formats[0] if formats else None
+        return result if wanted is None else result.contiguous(memory_format=wanted)
+    left = iter(formats)
+
+    def laid_out(x: Tensor) -> Tensor:
+        wanted = next(left, None)
+        return x if wanted is None else x.contiguous(memory_format=wanted)
+
+    return tree_map_only(Tensor, laid_out, result)
+
+
+def difference(got: Any, want: Any, precision: str | None = None) -> str | None:
+    """What a result has otherwise than upstream's, beyond rounding, or None.
+
+    Args:
+        got: tensors in any containers.
+        want: upstream's.
+        precision: that `got` was computed in, if not in its dtype.
+    """
+    ours, ours_spec = tree_flatten(got)
+    theirs, theirs_spec = tree_flatten(want)
+    if ours_spec != theirs_spec:
+        return f"it returned {ours_spec}, upstream {theirs_spec}"
+    for index, (a, b) in enumerate(zip(ours, theirs)):
+        if not isinstance(b, Tensor):
+            if a is not b and a != b:
+                return f"value {index} is {a!r}, upstream's {b!r}"
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return (
+                f"tensor {index} is {list(a.shape)} {a.dtype} on {a.device}, "
+                f"upstream's {list(b.shape)} {b.dtype} on {b.device}"
+            )
+        if not b.numel() or not b.is_floating_point():
+            continue
+        allowed = ALLOWED[_OF_PRECISION.get(precision or "", b.dtype)]
+        wide = torch.promote_types(b.dtype, torch.float32)
+        a, b = a.to(wide), b.to(wide)
+        finite = b.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            return f"tensor {index} is not finite where upstream's is, or the other way round"
+        a, b = a.where(finite, 0), b.where(finite, 0)
+        largest = float(b.abs().max())
+        error = float((a - b).abs().max())
+        if error > allowed * largest:
+            return f"tensor {index} differs by {error / (largest or 1):.2g} of its largest value"
+    return None
