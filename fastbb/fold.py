@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastbb_kernels._dispatch import is_plainly_eager
+from fastbb_kernels.onednn import pack_conv, packs
+
 from .derived import derive, forget_derived, is_tracing
 
 FROZEN_EPS = 1e-5  # of transformers' frozen norms, which have no `eps`
@@ -68,6 +71,37 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
 
     name = "folded, channels last" if channels_last else "folded"
     return derive(conv, name, compute, *sources, constants=(eps, present))
+
+
+def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `norm(conv(x))` for `packed_conv`, remembered for the last shape of x."""
+    weight, bias = folded(conv, norm)
+    shape = tuple(x.shape)
+
+    def compute(weight: Tensor) -> tuple[Tensor]:
+        return (pack_conv(weight, shape, **geometry(conv)),)
+
+    (packed,) = derive(conv, "packed", compute, weight, constants=shape)
+    return packed, bias
+
+
+def geometry(conv: nn.Conv2d) -> dict[str, Any]:
+    """Stride, padding, dilation and groups, as the convolutions of the kernels take them."""
+    return {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "groups": conv.groups,
+    }
+
+
+def runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether a call that may use folded weights may use packed ones: it runs on a CPU, eager."""
+    if is_tracing() or not is_plainly_eager(x, None) or x.device.type != "cpu":
+        return False
+    if type(x) is not Tensor or not x.numel() or not isinstance(conv.padding, tuple):
+        return False
+    return packs(x.dtype)
 
 
 def folded_with_shortcut(

@@ -13,9 +13,17 @@ from fastbb_kernels import (
     conv_bn_act,
     stem_conv_bn_relu_pool,
 )
+from fastbb_kernels.onednn import packed_conv
 from fastbb_kernels.ops.conv_bn_act import as_pair
 
-from .fold import folded, folded_with_shortcut, runs_folded
+from .fold import (
+    folded,
+    folded_packed,
+    folded_with_shortcut,
+    geometry,
+    runs_folded,
+    runs_packed,
+)
 from .folding import has_hooks
 
 
@@ -62,11 +70,6 @@ def is_foldable(norm: nn.Module | None) -> bool:
     return type(norm) is nn.BatchNorm2d or type(norm).__name__.endswith("FrozenBatchNorm2d")
 
 
-def is_plain_batch_norm(norm: nn.Module | None) -> bool:
-    """Whether a module is torch's batch norm, or a frozen one without an activation of its own."""
-    return type(norm) is nn.BatchNorm2d or type(norm).__name__ == "FrozenBatchNorm2d"
-
-
 _KNOWN = (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d)
 _KNOWN_FORWARDS = {cls.forward for cls in (*_KNOWN, nn.SyncBatchNorm)}
 
@@ -95,16 +98,13 @@ class ConvNorm(NamedTuple):
             x = self.norm(conv(x))
             x = x if residual is None else x + residual
             return x if activation is None else ACTIVATIONS[activation](x)
-        return conv_bn_act(
-            x,
-            *folded(conv, self.norm),
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            groups=conv.groups,
-            residual=residual,
-            activation=activation,
-        )
+        options = {**geometry(conv), "activation": activation}
+        if not runs_packed(conv, x) or (residual is not None and conv.groups > 1):
+            return conv_bn_act(x, *folded(conv, self.norm), residual=residual, **options)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        return packed_conv(x, *folded_packed(conv, self.norm, x), residual=residual, **options)
 
     def stem(self, x: Tensor, activation: str | None, pool: bool = True) -> Tensor:
         """The stem of a ResNet: convolves, normalizes, activates, and pools 3x3 by stride 2.
@@ -119,7 +119,8 @@ class ConvNorm(NamedTuple):
         """
         conv = self.conv
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if shape == _STEM and runs_folded(conv, self.norm, x):
+        fuses = shape == _STEM and not runs_packed(conv, x) and runs_folded(conv, self.norm, x)
+        if fuses:
             weight, bias = folded(conv, self.norm)
             return stem_conv_bn_relu_pool(x, weight, bias, activation=activation, pool=pool)
         x = self(x, activation)
@@ -145,6 +146,7 @@ class ConvNorm(NamedTuple):
         fuses = (
             _is_1x1(self.conv, 1)
             and _is_1x1(shortcut.conv, stride)
+            and not runs_packed(self.conv, x)
             and runs_folded(self.conv, self.norm, x)
             and runs_folded(shortcut.conv, shortcut.norm, residual)
         )
@@ -173,6 +175,7 @@ class ConvNorm(NamedTuple):
         fuses = (
             _is_square_3x3(conv)
             and _is_1x1(last, 1)
+            and not runs_packed(conv, x)
             and runs_folded(conv, self.norm, x)
             and runs_folded(last, expand.norm, x)
         )

@@ -81,7 +81,7 @@ def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
     """How many images of a batch to run at once so that no tensor outgrows `KEPT_BYTES`.
 
     Args:
-        run: a forward pass; it is run once, with one image.
+        run: a forward pass; it is run twice, with one image.
         pixel_values: [B, C, H, W].
 
     Returns:
@@ -90,6 +90,7 @@ def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
     batch = pixel_values.shape[0]
     if batch < 2:
         return batch
+    run(pixel_values[:1])  # makes what it remembers of the weights, some of it larger than maps
     with _LargestTensor() as largest:
         run(pixel_values[:1])
     most = max(1, min(batch, KEPT_BYTES // max(largest.n_bytes, 1)))
@@ -106,11 +107,15 @@ class _LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if _has_memory(leaf)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _memory(leaf) not in given:  # not a view
+            if _has_memory(leaf) and _memory(leaf) not in given:  # not a view
                 self.n_bytes = max(self.n_bytes, leaf.numel() * leaf.element_size())
         return result
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_mkldnn  # not weights packed by oneDNN
 
 
 def _memory(tensor: Tensor) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import ConvNorm, is_plain_batch_norm
+from ..layers import ConvNorm, is_foldable
 from ..registry import StagesForward
 
 
@@ -133,4 +133,4 @@ def _pools_by_2(pool: nn.Module) -> bool:
 
 
 def _is_plain(pair: ConvNorm) -> bool:
-    return type(pair.conv) is nn.Conv2d and is_plain_batch_norm(pair.norm)
+    return type(pair.conv) is nn.Conv2d and is_foldable(pair.norm)

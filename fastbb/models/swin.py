@@ -231,6 +231,7 @@ class _Block(nn.Module):
             fc1_bias=mlp.fc1.bias,
             fc2_weight=mlp.fc2.weight,
             fc2_bias=mlp.fc2.bias,
+            owner=self,
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,62 +20,10 @@ from fastbb_kernels import (
 )
 
 from ..layers import drop_path
+from .swin_cpu import runs_on_cpu, swin_block_on_cpu
+from .swin_weights import SwinBlockSpec, SwinBlockWeights
 
 MERGING_EPS = 1e-5  # of the norm before a reduction, whatever the blocks use
-
-
-@dataclass(frozen=True)
-class SwinBlockSpec:
-    """What the computation of a block needs beside its weights.
-
-    Attributes:
-        num_heads: attention heads.
-        geometry: windows, shift, and whether the roll comes before the padding (timm).
-        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
-        eps: of both norms.
-        activation: of the MLP.
-        drop_path: stochastic depth of the attention branch.
-        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
-        dropout: of both branches.
-        attention_dropout: of the attention weights.
-    """
-
-    num_heads: int
-    geometry: WindowGeometry
-    clamp_shift: bool = False
-    eps: float = 1e-5
-    activation: str = "gelu"
-    drop_path: float = 0.0
-    mlp_drop_path: float = 0.0
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-
-    def geometry_for(self, height: int, width: int) -> WindowGeometry:
-        """The windows of a map of height x width tokens."""
-        if not self.clamp_shift:
-            return self.geometry
-        (h, w), (shift_h, shift_w), roll_first = self.geometry
-        return WindowGeometry(
-            (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
-        )
-
-
-class SwinBlockWeights(NamedTuple):
-    """Tensors of a block: C channels, N tokens per window, P >= N, F hidden channels."""
-
-    norm1_weight: Tensor  # [C]
-    norm1_bias: Tensor  # [C]
-    qkv_weight: Tensor  # [3C, C]
-    qkv_bias: Tensor | None  # [3C]
-    relative_position_bias: Tensor  # [num_heads, N, P]
-    proj_weight: Tensor  # [C, C]
-    proj_bias: Tensor | None  # [C]
-    norm2_weight: Tensor  # [C]
-    norm2_bias: Tensor  # [C]
-    fc1_weight: Tensor  # [F, C]
-    fc1_bias: Tensor  # [F]
-    fc2_weight: Tensor  # [C, F]
-    fc2_bias: Tensor  # [C]
 
 
 def swin_block(
@@ -102,6 +49,8 @@ def swin_block(
     # what a block op cannot do inside: drop at random, hand out the attention weights
     random_attention = training and any((spec.attention_dropout, spec.dropout, spec.drop_path))
     random_mlp = training and any((spec.dropout, spec.mlp_drop_path))
+    if attentions is None and not (random_attention or random_mlp) and runs_on_cpu(x, weights):
+        return swin_block_on_cpu(x, spec, weights, geometry)
     if attentions is None and not random_attention:
         x = swin_attention_block(
             x,

@@ -1,5 +1,6 @@
 """Swin inside models of transformers, timm and torchvision: blocks, mergings, whole backbones."""
 
+import sys
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -24,11 +25,26 @@ from .swin_compute import (
 )
 
 
+def _check_parts(module: nn.Module) -> None:
+    """Refuses what computing from the parameters would pass over, though it may be equal now.
+
+    Raises:
+        Refused: a part is of none of the libraries, such as an adapter.
+    """
+    for part in list(module.modules())[1:]:
+        if not type(part).__module__.startswith(_LIBRARIES):
+            raise Refused(f"a {type(part).__name__} is inside it")
+
+
+_LIBRARIES = ("torch.nn.modules.", "transformers.", "timm.", "torchvision.")
+
+
 class _Block(Fast):
     """A block of any library: its semantics, read when it is made, and its weights."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        _check_parts(module)
         block: Any = module
         self._norms = self.norms(block)
         self._linears = self.linears(block)
@@ -122,6 +138,7 @@ class _Block(Fast):
             fc1_bias=fc1.bias,
             fc2_weight=fc2.weight,
             fc2_bias=fc2.bias,
+            owner=self.module,
         )
 
     def why_table(self) -> str | None:
@@ -253,6 +270,7 @@ class Merging(Fast):
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        _check_parts(module)
         if type(self.module.norm) is not nn.LayerNorm:
             raise Refused(f"its norm is a {type(self.module.norm).__name__}")
         reduction = self.module.reduction
@@ -277,20 +295,39 @@ class TransformersMerging(Merging):
         return super().forward(tokens).flatten(1, 2)
 
 
+_KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+def _given(kwargs: dict[str, Any], name: str, config: Any) -> Any:
+    """An argument, or what the configuration says where it is not given."""
+    value = kwargs.get(name)
+    return getattr(config, name) if value is None else value
+
+
 class TransformersSwin(Region):
     """SwinBackbone and MaskFormerSwinBackbone: no stage beyond the last that is asked for.
 
     Everything but the maps is upstream's to compute.
     """
 
+    runs_parts = False
+
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        _check_parts(module)
         host: Any = module
         self._swin = host.swin if hasattr(host, "swin") else host.model
         self._normed_by_name = isinstance(host.hidden_states_norms, nn.ModuleDict)
         make = TransformersBlock if self._normed_by_name else MaskFormerBlock
         stages = self._swin.encoder.layers
         self._blocks = [[make(block, how) for block in stage.blocks] for stage in stages]
+        embeddings = self._swin.embeddings
+        if type(embeddings.patch_embeddings.projection) is not nn.Conv2d:
+            raise Refused("its patch embedding is not torch's own convolution")
+        norms = host.hidden_states_norms
+        norms = list(norms.values() if self._normed_by_name else norms)
+        if any(type(norm) is not nn.LayerNorm for norm in [embeddings.norm, *norms]):
+            raise Refused("its norms are not layer norms")
         for stage in list(stages)[:-1]:
             if Merging(stage.downsample, how).module.norm.eps != MERGING_EPS:
                 raise Refused("the norms of its mergings have another eps")
@@ -302,9 +339,9 @@ class TransformersSwin(Region):
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         config = self.module.config
         for name in ("output_attentions", "output_hidden_states"):
-            if kwargs.get(name, getattr(config, name)):
+            if _given(kwargs, name, config):
                 return f"{name} is asked for"
-        if len(args) > 1 or kwargs.get("interpolate_pos_encoding"):
+        if len(args) > 1 or kwargs.keys() - _KNOWN_ARGUMENTS:
             return "it is called with arguments that change what it computes"
         attention = getattr(config, "_attn_implementation", "eager")
         if attention not in ("eager", "sdpa", None):
@@ -318,15 +355,14 @@ class TransformersSwin(Region):
         raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return_dict = kwargs.pop("return_dict", self.module.config.return_dict)
-        from transformers.modeling_outputs import BackboneOutput
-
+        return_dict = _given(kwargs, "return_dict", self.module.config)
+        output = sys.modules["transformers.modeling_outputs"].BackboneOutput  # the host's library
         pixel_values = args[0] if args else kwargs["pixel_values"]
         engine = self.prepared()._engine
         assert engine is not None
         maps = engine(engine.converted(pixel_values))
         maps = tuple(x.to(pixel_values.dtype) for x in maps)
-        return BackboneOutput(feature_maps=maps) if return_dict else (maps,)
+        return output(feature_maps=maps) if return_dict else (maps,)
 
     def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)
@@ -335,7 +371,7 @@ class TransformersSwin(Region):
         for index, name in enumerate(names):
             if index > 0:
                 x = swin_stage(x, self._stage(index - 1))
-            if name in wanted:
+            if name in wanted and (index > 0 or self._normed_by_name):  # MaskFormer has no stem
                 maps.append(self._map(x, name, index))
             if name == wanted[-1]:
                 break

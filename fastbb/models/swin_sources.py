@@ -229,4 +229,5 @@ def _timm_block_weights(block: Any) -> SwinBlockWeights:
         fc1_bias=mlp.fc1.bias,
         fc2_weight=mlp.fc2.weight,
         fc2_bias=mlp.fc2.bias,
+        owner=block,
     )

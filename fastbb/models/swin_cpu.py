@@ -1,0 +1,201 @@
+"""A Swin block on a CPU, some windows at a time, so that all between its ends stays in the cache.
+
+Per part: gather the tokens of the windows, norm, qkv, attention, projection, MLP, and put the
+result where the tokens came from. Shift, padding and windows are in the indices; the products take
+packed weights. Large maps so cross memory twice per block instead of some thirty times.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbb_kernels import WindowGeometry
+from fastbb_kernels._dispatch import is_plainly_eager
+from fastbb_kernels.onednn import pack_linear, packed_linear, packs
+
+from ..derived import derive, is_tracing
+from ..fold import autocasts
+from .swin_weights import SwinBlockSpec, SwinBlockWeights
+
+# of the hidden layer of the MLP, the largest tensor of a part: about what a cache keeps
+PART_BYTES = 8 * 2**20
+
+
+class Part(NamedTuple):
+    """Some windows of a batch, n of N tokens each.
+
+    Attributes:
+        tokens: [n * N], rows of the tokens of the batch; of padding any.
+        padding: [n * N, 1], where there is some; None if there is none.
+        kept: [k], positions in `tokens` that are no padding; None if all are.
+        rows: [k], `tokens` without padding.
+        apart: [n, 1, N, N], 0 or -100 where two tokens are of different regions; None if none are.
+    """
+
+    tokens: Tensor
+    padding: Tensor | None
+    kept: Tensor | None
+    rows: Tensor
+    apart: Tensor | None
+
+
+def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
+    """Whether `swin_block_on_cpu` may compute a block of this call, in inference."""
+    if is_tracing() or weights.owner is None or type(x) is not Tensor:
+        return False
+    if not is_plainly_eager(x, None) or x.device.type != "cpu" or not x.numel():
+        return False
+    if not packs(x.dtype):
+        return False
+    if autocasts("cpu") or weights.fc1_weight.dtype != x.dtype:
+        return False
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or any(w is not None and w.requires_grad for w in weights.tensors())
+    )
+
+
+def swin_block_on_cpu(
+    x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights, geometry: WindowGeometry
+) -> Tensor:
+    """`swin_block` in inference; see `runs_on_cpu`.
+
+    Args:
+        x: [B, H, W, C].
+        spec: semantics of the block.
+        weights: its tensors.
+        geometry: windows of this size of map.
+
+    Returns:
+        [B, H, W, C].
+    """
+    B, H, W, C = x.shape
+    tokens = x.reshape(B * H * W, C)
+    result = torch.empty_like(tokens)
+    hidden_bytes = weights.fc1_weight.shape[0] * x.element_size()
+    n_windows = max(1, PART_BYTES // (hidden_bytes * geometry.window[0] * geometry.window[1]))
+    packed = _packed(weights)
+    n_tokens = geometry.window[0] * geometry.window[1]
+    bias = weights.relative_position_bias[..., :n_tokens]
+    for part in _parts(B, H, W, geometry, n_windows):
+        y = _block(tokens.index_select(0, part.tokens), part, bias, spec, weights, packed)
+        result.index_copy_(0, part.rows, y)
+    return result.view(x.shape)
+
+
+class _Packed(NamedTuple):
+    qkv: Tensor
+    proj: Tensor
+    fc1: Tensor
+    fc2: Tensor
+
+
+def _packed(weights: SwinBlockWeights) -> _Packed:
+    assert weights.owner is not None
+    matrices = weights.qkv_weight, weights.proj_weight, weights.fc1_weight, weights.fc2_weight
+    return derive(weights.owner, "packed", _pack, *matrices)
+
+
+def _pack(*matrices: Tensor) -> _Packed:
+    return _Packed(*map(pack_linear, matrices))
+
+
+def _block(
+    x: Tensor,
+    part: Part,
+    bias: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    packed: _Packed,
+) -> Tensor:
+    """The block of the tokens [n * N, C] of some windows; [k, C], without padding."""
+    C = x.shape[1:]
+    y = F.layer_norm(x, C, weights.norm1_weight, weights.norm1_bias, spec.eps)
+    if part.padding is not None:
+        y.masked_fill_(part.padding, 0.0)
+    qkv = packed_linear(y, packed.qkv, weights.qkv_bias)
+    y = _attend(qkv, bias, part.apart, spec.num_heads)
+    x = packed_linear(y, packed.proj, weights.proj_bias, residual=x)
+    if part.kept is not None:
+        x = x.index_select(0, part.kept)
+    y = F.layer_norm(x, C, weights.norm2_weight, weights.norm2_bias, spec.eps)
+    y = packed_linear(y, packed.fc1, weights.fc1_bias, activation=spec.activation)
+    return packed_linear(y, packed.fc2, weights.fc2_bias, residual=x)
+
+
+def _attend(qkv: Tensor, bias: Tensor, apart: Tensor | None, num_heads: int) -> Tensor:
+    """Attention within windows: [n * N, 3C] to [n * N, C].
+
+    Two batched products: PyTorch's attention for CPUs is made for long sequences.
+    """
+    n_tokens = bias.shape[1]
+    head_dim = qkv.shape[1] // (3 * num_heads)
+    qkv = qkv.view(-1, n_tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.flatten(1, 2)  # each [n * heads, N, head_dim]
+    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
+    by_window = scores.view(-1, num_heads, n_tokens, n_tokens)
+    by_window += bias
+    if apart is not None:
+        by_window += apart.to(scores.dtype)
+    y = torch.bmm(F.softmax(scores, dim=-1), v)
+    y = y.view(-1, num_heads, n_tokens, head_dim).transpose(1, 2)
+    return y.reshape(-1, num_heads * head_dim)
+
+
+@lru_cache(maxsize=64)
+def _parts(B: int, H: int, W: int, geometry: WindowGeometry, n_windows: int) -> list[Part]:
+    """The windows of a batch in parts of at most `n_windows`, about equally large.
+
+    Windows with more than one region come last, so that few parts need `apart`.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        (h, w), (shift_h, shift_w), roll_first = geometry
+        rows, row_regions = _axis(H, h, shift_h, roll_first)
+        columns, column_regions = _axis(W, w, shift_w, roll_first)
+
+        def windows(of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
+            grid = torch.broadcast_tensors(of_rows[:, None], of_columns[None, :])
+            blocks = (x.unflatten(1, (-1, w)).unflatten(0, (-1, h)).transpose(1, 2) for x in grid)
+            first, second = (x.flatten(2).flatten(0, 1) for x in blocks)
+            return first, second  # [windows of an image, N]
+
+        row, column = windows(rows, columns)
+        first, second = windows(row_regions, column_regions)
+        regions = first * 3 + second
+        padding = (row < 0) | (column < 0)
+        tokens = torch.where(padding, 0, row * W + column)
+        is_mixed = (regions != regions[:, :1]).any(1)
+        order = torch.argsort(is_mixed.repeat(B).int(), stable=True)
+        images = torch.arange(B).repeat_interleave(len(tokens))[order]
+        window = order % len(tokens)
+        n_parts = -(-len(order) // n_windows)
+        return [
+            _part(tokens[own] + (image * H * W)[:, None], padding[own], regions[own])
+            for own, image in zip(window.chunk(n_parts), images.chunk(n_parts))
+        ]
+
+
+def _part(tokens: Tensor, padding: Tensor, regions: Tensor) -> Part:
+    apart = None
+    differ = regions[:, None, :, None] != regions[:, None, None, :]
+    if differ.any():
+        apart = torch.zeros(differ.shape).masked_fill_(differ, -100.0)
+    tokens, padding = tokens.flatten(), padding.flatten()
+    if not padding.any():
+        return Part(tokens, None, None, tokens, apart)
+    kept = (~padding).nonzero().squeeze(1)
+    return Part(tokens, padding[:, None], kept, tokens[kept], apart)
+
+
+def _axis(size: int, window: int, shift: int, roll_first: bool) -> tuple[Tensor, Tensor]:
+    """Source position, -1 for padding, and region of each position of a rolled and padded axis."""
+    padded = -(-size // window) * window
+    position = torch.arange(padded)
+    rolled = (position + shift) % (size if roll_first else padded)
+    is_padding = position >= size if roll_first else rolled >= size
+    source = torch.where(is_padding, -1, rolled)
+    if shift == 0:
+        return source, torch.zeros_like(position)
+    return source, (position >= padded - window).int() + (position >= padded - shift).int()

@@ -1,0 +1,148 @@
+"""Products of a CPU with weights packed once: oneDNN's, which PyTorch keeps for its compiler.
+
+`F.linear` lays the weights out anew in every call, in fp32 for a BLAS that may not be the fastest
+on this CPU, and adds the activation and the residual in passes of their own.
+
+Upstream: PyTorch `aten/src/ATen/native/mkldnn/Linear.cpp`, `Conv.cpp` and `MKLDNNConversions.cpp`.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._activation import ACTIVATIONS
+
+# names of ours that oneDNN applies by itself -> its name and algorithm
+_FUSED = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none")}
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this PyTorch and CPU multiply packed weights of a dtype, as fast as they can."""
+    return torch.backends.mkldnn.enabled and _packs(dtype)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    supported = {
+        torch.float32: lambda: True,
+        torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    try:
+        if not torch.backends.mkldnn.is_available() or not supported[dtype]():
+            return False
+        # the operations are not public: they are used where they still compute what they did
+        with torch.inference_mode(False), torch.no_grad():
+            x, weight = (torch.linspace(-1, 1, n * 16, device="cpu").view(n, 16) for n in (3, 16))
+            x, weight, bias = x.to(dtype), weight.to(dtype), weight[0].to(dtype)
+            packed = pack_linear(weight)
+            want = F.gelu(F.linear(x, weight, bias)) + F.linear(x, weight, bias)
+            got = packed_linear(x, packed, bias, activation="gelu")
+            got = got + packed_linear(x, packed, bias, residual=torch.zeros_like(x))
+            return torch.allclose(got.float(), want.float(), rtol=3e-2, atol=3e-2)
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        return False
+
+
+def pack_linear(weight: Tensor) -> Tensor:
+    """The weight of a linear layer [out, in], in a layout that only `packed_linear` reads."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(x @ weight.T + bias)`, or `x @ weight.T + bias + residual`.
+
+    Args:
+        x: [M, in], contiguous.
+        packed: from `pack_linear`.
+        bias: [out] or None.
+        activation: name of the activation, or None.
+        residual: [M, out], contiguous, not together with an activation.
+
+    Returns:
+        [M, out].
+    """
+    ops: Any = torch.ops.mkldnn
+    if residual is not None:
+        return ops._linear_pointwise.binary(x, residual, packed, bias, "add")
+    if activation in _FUSED:
+        name, algorithm = _FUSED[activation]
+        return ops._linear_pointwise(x, packed, bias, name, [], algorithm)
+    return ACTIVATIONS[activation](ops._linear_pointwise(x, packed, bias, "none", [], ""))
+
+
+def pack_conv(
+    weight: Tensor,
+    shape: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> Tensor:
+    """The weight of a convolution [C, C_in / groups, kh, kw], in a layout for `packed_conv`.
+
+    Args:
+        weight: of the convolution; the result of `packed_conv` is laid out as it is.
+        shape: of the input [B, C_in, H, W]; for another one the result is right, but slow.
+        stride: of the convolution, (height, width), as all below.
+        padding: with zeros on each side.
+        dilation: between the taps.
+        groups: of channels.
+    """
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, shape
+    )
+
+
+def packed_conv(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`activation(conv2d(x) + residual)`.
+
+    Args:
+        x: [B, C_in, H, W], laid out as the weight was.
+        packed: from `pack_conv`.
+        bias: [C].
+        stride: of the convolution, (height, width), as all below.
+        padding: with zeros on each side.
+        dilation: between the taps.
+        groups: of channels.
+        activation: name of the activation, or None.
+        residual: [B, C, h, w], laid out as the weight was, or None; not for grouped convolutions.
+
+    Returns:
+        [B, C, h, w].
+    """
+    ops: Any = torch.ops.mkldnn
+    geometry = padding, stride, dilation, groups
+    name, algorithm = _FUSED.get(activation, ("none", ""))
+    if residual is None:
+        y = ops._convolution_pointwise(x, packed, bias, *geometry, name, [], algorithm)
+    else:
+        name = name if name == "relu" else None
+        y = ops._convolution_pointwise.binary(
+            x, residual, packed, bias, *geometry, "add", None, name, [], None
+        )
+        if activation is not None and name is None:
+            return ACTIVATIONS[activation](y)
+    return y if activation in _FUSED else ACTIVATIONS[activation](y)
