@@ -47,14 +47,20 @@ KERNELS = {
     "bmm": ATTENTION,
     "_softmax": ATTENTION,
     "mul": ATTENTION,  # queries by their scale
+    "div": ATTENTION,  # scores by their scale
     "native_layer_norm": NORM,
+    "rsqrt": NORM,
     "gelu": ACTIVATION,
     "relu": ACTIVATION,
     "relu_": ACTIVATION,
+    "sigmoid": ACTIVATION,
+    "silu": ACTIVATION,
+    "silu_": ACTIVATION,
     "add": RESIDUAL,
     "add_": RESIDUAL,
     "avg_pool2d": POOL,
     "max_pool2d_with_indices": POOL,  # also in inference it writes the indices
+    "mean": POOL,
     "cat": COPY,
     "copy_": COPY,
     "arange": OTHER,
@@ -70,7 +76,7 @@ KERNELS = {
 ADDITIONS = ("add", "add_")
 # they write their first argument without reading it
 OVERWRITING = ("copy_", "fill_", "zero_")
-ALLOCATIONS = ("empty", "empty_strided")
+FREE = ("empty", "empty_strided", "as_strided_")  # beside views
 
 
 class Launch(NamedTuple):
@@ -141,7 +147,7 @@ class _Counter(TorchDispatchMode):
         if _has_kernel(op, "CompositeImplicitAutograd"):  # `contiguous`: a view or a copy
             with self:
                 return op.decompose(*args, **kwargs)
-        if op.is_view or name in ALLOCATIONS:
+        if op.is_view or name in FREE:
             return op(*args, **kwargs)
         if name in SEVERAL_KERNELS:
             return SEVERAL_KERNELS[name](self, op, *args, **kwargs)

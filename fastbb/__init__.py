@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import heads as heads
     from .acceleration import AccelerateReport, accelerate, restore
     from .auto import AutoBackbone, AutoConfig, list_backbones
     from .backbone import BackboneMixin, BackboneOutput
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# without what is in `heads`, which needs an extra: `from fastbb import *` works without it
 __all__ = [
     "AccelerateReport",
     "AutoBackbone",
@@ -49,12 +51,7 @@ _MODULES = {
     "backbone": ("BackboneMixin", "BackboneOutput"),
     "configuration": ("BackboneConfigMixin",),
     "extraction": ("FeatureExtractor", "extract", "open_features"),
-    "heads": (
-        "MaskFormerConfig",
-        "MaskFormerForInstanceSegmentation",
-        "register",
-        "unregister",
-    ),
+    "heads": ("MaskFormerConfig", "MaskFormerForInstanceSegmentation", "register", "unregister"),
     "image_processing": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),
@@ -65,6 +62,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     # lazy (PEP 562), so that importing fastbb costs nothing
+    if name == "heads":
+        return import_module(".heads", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
@@ -73,4 +72,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *_HOME, "heads"})

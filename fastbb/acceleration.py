@@ -77,12 +77,14 @@ class AccelerateReport:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Name, class, what runs now and why, of every module."""
-        whole = [r.name for r in self.replaced if isinstance(r.fast, Region) and r.choices]
+        whole = [r.name for r in self.replaced if isinstance(r.fast, Region) and r.is_running_ours]
+        passed_over = [r.name for r in self.replaced if r.name in whole and not r.fast.runs_parts]
         rows = []
         for r in self.replaced:
             runs, why = _state(r)
-            outer = [name for name in whole if name != r.name and _is_inside(r.name, name)]
-            if outer and not r.choices and not r.reasons:
+            around = passed_over if r.choices or r.last_reason else whole
+            outer = [name for name in around if name != r.name and _is_inside(r.name, name)]
+            if outer and r.off is None:
                 runs, why = "-", f"{outer[0] or 'the model'} runs as a whole"
             rows.append((r.name, type(r.module).__name__, runs, why))
         return rows + [(left.name, left.was, "upstream", left.why) for left in self.left_alone]
@@ -242,13 +244,13 @@ def _found(
         if make is not None:
             changed = path and _changes(type(module), path)
             problem = f"a subclass of {path} with its own {changed}" if changed else None
-            problem = problem or _meta(module)
+            problem = problem or _meta(module) or _patched(module, make)
             yield name, module, problem or make
         elif _takes_pixels(module) and not any(
             isinstance(r.fast, Region) and _is_inside(name, r.name) for r in replaced
         ):
             problem = _meta(module) if any(map(is_batch_norm, module.modules())) else None
-            yield name, module, problem or Region
+            yield name, module, problem or _patched(module, Region) or Region
 
 
 def _is_inside(name: str, outer: str) -> bool:
@@ -261,7 +263,8 @@ def _closed(module: nn.Module) -> str | None:
         return "it is fastbb's own: prepare() makes it faster"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is scripted: accelerate the model that it was made of"
-    if type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
+    is_compiled = type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+    if is_compiled or module._compiled_call_impl is not None:  # by module.compile()
         return "it is compiled: accelerate the model before torch.compile, or instead"
     if isinstance(module, torch.fx.GraphModule):
         return "it is a traced graph: accelerate the model that it was made of"
@@ -271,9 +274,14 @@ def _closed(module: nn.Module) -> str | None:
 
 
 def _meta(module: nn.Module) -> str | None:
-    if any(parameter.is_meta for parameter in module.parameters()):
+    if any(parameter.is_meta for parameter in module.parameters()) and not launches_directly():
         return "its weights are on the meta device: load them first"
     return None
+
+
+def _patched(module: nn.Module, make: type[Fast]) -> str | None:
+    methods = [name for name in ("forward", *make.methods) if name in vars(module)]
+    return f"something else was put over its {methods[0]}" if methods else None
 
 
 def _path(cls: type) -> str:
@@ -308,6 +316,13 @@ _WHOLE = {
     "transformers.models.swin.modeling_swin.SwinModel",
 }
 _MIXIN = "transformers.backbone_utils.BackboneMixin"
+_TIMM_FEATURES = (
+    "FeatureListNet",
+    "FeatureDictNet",
+    "FeatureGetterNet",
+    "EfficientNetFeatures",
+    "MobileNetV3Features",
+)
 _NOT_WHOLE = ("torchvision.models.detection.", "torchvision.models.segmentation.")
 
 
@@ -317,8 +332,7 @@ def _takes_pixels(module: nn.Module) -> bool:
     if cls.__module__.startswith("transformers."):
         return _path(cls) in _WHOLE or any(_path(c) == _MIXIN for c in cls.__mro__)
     if cls.__module__.startswith("timm.models."):
-        is_features = cls.__name__ in ("FeatureListNet", "FeatureDictNet", "FeatureGetterNet")
-        return is_features or hasattr(cls, "forward_features")
+        return cls.__name__ in _TIMM_FEATURES or hasattr(cls, "forward_features")
     if cls.__module__.startswith("torchvision.models."):
         return not cls.__module__.startswith(_NOT_WHOLE)
     return cls.__module__.startswith("segmentation_models_pytorch.encoders.")
@@ -329,11 +343,10 @@ def _state(replacement: Replacement) -> tuple[str, str]:
     if replacement.off is not None:
         return "upstream", replacement.off
     choices = list(replacement.choices.values())
-    reasons = list(replacement.reasons)
-    if not choices and not reasons:
-        return "not decided", "it has not run yet"
+    if replacement.last_reason is not None:
+        return "upstream", replacement.last_reason
     if not choices:
-        return "upstream", reasons[-1]
+        return "not decided", "it has not run yet"
     ours = [choice for choice in choices if choice.ours]
     if len(ours) == len(choices):
         return "fastbb", choices[-1].why

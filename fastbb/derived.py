@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
@@ -33,7 +34,8 @@ def derive(
 
     It is computed again when a source is another object, lies elsewhere, or has another dtype,
     device or version; and after whatever may change parameters without a trace in them: a step of
-    any optimizer (fused ones move no version), a call that needs a gradient, `forget_derived`.
+    any optimizer (fused ones move no version), a layer put back (LoRA merged into it moves none
+    either), a call that needs a gradient, `forget_derived`.
     What a parametrization puts in place of a parameter lives for one call, and what is computed
     from it is not remembered.
 
@@ -98,7 +100,7 @@ class RemembersDerived(nn.Module):
         (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory.
         """
         forget_derived(self)
-        _note_written(self.parameters())
+        note_written(self.parameters())
 
     def train(self: Module, mode: bool = True) -> Module:
         forget_derived(self)
@@ -138,6 +140,7 @@ class ModuleStamp:
         self._ids = {id(tensor) for tensor in self._tensors}
         self._is_written = False
         _follow_optimizers()
+        _follow_layers(modules)
         _STAMPS.add(self)
 
     def is_current(self) -> bool:
@@ -173,7 +176,8 @@ class ModuleStamp:
 _STAMPS: weakref.WeakSet[ModuleStamp] = weakref.WeakSet()
 
 
-def _note_written(tensors: Iterable[Tensor]) -> None:
+def note_written(tensors: Iterable[Tensor]) -> None:
+    """Makes whatever was baked from these tensors out of date, see `ModuleStamp`."""
     tensors = list(tensors)
     for stamp in list(_STAMPS):
         stamp.note_written(tensors)
@@ -268,13 +272,16 @@ class _DerivedWeights:
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _held: list[tuple[Tensor | None, ...]] | None = None
-_last_step = object()  # another one after each step of an optimizer
+_last_step = object()  # another one after each step of an optimizer, and each replaced layer
 _step_hook: RemovableHandle | None = None
+_LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that something was derived of
+_layer_hook: RemovableHandle | None = None
 
 
 def _start_deriving(module: nn.Module) -> _DerivedWeights:
     with _lock:
         _follow_optimizers()
+        _follow_layers(module.modules())
         return _DERIVED.setdefault(module, _DerivedWeights())
 
 
@@ -284,11 +291,30 @@ def _follow_optimizers() -> None:
         _step_hook = register_optimizer_step_post_hook(_note_step)
 
 
+def _follow_layers(modules: Iterable[nn.Module]) -> None:
+    global _layer_hook
+    _LAYERS.update(modules)
+    if _layer_hook is None:
+        _layer_hook = register_module_module_registration_hook(_note_layer)
+
+
+def _note_layer(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+    """Takes note of a layer that is put back after its weights were written without a trace.
+
+    So are those of LoRA, merged into the layer that it stood around.
+    """
+    global _last_step
+    if parent in _LAYERS or layer in _LAYERS:
+        _last_step = object()
+        if _STAMPS and layer is not None:
+            note_written(layer.parameters())
+
+
 def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     global _last_step
     _last_step = object()
     if _STAMPS:
-        _note_written(p for group in optimizer.param_groups for p in group["params"])
+        note_written(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _can_be_followed(source: Tensor) -> bool:

@@ -312,6 +312,13 @@ def is_folded(module: nn.Module) -> bool:
     return isinstance(getattr(vars(module).get("forward"), "__self__", None), _FoldedConv)
 
 
+def unfold(model: nn.Module) -> None:
+    """Takes away forwards that any `Folding` bound, on this module or the one it is a copy of."""
+    for module in model.modules():
+        if is_folded(module):
+            del module.forward
+
+
 class _FoldedConv:
     """The forwards of a convolution, its norm and its activation, where the first does it all.
 

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastbb_kernels._dispatch import launches_directly
+
 from .backbone import Backbone
 from .configuration import BackboneConfig
 from .derived import ModuleStamp
-from .folding import Folding, FoldReport, find_norms, is_batch_norm
+from .folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
 from .replacement import Fast, HowToRun, Refused, replacement_of
 
+# in a configuration of transformers
+_DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")
 TRACED_SIZE = 224  # pixels, of the image that the dataflow is read off
 
 
@@ -73,9 +77,11 @@ class Region(Fast):
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        unfold(module)  # what the copy of a module has from the original
         self._folding = Folding(module, _norms(module))
-        self._spec: TreeSpec | None = None
-        self._prepared: tuple[HostBackbone, ModuleStamp | None] | None = None
+        self.runs_parts = how.precision is None and "compile" not in how.mode
+        self._specs: dict[Hashable, TreeSpec] = {}  # of results, by state
+        self._prepared: tuple[HostBackbone, ModuleStamp | None, Hashable] | None = None
         if "compile" not in how.mode and how.precision is None and not self.helps:
             self.close()
             raise NothingToDo("it has nothing of its own to accelerate")
@@ -92,20 +98,32 @@ class Region(Fast):
     def close(self) -> None:
         self._folding.undo()
 
-    def see(self, result: Any) -> None:
+    def state(self) -> Hashable:
+        config = getattr(self.module, "config", None)
+        settings = [repr(getattr(config, name, None)) for name in _DECIDE_THE_RESULT]
+        return *settings, repr(getattr(self.module, "out_features", None))
+
+    def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
         leaves, spec = tree_flatten(result)
         tensors = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-        self._spec = spec if leaves and tensors else None
+        if method == "forward" and self._only_pixels(args, kwargs) is not None and tensors:
+            self._specs[self.state()] = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         pixel_values = self._only_pixels(args, kwargs)
-        if pixel_values is None or self._spec is None:
+        spec = None if pixel_values is None else self._specs.get(self.state())
+        if pixel_values is None or spec is None:
             return self.run("forward", *args, **kwargs)
-        backbone = self.prepared()
-        engine = backbone._engine
+        return tree_unflatten(list(self.computed(pixel_values)), spec)
+
+    def computed(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
+        if launches_directly():
+            return self.tensors(pixel_values)
+        engine = self.prepared()._engine
         assert engine is not None
         tensors = engine(engine.converted(pixel_values))
-        return tree_unflatten([x.to(pixel_values.dtype) for x in tensors], self._spec)
+        return tuple(x.to(pixel_values.dtype) for x in tensors)
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.run("forward_features", *args, **kwargs)
@@ -128,14 +146,14 @@ class Region(Fast):
     def prepared(self) -> HostBackbone:
         """The module behind the engine, made anew where a converted copy is out of date."""
         if self._prepared is not None:
-            backbone, stamp = self._prepared
-            if stamp is None or stamp.is_current():
+            backbone, stamp, state = self._prepared
+            if state == self.state() and (stamp is None or stamp.is_current()):
                 return backbone
         config = HostConfig(architecture=type(self.module).__qualname__)
         backbone = HostBackbone(config, self)
         prepared = backbone.prepare(self.how.mode, self.how.precision)
         is_copy = prepared.host is not self.module
-        self._prepared = prepared, ModuleStamp(self.module) if is_copy else None
+        self._prepared = prepared, ModuleStamp(self.module) if is_copy else None, self.state()
         return prepared
 
     def explanation(self) -> str:
@@ -157,7 +175,7 @@ class Region(Fast):
         values = [*args, *kwargs.values()]
         pixels = [value for value in values if isinstance(value, Tensor)]
         others = [value for value in values if not isinstance(value, Tensor)]
-        if len(pixels) != 1 or pixels[0].ndim != 4 or any(others):
+        if len(pixels) != 1 or pixels[0].ndim != 4 or any(other is not None for other in others):
             return None
         return pixels[0]
 

@@ -14,22 +14,28 @@ import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from fastbb_kernels import use_impl
+from fastbb_kernels._dispatch import launches_directly
 
-from .derived import forget_derived, is_tracing
+from .derived import forget_derived, is_tracing, note_written
 from .fold import autocasts
-from .folding import is_folded
+from .folding import is_folded, unfold
 from .measuring import describe, duration, wall_clock
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs
 ROUNDS = 3
-# how many kinds of input are checked, and how many are timed; others run as the last one did
+# how many sizes of a form of call are checked, and how many timed; others run as the last one did
 MAX_CHECKED, MAX_TIMED = 8, 4
 # largest difference to upstream's result, over its largest value: rounding, not other maths
 ALLOWED = {
@@ -75,6 +81,8 @@ class Fast:
 
     # methods beside `forward` that hosts call, and that are replaced too
     methods: ClassVar[tuple[str, ...]] = ()
+    # whether it calls the modules inside, which may be replaced too
+    runs_parts: bool = False
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         self.module: Any = module
@@ -96,8 +104,12 @@ class Fast:
         """The part of a result that has to equal upstream's."""
         return result
 
-    def see(self, result: Any) -> None:
-        """Is shown a result of upstream before the first call of its kind."""
+    def state(self) -> Hashable:
+        """What decides, beside a call's arguments, what is returned, and may change."""
+        return None
+
+    def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
+        """Is shown a call of upstream, the first of its kind, and what it returned."""
 
     def close(self) -> None:
         """Takes away what it put on modules."""
@@ -110,11 +122,13 @@ class Choice:
     Attributes:
         ours: whether ours does.
         why: it does.
+        form: of the call, see `_form_of`.
         formats: memory format of each tensor of upstream's result; None where it has another.
     """
 
     ours: bool
     why: str
+    form: Hashable = None
     formats: list[torch.memory_format | None] = field(default_factory=list)
 
 
@@ -152,6 +166,7 @@ class Replacement:
     Attributes:
         choices: what was decided for each kind of input so far.
         reasons: why calls went to upstream's forward, and how many.
+        last_reason: why the last one did, or None.
         off: why it will not run again, or None.
 
     Raises:
@@ -169,10 +184,12 @@ class Replacement:
         self.module, self.name, self.how = module, name, how
         self.choices: dict[Hashable, Choice] = {}
         self.reasons: dict[str, int] = {}
+        self.last_reason: str | None = None
         self.off: str | None = None
         self._make, self._timings = make, timings
         self._fast: Fast | None = make(module, how)
-        self._watch: _Watch | None = None
+        # at once: what is replaced before the first call has to be noticed
+        self._watch: _Watch | None = _Watch(module)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # the copied module is not whole yet, so what reads it is made at its first call
@@ -183,7 +200,8 @@ class Replacement:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "choices": {}, "reasons": {}, "_fast": None, "_watch": None}
+        new = {"choices": {}, "reasons": {}, "last_reason": None, "_fast": None, "_watch": None}
+        return {**self.__dict__, **new}
 
     @property
     def fast(self) -> Fast:
@@ -191,41 +209,65 @@ class Replacement:
             self._fast = self._make(self.module, self.how)
         return self._fast
 
+    @property
+    def is_running_ours(self) -> bool:
+        """Whether the last call ran ours."""
+        choices = list(self.choices.values())
+        return self.last_reason is None and bool(choices) and choices[-1].ours
+
     # --- bound on the module
 
     def bind(self) -> None:
         """Puts itself over the module's forward, and over what moves its parameters."""
         for name in ("forward", *self._make.methods, *_MOVES):
-            setattr(self.module, name, getattr(self, name))
+            if hasattr(type(self.module), name):
+                setattr(self.module, name, getattr(self, name))
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        """What stands over a method of the module, with the signature of that."""
+
+        @wraps(getattr(type(self.module), name))
+        def method(self: "Replacement", *args: Any, **kwargs: Any) -> Any:
+            return self._call(name, args, kwargs)
+
+        method.__name__ = name  # by which a pickle finds it
+        return MethodType(method, self)
 
     def unbind(self) -> None:
         """Takes itself away."""
         for name in ("forward", *self._make.methods, *_MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)
-        self.fast.close()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Forgets what was computed from the parameters."""
+        if self._fast is not None:
+            self._fast.close()
+        else:  # a copy that has not run has what the original put on its modules
+            unfold(self.module)
         forget_derived(self.module)
 
+    def refresh(self) -> None:
+        """Forgets and makes anew what was computed from the parameters, converted copies too."""
+        forget_derived(self.module)
+        note_written(self.module.parameters())
+
     def train(self, mode: bool = True) -> nn.Module:
-        self.refresh()
+        forget_derived(self.module)
         return type(self.module).train(self.module, mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.refresh()
+        forget_derived(self.module)
         return type(self.module)._apply(self.module, *args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call("forward", args, kwargs)
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self._method("forward")
 
-    def forward_features(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call("forward_features", args, kwargs)
+    @property
+    def forward_features(self) -> Callable[..., Any]:
+        return self._method("forward_features")
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call("forward_intermediates", args, kwargs)
+    @property
+    def forward_intermediates(self) -> Callable[..., Any]:
+        return self._method("forward_intermediates")
 
     # --- what runs
 
@@ -237,16 +279,20 @@ class Replacement:
         # a graph that is recorded is the host's: its compiler fuses what upstream wrote
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
-        reason = self._why_upstream(args, kwargs)
+        reason = self.last_reason = self._why_upstream(args, kwargs)
         if reason is not None:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
             return self.upstream(method, args, kwargs)
-        kind = (method, *_kind_of(args, kwargs))
+        if launches_directly():  # the harness, which has nothing to compare with or to time
+            return self._run(Choice(True, ""), method, args, kwargs)
+        kind = (method, self.fast.state(), *_kind_of(args, kwargs))
         choice = self.choices.get(kind)
         if choice is None:
-            if len(self.choices) < MAX_CHECKED:
-                return self._decide(kind, method, args, kwargs)
-            choice = next(reversed(self.choices.values()))
+            form = (*kind[:2], *_form_of(args, kwargs))
+            alike = [other for other in list(self.choices.values()) if other.form == form]
+            if len(alike) < MAX_CHECKED:
+                return self._decide(kind, form, method, args, kwargs)
+            choice = alike[-1]
         if not choice.ours:
             return self.upstream(method, args, kwargs)
         try:
@@ -273,39 +319,50 @@ class Replacement:
     def _why_upstream(self, args: Any, kwargs: Any) -> str | None:
         if self.off is not None:
             return self.off
-        if self._watch is None:
+        if self._watch is None:  # this is a copy
+            try:
+                with upstream_only():
+                    self._fast = self._make(self.module, self.how)
+            except Refused as refused:  # by what was changed since
+                self.off = str(refused)
+                return self.off
             self._watch = _Watch(self.module)
         watch = self._watch
         problem = watch.problem()
         if problem is not None:
             return problem
-        tensors = [*_tensors(args), *_tensors(kwargs.values())]
+        values = [*args, *kwargs.values()]
+        if any(isinstance(value, torch.fx.Proxy) for value in values):
+            return "torch.fx records a graph"
+        tensors = list(_tensors(values))
         if torch.is_grad_enabled() and (
             any(tensor.requires_grad for tensor in tensors) or watch.requires_grad()
         ):
-            self.refresh()  # the parameters are about to change
+            forget_derived(self.module)  # the parameters are about to change
             return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
         like = watch.first_parameter()
         if like is None:
             return "it has no parameters"
-        if like.device.type not in ("cpu", "cuda"):
+        if like.device.type not in ("cpu", "cuda") and not launches_directly():
             return f"it is on the {like.device.type} device"
         if autocasts(like.device.type):
             return "torch.autocast chooses the dtypes: convert the model, or give precision="
         for tensor in tensors:
+            if isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor):
+                return "it is called by a transform of torch.func, or with fake tensors"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
             if tensor.is_floating_point() and tensor.dtype != like.dtype:
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
         return self.fast.why_not(*args, **kwargs)
 
-    def _decide(self, kind: Hashable, method: str, args: Any, kwargs: Any) -> Any:
+    def _decide(self, kind: Hashable, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
         """Holds ours to upstream's on this input, times both, and returns the result."""
         with upstream_only():
             want = self.upstream(method, args, kwargs)
-        self.fast.see(want)
+        self.fast.see(want, method, args, kwargs)
         formats = [_format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
-        choice = Choice(True, "equal to upstream's", formats)
+        choice = Choice(True, "equal to upstream's", form, formats)
         compared = self.fast.comparable
         try:
             got = self._run(choice, method, args, kwargs)
@@ -391,6 +448,8 @@ class _Watch:
             return "it is in training mode: call .eval()"
         if any(self._hooks) and not all(map(_is_capturing, self._all_hooks())):
             return "a layer inside it has hooks"
+        if _has_any_global_hook():
+            return "hooks of all modules are registered"
         if any(now != then for now, then in self._layers) or self._classes != list(
             map(type, modules)
         ):
@@ -453,6 +512,15 @@ def _kind_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
             yield tuple(value.shape), value.dtype, _format_of(value)
         else:
             yield value if isinstance(value, (int, str, float, type(None))) else repr(value)
+
+
+def _form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
+    """What decides, of a call, what is computed and returned, whatever the sizes."""
+    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
+        if isinstance(value, Tensor):
+            yield value.ndim, value.dtype, _format_of(value)
+        else:
+            yield value if isinstance(value, (bool, str, type(None))) else type(value)
 
 
 def _format_of(x: Tensor) -> torch.memory_format | None:

@@ -310,11 +310,10 @@ class TransformersSwin(Region):
     Everything but the maps is upstream's to compute.
     """
 
-    runs_parts = False
-
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         _check_parts(module)
+        self.runs_parts = False
         host: Any = module
         self._swin = host.swin if hasattr(host, "swin") else host.model
         self._normed_by_name = isinstance(host.hidden_states_norms, nn.ModuleDict)
@@ -358,10 +357,7 @@ class TransformersSwin(Region):
         return_dict = _given(kwargs, "return_dict", self.module.config)
         output = sys.modules["transformers.modeling_outputs"].BackboneOutput  # the host's library
         pixel_values = args[0] if args else kwargs["pixel_values"]
-        engine = self.prepared()._engine
-        assert engine is not None
-        maps = engine(engine.converted(pixel_values))
-        maps = tuple(x.to(pixel_values.dtype) for x in maps)
+        maps = self.computed(pixel_values)
         return output(feature_maps=maps) if return_dict else (maps,)
 
     def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
