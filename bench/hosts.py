@@ -174,13 +174,9 @@ HOSTS = {
     ),
     "timm_swin": Host("timm Swin-T", timm_model(TIMM_SWIN), (224, 224)),
     "timm_resnet": Host("timm ResNet-50", timm_model("resnet50"), (224, 224)),
-    "timm_efficientnet": Host(
-        "timm EfficientNet-B0", timm_model("efficientnet_b0"), (224, 224), "other"
-    ),
+    "timm_efficientnet": Host("timm EfficientNet-B0", timm_model("efficientnet_b0"), (224, 224)),
     "torchvision_swin": Host("torchvision swin_t", torchvision_model("swin_t"), (224, 224)),
-    "torchvision_resnet": Host(
-        "torchvision resnet50", torchvision_model("resnet50"), (224, 224), "resnet"
-    ),
+    "torchvision_resnet": Host("torchvision resnet50", torchvision_model("resnet50"), (224, 224)),
     "fasterrcnn": Host(
         "torchvision Faster R-CNN, ResNet-50-FPN",
         torchvision_model("detection.fasterrcnn_resnet50_fpn", weights_backbone=None),

@@ -75,14 +75,15 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
 
 def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of `norm(conv(x))` for `packed_conv`, remembered for the last shape of x."""
-    weight, bias = folded(conv, norm)
+    eps, sources, present = _sources(conv, norm)
     shape = tuple(x.shape)
 
-    def compute(weight: Tensor) -> tuple[Tensor]:
-        return (pack_conv(weight, shape, **geometry(conv)),)
+    def compute(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = _fold(tensors, present, eps)
+        weight = pack_conv(_as_weight(weight, conv), shape, **geometry(conv))
+        return weight, bias.to(conv.weight.dtype)
 
-    (packed,) = derive(conv, "packed", compute, weight, constants=shape)
-    return packed, bias
+    return derive(conv, "packed", compute, *sources, constants=(eps, present, shape))
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:

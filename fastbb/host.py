@@ -1,7 +1,9 @@
 """A whole backbone inside a host: folded, and run by the engine, behind the host's own contract."""
 
 import copy
+import itertools
 from collections.abc import Hashable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -137,7 +139,13 @@ class Region(Fast):
         def call() -> Any:
             return getattr(type(self.module), method)(self.module, *args, **kwargs)
 
-        return self._folding.run(call)
+        return self._folding.run(call, few=self._has_blocks)
+
+    @cached_property
+    def _has_blocks(self) -> bool:
+        """Whether most convolutions are in blocks that are replaced, and fold by themselves."""
+        inner = itertools.islice(self.module.modules(), 1, None)
+        return any(replacement_of(part) is not None for part in inner)
 
     def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the module's result for pixels [B, C, H, W]."""

@@ -279,7 +279,14 @@ class Replacement:
         # a graph that is recorded is the host's: its compiler fuses what upstream wrote
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
-        reason = self.last_reason = self._why_upstream(args, kwargs)
+        # what runs ours around this has looked at everything inside it
+        outer = _local.running[-1]._watch if _local.running else None
+        is_inner = outer is not None and outer.covers(self.module)
+        if is_inner and self.off is None and self._fast is not None:
+            look = self._fast.why_not
+        else:
+            look = self._why_upstream
+        reason = self.last_reason = look(*args, **kwargs)
         if reason is not None:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
             return self.upstream(method, args, kwargs)
@@ -316,7 +323,7 @@ class Replacement:
         # between parts of one backbone nobody looks at strides
         return _in_formats(result, choice.formats) if outermost else result
 
-    def _why_upstream(self, args: Any, kwargs: Any) -> str | None:
+    def _why_upstream(self, *args: Any, **kwargs: Any) -> str | None:
         if self.off is not None:
             return self.off
         if self._watch is None:  # this is a copy
@@ -440,6 +447,11 @@ class _Watch:
         self._hooks = [getattr(m, name) for m in self._modules[1:] for name in hooks]
         self._owners = [m._parameters for m in self._modules if m._parameters]
         self._trained = self._requiring()
+        self._ids = set(map(id, self._modules))
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether it looks at everything inside a module."""
+        return id(module) in self._ids
 
     def problem(self) -> str | None:
         """Why upstream's forward has to run, or None."""

@@ -83,6 +83,10 @@ def randomize_(model: Any, seed: int = 0) -> Any:
                     normal_(buffer, 0.3)
                 elif name == "running_var":
                     uniform_(buffer, 0.5, 2.0)
+                elif name == "weight":  # a frozen norm has no parameters
+                    uniform_(buffer, 0.5, 1.5)
+                elif name == "bias":
+                    normal_(buffer, 0.3)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""bench/hosts.py runs: a host is measured, its backbone counted, a host that fails costs its row."""
+"""bench/hosts.py: a host is measured, its backbone counted; one that fails costs its row."""
 
 import json
 import sys
