@@ -149,6 +149,10 @@ def accelerate(
     how = HowToRun(settings.mode, settings.precision)
     _check_device(model, how)
     chosen = _chosen(model, include, exclude)
+    for module in model.modules():  # what `heads.register` made waits for its first call
+        upstream = getattr(type(module), "waits_for_fastbb", None)
+        if upstream is not None:
+            module.__class__ = upstream
     restore(model)
     replaced: list[Replacement] = []
     left_alone: list[LeftAlone] = []

@@ -25,9 +25,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.models import maskformer
 
+from .acceleration import accelerate
 from .auto import AutoBackbone, AutoConfig
 from .checkpoint import StateDict, load_strict
 from .configuration import BackboneConfig
+from .derived import is_tracing
 from .models.timm import TimmBackboneConfig
 from .registry import FAMILIES
 
@@ -80,7 +82,10 @@ def build(
         ValueError: arguments exclude each other, fastbb has no such backbone, transformers cannot
             keep one of its options, or the weights do not fit.
         OSError: there is no such model, or its files are corrupt.
+        TypeError: `head_class` is none, or `backbone_kwargs` has what is no field.
     """
+    if not (isinstance(head_class, type) and issubclass(head_class, PreTrainedModel)):
+        raise TypeError(f"head_class must be a model class of transformers, got {head_class!r}")
     config_class: Any = head_class.config_class
     default: Any = config_class(**config)
     if not hasattr(default, "backbone_config"):
@@ -107,11 +112,11 @@ class MaskFormerConfig(transformers.MaskFormerConfig):
     """transformers' MaskFormerConfig with the arguments of transformers 4 that name a backbone.
 
     Files that it saves hold the named backbone's configuration, and nothing that transformers'
-    class does not know.
+    class does not know. Weights are loaded by `fastbb.MaskFormerForInstanceSegmentation` alone.
 
     Args:
         backbone: any name or directory that `AutoBackbone.from_pretrained` takes.
-        use_pretrained_backbone: have `MaskFormerForInstanceSegmentation` load its weights.
+        use_pretrained_backbone: have its weights loaded when the model is built.
         use_timm_backbone: `backbone` must be a timm model.
         backbone_kwargs: as for `build`, which says which stages are returned without it.
         backbone_config: of fastbb or transformers, in place of `backbone`.
@@ -228,7 +233,11 @@ def _configuration(
         asked.pop("out_indices", None)
     asked |= kwargs
     if isinstance(config, BackboneConfig):
-        return _upstream_config(type(config).from_dict(config.to_dict(), **asked))
+        named = _upstream_config(type(config).from_dict(config.to_dict(), **asked))
+        for name in ("img_size", "always_partition"):  # what OmDet-Turbo hands on to timm
+            if is_timm and hasattr(default, name):
+                setattr(named, name, getattr(default, name))
+        return named
     for name, value in asked.items():
         if not hasattr(config, name):
             raise TypeError(f"{type(config).__name__} has no field {name}")
@@ -373,25 +382,26 @@ def register() -> None:
     Whatever asks `transformers.AutoBackbone` for a backbone from now on, heads with
     `from_pretrained` and `from_config` among it, gets transformers' own module, which is
     accelerated (`fastbb.accelerate`) at its first call outside training. Parameters, state dicts
-    and saved files stay transformers'. A second call changes nothing.
+    and saved files stay transformers'. DETR and its relatives take timm's module out of the
+    backbone: accelerate those models themselves. A second call changes nothing.
     """
-    if _REPLACED:
+    if _BEFORE:
         return
     for config_class, adapter in _ADAPTERS.items():
-        _REPLACED[config_class] = _registered().get(config_class)
+        _BEFORE[config_class] = _registered().get(config_class)
         transformers.AutoBackbone.register(config_class, adapter, exist_ok=True)
 
 
 def unregister() -> None:
     """Undoes `register`; backbones that were built stay as they are."""
-    for config_class, before in _REPLACED.items():
+    for config_class, before in _BEFORE.items():
         if _registered().get(config_class) is not _ADAPTERS[config_class]:
             continue  # somebody else's by now
         if before is None:
             del _registered()[config_class]
         else:
             _registered()[config_class] = before
-    _REPLACED.clear()
+    _BEFORE.clear()
 
 
 def _adapter(upstream: Any) -> Any:
@@ -402,10 +412,8 @@ def _adapter(upstream: Any) -> Any:
 
     @wraps(upstream.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.training:
+        if self.training or is_tracing():
             return upstream.forward(self, *args, **kwargs)
-        from .acceleration import accelerate
-
         self.__class__ = upstream
         accelerate(self)
         return self.forward(*args, **kwargs)
@@ -413,6 +421,7 @@ def _adapter(upstream: Any) -> Any:
     members = {
         "forward": forward,
         "__module__": __name__,
+        "waits_for_fastbb": upstream,
         # transformers passes the names in old files over for classes that are not its own
         "is_custom_code": classmethod(lambda cls: False),
     }
@@ -427,7 +436,7 @@ _ADAPTERS = {
     adapter.config_class: adapter
     for adapter in (SwinBackbone, MaskFormerSwinBackbone, ResNetBackbone, TimmBackbone)
 }
-_REPLACED: dict[Any, Any] = {}  # what was registered for each configuration before us, or None
+_BEFORE: dict[Any, Any] = {}  # what was registered for each configuration, or None
 
 
 def _registered() -> dict[Any, Any]:

@@ -27,6 +27,7 @@ LAYERS = [
     {"fastbb.acceleration"},
     {"fastbb.extraction"},
     {"fastbb.cli", "fastbb.view"},
+    {"fastbb.heads"},
 ]
 # what a user calls on a backbone is imported by the method that hands the call on
 HANDED_ON = {
@@ -40,7 +41,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
 # modules that nothing imports before they are used, and that are made of the package
-IMPORTED_WITH = {"click": ("fastbb.cli",)}
+IMPORTED_WITH = {"click": ("fastbb.cli",), "transformers": ("fastbb.heads",)}
 
 
 def python_files() -> list[Path]:

@@ -113,3 +113,27 @@ def test_process_an_image_and_extract_a_folder(tmp_path: Path) -> None:
         tmp_path,
     )
     assert out.endswith("done\n")
+
+
+def test_what_needs_transformers_says_how_to_get_it(tmp_path: Path) -> None:
+    out = run(
+        """
+        import fastbb
+        from fastbb import *
+
+        for name in (
+            "heads", "register", "unregister", "MaskFormerConfig",
+            "MaskFormerForInstanceSegmentation",
+        ):
+            assert name in dir(fastbb)
+            try:
+                getattr(fastbb, name)
+            except ImportError as error:
+                assert "pip install fastbb[transformers]" in str(error), error
+            else:
+                raise AssertionError(name)
+        print("done")
+        """,
+        tmp_path,
+    )
+    assert out.endswith("done\n")
