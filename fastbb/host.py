@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import sys
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -76,12 +77,13 @@ class Region(Fast):
     """A module of a host that takes pixels: its norms folded, its calls run by the engine."""
 
     methods = ("forward_features", "forward_intermediates")
+    folds: ClassVar[bool] = True  # and runs the module's own forward
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         unfold(module)  # what the copy of a module has from the original
-        self._folding = Folding(module, _norms(module))
-        self.runs_parts = how.precision is None and "compile" not in how.mode
+        self._folding = Folding(module, _norms(module) if self.folds else [])
+        self.runs_parts = self.folds and how.precision is None and "compile" not in how.mode
         self._specs: dict[Hashable, TreeSpec] = {}  # of results, by state
         self._prepared: tuple[HostBackbone, ModuleStamp | None, Hashable] | None = None
         if "compile" not in how.mode and how.precision is None and not self.helps:
@@ -186,6 +188,57 @@ class Region(Fast):
         if len(pixels) != 1 or pixels[0].ndim != 4 or any(other is not None for other in others):
             return None
         return pixels[0]
+
+
+_KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}
+
+
+class TransformersBackbone(Region):
+    """A backbone of transformers that computes no stage beyond the last that is asked for.
+
+    Everything but the maps is upstream's to compute. Subclasses give `tensors`, the maps.
+    """
+
+    folds = False
+
+    @property
+    def helps(self) -> bool:
+        return True
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        for name in ("output_attentions", "output_hidden_states"):
+            if self._asked(kwargs, name):
+                return f"{name} is asked for"
+        if len(args) > 1 or kwargs.keys() - _KNOWN_ARGUMENTS:
+            return "it is called with arguments that change what it computes"
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = sys.modules["transformers.modeling_outputs"].BackboneOutput  # the host's library
+        maps = self.computed(args[0] if args else kwargs["pixel_values"])
+        return output(feature_maps=maps) if self._asked(kwargs, "return_dict") else (maps,)
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
+
+    def _asked(self, kwargs: dict[str, Any], name: str) -> Any:
+        """An argument, or what the configuration says where it is not given."""
+        value = kwargs.get(name)
+        return getattr(self.module.config, name, None) if value is None else value
+
+
+def check_parts(module: nn.Module) -> None:
+    """Refuses what computing from the parameters would pass over, though it may be equal now.
+
+    Raises:
+        Refused: a part is of none of the libraries, such as an adapter.
+    """
+    for part in list(module.modules())[1:]:
+        if not type(part).__module__.startswith(_LIBRARIES):
+            raise Refused(f"a {type(part).__name__} is inside it")
+
+
+_LIBRARIES = ("torch.nn.modules.", "transformers.", "timm.", "torchvision.")
 
 
 def _norms(module: nn.Module) -> Sequence[Any]:

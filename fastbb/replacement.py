@@ -370,7 +370,7 @@ class Replacement:
         self.fast.see(want, method, args, kwargs)
         formats = [_format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
         choice = Choice(True, "equal to upstream's", form, formats)
-        compared = self.fast.comparable
+        compared, got = self.fast.comparable, None
         try:
             got = self._run(choice, method, args, kwargs)
             problem = difference(compared(got), compared(want), self.how.precision)

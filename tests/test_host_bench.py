@@ -23,7 +23,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> Any:
 def tiny_swin() -> nn.Module:
     import transformers
 
-    config = transformers.SwinConfig(embed_dim=32, depths=[1, 2], num_heads=[1, 2], num_labels=3)
+    config = transformers.SwinConfig(embed_dim=32, depths=[1, 2], num_heads=[1, 2])
     return transformers.SwinForImageClassification(config)
 
 

@@ -51,7 +51,7 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
         return None
     conv, norm, act, pool = (part for part in stem if part is not None)
     pair = ConvNorm(conv, norm)  # type: ignore[arg-type]  # checked here
-    fused = _is_plain(pair) and type(act) is nn.ReLU and _pools_by_2(pool)
+    fused = _is_plain(pair) and type(act) is nn.ReLU and pools_by_2(pool)
     stages = [[timm_block(block) for block in stage.children()] for stage in parts.values()]
 
     def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -125,7 +125,7 @@ def _timm_shortcut(downsample: nn.Module | None) -> tuple[list[nn.Module], ConvN
     return before, pair if _is_plain(pair) else None
 
 
-def _pools_by_2(pool: nn.Module) -> bool:
+def pools_by_2(pool: nn.Module) -> bool:
     """Whether a pool is the one of `stem_conv_bn_relu_pool`."""
     if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices:
         return False

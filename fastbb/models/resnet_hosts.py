@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..folding import activation_name
+from ..host import TransformersBackbone, check_parts
 from ..layers import ConvNorm, is_foldable
 from ..replacement import Fast, HowToRun, Refused
-from .resnet_compute import residual_block, timm_block
+from .resnet_compute import pools_by_2, residual_block, timm_block
 
 
 class _Block(Fast):
@@ -54,6 +55,7 @@ class TransformersBlock(_Block):
         if not isinstance(block.layer[-1].activation, nn.Identity):
             raise Refused("it activates before the residual is added")
         parts = list(block.shortcut) if type(block.shortcut) is nn.Sequential else [block.shortcut]
+        last: Any
         *before, last = parts
         if isinstance(last, nn.Identity):
             return pairs, inner, before, None, block.activation
@@ -68,6 +70,43 @@ class TransformersBlock(_Block):
         )
 
 
+class TransformersResNet(TransformersBackbone):
+    """ResNetBackbone, and RT-DETR's with its deep stem."""
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        super().__init__(module, how)
+        check_parts(module)
+        host: Any = module
+        stem, pool = host.embedder.embedder, host.embedder.pooler
+        parts: list[Any] = list(stem) if isinstance(stem, nn.Sequential) else [stem]
+        self._stem = [ConvNorm(part.convolution, part.normalization) for part in parts]
+        if any(type(p.conv) is not nn.Conv2d or not is_foldable(p.norm) for p in self._stem):
+            raise Refused("its stem is not of convolutions and batch norms")
+        if not pools_by_2(pool):
+            raise Refused("its stem pools otherwise than a ResNet's")
+        self._activations = [activation_name(part.activation) for part in parts]
+        if None in self._activations:
+            raise Refused(f"the activation of its stem is a {type(parts[0].activation).__name__}")
+        stages = host.encoder.stages
+        self._stages = [[TransformersBlock(x, how) for x in stage.layers] for stage in stages]
+
+    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        names, wanted = list(self.module.stage_names), list(self.module.out_features)
+        x = pixel_values
+        for pair, activation in zip(self._stem[:-1], self._activations):
+            x = pair(x, activation)
+        x = self._stem[-1].stem(x, self._activations[-1])
+        maps = []
+        for index, name in enumerate(names):
+            for block in self._stages[index - 1] if index > 0 else ():
+                x = block.forward(x)
+            if name in wanted:
+                maps.append(x)
+            if name == wanted[-1]:
+                break
+        return tuple(maps)
+
+
 class TorchvisionBlock(_Block):
     """BasicBlock and Bottleneck, dilated and grouped ones too."""
 
@@ -78,7 +117,8 @@ class TorchvisionBlock(_Block):
             return pairs, [block.relu], [], None, block.relu
         if type(block.downsample) is not nn.Sequential or len(block.downsample) != 2:
             raise Refused(f"its shortcut is a {type(block.downsample).__name__}")
-        return pairs, [block.relu], [], ConvNorm(*block.downsample), block.relu
+        shortcut: Any = list(block.downsample)
+        return pairs, [block.relu], [], ConvNorm(*shortcut), block.relu
 
 
 class TimmBlock(Fast):
@@ -101,6 +141,8 @@ class TimmBlock(Fast):
 _TRANSFORMERS, _TIMM = "transformers.models", "timm.models.resnet"
 _TORCHVISION = "torchvision.models.resnet"
 REPLACED: dict[str, type[Fast]] = {
+    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBackbone": TransformersResNet,
+    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBackbone": TransformersResNet,
     f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer": TransformersBlock,
     f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBottleNeckLayer": TransformersBlock,
     f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer": TransformersBlock,

@@ -1,6 +1,5 @@
 """Swin inside models of transformers, timm and torchvision: blocks, mergings, whole backbones."""
 
-import sys
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from fastbb_kernels import WindowGeometry, layer_norm_nchw, patch_embed, patch_m
 
 from ..derived import derive
 from ..folding import activation_name
-from ..host import Region
+from ..host import TransformersBackbone, check_parts
 from ..replacement import Fast, HowToRun, Refused
 from .swin_compute import (
     MERGING_EPS,
@@ -25,26 +24,12 @@ from .swin_compute import (
 )
 
 
-def _check_parts(module: nn.Module) -> None:
-    """Refuses what computing from the parameters would pass over, though it may be equal now.
-
-    Raises:
-        Refused: a part is of none of the libraries, such as an adapter.
-    """
-    for part in list(module.modules())[1:]:
-        if not type(part).__module__.startswith(_LIBRARIES):
-            raise Refused(f"a {type(part).__name__} is inside it")
-
-
-_LIBRARIES = ("torch.nn.modules.", "transformers.", "timm.", "torchvision.")
-
-
 class _Block(Fast):
     """A block of any library: its semantics, read when it is made, and its weights."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
-        _check_parts(module)
+        check_parts(module)
         block: Any = module
         self._norms = self.norms(block)
         self._linears = self.linears(block)
@@ -256,7 +241,7 @@ class MaskFormerBlock(TransformersBlock):
     def _own(self) -> Any:
         return getattr(self.module.attention, "self")  # noqa: B009 -- as above
 
-    def why_not(
+    def why_not(  # type: ignore[override]  # of a layer with other arguments
         self, x: Tensor, input_dimensions: tuple[int, int], output_attentions: Any = False
     ) -> str | None:
         return "attention weights are asked for" if output_attentions else self.why_table()
@@ -270,7 +255,7 @@ class Merging(Fast):
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
-        _check_parts(module)
+        check_parts(module)
         if type(self.module.norm) is not nn.LayerNorm:
             raise Refused(f"its norm is a {type(self.module.norm).__name__}")
         reduction = self.module.reduction
@@ -295,25 +280,12 @@ class TransformersMerging(Merging):
         return super().forward(tokens).flatten(1, 2)
 
 
-_KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}
-
-
-def _given(kwargs: dict[str, Any], name: str, config: Any) -> Any:
-    """An argument, or what the configuration says where it is not given."""
-    value = kwargs.get(name)
-    return getattr(config, name) if value is None else value
-
-
-class TransformersSwin(Region):
-    """SwinBackbone and MaskFormerSwinBackbone: no stage beyond the last that is asked for.
-
-    Everything but the maps is upstream's to compute.
-    """
+class TransformersSwin(TransformersBackbone):
+    """SwinBackbone and MaskFormerSwinBackbone."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
-        _check_parts(module)
-        self.runs_parts = False
+        check_parts(module)
         host: Any = module
         self._swin = host.swin if hasattr(host, "swin") else host.model
         self._normed_by_name = isinstance(host.hidden_states_norms, nn.ModuleDict)
@@ -331,34 +303,17 @@ class TransformersSwin(Region):
             if Merging(stage.downsample, how).module.norm.eps != MERGING_EPS:
                 raise Refused("the norms of its mergings have another eps")
 
-    @property
-    def helps(self) -> bool:
-        return True
-
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
-        config = self.module.config
-        for name in ("output_attentions", "output_hidden_states"):
-            if _given(kwargs, name, config):
-                return f"{name} is asked for"
-        if len(args) > 1 or kwargs.keys() - _KNOWN_ARGUMENTS:
-            return "it is called with arguments that change what it computes"
-        attention = getattr(config, "_attn_implementation", "eager")
+        problem = super().why_not(*args, **kwargs)
+        if problem is not None:
+            return problem
+        attention = getattr(self.module.config, "_attn_implementation", "eager")
         if attention not in ("eager", "sdpa", None):
             return f"attn_implementation={attention!r} is the host's choice"
         embeddings = self._swin.embeddings
         if embeddings.position_embeddings is not None:
             return "it has absolute position embeddings"
         return self._blocks[0][0].why_table()
-
-    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return_dict = _given(kwargs, "return_dict", self.module.config)
-        output = sys.modules["transformers.modeling_outputs"].BackboneOutput  # the host's library
-        pixel_values = args[0] if args else kwargs["pixel_values"]
-        maps = self.computed(pixel_values)
-        return output(feature_maps=maps) if return_dict else (maps,)
 
     def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)

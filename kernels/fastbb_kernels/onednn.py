@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._activation import ACTIVATIONS
+from ._activation import activate
 
 # names of ours that oneDNN applies by itself -> its name and algorithm
 _FUSED = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none")}
@@ -78,7 +78,7 @@ def packed_linear(
     if activation in _FUSED:
         name, algorithm = _FUSED[activation]
         return ops._linear_pointwise(x, packed, bias, name, [], algorithm)
-    return ACTIVATIONS[activation](ops._linear_pointwise(x, packed, bias, "none", [], ""))
+    return activate(ops._linear_pointwise(x, packed, bias, "none", [], ""), activation)
 
 
 def pack_conv(
@@ -143,6 +143,6 @@ def packed_conv(
         y = ops._convolution_pointwise.binary(
             x, residual, packed, bias, *geometry, "add", None, name, [], None
         )
-        if activation is not None and name is None:
-            return ACTIVATIONS[activation](y)
-    return y if activation in _FUSED else ACTIVATIONS[activation](y)
+        if name is None:
+            return activate(y, activation)
+    return y if activation in _FUSED else activate(y, activation)
