@@ -24,6 +24,7 @@ check: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
 	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
+	$(BIN)/python bench/hosts.py --json bench/results/hosts.json
 
 # takes the Python, torch and triton that the machine has, installs nothing; under nine minutes
 gpu:

@@ -1,18 +1,13 @@
 """transformers' own backbone tests, from its source distribution, on our backbones."""
 
-import importlib.util
-import subprocess
-import sys
-import tarfile
-import tempfile
 import unittest
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from reference_models import images
+from upstream_tests import load_upstream_tests
 
 from fastbb import (
     ResNetBackbone,
@@ -25,44 +20,10 @@ from fastbb import (
 
 transformers = pytest.importorskip("transformers")
 
-TEST_FILE = "tests/test_backbone_common.py"
-PIP_TIMEOUT_S = 300
-
-
-def fetch(folder: Path) -> Path:
-    """The test file of exactly the installed version, fetched by pip unless it is there already."""
-    file = folder / Path(TEST_FILE).name
-    if file.exists():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
-    # a directory of its own: the workers of pytest-xdist may fetch at the same time
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--no-binary", ":all:", "--no-build-isolation", "--dest", scratch]
-        command += [f"transformers=={transformers.__version__}"]
-        subprocess.run(command, check=True, capture_output=True, timeout=PIP_TIMEOUT_S, text=True)
-        (archive,) = Path(scratch).glob("transformers-*.tar.gz")
-        with tarfile.open(archive) as tar:
-            (member,) = [m for m in tar.getmembers() if m.name.endswith("/" + TEST_FILE)]
-            content = tar.extractfile(member)
-            assert content is not None
-            archive.with_name(file.name).write_bytes(content.read())
-        return archive.with_name(file.name).replace(file)
-
 
 @pytest.fixture(scope="module")
 def upstream_tests() -> ModuleType:
-    cache = Path.home() / ".cache" / "fastbb-tests" / f"transformers-{transformers.__version__}"
-    try:
-        file = fetch(cache)
-    except (subprocess.SubprocessError, OSError) as error:
-        detail = str(getattr(error, "stderr", "") or error).strip().splitlines()[-1:]
-        pytest.skip(f"transformers' source distribution cannot be had: {detail}")
-    spec = importlib.util.spec_from_file_location("upstream_test_backbone_common", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_upstream_tests("test_backbone_common.py")
 
 
 class ModelTester:

@@ -1,0 +1,317 @@
+"""An accelerated host computes with the weights that it has now, however they came there."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from timm.utils.model_ema import ModelEmaV3
+from tiny_hosts import (
+    HOSTS,
+    PIXELS,
+    assert_bit_equal,
+    assert_close,
+    assert_ours_ran,
+    has_run_ours,
+    infer,
+    reasons_of,
+    resnet_backbone,
+    swin_backbone,
+    swin_classifier,
+    tensors,
+    timm_resnet,
+    twin_of,
+)
+from tolerance import assert_as_accurate_as_eager
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import fastbb
+
+pytestmark = [
+    pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+
+@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
+def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    return request.param
+
+
+# changes that are followed without being told
+
+
+def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer(model.parameters(), lr=0.1, **options).step()
+
+    return change
+
+
+def trained_a_step(model: Any) -> None:
+    model.train()
+    torch.stack([out.square().mean() for out in tensors(model(PIXELS))]).sum().backward()
+    AdamW(model.parameters(), lr=0.05, fused=True).step()
+    model.eval()
+
+
+def step_by_hand(model: Any) -> None:
+    torch.stack([out.square().mean() for out in tensors(model(PIXELS))]).sum().backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            p.data.sub_(p.grad.clamp(-1, 1), alpha=0.1)
+
+
+@torch.no_grad()
+def scale_(model: Any) -> None:
+    for p in model.parameters():
+        p.mul_(0.7)
+
+
+def replace_data(model: Any) -> None:
+    for p in model.parameters():
+        p.data = p.data * 0.7
+
+
+def replace_parameters(model: Any) -> None:
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            p.data.mul_(0.7)  # in the same memory, and without a trace
+            setattr(module, name, nn.Parameter(p.data))
+
+
+def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        module = nn.Sequential(model) if wrap else model
+        state = {
+            name: tensor.detach() * 0.7 if tensor.is_floating_point() else tensor
+            for name, tensor in module.state_dict().items()
+        }
+        module.load_state_dict(state, assign=assign)
+
+    return change
+
+
+@torch.no_grad()
+def statistics_of_training(model: Any) -> None:
+    model.train()
+    model(3 * PIXELS)
+    model.eval()
+    scale_(model)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "adamw-fused": optimizer_step(AdamW, fused=True),
+    "adamw-foreach": optimizer_step(AdamW, foreach=True),
+    "sgd-fused": optimizer_step(SGD, fused=True),
+    "trained_a_step": trained_a_step,
+    "step_by_hand": step_by_hand,
+    "in_place": scale_,
+    "in_place-inference_mode": torch.inference_mode()(scale_),
+    "data_replaced": replace_data,
+    "parameters_replaced": replace_parameters,
+    "load": load(),
+    "load-wrapped": load(wrap=True),
+    "load-assign": load(assign=True),
+    "load-inference_mode": torch.inference_mode()(load()),
+    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
+    "half_and_back": lambda model: model.half().float(),
+    "bfloat16_and_back-inside": lambda model: [c.bfloat16().float() for c in model.children()],
+    "statistics": statistics_of_training,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_the_next_inference_uses_the_new_weights(
+    make: Callable[[], Any], change: Callable[[Any], Any]
+) -> None:
+    model = make()
+    report = fastbb.accelerate(model, mode="eager")
+    before = infer(model)
+    change(model)
+    want = infer(twin_of(make, model))
+    for _ in range(2):
+        assert_close(infer(model), want)
+    assert not torch.equal(before[-1], want[-1])
+    assert_ours_ran(report)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_changes_through_data_need_refresh(make: Callable[[], Any], precision: str | None) -> None:
+    model = make()
+    if precision and make not in (swin_backbone, resnet_backbone):
+        pytest.skip("one of each family has converted copies")
+    report = fastbb.accelerate(model, mode="eager", precision=precision)
+    infer(model)
+    for p in model.parameters():
+        p.data.mul_(0.7)
+    report.refresh()
+    other = twin_of(make, model)
+    if precision:
+        fastbb.accelerate(other, mode="eager", precision=precision)
+        assert_bit_equal(infer(model), infer(other))
+    else:
+        assert_close(infer(model), infer(other))
+    assert_ours_ran(report)
+
+
+@pytest.mark.parametrize("name", ["adamw-fused", "trained_a_step", "data_replaced", "load"])
+@pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
+def test_a_copy_in_another_precision_is_made_anew(make: Callable[[], Any], name: str) -> None:
+    model = make()
+    report = fastbb.accelerate(model, mode="eager", precision="bf16")
+    before = infer(model)
+    CHANGES[name](model)
+    other = twin_of(make, model)
+    fastbb.accelerate(other, mode="eager", precision="bf16")
+    got = infer(model)
+    assert_bit_equal(got, infer(other))
+    assert not torch.equal(got[-1], before[-1])
+    assert_ours_ran(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
+def test_another_dtype(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    model = make()
+    report = fastbb.accelerate(model, mode="eager")
+    infer(model)
+    model.to(dtype)
+    got, eager = infer(model), infer(twin_of(make, model))
+    exact = infer(twin_of(make, model).double())
+    for ours, theirs, truth in zip(got, eager, exact):
+        assert ours.dtype == dtype
+        assert_as_accurate_as_eager("result", ours, theirs, truth)
+    assert_ours_ran(report)
+
+
+# moving averages
+
+
+def averaged(model: Any) -> tuple[Any, Callable[[], None]]:
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    return average.module, lambda: average.update_parameters(model)
+
+
+def ema(foreach: bool) -> Callable[[Any], tuple[Any, Callable[[], None]]]:
+    def start(model: Any) -> tuple[Any, Callable[[], None]]:
+        average = ModelEmaV3(model, decay=0.5, foreach=foreach)
+        return average.module, lambda: average.update(model)
+
+    return start
+
+
+AVERAGES = {"swa_utils": averaged, "timm": ema(False), "timm-foreach": ema(True)}
+
+
+@pytest.mark.parametrize("start", AVERAGES.values(), ids=AVERAGES)
+def test_moving_averages(make: Callable[[], Any], start: Any) -> None:
+    model = make()
+    fastbb.accelerate(model, mode="eager")
+    infer(model)
+    average, update = start(model)
+    update()
+    for _ in range(2):
+        before = infer(average)
+        CHANGES["adamw-fused"](model)
+        update()
+        got = infer(average)
+        assert_close(got, infer(twin_of(make, average)))
+        assert not torch.equal(got[-1], before[-1])
+        assert_close(infer(model), infer(twin_of(make, model)))
+    assert has_run_ours(average) and has_run_ours(model)
+
+
+# LoRA
+
+ADAPTED: dict[Callable[[], Any], list[str]] = {
+    swin_classifier: ["q_proj", "v_proj"],
+    swin_backbone: ["q_proj", "fc1", "reduction"],
+    HOSTS["maskformer_swin"]: ["query", "value"],
+    resnet_backbone: ["convolution"],
+    timm_resnet: ["conv1"],
+    HOSTS["torchvision_swin"]: ["mlp.0"],
+}
+
+
+def adapt(make: Callable[[], Any], model: Any, starts_at_zero: bool = False) -> Any:
+    torch.manual_seed(3)
+    adapters = LoraConfig(
+        r=2, lora_alpha=4, target_modules=ADAPTED[make], init_lora_weights=starts_at_zero
+    )
+    return get_peft_model(model, adapters)
+
+
+HISTORIES = {
+    "": (False, False, False),
+    "ran_before": (True, False, False),
+    "ran_before-frozen": (True, False, True),
+    "ran_adapted": (False, True, True),
+    "ran_before-ran_adapted": (True, True, False),
+}
+
+
+@pytest.mark.parametrize("ran_before, runs_adapted, frozen", HISTORIES.values(), ids=HISTORIES)
+def test_lora_around_an_accelerated_model(
+    make: Callable[[], Any], ran_before: bool, runs_adapted: bool, frozen: bool
+) -> None:
+    """Merging writes through `.data`, and may leave behind the very modules that were there."""
+    model, upstream = (make().requires_grad_(not frozen) for _ in range(2))
+    report = fastbb.accelerate(model, mode="eager")
+    before = infer(upstream)
+    if ran_before:
+        assert_close(infer(model), before)
+    adapted, theirs = (adapt(make, either) for either in (model, upstream))
+    if runs_adapted:
+        assert_close(infer(adapted.eval()), infer(theirs.eval()))
+        assert any("layers inside it were replaced" in why for why in reasons_of(report))
+    merged, theirs = adapted.merge_and_unload(), theirs.merge_and_unload()
+    want = infer(theirs)  # nothing has called eval() since, which would make ours look again
+    assert merged is model and not torch.allclose(want[-1], before[-1], rtol=1e-2)
+    assert_close(infer(model), want)
+    assert_ours_ran(report)
+
+
+def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
+    """At first an adapted model computes what the model did; ours must not run on for that."""
+    model, upstream = make(), make()
+    fastbb.accelerate(model, mode="eager")
+    both = (model, upstream)
+    adapted, theirs = (adapt(make, either, starts_at_zero=True).eval() for either in both)
+    before = infer(adapted)
+    assert_close(before, infer(theirs))
+    for either in (adapted, theirs):
+        for name, p in either.named_parameters():
+            if "lora_B" in name:
+                p.data.fill_(0.3)
+    assert_close(infer(adapted), infer(theirs))
+    assert not torch.allclose(infer(adapted)[-1], before[-1], rtol=1e-2)
+
+
+def test_an_adapted_model_is_accelerated_where_it_is_plain(make: Callable[[], Any]) -> None:
+    adapted, theirs = (adapt(make, make()).eval() for _ in range(2))
+    report = fastbb.accelerate(adapted, mode="eager")
+    assert report.left_alone, str(report)
+    assert_close(infer(adapted), infer(theirs))
+    merged, theirs = adapted.merge_and_unload(), theirs.merge_and_unload()
+    assert_close(infer(merged), infer(theirs))
+    report = fastbb.accelerate(merged, mode="eager")
+    assert_close(infer(merged), infer(theirs))
+    assert_ours_ran(report)
+    assert not report.left_alone
+
+
+def test_a_copy_that_is_adapted_before_it_ran(make: Callable[[], Any]) -> None:
+    model = make()
+    fastbb.accelerate(model, mode="eager")
+    infer(model)
+    adapted, theirs = (adapt(make, m).eval() for m in (copy.deepcopy(model), make()))
+    for _ in range(2):
+        assert_close(infer(adapted), infer(theirs))
+    fastbb.restore(adapted)
+    assert_bit_equal(infer(adapted), infer(theirs))
