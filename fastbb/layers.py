@@ -81,7 +81,11 @@ class ConvNorm(NamedTuple):
     norm: nn.Module
 
     def __call__(
-        self, x: Tensor, activation: str | None = None, residual: Tensor | None = None
+        self,
+        x: Tensor,
+        activation: str | None = None,
+        residual: Tensor | None = None,
+        hidden: bool = False,
     ) -> Tensor:
         """Convolves, normalizes, adds the residual, activates; one op in inference.
 
@@ -89,6 +93,7 @@ class ConvNorm(NamedTuple):
             x: [B, C_in, H, W].
             activation: name of the activation, or None.
             residual: [B, C, h, w], added before the activation, or None.
+            hidden: the result only goes into another convolution, see `packed_conv`.
 
         Returns:
             [B, C, h, w].
@@ -104,7 +109,8 @@ class ConvNorm(NamedTuple):
         x = x.contiguous(memory_format=torch.channels_last)
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
-        return packed_conv(x, *folded_packed(conv, self.norm, x), residual=residual, **options)
+        packed, bias = folded_packed(conv, self.norm, x)
+        return packed_conv(x, packed, bias, residual=residual, hidden=hidden, **options)
 
     def stem(self, x: Tensor, activation: str | None, pool: bool = True) -> Tensor:
         """The stem of a ResNet: convolves, normalizes, activates, and pools 3x3 by stride 2.
@@ -180,7 +186,7 @@ class ConvNorm(NamedTuple):
             and runs_folded(last, expand.norm, x)
         )
         if not fuses:
-            return expand(self(x, "relu"), activation, residual)
+            return expand(self(x, "relu", hidden=True), activation, residual)
         tensors = (*folded(conv, self.norm), *folded(last, expand.norm), residual)
         stride, dilation = conv.stride[0], conv.dilation[0]
         return bottleneck_tail(x, *tensors, stride=stride, dilation=dilation, activation=activation)

@@ -1,8 +1,8 @@
 """transformers' own model tests, on its SwinBackbone and on the same one accelerated.
 
-On upstream's fail, on transformers 5.23, two that its tests of Swin, which are not in the source
-distribution, have versions of: `test_model_get_set_embeddings` asks for token embeddings, and
-`test_retain_grad_hidden_states_attentions` for a tensor where a backbone returns a tuple.
+Two of them, of transformers 5.23, fail on any Swin backbone: `test_model_get_set_embeddings` asks
+for token embeddings, `test_retain_grad_hidden_states_attentions` for a tensor where there is a
+tuple of maps.
 """
 
 import unittest
@@ -54,6 +54,7 @@ class ModelTester:
 
     is_training = True
     batch_size = 13
+    num_hidden_layers: int | None = None  # to a test of it, Swin's three stages are too many
     num_attention_heads = 2  # of the first
     seq_length = hidden_size = 16  # height and width of the first hidden state
 

@@ -32,10 +32,10 @@ def residual_block(
     residual = x if residual is None else residual
     if len(pairs) == 3 and shortcut is None:
         first, second, last = pairs
-        return second.tail(first(x, "relu"), last, residual, activation)
+        return second.tail(first(x, "relu", hidden=True), last, residual, activation)
     *inner, last = pairs
     for pair in inner:
-        x = pair(x, "relu")
+        x = pair(x, "relu", hidden=True)
     return last.end(x, residual, shortcut, activation)
 
 
@@ -105,7 +105,7 @@ def timm_block(block: nn.Module) -> Callable[[Tensor], Tensor]:
             return residual_block(x, pairs, shortcut, "relu", residual)
         *inner, last = pairs
         for pair in inner:
-            x = pair(x, "relu")
+            x = pair(x, "relu", hidden=True)
         x = x if blur is None else blur(x)
         if parts.se is None:
             return last.end(x, residual, shortcut, "relu")

@@ -15,8 +15,14 @@ from torch.nn import functional as F
 
 from ._activation import activate
 
-# names of ours that oneDNN applies by itself -> its name and algorithm
-_FUSED = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none")}
+# what oneDNN applies by itself, by our names: its name, scalars and algorithm. Its ReLU turns NaN
+# into 0, which a leaky one does not; what is left of a negative value is as good as 0 to a product
+_LEAK = 1e-30
+_FUSED: dict[str | None, tuple[str, list[float], str]] = {
+    None: ("none", [], ""),
+    "relu": ("leaky_relu", [_LEAK], ""),
+    "gelu": ("gelu", [], "none"),
+}
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -62,6 +68,8 @@ def packed_linear(
 ) -> Tensor:
     """`activation(x @ weight.T + bias)`, or `x @ weight.T + bias + residual`.
 
+    "relu" is for hidden layers: a negative value becomes `1e-30` times what it was, not 0.
+
     Args:
         x: [M, in], contiguous.
         packed: from `pack_linear`.
@@ -76,8 +84,7 @@ def packed_linear(
     if residual is not None:
         return ops._linear_pointwise.binary(x, residual, packed, bias, "add")
     if activation in _FUSED:
-        name, algorithm = _FUSED[activation]
-        return ops._linear_pointwise(x, packed, bias, name, [], algorithm)
+        return ops._linear_pointwise(x, packed, bias, *_FUSED[activation])
     return activate(ops._linear_pointwise(x, packed, bias, "none", [], ""), activation)
 
 
@@ -116,6 +123,7 @@ def packed_conv(
     groups: int,
     activation: str | None = None,
     residual: Tensor | None = None,
+    hidden: bool = False,
 ) -> Tensor:
     """`activation(conv2d(x) + residual)`.
 
@@ -129,20 +137,20 @@ def packed_conv(
         groups: of channels.
         activation: name of the activation, or None.
         residual: [B, C, h, w], laid out as the weight was, or None; not for grouped convolutions.
+        hidden: the result only goes into another convolution, so that "relu" may leave `1e-30`
+            times a negative value instead of 0.
 
     Returns:
         [B, C, h, w].
     """
     ops: Any = torch.ops.mkldnn
     geometry = padding, stride, dilation, groups
-    name, algorithm = _FUSED.get(activation, ("none", ""))
-    if residual is None:
-        y = ops._convolution_pointwise(x, packed, bias, *geometry, name, [], algorithm)
-    else:
-        name = name if name == "relu" else None
+    if residual is not None:
         y = ops._convolution_pointwise.binary(
-            x, residual, packed, bias, *geometry, "add", None, name, [], None
+            x, residual, packed, bias, *geometry, "add", None, None, [], None
         )
-        if name is None:
-            return activate(y, activation)
-    return y if activation in _FUSED else activate(y, activation)
+    elif activation in _FUSED and (hidden or activation != "relu"):
+        return ops._convolution_pointwise(x, packed, bias, *geometry, *_FUSED[activation])
+    else:
+        y = ops._convolution_pointwise(x, packed, bias, *geometry, *_FUSED[None])
+    return torch.relu_(y) if activation == "relu" else activate(y, activation)

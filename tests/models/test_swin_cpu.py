@@ -122,6 +122,8 @@ def test_packed_products_are_torchs(
         packed = onednn.pack_conv(weight, shape, **geometry)
         got = onednn.packed_conv(x, packed, bias, activation=activation, **geometry)
         assert_equals_upstream(got, act(plain), rel)
+        got = onednn.packed_conv(x, packed, bias, activation=activation, hidden=True, **geometry)
+        assert_equals_upstream(got, act(plain), rel)
         if groups == 1:
             got = onednn.packed_conv(
                 x, packed, bias, activation=activation, residual=plain, **geometry
@@ -134,6 +136,31 @@ def test_packed_products_are_torchs(
     assert_equals_upstream(got, act(product), rel)
     got = onednn.packed_linear(rows, packed, None, residual=product)
     assert_equals_upstream(got, product + product, rel)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@torch.no_grad()
+def test_packed_products_keep_nan(activation: str | None) -> None:
+    x, matrix = images(5, 16, 1, 1)[0, 0], images(8, 16, 1, 1)[0, 0]
+    x[2, 3] = torch.nan
+    packed = onednn.pack_linear(matrix)
+    got = onednn.packed_linear(x, packed, None, activation=activation)
+    assert got.isnan().any(1).tolist() == [False, False, True, False, False]
+    geometry: Any = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    packed = onednn.pack_conv(matrix[:, :, None, None], (1, 16, 5, 1), **geometry)
+    rows = x.t()[None, :, :, None]
+    for residual in (None, torch.zeros(1, 8, 5, 1)):
+        for hidden in (False, True):
+            got = onednn.packed_conv(
+                rows,
+                packed,
+                torch.zeros(8),
+                activation=activation,
+                residual=residual,
+                hidden=hidden,
+                **geometry,
+            )
+            assert got.isnan().any(1).flatten().tolist() == [False, False, True, False, False]
 
 
 @torch.no_grad()
