@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import heads as heads
-    from .acceleration import AccelerateReport, accelerate, restore
+    from .acceleration import AccelerateReport, AccelerateWarning, accelerate, restore
     from .auto import AutoBackbone, AutoConfig, list_backbones
     from .backbone import BackboneMixin, BackboneOutput
     from .configuration import BackboneConfigMixin
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 # without what is in `heads`, which needs an extra: `from fastbb import *` works without it
 __all__ = [
     "AccelerateReport",
+    "AccelerateWarning",
     "AutoBackbone",
     "AutoConfig",
     "AutoImageProcessor",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "acceleration": ("AccelerateReport", "accelerate", "restore"),
+    "acceleration": ("AccelerateReport", "AccelerateWarning", "accelerate", "restore"),
     "auto": ("AutoBackbone", "AutoConfig", "list_backbones"),
     "backbone": ("BackboneMixin", "BackboneOutput"),
     "configuration": ("BackboneConfigMixin",),

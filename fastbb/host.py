@@ -21,6 +21,7 @@ from .replacement import Fast, HowToRun, Refused, replacement_of
 
 # in a configuration of transformers
 _DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")
+MAX_PREPARED = 4  # forms of calls that are kept ready, each maybe with a copy of the weights
 TRACED_SIZE = 224  # pixels, of the image that the dataflow is read off
 
 
@@ -46,13 +47,17 @@ class HostBackbone(Backbone):
     Args:
         config: what is known of it.
         region: computes the results.
+        constants: what it is given beside the pixels.
     """
 
     config_class = HostConfig
     config: HostConfig
 
-    def __init__(self, config: HostConfig, region: "Region") -> None:
+    def __init__(
+        self, config: HostConfig, region: "Region", constants: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(config)
+        self._constants = constants or {}
         self.stage_names = list(config.stage_names or ())
         self.host: nn.Module = region.module
         self._region = region
@@ -64,10 +69,10 @@ class HostBackbone(Backbone):
         if own is not None:
             own.unbind()  # the copy is run by whom it was made for
         region = type(self._region)(host, self._region.how)
-        return HostBackbone(copy.copy(self.config), region)
+        return HostBackbone(copy.copy(self.config), region, self._constants)
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return self._region.tensors(pixel_values)
+        return self._region.tensors(pixel_values, **self._constants)
 
     def forward_stages(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         raise NotImplementedError("a host returns all its results at once")
@@ -84,8 +89,9 @@ class Region(Fast):
         unfold(module)  # what the copy of a module has from the original
         self._folding = Folding(module, _norms(module) if self.folds else [])
         self.runs_parts = self.folds and how.precision is None and "compile" not in how.mode
-        self._specs: dict[Hashable, TreeSpec] = {}  # of results, by state
-        self._prepared: tuple[HostBackbone, ModuleStamp | None, Hashable] | None = None
+        # by what is given beside the pixels, and by state: the form of results, and what runs
+        self._specs: dict[Hashable, TreeSpec] = {}
+        self._prepared: dict[Hashable, tuple[HostBackbone, ModuleStamp | None]] = {}
         if "compile" not in how.mode and how.precision is None and not self.helps:
             self.close()
             raise NothingToDo("it has nothing of its own to accelerate")
@@ -110,24 +116,28 @@ class Region(Fast):
     def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
         leaves, spec = tree_flatten(result)
         tensors = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
-        if method == "forward" and self._only_pixels(args, kwargs) is not None and tensors:
-            self._specs[self.state()] = spec
+        given = _pixels_and_constants(args, kwargs)
+        if method == "forward" and given is not None and tensors:
+            self._specs[self._form(given[1])] = spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        pixel_values = self._only_pixels(args, kwargs)
-        spec = None if pixel_values is None else self._specs.get(self.state())
-        if pixel_values is None or spec is None:
+        given = _pixels_and_constants(args, kwargs)
+        spec = None if given is None else self._specs.get(self._form(given[1]))
+        if given is None or spec is None:
             return self.run("forward", *args, **kwargs)
-        return tree_unflatten(list(self.computed(pixel_values)), spec)
+        return tree_unflatten(list(self.computed(given[0], **given[1])), spec)
 
-    def computed(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def computed(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
         if launches_directly():
-            return self.tensors(pixel_values)
-        engine = self.prepared()._engine
+            return self.tensors(pixel_values, **constants)
+        engine = self.prepared(**constants)._engine
         assert engine is not None
         tensors = engine(engine.converted(pixel_values))
         return tuple(x.to(pixel_values.dtype) for x in tensors)
+
+    def _form(self, constants: dict[str, Any]) -> Hashable:
+        return tuple(sorted(constants.items())), self.state()
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.run("forward_features", *args, **kwargs)
@@ -149,28 +159,30 @@ class Region(Fast):
         inner = itertools.islice(self.module.modules(), 1, None)
         return any(replacement_of(part) is not None for part in inner)
 
-    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         """The tensors of the module's result for pixels [B, C, H, W]."""
-        return tuple(tree_flatten(self.run("forward", pixel_values))[0])
+        return tuple(tree_flatten(self.run("forward", pixel_values, **constants))[0])
 
-    def prepared(self) -> HostBackbone:
+    def prepared(self, **constants: Any) -> HostBackbone:
         """The module behind the engine, made anew where a converted copy is out of date."""
-        if self._prepared is not None:
-            backbone, stamp, state = self._prepared
-            if state == self.state() and (stamp is None or stamp.is_current()):
+        form = self._form(constants)
+        if form in self._prepared:
+            backbone, stamp = self._prepared[form]
+            if stamp is None or stamp.is_current():
                 return backbone
+        if len(self._prepared) >= MAX_PREPARED:
+            self._prepared.clear()
         config = HostConfig(architecture=type(self.module).__qualname__)
-        backbone = HostBackbone(config, self)
+        backbone = HostBackbone(config, self, constants)
         prepared = backbone.prepare(self.how.mode, self.how.precision)
         is_copy = prepared.host is not self.module
-        self._prepared = prepared, ModuleStamp(self.module) if is_copy else None, self.state()
+        self._prepared[form] = prepared, ModuleStamp(self.module) if is_copy else None
         return prepared
 
     def explanation(self) -> str:
         """What the engine decided, "" before it did."""
-        if self._prepared is None or self._prepared[0]._engine is None:
-            return ""
-        return str(self._prepared[0]._engine.explain())
+        engines = [backbone._engine for backbone, _ in self._prepared.values()]
+        return "\n".join(str(engine.explain()) for engine in engines if engine is not None)
 
     def likeness(self) -> Hashable:
         return id(self)
@@ -180,14 +192,16 @@ class Region(Fast):
             return "it was called without pixels"
         return None
 
-    def _only_pixels(self, args: Any, kwargs: Any) -> Tensor | None:
-        """The pixels of a call that asks for nothing else."""
-        values = [*args, *kwargs.values()]
-        pixels = [value for value in values if isinstance(value, Tensor)]
-        others = [value for value in values if not isinstance(value, Tensor)]
-        if len(pixels) != 1 or pixels[0].ndim != 4 or any(other is not None for other in others):
-            return None
-        return pixels[0]
+
+def _pixels_and_constants(args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any]] | None:
+    """The pixels of a call, and what else it is given by name; None if there is more to it."""
+    constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+    pixels = [*args, *(value for name, value in kwargs.items() if name not in constants)]
+    if len(pixels) != 1 or not isinstance(pixels[0], Tensor) or pixels[0].ndim != 4:
+        return None
+    if not all(isinstance(value, (bool, int, str, type(None))) for value in constants.values()):
+        return None
+    return pixels[0], constants
 
 
 _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}

@@ -90,7 +90,7 @@ class TransformersResNet(TransformersBackbone):
         stages = host.encoder.stages
         self._stages = [[TransformersBlock(x, how) for x in stage.layers] for stage in stages]
 
-    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)
         x = pixel_values
         for pair, activation in zip(self._stem[:-1], self._activations):

@@ -315,7 +315,7 @@ class TransformersSwin(TransformersBackbone):
             return "it has absolute position embeddings"
         return self._blocks[0][0].why_table()
 
-    def tensors(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)
         x = self._embed(pixel_values)
         maps = []
