@@ -273,7 +273,7 @@ def _closed(module: nn.Module) -> str | None:
     if isinstance(module, torch.fx.GraphModule):
         return "it is a traced graph: accelerate the model that it was made of"
     if isinstance(module, nn.DataParallel):
-        return "DataParallel copies modules to other devices, our forward not: use DistributedDataParallel"
+        return "DataParallel copies modules without moving our forward: use DistributedDataParallel"
     return None
 
 
