@@ -253,6 +253,10 @@ def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str,
         result[name] = {"ms": whole, "inside_ms": part}
     result["ratio"] = result["upstream"]["ms"] / result["fastbb"]["ms"]
     result["inside_ratio"] = result["upstream"]["inside_ms"] / result["fastbb"]["inside_ms"]
+    # not what was slower, but what could not run or was wrong
+    result["left_alone"] = [
+        row for row in report.rows() if row[2] == "upstream" and not row[3].startswith("faster")
+    ]
     result["report"] = str(report)
     return result
 
@@ -330,6 +334,8 @@ def main() -> int:
             try:
                 row[dtype] = measure(host, DTYPES[dtype], options.rounds, options.mode)
                 print(f"{host.title}, {dtype}: {row[dtype]['ratio']:.2f}", file=sys.stderr)
+                for left in row[dtype]["left_alone"]:
+                    print(f"  {': '.join(left)}", file=sys.stderr)
             except Exception as error:  # one host that fails costs its own row only
                 row[dtype] = {"reason": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
                 print(f"{host.title}, {dtype}: {row[dtype]['reason']}", file=sys.stderr)

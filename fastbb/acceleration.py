@@ -17,6 +17,7 @@ from .folding import is_batch_norm
 from .host import NothingToDo, Region
 from .registry import FAMILIES
 from .replacement import (
+    MOVES,
     AccelerateWarning,
     Fast,
     HowToRun,
@@ -118,8 +119,8 @@ def accelerate(
     Modules, parameters, state dict, hooks and what is returned stay. Whole backbones, and the
     blocks of Swin and ResNets wherever they are, get a forward of ours on the instance, over the
     very same parameters. It runs in inference only; wherever it cannot keep the maths, something is
-    hooked or replaced inside, or a graph is recorded, the module's own forward runs. The first call
-    with each kind of input compares both, and keeps the module's own where they differ.
+    hooked or replaced inside, or a graph is recorded, the module's own forward runs. First calls,
+    of up to eight sizes, compare both, and keep the module's own where they differ.
 
     Args:
         model: of transformers, timm, torchvision or segmentation-models-pytorch, or around one.
@@ -284,7 +285,7 @@ def _meta(module: nn.Module) -> str | None:
 
 
 def _patched(module: nn.Module, make: type[Fast]) -> str | None:
-    methods = [name for name in ("forward", *make.methods) if name in vars(module)]
+    methods = [name for name in ("forward", *make.methods, *MOVES) if name in vars(module)]
     return f"something else was put over its {methods[0]}" if methods else None
 
 

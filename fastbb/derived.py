@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -183,11 +184,17 @@ def note_written(tensors: Iterable[Tensor]) -> None:
         stamp.note_written(tensors)
 
 
+def is_transformed(x: Tensor) -> bool:
+    """Whether a call with a tensor is that of a transform: vmap, jvp, forward-mode derivatives."""
+    return is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
+
+
 class _Entry(NamedTuple):
     sources: list[tuple[weakref.ref[Tensor], int, int, torch.dtype, torch.device]]
     constants: Hashable
     n_cleared: int
     last_step: object
+    last_layer: object
     value: tuple[Tensor | None, ...]
 
     def is_of(self, sources: tuple[Tensor, ...], constants: Hashable) -> bool:
@@ -227,12 +234,13 @@ class _DerivedWeights:
         capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and _held is None:
             return compute(*sources)  # a CUDA graph must not read memory that may be freed
-        n_cleared, last_step = self._n_cleared, _last_step
+        n_cleared, last_step, last_layer = self._n_cleared, _last_step, _last_layer
         entry = self._entries.get(name)
         if (
             entry is not None
             and entry.n_cleared == n_cleared
-            and entry.last_step is last_step
+            and entry.last_layer is last_layer
+            and (entry.last_step is last_step or not any(map(_may_step, sources)))
             and entry.is_of(sources, constants)
         ):
             if _held is not None:
@@ -250,7 +258,9 @@ class _DerivedWeights:
             refs = self._refs(name, sources)
             seen = [(ref, *state) for ref, state in zip(refs, states)]
             with self._lock:
-                self._entries[name] = _Entry(seen, constants, n_cleared, last_step, value)
+                self._entries[name] = _Entry(
+                    seen, constants, n_cleared, last_step, last_layer, value
+                )
         return value
 
     def clear(self) -> None:
@@ -272,7 +282,8 @@ class _DerivedWeights:
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _held: list[tuple[Tensor | None, ...]] | None = None
-_last_step = object()  # another one after each step of an optimizer, and each replaced layer
+_last_step = object()  # another one after each step of an optimizer
+_last_layer = object()  # another one after a layer was put into a module
 _step_hook: RemovableHandle | None = None
 _LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that something was derived of
 _layer_hook: RemovableHandle | None = None
@@ -303,9 +314,9 @@ def _note_layer(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
 
     So are those of LoRA, merged into the layer that it stood around.
     """
-    global _last_step
-    if parent in _LAYERS or layer in _LAYERS:
-        _last_step = object()
+    global _last_layer
+    if parent in _LAYERS:  # not a module that a backbone is put into
+        _last_layer = object()
         if _STAMPS and layer is not None:
             note_written(layer.parameters())
 
@@ -315,6 +326,11 @@ def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     _last_step = object()
     if _STAMPS:
         note_written(p for group in optimizer.param_groups for p in group["params"])
+
+
+def _may_step(source: Tensor) -> bool:
+    """Whether an optimizer may have written a tensor since; a frozen one it passes over."""
+    return source.requires_grad or source.grad is not None
 
 
 def _can_be_followed(source: Tensor) -> bool:

@@ -5,6 +5,9 @@ convolution that feeds it. Neither parameters nor the state dict change: folded 
 values, computed in float64, cast once, and made again when a source changes.
 """
 
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_conv, packs
 
-from .derived import derive, forget_derived, is_tracing
+from .derived import derive, forget_derived, is_tracing, is_transformed
 
 FROZEN_EPS = 1e-5  # of transformers' frozen norms, which have no `eps`
 
@@ -74,16 +77,37 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
 
 
 def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `norm(conv(x))` for `packed_conv`, remembered for the last shape of x."""
-    eps, sources, present = _sources(conv, norm)
+    """Weight and bias of `norm(conv(x))` for `packed_conv`, remembered for two shapes of x.
+
+    The layout depends on the shape. To make it anew costs what PyTorch's convolution, which does so
+    in every call, costs as well.
+    """
+    weight, bias = folded(conv, norm)
     shape = tuple(x.shape)
 
-    def compute(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        weight, bias = _fold(tensors, present, eps)
-        weight = pack_conv(_as_weight(weight, conv), shape, **geometry(conv))
-        return weight, bias.to(conv.weight.dtype)
+    def compute(weight: Tensor) -> tuple[Tensor]:
+        return (pack_conv(weight, shape, **geometry(conv)),)
 
-    return derive(conv, "packed", compute, *sources, constants=(eps, present, shape))
+    constants = shape, conv.stride, conv.padding, conv.dilation, conv.groups
+    name = f"packed {_slot(conv, shape)}"
+    (packed,) = derive(conv, name, compute, weight, constants=constants)
+    return packed, bias
+
+
+_N_PACKED = 2
+_Slots = OrderedDict[tuple[int, ...], int]
+_slots: weakref.WeakKeyDictionary[nn.Conv2d, _Slots] = weakref.WeakKeyDictionary()
+_slots_lock = threading.Lock()
+
+
+def _slot(conv: nn.Conv2d, shape: tuple[int, ...]) -> int:
+    """Where weights packed for a shape are remembered; the one used longest ago makes way."""
+    with _slots_lock:
+        slots = _slots.setdefault(conv, OrderedDict())
+        if shape not in slots:
+            slots[shape] = len(slots) if len(slots) < _N_PACKED else slots.popitem(last=False)[1]
+        slots.move_to_end(shape)
+        return slots[shape]
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
@@ -100,9 +124,9 @@ def runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether a call that may use folded weights may use packed ones: it runs on a CPU, eager."""
     if is_tracing() or not is_plainly_eager(x, None) or x.device.type != "cpu":
         return False
-    if type(x) is not Tensor or not x.numel() or not isinstance(conv.padding, tuple):
+    if type(x) is not Tensor or is_transformed(x) or not x.numel():
         return False
-    return packs(x.dtype)
+    return isinstance(conv.padding, tuple) and packs(x.dtype)
 
 
 def folded_with_shortcut(

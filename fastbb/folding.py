@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -259,8 +260,7 @@ class Folding:
     def undo(self) -> None:
         """Gives the modules their own forwards back."""
         for _, _, module in self._places:
-            if is_folded(module):
-                del module.forward
+            _release(module)
         self._places.clear()
         self._pairs.clear()
 
@@ -299,6 +299,7 @@ class Folding:
 
     def _take(self, model: nn.Module, name: str, module: Any, forward: Any) -> None:
         module.forward = forward
+        module._replicate_for_data_parallel = partial(_replica, module)
         parent, _, child = name.rpartition(".")
         self._places.append((model.get_submodule(parent), child, module))
 
@@ -315,8 +316,24 @@ def is_folded(module: nn.Module) -> bool:
 def unfold(model: nn.Module) -> None:
     """Takes away forwards that any `Folding` bound, on this module or the one it is a copy of."""
     for module in model.modules():
-        if is_folded(module):
-            del module.forward
+        _release(module)
+
+
+def _release(module: nn.Module) -> None:
+    if is_folded(module):
+        for name in _TAKEN:
+            vars(module).pop(name, None)
+
+
+_TAKEN = ("forward", "_replicate_for_data_parallel")
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    """What DataParallel runs on another device: the module without our forward."""
+    replica = type(module)._replicate_for_data_parallel(module)
+    for name in _TAKEN:
+        vars(replica).pop(name, None)
+    return replica
 
 
 class _FoldedConv:
@@ -462,13 +479,15 @@ def _norm_problem(norm: Any) -> str | None:
     # a copy with values of its own: under those of a new model much looks like a batch norm
     norm = copy.deepcopy(norm).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
+    like: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
     for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
         if tensor.is_floating_point():
             low = 0.5 if name == "running_var" else -1.5
-            tensor.copy_(torch.rand(tensor.shape, generator=generator) * (1.5 - low) + low)
+            values = torch.rand(tensor.shape, generator=generator, **like)
+            tensor.copy_(values * (1.5 - low) + low)
     channels = len(norm.running_mean)
-    x = torch.linspace(-3, 3, 4 * channels, device="cpu").view(1, channels, 2, 2)
-    one = torch.ones(channels, 1, 1, 1, device="cpu")
+    x = torch.linspace(-3, 3, 4 * channels, **like).view(1, channels, 2, 2)
+    one = torch.ones(channels, 1, 1, 1, **like)
     statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     scale, shift = fold_batch_norm(one, None, *statistics, eps=getattr(norm, "eps", FROZEN_EPS))
     want = (x.double() * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)).float()
@@ -490,7 +509,7 @@ def activation_name(module: nn.Module | None) -> str | None:
         return None
     if next(module.parameters(), None) is not None:
         return None
-    x = torch.linspace(-8, 8, 256, device="cpu").view(1, 4, 8, 8)
+    x = torch.linspace(-8, 8, 256, device="cpu", dtype=torch.float32).view(1, 4, 8, 8)
     try:
         got = module(x.clone())
     except (RuntimeError, ValueError, TypeError):  # not for such a tensor: no activation

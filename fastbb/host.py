@@ -3,6 +3,7 @@
 import copy
 import itertools
 import sys
+import threading
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -52,6 +53,7 @@ class HostBackbone(Backbone):
 
     config_class = HostConfig
     config: HostConfig
+    host: nn.Module
 
     def __init__(
         self, config: HostConfig, region: "Region", constants: dict[str, Any] | None = None
@@ -59,7 +61,8 @@ class HostBackbone(Backbone):
         super().__init__(config)
         self._constants = constants or {}
         self.stage_names = list(config.stage_names or ())
-        self.host: nn.Module = region.module
+        # not registered: a layer that is put somewhere counts as changed, see `derived`
+        self._modules["host"] = region.module
         self._region = region
         self.training = False  # whether anything inside trains is asked before
 
@@ -90,6 +93,7 @@ class Region(Fast):
         self._folding = Folding(module, _norms(module) if self.folds else [])
         self.runs_parts = self.folds and how.precision is None and "compile" not in how.mode
         # by what is given beside the pixels, and by state: the form of results, and what runs
+        self._lock = threading.RLock()
         self._specs: dict[Hashable, TreeSpec] = {}
         self._prepared: dict[Hashable, tuple[HostBackbone, ModuleStamp | None]] = {}
         if "compile" not in how.mode and how.precision is None and not self.helps:
@@ -166,6 +170,10 @@ class Region(Fast):
     def prepared(self, **constants: Any) -> HostBackbone:
         """The module behind the engine, made anew where a converted copy is out of date."""
         form = self._form(constants)
+        with self._lock:
+            return self._prepare(form, constants)
+
+    def _prepare(self, form: Hashable, constants: dict[str, Any]) -> HostBackbone:
         if form in self._prepared:
             backbone, stamp = self._prepared[form]
             if stamp is None or stamp.is_current():
@@ -178,11 +186,6 @@ class Region(Fast):
         is_copy = prepared.host is not self.module
         self._prepared[form] = prepared, ModuleStamp(self.module) if is_copy else None
         return prepared
-
-    def explanation(self) -> str:
-        """What the engine decided, "" before it did."""
-        engines = [backbone._engine for backbone, _ in self._prepared.values()]
-        return "\n".join(str(engine.explain()) for engine in engines if engine is not None)
 
     def likeness(self) -> Hashable:
         return id(self)
@@ -267,8 +270,9 @@ def _norms(module: nn.Module) -> Sequence[Any]:
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
     if like is None or first is None:
         raise Refused("it has no convolution")
-    channels = first.in_channels
-    pixels = torch.empty(1, channels, TRACED_SIZE, TRACED_SIZE, dtype=like.dtype, device="meta")
+    default_cfg = getattr(module, "default_cfg", None) or {}  # timm's
+    size = default_cfg.get("input_size", (3, TRACED_SIZE, TRACED_SIZE))[1:]
+    pixels = torch.empty(1, first.in_channels, *size, dtype=like.dtype, device="meta")
     try:
         return find_norms(module, pixels)
     except Exception as error:

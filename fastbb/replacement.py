@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
@@ -28,13 +27,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import launches_directly
 
-from .derived import forget_derived, is_tracing, note_written
+from .derived import forget_derived, is_tracing, is_transformed, note_written
 from .fold import autocasts
 from .folding import is_folded, unfold
 from .measuring import describe, duration, wall_clock
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs
-ROUNDS = 3
+MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 3, 10, 0.1
 # how many sizes of a form of call are checked, and how many timed; others run as the last one did
 MAX_CHECKED, MAX_TIMED = 8, 4
 # largest difference to upstream's result, over its largest value: rounding, not other maths
@@ -121,7 +120,7 @@ class Choice:
 
     Attributes:
         ours: whether ours does.
-        why: it does.
+        why: it does, or does not.
         form: of the call, see `_form_of`.
         formats: memory format of each tensor of upstream's result; None where it has another.
     """
@@ -165,8 +164,7 @@ class Replacement:
 
     Attributes:
         choices: what was decided for each kind of input so far.
-        reasons: why calls went to upstream's forward, and how many.
-        last_reason: why the last one did, or None.
+        last_reason: why the last call went to upstream's forward, or None.
         off: why it will not run again, or None.
 
     Raises:
@@ -183,7 +181,6 @@ class Replacement:
     ) -> None:
         self.module, self.name, self.how = module, name, how
         self.choices: dict[Hashable, Choice] = {}
-        self.reasons: dict[str, int] = {}
         self.last_reason: str | None = None
         self.off: str | None = None
         self._make, self._timings = make, timings
@@ -200,7 +197,7 @@ class Replacement:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        new = {"choices": {}, "reasons": {}, "last_reason": None, "_fast": None, "_watch": None}
+        new = {"choices": {}, "last_reason": None, "_fast": None, "_watch": None}
         return {**self.__dict__, **new}
 
     @property
@@ -211,7 +208,7 @@ class Replacement:
 
     @property
     def is_running_ours(self) -> bool:
-        """Whether the last call ran ours."""
+        """Whether ours runs: for the kind of input decided last, and nothing spoke against it."""
         choices = list(self.choices.values())
         return self.last_reason is None and bool(choices) and choices[-1].ours
 
@@ -219,7 +216,7 @@ class Replacement:
 
     def bind(self) -> None:
         """Puts itself over the module's forward, and over what moves its parameters."""
-        for name in ("forward", *self._make.methods, *_MOVES):
+        for name in ("forward", *self._make.methods, *MOVES):
             if hasattr(type(self.module), name):
                 setattr(self.module, name, getattr(self, name))
 
@@ -227,7 +224,9 @@ class Replacement:
         """What stands over a method of the module, with the signature of that."""
 
         @wraps(getattr(type(self.module), name))
-        def method(self: "Replacement", *args: Any, **kwargs: Any) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, Replacement):  # a library bound it on the module once more
+                return getattr(type(self), name)(self, *args, **kwargs)
             return self._call(name, args, kwargs)
 
         method.__name__ = name  # by which a pickle finds it
@@ -235,7 +234,7 @@ class Replacement:
 
     def unbind(self) -> None:
         """Takes itself away."""
-        for name in ("forward", *self._make.methods, *_MOVES):
+        for name in ("forward", *self._make.methods, *MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)
         if self._fast is not None:
@@ -256,6 +255,13 @@ class Replacement:
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         forget_derived(self.module)
         return type(self.module)._apply(self.module, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """What DataParallel runs on another device: the module without our forward."""
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        for name in ("forward", *self._make.methods, *MOVES):
+            vars(replica).pop(name, None)
+        return replica
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -286,9 +292,12 @@ class Replacement:
             look = self._fast.why_not
         else:
             look = self._why_upstream
-        reason = self.last_reason = look(*args, **kwargs)
+        try:
+            reason = look(*args, **kwargs)
+        except TypeError as error:  # arguments by other names than ours knows
+            reason = describe(error)
+        self.last_reason = reason
         if reason is not None:
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
             return self.upstream(method, args, kwargs)
         if launches_directly():  # the harness, which has nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
@@ -297,6 +306,8 @@ class Replacement:
         if choice is None:
             form = (*kind[:2], *_form_of(args, kwargs))
             alike = [other for other in list(self.choices.values()) if other.form == form]
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return self.upstream(method, args, kwargs)  # nothing can be compared or timed
             if len(alike) < MAX_CHECKED:
                 return self._decide(kind, form, method, args, kwargs)
             choice = alike[-1]
@@ -306,7 +317,8 @@ class Replacement:
             return self._run(choice, method, args, kwargs)
         except Exception as error:  # where the input is at fault, upstream raises its own
             result = self.upstream(method, args, kwargs)
-            self._turn_off(describe(error))
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                self._turn_off(describe(error))
             return result
 
     def _run(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Any:
@@ -355,7 +367,7 @@ class Replacement:
         if autocasts(like.device.type):
             return "torch.autocast chooses the dtypes: convert the model, or give precision="
         for tensor in tensors:
-            if isinstance(tensor, FakeTensor) or is_functorch_wrapped_tensor(tensor):
+            if isinstance(tensor, FakeTensor) or is_transformed(tensor):
                 return "it is called by a transform of torch.func, or with fake tensors"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
@@ -380,8 +392,9 @@ class Replacement:
             self._turn_off(problem)
             return want
         if self.how.mode == "auto":
+            likeness = self.fast.likeness(), form
             ours, theirs = self._timings.of(
-                self.fast.likeness(), kind, lambda: self._time(choice, method, args, kwargs)
+                likeness, kind, lambda: self._time(choice, method, args, kwargs)
             )
             choice.ours = ours <= theirs * (1 + TIE)
             choice.why = f"{duration(ours)}, upstream {duration(theirs)}"
@@ -392,8 +405,9 @@ class Replacement:
         """Seconds of ours and of upstream's, medians of calls in turns."""
         like = self._watch and self._watch.first_parameter()
         clock = wall_clock(torch.device("cpu") if like is None else like.device)
-        ours, theirs = [], []
-        for _ in range(ROUNDS):
+        ours: list[float] = []
+        theirs: list[float] = []
+        while len(ours) < MIN_ROUNDS or (len(ours) < MAX_ROUNDS and sum(ours) < ENOUGH_S):
             ours.append(clock(lambda: self._run(choice, method, args, kwargs)))
             with upstream_only():
                 theirs.append(clock(lambda: self.upstream(method, args, kwargs)))
@@ -406,7 +420,7 @@ class Replacement:
         warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
 
 
-_MOVES = ("train", "_apply")
+MOVES = ("train", "_apply", "_replicate_for_data_parallel")
 
 
 def replacement_of(module: nn.Module) -> Replacement | None:
@@ -521,7 +535,7 @@ def _kind_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
     """What decides how long a call takes, and whether ours covers it."""
     for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
         if isinstance(value, Tensor):
-            yield tuple(value.shape), value.dtype, _format_of(value)
+            yield tuple(value.shape), value.dtype, value.device, _format_of(value)
         else:
             yield value if isinstance(value, (int, str, float, type(None))) else repr(value)
 
@@ -530,7 +544,7 @@ def _form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
     """What decides, of a call, what is computed and returned, whatever the sizes."""
     for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
         if isinstance(value, Tensor):
-            yield value.ndim, value.dtype, _format_of(value)
+            yield value.ndim, value.dtype, value.device, _format_of(value)
         else:
             yield value if isinstance(value, (bool, str, type(None))) else type(value)
 

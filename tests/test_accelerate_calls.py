@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten
 
 import fastbb
 from fastbb.acceleration import AccelerateWarning
-from fastbb.models.swin_hosts import TransformersBlock
+from fastbb.models.swin_hosts import TransformersSwinBlock
 from fastbb.replacement import ALLOWED, replacement_of
 
 pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
@@ -293,13 +293,13 @@ FIRST = "swin.encoder.layers.0.blocks.0"
 
 def breaking(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> list[int]:
     """Makes our Swin blocks broken, and counts their calls."""
-    own, calls = TransformersBlock.forward, []
+    own, calls = TransformersSwinBlock.forward, []
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return how(own(self, x, *args, **kwargs), x)
 
-    monkeypatch.setattr(TransformersBlock, "forward", forward)
+    monkeypatch.setattr(TransformersSwinBlock, "forward", forward)
     return calls
 
 

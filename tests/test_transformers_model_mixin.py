@@ -17,7 +17,7 @@ from upstream_tests import load_upstream_tests
 
 import fastbb
 from fastbb.acceleration import AccelerateWarning
-from fastbb.models.swin_hosts import TransformersBlock, TransformersSwin
+from fastbb.models.swin_hosts import TransformersSwin, TransformersSwinBlock
 
 transformers = pytest.importorskip("transformers")
 
@@ -149,7 +149,7 @@ def outcomes(mixin: Any, backbone_class: Any) -> Outcomes:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         # else the mixin has pytest run this file, for a test that sets torch's default device
         patch.setenv("_INSIDE_SUB_PROCESS", "1")
-        for fast in (TransformersSwin, TransformersBlock):
+        for fast in (TransformersSwin, TransformersSwinBlock):
             patch.setattr(fast, "forward", found.counting(fast.forward))
         warnings.simplefilter("error", AccelerateWarning)  # of results that differ
         torch.manual_seed(0)

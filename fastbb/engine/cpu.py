@@ -77,25 +77,27 @@ def _measure_convolution() -> bool:
     return convolution < 0.97 * linear
 
 
-def images_at_once(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
+def even_part(batch: int, n_bytes: float) -> int:
     """How many images of a batch to run at once so that no tensor outgrows `KEPT_BYTES`.
 
     Args:
-        run: a forward pass; it is run twice, with one image.
-        pixel_values: [B, C, H, W].
+        batch: images.
+        n_bytes: of the largest tensor of one of them.
 
     Returns:
-        At least 1, at most B, and such that all parts of the batch are about equal.
+        At least 1, at most `batch`, and such that all parts of the batch are about equal.
     """
-    batch = pixel_values.shape[0]
-    if batch < 2:
-        return batch
-    run(pixel_values[:1])  # makes what it remembers of the weights, some of it larger than maps
-    with _LargestTensor() as largest:
-        run(pixel_values[:1])
-    most = max(1, min(batch, KEPT_BYTES // max(largest.n_bytes, 1)))
+    most = max(1, min(batch, int(KEPT_BYTES // max(n_bytes, 1))))
     n_parts = -(-batch // most)
     return -(-batch // n_parts)
+
+
+def largest_tensor(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
+    """Bytes of the largest tensor that a forward pass makes, which is run twice."""
+    run(pixel_values)  # makes what it remembers of the weights, some of it larger than maps
+    with _LargestTensor() as largest:
+        run(pixel_values)
+    return largest.n_bytes
 
 
 class _LargestTensor(TorchDispatchMode):

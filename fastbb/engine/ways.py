@@ -14,7 +14,7 @@ from ..backbone import Backbone
 from ..derived import ModuleStamp
 from ..measuring import describe
 from .compiled import compile_maps, in_chunks
-from .cpu import KEPT_BYTES, has_arithmetic, images_at_once
+from .cpu import KEPT_BYTES, even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool
 from .trial import Run
 from .truth import without_engine
@@ -75,6 +75,7 @@ class Ways:
         self._backbone = backbone
         self._compiled: dict[str, _Compiled] = {}
         self._failed: dict[str, str] = {}
+        self._bytes_per_pixel: float | None = None  # of the largest tensor of an image
         self._graphs: dict[str, GraphPool] = {}
         self._wide: tuple[Backbone, ModuleStamp] | None = None
         self._lock = threading.RLock()
@@ -130,12 +131,22 @@ class Ways:
             details.append("in fp32")
             dtype = str(self._backbone.dtype).removeprefix("torch.")
             why.append(f"this CPU has no {dtype} arithmetic")
-        at_once = images_at_once(self.eager, pixel_values)
+        at_once = self._at_once(pixel_values)
         if at_once < len(pixel_values):
             run = in_chunks(self.eager, at_once)
             details.append(f"{at_once} images at once")
             why.append(f"larger tensors than {KEPT_BYTES >> 20} MiB are slow to allocate")
         return Way("eager", run, why="; ".join(why), detail=", ".join(details))
+
+    def _at_once(self, pixel_values: Tensor) -> int:
+        """Images at once for which a CPU's memory stays cheap; measured for the first size."""
+        batch, _, height, width = pixel_values.shape
+        if batch < 2:
+            return batch
+        if self._bytes_per_pixel is None:
+            n_bytes = largest_tensor(self.eager, pixel_values[:1])
+            self._bytes_per_pixel = n_bytes / (height * width)
+        return even_part(batch, self._bytes_per_pixel * height * width)
 
     def _compile(self, name: str, pixel_values: Tensor) -> Way:
         """What the artefacts of a mode do for this shape; the first shape seen is compiled for."""
@@ -173,7 +184,7 @@ class Ways:
         pixels = pixel_values.to(backbone.dtype)
         at_once = len(pixels)
         if not on_gpu(pixels):
-            at_once = images_at_once(self.eager, pixel_values)
+            at_once = self._at_once(pixel_values)
         run = compile_maps(backbone, pixels[:at_once], _impl_of(name))
         return _Compiled(self._in_own_dtype(run), at_once, (pixels.shape[2], pixels.shape[3]))
 

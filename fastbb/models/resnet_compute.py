@@ -51,7 +51,7 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
         return None
     conv, norm, act, pool = (part for part in stem if part is not None)
     pair = ConvNorm(conv, norm)  # type: ignore[arg-type]  # checked here
-    fused = _is_plain(pair) and type(act) is nn.ReLU and pools_by_2(pool)
+    fused = is_plain(pair) and type(act) is nn.ReLU and pools_by_2(pool)
     stages = [[timm_block(block) for block in stage.children()] for stage in parts.values()]
 
     def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -90,7 +90,7 @@ def timm_block(block: nn.Module) -> Callable[[Tensor], Tensor]:
     before, shortcut = _timm_shortcut(parts.downsample)
     covered = (
         all(type(act) is nn.ReLU for act in acts)
-        and all(_is_plain(pair) for pair in pairs)
+        and all(is_plain(pair) for pair in pairs)
         and (parts.downsample is None or shortcut is not None)
     )
     if not covered:
@@ -122,7 +122,7 @@ def _timm_shortcut(downsample: nn.Module | None) -> tuple[list[nn.Module], ConvN
         return [], None
     *before, conv, norm = downsample
     pair = ConvNorm(conv, norm)  # type: ignore[arg-type]  # checked here
-    return before, pair if _is_plain(pair) else None
+    return before, pair if is_plain(pair) else None
 
 
 def pools_by_2(pool: nn.Module) -> bool:
@@ -132,5 +132,6 @@ def pools_by_2(pool: nn.Module) -> bool:
     return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
 
 
-def _is_plain(pair: ConvNorm) -> bool:
+def is_plain(pair: ConvNorm) -> bool:
+    """Whether it is torch's convolution and a batch norm, frozen or not, and nothing else."""
     return type(pair.conv) is nn.Conv2d and is_foldable(pair.norm)

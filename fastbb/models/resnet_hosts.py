@@ -7,20 +7,20 @@ from torch import Tensor, nn
 
 from ..folding import activation_name
 from ..host import TransformersBackbone, check_parts
-from ..layers import ConvNorm, is_foldable
+from ..layers import ConvNorm
 from ..replacement import Fast, HowToRun, Refused
-from .resnet_compute import pools_by_2, residual_block, timm_block
+from .resnet_compute import is_plain, pools_by_2, residual_block, timm_block
 
 
-class _Block(Fast):
+class _ResNetBlock(Fast):
     """Two (basic) or three (bottleneck) convolutions and a shortcut."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        check_parts(module)
         pairs, inner, before, shortcut, last = self.parts(module)
-        for pair in (*pairs, *([] if shortcut is None else [shortcut])):
-            if type(pair.conv) is not nn.Conv2d or not is_foldable(pair.norm):
-                raise Refused(f"it has a {type(pair.norm).__name__} or another convolution")
+        if not all(map(is_plain, [*pairs, *([] if shortcut is None else [shortcut])])):
+            raise Refused("it is not of convolutions and batch norms")
         if any(activation_name(act) != "relu" for act in inner):
             raise Refused("an activation between its convolutions is not ReLU")
         activation = activation_name(last)
@@ -46,7 +46,7 @@ class _Block(Fast):
         return residual_block(x, self._pairs, self._shortcut, self._activation, residual)
 
 
-class TransformersBlock(_Block):
+class TransformersResNetBlock(_ResNetBlock):
     """ResNetBasicLayer, ResNetBottleNeckLayer, and RT-DETR's, which may pool before a shortcut."""
 
     def parts(self, block: Any) -> Any:
@@ -80,7 +80,7 @@ class TransformersResNet(TransformersBackbone):
         stem, pool = host.embedder.embedder, host.embedder.pooler
         parts: list[Any] = list(stem) if isinstance(stem, nn.Sequential) else [stem]
         self._stem = [ConvNorm(part.convolution, part.normalization) for part in parts]
-        if any(type(p.conv) is not nn.Conv2d or not is_foldable(p.norm) for p in self._stem):
+        if not all(map(is_plain, self._stem)):
             raise Refused("its stem is not of convolutions and batch norms")
         if not pools_by_2(pool):
             raise Refused("its stem pools otherwise than a ResNet's")
@@ -88,7 +88,7 @@ class TransformersResNet(TransformersBackbone):
         if None in self._activations:
             raise Refused(f"the activation of its stem is a {type(parts[0].activation).__name__}")
         stages = host.encoder.stages
-        self._stages = [[TransformersBlock(x, how) for x in stage.layers] for stage in stages]
+        self._stages = [[TransformersResNetBlock(x, how) for x in stage.layers] for stage in stages]
 
     def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)
@@ -107,7 +107,7 @@ class TransformersResNet(TransformersBackbone):
         return tuple(maps)
 
 
-class TorchvisionBlock(_Block):
+class TorchvisionResNetBlock(_ResNetBlock):
     """BasicBlock and Bottleneck, dilated and grouped ones too."""
 
     def parts(self, block: Any) -> Any:
@@ -121,11 +121,12 @@ class TorchvisionBlock(_Block):
         return pairs, [block.relu], [], ConvNorm(*shortcut), block.relu
 
 
-class TimmBlock(Fast):
+class TimmResNetBlock(Fast):
     """BasicBlock and Bottleneck of timm, with their attention and blur pools."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
+        check_parts(module)
         forward = timm_block(module)
         if forward is module:
             raise Refused("it has parts without an op of ours")
@@ -143,14 +144,16 @@ _TORCHVISION = "torchvision.models.resnet"
 REPLACED: dict[str, type[Fast]] = {
     f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBackbone": TransformersResNet,
     f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBackbone": TransformersResNet,
-    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer": TransformersBlock,
-    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBottleNeckLayer": TransformersBlock,
-    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer": TransformersBlock,
-    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBottleNeckLayer": (
-        TransformersBlock
+    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer": TransformersResNetBlock,
+    f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBottleNeckLayer": TransformersResNetBlock,
+    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBasicLayer": (
+        TransformersResNetBlock
     ),
-    f"{_TIMM}.BasicBlock": TimmBlock,
-    f"{_TIMM}.Bottleneck": TimmBlock,
-    f"{_TORCHVISION}.BasicBlock": TorchvisionBlock,
-    f"{_TORCHVISION}.Bottleneck": TorchvisionBlock,
+    f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBottleNeckLayer": (
+        TransformersResNetBlock
+    ),
+    f"{_TIMM}.BasicBlock": TimmResNetBlock,
+    f"{_TIMM}.Bottleneck": TimmResNetBlock,
+    f"{_TORCHVISION}.BasicBlock": TorchvisionResNetBlock,
+    f"{_TORCHVISION}.Bottleneck": TorchvisionResNetBlock,
 }

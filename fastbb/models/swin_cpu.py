@@ -16,7 +16,7 @@ from fastbb_kernels import WindowGeometry
 from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_linear, packed_linear, packs
 
-from ..derived import derive, is_tracing
+from ..derived import derive, is_tracing, is_transformed
 from ..fold import autocasts
 from .swin_weights import SwinBlockSpec, SwinBlockWeights
 
@@ -44,14 +44,15 @@ class Part(NamedTuple):
 
 def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
     """Whether `swin_block_on_cpu` may compute a block of this call, in inference."""
-    if is_tracing() or weights.owner is None or type(x) is not Tensor:
+    if is_tracing() or weights.owner is None or type(x) is not Tensor or is_transformed(x):
         return False
     if not is_plainly_eager(x, None) or x.device.type != "cpu" or not x.numel():
         return False
     if not packs(x.dtype):
         return False
-    if autocasts("cpu") or weights.fc1_weight.dtype != x.dtype:
-        return False
+    fc1 = weights.fc1_weight
+    if autocasts("cpu") or fc1.dtype != x.dtype or fc1.is_inference():
+        return False  # of inference tensors nothing could be remembered
     return not torch.is_grad_enabled() or not (
         x.requires_grad or any(w is not None and w.requires_grad for w in weights.tensors())
     )
@@ -181,7 +182,7 @@ def _part(tokens: Tensor, padding: Tensor, regions: Tensor) -> Part:
     apart = None
     differ = regions[:, None, :, None] != regions[:, None, None, :]
     if differ.any():
-        apart = torch.zeros(differ.shape).masked_fill_(differ, -100.0)
+        apart = torch.zeros(differ.shape, dtype=torch.float32).masked_fill_(differ, -100.0)
     tokens, padding = tokens.flatten(), padding.flatten()
     if not padding.any():
         return Part(tokens, None, None, tokens, apart)

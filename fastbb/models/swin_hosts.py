@@ -24,7 +24,7 @@ from .swin_compute import (
 )
 
 
-class _Block(Fast):
+class _SwinBlock(Fast):
     """A block of any library: its semantics, read when it is made, and its weights."""
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
@@ -143,17 +143,17 @@ class _Block(Fast):
         return swin_block(x, self.spec(), self.weights())
 
 
-class TimmBlock(_Block):
+class TimmSwinBlock(_SwinBlock):
     roll_first = True
 
     def why_not(self, x: Tensor) -> str | None:
         block = self.module
         if not getattr(block, "dynamic_mask", False) and x.shape[1:3] != block.input_resolution:
-            return "its attention mask is that of another size"
+            return "it was built for maps of another size"
         return self.why_table()
 
 
-class TorchvisionBlock(_Block):
+class TorchvisionSwinBlock(_SwinBlock):
     clamp_shift = True
 
     def linears(self, block: Any) -> tuple[nn.Linear, ...]:
@@ -166,7 +166,7 @@ class TorchvisionBlock(_Block):
         return tuple(self.module.attn.window_size), tuple(self.module.attn.shift_size)
 
 
-class TransformersBlock(_Block):
+class TransformersSwinBlock(_SwinBlock):
     """SwinLayer: tokens [B, H * W, C] and (H, W)."""
 
     def norms(self, block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm]:
@@ -202,6 +202,8 @@ class TransformersBlock(_Block):
             return "attention weights are asked for"
         if config._attn_implementation not in ("eager", "sdpa"):
             return f"attn_implementation={config._attn_implementation!r} is the host's choice"
+        if config._attn_implementation == "eager" and self.module._forward_hooks:
+            return "it has hooks, which may look at the attention weights"
         if not always_partition:
             self.module.set_shift_and_window_size(input_dimensions)  # as its own forward does
         return self.why_table()
@@ -218,7 +220,7 @@ class TransformersBlock(_Block):
         return result[0]  # beside it are attention weights, which nobody asked for
 
 
-class MaskFormerBlock(TransformersBlock):
+class MaskFormerSwinBlock(TransformersSwinBlock):
     """MaskFormerSwinLayer."""
 
     def linears(self, block: Any) -> tuple[nn.Linear, ...]:
@@ -289,7 +291,7 @@ class TransformersSwin(TransformersBackbone):
         host: Any = module
         self._swin = host.swin if hasattr(host, "swin") else host.model
         self._normed_by_name = isinstance(host.hidden_states_norms, nn.ModuleDict)
-        make = TransformersBlock if self._normed_by_name else MaskFormerBlock
+        make = TransformersSwinBlock if self._normed_by_name else MaskFormerSwinBlock
         stages = self._swin.encoder.layers
         self._blocks = [[make(block, how) for block in stage.blocks] for stage in stages]
         embeddings = self._swin.embeddings
@@ -313,7 +315,8 @@ class TransformersSwin(TransformersBackbone):
         embeddings = self._swin.embeddings
         if embeddings.position_embeddings is not None:
             return "it has absolute position embeddings"
-        return self._blocks[0][0].why_table()
+        problems = (block.why_table() for stage in self._blocks for block in stage)
+        return next((problem for problem in problems if problem is not None), None)
 
     def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         names, wanted = list(self.module.stage_names), list(self.module.out_features)
@@ -360,15 +363,15 @@ _TRANSFORMERS, _TIMM = "transformers.models", "timm.models.swin_transformer"
 _TORCHVISION = "torchvision.models.swin_transformer"
 REPLACED: dict[str, type[Fast]] = {
     f"{_TRANSFORMERS}.swin.modeling_swin.SwinBackbone": TransformersSwin,
-    f"{_TRANSFORMERS}.swin.modeling_swin.SwinLayer": TransformersBlock,
+    f"{_TRANSFORMERS}.swin.modeling_swin.SwinLayer": TransformersSwinBlock,
     f"{_TRANSFORMERS}.swin.modeling_swin.SwinPatchMerging": TransformersMerging,
     f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinBackbone": TransformersSwin,
-    f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": MaskFormerBlock,
+    f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinLayer": MaskFormerSwinBlock,
     f"{_TRANSFORMERS}.maskformer.modeling_maskformer_swin.MaskFormerSwinPatchMerging": (
         TransformersMerging
     ),
-    f"{_TIMM}.SwinTransformerBlock": TimmBlock,
+    f"{_TIMM}.SwinTransformerBlock": TimmSwinBlock,
     f"{_TIMM}.PatchMerging": Merging,
-    f"{_TORCHVISION}.SwinTransformerBlock": TorchvisionBlock,
+    f"{_TORCHVISION}.SwinTransformerBlock": TorchvisionSwinBlock,
     f"{_TORCHVISION}.PatchMerging": Merging,
 }

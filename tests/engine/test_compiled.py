@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from fastbb.engine import cpu
 from fastbb.engine.compiled import compile_maps, in_chunks, local_inductor_options, own_code
-from fastbb.engine.cpu import cpu_flags, has_arithmetic, images_at_once
+from fastbb.engine.cpu import cpu_flags, even_part, has_arithmetic, largest_tensor
 
 N = 4
 
@@ -89,6 +89,11 @@ def test_filling_up_keeps_dtype_and_pixels(dtype: torch.dtype) -> None:
 # how many images at once
 
 
+def images_at_once(run: Callable[[Tensor], Any], images: Tensor) -> int:
+    batch = len(images)
+    return batch if batch < 2 else even_part(batch, largest_tensor(run, images[:1]))
+
+
 def test_images_are_as_many_as_no_tensor_outgrows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "KEPT_BYTES", 3 * 1000)
     sizes: list[int] = []
@@ -101,7 +106,7 @@ def test_images_are_as_many_as_no_tensor_outgrows(monkeypatch: pytest.MonkeyPatc
     batches = [(0, 0), (1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (7, 3), (8, 3), (16, 3)]
     for batch, at_once in batches:
         assert images_at_once(run, torch.ones(batch, 10)) == at_once
-    assert sizes == [1] * (len(batches) - 2)  # one image where there is a question
+    assert sizes == [1, 1] * (len(batches) - 2)  # one image where there is a question
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,17 @@ def test_parts_are_about_equal_and_of_at_least_one_image(
 ) -> None:
     monkeypatch.setattr(cpu, "KEPT_BYTES", 40 * kept)
     assert images_at_once(lambda x: (x + 1,), torch.ones(batch, 10)) == at_once
+
+
+def test_what_only_the_first_call_makes_does_not_count() -> None:
+    made: list[Tensor] = []
+
+    def run(pixel_values: Tensor) -> Tensor:
+        if not made:
+            made.append(torch.ones(10_000))  # folded weights, for example
+        return pixel_values * made[0][0]
+
+    assert largest_tensor(run, torch.ones(1, 10)) == 40
 
 
 def test_results_without_tensors_count_nothing() -> None:
