@@ -22,28 +22,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import launches_directly
 
+from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_in
 from .derived import forget_derived, is_tracing, is_transformed, note_written
 from .fold import autocasts
 from .folding import is_folded, unfold
 from .measuring import describe, duration, wall_clock
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs
-MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 3, 10, 0.1
+MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 3, 10, 0.1  # seconds of ours
 # how many sizes of a form of call are checked, and how many timed; others run as the last one did
 MAX_CHECKED, MAX_TIMED = 8, 4
-# largest difference to upstream's result, over its largest value: rounding, not other maths
-ALLOWED = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 6e-2,
-}
-_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}
 
 
 class AccelerateWarning(UserWarning):
@@ -121,7 +114,7 @@ class Choice:
     Attributes:
         ours: whether ours does.
         why: it does, or does not.
-        form: of the call, see `_form_of`.
+        form: of the call, see `form_of`.
         formats: memory format of each tensor of upstream's result; None where it has another.
     """
 
@@ -301,10 +294,10 @@ class Replacement:
             return self.upstream(method, args, kwargs)
         if launches_directly():  # the harness, which has nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
-        kind = (method, self.fast.state(), *_kind_of(args, kwargs))
+        kind = (method, self.fast.state(), *kind_of(args, kwargs))
         choice = self.choices.get(kind)
         if choice is None:
-            form = (*kind[:2], *_form_of(args, kwargs))
+            form = (*kind[:2], *form_of(args, kwargs))
             alike = [other for other in list(self.choices.values()) if other.form == form]
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return self.upstream(method, args, kwargs)  # nothing can be compared or timed
@@ -333,7 +326,7 @@ class Replacement:
         finally:
             _local.running.pop()
         # between parts of one backbone nobody looks at strides
-        return _in_formats(result, choice.formats) if outermost else result
+        return in_formats(result, choice.formats) if outermost else result
 
     def _why_upstream(self, *args: Any, **kwargs: Any) -> str | None:
         if self.off is not None:
@@ -353,7 +346,7 @@ class Replacement:
         values = [*args, *kwargs.values()]
         if any(isinstance(value, torch.fx.Proxy) for value in values):
             return "torch.fx records a graph"
-        tensors = list(_tensors(values))
+        tensors = list(tensors_in(values))
         if torch.is_grad_enabled() and (
             any(tensor.requires_grad for tensor in tensors) or watch.requires_grad()
         ):
@@ -380,7 +373,7 @@ class Replacement:
         with upstream_only():
             want = self.upstream(method, args, kwargs)
         self.fast.see(want, method, args, kwargs)
-        formats = [_format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
+        formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
         choice = Choice(True, "equal to upstream's", form, formats)
         compared, got = self.fast.comparable, None
         try:
@@ -521,88 +514,3 @@ def _is_capturing(hook: Any) -> bool:
     """
     is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
     return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _kind_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
-    """What decides how long a call takes, and whether ours covers it."""
-    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
-        if isinstance(value, Tensor):
-            yield tuple(value.shape), value.dtype, value.device, _format_of(value)
-        else:
-            yield value if isinstance(value, (int, str, float, type(None))) else repr(value)
-
-
-def _form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
-    """What decides, of a call, what is computed and returned, whatever the sizes."""
-    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
-        if isinstance(value, Tensor):
-            yield value.ndim, value.dtype, value.device, _format_of(value)
-        else:
-            yield value if isinstance(value, (bool, str, type(None))) else type(value)
-
-
-def _format_of(x: Tensor) -> torch.memory_format | None:
-    if x.is_contiguous():
-        return torch.contiguous_format
-    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else None
-
-
-def _in_formats(result: Any, formats: list[torch.memory_format | None]) -> Any:
-    """The result with tensors laid out as upstream's, for hosts that take views of them."""
-    if isinstance(result, Tensor):  # the usual result of a block
-        wanted = formats[0] if formats else None
-        return result if wanted is None else result.contiguous(memory_format=wanted)
-    left = iter(formats)
-
-    def laid_out(x: Tensor) -> Tensor:
-        wanted = next(left, None)
-        return x if wanted is None else x.contiguous(memory_format=wanted)
-
-    return tree_map_only(Tensor, laid_out, result)
-
-
-def difference(got: Any, want: Any, precision: str | None = None) -> str | None:
-    """What a result has otherwise than upstream's, beyond rounding, or None.
-
-    Args:
-        got: tensors in any containers.
-        want: upstream's.
-        precision: that `got` was computed in, if not in its dtype.
-    """
-    ours, ours_spec = tree_flatten(got)
-    theirs, theirs_spec = tree_flatten(want)
-    if ours_spec != theirs_spec:
-        return f"it returned {ours_spec}, upstream {theirs_spec}"
-    for index, (a, b) in enumerate(zip(ours, theirs)):
-        if not isinstance(b, Tensor):
-            if a is not b and a != b:
-                return f"value {index} is {a!r}, upstream's {b!r}"
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-            return (
-                f"tensor {index} is {list(a.shape)} {a.dtype} on {a.device}, "
-                f"upstream's {list(b.shape)} {b.dtype} on {b.device}"
-            )
-        if not b.numel() or not b.is_floating_point():
-            continue
-        allowed = ALLOWED[_OF_PRECISION.get(precision or "", b.dtype)]
-        wide = torch.promote_types(b.dtype, torch.float32)
-        a, b = a.to(wide), b.to(wide)
-        finite = b.isfinite()
-        if not torch.equal(finite, a.isfinite()):
-            return f"tensor {index} is not finite where upstream's is, or the other way round"
-        a, b = a.where(finite, 0), b.where(finite, 0)
-        largest = float(b.abs().max())
-        error = float((a - b).abs().max())
-        if error > allowed * largest:
-            return f"tensor {index} differs by {error / (largest or 1):.2g} of its largest value"
-    return None

@@ -31,8 +31,9 @@ from torch.utils._pytree import tree_flatten
 
 import fastbb
 from fastbb.acceleration import AccelerateWarning
+from fastbb.calls import ALLOWED
 from fastbb.models.swin_hosts import TransformersSwinBlock
-from fastbb.replacement import ALLOWED, replacement_of
+from fastbb.replacement import replacement_of
 
 pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
 TRANSFORMERS = [swin_classifier, swin_backbone, maskformer_swin, resnet_backbone]
