@@ -279,9 +279,9 @@ def ledger(host: Host) -> dict[str, Any]:
 def table(data: dict[str, Any]) -> str:
     """Markdown: one row per host."""
     lines = [
-        "| host | image | fp32 | in the backbone | bf16 | in the backbone | backbone's share, fp32 "
-        "| GPU traffic, launches |",
-        "|---|---|---|---|---|---|---|---|",
+        "| host | image | fp32 | its backbone | bf16 | its backbone "
+        "| backbone's share of the time, fp32 | GPU traffic (counted), launches |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, host in HOSTS.items():
         row = data.get(name)
@@ -293,7 +293,7 @@ def table(data: dict[str, Any]) -> str:
             if "ratio" in found:
                 cells += [f"{found['ratio']:.2f}", f"{found['inside_ratio']:.2f}"]
             else:
-                cells += [found.get("reason", "-"), "-"]
+                cells += ["does not run" if "reason" in found else "-", "-"]
         found = row.get("float32", {})
         shares = "-"
         if "ratio" in found:
