@@ -88,7 +88,7 @@ def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, 
     def compute(weight: Tensor) -> tuple[Tensor]:
         return (pack_conv(weight, shape, **geometry(conv)),)
 
-    constants = shape, conv.stride, conv.padding, conv.dilation, conv.groups
+    constants = shape, *geometry(conv).values()
     name = f"packed {_slot(conv, shape)}"
     (packed,) = derive(conv, name, compute, weight, constants=constants)
     return packed, bias

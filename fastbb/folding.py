@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
 
 from .dataflow import RESULT, Dataflow, trace_dataflow
-from .fold import FROZEN_EPS, autocasts, fold_batch_norm, folded, runs_folded
+from .fold import FROZEN_EPS, autocasts, fold_batch_norm, folded, geometry, runs_folded
 
 Result = TypeVar("Result")
 
@@ -299,7 +299,7 @@ class Folding:
 
     def _take(self, model: nn.Module, name: str, module: Any, forward: Any) -> None:
         module.forward = forward
-        module._replicate_for_data_parallel = partial(_replica, module)
+        module._replicate_for_data_parallel = partial(replica_without, module, _TAKEN)
         parent, _, child = name.rpartition(".")
         self._places.append((model.get_submodule(parent), child, module))
 
@@ -328,10 +328,10 @@ def _release(module: nn.Module) -> None:
 _TAKEN = ("forward", "_replicate_for_data_parallel")
 
 
-def _replica(module: nn.Module) -> nn.Module:
-    """What DataParallel runs on another device: the module without our forward."""
+def replica_without(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """What DataParallel runs on another device: the module without what was put over it."""
     replica = type(module)._replicate_for_data_parallel(module)
-    for name in _TAKEN:
+    for name in names:
         vars(replica).pop(name, None)
     return replica
 
@@ -426,13 +426,8 @@ class _FoldedConv:
         return x if act is None or (self.fused and self.after is None) else act(x)
 
     def _geometry(self) -> dict[str, Any]:
-        conv = self.conv
-        return {
-            "stride": conv.stride,
-            "padding": 0 if _pads_as_tensorflow(conv) else conv.padding,
-            "dilation": conv.dilation,
-            "groups": conv.groups,
-        }
+        own = geometry(self.conv)
+        return {**own, "padding": 0} if _pads_as_tensorflow(self.conv) else own
 
 
 def _own_activation(norm: nn.Module) -> nn.Module | None:

@@ -30,7 +30,7 @@ from fastbb_kernels._dispatch import launches_directly
 from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_in
 from .derived import forget_derived, is_tracing, is_transformed, note_written
 from .fold import autocasts
-from .folding import is_folded, unfold
+from .folding import is_folded, replica_without, unfold
 from .measuring import describe, duration, wall_clock
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs
@@ -250,11 +250,7 @@ class Replacement:
         return type(self.module)._apply(self.module, *args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        """What DataParallel runs on another device: the module without our forward."""
-        replica = type(self.module)._replicate_for_data_parallel(self.module)
-        for name in ("forward", *self._make.methods, *MOVES):
-            vars(replica).pop(name, None)
-        return replica
+        return replica_without(self.module, ("forward", *self._make.methods, *MOVES))
 
     @property
     def forward(self) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ torchvision and timm `models/swin_transformer.py`.
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -33,14 +32,13 @@ from ..configuration import (
     check_size,
     hierarchical_stage_names,
 )
-from ..derived import derive
 from ..layers import check_untouched
 from ..registry import Family, register
 from .swin_compute import (
     SwinBlockSpec,
     SwinBlockWeights,
     SwinStage,
-    attention_tensors,
+    block_weights,
     swin_stage,
 )
 from .swin_hosts import REPLACED
@@ -205,33 +203,14 @@ class _Block(nn.Module):
         self.mlp = _Mlp(channels, int(config.mlp_ratio * channels))
 
     def weights(self) -> SwinBlockWeights:
-        attention, mlp = self.attention, self.mlp
-        q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
-        bias = attention.relative_position_bias
-        table, projections = bias.relative_position_bias_table, (q, k, v)
-        qkv_weight, qkv_bias, expanded = derive(
+        attention, bias = self.attention, self.attention.relative_position_bias
+        return block_weights(
             self,
-            "attention",
-            partial(attention_tensors, bias.window),
-            table,
-            *(projection.weight for projection in projections),
-            *(projection.bias for projection in projections if projection.bias is not None),
-        )
-        return SwinBlockWeights(
-            norm1_weight=self.layernorm_before.weight,
-            norm1_bias=self.layernorm_before.bias,
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            relative_position_bias=expanded,
-            proj_weight=attention.o_proj.weight,
-            proj_bias=attention.o_proj.bias,
-            norm2_weight=self.layernorm_after.weight,
-            norm2_bias=self.layernorm_after.bias,
-            fc1_weight=mlp.fc1.weight,
-            fc1_bias=mlp.fc1.bias,
-            fc2_weight=mlp.fc2.weight,
-            fc2_bias=mlp.fc2.bias,
-            owner=self,
+            (self.layernorm_before, self.layernorm_after),
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj, self.mlp.fc1, self.mlp.fc2),
+            bias.relative_position_bias_table,
+            bias.window,
         )
 
 

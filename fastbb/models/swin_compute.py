@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import (
@@ -19,6 +20,7 @@ from fastbb_kernels import (
     window_attention_weights,
 )
 
+from ..derived import derive
 from ..layers import drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_weights import SwinBlockSpec, SwinBlockWeights
@@ -169,12 +171,68 @@ def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
     return F.pad(bias, (0, -tokens % 16)).contiguous()
 
 
-def attention_tensors(
+def _attention_tensors(
     window: tuple[int, int], table: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Weight and bias of q, k and v in one, and the relative position bias."""
     qkv_bias = torch.cat(biases) if biases else None
     return torch.cat([q, k, v]), qkv_bias, relative_position_bias(table, window)
+
+
+def block_weights(
+    owner: nn.Module,
+    norms: tuple[nn.LayerNorm, nn.LayerNorm],
+    projections: Sequence[nn.Linear],
+    linears: tuple[nn.Linear, nn.Linear, nn.Linear],
+    table: Tensor,
+    window: tuple[int, int],
+) -> SwinBlockWeights:
+    """The weights of a block, whoever names its layers how.
+
+    Args:
+        owner: the block, with which fused weights are remembered.
+        norms: before the attention and the MLP.
+        projections: to queries, keys and values, in three layers or in one.
+        linears: projection after the attention, and the two of the MLP.
+        table: [(2h - 1) * (2w - 1), num_heads], of the relative position bias.
+        window: (h, w).
+    """
+    proj, fc1, fc2 = linears
+    if len(projections) == 1:
+        qkv_weight, qkv_bias = projections[0].weight, projections[0].bias
+        (expanded,) = derive(
+            owner,
+            "relative_position_bias",
+            lambda table: (relative_position_bias(table, window),),
+            table,
+            constants=window,
+        )
+    else:
+        qkv_weight, qkv_bias, expanded = derive(
+            owner,
+            "attention",
+            partial(_attention_tensors, window),
+            table,
+            *(projection.weight for projection in projections),
+            *(projection.bias for projection in projections if projection.bias is not None),
+            constants=window,
+        )
+    return SwinBlockWeights(
+        norm1_weight=norms[0].weight,
+        norm1_bias=norms[0].bias,
+        qkv_weight=qkv_weight,
+        qkv_bias=qkv_bias,
+        relative_position_bias=expanded,
+        proj_weight=proj.weight,
+        proj_bias=proj.bias,
+        norm2_weight=norms[1].weight,
+        norm2_bias=norms[1].bias,
+        fc1_weight=fc1.weight,
+        fc1_bias=fc1.bias,
+        fc2_weight=fc2.weight,
+        fc2_bias=fc2.bias,
+        owner=owner,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,12 @@
 """Swin inside models of transformers, timm and torchvision: blocks, mergings, whole backbones."""
 
 from collections.abc import Hashable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastbb_kernels import WindowGeometry, layer_norm_nchw, patch_embed, patch_merging
 
-from ..derived import derive
 from ..folding import activation_name
 from ..host import TransformersBackbone, check_parts
 from ..replacement import Fast, HowToRun, Refused
@@ -17,8 +15,7 @@ from .swin_compute import (
     SwinBlockSpec,
     SwinBlockWeights,
     SwinStage,
-    attention_tensors,
-    relative_position_bias,
+    block_weights,
     swin_block,
     swin_stage,
 )
@@ -86,45 +83,10 @@ class _SwinBlock(Fast):
         )
 
     def weights(self) -> SwinBlockWeights:
-        norm1, norm2 = self._norms
         *projections, proj, fc1, fc2 = self._linears
         window, _ = self.geometry()
-        table = self.table()
-        if len(projections) == 3:
-            qkv_weight, qkv_bias, expanded = derive(
-                self.module,
-                "attention",
-                partial(attention_tensors, window),
-                table,
-                *(projection.weight for projection in projections),
-                *(projection.bias for projection in projections if projection.bias is not None),
-                constants=window,
-            )
-        else:
-            qkv_weight, qkv_bias = projections[0].weight, projections[0].bias
-            (expanded,) = derive(
-                self.module,
-                "relative_position_bias",
-                lambda table: (relative_position_bias(table, window),),
-                table,
-                constants=window,
-            )
-        return SwinBlockWeights(
-            norm1_weight=norm1.weight,
-            norm1_bias=norm1.bias,
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            relative_position_bias=expanded,
-            proj_weight=proj.weight,
-            proj_bias=proj.bias,
-            norm2_weight=norm2.weight,
-            norm2_bias=norm2.bias,
-            fc1_weight=fc1.weight,
-            fc1_bias=fc1.bias,
-            fc2_weight=fc2.weight,
-            fc2_bias=fc2.bias,
-            owner=self.module,
-        )
+        linears = proj, fc1, fc2
+        return block_weights(self.module, self._norms, projections, linears, self.table(), window)
 
     def why_table(self) -> str | None:
         """Why the table is not that of the window, or None."""

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from fastbb_kernels import WindowGeometry, patch_embed
 
 from ..checkpoint import StateDict
-from ..derived import derive
 from ..registry import StagesForward
 from .swin_compute import (
     MERGING_EPS,
     SwinBlockSpec,
     SwinBlockWeights,
     SwinStage,
-    relative_position_bias,
+    block_weights,
     swin_stage,
 )
 
@@ -209,25 +208,11 @@ def _timm_stage(stage: Any) -> SwinStage:
 
 def _timm_block_weights(block: Any) -> SwinBlockWeights:
     attn, mlp = block.attn, block.mlp
-    (expanded,) = derive(
+    return block_weights(
         block,
-        "relative_position_bias",
-        lambda table: (relative_position_bias(table, tuple(block.window_size)),),
+        (block.norm1, block.norm2),
+        (attn.qkv,),
+        (attn.proj, mlp.fc1, mlp.fc2),
         attn.relative_position_bias_table,
-    )
-    return SwinBlockWeights(
-        norm1_weight=block.norm1.weight,
-        norm1_bias=block.norm1.bias,
-        qkv_weight=attn.qkv.weight,
-        qkv_bias=attn.qkv.bias,
-        relative_position_bias=expanded,
-        proj_weight=attn.proj.weight,
-        proj_bias=attn.proj.bias,
-        norm2_weight=block.norm2.weight,
-        norm2_bias=block.norm2.bias,
-        fc1_weight=mlp.fc1.weight,
-        fc1_bias=mlp.fc1.bias,
-        fc2_weight=mlp.fc2.weight,
-        fc2_bias=mlp.fc2.bias,
-        owner=block,
+        tuple(block.window_size),
     )
