@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import click
 
+from .interruption import ending_on_signals, interruption_code
+
 DEFAULT_MODEL = "nano-swin-digits"
 MODES = ("auto", "eager", "compile", "triton", "triton+compile")  # of `Backbone.prepare`
 _USAGE = 2
+_OUTPUT = 6
 _DEFECT = 70
 _INTERRUPTED = 130
+
+
+class _CannotPrintError(Exception):
+    """What a command found out cannot be written to its standard output."""
+
+    exit_code = _OUTPUT
+
+
+class _Commands(click.Group):
+    """The commands, with one rule for signals, errors and exit codes."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _fill_missing_streams()
+        with ending_on_signals():
+            try:
+                return super().main(*args, **kwargs)
+            except OSError as error:  # click's own output, such as the help
+                _discard_output()
+                _say(f"fastbb: {_not_printed(error)}")
+                sys.exit(_OUTPUT)
+            except BaseException:
+                code = interruption_code()
+                if code is None:
+                    raise
+                sys.exit(code)  # whatever the interruption was turned into
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            found, (code, message) = error, _judge(error)
+        if code == _DEFECT:
+            _say("".join(traceback.format_exception(found)).rstrip())
+        _say(f"fastbb: {message}")
+        sys.exit(code)
 
 
 class _Size(click.ParamType):
@@ -48,7 +89,7 @@ class _Integers(click.ParamType):
             self.fail(f"wanted whole numbers such as 1,2 or -1, got {value!r}", param, ctx)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fastbb", message="fastbb %(version)s")
 def main() -> None:
     """Vision backbones, fast, computing exactly what their own libraries compute."""
@@ -102,15 +143,15 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 
     Exit codes: 0 every image has features; 1 finished, some images failed; 2 wrong arguments;
     3 DIR holds features of another plan; 4 too many images failed; 5 another process uses DIR;
-    6 DIR cannot be written or the disk is full; 70 a defect of fastbb; 130 interrupted.
+    6 DIR or the report cannot be written, or the disk is full; 70 a defect of fastbb;
+    130 interrupted (SIGINT), 143 terminated (SIGTERM).
     """
     if model is None:
-        click.echo(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model", err=True)
-    with _exit_codes():
-        from .extraction import extract as run
+        _say(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model")
+    from .extraction import extract as run
 
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
-        report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
+    report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
     _echo(str(report))
     sys.exit(1 if report.errors else 0)
 
@@ -118,27 +159,33 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 @main.command()
 @click.argument("directory", metavar="FEATURES_DIR")
 def show(directory: str) -> None:
-    """Shows what a features directory holds: plan, rows, failures, speed."""
-    with _exit_codes():
-        from .extraction import open_features
+    """Shows what a features directory holds: plan, rows, failures, speed.
 
-        _echo(open_features(directory).describe())
+    Exit codes: 0 shown; 2 no features directory; 6 the report cannot be written; 130 interrupted,
+    143 terminated.
+    """
+    from .extraction import open_features
+
+    _echo(open_features(directory).describe())
 
 
 @main.command(name="list")
 @click.argument("filter", default="")
 def list_models(filter: str) -> None:
-    """Lists the names of models, all or those that match FILTER, such as 'swin*'."""
-    with _exit_codes():
-        from .auto import list_backbones
+    """Lists the names of models, all or those that match FILTER, such as 'swin*'.
 
-        names = list_backbones(filter)
+    Exit codes: 0 listed; 2 no name matches; 6 the list cannot be written; 130 interrupted,
+    143 terminated.
+    """
+    from .auto import list_backbones
+
+    names = list_backbones(filter)
     if not names:
         raise click.BadParameter(
             f"wanted a pattern that matches a name, such as '*swin*', got {filter!r}",
             param_hint="FILTER",
         )
-    click.echo("\n".join(names))
+    _echo("\n".join(names))
 
 
 @main.command()
@@ -156,11 +203,14 @@ def list_models(filter: str) -> None:
     "--size", type=_Size(), metavar="HxW", help="What the model sees.  [default: the image's shape]"
 )
 def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None:
-    """Draws what every stage of a model makes of an image."""
-    with _exit_codes():
-        from .view import view as write_view
+    """Draws what every stage of a model makes of an image.
 
-        _echo(f"wrote {write_view(image, model, out, size=size)}")
+    Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the report cannot be written;
+    130 interrupted, 143 terminated.
+    """
+    from .view import view as write_view
+
+    _echo(f"wrote {write_view(image, model, out, size=size)}")
 
 
 @main.command(name="verify-model")
@@ -190,12 +240,11 @@ def verify_model(name: str, **options: Any) -> None:
     """Compares a model's feature maps with those of its own library, on random images.
 
     Exit codes: 0 every map is as accurate as its library's; 1 some are not; 2 wrong arguments or no
-    such model.
+    such model; 6 the report cannot be written; 130 interrupted, 143 terminated.
     """
-    with _exit_codes():
-        from .engine.verify import verify_model as run
+    from .engine.verify import verify_model as run
 
-        report = run(name, **options)
+    report = run(name, **options)
     _echo(str(report))
     sys.exit(0 if report.passed else 1)
 
@@ -217,14 +266,11 @@ def check(device: str | None, **options: Any) -> None:
     The results are remembered, as those of an op's first use are.
 
     Exit codes: 0 every kernel is right, or there is no GPU; 1 some are not, and are not used;
-    2 wrong arguments.
+    2 wrong arguments; 6 the report cannot be written; 130 interrupted, 143 terminated.
     """
-    with _exit_codes():
-        from fastbb_kernels.device_report import check_ops
+    from fastbb_kernels.device_report import check_ops
 
-        report = check_ops(
-            device, **options, progress=lambda op: click.echo(f"checking {op}", err=True)
-        )
+    report = check_ops(device, **options, progress=lambda op: _say(f"checking {op}"))
     _echo(str(report))
     sys.exit(1 if report.problems else 0)
 
@@ -268,16 +314,16 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 
     Ways that compute other maps than float64 would, or fail, are left out and named.
 
-    Exit codes: 0 measured; 2 wrong arguments or no such model.
+    Exit codes: 0 measured; 2 wrong arguments or no such model; 6 the report cannot be written;
+    130 interrupted, 143 terminated.
     """
-    with _exit_codes():
-        from .engine.tune import remembered_in, tune_model
+    from .engine.tune import remembered_in, tune_model
 
-        warnings.simplefilter("ignore", UserWarning)  # the results say it
-        say = lambda text: click.echo(f"measuring {text}", err=True)  # noqa: E731
-        for tuned in tune_model(name, device=device, progress=say, **options):
-            _echo(str(tuned))
-        _echo(remembered_in(device))
+    warnings.simplefilter("ignore", UserWarning)  # the results say it
+    progress = lambda text: _say(f"measuring {text}")  # noqa: E731
+    for tuned in tune_model(name, device=device, progress=progress, **options):
+        _echo(str(tuned))
+    _echo(remembered_in(device))
 
 
 @main.command()
@@ -285,41 +331,78 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 def doctor(as_json: bool) -> None:
     """Says what this machine can run: problems first, each with what to do.
 
-    Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here.
+    Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
+    report cannot be written; 130 interrupted, 143 terminated.
     """
-    from .engine.doctor import doctor as examine  # not `_exit_codes`: torch itself may be broken
+    from .engine.doctor import doctor as examine
 
     found = examine()
     _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
     sys.exit(1 if found.problems else 0)
 
 
-def _echo(text: str, err: bool = False) -> None:
-    """Prints lines; what cannot be encoded or would command a terminal becomes an escape."""
-    shown = (c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
-    click.echo("".join(shown), err=err)
+def _judge(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and the line for the user."""
+    interrupted = interruption_code()
+    if interrupted is not None or isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+        if click.get_current_context().invoked_subcommand == "extract":
+            message += "; the same command again goes on from here"
+        return interrupted or _INTERRUPTED, message
+    code = getattr(error, "exit_code", None)  # of an ExtractionError, which costs importing torch
+    if code is None:
+        code = _USAGE if isinstance(error, (ValueError, OSError)) else _DEFECT
+    if code == _DEFECT:
+        return code, "this is a defect of fastbb, the lines above say where"
+    return code, str(error)
 
 
-@contextlib.contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Turns the library's errors into one line and an exit code."""
+def _echo(text: str) -> None:
+    """Prints what a command found out. A reader that has gone is none of its business.
+
+    Raises:
+        _CannotPrintError: the output cannot be written.
+    """
     try:
-        from .extraction import ExtractionError
+        click.echo(_printable(text))
+    except OSError as error:
+        _discard_output()
+        if error.errno != errno.EPIPE:
+            raise _CannotPrintError(_not_printed(error)) from error
 
+
+def _say(text: str) -> None:
+    """Tells the user something on stderr, where that can be written."""
+    with contextlib.suppress(OSError):
+        click.echo(_printable(text), err=True)
+
+
+def _printable(text: str) -> str:
+    """The text, in which what cannot be encoded or would command a terminal is an escape."""
+    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _not_printed(error: OSError) -> str:
+    return f"cannot print to the standard output: {error.strerror}"
+
+
+def _discard_output() -> None:
+    """Points standard output at nothing: Python flushes it at the end, and would fail again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _fill_missing_streams() -> None:
+    """Opens the null device for a standard stream that is closed or missing.
+
+    The next file that is opened would get the number of a closed one, and what a library writes to
+    stderr would end up in that file. Libraries also write to `sys.stderr` without asking for it.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:
-            yield
-        except BrokenPipeError:  # the reader of our output has gone; click knows what to do
-            raise
-        except ExtractionError as error:
-            code, message = error.exit_code, str(error)
-        except (ValueError, OSError) as error:
-            code, message = _USAGE, str(error)
-        except Exception:
-            traceback.print_exc()
-            code, message = _DEFECT, "this is a defect of fastbb, the lines above say where"
-        else:
-            return
-    except KeyboardInterrupt:
-        code, message = _INTERRUPTED, "interrupted; the same command again goes on from here"
-    _echo(f"fastbb: {message}", err=True)
-    sys.exit(code)
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+        if getattr(sys, name) is None:
+            mode = "w" if descriptor else "r"
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 -- as long as the process

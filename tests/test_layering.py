@@ -13,7 +13,8 @@ FASTBB, KERNELS = ROOT / "fastbb", ROOT / "kernels" / "fastbb_kernels"
 # a module imports only what stands before its own layer, or beside it in the same layer
 LAYERS = [
     {"fastbb_kernels"},
-    {"fastbb.derived", "fastbb.dataflow", "fastbb.hub", "fastbb.measuring", "fastbb.calls"},
+    {"fastbb.derived", "fastbb.dataflow", "fastbb.hub", "fastbb.measuring", "fastbb.calls"}
+    | {"fastbb.interruption"},
     {"fastbb.fold", "fastbb.folding"},
     {"fastbb.replacement"},
     {"fastbb.layers"},

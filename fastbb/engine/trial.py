@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..interruption import check_interrupted
 from ..measuring import Clock, describe, duration
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ def run_trials(
             spent += seconds
             problems[name] = problem_of(maps)
         except Exception as error:  # whatever a candidate does, another one runs
+            check_interrupted()  # which is no fault of the candidate
             problems[name], seconds = describe(error), None
         if problems[name] is not None:
             runs.pop(name, None)
@@ -174,7 +176,7 @@ def winner(trials: Sequence[Trial], tie: float = TIE) -> Trial | None:
 
 def tuning_bar(n_candidates: int) -> Report:
     """A progress bar on a terminal, elsewhere lines in the log."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return logger.info
     from tqdm import tqdm
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..interruption import check_interrupted
 from .decode import RowError
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .sources import InputError, Source, archive_states, list_sources
@@ -87,13 +88,14 @@ class _Progress:
             self._bar.close()
 
     def say(self, text: str) -> None:
-        if self._enabled:
-            print(text, file=sys.stderr, flush=True)
+        if self._enabled and sys.stderr is not None:
+            with suppress(OSError):  # nobody can be told, and the run does not depend on it
+                print(text, file=sys.stderr, flush=True)
 
     def start(self, n_rows: int, n_done: int) -> None:
         self._n_rows, self._n_first, self.n_done = n_rows, n_done, n_done
         self._started = self._last_line = time.perf_counter()
-        if self._enabled and sys.stderr.isatty():
+        if self._enabled and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=n_rows, initial=n_done, unit=" images", dynamic_ncols=True)
@@ -178,6 +180,12 @@ def extract(
         size=size,
         mode=mode,
     )
+
+    def choose_mode(n_rows: int) -> str:
+        chosen = extractor.choose_mode(mode, n_rows)
+        check_interrupted()  # before the plan records what an interrupted trial may have chosen
+        return chosen
+
     settings = {**extractor.settings(), "mode": mode}
     settings["inputs"] = [os.path.abspath(path) for path in given]
     settings["archives"] = archives
@@ -185,7 +193,7 @@ def extract(
     with FeatureWriter(out) as writer, _Progress(progress) as bar:
         if extractor.device.type == "cpu":
             bar.say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        resumed = writer.start(settings, sources, lambda n: extractor.choose_mode(mode, n))
+        resumed = writer.start(settings, sources, choose_mode)
         if resumed:
             extractor.prepare(writer.plan["runs"], writer.plan["rows"])
         else:
@@ -230,6 +238,7 @@ def _extract_shards(
             parts: list[FeatureBatch] = []
             while n_left:
                 batch = next(batches)
+                check_interrupted()
                 parts.append(batch)
                 n_batch = len(batch.ids) + len(batch.errors)
                 n_left -= n_batch
@@ -237,6 +246,7 @@ def _extract_shards(
                 bar.advance(n_batch)
                 _check_budget(n_failed, bar.n_done, max_error_rate, batch.errors)
             commits[shard] = writer.commit(shard, *_shard_content(parts, writer.plan["outputs"]))
+            check_interrupted()
             now = time.perf_counter()
             seconds, shard_start = now - shard_start, now
             writer.log({"event": "shard", "shard": shard, "rows": n_shard, "seconds": seconds})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from check_interrupts import foreground_signals
 
 from fastbb.extraction import open_features
 from fastbb.extraction.job import extract
@@ -64,7 +65,8 @@ def start(arguments: list[str], program: str = COMMAND) -> subprocess.Popen[str]
     # the order of sums may follow the number of threads
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
+    with foreground_signals():
+        return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE)
 
 
 def commits(out: Path) -> list[Path]:

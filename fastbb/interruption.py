@@ -1,0 +1,114 @@
+"""Signals that end a command: raised where they arrive, and never lost.
+
+What a handler raises comes out wherever the main thread happens to be. In a weakref callback, in
+`__del__` or in the garbage collector Python swallows it; in a lock, an import or a C++ call it
+turns into another error. So the handler also sets a flag: `check_interrupted` looks at it between
+two batches, any error counts as the interruption once it is set, and the exception is raised again
+every second until it is under way.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_S = 1.0
+_received = 0  # number of the first signal
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the command to end."""
+
+
+def interruption_code() -> int | None:
+    """What to exit with, 130 after SIGINT and 143 after SIGTERM; None if no signal came."""
+    return 128 + _received if _received else None
+
+
+def check_interrupted() -> None:
+    """Raises if a signal came, whatever became of the exception that it raised.
+
+    Raises:
+        Interrupted: inside `ending_on_signals` only.
+    """
+    if _received:
+        raise Interrupted
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise `Interrupted`; a second one ends the process at once.
+
+    For commands. Does nothing outside the main thread. A signal that the process was started to
+    ignore, as a shell does for jobs in the background, stays ignored.
+    """
+    global _received
+    wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    if threading.current_thread() is not threading.main_thread() or not wanted:
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before_hook = sys.unraisablehook
+
+    def quiet(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, Interrupted):  # which is raised once more
+            before_hook(unraisable)
+
+    sys.unraisablehook = quiet
+    # Python runs handlers between two instructions; this hears signals inside a long call as well
+    threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
+    before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    before = {number: signal.signal(number, _interrupt) for number in wanted}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            # None: not installed from Python, so it cannot be put back
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(before_fd)
+        os.close(writer)  # ends the thread, which closes the other end
+        sys.unraisablehook = before_hook
+        _received = 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    global _received
+    if _received:
+        os._exit(128 + number)
+    _received = number
+    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+    raise Interrupted
+
+
+def _raise_again(number: int, frame: FrameType | None) -> None:
+    if _received and not _is_under_way():
+        raise Interrupted
+
+
+def _is_under_way() -> bool:
+    """Whether a block that the main thread is in handles the interruption, or cleans up for it."""
+    error: BaseException | None = sys.exc_info()[1]
+    while error is not None:
+        if isinstance(error, Interrupted):
+            return True
+        error = error.__context__
+    return False
+
+
+def _end_at_the_second(reader: int) -> None:
+    n_signals = 0
+    with suppress(OSError):
+        while numbers := os.read(reader, 16):
+            for number in numbers:
+                n_signals += number in _SIGNALS
+                if n_signals == 2:
+                    os._exit(128 + number)
+    os.close(reader)
