@@ -20,6 +20,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from .watch import ModuleSettings
+
+STATISTICS = ("running_mean", "running_var")  # buffers of a batch norm
+
 Module = TypeVar("Module", bound="RemembersDerived")
 Derived = TypeVar("Derived", bound=tuple[Tensor | None, ...])
 
@@ -30,6 +34,7 @@ def derive(
     compute: Callable[..., Derived],
     *sources: Tensor,
     constants: Hashable = None,
+    statistics: tuple[Tensor, ...] = (),
 ) -> Derived:
     """`compute(*sources)`, remembered where no gradient is needed and nothing is traced.
 
@@ -46,9 +51,12 @@ def derive(
         compute: depends on sources and constants only, and is the same at every call with this
             name. Derive together what has the same owner: to look at the sources is what a call
             costs.
-        sources: parameters and buffers of any shape. Batch norm moves its running statistics
-            without a new version; it counts batches in one that has.
+        sources: parameters and buffers of any shape.
         constants: what else the result depends on.
+        statistics: those of the sources that batch norm moves without a new version. On a CPU their
+            values are compared at every call. On a GPU that would wait for it: there the count of
+            batches, which has a version, is a source too, and `F.batch_norm` on a module's buffers,
+            which counts none, needs `refresh`.
 
     Returns:
         What `compute` returns. Calls share the tensors: nothing may write into them.
@@ -58,7 +66,7 @@ def derive(
     weights = _DERIVED.get(owner)
     if weights is None:
         weights = _start_deriving(owner)
-    return weights.get(name, compute, sources, constants)
+    return weights.get(name, compute, sources, constants, statistics)
 
 
 @contextmanager
@@ -98,7 +106,8 @@ class RemembersDerived(nn.Module):
         In inference a backbone remembers tensors made of its weights, such as fused projections.
         Optimizer steps, in-place operations, `load_state_dict`, `to`, `train` and new parameters
         are followed. Call this after a change that torch does not record: through `.data`
-        (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory.
+        (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory;
+        and on a GPU after running statistics were moved by `F.batch_norm` instead of their module.
         """
         forget_derived(self)
         note_written(self.parameters())
@@ -117,11 +126,28 @@ class RemembersDerived(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+class Statistics:
+    """Copies of the running statistics of batch norms, where comparing values costs little.
+
+    Args:
+        tensors: buffers; those on a GPU are taken for unchanged.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        on_cpu = [tensor.detach() for tensor in tensors if tensor.device.type == "cpu"]
+        self._pairs = [(tensor, tensor.clone()) for tensor in on_cpu if type(tensor) is Tensor]
+
+    def are_current(self) -> bool:
+        """Whether all have the values that they had."""
+        return all(torch.equal(now, then) for now, then in self._pairs)
+
+
 class ModuleStamp:
     """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
 
     Asked before every use of what was baked. It notices weights that were written, moved or
-    replaced, layers that were replaced, and hooks of layers that came or went.
+    replaced, settings (see `ModuleSettings`) that were changed, layers that were replaced, and
+    hooks of layers that came or went.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -139,6 +165,9 @@ class ModuleStamp:
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._addresses, self._versions = self._read()
         self._ids = {id(tensor) for tensor in self._tensors}
+        self._settings = ModuleSettings(module)
+        named = itertools.chain.from_iterable(m._buffers.items() for m in modules)
+        self._statistics = Statistics(t for n, t in named if n in STATISTICS and t is not None)
         self._is_written = False
         _follow_optimizers()
         _follow_layers(modules)
@@ -156,6 +185,8 @@ class ModuleStamp:
                 for now, then in self._owners
             )
             and self._read() == (self._addresses, self._versions)
+            and self._settings.change() is None
+            and self._statistics.are_current()
         )
 
     def _read(self) -> tuple[list[int], list[int]]:
@@ -192,6 +223,7 @@ def is_transformed(x: Tensor) -> bool:
 class _Entry(NamedTuple):
     sources: list[tuple[weakref.ref[Tensor], int, int, torch.dtype, torch.device]]
     constants: Hashable
+    statistics: "Statistics"
     n_cleared: int
     last_step: object
     last_layer: object
@@ -210,7 +242,7 @@ class _Entry(NamedTuple):
                 or source.device != device
             ):
                 return False
-        return True
+        return self.statistics.are_current()
 
 
 class _DerivedWeights:
@@ -227,6 +259,7 @@ class _DerivedWeights:
         compute: Callable[..., Derived],
         sources: tuple[Tensor, ...],
         constants: Hashable,
+        statistics: tuple[Tensor, ...],
     ) -> Derived:
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()  # training: the parameters are about to change
@@ -249,6 +282,7 @@ class _DerivedWeights:
         if capturing or not all(_can_be_followed(source) for source in sources):
             return compute(*sources)
         states = [(s.data_ptr(), s._version, s.dtype, s.device) for s in sources]
+        copies = Statistics(statistics)
         # a tensor made in inference mode could not be used outside it
         with torch.inference_mode(False), torch.no_grad():
             value = compute(*sources)
@@ -259,7 +293,7 @@ class _DerivedWeights:
             seen = [(ref, *state) for ref, state in zip(refs, states)]
             with self._lock:
                 self._entries[name] = _Entry(
-                    seen, constants, n_cleared, last_step, last_layer, value
+                    seen, constants, copies, n_cleared, last_step, last_layer, value
                 )
         return value
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_conv, packs
 
-from .derived import derive, forget_derived, is_tracing, is_transformed
+from .derived import STATISTICS, derive, forget_derived, is_tracing, is_transformed
 
 FROZEN_EPS = 1e-5  # of transformers' frozen norms, which have no `eps`
 
@@ -73,7 +73,8 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
         return _as_weight(weight, conv, channels_last), bias.to(conv.weight.dtype)
 
     name = "folded, channels last" if channels_last else "folded"
-    return derive(conv, name, compute, *sources, constants=(eps, present))
+    statistics = _statistics(norm)
+    return derive(conv, name, compute, *sources, constants=(eps, present), statistics=statistics)
 
 
 def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,12 +145,15 @@ def folded_with_shortcut(
 
     constants = (eps, other_eps, present, other_present)
     name = "folded with shortcut"
-    return derive(conv, name, compute, *sources, *others, constants=constants)
+    statistics = *_statistics(norm), *_statistics(shortcut_norm)
+    return derive(
+        conv, name, compute, *sources, *others, constants=constants, statistics=statistics
+    )
 
 
 def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[bool, ...]]:
     """eps, the tensors that a folded weight is computed from, and which of seven are there."""
-    # the count is a source because statistics move without a new version, see `derive`
+    # the count is a source because it has a version where statistics have none, see `derive`
     found = [_tensor(conv, "weight"), _tensor(conv, "bias")]
     found += [_tensor(norm, name) for name in _NORM_TENSORS]
     present = tuple([tensor is not None for tensor in found])
@@ -157,7 +161,12 @@ def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[boo
     return getattr(norm, "eps", FROZEN_EPS), tensors, present
 
 
-_NORM_TENSORS = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
+_NORM_TENSORS = (*STATISTICS, "weight", "bias", "num_batches_tracked")
+
+
+def _statistics(norm: nn.Module) -> tuple[Tensor, ...]:
+    found = [_tensor(norm, name) for name in STATISTICS]
+    return tuple([tensor for tensor in found if tensor is not None])
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:

@@ -22,6 +22,7 @@ from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
 
 from .dataflow import RESULT, Dataflow, trace_dataflow
 from .fold import FROZEN_EPS, autocasts, fold_batch_norm, folded, geometry, runs_folded
+from .watch import ModuleSettings
 
 Result = TypeVar("Result")
 
@@ -230,14 +231,25 @@ class Folding:
         model: its modules get forwards bound on the instances.
         norms: what `find_norms` found in it.
 
-    Attributes:
-        report: what became of every norm.
     """
 
     def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
-        self._pairs: list[_FoldedConv] = []
-        self.report = FoldReport(tuple(self._bind(model, norm) for norm in norms))
+        self._pairs: dict[str, _FoldedConv] = {}  # by the name of the norm
+        self._entries = [self._bind(model, norm) for norm in norms]
+
+    @property
+    def report(self) -> FoldReport:
+        """What became of every norm."""
+        changes = {name: pair.change() for name, pair in self._pairs.items()}
+        return FoldReport(
+            tuple(
+                replace(entry, refused=f"its activation was changed: {changes[entry.norm]}")
+                if changes.get(entry.norm)
+                else entry
+                for entry in self._entries
+            )
+        )
 
     def run(self, forward: Callable[..., Result], *args: Any, few: bool = False) -> Result:
         """`forward(*args)`, a forward of the model, with folded weights where a call allows it.
@@ -249,7 +261,7 @@ class Folding:
         """
         before = getattr(_running, "weights", None)
         # for all at once: between convolutions the same look costs several times as much
-        all_pairs = [] if few else self._pairs
+        all_pairs = [] if few else self._pairs.values()
         weights = {pair: pair.weights() for pair in all_pairs} if self._is_intact() else None
         _running.weights = weights
         try:
@@ -286,7 +298,7 @@ class Folding:
         after = None if fused is None else after
         containers = [model.get_submodule(name) for name in entry.containers]
         pair = _FoldedConv(conv, norm, after, fused, containers)
-        self._pairs.append(pair)
+        self._pairs[entry.norm] = pair
         self._take(model, entry.conv, conv, pair.conv_forward)
         self._take(model, entry.norm, norm, pair.norm_forward)
         if after is not None:
@@ -353,6 +365,8 @@ class _FoldedConv:
     ) -> None:
         self.conv, self.norm, self.after = conv, norm, after
         self.fused = fused
+        activation = None if fused is None else after or _own_activation(norm)
+        self._settings = None if activation is None else ModuleSettings(activation)
         self.owns_norm = _owns(conv, norm)
         # whose hooks would see the values of the end
         self.seen = [conv, norm, *containers] + ([after] if after is not None else [])
@@ -362,10 +376,14 @@ class _FoldedConv:
         """Weight and bias for the calls of one forward, or None if it may not use folded ones."""
         if not runs_folded(self.conv, self.norm) or _has_any_global_hook():
             return None
-        if any(has_hooks(module) for module in self.seen):
+        if any(has_hooks(module) for module in self.seen) or self.change() is not None:
             return None
         # kernels want channels last; elsewhere the model gets the layout it expects
         return folded(self.conv, self.norm, channels_last=self.conv.weight.is_cuda)
+
+    def change(self) -> str | None:
+        """What was changed of the activation that is fused, or None."""
+        return None if self._settings is None else self._settings.change()
 
     def conv_forward(self, x: Tensor) -> Tensor:
         conv, weights = self.conv, self._given()

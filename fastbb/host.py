@@ -91,7 +91,12 @@ class Region(Fast):
         super().__init__(module, how)
         unfold(module)  # what the copy of a module has from the original
         self._folding = Folding(module, _norms(module) if self.folds else [])
-        self.runs_parts = self.folds and how.precision is None and "compile" not in how.mode
+        compiles = "compile" in how.mode
+        self.runs_parts = self.folds and how.precision is None and not compiles
+        self.reads_settings = self.reads_settings or compiles or how.precision is not None
+        self.follows_settings = not compiles
+        if compiles:  # what was compiled reads nothing
+            self.read_at_every_call = ()
         # by what is given beside the pixels, and by state: the form of results, and what runs
         self._lock = threading.RLock()
         self._specs: dict[Hashable, TreeSpec] = {}

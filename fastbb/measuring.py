@@ -1,7 +1,9 @@
 """Times of calls, and times and errors in words."""
 
+import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +22,49 @@ def wall_clock(device: torch.device) -> Clock:
         return time.perf_counter() - start
 
     return clock
+
+
+class Comparison(NamedTuple):
+    """Medians over pairs of calls.
+
+    Attributes:
+        ours: seconds of ours.
+        theirs: seconds of what ours is compared with.
+        ratio: of the two in a pair, above 1 where ours is slower.
+    """
+
+    ours: float
+    theirs: float
+    ratio: float
+
+
+MIN_PAIRS, MAX_PAIRS, ENOUGH_S = 5, 10, 0.1  # seconds of ours
+
+
+def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float) -> Comparison:
+    """Times two calls in turns, so that what slows the machine down slows both.
+
+    No single call decides, however long it took: there are at least five pairs, and their median
+    ratio counts. Where ours seems slower, as many pairs again have to say so too.
+
+    Args:
+        ours: makes a call and returns its seconds.
+        theirs: the same.
+        tie: share of the time by which ours may be slower.
+    """
+    pairs: list[tuple[float, float]] = []
+
+    def measure(n_wanted: int) -> Comparison:
+        while len(pairs) < n_wanted:
+            pairs.append((ours(), theirs()))
+        medians = (statistics.median(seconds) for seconds in zip(*pairs))
+        # of a call that took no time by the clock nothing can be said
+        return Comparison(*medians, statistics.median(a / b if b else 1.0 for a, b in pairs))
+
+    found = measure(MIN_PAIRS)
+    n_pairs = min(MAX_PAIRS, max(MIN_PAIRS, round(ENOUGH_S / max(found.ours, 1e-9))))
+    found = measure(n_pairs)
+    return found if found.ratio <= 1 + tie else measure(2 * n_pairs)
 
 
 def synchronize(device: torch.device) -> None:

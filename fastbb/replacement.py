@@ -8,7 +8,6 @@ watched, the results differ, or ours takes longer.
 
 import copy
 import itertools
-import statistics
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -31,10 +30,10 @@ from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_
 from .derived import forget_derived, is_tracing, is_transformed, note_written
 from .fold import autocasts
 from .folding import is_folded, replica_without, unfold
-from .measuring import describe, duration, wall_clock
+from .measuring import Comparison, compare, describe, duration, wall_clock
+from .watch import ModuleSettings
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs
-MIN_ROUNDS, MAX_ROUNDS, ENOUGH_S = 3, 10, 0.1  # seconds of ours
 # how many sizes of a form of call are checked, and how many timed; others run as the last one did
 MAX_CHECKED, MAX_TIMED = 8, 4
 
@@ -75,6 +74,11 @@ class Fast:
     methods: ClassVar[tuple[str, ...]] = ()
     # whether it calls the modules inside, which may be replaced too
     runs_parts: bool = False
+    # whether it was made of settings of the module, and those that it reads at every call
+    reads_settings: bool = False
+    read_at_every_call: tuple[str, ...] = ()
+    # whether it is made anew where a setting changes, or takes too long to make
+    follows_settings: bool = True
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         self.module: Any = module
@@ -128,12 +132,12 @@ class Timings:
     """Seconds of ours and of upstream's, by likeness and input; the modules of a model share it."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Hashable, tuple[float, float]] = {}
+        self._seconds: dict[Hashable, Comparison] = {}
         self._timed: dict[Hashable, list[Hashable]] = {}
 
     def of(
-        self, likeness: Hashable, kind: Hashable, measure: Callable[[], tuple[float, float]]
-    ) -> tuple[float, float]:
+        self, likeness: Hashable, kind: Hashable, measure: Callable[[], Comparison]
+    ) -> Comparison:
         """Measured once; of many kinds of input the first are, and the last stands for others."""
         timed = self._timed.setdefault(likeness, [])
         key = (likeness, kind)
@@ -178,6 +182,7 @@ class Replacement:
         self.off: str | None = None
         self._make, self._timings = make, timings
         self._fast: Fast | None = make(module, how)
+        self._settings = self._read_settings()
         # at once: what is replaced before the first call has to be noticed
         self._watch: _Watch | None = _Watch(module)
 
@@ -190,13 +195,15 @@ class Replacement:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        new = {"choices": {}, "last_reason": None, "_fast": None, "_watch": None}
+        new = {"choices": {}, "last_reason": None}
+        new |= {"_fast": None, "_watch": None, "_settings": None}
         return {**self.__dict__, **new}
 
     @property
     def fast(self) -> Fast:
         if self._fast is None:
             self._fast = self._make(self.module, self.how)
+            self._settings = self._read_settings()
         return self._fast
 
     @property
@@ -274,6 +281,8 @@ class Replacement:
         # a graph that is recorded is the host's: its compiler fuses what upstream wrote
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
+        if self._settings is not None and (change := self._settings.change()) is not None:
+            self._follow(change)
         # what runs ours around this has looked at everything inside it
         outer = _local.running[-1]._watch if _local.running else None
         is_inner = outer is not None and outer.covers(self.module)
@@ -331,6 +340,7 @@ class Replacement:
             try:
                 with upstream_only():
                     self._fast = self._make(self.module, self.how)
+                self._settings = self._read_settings()
             except Refused as refused:  # by what was changed since
                 self.off = str(refused)
                 return self.off
@@ -364,10 +374,34 @@ class Replacement:
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
         return self.fast.why_not(*args, **kwargs)
 
+    def _read_settings(self) -> ModuleSettings | None:
+        assert self._fast is not None
+        if not self._fast.reads_settings:
+            return None
+        return ModuleSettings(self.module, self._fast.read_at_every_call)
+
+    def _follow(self, change: str) -> None:
+        """Makes ours anew of the settings of now, to be held to upstream's again."""
+        forget_derived(self.module)
+        self.choices.clear()
+        fast = self.fast
+        try:
+            if not fast.follows_settings:
+                raise Refused(f"it was compiled before {change}: call accelerate() again")
+            fast.close()
+            with upstream_only():
+                self._fast = self._make(self.module, self.how)
+            self.off = None
+        except Refused as refused:
+            self.off = f"{refused} ({change})" if fast.follows_settings else str(refused)
+        self._settings = self._read_settings()
+
     def _decide(self, kind: Hashable, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
         """Holds ours to upstream's on this input, times both, and returns the result."""
         with upstream_only():
             want = self.upstream(method, args, kwargs)
+        if self._settings is not None:
+            self._settings = self._read_settings()  # what upstream's forward sets is no change
         self.fast.see(want, method, args, kwargs)
         formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
         choice = Choice(True, "equal to upstream's", form, formats)
@@ -382,25 +416,26 @@ class Replacement:
             return want
         if self.how.mode == "auto":
             likeness = self.fast.likeness(), form
-            ours, theirs = self._timings.of(
+            times = self._timings.of(
                 likeness, kind, lambda: self._time(choice, method, args, kwargs)
             )
-            choice.ours = ours <= theirs * (1 + TIE)
-            choice.why = f"{duration(ours)}, upstream {duration(theirs)}"
+            choice.ours = times.ratio <= 1 + TIE
+            choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
         self.choices[kind] = choice
         return got if choice.ours else want
 
-    def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> tuple[float, float]:
-        """Seconds of ours and of upstream's, medians of calls in turns."""
+    def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
         like = self._watch and self._watch.first_parameter()
         clock = wall_clock(torch.device("cpu") if like is None else like.device)
-        ours: list[float] = []
-        theirs: list[float] = []
-        while len(ours) < MIN_ROUNDS or (len(ours) < MAX_ROUNDS and sum(ours) < ENOUGH_S):
-            ours.append(clock(lambda: self._run(choice, method, args, kwargs)))
+
+        def ours() -> float:
+            return clock(lambda: self._run(choice, method, args, kwargs))
+
+        def theirs() -> float:
             with upstream_only():
-                theirs.append(clock(lambda: self.upstream(method, args, kwargs)))
-        return statistics.median(ours), statistics.median(theirs)
+                return clock(lambda: self.upstream(method, args, kwargs))
+
+        return compare(ours, theirs, TIE)
 
     def _turn_off(self, problem: str) -> None:
         self.off = problem

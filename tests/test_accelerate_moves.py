@@ -15,6 +15,7 @@ import fastbb
 from fastbb import fold
 from fastbb.acceleration import replacement_of
 from fastbb.folding import is_folded
+from fastbb.measuring import Comparison
 from fastbb.replacement import MOVES, Timings
 
 PIXELS = images(64, 64)
@@ -76,8 +77,9 @@ def test_a_train_that_somebody_put_on_a_module_stays() -> None:
 def test_every_dtype_is_timed_by_itself() -> None:
     timings = Timings()
     for size in range(9):
-        timings.of(("block", "fp32"), size, lambda: (1.0, 2.0))
-    assert timings.of(("block", "bf16"), 0, lambda: (3.0, 4.0)) == (3.0, 4.0)
+        timings.of(("block", "fp32"), size, lambda: Comparison(1.0, 2.0, 0.5))
+    other = Comparison(3.0, 4.0, 0.75)
+    assert timings.of(("block", "bf16"), 0, lambda: other) == other
 
 
 def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:

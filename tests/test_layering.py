@@ -14,7 +14,7 @@ FASTBB, KERNELS = ROOT / "fastbb", ROOT / "kernels" / "fastbb_kernels"
 LAYERS = [
     {"fastbb_kernels"},
     {"fastbb.derived", "fastbb.dataflow", "fastbb.hub", "fastbb.measuring", "fastbb.calls"}
-    | {"fastbb.interruption"},
+    | {"fastbb.interruption", "fastbb.watch"},
     {"fastbb.fold", "fastbb.folding"},
     {"fastbb.replacement"},
     {"fastbb.layers"},

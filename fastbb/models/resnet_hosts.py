@@ -15,6 +15,8 @@ from .resnet_compute import is_plain, pools_by_2, residual_block, timm_block
 class _ResNetBlock(Fast):
     """Two (basic) or three (bottleneck) convolutions and a shortcut."""
 
+    reads_settings = True
+
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         check_parts(module)
@@ -73,6 +75,8 @@ class TransformersResNetBlock(_ResNetBlock):
 class TransformersResNet(TransformersBackbone):
     """ResNetBackbone, and RT-DETR's with its deep stem."""
 
+    reads_settings = True
+
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         check_parts(module)
@@ -123,6 +127,8 @@ class TorchvisionResNetBlock(_ResNetBlock):
 
 class TimmResNetBlock(Fast):
     """BasicBlock and Bottleneck of timm, with their attention and blur pools."""
+
+    reads_settings = True
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)

@@ -39,6 +39,7 @@ from .swin_compute import (
     SwinBlockWeights,
     SwinStage,
     block_weights,
+    cuts_patches,
     swin_stage,
 )
 from .swin_hosts import REPLACED
@@ -50,6 +51,7 @@ from .swin_sources import (
     timm_forward,
     torchvision_fields,
 )
+from .swin_weights import PatchMergingWeights
 
 
 class SwinConfig(BackboneConfig):
@@ -369,15 +371,20 @@ class SwinBackbone(Backbone):
                 f"the image must be at least one patch of {patch[0]}x{patch[1]} pixels, "
                 f"got {height}x{width}"
             )
-        x = patch_embed(
-            pixel_values,
-            projection.weight,
-            projection.bias,
-            embeddings.norm.weight,
-            embeddings.norm.bias,
-            eps=embeddings.norm.eps,
-            ceil_mode=not drops_pixels,
-        )
+        if cuts_patches(projection):
+            x = patch_embed(
+                pixel_values,
+                projection.weight,
+                projection.bias,
+                embeddings.norm.weight,
+                embeddings.norm.bias,
+                eps=embeddings.norm.eps,
+                ceil_mode=not drops_pixels,
+            )
+        else:  # its stride or padding was changed
+            if not drops_pixels:
+                pixel_values = F.pad(pixel_values, (0, -width % patch[1], 0, -height % patch[0]))
+            x = embeddings.norm(projection(pixel_values).permute(0, 2, 3, 1))
         if embeddings.position_embeddings is not None:
             x = x + self._positions(embeddings.position_embeddings, x, interpolate_pos_encoding)
         return F.dropout(x, self.config.hidden_dropout_prob, self.training)
@@ -406,7 +413,7 @@ class SwinBackbone(Backbone):
         if index > 0:
             merging = layers[index - 1].downsample
             assert isinstance(merging, _PatchMerging)
-            downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+            downsample = PatchMergingWeights.of(merging)
         layer = layers[index]
         assert isinstance(layer, _Stage)
         blocks = [block.weights for block in layer.blocks if isinstance(block, _Block)]
@@ -500,7 +507,6 @@ def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
                 num_heads=num_heads,
                 geometry=WindowGeometry((window, window), shifts),
                 clamp_shift=torchvision,
-                eps=config.layer_norm_eps,
                 activation=config.hidden_act,
                 drop_path=rate,
                 mlp_drop_path=rate if torchvision else 0.0,

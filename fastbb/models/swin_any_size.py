@@ -17,13 +17,13 @@ from torch.nn import functional as F
 from fastbb_kernels import (
     WindowGeometry,
     linear_residual,
-    patch_merging,
 )
 from fastbb_kernels.ops.window_attention import _regions, _windows
 
 from ..layers import check_untouched
 from .swin import SwinBackbone, TorchvisionSwinConfig
-from .swin_compute import MERGING_EPS, SwinBlockSpec, SwinBlockWeights, mlp_half, project_qkv
+from .swin_compute import cuts_patches, merge_patches, mlp_half, project_qkv
+from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 
 MAX_REMEMBERED_SIZES = 16
 PADDING = -1  # in an index: a token that the map does not have
@@ -160,6 +160,8 @@ def swin_any_size_unsupported(backbone: SwinBackbone) -> str | None:
         return "it is for inference; call eval()"
     if backbone.config.use_absolute_embeddings:
         return "its absolute embeddings are for one size"
+    if not cuts_patches(backbone.swin.embeddings.patch_embeddings.projection):  # type: ignore[arg-type]
+        return "its patch embedding does more than cut patches"
     return None
 
 
@@ -225,10 +227,10 @@ def _rows(x: Tensor, index: Tensor, padding: Tensor | float) -> Tensor:
     return torch.where((index == PADDING).unsqueeze(-1), padding, rows)
 
 
-def _merge(x: Tensor, index: Tensor, downsample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _merge(x: Tensor, index: Tensor, downsample: PatchMergingWeights) -> Tensor:
     """[T, C] -> [T', 2C]: every token of the result is a map of 2x2 to the op."""
     neighbours = _rows(x, index, 0.0).unflatten(1, (2, 2))
-    return patch_merging(neighbours, *downsample, eps=MERGING_EPS).flatten(0, 2)
+    return merge_patches(neighbours, downsample).flatten(0, 2)
 
 
 def _block(
@@ -240,7 +242,7 @@ def _block(
     regions: Tensor | None,
 ) -> Tensor:
     """`swin_block` in inference, on rows [T, C]; the indices are those of `WindowIndices`."""
-    qkv = project_qkv(x, spec, weights)
+    qkv = project_qkv(x, weights)
     padding = 0.0 if weights.qkv_bias is None else weights.qkv_bias
     qkv = _rows(qkv, gather, padding).unflatten(2, (3, spec.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [W, heads, N, head_dim]

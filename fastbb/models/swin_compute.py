@@ -23,9 +23,19 @@ from fastbb_kernels import (
 from ..derived import derive
 from ..layers import drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
-from .swin_weights import SwinBlockSpec, SwinBlockWeights
+from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 
-MERGING_EPS = 1e-5  # of the norm before a reduction, whatever the blocks use
+
+def cuts_patches(projection: nn.Conv2d) -> bool:
+    """Whether a convolution sees every patch once and nothing else, as `patch_embed` does."""
+    settings = (
+        projection.stride,
+        projection.padding,
+        projection.dilation,
+        projection.groups,
+        projection.padding_mode,
+    )
+    return settings == (projection.kernel_size, (0, 0), (1, 1), 1, "zeros")
 
 
 def swin_block(
@@ -65,7 +75,7 @@ def swin_block(
             weights.proj_bias,
             num_heads=spec.num_heads,
             geometry=geometry,
-            eps=spec.eps,
+            eps=weights.norm1_eps,
         )
     else:
         x = _attention_half(x, spec, weights, geometry, training, attentions)
@@ -77,7 +87,7 @@ def swin_block(
         weights.norm2_bias,
         weights.fc1_weight,
         weights.fc1_bias,
-        eps=spec.eps,
+        eps=weights.norm2_eps,
         activation=spec.activation,
     )
     return _add_branch(
@@ -85,7 +95,7 @@ def swin_block(
     )
 
 
-def project_qkv(x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights) -> Tensor:
+def project_qkv(x: Tensor, weights: SwinBlockWeights) -> Tensor:
     """Queries, keys and values [..., 3C] of tokens [..., C], with the norm before them."""
     return layer_norm_linear(
         x,
@@ -93,7 +103,7 @@ def project_qkv(x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights) -> Te
         weights.norm1_bias,
         weights.qkv_weight,
         weights.qkv_bias,
-        eps=spec.eps,
+        eps=weights.norm1_eps,
     )
 
 
@@ -107,7 +117,7 @@ def mlp_half(x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights) -> Tenso
         weights.fc1_bias,
         weights.fc2_weight,
         weights.fc2_bias,
-        eps=spec.eps,
+        eps=weights.norm2_eps,
         activation=spec.activation,
     )
 
@@ -121,7 +131,7 @@ def _attention_half(
     attentions: list[Tensor] | None,
 ) -> Tensor:
     """The attention half where something happens inside it, or its weights are wanted."""
-    qkv = project_qkv(x, spec, weights)
+    qkv = project_qkv(x, weights)
     attend = {
         "num_heads": spec.num_heads,
         "geometry": geometry,
@@ -154,29 +164,43 @@ def _add_branch(
     return residual + drop_path(branch, path_rate, training)
 
 
-def relative_position_bias(table: Tensor, window: tuple[int, int]) -> Tensor:
+def relative_position_bias(
+    table: Tensor, window: tuple[int, int], index: Tensor | None = None
+) -> Tensor:
     """What the scores of a window get added, from the table of its relative positions.
 
     Args:
         table: [(2h - 1) * (2w - 1), num_heads].
         window: (h, w), N = h * w tokens.
+        index: int64 of N * N rows of the table, in any shape; default: `relative_position_index`.
 
     Returns:
         [num_heads, N, P] with P the next multiple of 16, so that kernels load whole aligned rows;
         zero beyond column N. Dtype of `table`.
     """
     tokens = window[0] * window[1]
-    bias = table[relative_position_index(window, table.device)]
+    if index is None:
+        index = relative_position_index(window, table.device)
+    bias = table[index.flatten()]
     bias = bias.view(tokens, tokens, -1).permute(2, 0, 1)
     return F.pad(bias, (0, -tokens % 16)).contiguous()
 
 
 def _attention_tensors(
-    window: tuple[int, int], table: Tensor, q: Tensor, k: Tensor, v: Tensor, *biases: Tensor
+    window: tuple[int, int], n_index: int, table: Tensor, *tensors: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weight and bias of q, k and v in one, and the relative position bias."""
+    """Weight and bias of q, k and v in one, and the relative position bias.
+
+    Args:
+        window: (h, w).
+        n_index: 1 if the index of the bias comes first in `tensors`, else 0.
+        table: of the relative position bias.
+        tensors: that index, weights of q, k and v, and their biases if they have any.
+    """
+    index = tensors[0] if n_index else None
+    weights, biases = tensors[n_index : n_index + 3], tensors[n_index + 3 :]
     qkv_bias = torch.cat(biases) if biases else None
-    return torch.cat([q, k, v]), qkv_bias, relative_position_bias(table, window)
+    return torch.cat(weights), qkv_bias, relative_position_bias(table, window, index)
 
 
 def block_weights(
@@ -186,6 +210,7 @@ def block_weights(
     linears: tuple[nn.Linear, nn.Linear, nn.Linear],
     table: Tensor,
     window: tuple[int, int],
+    index: Tensor | None = None,
 ) -> SwinBlockWeights:
     """The weights of a block, whoever names its layers how.
 
@@ -196,23 +221,27 @@ def block_weights(
         linears: projection after the attention, and the two of the MLP.
         table: [(2h - 1) * (2w - 1), num_heads], of the relative position bias.
         window: (h, w).
+        index: the block's own rows of the table, see `relative_position_bias`.
     """
     proj, fc1, fc2 = linears
+    positions = () if index is None else (index,)
     if len(projections) == 1:
         qkv_weight, qkv_bias = projections[0].weight, projections[0].bias
         (expanded,) = derive(
             owner,
             "relative_position_bias",
-            lambda table: (relative_position_bias(table, window),),
+            lambda table, *index: (relative_position_bias(table, window, *index),),
             table,
+            *positions,
             constants=window,
         )
     else:
         qkv_weight, qkv_bias, expanded = derive(
             owner,
             "attention",
-            partial(_attention_tensors, window),
+            partial(_attention_tensors, window, len(positions)),
             table,
+            *positions,
             *(projection.weight for projection in projections),
             *(projection.bias for projection in projections if projection.bias is not None),
             constants=window,
@@ -220,6 +249,7 @@ def block_weights(
     return SwinBlockWeights(
         norm1_weight=norms[0].weight,
         norm1_bias=norms[0].bias,
+        norm1_eps=norms[0].eps,
         qkv_weight=qkv_weight,
         qkv_bias=qkv_bias,
         relative_position_bias=expanded,
@@ -227,6 +257,7 @@ def block_weights(
         proj_bias=proj.bias,
         norm2_weight=norms[1].weight,
         norm2_bias=norms[1].bias,
+        norm2_eps=norms[1].eps,
         fc1_weight=fc1.weight,
         fc1_bias=fc1.bias,
         fc2_weight=fc2.weight,
@@ -240,12 +271,18 @@ class SwinStage:
     """A stage as the computation sees it, whoever owns its parameters.
 
     Attributes:
-        downsample: norm weight [4C], norm bias [4C], reduction [2C, 4C] applied on entry, or None.
+        downsample: applied on entry, or None.
         blocks: semantics of each block and a function that reads its weights.
     """
 
-    downsample: tuple[Tensor, Tensor, Tensor] | None
+    downsample: PatchMergingWeights | None
     blocks: Sequence[tuple[SwinBlockSpec, Callable[[], SwinBlockWeights]]]
+
+
+def merge_patches(x: Tensor, weights: PatchMergingWeights) -> Tensor:
+    """[B, H, W, C] -> [B, h, w, 2C]."""
+    norm_weight, norm_bias, eps, reduction = weights
+    return patch_merging(x, norm_weight, norm_bias, reduction, eps=eps)
 
 
 def swin_stage(
@@ -268,7 +305,7 @@ def swin_stage(
         [B, h, w, C'].
     """
     if stage.downsample is not None:
-        x = patch_merging(x, *stage.downsample, eps=MERGING_EPS)
+        x = merge_patches(x, stage.downsample)
     for index, (spec, weights) in enumerate(stage.blocks):
         collect = attentions if index == len(stage.blocks) - 1 else None
 

@@ -54,7 +54,7 @@ def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
     if autocasts("cpu") or fc1.dtype != x.dtype or fc1.is_inference():
         return False  # of inference tensors nothing could be remembered
     return not torch.is_grad_enabled() or not (
-        x.requires_grad or any(w is not None and w.requires_grad for w in weights.tensors())
+        x.requires_grad or any(w.requires_grad for w in weights.tensors())
     )
 
 
@@ -113,7 +113,7 @@ def _block(
 ) -> Tensor:
     """The block of the tokens [n * N, C] of some windows; [k, C], without padding."""
     C = x.shape[1:]
-    y = F.layer_norm(x, C, weights.norm1_weight, weights.norm1_bias, spec.eps)
+    y = F.layer_norm(x, C, weights.norm1_weight, weights.norm1_bias, weights.norm1_eps)
     if part.padding is not None:
         y.masked_fill_(part.padding, 0.0)
     qkv = packed_linear(y, packed.qkv, weights.qkv_bias)
@@ -121,7 +121,7 @@ def _block(
     x = packed_linear(y, packed.proj, weights.proj_bias, residual=x)
     if part.kept is not None:
         x = x.index_select(0, part.kept)
-    y = F.layer_norm(x, C, weights.norm2_weight, weights.norm2_bias, spec.eps)
+    y = F.layer_norm(x, C, weights.norm2_weight, weights.norm2_bias, weights.norm2_eps)
     y = packed_linear(y, packed.fc1, weights.fc1_bias, activation=spec.activation)
     return packed_linear(y, packed.fc2, weights.fc2_bias, residual=x)
 

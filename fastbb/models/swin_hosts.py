@@ -5,24 +5,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastbb_kernels import WindowGeometry, layer_norm_nchw, patch_embed, patch_merging
+from fastbb_kernels import WindowGeometry, layer_norm_nchw, patch_embed
 
 from ..folding import activation_name
 from ..host import TransformersBackbone, check_parts
 from ..replacement import Fast, HowToRun, Refused
 from .swin_compute import (
-    MERGING_EPS,
-    SwinBlockSpec,
-    SwinBlockWeights,
     SwinStage,
     block_weights,
+    cuts_patches,
+    merge_patches,
     swin_block,
     swin_stage,
 )
+from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 
 
 class _SwinBlock(Fast):
     """A block of any library: its semantics, read when it is made, and its weights."""
+
+    reads_settings = True
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
@@ -34,12 +36,13 @@ class _SwinBlock(Fast):
             raise Refused("its norms are not layer norms")
         if any(type(linear) is not nn.Linear for linear in self._linears):
             raise Refused("its linear layers are not torch's own")
-        if self._norms[0].eps != self._norms[1].eps:
-            raise Refused("its two norms have different eps")
         *_, proj, fc1, _ = self._linears
         self._channels = proj.out_features
         if proj.in_features != proj.out_features:
             raise Refused("its heads have a size of their own")
+        usual = (self._channels // self.num_heads()) ** -0.5
+        if (scale := self.scale()) not in (None, usual):
+            raise Refused(f"its attention scale is {scale:.4g}, the usual one {usual:.4g}")
         activation = activation_name(self.activation(block))
         if activation is None:
             raise Refused(f"its activation is a {type(self.activation(block)).__name__}")
@@ -62,6 +65,14 @@ class _SwinBlock(Fast):
         """The relative position bias table."""
         return self.module.attn.relative_position_bias_table
 
+    def index(self) -> Tensor:
+        """Which row of the table each pair of tokens takes."""
+        return self.module.attn.relative_position_index
+
+    def scale(self) -> float | None:
+        """What scores are multiplied by; None where that follows from the size of the heads."""
+        return None
+
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Window and shift, as they are now."""
         return tuple(self.module.window_size), tuple(self.module.shift_size)
@@ -78,7 +89,6 @@ class _SwinBlock(Fast):
             num_heads=self.num_heads(),
             geometry=WindowGeometry(window, shift, roll_first=self.roll_first),
             clamp_shift=self.clamp_shift,
-            eps=self._norms[0].eps,
             activation=self._activation,
         )
 
@@ -86,13 +96,16 @@ class _SwinBlock(Fast):
         *projections, proj, fc1, fc2 = self._linears
         window, _ = self.geometry()
         linears = proj, fc1, fc2
-        return block_weights(self.module, self._norms, projections, linears, self.table(), window)
+        table, index = self.table(), self.index()
+        return block_weights(self.module, self._norms, projections, linears, table, window, index)
 
     def why_table(self) -> str | None:
-        """Why the table is not that of the window, or None."""
+        """Why table and index are not those of the window, or None."""
         (height, width), _ = self.geometry()
         if self.table().shape[0] != (2 * height - 1) * (2 * width - 1):
             return f"its bias table is not for windows of {height}x{width}"
+        if self.index().numel() != (height * width) ** 2:
+            return f"its index of the bias table is not for windows of {height}x{width}"
         return None
 
     def likeness(self) -> Hashable:
@@ -107,6 +120,9 @@ class _SwinBlock(Fast):
 
 class TimmSwinBlock(_SwinBlock):
     roll_first = True
+
+    def scale(self) -> float | None:
+        return self.module.attn.scale
 
     def why_not(self, x: Tensor) -> str | None:
         block = self.module
@@ -131,6 +147,8 @@ class TorchvisionSwinBlock(_SwinBlock):
 class TransformersSwinBlock(_SwinBlock):
     """SwinLayer: tokens [B, H * W, C] and (H, W)."""
 
+    read_at_every_call = ("window_size", "shift_size")  # its own forward changes them
+
     def norms(self, block: Any) -> tuple[nn.LayerNorm, nn.LayerNorm]:
         return block.layernorm_before, block.layernorm_after
 
@@ -144,6 +162,12 @@ class TransformersSwinBlock(_SwinBlock):
 
     def table(self) -> Tensor:
         return self.module.attention.relative_position_bias.relative_position_bias_table
+
+    def index(self) -> Tensor:
+        return self.module.attention.relative_position_bias.relative_position_index
+
+    def scale(self) -> float | None:
+        return self.module.attention.scaling
 
     def geometry(self) -> tuple[tuple[int, int], tuple[int, int]]:
         window, shift = int(self.module.window_size), int(self.module.shift_size)
@@ -198,6 +222,12 @@ class MaskFormerSwinBlock(TransformersSwinBlock):
     def table(self) -> Tensor:
         return self._own.relative_position_bias_table
 
+    def index(self) -> Tensor:
+        return self._own.relative_position_index
+
+    def scale(self) -> float | None:
+        return None
+
     def num_heads(self) -> int:
         return self._own.num_attention_heads
 
@@ -217,6 +247,8 @@ class MaskFormerSwinBlock(TransformersSwinBlock):
 class Merging(Fast):
     """Patch merging of timm and torchvision: [B, H, W, C] to [B, h, w, 2C]."""
 
+    reads_settings = True
+
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         check_parts(module)
@@ -230,9 +262,7 @@ class Merging(Fast):
         return type(self).__name__, self.module.reduction.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.module.norm
-        weight = self.module.reduction.weight
-        return patch_merging(x, norm.weight, norm.bias, weight, eps=norm.eps)
+        return merge_patches(x, PatchMergingWeights.of(self.module))
 
 
 class TransformersMerging(Merging):
@@ -247,6 +277,9 @@ class TransformersMerging(Merging):
 class TransformersSwin(TransformersBackbone):
     """SwinBackbone and MaskFormerSwinBackbone."""
 
+    reads_settings = True
+    read_at_every_call = TransformersSwinBlock.read_at_every_call
+
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
         check_parts(module)
@@ -257,15 +290,15 @@ class TransformersSwin(TransformersBackbone):
         stages = self._swin.encoder.layers
         self._blocks = [[make(block, how) for block in stage.blocks] for stage in stages]
         embeddings = self._swin.embeddings
-        if type(embeddings.patch_embeddings.projection) is not nn.Conv2d:
-            raise Refused("its patch embedding is not torch's own convolution")
+        projection = embeddings.patch_embeddings.projection
+        if type(projection) is not nn.Conv2d or not cuts_patches(projection):
+            raise Refused("its patch embedding is no convolution that cuts patches")
         norms = host.hidden_states_norms
         norms = list(norms.values() if self._normed_by_name else norms)
         if any(type(norm) is not nn.LayerNorm for norm in [embeddings.norm, *norms]):
             raise Refused("its norms are not layer norms")
         for stage in list(stages)[:-1]:
-            if Merging(stage.downsample, how).module.norm.eps != MERGING_EPS:
-                raise Refused("the norms of its mergings have another eps")
+            Merging(stage.downsample, how)  # which refuses what it does not cover
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         problem = super().why_not(*args, **kwargs)
@@ -309,8 +342,7 @@ class TransformersSwin(TransformersBackbone):
     def _stage(self, index: int) -> SwinStage:
         downsample = None
         if index > 0:
-            merging = self._swin.encoder.layers[index - 1].downsample
-            downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+            downsample = PatchMergingWeights.of(self._swin.encoder.layers[index - 1].downsample)
         return SwinStage(
             downsample, [(block.spec(), block.weights) for block in self._blocks[index]]
         )

@@ -11,14 +11,8 @@ from fastbb_kernels import WindowGeometry, patch_embed
 
 from ..checkpoint import StateDict
 from ..registry import StagesForward
-from .swin_compute import (
-    MERGING_EPS,
-    SwinBlockSpec,
-    SwinBlockWeights,
-    SwinStage,
-    block_weights,
-    swin_stage,
-)
+from .swin_compute import SwinStage, block_weights, cuts_patches, swin_stage
+from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 
 # names on disk (transformers 4.x, and 5.x when saving) -> names in memory (5.x)
 _RENAMES = (
@@ -163,10 +157,7 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
         wanted += [(merging.norm, nn.LayerNorm), (merging.reduction, nn.Linear)]
     if any(type(module) is not expected for module, expected in wanted):
         return None
-    # our block has one eps, and our merging that of every published Swin
-    if any(block.norm1.eps != block.norm2.eps for block in blocks):
-        return None
-    if any(merging.norm.eps != MERGING_EPS for merging in mergings):
+    if not cuts_patches(proj) or not all(map(_is_usual, blocks)):  # type: ignore[arg-type]  # seen
         return None
 
     def forward(pixel_values: Tensor, indices: Sequence[int]) -> list[Tensor]:
@@ -188,11 +179,22 @@ def timm_forward(features: nn.Module) -> StagesForward | None:
     return forward
 
 
+def _is_usual(block: Any) -> bool:
+    """Whether a block of timm scales its scores and activates as the ops do."""
+    attn, act = block.attn, block.mlp.act
+    head_dim = attn.qkv.out_features // (3 * attn.num_heads)
+    n_pairs = (block.window_size[0] * block.window_size[1]) ** 2
+    return (
+        attn.scale == head_dim**-0.5
+        and act.approximate == "none"
+        and attn.relative_position_index.numel() == n_pairs
+    )
+
+
 def _timm_stage(stage: Any) -> SwinStage:
     downsample = None
     if not isinstance(stage.downsample, nn.Identity):
-        merging = stage.downsample
-        downsample = (merging.norm.weight, merging.norm.bias, merging.reduction.weight)
+        downsample = PatchMergingWeights.of(stage.downsample)
     blocks = []
     for block in stage.blocks:
         spec = SwinBlockSpec(
@@ -200,7 +202,6 @@ def _timm_stage(stage: Any) -> SwinStage:
             geometry=WindowGeometry(
                 tuple(block.window_size), tuple(block.shift_size), roll_first=True
             ),
-            eps=block.norm1.eps,
         )
         blocks.append((spec, partial(_timm_block_weights, block)))
     return SwinStage(downsample, blocks)
@@ -215,4 +216,5 @@ def _timm_block_weights(block: Any) -> SwinBlockWeights:
         (attn.proj, mlp.fc1, mlp.fc2),
         attn.relative_position_bias_table,
         tuple(block.window_size),
+        attn.relative_position_index,
     )
