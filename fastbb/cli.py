@@ -109,7 +109,6 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
     with _exit_codes():
         from .extraction import extract as run
 
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
         report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
     _echo(str(report))
     sys.exit(1 if report.errors else 0)

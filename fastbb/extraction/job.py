@@ -131,6 +131,9 @@ def extract(
 ) -> Report:
     """Stores the features of every image; the same call again goes on where it was interrupted.
 
+    Meanwhile Pillow's settings for decoding are its defaults, in the whole process, see
+    `FeatureExtractor`.
+
     Args:
         model: whatever `AutoBackbone.from_pretrained` takes.
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
