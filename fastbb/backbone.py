@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, save_state_dict
 from .configuration import BackboneConfig
 from .derived import RemembersDerived
+from .fold import autocasts
 from .hub import DEFAULT_HUB, HubOptions, read_config
 
 if TYPE_CHECKING:
@@ -232,7 +233,8 @@ class Backbone(BackboneMixin, RemembersDerived):
         """Computes feature maps, running no stage beyond the last one asked for.
 
         Args:
-            pixel_values: [B, C, H, W] in the dtype and on the device of the weights. B may be 0.
+            pixel_values: [B, C, H, W] of any floating dtype, on the device of the weights, to whose
+                dtype they are converted, except under torch.autocast. B may be 0.
             output_hidden_states: also return every stage, before its norm; a list of indices
                 returns None for the others.
             output_attentions: also return the attention weights of the last block of each stage.
@@ -246,9 +248,7 @@ class Backbone(BackboneMixin, RemembersDerived):
         Raises:
             ValueError: the input is not what the backbone takes.
         """
-        if self._engine is not None:
-            pixel_values = self._engine.converted(pixel_values)
-        self._check_input(pixel_values)
+        pixel_values = self._checked(pixel_values)
         config = self.config
         hidden: bool | Sequence[int] = (
             config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -300,7 +300,12 @@ class Backbone(BackboneMixin, RemembersDerived):
         keep = {index % len(states) for index in selected}
         return tuple(state if i in keep else None for i, state in enumerate(states))
 
-    def _check_input(self, pixel_values: Any) -> None:
+    def _checked(self, pixel_values: Any) -> Tensor:
+        """What `forward` computes from: floating pixels in the dtype of the weights.
+
+        Raises:
+            ValueError: the input is not what the backbone takes.
+        """
         if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
             is_tensor = isinstance(pixel_values, Tensor)
             got = list(pixel_values.shape) if is_tensor else type(pixel_values).__name__
@@ -317,19 +322,24 @@ class Backbone(BackboneMixin, RemembersDerived):
             )
         if height == 0 or width == 0:
             raise ValueError(f"pixel_values must have pixels, got shape {list(pixel_values.shape)}")
-        dtype, device = self.dtype, self.device
+        device = self.device
         if pixel_values.device != device:
             raise ValueError(
                 f"pixel_values are on {pixel_values.device}, the weights on {device}; "
                 "move one of them with .to(...)"
             )
-        if pixel_values.dtype != dtype and not (
-            pixel_values.is_floating_point() and torch.is_autocast_enabled(device.type)
-        ):
+        if not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype}, the weights {dtype}; "
-                f"convert with pixel_values.to({dtype})"
+                f"pixel_values are {pixel_values.dtype}, the weights {self.dtype}; rescale and "
+                f"normalize them as AutoImageProcessor does, or convert with .to({self.dtype})"
             )
+        return self._in_own_dtype(pixel_values)
+
+    def _in_own_dtype(self, pixel_values: Tensor) -> Tensor:
+        """Floating pixels in the dtype of the weights, except where torch.autocast chooses it."""
+        if not pixel_values.is_floating_point() or autocasts(pixel_values.device.type):
+            return pixel_values
+        return pixel_values.to(self.dtype)
 
     def prepare(
         self: Module,
@@ -350,8 +360,9 @@ class Backbone(BackboneMixin, RemembersDerived):
             mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
                 "eager" is PyTorch op by op, "triton" our kernels, "compile" torch.compile over the
                 whole backbone, "triton+compile" torch.compile around our kernels.
-            precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights, and
-                takes pixels of any floating dtype; default: that of the weights, which are shared.
+            precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights;
+                default: that of the weights, which are shared. Maps are in the dtype of the
+                weights, pixels may be of any floating dtype.
             example: pixels [B, C, H, W], or their (B, H, W), to get ready for now. Default: the
                 first pixels that come.
             cuda_graph: replay a recorded graph; "auto": for small batches on a GPU.

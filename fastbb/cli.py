@@ -141,19 +141,18 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
     INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
     per row) or a .tar archive.
 
-    Exit codes: 0 every image has features; 1 finished, some images failed; 2 wrong arguments;
-    3 DIR holds features of another plan; 4 too many images failed; 5 another process uses DIR;
-    6 DIR or the report cannot be written, or the disk is full; 70 a defect of fastbb;
-    130 interrupted (SIGINT), 143 terminated (SIGTERM).
+    Exit codes: 0 every image has features; 1 finished, some images failed or could not be listed;
+    2 wrong arguments; 3 DIR holds features of another plan; 4 too many images failed; 5 another
+    process uses DIR; 6 DIR or the report cannot be written, or the disk is full; 70 a defect of
+    fastbb; 130 interrupted (SIGINT), 143 terminated (SIGTERM).
     """
     if model is None:
         _say(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model")
     from .extraction import extract as run
 
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # a bad image is a row, not a warning
     report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
     _echo(str(report))
-    sys.exit(1 if report.errors else 0)
+    sys.exit(1 if report.errors or report.unreadable_directories else 0)
 
 
 @main.command()

@@ -140,9 +140,9 @@ class Region(Fast):
         """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
         if launches_directly():
             return self.tensors(pixel_values, **constants)
-        engine = self.prepared(**constants)._engine
-        assert engine is not None
-        tensors = engine(engine.converted(pixel_values))
+        backbone = self.prepared(**constants)
+        assert backbone._engine is not None
+        tensors = backbone._engine(backbone._in_own_dtype(pixel_values))
         return tuple(x.to(pixel_values.dtype) for x in tensors)
 
     def _form(self, constants: dict[str, Any]) -> Hashable:

@@ -45,13 +45,17 @@ def backbone(request):
         (torch.zeros(3, 32, 32), r"tensor \[batch, channels, height, width\], got \[3, 32, 32\]"),
         (torch.zeros(1, 4, 32, 32), r"Expected 3 channels .* got .*\[1, 4, 32, 32\]"),
         (torch.zeros(1, 3, 0, 32), r"must have pixels, got shape \[1, 3, 0, 32\]"),
-        (torch.zeros(1, 3, 32, 32).half(), r"torch\.float16, the weights torch\.float32; convert"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"torch\.uint8, the weights torch\.float32"),
+        (torch.zeros(1, 3, 32, 32).bool(), r"are torch\.bool, .*; rescale and normalize them"),
+        (
+            torch.zeros(1, 3, 32, 32, dtype=torch.complex64),
+            r"torch\.complex64, the weights",
+        ),
         (torch.zeros(1, 3, 32, 32, device="meta"), "on meta, the weights on cpu; move"),
         (None, "got NoneType; AutoImageProcessor makes one"),
         ([1, 2], "got list"),
     ],
-    ids=["3-D", "channels", "no-pixels", "fp16", "uint8", "device", "None", "list"],
+    ids=["3-D", "channels", "no-pixels", "uint8", "bool", "complex", "device", "None", "list"],
 )
 def test_wrong_pixels(backbone, pixels, message):
     with pytest.raises(ValueError, match=message):

@@ -101,13 +101,6 @@ class Engine:
         self._lock = threading.RLock()
         self.reset()  # asks nothing of the backbone, which is not whole yet
 
-    def converted(self, pixel_values: Any) -> Any:
-        """The pixels in the dtype of the weights, where that was asked for."""
-        is_wanted = self.settings.precision is not None and isinstance(pixel_values, Tensor)
-        if is_wanted and pixel_values.is_floating_point():
-            return pixel_values.to(self._backbone.dtype)
-        return pixel_values
-
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """The feature maps, checked pixels [B, C, H, W] given."""
         self._follow_outputs()

@@ -87,5 +87,4 @@ def example_pixels(backbone: Backbone, example: Any) -> Tensor:
         channels = backbone.config.num_channels
         pixels = torch.randn(batch, channels, height, width, generator=generator, device="cpu")
         pixels = pixels.to(backbone.device, backbone.dtype)
-    backbone._check_input(pixels)
-    return pixels
+    return backbone._checked(pixels)

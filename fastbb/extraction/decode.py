@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from PIL import Image, UnidentifiedImageError
 
 from ..image_processing import readable_formats
-from .sources import Source, is_url
+from .sources import ABSENT, Source, is_url
 
 ErrorKind = Literal[
     "not_found",
@@ -43,7 +43,6 @@ MAX_RESIZED_PIXELS = 2**24
 _MAX_MESSAGE_CHARS = 200
 # worth another try: what network file systems and overloaded disks answer for a moment
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY})
-_ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _N_TRIES = 3
 _FIRST_WAIT_S = 0.1
 
@@ -91,7 +90,7 @@ def read_bytes(source: Source) -> bytes:
         try:
             return _read_once(source)
         except OSError as error:
-            if error.errno in _ABSENT:
+            if error.errno in ABSENT:
                 raise ImageError("not_found", os.strerror(error.errno)) from error
             if error.errno not in _TRANSIENT or attempt == _N_TRIES:
                 raise ImageError("io", error.strerror or str(error)) from error

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .decode import RowError
+from .sources import first_few
 from .store import FORMAT, canonical_json, file_name, read_commit, read_plan, totals
 
 _N_ERRORS_SHOWN = 10
@@ -126,6 +127,8 @@ class Features:
             lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
         if counts["rows"] - counts["ok"] > _N_ERRORS_SHOWN:
             lines.append("  ...")
+        if lost := plan.get("unreadable_directories"):
+            lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
         return "\n".join(lines)
 
     def _errors(self) -> Iterator[RowError]:

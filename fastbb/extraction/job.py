@@ -22,7 +22,7 @@ from torch import Tensor
 from ..interruption import check_interrupted
 from .decode import RowError
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
-from .sources import InputError, Source, archive_states, list_sources
+from .sources import InputError, Source, archive_states, first_few, list_sources
 from .store import ExtractionError, FeatureWriter, is_started, totals
 
 _DEFAULT_SHARD_ROWS = 4096
@@ -49,6 +49,8 @@ class Report:
         errors: number of failed images by kind.
         resumed_rows: images that an earlier run had already done.
         seconds: time of this run, without loading the model.
+        unreadable_directories: those whose images are missing, as they could not be read when the
+            images were listed; each with the reason.
     """
 
     directory: Path
@@ -57,13 +59,17 @@ class Report:
     errors: dict[str, int]
     resumed_rows: int
     seconds: float
+    unreadable_directories: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
         failed = f", {self.rows - self.ok:,} failed ({kinds})" if kinds else ""
         done = self.rows - self.resumed_rows
         speed = f", {done / self.seconds:,.1f} images/s" if done else ", nothing was left to do"
-        return f"{self.directory}: {self.ok:,} of {self.rows:,} images have features{failed}{speed}"
+        lost = self.unreadable_directories
+        unread = f"; {len(lost):,} directories were not read: {first_few(lost)}" if lost else ""
+        counts = f"{self.ok:,} of {self.rows:,} images have features{failed}{speed}"
+        return f"{self.directory}: {counts}{unread}"
 
 
 class _Progress:
@@ -133,6 +139,11 @@ def extract(
 ) -> Report:
     """Stores the features of every image; the same call again goes on where it was interrupted.
 
+    Meanwhile Pillow's settings for decoding are its defaults, in the whole process, see
+    `FeatureExtractor`.
+
+    A directory below an input that cannot be read is passed over and named in the report.
+
     Args:
         model: whatever `AutoBackbone.from_pretrained` takes.
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
@@ -166,7 +177,8 @@ def extract(
         raise InputError("inputs: wanted at least one directory, glob, image, list or archive")
     skipped: Counter[str] = Counter()
     archives = archive_states(given)
-    sources = list_sources(given, skipped)
+    unreadable: list[str] = []
+    sources = list_sources(given, skipped, unreadable)
     if not is_started(Path(out)):  # most wrong inputs are found before anything is made
         sources = itertools.chain([next(sources)], sources)
 
@@ -193,12 +205,14 @@ def extract(
     with FeatureWriter(out) as writer, _Progress(progress) as bar:
         if extractor.device.type == "cpu":
             bar.say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        resumed = writer.start(settings, sources, choose_mode)
+        resumed = writer.start(settings, sources, choose_mode, unreadable)
         if resumed:
             extractor.prepare(writer.plan["runs"], writer.plan["rows"])
         else:
             passed_over = (f", passed over {n:,} {what}" for what, n in sorted(skipped.items()))
             bar.say(f"{writer.plan['rows']:,} images{''.join(passed_over)}")
+            if unreadable:
+                bar.say(f"cannot list {first_few(unreadable)}")
         return _extract_shards(extractor, writer, bar, max_error_rate, resumed)
 
 
@@ -259,6 +273,7 @@ def _extract_shards(
         final["errors"],
         done["rows"],
         time.perf_counter() - start,
+        tuple(writer.plan.get("unreadable_directories", ())),
     )
 
 

@@ -38,6 +38,7 @@ from .decode import (
     decode,
     read_bytes,
 )
+from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
 from .store import canonical_json
 
@@ -66,6 +67,11 @@ class FeatureBatch:
 
 class FeatureExtractor:
     """A backbone with its preprocessing, made for many images.
+
+    From the first image that it computes features of to the last, Pillow's settings for decoding
+    (`ImageFile.LOAD_TRUNCATED_IMAGES`, `Image.MAX_IMAGE_PIXELS` ...) are Pillow's defaults and its
+    warnings are ignored, in the whole process. Other threads see that, and so does the code that
+    takes the batches of `stream`; afterwards the program's own settings are back.
 
     Attributes:
         model: the backbone, in eval mode.
@@ -291,20 +297,28 @@ class FeatureExtractor:
         # in chunks; at most two batches, or two images per thread (of 200 MB, at the limit of
         # pixels), are held decoded
         look_ahead = max(2, math.ceil(2 * n_threads / self.batch_size))
-        pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastbb-decode")
         pending: deque[tuple[list[Row], list[Future[Tensor | ImageError]]]] = deque()
-        try:
-            for chunk in chunks:
-                pending.append((chunk, [pool.submit(self._load, row) for row in chunk]))
-                if len(pending) > look_ahead:
+        with fixed_settings():
+            pool = ThreadPoolExecutor(n_threads, thread_name_prefix="fastbb-decode")
+            try:
+                for chunk in chunks:
+                    pending.append((chunk, [pool.submit(self._load, row) for row in chunk]))
+                    if len(pending) > look_ahead:
+                        yield self._batch(*pending.popleft(), pad_to)
+                while pending:
                     yield self._batch(*pending.popleft(), pad_to)
-            while pending:
-                yield self._batch(*pending.popleft(), pad_to)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def _load(self, row: Row) -> Tensor | ImageError:
-        """fp32 [3, H, W] of an image, or why there is none."""
+        """fp32 [3, H, W] of an image, or why there is none, whatever the program sets meanwhile."""
+        while True:
+            before = fix_settings()
+            loaded = self._load_once(row)
+            if fix_settings() is before:
+                return loaded
+
+    def _load_once(self, row: Row) -> Tensor | ImageError:
         n, _, image = row
         try:
             if isinstance(image, (str, os.PathLike)):

@@ -1,16 +1,18 @@
 """What is to be extracted: every INPUT becomes an ordered sequence of `Source` rows.
 
 Nothing is opened here but directories, lists and the headers of archives; a file that is not
-there, or is no image, becomes a failed row later. Archives are never unpacked, links are never
-followed, addresses are never fetched.
+there, or is no image, becomes a failed row later. A directory that cannot be read is passed over
+and named. Archives are never unpacked, links are never followed, addresses are never fetched.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
+import stat
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +27,10 @@ _READ += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
 _NOT_READ = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
 _NOT_READ += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 IMAGE_SUFFIXES = frozenset(_READ + _NOT_READ)
+# errors that say that nothing is there
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
+_UNREADABLE = "unreadable directories"
+_N_SHOWN = 3
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _MAX_ID_CHARS = 4096
 _MAX_LINE_BYTES = 65536
@@ -75,7 +81,9 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 
 
 def list_sources(
-    inputs: Sequence[str | os.PathLike[str]], skipped: Counter[str]
+    inputs: Sequence[str | os.PathLike[str]],
+    skipped: Counter[str],
+    unreadable: list[str] | None = None,
 ) -> Iterator[Source]:
     """Yields the images of all inputs, in the order of the inputs.
 
@@ -85,14 +93,16 @@ def list_sources(
     Args:
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
         skipped: is filled with what was passed over and how often.
+        unreadable: is filled with the directories that could not be read, each with the reason.
 
     Raises:
         InputError: an input cannot be listed, or two different images have the same id.
     """
     path_of_id: dict[str, tuple[str, int | None]] = {}
+    unreadable = [] if unreadable is None else unreadable
     for given in inputs:
-        empty = True
-        for source in _list_input(os.fspath(given), skipped):
+        empty, n_unreadable = True, len(unreadable)
+        for source in _list_input(os.fspath(given), skipped, unreadable):
             empty = False
             if len(source.id) > _MAX_ID_CHARS or "\0" in source.id:
                 raise InputError(
@@ -108,11 +118,20 @@ def list_sources(
                 )
             yield source
         if empty:
-            passed_over = ", ".join(f"{n} {what}" for what, n in sorted(skipped.items()))
+            passed_over = ", ".join(
+                f"{n} {what}" for what, n in sorted(skipped.items()) if what != _UNREADABLE
+            )
+            lost = unreadable[n_unreadable:]
             raise InputError(
                 f"{_show(given)}: no images found"
+                + (f"; cannot list {first_few(lost)}" if lost else "")
                 + (f" (passed over: {passed_over}; a list can name them)" if passed_over else "")
             )
+
+
+def first_few(texts: Sequence[str]) -> str:
+    """Some texts in one line, the first of them if there are many."""
+    return ", ".join([*texts[:_N_SHOWN], *(["..."] if len(texts) > _N_SHOWN else [])])
 
 
 def archive_states(inputs: Iterable[str]) -> dict[str, dict[str, int]]:
@@ -137,19 +156,21 @@ def _advice_on_ids(given: str) -> str:
     return "give their common parent directory, or a .csv list with an `id` column"
 
 
-def _list_input(given: str, skipped: Counter[str]) -> Iterator[Source]:
+def _list_input(given: str, skipped: Counter[str], unreadable: list[str]) -> Iterator[Source]:
     if is_url(given):
         raise InputError(
             f"{_show(given)}: addresses are not fetched; give a local path to the images"
         )
     path = os.path.abspath(given)
     suffix = Path(given).suffix.lower()
-    if os.path.isdir(path):
-        return _walk(path, skipped)
-    if not os.path.exists(path):
+    try:
+        is_directory = _is_directory(path)
+    except OSError as error:
         if any(c in given for c in "*?["):
-            return _glob(given, skipped)
-        raise InputError(f"{_show(given)}: no such file or directory")
+            return _glob(given, skipped, unreadable)
+        raise InputError(f"{_show(given)}: {_reason(error)}") from error
+    if is_directory:
+        return _walk(path, skipped, unreadable)
     if suffix in LIST_SUFFIXES:
         return _read_list(path, suffix)
     if suffix == ".tar":
@@ -161,9 +182,27 @@ def _list_input(given: str, skipped: Counter[str]) -> Iterator[Source]:
     return iter([source_at(given)])
 
 
+def _is_directory(path: str) -> bool:
+    """Whether a path is a directory.
+
+    Raises:
+        OSError: nothing is there, or one may not look.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except ValueError as error:  # a NUL in the path
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
+
+
+def _reason(error: OSError) -> str:
+    number = errno.ENOENT if error.errno in ABSENT else error.errno
+    return (os.strerror(number) if number else str(error)).lower()
+
+
 def _walk(
     root: str,
     skipped: Counter[str],
+    unreadable: list[str],
     wanted: Callable[[list[str], bool], bool] = lambda names, is_directory: True,
 ) -> Iterator[Source]:
     """Yields the images below a directory, bytewise sorted on the relative path.
@@ -171,8 +210,15 @@ def _walk(
     Args:
         root: absolute path of the directory.
         skipped: is filled with what was passed over.
+        unreadable: is filled with the directories that could not be read.
         wanted: called with the parts of a relative path and whether it is a directory.
     """
+
+    def pass_over(relative: str, error: OSError) -> None:
+        skipped[_UNREADABLE] += 1
+        path = os.path.normpath(os.path.join(root, relative))
+        unreadable.append(f"{path!r}: {_reason(error)}")
+
     pending = [""]  # paths relative to root, next one last; directories end in a slash
     while pending:
         relative = pending.pop()
@@ -183,13 +229,22 @@ def _walk(
         try:
             entries = list(os.scandir(os.path.join(root, relative)))
         except OSError as error:
-            raise InputError(f"cannot list {error.filename}: {error.strerror}") from error
+            pass_over(relative, error)
+            continue
         for entry in entries:
             child = relative + entry.name
-            is_directory = entry.is_dir(follow_symlinks=False)
-            if entry.name.startswith(".") or not wanted(child.split("/"), is_directory):
+            if entry.name.startswith("."):
                 continue
-            if entry.is_symlink():
+            try:
+                is_directory = entry.is_dir(follow_symlinks=False)
+                is_link = entry.is_symlink()
+            except OSError as error:
+                if wanted(child.split("/"), True):
+                    pass_over(child, error)
+                continue
+            if not wanted(child.split("/"), is_directory):
+                continue
+            if is_link:
                 skipped["symbolic links"] += 1
             elif is_directory:
                 children.append(child + "/")
@@ -201,13 +256,21 @@ def _walk(
         pending.extend(sorted(children, key=os.fsencode, reverse=True))
 
 
-def _glob(pattern: str, skipped: Counter[str]) -> Iterator[Source]:
+def _glob(pattern: str, skipped: Counter[str], unreadable: list[str]) -> Iterator[Source]:
     parts = PurePath(pattern).parts
     n_fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
     root = os.path.abspath(os.path.join(*parts[:n_fixed]) if n_fixed else ".")
-    if not os.path.isdir(root):
-        raise InputError(f"{pattern}: no such directory: {root}")
-    return _walk(root, skipped, lambda names, partial: _matches(names, parts[n_fixed:], partial))
+    try:
+        reason = "" if _is_directory(root) else "not a directory"
+    except OSError as error:
+        reason = "no such directory" if error.errno in ABSENT else _reason(error)
+    if reason:
+        raise InputError(f"{pattern}: {reason}: {root}")
+
+    def wanted(names: list[str], partial: bool) -> bool:
+        return _matches(names, parts[n_fixed:], partial)
+
+    return _walk(root, skipped, unreadable, wanted)
 
 
 def _matches(names: Sequence[str], patterns: Sequence[str], partial: bool) -> bool:

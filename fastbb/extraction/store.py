@@ -38,6 +38,8 @@ FORMAT = 2
 # what the first start found: the list of the inputs, and the mode that was fastest. A resumed run
 # takes them as they are
 _FROZEN_FIELDS = ("rows", "rows_sha256", "runs")
+# and the directories that it could not read, where there were some
+_UNREADABLE_FIELD = "unreadable_directories"
 # what is read from a plan again, beside the frozen fields
 _READ_FIELDS = frozenset(
     {"shard_rows", "batch_size", "precision", "device", "versions.torch", "versions.fastbb"}
@@ -170,6 +172,7 @@ class FeatureWriter:
         settings: Mapping[str, Any],
         sources: Iterable[Source],
         runs: Callable[[int], str] = lambda n_rows: "eager",
+        unreadable: Sequence[str] = (),
     ) -> bool:
         """Writes the plan and the frozen list, or checks that they are the same ones.
 
@@ -178,6 +181,7 @@ class FeatureWriter:
             sources: the rows; only consumed where there is no plan yet.
             runs: chooses the mode that computes, for so many rows; only asked where there is no
                 plan yet.
+            unreadable: directories without which the list was made; looked at after the rows.
 
         Returns:
             Whether there was a plan already, so that the run is a resumed one.
@@ -197,6 +201,8 @@ class FeatureWriter:
             self._clear()
             n_rows, digests = self._freeze(sources, settings["shard_rows"])
             self.plan = {**settings, "rows": n_rows, "rows_sha256": digests, "runs": runs(n_rows)}
+            if unreadable:
+                self.plan[_UNREADABLE_FIELD] = list(unreadable)
             self._write(path, canonical_json(self.plan))
         self._plan_sha256 = hashlib.sha256(canonical_json(self.plan)).hexdigest()
         return resumed
@@ -419,7 +425,8 @@ def _sha256(path: Path) -> str:
 
 
 def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    was = _flatten({name: plan[name] for name in plan if name not in _FROZEN_FIELDS})
+    frozen = {*_FROZEN_FIELDS, _UNREADABLE_FIELD}
+    was = _flatten({name: plan[name] for name in plan if name not in frozen})
     now = _flatten(settings)
     differing = [
         f"{name}: {_compared(was.get(name, 'nothing'), now.get(name, 'nothing'))}"

@@ -1,0 +1,171 @@
+"""Directories that cannot be read, or are gone when they are to be read."""
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from fastbb.cli import main
+from fastbb.extraction import InputError, extract, open_features, sources
+from fastbb.extraction.sources import list_sources
+
+SCANDIR = os.scandir
+DENIED = {"a/locked": errno.EACCES, "gone": errno.ENOENT}
+
+
+class Entry:
+    """A directory entry whose kind the file system does not say."""
+
+    def __init__(self, entry: os.DirEntry[str], number: int) -> None:
+        self.name, self.path, self.number = entry.name, entry.path, number
+
+    def is_dir(self, follow_symlinks: bool = True) -> bool:
+        raise OSError(self.number, os.strerror(self.number), self.path)
+
+
+@pytest.fixture
+def deny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """deny(root, {name: errno}, {name: errno}): what cannot be listed, and not even looked at."""
+
+    def deny(root: Path, lists: dict[str, int], looks: dict[str, int] | None = None) -> None:
+        def failing(path: Any) -> Any:
+            name = os.path.relpath(path, root)
+            if name.startswith(".."):
+                return SCANDIR(path)
+            if name in lists:
+                raise OSError(lists[name], os.strerror(lists[name]), str(path))
+            entries: list[Any] = list(SCANDIR(path))
+            numbers = [(looks or {}).get(os.path.relpath(e.path, root)) for e in entries]
+            return [e if n is None else Entry(e, n) for e, n in zip(entries, numbers)]
+
+        monkeypatch.setattr(sources.os, "scandir", failing)
+
+    return deny
+
+
+@pytest.fixture
+def root(make_images: Callable[..., Path]) -> Path:
+    root = make_images(1)
+    for name in ("a/locked", "a/open", "gone", "z"):
+        (root / name).mkdir(parents=True)
+        (root / name / "x.png").write_bytes((root / "00000.png").read_bytes())
+    return root
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.png"], ids=["directory", "glob"])
+def test_a_directory_that_cannot_be_read_is_named_and_the_others_are_listed(
+    root: Path, deny: Callable[..., None], pattern: str
+) -> None:
+    deny(root, DENIED)
+    skipped: Counter[str] = Counter()
+    unreadable: list[str] = []
+    listed = [source.id for source in list_sources([f"{root}{pattern}"], skipped, unreadable)]
+    assert listed == ["00000.png", "a/open/x.png", "z/x.png"]
+    assert skipped == {"unreadable directories": 2}
+    assert unreadable == [
+        f"'{root}/a/locked': permission denied",
+        f"'{root}/gone': no such file or directory",
+    ]
+
+
+def test_an_entry_that_cannot_be_looked_at_is_named_where_it_is_asked_for(
+    root: Path, deny: Callable[..., None]
+) -> None:
+    (root / ".hidden").mkdir()
+    deny(root, {}, dict.fromkeys(("gone", "a/open/x.png", ".hidden"), errno.EIO))
+    for pattern, ids, names in (
+        ("", ["00000.png", "a/locked/x.png", "z/x.png"], ["gone", "a/open/x.png"]),
+        ("/*/x.png", ["z/x.png"], ["gone"]),
+        ("/*.png", ["00000.png"], []),
+    ):
+        unreadable: list[str] = []
+        found = [source.id for source in list_sources([f"{root}{pattern}"], Counter(), unreadable)]
+        assert found == ids
+        assert unreadable == [f"'{root}/{name}': input/output error" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [(".", ""), (".", "/*.png"), ("a/locked", "/a/locked/*.png")]
+)
+def test_an_input_of_which_nothing_is_left_is_an_error(
+    root: Path, deny: Callable[..., None], model: Path, tmp_path: Path, name: str, pattern: str
+) -> None:
+    deny(root, {name: errno.EACCES})
+    path = os.path.normpath(root / name)
+    wanted = f"no images found; cannot list '{path}': permission denied$"
+    with pytest.raises(InputError, match=wanted):
+        extract(model, [root / "z", f"{root}{pattern}"], tmp_path / "out")
+    result = CliRunner().invoke(
+        main, ["extract", f"{root}{pattern}", "--out", str(tmp_path / "out"), "--model", str(model)]
+    )
+    assert result.exit_code == 2 and f"cannot list '{path}': permission denied" in result.stderr
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("name", ["closed/a.jpg", "closed/images", "closed/*/a.jpg", "closed/b/*"])
+def test_what_is_below_a_directory_that_one_may_not_enter_is_denied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    look, closed = os.stat, tmp_path / "closed"
+    closed.mkdir()
+
+    def denying(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    def nothing(path: Any) -> Any:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(sources.os, "stat", denying)
+    monkeypatch.setattr(sources.os, "scandir", nothing)
+    with pytest.raises(InputError, match="permission denied"):
+        list(list_sources([tmp_path / name], Counter()))
+    assert stat.S_ISDIR(look(closed).st_mode)
+
+
+def test_the_report_names_them_and_the_command_exits_with_1(
+    root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
+) -> None:
+    deny(root, DENIED)
+    arguments = ["extract", str(root), "--out", str(tmp_path / "out"), "--model", str(model)]
+    result = CliRunner().invoke(main, arguments)
+    named = f"'{root}/a/locked': permission denied, '{root}/gone': no such file or directory"
+    assert result.exit_code == 1
+    assert "3 images, passed over 2 unreadable directories\n" in result.stderr
+    assert f"cannot list {named}\n" in result.stderr
+    assert "3 of 3 images have features" in result.stdout
+    assert result.stdout.endswith(f"; 2 directories were not read: {named}\n")
+    assert f"not read  2 directories: {named}" in open_features(tmp_path / "out").describe()
+
+
+def test_a_resumed_run_takes_the_frozen_list_and_still_says_what_is_missing(
+    root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
+) -> None:
+    deny(root, DENIED)
+    first = extract(model, root, tmp_path / "out")
+    deny(root, {})
+    again = extract(model, root, tmp_path / "out")
+    assert again.resumed_rows == again.rows == 3 and not again.errors
+    assert again.unreadable_directories == first.unreadable_directories
+    assert len(again.unreadable_directories) == 2
+    assert extract(model, root, tmp_path / "other").unreadable_directories == ()
+    assert "unreadable_directories" not in open_features(tmp_path / "other").plan
+
+
+def test_of_many_the_first_are_shown(
+    root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
+) -> None:
+    names = [f"d{i}" for i in range(9)]
+    for name in names:
+        (root / name).mkdir()
+    deny(root, dict.fromkeys(names, errno.EACCES))
+    report = extract(model, root, tmp_path / "out")
+    assert len(report.unreadable_directories) == 9
+    assert str(report).endswith(f"'{root}/d2': permission denied, ...")
