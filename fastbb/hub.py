@@ -35,8 +35,18 @@ def bundled_models() -> list[str]:
 
 
 def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
-    """The directory meant by a name: an existing one, or that of a bundled model."""
-    path = Path(name_or_dir).expanduser()
+    """The directory meant by a name: an existing one, or that of a bundled model.
+
+    Raises:
+        OSError: the name is in the home directory of a user that is not known here.
+    """
+    try:
+        path = Path(name_or_dir).expanduser()
+    except RuntimeError as error:
+        raise OSError(
+            f"{str(name_or_dir)!r} starts with the home directory of a user that is not known "
+            "here: wanted a directory, the name of a bundled model, a timm name or a Hub repository"
+        ) from error
     if path.is_dir():
         return path
     return BUNDLED_DIR / str(name_or_dir) if str(name_or_dir) in bundled_models() else None

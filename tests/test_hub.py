@@ -25,6 +25,11 @@ def test_a_home_directory_is_expanded(tmp_path, monkeypatch):
     assert AutoBackbone.from_pretrained("~/model").out_features == ["stage2"]
 
 
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(OSError, match="'~nosuchuser/m' starts with the home directory of a user"):
+        AutoBackbone.from_pretrained("~nosuchuser/m")
+
+
 @pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"cache_dir": "elsewhere"}], ids=str)
 def test_offline_a_file_that_the_cached_repository_lacks_is_none(hub, tmp_path, options):
     if "cache_dir" in options:
