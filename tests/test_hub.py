@@ -136,10 +136,11 @@ def test_json_in_another_encoding_is_named(tmp_path):
         read_json(tmp_path / "config.json")
 
 
-def test_whatever_the_http_library_raises_is_an_os_error(monkeypatch):
+def test_whatever_the_http_library_raises_is_an_os_error(hub, tmp_path, monkeypatch):
     def break_off(*args, **kwargs):
         raise RuntimeError("peer closed the connection")
 
+    hub.add_repo("acme/x", save_resnet(tmp_path / "model"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", break_off)
     with pytest.raises(OSError, match="asking the Hub for 'acme/x' failed: peer closed"):
         find_file("acme/x", "config.json")
