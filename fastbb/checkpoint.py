@@ -3,13 +3,15 @@
 import fnmatch
 import os
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 
@@ -169,8 +171,29 @@ def strip_prefix(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:
     return inside, sorted(name for name in state if not name.startswith(prefix))
 
 
+class _NothingToFill(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have shapes and no memory: their tensors are on the meta device.
+
+    PyTorch fills a meta tensor with normal values by Python code that imports torch._dynamo, which
+    takes longer than loading a model; here that does nothing.
+    """
+    with torch.device("meta"), _NothingToFill():
+        yield
+
+
 def load_strict(
-    module: torch.nn.Module,
+    module: nn.Module,
     state: StateDict,
     *,
     what: str,

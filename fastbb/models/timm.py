@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
-from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
+from ..checkpoint import (
+    LoadingInfo,
+    StateDict,
+    find_prefix,
+    load_strict,
+    shapes_only,
+    strip_prefix,
+)
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
 from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
@@ -450,7 +457,7 @@ def _probe(name: str, kwargs: dict[str, Any]) -> tuple[list[int], dict[str, Any]
 
     for dynamic in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
-            with torch.device("meta"):
+            with shapes_only():
                 model = timm.create_model(name, **{**dynamic, **kwargs})
         except TypeError as error:
             if not dynamic or not any(key in str(error) for key in dynamic):
