@@ -421,7 +421,9 @@ class SwinBackbone(Backbone):
     def init_optional_weights(self) -> None:
         for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
             assert isinstance(module, nn.LayerNorm)
-            module.to_empty(device="cpu").reset_parameters()
+            # not by to_empty: that of a meta tensor imports sympy
+            module.weight = nn.Parameter(torch.ones(module.normalized_shape))
+            module.bias = nn.Parameter(torch.zeros(module.normalized_shape))
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
         super().report_loading(name, info)
