@@ -2,8 +2,7 @@
 
 import fnmatch
 import os
-import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,29 +71,43 @@ def read_weights_file(path: Path) -> StateDict:
     Raises:
         OSError: the file is corrupt, truncated, or holds more than tensors.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    problem = not_tensors(loaded)
+    if problem:
+        raise OSError(f"{path} must hold a dictionary of tensors, {problem}")
+    return loaded
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a reader raises over a damaged file into an OSError of one line."""
+    try:
+        yield
+    except Exception as error:  # an unpickler raises whatever the bytes lead it to
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
-            f"{path} is corrupt, truncated or not a file of weights ({error}); "
+            f"{path} is corrupt, truncated or not a file of weights ({reason}); "
             "delete it and download or save it again"
         ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise OSError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
-    return loaded
+
+
+def not_tensors(loaded: Any) -> str | None:
+    """Why a value is no dictionary of names and tensors, to end an error with; None if it is."""
+    if not isinstance(loaded, Mapping):
+        return f"got {type(loaded).__name__}"
+    for name, value in loaded.items():
+        if not isinstance(name, str):
+            return f"but the name of its entry {name!r} is of type {type(name).__name__}"
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            return f"but its entry {name!r} is of type {kind}: save the model's state_dict() alone"
+    return None
 
 
 def _read_shards(name_or_dir: str | os.PathLike[str], index: Path, hub: HubOptions) -> StateDict:
