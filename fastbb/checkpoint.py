@@ -16,6 +16,7 @@ from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 
 StateDict = dict[str, Tensor]
 
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # in the order of preference; an index names the shards of a split checkpoint
 WEIGHT_FILES = (
     "model.safetensors",
@@ -205,6 +206,26 @@ def shapes_only() -> Iterator[None]:
         yield
 
 
+def check_dtypes(state: Mapping[str, Any], weights: Iterable[str], what: str) -> None:
+    """Refuses weights of a dtype that no backbone computes in: they would be cast to nonsense.
+
+    Args:
+        state: tensors of a checkpoint.
+        weights: names of those that are floating in the model; counters and indices are not.
+        what: the model, for the error.
+
+    Raises:
+        ValueError: names the tensors and their dtypes.
+    """
+    found = {name: state[name].dtype for name in weights if isinstance(state.get(name), Tensor)}
+    wrong = [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in WEIGHT_DTYPES]
+    if wrong:
+        raise ValueError(
+            f"The weights of {what} must be float32, float16, bfloat16 or float64, but "
+            f"{_some(wrong, most=3)}: convert them and save them again"
+        )
+
+
 def load_strict(
     module: nn.Module,
     state: StateDict,
@@ -230,9 +251,12 @@ def load_strict(
         Optional names that were missing, and unused names that were present.
 
     Raises:
-        ValueError: names are missing or unknown, or shapes differ; lists all of them.
+        ValueError: names are missing or unknown, or shapes differ; lists all of them. Or weights
+            are not floating.
     """
     expected = module.state_dict()
+    weights = [name for name, tensor in expected.items() if tensor.is_floating_point()]
+    check_dtypes(state, weights, what)
     missing = [name for name in expected if name not in state]
     initialized = [name for name in missing if _matches(name, optional)]
     missing = [name for name in missing if not _matches(name, optional)]
@@ -256,7 +280,7 @@ def load_strict(
     if problems:
         raise ValueError(f"The weights do not fit {what}. " + "\n".join(problems))
 
-    found = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    found = [state[name].dtype for name in weights if name in state]
     floating = dtype or (found[0] if found else torch.get_default_dtype())
     new = {}
     for name, tensor in expected.items():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastbb import AutoBackbone, ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
-from fastbb.checkpoint import read_state_dict
+from fastbb.checkpoint import check_dtypes, load_strict, read_state_dict
 from fastbb.cli import main
 
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -74,6 +74,55 @@ def command_line(folder: Path, tmp_path: Path) -> str:
     result = CliRunner().invoke(main, [*arguments, "--model", str(folder)])
     assert result.exit_code == 2, result.output
     return result.stderr
+
+
+WRONG = {
+    "int8": lambda t: t.to(torch.int8),
+    "int64": lambda t: t.to(torch.int64),
+    "bool": lambda t: t.to(torch.bool),
+    "float8_e4m3fn": lambda t: t.to(torch.float8_e4m3fn),
+    "float8_e5m2": lambda t: t.to(torch.float8_e5m2),
+    "complex64": lambda t: t.to(torch.complex64),
+    "qint8": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of quantized tensors, which PyTorch gives up
+@pytest.mark.parametrize("filename", FORMATS)
+@pytest.mark.parametrize("dtype", WRONG)
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}], ids=["as-saved", "converted"])
+def test_weights_that_are_not_floating_are_refused(
+    model: Any, dtype: str, filename: str, options: dict[str, Any]
+) -> None:
+    kind, folder, state, weight = model
+    if dtype == "qint8" and filename.endswith(".safetensors"):
+        pytest.skip("safetensors has no quantized tensors")
+    write(folder, filename, {**state, weight: WRONG[dtype](state[weight])})
+    with pytest.raises(ValueError, match=WANTED) as error:
+        AutoBackbone.from_pretrained(folder, **options)
+    assert f"{CALLED[kind]} is torch.{dtype}:" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> None:
+    kind, folder, state, weight = model
+    write(folder, "model.safetensors", {**state, weight: state[weight].to(torch.int8)})
+    message = command_line(folder, tmp_path)
+    assert WANTED in message and CALLED[kind] in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_every_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
+    _, folder, state, _ = model
+    write(folder, "model.safetensors", {n: t.to(dtype) for n, t in state.items()})
+    assert AutoBackbone.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
+
+
+def test_integers_that_belong_or_are_not_needed_stay_allowed() -> None:
+    norm = torch.nn.BatchNorm2d(2)
+    state: dict[str, Any] = dict(norm.state_dict()) | {"x.position_ids": torch.arange(3)}
+    load_strict(norm, state, what="a norm", unused=("*.position_ids",))
+    check_dtypes({"head": torch.ones(1, dtype=torch.int8)}, ["weight"], "a norm")
 
 
 NESTED = {

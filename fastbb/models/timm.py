@@ -21,6 +21,7 @@ from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
 from ..checkpoint import (
     LoadingInfo,
     StateDict,
+    check_dtypes,
     find_prefix,
     load_strict,
     not_tensors,
@@ -493,6 +494,10 @@ def _pretrained_arguments(
         raise OSError(f"{source.weights!r} has no weights: wanted one of {', '.join(names)}")
     # handed over in memory: the highest priority of timm's places to load from
     state = _read(path)
+    weights = {name for name, t in model.state_dict().items() if t.is_floating_point()}
+    # by the names of older checkpoints too, which timm renames
+    weights |= {name for name in state if name.endswith((".weight", ".bias"))}
+    check_dtypes(state, weights, str(path))
     cfg |= {"state_dict": state, "source": None}
     return arguments
 
