@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def test_loading_and_running_do_not_import_the_compiler(model: str, tmp_path) ->
 
 def test_modules_of_shapes_only_have_their_shapes_and_attributes() -> None:
     with shapes_only():
-        made = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 8, 3), nn.Embedding(5, 2))
+        made: Any = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 8, 3), nn.Embedding(5, 2))
         nn.init.normal_(made[0].weight, std=0.02)
         nn.init.kaiming_normal_(made[1].weight)
         nn.init.trunc_normal_(tensor=made[2].weight)
