@@ -107,7 +107,9 @@ def not_tensors(loaded: Any) -> str | None:
             return f"but the name of its entry {name!r} is of type {type(name).__name__}"
         if not isinstance(value, Tensor):
             kind = type(value).__name__
-            return f"but its entry {name!r} is of type {kind}: save the model's state_dict() alone"
+            return (
+                f"but its entry {name!r} is of type {kind}: wanted the model's state_dict() alone"
+            )
     return None
 
 

@@ -156,7 +156,7 @@ def test_the_command_refuses_a_nested_file_in_one_line(model: Any, tmp_path: Pat
     _, folder, _, _ = model
     write(folder, "pytorch_model.bin", {"a": {"b": torch.ones(1)}})
     message = command_line(folder, tmp_path)
-    assert "its entry 'a' is of type dict: save" in message and message.count("\n") == 1
+    assert "its entry 'a' is of type dict: wanted" in message and message.count("\n") == 1
 
 
 def test_the_state_dict_of_a_training_run_loads(model: Any) -> None:
