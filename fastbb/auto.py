@@ -1,6 +1,7 @@
 """One entry for every backbone: a name or directory in, the right family with its weights out."""
 
 import difflib
+import enum
 import fnmatch
 import os
 from collections.abc import Sequence
@@ -8,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from . import models  # noqa: F401  # registers the families
 from .backbone import Backbone, unwrap_head
+from .checkpoint import StateDict, not_tensors
 from .configuration import BackboneConfig
 from .hub import HubOptions, bundled_models, is_timm_config, local_directory, read_config
-from .registry import FAMILIES, family_of
+from .registry import FAMILIES, Family, family_of
 
 
 class AutoConfig:
@@ -149,8 +151,8 @@ class AutoBackbone:
     @classmethod
     def from_torchvision(
         cls,
-        name: str,
-        state_dict: dict[str, Tensor],
+        name: str | None,
+        weights: Any,
         *,
         out_features: list[str] | None = None,
         out_indices: Sequence[int] | None = None,
@@ -163,8 +165,10 @@ class AutoBackbone:
         a Swin's patch embedding). Maps are NCHW in shape.
 
         Args:
-            name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`.
-            state_dict: of torchvision's model; widths and depths are read from it.
+            name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`: the weights must be that
+                model's. None takes those of a ResNet or Swin of any depths and widths.
+            weights: torchvision's model, its state dict, or a member of its enum of weights
+                (`ResNet18_Weights.DEFAULT`), which is downloaded.
             out_features: names of the stages to return.
             out_indices: indices of the stages to return; default: the last.
             dtype: of the weights; default: theirs.
@@ -172,20 +176,103 @@ class AutoBackbone:
 
         Raises:
             ValueError: fastbb does not know the model, or the tensors are not that model's.
+            TypeError: `weights` are none of these.
+            OSError: the download failed.
         """
-        for family in FAMILIES:
-            if name in family.torchvision_names and family.from_torchvision is not None:
-                config, state = family.from_torchvision(dict(state_dict))
-                config.set_output_features_output_indices(
-                    out_features, None if out_indices is None else list(out_indices)
-                )
-                what = f"torchvision {name}, by transformers' names of its tensors,"
-                backbone, _ = family.backbone.from_state_dict(
-                    config, state, name=what, dtype=dtype, device=device
-                )
-                return backbone
-        known = [known for family in FAMILIES for known in family.torchvision_names]
-        raise ValueError(f"torchvision's {name!r} is not supported; fastbb has {', '.join(known)}")
+        known = [model for family in FAMILIES for model in family.torchvision_models]
+        if name is not None and name not in known:
+            raise ValueError(
+                f"torchvision's {name!r} is not supported; fastbb has {', '.join(known)}"
+            )
+        family, config, state = _read_torchvision(
+            name, _torchvision_state(weights, known if name is None else [name])
+        )
+        config.set_output_features_output_indices(
+            out_features, None if out_indices is None else list(out_indices)
+        )
+        what = f"torchvision {name or 'weights'}, by transformers' names of its tensors,"
+        backbone, _ = family.backbone.from_state_dict(
+            config, state, name=what, dtype=dtype, device=device
+        )
+        return backbone
+
+
+def _torchvision_state(weights: Any, wanted: Sequence[str]) -> StateDict:
+    """The tensors of torchvision's model, of its state dict or of a member of its enum of weights.
+
+    torchvision is not imported: its enum is known by its method.
+    """
+    state: Any = weights
+    download = getattr(weights, "get_state_dict", None)
+    if isinstance(weights, nn.Module):
+        state = weights.state_dict()
+    elif isinstance(weights, enum.Enum) and download is not None:
+        model = type(weights).__name__.removesuffix("_Weights").lower()
+        if model not in wanted:  # said before the download
+            raise ValueError(
+                f"{weights} are the weights of torchvision's {model}, wanted {', '.join(wanted)}"
+            )
+        try:
+            state = download(progress=False, check_hash=True)
+        except Exception as error:  # of the network, the disk or the hash
+            raise OSError(f"the download of torchvision's {weights} failed: {error}") from error
+    problem = not_tensors(state)
+    if problem:
+        raise TypeError(
+            "weights must be torchvision's model, its state dict or a member of its enum of "
+            f"weights such as ResNet18_Weights.DEFAULT, {problem}"
+        )
+    return dict(state)
+
+
+def _read_torchvision(
+    name: str | None, state: StateDict
+) -> tuple[Family, BackboneConfig, StateDict]:
+    """The family, configuration and renamed tensors of a torchvision model's weights.
+
+    Raises:
+        ValueError: they are not those of the named model, or of no family.
+    """
+    refusals: dict[str, ValueError] = {}
+    for family in FAMILIES:
+        if family.from_torchvision is None:
+            continue
+        try:
+            config, renamed = family.from_torchvision(state)
+        except ValueError as error:
+            refusals |= dict.fromkeys(family.torchvision_models, error)
+        except LookupError as error:
+            incomplete = ValueError(f"the tensors that say the model's shape lack {error}")
+            refusals |= dict.fromkeys(family.torchvision_models, incomplete)
+        else:
+            if name is not None:
+                _check_torchvision_model(name, family, config)
+            return family, config, renamed
+    if name is not None:
+        raise refusals[name]
+    raise ValueError("; ".join(dict.fromkeys(str(error) for error in refusals.values())))
+
+
+def _check_torchvision_model(name: str, family: Family, config: BackboneConfig) -> None:
+    """Refuses weights of another shape than the named model's."""
+    for model, shape in family.torchvision_models.items():
+        if all(getattr(config, field) == value for field, value in shape.items()):
+            if model == name:
+                return
+            raise ValueError(
+                f"these are the weights of torchvision's {model}, not of {name}: "
+                f"say from_torchvision({model!r}, ...)"
+            )
+    wrong = [
+        f"{field} {getattr(config, field)} instead of {value}"
+        for field, value in family.torchvision_models.get(name, {}).items()
+        if getattr(config, field) != value
+    ]
+    raise ValueError(
+        f"these are not the weights of torchvision's {name}, but have "
+        f"{', '.join(wrong) or f'the names of a {family.backbone.__name__}'}: "
+        "say from_torchvision(None, ...) for a model of other depths and widths"
+    )
 
 
 def list_backbones(filter: str = "", pretrained: bool = False) -> list[str]:

@@ -18,7 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import register_pytree_node
 from torch.utils.checkpoint import checkpoint
 
-from .checkpoint import LoadingInfo, StateDict, load_strict, read_state_dict, save_state_dict
+from .checkpoint import (
+    LoadingInfo,
+    StateDict,
+    load_strict,
+    read_state_dict,
+    save_state_dict,
+    shapes_only,
+)
 from .configuration import BackboneConfig
 from .derived import RemembersDerived
 from .fold import autocasts
@@ -581,7 +588,7 @@ class Backbone(BackboneMixin, RemembersDerived):
         Raises:
             ValueError: the weights do not fit; lists what is missing, unknown or misshapen.
         """
-        with torch.device("meta"):
+        with shapes_only():
             backbone = cls(config)
         found, prefix, outside = cls.from_checkpoint_names(state, backbone)
         backbone.init_optional_weights()

@@ -2,19 +2,21 @@
 
 import fnmatch
 import os
-import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 
 StateDict = dict[str, Tensor]
 
+WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # in the order of preference; an index names the shards of a split checkpoint
 WEIGHT_FILES = (
     "model.safetensors",
@@ -70,29 +72,45 @@ def read_weights_file(path: Path) -> StateDict:
     Raises:
         OSError: the file is corrupt, truncated, or holds more than tensors.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with reading(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-    ) as error:
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    problem = not_tensors(loaded)
+    if problem:
+        raise OSError(f"{path} must hold a dictionary of tensors, {problem}")
+    return loaded
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what a reader raises over a damaged file into an OSError of one line."""
+    try:
+        yield
+    except Exception as error:  # an unpickler raises whatever the bytes lead it to
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
-            f"{path} is corrupt, truncated or not a file of weights ({error}); "
+            f"{path} is corrupt, truncated or not a file of weights ({reason}); "
             "delete it and download or save it again"
         ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        raise OSError(f"{path} must hold a dictionary of tensors, got {type(loaded).__name__}")
-    return loaded
+
+
+def not_tensors(loaded: Any) -> str | None:
+    """Why a value is no dictionary of names and tensors, to end an error with; None if it is."""
+    if not isinstance(loaded, Mapping):
+        return f"got {type(loaded).__name__}"
+    for name, value in loaded.items():
+        if not isinstance(name, str):
+            return f"but the name of its entry {name!r} is of type {type(name).__name__}"
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            return (
+                f"but its entry {name!r} is of type {kind}: wanted the model's state_dict() alone"
+            )
+    return None
 
 
 def _read_shards(name_or_dir: str | os.PathLike[str], index: Path, hub: HubOptions) -> StateDict:
@@ -169,8 +187,49 @@ def strip_prefix(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:
     return inside, sorted(name for name in state if not name.startswith(prefix))
 
 
+class _NothingToFill(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, nn.init.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have shapes and no memory: their tensors are on the meta device.
+
+    PyTorch fills a meta tensor with normal values by Python code that imports torch._dynamo, which
+    takes longer than loading a model; here that does nothing.
+    """
+    with torch.device("meta"), _NothingToFill():
+        yield
+
+
+def check_dtypes(state: Mapping[str, Any], weights: Iterable[str], what: str) -> None:
+    """Refuses weights of a dtype that no backbone computes in: they would be cast to nonsense.
+
+    Args:
+        state: tensors of a checkpoint.
+        weights: names of those that are floating in the model; counters and indices are not.
+        what: the model, for the error.
+
+    Raises:
+        ValueError: names the tensors and their dtypes.
+    """
+    found = {name: state[name].dtype for name in weights if isinstance(state.get(name), Tensor)}
+    wrong = [f"{name} is {dtype}" for name, dtype in found.items() if dtype not in WEIGHT_DTYPES]
+    if wrong:
+        raise ValueError(
+            f"The weights of {what} must be float32, float16, bfloat16 or float64, but "
+            f"{_some(wrong, most=3)}: convert them and save them again"
+        )
+
+
 def load_strict(
-    module: torch.nn.Module,
+    module: nn.Module,
     state: StateDict,
     *,
     what: str,
@@ -194,9 +253,12 @@ def load_strict(
         Optional names that were missing, and unused names that were present.
 
     Raises:
-        ValueError: names are missing or unknown, or shapes differ; lists all of them.
+        ValueError: names are missing or unknown, or shapes differ; lists all of them. Or weights
+            are not floating.
     """
     expected = module.state_dict()
+    weights = [name for name, tensor in expected.items() if tensor.is_floating_point()]
+    check_dtypes(state, weights, what)
     missing = [name for name in expected if name not in state]
     initialized = [name for name in missing if _matches(name, optional)]
     missing = [name for name in missing if not _matches(name, optional)]
@@ -220,7 +282,7 @@ def load_strict(
     if problems:
         raise ValueError(f"The weights do not fit {what}. " + "\n".join(problems))
 
-    found = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
+    found = [state[name].dtype for name in weights if name in state]
     floating = dtype or (found[0] if found else torch.get_default_dtype())
     new = {}
     for name, tensor in expected.items():

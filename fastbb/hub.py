@@ -3,10 +3,12 @@
 import json
 import os
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 BUNDLED_DIR = Path(__file__).parent / "assets"
+ANSWER_TIMEOUT_S = 3.0  # whether the Hub has a file; HF_HUB_ETAG_TIMEOUT, where set, holds instead
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,18 @@ def bundled_models() -> list[str]:
 
 
 def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
-    """The directory meant by a name: an existing one, or that of a bundled model."""
-    path = Path(name_or_dir).expanduser()
+    """The directory meant by a name: an existing one, or that of a bundled model.
+
+    Raises:
+        OSError: the name is in the home directory of a user that is not known here.
+    """
+    try:
+        path = Path(name_or_dir).expanduser()
+    except RuntimeError as error:
+        raise OSError(
+            f"{str(name_or_dir)!r} starts with the home directory of a user that is not known "
+            "here: wanted a directory, the name of a bundled model, a timm name or a Hub repository"
+        ) from error
     if path.is_dir():
         return path
     return BUNDLED_DIR / str(name_or_dir) if str(name_or_dir) in bundled_models() else None
@@ -79,7 +91,10 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
 
     wanted = f"{repo!r} is neither a local directory nor a bundled model ({bundled_models()})"
     try:
-        return Path(hf_hub_download(repo, filename, **asdict(hub)))
+        if not hub.local_files_only and not _is_cached(repo, filename, hub):
+            _ask(repo, filename, hub)
+        path = hf_hub_download(repo, filename, etag_timeout=ANSWER_TIMEOUT_S, **asdict(hub))
+        return Path(path)
     except HFValidationError as error:
         raise OSError(f"{wanted}, and not the name of a Hub repository: {error}") from error
     except GatedRepoError as error:
@@ -94,13 +109,14 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"The Hub repository {repo!r} has no revision {hub.revision!r}.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if _is_cached(repo, hub):  # the repository is known, so the file was never fetched from it
+    except (_NoAnswer, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        # of a repository that is known, the file was never fetched
+        if _is_cached(repo, "config.json", hub):
             return None
+        reason = error if isinstance(error, _NoAnswer) else "offline mode or local_files_only"
         raise OSError(
-            f"{wanted}, the Hub cannot be reached (no network, offline mode or "
-            f"local_files_only), and the cache has no {filename!r} of it. Download it once with "
-            "network, or pass the path of a directory."
+            f"{wanted}, the Hub cannot be reached ({reason}), and the cache has no {filename!r} "
+            "of it. Download it once with network, or pass the path of a directory."
         ) from error
     except EntryNotFoundError:
         return None
@@ -108,12 +124,45 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         raise OSError(f"{wanted}, and asking the Hub for {repo!r} failed: {error}") from error
 
 
-def _is_cached(repo: str, hub: HubOptions) -> bool:
+class _NoAnswer(Exception):
+    """The Hub did not say whether it has a file; the message says why."""
+
+
+def _ask(repo: str, filename: str, hub: HubOptions) -> None:
+    """Asks the Hub once whether it has a file.
+
+    hf_hub_download repeats this question for half a minute, too long for a mistyped name without
+    network. What the Hub has is worth repeating, so the download itself keeps its retries.
+
+    Raises:
+        _NoAnswer: it cannot be reached, is too slow or is broken.
+        HfHubHTTPError: it refuses, and says why.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    is_set = constants.HF_HUB_ETAG_TIMEOUT != constants.DEFAULT_ETAG_TIMEOUT
+    timeout_s = constants.HF_HUB_ETAG_TIMEOUT if is_set else ANSWER_TIMEOUT_S
+    try:
+        url = hf_hub_url(repo, filename, revision=hub.revision)
+        get_hf_file_metadata(url, token=hub.token, timeout=timeout_s)
+    except (HFValidationError, OfflineModeIsEnabled):
+        raise
+    except HfHubHTTPError as error:
+        if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise
+        raise _NoAnswer(f"it answers {error.response.status_code}") from error
+    except Exception as error:  # of the HTTP library, which is huggingface_hub's choice
+        reason = str(error) or type(error).__name__
+        if "timeout" in type(error).__name__.lower():
+            reason = f"no answer within {timeout_s:g} s; HF_HUB_ETAG_TIMEOUT=60 waits longer"
+        raise _NoAnswer(reason) from error
+
+
+def _is_cached(repo: str, filename: str, hub: HubOptions) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(
-        repo, "config.json", cache_dir=hub.cache_dir, revision=hub.revision
-    )
+    found = try_to_load_from_cache(repo, filename, cache_dir=hub.cache_dir, revision=hub.revision)
     return isinstance(found, str)
 
 

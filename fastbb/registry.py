@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,7 +24,8 @@ class Family:
         configs: its configurations; each has its own `model_type`.
         timm_forward: given timm's features-only module, returns a forward that computes the same
             maps from its parameters, or None if the module is not exactly of this family.
-        torchvision_names: torchvision's models of this family.
+        torchvision_models: torchvision's models of this family, with the fields of the
+            configuration by which their weights are known.
         from_torchvision: configuration and renamed tensors of a torchvision state dict.
         replaces: full names of upstream's classes, and what computes the same in their place.
     """
@@ -31,7 +33,7 @@ class Family:
     backbone: type[Backbone]
     configs: tuple[type[BackboneConfig], ...]
     timm_forward: Callable[[nn.Module], StagesForward | None] | None = None
-    torchvision_names: tuple[str, ...] = ()
+    torchvision_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
     replaces: Mapping[str, type[Fast]] = field(default_factory=dict)
 

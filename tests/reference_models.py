@@ -245,9 +245,14 @@ def timm_pair(name: str, native: bool = True, **options: Any) -> Pair:
     return Pair(ours, upstream, lambda x: timm_maps(upstream, x))
 
 
-def torchvision_pair(name: str, upstream: Any) -> Pair:
-    """A torchvision model and our native family with its state dict."""
-    ours = AutoBackbone.from_torchvision(name, upstream.state_dict(), out_indices=STAGES)
+def torchvision_pair(upstream: Any, name: str | None = None) -> Pair:
+    """A torchvision model and our native family with its weights.
+
+    Args:
+        upstream: torchvision's model.
+        name: torchvision's name of it; None for one of other depths and widths.
+    """
+    ours = AutoBackbone.from_torchvision(name, upstream, out_indices=STAGES)
     return Pair(ours, upstream, lambda x: torchvision_maps(upstream, x))
 
 
@@ -268,11 +273,8 @@ def family_pair(family: str, variant: str, source: str) -> Pair:
         name, options = timm_options(family, variant)
         return timm_pair(name, **options)
     if family == "swin":
-        return torchvision_pair("swin_t", torchvision_swin(variant))
-    name = {"basic": "resnet18", "bottleneck": "resnet50"}.get(variant)
-    if name is None:
-        raise KeyError(variant)
-    return torchvision_pair(name, torchvision_resnet(variant))
+        return torchvision_pair(torchvision_swin(variant))
+    return torchvision_pair(torchvision_resnet(variant))
 
 
 def gradients(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:

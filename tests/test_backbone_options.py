@@ -116,7 +116,7 @@ def test_options_of_from_config_and_from_pretrained(tmp_path):
 def test_options_of_from_torchvision():
     state = torchvision_resnet().state_dict()
     backbone = AutoBackbone.from_torchvision(
-        "resnet18", state, out_features=["stem", "stage2"], dtype="bfloat16", device="meta"
+        None, state, out_features=["stem", "stage2"], dtype="bfloat16", device="meta"
     )
     assert backbone.out_indices == [0, 2]
     assert backbone.dtype == torch.bfloat16 and backbone.device.type == "meta"

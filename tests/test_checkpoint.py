@@ -337,7 +337,7 @@ class TestHub:
             AutoBackbone.from_pretrained("test_resnet")
         (tmp_path / "model.safetensors").write_bytes(b"short")
         hub.add_repo("timm/test_resnet.r160_in1k", tmp_path)
-        with pytest.raises(OSError, match="corrupt or truncated"):
+        with pytest.raises(OSError, match="corrupt, truncated or not a file"):
             AutoBackbone.from_pretrained("test_resnet")
 
 

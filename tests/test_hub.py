@@ -25,6 +25,11 @@ def test_a_home_directory_is_expanded(tmp_path, monkeypatch):
     assert AutoBackbone.from_pretrained("~/model").out_features == ["stage2"]
 
 
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(OSError, match="'~nosuchuser/m' starts with the home directory of a user"):
+        AutoBackbone.from_pretrained("~nosuchuser/m")
+
+
 @pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"cache_dir": "elsewhere"}], ids=str)
 def test_offline_a_file_that_the_cached_repository_lacks_is_none(hub, tmp_path, options):
     if "cache_dir" in options:
@@ -131,10 +136,11 @@ def test_json_in_another_encoding_is_named(tmp_path):
         read_json(tmp_path / "config.json")
 
 
-def test_whatever_the_http_library_raises_is_an_os_error(monkeypatch):
+def test_whatever_the_http_library_raises_is_an_os_error(hub, tmp_path, monkeypatch):
     def break_off(*args, **kwargs):
         raise RuntimeError("peer closed the connection")
 
+    hub.add_repo("acme/x", save_resnet(tmp_path / "model"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", break_off)
     with pytest.raises(OSError, match="asking the Hub for 'acme/x' failed: peer closed"):
         find_file("acme/x", "config.json")

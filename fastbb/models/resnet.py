@@ -229,6 +229,13 @@ def torchvision_resnet(state: StateDict) -> tuple[ResNetConfig, StateDict]:
         )
     bottleneck = "layer1.0.conv3.weight" in state
     last = 3 if bottleneck else 2
+    if bottleneck:
+        inner, per_group = state["layer1.0.conv2.weight"].shape[:2]
+        if inner != per_group or inner * REDUCTION != state["layer1.0.conv3.weight"].shape[0]:
+            raise ValueError(
+                "these are the weights of a wide or grouped ResNet (wide_resnet50_2, "
+                "resnext50_32x4d ...), which AutoBackbone.from_pretrained loads by timm's name"
+            )
     stem = state["conv1.weight"]
     config = ResNetConfig(
         num_channels=stem.shape[1],
@@ -259,12 +266,28 @@ def _from_torchvision(name: str) -> str:
     return f"{prefix}.layer.{int(index) - 1}.{part}.{parameter}"
 
 
+def _torchvision_shape(layer_type: str, *depths: int) -> dict[str, Any]:
+    expansion = REDUCTION if layer_type == "bottleneck" else 1
+    return {
+        "layer_type": layer_type,
+        "depths": list(depths),
+        "embedding_size": 64,
+        "hidden_sizes": [width * expansion for width in (64, 128, 256, 512)],
+    }
+
+
 register(
     Family(
         backbone=ResNetBackbone,
         configs=(ResNetConfig,),
         timm_forward=timm_forward,
-        torchvision_names=("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+        torchvision_models={
+            "resnet18": _torchvision_shape("basic", 2, 2, 2, 2),
+            "resnet34": _torchvision_shape("basic", 3, 4, 6, 3),
+            "resnet50": _torchvision_shape("bottleneck", 3, 4, 6, 3),
+            "resnet101": _torchvision_shape("bottleneck", 3, 4, 23, 3),
+            "resnet152": _torchvision_shape("bottleneck", 3, 8, 36, 3),
+        },
         from_torchvision=torchvision_resnet,
         replaces=REPLACED,
     )

@@ -428,7 +428,9 @@ class SwinBackbone(Backbone):
     def init_optional_weights(self) -> None:
         for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
             assert isinstance(module, nn.LayerNorm)
-            module.to_empty(device="cpu").reset_parameters()
+            # not by to_empty: that of a meta tensor imports sympy
+            module.weight = nn.Parameter(torch.ones(module.normalized_shape))
+            module.bias = nn.Parameter(torch.zeros(module.normalized_shape))
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
         super().report_loading(name, info)
@@ -529,12 +531,25 @@ def torchvision_swin(state: StateDict) -> tuple[TorchvisionSwinConfig, StateDict
     return TorchvisionSwinConfig(**fields), renamed
 
 
+def _torchvision_shape(embed_dim: int, heads: int, third_depth: int) -> dict[str, Any]:
+    return {
+        "depths": [2, 2, third_depth, 2],
+        "embed_dim": embed_dim,
+        "num_heads": [heads, 2 * heads, 4 * heads, 8 * heads],
+        "window_size": 7,
+    }
+
+
 register(
     Family(
         backbone=SwinBackbone,
         configs=(SwinConfig, MaskFormerSwinConfig, TorchvisionSwinConfig),
         timm_forward=timm_forward,
-        torchvision_names=("swin_t", "swin_s", "swin_b"),
+        torchvision_models={
+            "swin_t": _torchvision_shape(96, 3, 6),
+            "swin_s": _torchvision_shape(96, 3, 18),
+            "swin_b": _torchvision_shape(128, 4, 18),
+        },
         from_torchvision=torchvision_swin,
         replaces=REPLACED,
     )

@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
-from ..checkpoint import LoadingInfo, StateDict, find_prefix, load_strict, strip_prefix
+from ..checkpoint import (
+    LoadingInfo,
+    StateDict,
+    check_dtypes,
+    find_prefix,
+    load_strict,
+    not_tensors,
+    read_weights_file,
+    reading,
+    shapes_only,
+    strip_prefix,
+)
 from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
 from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
@@ -424,18 +435,22 @@ def _create(
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     name = name.removeprefix("timm/")
     try:
-        stages, kwargs = _probe(name, kwargs)
-        with _complete_weights(name, source is not None):
+        model, kwargs = _probe(name, kwargs)
+        info: Any = model.feature_info
+        # a placeholder (tresnet) counts as a stage but has no module
+        stages = [i for i in range(len(info)) if info[i]["module"]]
+        pretrained = _pretrained_arguments(source, hub, model)
+        with _complete_weights(name, source is not None), _only_tensors(name, pretrained):
             backbone = timm.create_model(
                 name,
                 features_only=True,
                 out_indices=tuple(i for i in stages if last_stage is None or i <= last_stage),
-                **_pretrained_arguments(source, hub),
+                **pretrained,
                 **kwargs,
             )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, AttributeError) as error:
         if source is None:
             raise
         raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
@@ -444,27 +459,26 @@ def _create(
     return backbone
 
 
-def _probe(name: str, kwargs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
-    """Stages that a timm model can return, and the arguments that give it dynamic image sizes."""
+def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """A whole timm model without memory, and the arguments that give it dynamic image sizes."""
     import timm
 
     for dynamic in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
         try:
-            with torch.device("meta"):
+            with shapes_only():
                 model = timm.create_model(name, **{**dynamic, **kwargs})
         except TypeError as error:
             if not dynamic or not any(key in str(error) for key in dynamic):
                 raise
         else:
-            info: Any = model.feature_info
-            # a placeholder (tresnet) counts as a stage but has no module
-            stages = [i for i in range(len(info)) if info[i]["module"]]
-            return stages, {**dynamic, **kwargs}
+            return model, {**dynamic, **kwargs}
     raise AssertionError("the last attempt returns or raises")
 
 
-def _pretrained_arguments(source: TimmSource | None, hub: HubOptions) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that load the weights of a source."""
+def _pretrained_arguments(
+    source: TimmSource | None, hub: HubOptions, model: nn.Module
+) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that load the weights of a source into such a model."""
     if source is None:
         return {"pretrained": False}
     from timm.models import PretrainedCfg
@@ -479,19 +493,41 @@ def _pretrained_arguments(source: TimmSource | None, hub: HubOptions) -> dict[st
     if path is None:
         raise OSError(f"{source.weights!r} has no weights: wanted one of {', '.join(names)}")
     # handed over in memory: the highest priority of timm's places to load from
-    cfg |= {"state_dict": _read(path), "source": None}
+    state = _read(path)
+    weights = {name for name, t in model.state_dict().items() if t.is_floating_point()}
+    # by the names of older checkpoints too, which timm renames
+    weights |= {name for name in state if name.endswith((".weight", ".bias"))}
+    check_dtypes(state, weights, str(path))
+    cfg |= {"state_dict": state, "source": None}
     return arguments
 
 
-def _read(path: Path) -> StateDict:
-    from safetensors import SafetensorError
+def _read(path: Path) -> dict[str, Any]:
     from timm.models import load_state_dict
 
+    with reading(path):
+        try:
+            return load_state_dict(str(path), weights_only=True)
+        except AttributeError:  # how timm meets what is no dictionary by names
+            pass
+    return read_weights_file(path)
+
+
+@contextmanager
+def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
+    """Blames what is no tensor in a state dict, if there is any, for timm's failure to load it.
+
+    Not before: timm unwraps and passes over more than its own formats.
+    """
     try:
-        return load_state_dict(str(path), weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        yield
+    except Exception as error:
+        state = pretrained.get("pretrained_cfg", {}).get("state_dict")
+        problem = None if state is None else not_tensors(state)
+        if problem is None:
+            raise
         raise OSError(
-            f"{path} is corrupt or truncated ({error}); delete it and download it again"
+            f"The weights for timm's {name!r} must be a dictionary of tensors, {problem}"
         ) from error
 
 

@@ -29,7 +29,7 @@ SWINS = {
     "w12": lambda: hf_pair(hf_swin("w12")),
     "no_qkv_bias": lambda: hf_pair(hf_swin(qkv_bias=False)),
     "maskformer": lambda: hf_pair(hf_maskformer_swin()),
-    "torchvision": lambda: torchvision_pair("swin_t", torchvision_swin()),
+    "torchvision": lambda: torchvision_pair(torchvision_swin()),
 }
 
 
@@ -60,7 +60,7 @@ def test_selected_stages(out_indices: list[int]) -> None:
 
 @torch.no_grad()
 def test_pixels_beyond_the_last_patch() -> None:
-    pair = torchvision_pair("swin_t", torchvision_swin())
+    pair = torchvision_pair(torchvision_swin())
     form = SwinAnySize(pair.ours)
     x = images(67, 101)
     assert_equals_upstream(computed(form, x), computed(form, x[..., :64, :100]))

@@ -34,7 +34,7 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "transformers 5.*, SwinBackbone": lambda: hf_pair(hf_swin(image_size=64)),
     "transformers 5.*, MaskFormerSwinBackbone": lambda: hf_pair(hf_maskformer_swin(image_size=64)),
     "transformers 5.*, ResNetBackbone": lambda: hf_pair(hf_resnet()),
-    "torchvision 0.*, SwinTransformer": lambda: torchvision_pair("swin_t", torchvision_swin()),
+    "torchvision 0.*, SwinTransformer": lambda: torchvision_pair(torchvision_swin()),
     "timm 1.*, mobilenetv2_035": lambda: timm_pair("mobilenetv2_035"),
     "timm 1.*, swin_tiny_patch4_window7_224": lambda: timm_pair(
         timm_options("swin", "w7")[0], **timm_options("swin", "w7")[1]
@@ -285,7 +285,7 @@ def test_without_transformers_it_falls_back_and_says_so(monkeypatch: pytest.Monk
 
 
 def test_a_config_that_the_library_cannot_express_falls_back() -> None:
-    backbone = torchvision_pair("swin_t", torchvision_swin()).ours
+    backbone = torchvision_pair(torchvision_swin()).ours
     backbone.config.layer_norm_eps = 1e-6
     again = type(backbone).from_config(backbone.config).eval()
     again.load_state_dict(backbone.state_dict())

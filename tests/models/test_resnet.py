@@ -254,7 +254,7 @@ def test_torchvision_resnet_is_a_native_backbone() -> None:
 def test_torchvision_resnet50_by_name() -> None:
     torchvision = pytest.importorskip("torchvision")
     upstream = randomize_(torchvision.models.resnet50())
-    pair, pixels = torchvision_pair("resnet50", upstream), images(64, 64, batch=1)
+    pair, pixels = torchvision_pair(upstream, "resnet50"), images(64, 64, batch=1)
     assert pair.ours.channels == [64, 256, 512, 1024, 2048]
     with torch.no_grad():
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
@@ -272,4 +272,4 @@ def test_torchvision_lists_lost_tensors() -> None:
     del weights[lost]
     named = r"layers\.0\.layer\.0\.normalization\.running_mean"
     with pytest.raises(ValueError, match=f"(?s)by transformers' names.*missing: .*{named}"):
-        AutoBackbone.from_torchvision("resnet18", weights)
+        AutoBackbone.from_torchvision(None, weights)

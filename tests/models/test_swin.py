@@ -265,7 +265,7 @@ def test_torchvision_stages_carry_no_norm() -> None:
 def test_torchvision_swin_t_by_name() -> None:
     torchvision = pytest.importorskip("torchvision")
     upstream = randomize_(torchvision.models.swin_t())
-    pair, pixels = torchvision_pair("swin_t", upstream), images(64, 96, batch=1)
+    pair, pixels = torchvision_pair(upstream, "swin_t"), images(64, 96, batch=1)
     assert pair.ours.channels == [96, 96, 192, 384, 768]
     with torch.no_grad():
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
@@ -273,8 +273,8 @@ def test_torchvision_swin_t_by_name() -> None:
 
 def test_torchvision_defaults_to_the_last_stage_and_lists_lost_tensors() -> None:
     weights = torchvision_swin().state_dict()
-    assert AutoBackbone.from_torchvision("swin_t", weights).out_features == ["stage4"]
+    assert AutoBackbone.from_torchvision(None, weights).out_features == ["stage4"]
     lost = "features.1.0.attn.qkv.weight"
     del weights[lost]
     with pytest.raises(ValueError, match=r"(?s)by transformers' names.*missing: .*q_proj\.weight"):
-        AutoBackbone.from_torchvision("swin_t", weights, out_indices=STAGES)
+        AutoBackbone.from_torchvision(None, weights, out_indices=STAGES)
