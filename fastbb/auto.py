@@ -152,7 +152,7 @@ class AutoBackbone:
     def from_torchvision(
         cls,
         name: str | None,
-        weights: Any,
+        state_dict: Any,
         *,
         out_features: list[str] | None = None,
         out_indices: Sequence[int] | None = None,
@@ -167,8 +167,8 @@ class AutoBackbone:
         Args:
             name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`: the weights must be that
                 model's. None takes those of a ResNet or Swin of any depths and widths.
-            weights: torchvision's model, its state dict, or a member of its enum of weights
-                (`ResNet18_Weights.DEFAULT`), which is downloaded.
+            state_dict: of torchvision's model; or the model itself, or a member of its enum of
+                weights (`ResNet18_Weights.DEFAULT`), which is downloaded.
             out_features: names of the stages to return.
             out_indices: indices of the stages to return; default: the last.
             dtype: of the weights; default: theirs.
@@ -176,7 +176,7 @@ class AutoBackbone:
 
         Raises:
             ValueError: fastbb does not know the model, or the tensors are not that model's.
-            TypeError: `weights` are none of these.
+            TypeError: `state_dict` is none of these.
             OSError: the download failed.
         """
         known = [model for family in FAMILIES for model in family.torchvision_models]
@@ -185,7 +185,7 @@ class AutoBackbone:
                 f"torchvision's {name!r} is not supported; fastbb has {', '.join(known)}"
             )
         family, config, state = _read_torchvision(
-            name, _torchvision_state(weights, known if name is None else [name])
+            name, _torchvision_state(state_dict, known if name is None else [name])
         )
         config.set_output_features_output_indices(
             out_features, None if out_indices is None else list(out_indices)

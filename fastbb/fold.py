@@ -73,8 +73,7 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
         return _as_weight(weight, conv, channels_last), bias.to(conv.weight.dtype)
 
     name = "folded, channels last" if channels_last else "folded"
-    statistics = _statistics(norm)
-    return derive(conv, name, compute, *sources, constants=(eps, present), statistics=statistics)
+    return derive(conv, name, compute, *sources, constants=(eps, present), statistics=_STATISTICS)
 
 
 def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +144,7 @@ def folded_with_shortcut(
 
     constants = (eps, other_eps, present, other_present)
     name = "folded with shortcut"
-    statistics = *_statistics(norm), *_statistics(shortcut_norm)
+    statistics = [*_STATISTICS, *(len(sources) + position for position in _STATISTICS)]
     return derive(
         conv, name, compute, *sources, *others, constants=constants, statistics=statistics
     )
@@ -154,19 +153,15 @@ def folded_with_shortcut(
 def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[bool, ...]]:
     """eps, the tensors that a folded weight is computed from, and which of seven are there."""
     # the count is a source because it has a version where statistics have none, see `derive`
-    found = [_tensor(conv, "weight"), _tensor(conv, "bias")]
-    found += [_tensor(norm, name) for name in _NORM_TENSORS]
+    found = [_tensor(norm, name) for name in _NORM_TENSORS]
+    found += [_tensor(conv, "weight"), _tensor(conv, "bias")]
     present = tuple([tensor is not None for tensor in found])
     tensors = [tensor for tensor in found if tensor is not None]
     return getattr(norm, "eps", FROZEN_EPS), tensors, present
 
 
 _NORM_TENSORS = (*STATISTICS, "weight", "bias", "num_batches_tracked")
-
-
-def _statistics(norm: nn.Module) -> tuple[Tensor, ...]:
-    found = [_tensor(norm, name) for name in STATISTICS]
-    return tuple([tensor for tensor in found if tensor is not None])
+_STATISTICS = range(len(STATISTICS))  # positions in what `_sources` returns, which has both
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
@@ -182,8 +177,10 @@ def _fold(
     tensors: Iterable[Tensor], present: tuple[bool, ...], eps: float
 ) -> tuple[Tensor, Tensor]:
     given = iter(tensors)
-    *sources, _count = (next(given) if there else None for there in present)
-    return fold_batch_norm(*sources, eps=eps)  # type: ignore[misc]
+    values = (next(given) if there else None for there in present)
+    mean, var, norm_weight, norm_bias, _count, weight, bias = values
+    assert mean is not None and var is not None and weight is not None
+    return fold_batch_norm(weight, bias, mean, var, norm_weight, norm_bias, eps=eps)
 
 
 def _as_weight(weight: Tensor, conv: nn.Conv2d, channels_last: bool = True) -> Tensor:

@@ -57,9 +57,10 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float) 
     def measure(n_wanted: int) -> Comparison:
         while len(pairs) < n_wanted:
             pairs.append((ours(), theirs()))
-        medians = (statistics.median(seconds) for seconds in zip(*pairs))
         # of a call that took no time by the clock nothing can be said
-        return Comparison(*medians, statistics.median(a / b if b else 1.0 for a, b in pairs))
+        ratio = statistics.median(a / b if b else 1.0 for a, b in pairs)
+        first, second = (statistics.median(seconds) for seconds in zip(*pairs))
+        return Comparison(first, second, ratio)
 
     found = measure(MIN_PAIRS)
     n_pairs = min(MAX_PAIRS, max(MIN_PAIRS, round(ENOUGH_S / max(found.ours, 1e-9))))
