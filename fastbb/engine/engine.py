@@ -193,8 +193,9 @@ class Engine:
 
     def _forget_baked(self) -> Plan | None:
         if self._compiled:
-            reason = "weights, layers or hooks changed since they were compiled, so it runs eager: "
-            reason = self._warn_once("changed", f"{reason}call prepare() again")
+            reason = "weights, settings, layers or hooks changed since they were compiled"
+            reason = f"{reason}, so it runs eager: call prepare() again"
+            reason = self._warn_once("changed", reason)
             return Plan(Way("eager", self._ways.eager), reason)
         if any(plan.way.is_baked for plan in self._plans.values()):
             self.reset()  # graphs are recorded again in no time

@@ -18,7 +18,7 @@ from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
 
 PIXELS = images(64, 64)
-CHANGED = "weights, layers or hooks changed since they were compiled, so it runs eager"
+CHANGED = "weights, settings, layers or hooks changed since they were compiled, so it runs eager"
 
 
 def resnet() -> Any:

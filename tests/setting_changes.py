@@ -1,0 +1,113 @@
+"""What people change on the modules of a model, beside its tensors; each returns how often."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Change = Callable[[nn.Module], int]
+
+
+def eps_of(part: str = "") -> Change:
+    """eps of the norms with this in their name."""
+
+    def change(model: Any) -> int:
+        kinds = (nn.LayerNorm, _BatchNorm)
+        found = [m for name, m in model.named_modules() if part in name and isinstance(m, kinds)]
+        for norm in found:
+            norm.eps = 0.3
+        return len(found)
+
+    return change
+
+
+def attribute(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
+    """Attributes of these names, wherever a module has one of its own."""
+
+    def change(model: nn.Module) -> int:
+        found = [(m, name) for m in model.modules() for name in names if name in vars(m)]
+        for module, name in found:
+            setattr(module, name, value(getattr(module, name)))
+        return len(found)
+
+    return change
+
+
+def pair_of(number: int) -> Callable[[Any], Any]:
+    """A number, or two in the container that was there."""
+    return lambda old: number if isinstance(old, int) else type(old)([number, number])
+
+
+def convolutions(applies: Callable[[nn.Conv2d], bool], **settings: Any) -> Change:
+    def change(model: nn.Module) -> int:
+        found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and applies(m)]
+        for conv in found:
+            for name, value in settings.items():
+                setattr(conv, name, value)
+        return len(found)
+
+    return change
+
+
+def class_of(old: type[nn.Module], new: type[nn.Module]) -> Change:
+    def change(model: Any) -> int:
+        found: list[Any] = [m for m in model.modules() if type(m) is old]
+        for module in found:
+            module.__class__ = new
+            module.negative_slope = 0.2
+        return len(found)
+
+    return change
+
+
+@torch.no_grad()
+def index_in_place(model: nn.Module) -> int:
+    found = [b for name, b in model.named_buffers() if name.endswith("relative_position_index")]
+    for index in found:
+        index.copy_(index.flatten().flip(0).view(index.shape))
+    return len(found)
+
+
+def index_replaced(model: Any) -> int:
+    found = [m for m in model.modules() if "relative_position_index" in m._buffers]
+    for module in found:
+        index = module.relative_position_index
+        module.relative_position_index = index.flatten().flip(0).view(index.shape).clone()
+    return len(found)
+
+
+def statistics(model: nn.Module) -> int:
+    """Running statistics, through `F.batch_norm` on the buffers, which moves no version."""
+    found = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    for norm in found:
+        assert norm.running_mean is not None and norm.running_var is not None
+        x = torch.linspace(-2, 5, 4 * norm.num_features * 9).view(4, 9, -1).transpose(1, 2)
+        F.batch_norm(x, norm.running_mean, norm.running_var, training=True, momentum=0.5)
+    return len(found)
+
+
+CHANGES: dict[str, Change] = {
+    "eps": eps_of(),
+    "eps of one norm of a block": eps_of("before"),
+    "eps of mergings": eps_of("downsample.norm"),
+    "eps of stages": eps_of("hidden_states_norms"),
+    "scale": attribute(("scale", "scaling"), lambda scale: 2 * scale),
+    "function of the activation": attribute(("act",), lambda _: torch.tanh),
+    "approximate": attribute(("approximate",), lambda _: "tanh"),
+    "class of the activation": class_of(nn.ReLU, nn.LeakyReLU),
+    "index in place": index_in_place,
+    "index replaced": index_replaced,
+    "shift": attribute(("shift_size",), pair_of(1)),
+    "no shift": attribute(("shift_size",), pair_of(0)),
+    "stride": convolutions(lambda conv: conv.stride == (2, 2), stride=(1, 1)),
+    "stride of patches": convolutions(lambda conv: conv.stride == (4, 4), stride=(2, 2)),
+    "padding and dilation": convolutions(
+        lambda conv: conv.padding == (1, 1), padding=(2, 2), dilation=(2, 2)
+    ),
+    "padding mode": convolutions(lambda conv: conv.padding == (1, 1), padding_mode="reflect"),
+    "pool": attribute(("ceil_mode",), lambda _: True),
+    "statistics": statistics,
+}
