@@ -11,6 +11,7 @@ from fastbb_kernels._dispatch import launches_directly
 
 from . import models as _families  # noqa: F401 -- registers them
 from .backbone import Backbone
+from .derived import statistics_note
 from .engine.explanation import table
 from .engine.settings import Settings
 from .folding import is_batch_norm
@@ -60,6 +61,7 @@ class AccelerateReport:
         replaced: Sequence[Replacement],
         left_alone: Sequence[LeftAlone],
     ) -> None:
+        self._model = model
         self._title = f"{type(model).__name__}, mode {how.mode}"
         if how.precision is not None:
             self._title += f", precision {how.precision}"
@@ -72,7 +74,10 @@ class AccelerateReport:
         return [replacement.name for replacement in self.replaced]
 
     def refresh(self) -> None:
-        """Forgets what was computed from the parameters, after a change made through `.data`."""
+        """Forgets what was computed from the parameters, after a change that leaves no trace.
+
+        Such as one made through `.data`, or on a GPU running statistics moved by `F.batch_norm`.
+        """
         for replacement in self.replaced:
             replacement.refresh()
 
@@ -100,7 +105,9 @@ class AccelerateReport:
         for name, was, runs, why in self.rows():
             alike.setdefault((was, runs, why), []).append(name)
         lines = [(_names(names), was, runs, why) for (was, runs, why), names in alike.items()]
-        return f"{title}\n{table([('module', 'was', 'runs', 'why'), *lines])}"
+        text = f"{title}\n{table([('module', 'was', 'runs', 'why'), *lines])}"
+        note = statistics_note(self._model)
+        return text if note is None else f"{text}\n{note}"
 
     __repr__ = __str__
 

@@ -127,6 +127,17 @@ class RemembersDerived(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
+def statistics_note(module: nn.Module) -> str | None:
+    """What has to be said about the running statistics of a module, or None."""
+    named = itertools.chain.from_iterable(part._buffers.items() for part in module.modules())
+    if any(t is not None and t.is_cuda for name, t in named if name in STATISTICS):
+        return (
+            "running statistics that F.batch_norm moved, without their module, are not noticed on "
+            "a GPU: call refresh()"
+        )
+    return None
+
+
 class Statistics:
     """The running statistics of batch norms as they were, where comparing values costs little.
 

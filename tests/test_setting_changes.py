@@ -20,9 +20,11 @@ from tiny_hosts import (
 )
 from tolerance import assert_equals_upstream
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbb
 from fastbb import measuring
+from fastbb.derived import statistics_note
 from fastbb.engine.settings import EngineWarning
 from fastbb.watch import ModuleSettings
 
@@ -294,3 +296,12 @@ def test_a_verdict_against_ours_is_measured_twice() -> None:
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
     stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio < 1
+
+
+def test_a_report_says_what_a_gpu_does_not_notice() -> None:
+    norm = nn.BatchNorm2d(4)
+    assert statistics_note(norm) is None
+    with FakeTensorMode():
+        on_gpu = nn.BatchNorm2d(4, device="cuda")
+    assert "call refresh()" in str(statistics_note(nn.Sequential(on_gpu)))
+    assert statistics_note(nn.Sequential(nn.Linear(2, 2))) is None

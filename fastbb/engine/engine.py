@@ -21,7 +21,7 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 
 from ..backbone import Backbone
-from ..derived import ModuleStamp, is_tracing
+from ..derived import ModuleStamp, is_tracing, statistics_note
 from ..measuring import Clock, describe, duration, wall_clock
 from .explanation import Explanation, Row
 from .settings import DTYPES, EngineWarning, Settings, Tools
@@ -536,6 +536,7 @@ class Engine:
         if not rows:
             rows = [Row("any", "not decided", "nothing has run yet, and no example= was given")]
         rows += [Row("note", "eager", reason) for reason in self._notes.values()]
+        rows += notes_on(self._backbone)
         notes = [] if self.tools.cache is None else self.tools.cache.notes
         rows += [Row("cache", "-", note) for note in notes]
         return Explanation(f"{self._name}, mode {self.settings.mode}", tuple(rows))
@@ -550,6 +551,12 @@ class Engine:
         names = {dtype: name for name, dtype in DTYPES.items()}
         own = names.get(self._backbone.dtype, str(self._backbone.dtype).removeprefix("torch."))
         return "tf32" if self.settings.precision == "tf32" else own
+
+
+def notes_on(backbone: Backbone) -> list[Row]:
+    """What to know about a backbone, however it runs."""
+    note = statistics_note(backbone)
+    return [] if note is None else [Row("note", "-", note)]
 
 
 def _set_flags(matmul: str, cudnn: bool) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastbb_kernels._dispatch import launches_directly
 
 from ..backbone import Backbone
-from .engine import Engine
+from .engine import Engine, notes_on
 from .explanation import Explanation, Row
 from .settings import DTYPES, Settings, Tools
 from .truth import without_engine
@@ -47,7 +47,7 @@ def explain(backbone: Backbone) -> Explanation:
     runs = "triton" if on_gpu else "eager"
     why = "each op by itself; prepare() decides for the whole backbone"
     title = f"{type(backbone).__name__} in {backbone.dtype} on {backbone.device}, not prepared"
-    return Explanation(title, (Row("any", runs, why),))
+    return Explanation(title, (Row("any", runs, why), *notes_on(backbone)))
 
 
 def _check_device(backbone: Backbone, settings: Settings) -> None:
