@@ -1,5 +1,6 @@
 """Weights on disk: safetensors read and written, names matched to a backbone's, strictly."""
 
+import errno
 import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,11 @@ from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 StateDict = dict[str, Tensor]
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# errors that say nothing about what is in a file
+_NO_ACCESS = {
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.EIO, errno.ESTALE),
+    *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
+}
 # in the order of preference; an index names the shards of a split checkpoint
 WEIGHT_FILES = (
     "model.safetensors",
@@ -87,10 +93,18 @@ def read_weights_file(path: Path) -> StateDict:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a reader raises over a damaged file into an OSError of one line."""
+    """Turns what a reader raises over a damaged file into an OSError of one line.
+
+    A file that cannot be read, or not in this memory, may be a good one: nobody is told to delete
+    it.
+    """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # an unpickler raises whatever the bytes lead it to
+        if isinstance(error, OSError) and error.errno in _NO_ACCESS:
+            raise OSError(f"{path} cannot be read: {error.strerror}") from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
             f"{path} is corrupt, truncated or not a file of weights ({reason}); "

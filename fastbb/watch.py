@@ -66,9 +66,10 @@ class ModuleSettings:
 
 
 def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
-    # a method that was put over the class's own is no setting; who binds one has to be asked
-    is_private = name.startswith("_") or name == "training"
-    return not is_private and not hasattr(type(module), name) and _is_plain(value)
+    if name.startswith("_") or name == "training":
+        return False
+    # a method that was put over the class's own is watched elsewhere
+    return not callable(getattr(type(module), name, None)) and _is_plain(value)
 
 
 def _is_plain(value: Any) -> bool:

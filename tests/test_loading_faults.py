@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastbb import AutoBackbone, ResNetBackbone, ResNetConfig, SwinBackbone, SwinConfig
-from fastbb.checkpoint import check_dtypes, load_strict, read_state_dict
+from fastbb.checkpoint import check_dtypes, load_strict, read_state_dict, read_weights_file
 from fastbb.cli import main
 
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
@@ -102,6 +102,19 @@ def test_weights_that_are_not_floating_are_refused(
         AutoBackbone.from_pretrained(folder, **options)
     assert f"{CALLED[kind]} is torch.{dtype}:" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_nobody_is_told_to_delete_what_cannot_be_read(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torch.load", fails)
+    with pytest.raises((OSError, MemoryError)) as raised:
+        read_weights_file(tmp_path / "pytorch_model.bin")
+    assert "delete it" not in str(raised.value)
 
 
 def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> None:

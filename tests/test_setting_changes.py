@@ -229,8 +229,11 @@ def test_a_fused_activation_that_changes_is_reported() -> None:
 
 
 class Odd(nn.Module):
+    scale = 1.0
+
     def __init__(self) -> None:
         super().__init__()
+        self.scale = 2.0
         self.sizes = [1, [2, 3]]
         self.function = torch.relu
         self.table = torch.zeros(3)  # no setting
@@ -246,6 +249,9 @@ def test_settings_are_told_by_name() -> None:
     assert settings.change() == "sizes is [1, [4, 3]], was [1, [2, 3]]"
     module.sizes = [1, [2, 3]]
     assert settings.change() is None
+    module.forward, module.scale = torch.relu, 1.0
+    assert settings.change() == "scale is 1.0, was 2.0"
+    module.scale = 2.0
     module.table, module.names = torch.ones(3), {}
     module.layer.eval().requires_grad_(False)
     assert settings.change() is None
