@@ -88,9 +88,10 @@ class AccelerateReport:
         rows = []
         for r in self.replaced:
             runs, why = _state(r)
-            around = passed_over if r.choices or r.last_reason else whole
+            has_run = r.choices or r.last_reason or r.off
+            around = passed_over if has_run else whole
             outer = [name for name in around if name != r.name and _is_inside(r.name, name)]
-            if outer and r.off is None:
+            if outer:
                 runs, why = "-", f"{outer[0] or 'the model'} runs as a whole"
             rows.append((r.name, type(r.module).__name__, runs, why))
         return rows + [(left.name, left.was, "upstream", left.why) for left in self.left_alone]

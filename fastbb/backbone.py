@@ -343,10 +343,15 @@ class Backbone(BackboneMixin, RemembersDerived):
         return self._in_own_dtype(pixel_values)
 
     def _in_own_dtype(self, pixel_values: Tensor) -> Tensor:
-        """Floating pixels in the dtype of the weights, except where torch.autocast chooses it."""
-        if not pixel_values.is_floating_point() or autocasts(pixel_values.device.type):
+        """Floating pixels in the dtype of the weights, except where torch.autocast chooses it.
+
+        It leaves float64 as it is, and does not choose where a precision was asked for.
+        """
+        if not pixel_values.is_floating_point():
             return pixel_values
-        return pixel_values.to(self.dtype)
+        is_asked = self._engine is not None and self._engine.settings.precision is not None
+        is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
+        return pixel_values if is_cast and not is_asked else pixel_values.to(self.dtype)
 
     def prepare(
         self: Module,

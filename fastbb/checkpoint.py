@@ -105,6 +105,11 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # an unpickler raises whatever the bytes lead it to
         if isinstance(error, OSError) and error.errno in _NO_ACCESS:
             raise OSError(f"{path} cannot be read: {error.strerror}") from error
+        if "Unsupported global" in str(error):  # it is whole, and not safe to load
+            raise OSError(
+                f"{path} holds Python objects other than tensors, which are not loaded: save "
+                "model.state_dict() alone"
+            ) from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
             f"{path} is corrupt, truncated or not a file of weights ({reason}); "
@@ -284,12 +289,15 @@ def load_strict(
         for name, tensor in expected.items()
         if name in state and state[name].shape != tensor.shape
     ]
+    is_wanted = torch.device(device or "cpu").type != "meta"
+    empty = [name for name in expected if name in state and state[name].is_meta and is_wanted]
     problems = [
         f"{title}: {_some(found)}"
         for title, found in (
             ("missing", missing),
             ("unknown", unknown),
             ("of the wrong shape", shapes),
+            ("without values, on the meta device", empty),
         )
         if found
     ]
@@ -302,7 +310,7 @@ def load_strict(
     for name, tensor in expected.items():
         source = tensor if name in initialized else state[name]
         # a copy, so that the module owns its memory and not a map of the file
-        new[name] = source.to(
+        new[name] = source.detach().to(
             device=device or "cpu",
             dtype=floating if source.is_floating_point() else source.dtype,
             copy=True,

@@ -29,18 +29,36 @@ class _CannotPrintError(Exception):
     exit_code = _OUTPUT
 
 
-class _Commands(click.Group):
+class _Command(click.Command):
+    """A command, whose help may not be printable."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except OSError as error:  # nothing but the help is printed here
+            _discard_output()
+            if error.errno == errno.EPIPE:
+                sys.exit(0)
+            _say(f"fastbb: {_not_printed(error)}")
+            sys.exit(_OUTPUT)
+
+
+class _Commands(_Command, click.Group):
     """The commands, with one rule for signals, errors and exit codes."""
+
+    command_class = _Command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _fill_missing_streams()
         with ending_on_signals():
             try:
-                return super().main(*args, **kwargs)
-            except OSError as error:  # click's own output, such as the help
-                _discard_output()
-                _say(f"fastbb: {_not_printed(error)}")
-                sys.exit(_OUTPUT)
+                sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
+            except click.ClickException as error:
+                with contextlib.suppress(OSError):
+                    error.show()
+                sys.exit(interruption_code() or error.exit_code)
+            except click.Abort:  # how click passes an interruption on
+                sys.exit(interruption_code() or _INTERRUPTED)
             except BaseException:
                 code = interruption_code()
                 if code is None:
@@ -133,7 +151,7 @@ def main() -> None:
     type=click.FloatRange(0, 1),
     default=0.05,
     show_default=True,
-    help="Stop when more than this share of the images fails.",
+    help="Stop when more than this share of the images fails; up to 1000 count as 1000.",
 )
 def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
     """Stores the features of images; the same command again goes on where it stopped.
@@ -150,7 +168,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
         _say(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model")
     from .extraction import extract as run
 
-    report = run(model or DEFAULT_MODEL, inputs, progress=True, **options)
+    report = run(DEFAULT_MODEL if model is None else model, inputs, progress=True, **options)
     _echo(str(report))
     sys.exit(1 if report.errors or report.unreadable_directories else 0)
 

@@ -142,15 +142,16 @@ class Statistics:
     """The running statistics of batch norms as they were, where comparing values costs little.
 
     Args:
-        tensors: buffers [C]; those on a GPU are taken for unchanged.
+        tensors: buffers [C]; those on a GPU are taken for unchanged. Whoever asks keeps them, or
+            knows that they are there.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [t for t in tensors if t.device.type == "cpu" and t.is_contiguous()]
         # what is in memory: to compare tensors takes six times as long
         self._memory = [
-            (c_char * (t.numel() * t.element_size())).from_address(t.data_ptr())
-            for t in self._tensors
+            (c_char * _span(tensor)).from_address(tensor.data_ptr())
+            for tensor in tensors
+            if tensor.device.type == "cpu"
         ]
         self._bytes = self._read()
 
@@ -160,6 +161,14 @@ class Statistics:
 
     def _read(self) -> list[bytes]:
         return [memory.raw for memory in self._memory]
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if not tensor.numel():
+        return 0
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return (sum(steps) + 1) * tensor.element_size()
 
 
 class ModuleStamp:

@@ -230,7 +230,6 @@ class Folding:
     Args:
         model: its modules get forwards bound on the instances.
         norms: what `find_norms` found in it.
-
     """
 
     def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:

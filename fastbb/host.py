@@ -93,7 +93,8 @@ class Region(Fast):
         self._folding = Folding(module, _norms(module) if self.folds else [])
         compiles = "compile" in how.mode
         self.runs_parts = self.folds and how.precision is None and not compiles
-        self.reads_settings = self.reads_settings or compiles or how.precision is not None
+        # converted copies are watched by stamps of their own
+        self.reads_settings = self.reads_settings or compiles
         self.follows_settings = not compiles
         if compiles:  # what was compiled reads nothing
             self.read_at_every_call = ()

@@ -40,8 +40,13 @@ def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
     """The directory meant by a name: an existing one, or that of a bundled model.
 
     Raises:
-        OSError: the name is in the home directory of a user that is not known here.
+        OSError: the name is empty, or in the home directory of a user that is not known here.
     """
+    if not os.fspath(name_or_dir):
+        raise OSError(
+            "the name of the model is empty: wanted a directory, the name of a bundled model, a "
+            "timm name or a Hub repository"
+        )
     try:
         path = Path(name_or_dir).expanduser()
     except RuntimeError as error:

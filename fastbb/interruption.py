@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -18,7 +19,10 @@ from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN_S = 1.0
+_ECHO_S = 0.2  # wrappers such as `timeout` signal a process, and then its group
 _received = 0  # number of the first signal
+_received_at = 0.0
+_raises = False  # whether handlers raise what they receive
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,7 +51,7 @@ def ending_on_signals() -> Iterator[None]:
     For commands. Does nothing outside the main thread. A signal that the process was started to
     ignore, as a shell does for jobs in the background, stays ignored.
     """
-    global _received
+    global _received, _raises
     wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread() or not wanted:
         yield
@@ -64,10 +68,15 @@ def ending_on_signals() -> Iterator[None]:
     # Python runs handlers between two instructions; this hears signals inside a long call as well
     threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
     before_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    before = {number: signal.signal(number, _interrupt) for number in wanted}
-    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _raise_again)
+    handlers = {**dict.fromkeys(wanted, _interrupt), signal.SIGALRM: _raise_again}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield
+        _raises = True
+        try:
+            check_interrupted()  # a signal that came in the lines above
+            yield
+        finally:
+            _raises = False
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
@@ -80,16 +89,19 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    global _received
+    global _received, _received_at
     if _received:
-        os._exit(128 + number)
-    _received = number
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
-    raise Interrupted
+        if time.monotonic() - _received_at > _ECHO_S:
+            os._exit(128 + number)
+        return
+    _received, _received_at = number, time.monotonic()
+    if _raises:
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+        raise Interrupted
 
 
 def _raise_again(number: int, frame: FrameType | None) -> None:
-    if _received and not _is_under_way():
+    if _raises and _received and not _is_under_way():
         raise Interrupted
 
 
@@ -104,11 +116,22 @@ def _is_under_way() -> bool:
 
 
 def _end_at_the_second(reader: int) -> None:
-    n_signals = 0
+    first_at: float | None = None
     with suppress(OSError):
         while numbers := os.read(reader, 16):
             for number in numbers:
-                n_signals += number in _SIGNALS
-                if n_signals == 2:
+                if number not in _SIGNALS:
+                    continue
+                if first_at is None:
+                    first_at = time.monotonic()
+                elif time.monotonic() - first_at > _ECHO_S:
                     os._exit(128 + number)
     os.close(reader)
+
+
+def _forget_in_child() -> None:
+    if _raises:  # or a signal to a child would be taken for one to us
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

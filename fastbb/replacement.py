@@ -181,7 +181,7 @@ class Replacement:
         self.last_reason: str | None = None
         self.off: str | None = None
         self._make, self._timings = make, timings
-        self._fast: Fast | None = make(module, how)
+        self._fast: Fast | None = self._made()
         self._settings = self._read_settings()
         # at once: what is replaced before the first call has to be noticed
         self._watch: _Watch | None = _Watch(module)
@@ -195,16 +195,31 @@ class Replacement:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        new = {"choices": {}, "last_reason": None}
+        new = {"choices": {}, "last_reason": None, "off": None}
         new |= {"_fast": None, "_watch": None, "_settings": None}
         return {**self.__dict__, **new}
 
     @property
     def fast(self) -> Fast:
         if self._fast is None:
-            self._fast = self._make(self.module, self.how)
-            self._settings = self._read_settings()
+            with _making:
+                self._fast = self._fast or self._made()
+                self._settings = self._read_settings()
         return self._fast
+
+    def _made(self) -> Fast:
+        """What computes ours, of the module as it is now.
+
+        Raises:
+            Refused: whatever is odd about the module; upstream may run it all the same.
+        """
+        try:
+            with upstream_only():
+                return self._make(self.module, self.how)
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"reading it failed: {describe(error)}") from error
 
     @property
     def is_running_ours(self) -> bool:
@@ -281,8 +296,8 @@ class Replacement:
         # a graph that is recorded is the host's: its compiler fuses what upstream wrote
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
-        if self._settings is not None and (change := self._settings.change()) is not None:
-            self._follow(change)
+        if self._settings is not None and self._settings.change() is not None:
+            self._follow()
         # what runs ours around this has looked at everything inside it
         outer = _local.running[-1]._watch if _local.running else None
         is_inner = outer is not None and outer.covers(self.module)
@@ -337,14 +352,13 @@ class Replacement:
         if self.off is not None:
             return self.off
         if self._watch is None:  # this is a copy
-            try:
-                with upstream_only():
-                    self._fast = self._make(self.module, self.how)
-                self._settings = self._read_settings()
-            except Refused as refused:  # by what was changed since
-                self.off = str(refused)
-                return self.off
-            self._watch = _Watch(self.module)
+            with _making:
+                try:
+                    _ = self.fast
+                except Refused as refused:  # by what was changed since
+                    self.off, self._settings = str(refused), self._read_settings()
+                    return self.off
+                self._watch = self._watch or _Watch(self.module)
         watch = self._watch
         problem = watch.problem()
         if problem is not None:
@@ -375,26 +389,30 @@ class Replacement:
         return self.fast.why_not(*args, **kwargs)
 
     def _read_settings(self) -> ModuleSettings | None:
-        assert self._fast is not None
-        if not self._fast.reads_settings:
+        made = self._fast or self._make
+        if not made.reads_settings:
             return None
-        return ModuleSettings(self.module, self._fast.read_at_every_call)
+        return ModuleSettings(self.module, made.read_at_every_call)
 
-    def _follow(self, change: str) -> None:
+    def _follow(self) -> None:
         """Makes ours anew of the settings of now, to be held to upstream's again."""
-        forget_derived(self.module)
-        self.choices.clear()
-        fast = self.fast
-        try:
-            if not fast.follows_settings:
-                raise Refused(f"it was compiled before {change}: call accelerate() again")
-            fast.close()
-            with upstream_only():
-                self._fast = self._make(self.module, self.how)
-            self.off = None
-        except Refused as refused:
-            self.off = f"{refused} ({change})" if fast.follows_settings else str(refused)
-        self._settings = self._read_settings()
+        with _making:
+            change = self._settings and self._settings.change()
+            if change is None:  # another thread was here
+                return
+            fast = self._fast
+            forget_derived(self.module)
+            self.choices.clear()
+            if fast is None or fast.follows_settings:
+                try:
+                    if fast is not None:
+                        fast.close()
+                    self._fast, self.off = self._made(), None
+                except Refused as refused:
+                    self.off = f"{refused} ({change})"
+            else:
+                self.off = f"it was compiled before {change}: call accelerate() again"
+            self._settings = self._read_settings()
 
     def _decide(self, kind: Hashable, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
         """Holds ours to upstream's on this input, times both, and returns the result."""
@@ -451,6 +469,10 @@ def replacement_of(module: nn.Module) -> Replacement | None:
     """What is bound on a module, or None."""
     own = getattr(vars(module).get("forward"), "__self__", None)
     return own if isinstance(own, Replacement) else None
+
+
+# one at a time: what is made of a module is not to change while another thread makes it
+_making = threading.RLock()
 
 
 class _Local(threading.local):

@@ -17,8 +17,9 @@ class ModuleSettings:
     """The settings of a module and of all inside it, as they were when something was made of them.
 
     A setting is an attribute that is no tensor: eps, a stride, a window, the scale of an attention,
-    an activation and its arguments; and the class. A module's own forward reads them at every call.
-    Whoever reads them once asks here before it uses what it made of them.
+    an activation and its arguments; the class, and which parameters there are. A module's own
+    forward reads them at every call. Whoever reads them once asks here before it uses what it made
+    of them.
 
     Args:
         module: with everything inside.
@@ -28,6 +29,8 @@ class ModuleSettings:
     def __init__(self, module: nn.Module, ignored: Collection[str] = ()) -> None:
         self._names, self._parts = map(list, zip(*module.named_modules()))
         self._classes = list(map(type, self._parts))
+        self._parameters = [part._parameters for part in self._parts if part._parameters]
+        self._absent = self._read_absent()
         self._keys = [
             [k for k, v in vars(part).items() if k not in ignored and _is_setting(part, k, v)]
             for part in self._parts
@@ -52,16 +55,21 @@ class ModuleSettings:
                 return f"{name or 'it'} is a {type(part).__name__}, was a {cls.__name__}"
             for key, old in zip(keys, values):
                 new = getattr(part, key, "gone")
-                if new is not old and new != old:
+                if new is not old and not (_is_plain(new) and new == old):
                     return f"{f'{name}.{key}'.lstrip('.')} is {new!r:.60}, was {old!r:.60}"
+        if self._read_absent() != self._absent:
+            return "a parameter came or went"
         return None
 
+    def _read_absent(self) -> list[bool]:
+        return [p is None for parameters in self._parameters for p in parameters.values()]
+
     def _is_same(self) -> bool:
-        if list(map(type, self._parts)) != self._classes:
+        if list(map(type, self._parts)) != self._classes or self._read_absent() != self._absent:
             return False
         try:
             return [read(part.__dict__) for read, part in self._readers] == self._read
-        except KeyError:  # deleted
+        except Exception:  # deleted, or a tensor now, which is neither equal nor not
             return False
 
 

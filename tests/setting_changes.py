@@ -89,6 +89,13 @@ def statistics(model: nn.Module) -> int:
     return len(found)
 
 
+def bias_of_mergings(model: Any) -> int:
+    found = [m.reduction for m in model.modules() if hasattr(m, "reduction")]
+    for linear in found:
+        linear.bias = nn.Parameter(torch.ones(linear.out_features))
+    return len(found)
+
+
 CHANGES: dict[str, Change] = {
     "eps": eps_of(),
     "eps of one norm of a block": eps_of("before"),
@@ -110,4 +117,5 @@ CHANGES: dict[str, Change] = {
     "padding mode": convolutions(lambda conv: conv.padding == (1, 1), padding_mode="reflect"),
     "pool": attribute(("ceil_mode",), lambda _: True),
     "statistics": statistics,
+    "a bias that was not there": bias_of_mergings,
 }

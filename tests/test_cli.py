@@ -117,6 +117,7 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (("--device", "gpu"), "wanted cpu, cuda or cuda:N, got 'gpu'"),
         (("--model", "nano-swin-digit"), "Did you mean nano-swin-digits"),
         (("--model", "."), "has no config.json"),
+        (("--model", ""), "the name of the model is empty"),
         (("--model", "~nosuchuser/m"), "starts with the home directory of a user"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

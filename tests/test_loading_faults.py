@@ -104,6 +104,25 @@ def test_weights_that_are_not_floating_are_refused(
     assert "\n" not in str(error.value)
 
 
+def test_a_bin_of_parameters_loads_as_buffers_and_parameters(tmp_path: Path) -> None:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    ResNetBackbone(config).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    state = {
+        name: torch.nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in read_weights_file(path).items()
+    }
+    path.unlink()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    backbone = AutoBackbone.from_pretrained(tmp_path)
+    assert not any(buffer.requires_grad for buffer in backbone.buffers())
+    backbone(torch.zeros(1, 3, 32, 32))
+    meta = {name: tensor.detach().to("meta") for name, tensor in state.items()}
+    torch.save(meta, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="without values, on the meta device: embedder"):
+        AutoBackbone.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
 def test_nobody_is_told_to_delete_what_cannot_be_read(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,6 +1,9 @@
 """An accelerated or prepared model computes with the settings that its modules have now."""
 
+import copy
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,6 +15,7 @@ from setting_changes import CHANGES
 from tiny_hosts import (
     HOSTS,
     assert_close,
+    has_run_ours,
     infer,
     reasons_of,
     resnet_backbone,
@@ -23,10 +27,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastbb
-from fastbb import measuring
+from fastbb.calls import difference
 from fastbb.derived import statistics_note
 from fastbb.engine.settings import EngineWarning
-from fastbb.watch import ModuleSettings
 
 PIXELS = images(48, 40)
 
@@ -80,6 +83,7 @@ APPLIES: dict[str, list[str]] = {
     "padding mode": ["resnet_backbone"],
     "pool": ["resnet_backbone", "timm_resnet"],
     "statistics": RESNETS,
+    "a bias that was not there": [*SWINS, ANY_SIZE],
 }
 # what ours cannot express, in the words of the report
 REFUSED = {
@@ -126,6 +130,94 @@ def test_what_is_changed_back_runs_ours_again(name: str) -> None:
         vars(module).update({k: v for k, v in was.items() if k in ("scaling", "act")})
     assert_close(infer(model), infer(upstream))
     assert not reasons_of(report), str(report)
+
+
+def test_a_whole_backbone_that_runs_again_is_what_the_report_shows() -> None:
+    model = swin_backbone()
+    report = fastbb.accelerate(model, mode="eager")
+    attentions = [m for m in model.modules() if "scaling" in vars(m)]
+    for factor in (2, 0.5):
+        for attention in attentions:
+            attention.scaling *= factor
+        infer(model)
+    assert {runs for _, _, runs, _ in report.rows()} == {"fastbb", "-"}, str(report)
+
+
+def test_a_copy_of_a_changed_model_runs_ours_when_it_is_changed_back() -> None:
+    model = swin_classifier()
+    fastbb.accelerate(model, mode="eager")
+    infer(model)
+    CHANGES["scale"](model)
+    infer(model)
+    other = copy.deepcopy(model)
+    infer(other)
+    assert not has_run_ours(other)
+    for module in other.modules():
+        if "scaling" in vars(module):
+            module.scaling /= 2
+    assert_close(infer(other), infer(swin_classifier()))
+    assert has_run_ours(other)
+
+
+ODD: dict[str, Callable[[Any], None]] = {
+    "a scale for each head": lambda block: setattr(
+        block.attn, "scale", torch.tensor([0.5, 0.25])[:, None, None]
+    ),
+    "a scale that is a tensor": lambda block: setattr(block.attn, "scale", torch.tensor(0.25)),
+    "no scale": lambda block: delattr(block.attn, "scale"),
+    "no heads": lambda block: setattr(block.attn, "num_heads", 0),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_odd_settings_are_upstreams_matter(odd: Callable[[Any], None]) -> None:
+    model, upstream = (timm_swin(strict_img_size=False) for _ in range(2))
+    fastbb.accelerate(model, mode="eager")
+    infer(model, PIXELS)
+    for either in (model, upstream):
+        odd(either.layers[1].blocks[0])
+    try:
+        want = infer(upstream, PIXELS)
+    except Exception as error:
+        for _ in range(2):
+            with pytest.raises(type(error), match=re.escape(str(error))):
+                infer(model, PIXELS)
+    else:
+        for _ in range(2):
+            assert_close(infer(model, PIXELS), want)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_threads_follow_a_change(precision: str | None) -> None:
+    """Nothing of the model may be moved while another thread runs it."""
+    model, upstream = timm_efficientnet(), timm_efficientnet()
+    fastbb.accelerate(model, mode="eager", precision=precision)
+    infer(model, PIXELS)
+    for either in (model, upstream):
+        CHANGES["eps"](either)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: infer(model, PIXELS), range(12)))
+    want = infer(upstream, PIXELS)
+    assert not any(tensor.is_meta for tensor in model.state_dict().values())
+    for got in results:
+        assert difference(got, want, precision) is None
+
+
+def test_statistics_with_gaps_in_memory_are_followed() -> None:
+    model, upstream = resnet_backbone(), resnet_backbone()
+    norms: list[Any] = [
+        norm
+        for either in (model, upstream)
+        for norm in either.modules()
+        if isinstance(norm, nn.BatchNorm2d)
+    ]
+    for norm in norms:
+        norm.running_mean = torch.stack([norm.running_mean] * 2, 1)[:, 0]
+    fastbb.accelerate(model, mode="eager")
+    infer(model)
+    for norm in norms:
+        norm.running_mean.data.add_(1)
+    assert_close(infer(model), infer(upstream))
 
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone], ids=["swin", "resnet"])
@@ -180,6 +272,7 @@ OF_NATIVE: dict[str, list[str]] = {
     "padding mode": ["hf resnet", "timm resnet", "timm efficientnet"],
     "pool": ["timm resnet"],
     "statistics": ["hf resnet", "timm resnet", "timm efficientnet"],
+    "a bias that was not there": ["hf swin", "timm swin"],
 }
 
 
@@ -223,85 +316,6 @@ def test_a_fused_activation_that_changes_is_reported() -> None:
     refused = [norm.refused for norm in pair.ours.fold_report.refused]
     assert len(refused) > n_refused
     assert any("its activation was changed: it is a Tanh, was a SiLU" in str(r) for r in refused)
-
-
-# the parts: `ModuleSettings`, `compare`
-
-
-class Odd(nn.Module):
-    scale = 1.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = 2.0
-        self.sizes = [1, [2, 3]]
-        self.function = torch.relu
-        self.table = torch.zeros(3)  # no setting
-        self.names = {"a": 1}  # nor is this
-        self.layer = nn.LayerNorm(4)
-
-
-def test_settings_are_told_by_name() -> None:
-    module = Odd()
-    settings = ModuleSettings(module)
-    assert settings.change() is None
-    module.sizes[1][0] = 4  # type: ignore[index]  # a list in a list
-    assert settings.change() == "sizes is [1, [4, 3]], was [1, [2, 3]]"
-    module.sizes = [1, [2, 3]]
-    assert settings.change() is None
-    module.forward, module.scale = torch.relu, 1.0
-    assert settings.change() == "scale is 1.0, was 2.0"
-    module.scale = 2.0
-    module.table, module.names = torch.ones(3), {}
-    module.layer.eval().requires_grad_(False)
-    assert settings.change() is None
-    module.layer.eps = 1.0
-    assert settings.change() == "layer.eps is 1.0, was 1e-05"
-    module.layer.eps = 1e-5
-    module.function = torch.tanh
-    assert str(settings.change()).startswith("function is <built-in method tanh")
-    del module.function
-    assert str(settings.change()).startswith("function is 'gone'")
-    assert ModuleSettings(module, ignored=("sizes",)).change() is None
-    module.sizes = []
-    assert ModuleSettings(module).change() is None
-
-
-def test_a_copy_watches_the_copy() -> None:
-    """A `Folding` is copied with the model that it is in."""
-    import copy
-
-    module, settings = copy.deepcopy((model := Odd(), ModuleSettings(model)))
-    model.layer.eps = 1.0
-    assert settings.change() is None
-    module.layer.eps = 1.0
-    assert settings.change() == "layer.eps is 1.0, was 1e-05"
-
-
-class Seconds:
-    """Returns one number after the other, the last for ever."""
-
-    def __init__(self, *seconds: float) -> None:
-        self.left = list(seconds)
-
-    def __call__(self) -> float:
-        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
-
-
-@pytest.mark.parametrize("slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)])
-def test_outliers_do_not_decide(slow: tuple[float, ...]) -> None:
-    found = measuring.compare(Seconds(*slow, 1.0), Seconds(1.2), tie=0.03)
-    assert found.ratio < 1 and (found.ours, found.theirs) == (1.0, 1.2)
-    other = measuring.compare(Seconds(1.2), Seconds(*slow, 1.0), tie=0.03)
-    assert other.ratio > 1.03
-
-
-def test_a_verdict_against_ours_is_measured_twice() -> None:
-    """Something else runs on the machine while the first half is measured."""
-    stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
-    assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
-    stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
-    assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio < 1
 
 
 def test_a_report_says_what_a_gpu_does_not_notice() -> None:

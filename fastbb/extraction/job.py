@@ -173,8 +173,11 @@ def extract(
         raise ValueError(f"max_error_rate: wanted a share from 0 to 1, got {max_error_rate}")
     is_one = isinstance(inputs, (str, bytes, os.PathLike))
     given = [os.fsdecode(path) for path in ([inputs] if is_one else inputs)]
-    if not given:
-        raise InputError("inputs: wanted at least one directory, glob, image, list or archive")
+    if not given or not all(given):
+        raise InputError(
+            "inputs: wanted at least one directory, glob, image, list or archive, and none of them "
+            f"empty, got {given}"
+        )
     skipped: Counter[str] = Counter()
     archives = archive_states(given)
     unreadable: list[str] = []

@@ -49,7 +49,7 @@ _filter_lists: list[Any] = []  # `warnings.catch_warnings` exchanges the list
 def fixed_settings() -> Iterator[None]:
     """Fixes the settings until every such context has ended, then gives the program's back.
 
-    What the program sets meanwhile is lost.
+    Those are what it set last, be it meanwhile.
     """
     global _n_runs
     with _lock:
@@ -75,9 +75,10 @@ def fix_settings() -> object:
         An object that is another one after a setting was found changed.
     """
     global _state
-    for module, name, value in _PRESENT:
-        if getattr(module, name) != value:
+    for index, (module, name, value) in enumerate(_PRESENT):
+        if (found := getattr(module, name)) != value:
             _state = object()  # first: who sees the setting mended must see this as well
+            _before[index] = found
             setattr(module, name, value)
     filters: Any = warnings.filters
     if not filters or filters[0] is not _FILTER:
@@ -89,6 +90,7 @@ def fix_settings() -> object:
 
 
 def _give_back() -> None:
+    fix_settings()  # takes note of what the program has set since the last image
     for (module, name, _), value in zip(_PRESENT, _before):
         setattr(module, name, value)
     for filters in [*_filter_lists, warnings.filters]:

@@ -281,8 +281,9 @@ class SwinStage:
 
 def merge_patches(x: Tensor, weights: PatchMergingWeights) -> Tensor:
     """[B, H, W, C] -> [B, h, w, 2C]."""
-    norm_weight, norm_bias, eps, reduction = weights
-    return patch_merging(x, norm_weight, norm_bias, reduction, eps=eps)
+    norm_weight, norm_bias, eps, reduction, bias = weights
+    x = patch_merging(x, norm_weight, norm_bias, reduction, eps=eps)
+    return x if bias is None else x + bias
 
 
 def swin_stage(

@@ -41,8 +41,9 @@ class _SwinBlock(Fast):
         if proj.in_features != proj.out_features:
             raise Refused("its heads have a size of their own")
         usual = (self._channels // self.num_heads()) ** -0.5
-        if (scale := self.scale()) not in (None, usual):
-            raise Refused(f"its attention scale is {scale:.4g}, the usual one {usual:.4g}")
+        scale = self.scale()
+        if scale is not None and not (isinstance(scale, (int, float)) and scale == usual):
+            raise Refused(f"its attention scale is {scale!r:.40}, the usual one {usual:.4g}")
         activation = activation_name(self.activation(block))
         if activation is None:
             raise Refused(f"its activation is a {type(self.activation(block)).__name__}")
@@ -254,9 +255,8 @@ class Merging(Fast):
         check_parts(module)
         if type(self.module.norm) is not nn.LayerNorm:
             raise Refused(f"its norm is a {type(self.module.norm).__name__}")
-        reduction = self.module.reduction
-        if type(reduction) is not nn.Linear or reduction.bias is not None:
-            raise Refused("its reduction is not a linear layer without bias")
+        if type(self.module.reduction) is not nn.Linear:
+            raise Refused(f"its reduction is a {type(self.module.reduction).__name__}")
 
     def likeness(self) -> Hashable:
         return type(self).__name__, self.module.reduction.in_features

@@ -185,7 +185,8 @@ def _is_usual(block: Any) -> bool:
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
     n_pairs = (block.window_size[0] * block.window_size[1]) ** 2
     return (
-        attn.scale == head_dim**-0.5
+        isinstance(attn.scale, float)
+        and attn.scale == head_dim**-0.5
         and act.approximate == "none"
         and attn.relative_position_index.numel() == n_pairs
     )

@@ -77,9 +77,11 @@ class PatchMergingWeights(NamedTuple):
     norm_bias: Tensor  # [4C]
     norm_eps: float
     reduction: Tensor  # [2C, 4C]
+    bias: Tensor | None  # [2C], which no published Swin has
 
     @classmethod
     def of(cls, merging: Any) -> "PatchMergingWeights":
         """Those of a module with `norm` and `reduction`, as all libraries name them."""
         norm = merging.norm
-        return cls(norm.weight, norm.bias, norm.eps, merging.reduction.weight)
+        reduction = merging.reduction
+        return cls(norm.weight, norm.bias, norm.eps, reduction.weight, reduction.bias)

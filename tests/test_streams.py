@@ -1,0 +1,96 @@
+"""Commands whose standard streams are closed, missing, full or read by nobody."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from fastbb.extraction import open_features
+from fastbb.extraction.job import _Progress
+
+COMMAND = f"{sys.executable} -c 'from fastbb.cli import main; main()'"
+
+
+def shell(arguments: str, redirections: str = "") -> subprocess.CompletedProcess[str]:
+    command = f"{COMMAND} {arguments} {redirections}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i in range(3):
+        Image.new("RGB", (9, 8), (80 * i, 40, 200)).save(directory / f"{i}.png")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("redirections", "code"),
+    [
+        (">&-", 0),
+        ("2>&-", 0),
+        ("<&- >&- 2>&-", 0),
+        ("2>/dev/full", 0),
+        (">/dev/full", 6),
+        (">/dev/full 2>/dev/full", 6),
+        ("| head -c 0; exit ${PIPESTATUS[0]}", 0),
+    ],
+)
+def test_an_extraction_is_whole_whatever_the_streams(
+    redirections: str, code: int, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = f"extract {images} --out {out} --model nano-resnet-digits"
+    result = shell(arguments, redirections)
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    features = open_features(out)
+    assert features.complete and len(features) == 3
+    if redirections == ">/dev/full":
+        last = result.stderr.splitlines()[-1]
+        assert last == "fastbb: cannot print to the standard output: No space left on device"
+        assert shell(f"show {out}", redirections).returncode == 6
+
+
+@pytest.mark.parametrize("arguments", ["--help", "show --help", "--version", "list nano-resnet*"])
+def test_every_command_that_prints(arguments: str) -> None:
+    full = shell(arguments, ">/dev/full")
+    assert (full.returncode, full.stderr.count("\n")) == (6, 1), full.stderr
+    gone = shell(arguments, "| head -c 0; exit ${PIPESTATUS[0]}")
+    assert (gone.returncode, gone.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("redirections", ["2>/dev/full", "2>&-", "", ">&- 2>&-"])
+def test_a_usage_error_that_nobody_can_read(redirections: str) -> None:
+    assert shell("nosuchcommand", redirections).returncode == 2
+    assert shell("extract", redirections).returncode == 2
+
+
+def test_missing_streams_of_a_host_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with _Progress(True) as progress:
+        progress.say("nobody hears it")
+        progress.start(3, 0)
+        progress.advance(3)
+
+
+class Full:
+    def write(self, text: str) -> int:
+        raise OSError(28, os.strerror(28))
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+def test_what_cannot_be_said_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = Full()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with _Progress(True) as progress:
+        progress.say("nobody hears it")
