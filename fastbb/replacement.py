@@ -527,7 +527,8 @@ class _Watch:
         ):
             forget_derived(self._module)
             return "layers inside it were replaced: call accelerate() again"
-        if any(map(_has_foreign_forward, modules[1:])):
+        bound = [m for m in modules if "forward" in m.__dict__]  # few: most of them need no call
+        if any(_has_foreign_forward(m) for m in bound if m is not self._module):
             forget_derived(self._module)
             return "something else was put over the forward of a layer inside it"
         for owner in self._owners:
@@ -555,8 +556,7 @@ class _Watch:
 
 
 def _has_foreign_forward(module: nn.Module) -> bool:
-    if "forward" not in vars(module):
-        return False
+    """Whether what stands over the forward of a module is not ours."""
     return replacement_of(module) is None and not is_folded(module)
 
 
