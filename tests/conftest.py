@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hub_server import hub
+from PIL import Image
 
 __all__ = ["hub"]
 
@@ -40,6 +41,16 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory  # pyright: ignore[reportAttributeAccessIssue] - set by torch through a module property
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A directory of three plain images."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    for i in range(3):
+        Image.new("RGB", (9, 8), (80 * i, 40, 200)).save(directory / f"{i}.png")
+    return directory
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -20,15 +20,6 @@ def fastbb(*arguments: Any) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    directory = tmp_path / "images"
-    directory.mkdir()
-    for i in range(3):
-        Image.new("RGB", (9, 8), (80 * i, 40, 200)).save(directory / f"{i}.png")
-    return directory
-
-
 def test_version_and_help_need_no_torch() -> None:
     program = (
         "import sys; from fastbb.cli import main\n"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from fastbb.extraction import open_features
 from fastbb.extraction.job import _Progress
@@ -18,15 +17,6 @@ COMMAND = f"{sys.executable} -c 'from fastbb.cli import main; main()'"
 def shell(arguments: str, redirections: str = "") -> subprocess.CompletedProcess[str]:
     command = f"{COMMAND} {arguments} {redirections}"
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    directory = tmp_path / "images"
-    directory.mkdir()
-    for i in range(3):
-        Image.new("RGB", (9, 8), (80 * i, 40, 200)).save(directory / f"{i}.png")
-    return directory
 
 
 @pytest.mark.parametrize(
