@@ -151,7 +151,9 @@ def decode(
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_many_pixels", str(error)) from error
+        # raised before the size can be asked for; Pillow's text names a limit that is not ours
+        message = f"too many pixels, at most {MAX_PIXELS} are decoded"
+        raise ImageError("too_many_pixels", message) from error
     except UnidentifiedImageError as error:
         if _has_known_signature(data):
             raise ImageError("corrupt", "the header is damaged or cut off") from error
