@@ -129,13 +129,17 @@ class RemembersDerived(nn.Module):
 
 def statistics_note(module: nn.Module) -> str | None:
     """What has to be said about the running statistics of a module, or None."""
-    named = itertools.chain.from_iterable(part._buffers.items() for part in module.modules())
-    if any(t is not None and t.is_cuda for name, t in named if name in STATISTICS):
+    if any(tensor.is_cuda for tensor in _statistics_of(module.modules())):
         return (
             "running statistics that F.batch_norm moved, without their module, are not noticed on "
             "a GPU: call refresh()"
         )
     return None
+
+
+def _statistics_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    named = itertools.chain.from_iterable(module._buffers.items() for module in modules)
+    return (tensor for name, tensor in named if name in STATISTICS and tensor is not None)
 
 
 class Statistics:
@@ -195,9 +199,7 @@ class ModuleStamp:
         self._addresses, self._versions = self._read()
         self._ids = {id(tensor) for tensor in self._tensors}
         self._settings = ModuleSettings(module)
-        named = itertools.chain.from_iterable(m._buffers.items() for m in modules)
-        found = (tensor for name, tensor in named if name in STATISTICS)
-        self._statistics = Statistics(t for t in found if t is not None and _is_plain(t))
+        self._statistics = Statistics(filter(_is_plain, _statistics_of(modules)))
         self._is_written = False
         _follow_optimizers()
         _follow_layers(modules)
@@ -253,7 +255,7 @@ def is_transformed(x: Tensor) -> bool:
 class _Entry(NamedTuple):
     sources: list[tuple[weakref.ref[Tensor], int, int, torch.dtype, torch.device]]
     constants: Hashable
-    statistics: "Statistics"
+    statistics: Statistics
     n_cleared: int
     last_step: object
     last_layer: object

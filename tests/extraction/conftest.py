@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import check_interrupts
 import numpy as np
 import pytest
 import torch
@@ -108,16 +109,6 @@ def run(model: Path, images: Path, tmp_path: Path) -> Callable[..., Report]:
     return run
 
 
-def read_tree(directory: Path) -> dict[str, bytes]:
-    """All files that must be the same for the same plan, by name."""
-    names = (path for path in directory.rglob("*") if path.is_file())
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in names
-        if path.name not in ("run.jsonl", ".lock")
-    }
-
-
 @pytest.fixture(scope="session")
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    return read_tree
+    return check_interrupts.tree
