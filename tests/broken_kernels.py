@@ -66,7 +66,7 @@ def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
         mocks = {op: mock.Mock(side_effect=launch) for op, launch in launches.items()}
         for op, launch in mocks.items():
             module = sys.modules[getattr(fastbb_kernels, op).__module__]
-            stack.enter_context(mock.patch.object(module, "_launch", launch))
+            stack.enter_context(mock.patch.object(module._launch, "run", launch))
         yield mocks
 
 

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .config import GemmConfig
+from .kernel import Kernel
 
 # about one program for each multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
@@ -50,7 +52,9 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
     # a view unless the rows do not lie at one stride
     rows = x.reshape(-1, features)
     n_rows = rows.shape[0]
-    config = launch_config(n_rows, features, out_features, x.dtype, architecture(x.device))
+    config = chosen_config(
+        "linear_residual", launch_config, x.device, n_rows, features, out_features, x.dtype
+    )
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
     _linear_residual_fwd_kernel[grid](
         rows,
@@ -71,6 +75,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
     return y
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _linear_residual_fwd_kernel(
     x_ptr,  # [n_rows, features]
