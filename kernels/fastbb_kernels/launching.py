@@ -61,12 +61,16 @@ _thread = _Thread()
 
 @contextmanager
 def noting() -> Iterator[Launched]:
-    """Notes what this thread launches in the block."""
+    """Notes what this thread launches in the block; an outer block notes it too."""
     before, _thread.noted = _thread.noted, Launched()
+    noted = _thread.noted
     try:
-        yield _thread.noted
+        yield noted
     finally:
         _thread.noted = before
+        if before is not None:
+            before.binaries += noted.binaries
+            before.configs |= noted.configs
 
 
 def note_binary(digest: str) -> None:

@@ -195,6 +195,7 @@ class SelfCheck:
         """
         key = _key(op, device, dtype)
         with self._lock_of(key):
+            self._problems.pop(key, None)  # or the cases would not run its kernels
             self._check(key, lambda: self._small_problem(key))
         self._warn()
         return self._problems[key]
@@ -302,7 +303,8 @@ class SelfCheck:
                 problem = _launch_problem(launch, few, device, self._hardware)
             if problem is not None:
                 shape = "x".join(map(str, few[0].shape))
-                return f"{op}, {shape} {DTYPE_NAMES[dtype]}, {launched.configs}: {problem}"
+                configs = "".join(f", {config}" for config in launched.configs.values())
+                return f"{op}, {shape}, {DTYPE_NAMES[dtype]}{configs}: {problem}"
             if launched.digests <= again.digests:
                 break
         return None
@@ -473,7 +475,7 @@ def _failure(error: Exception, device: torch.device, hardware: Hardware) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in problem.lower():
         if not hardware.has_room(device):
             raise NotChecked(f"{device} has no memory left: {problem}") from error
-        return f"asks for more memory than a small case may take: {problem}"
+        return f"asks for more memory than so few images may take: {problem}"
     return problem
 
 
