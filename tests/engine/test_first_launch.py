@@ -122,9 +122,12 @@ def test_what_few_rows_do_not_reach_is_tried_with_all(tmp_path: Path) -> None:
         note_binary(f"{len(x) == MANY}")
         return (broken.wrong if len(x) == MANY else custom_op)(OP)(x, *args)
 
-    with launching(linear_residual=launch), use(self_check(tmp_path)):
-        with pytest.warns(KernelWarning, match=f"{MANY}x8, fp32: error"):
-            assert torch.equal(linear_residual(*arguments(MANY)), expected(MANY))
+    with (
+        launching(linear_residual=launch),
+        use(self_check(tmp_path)),
+        pytest.warns(KernelWarning, match=f"{MANY}x8, fp32: error"),
+    ):
+        assert torch.equal(linear_residual(*arguments(MANY)), expected(MANY))
 
 
 def test_a_new_binary_does_not_run_while_a_graph_is_captured(tmp_path: Path) -> None:
