@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbb_kernels
 from fastbb_kernels._dispatch import architecture
+from fastbb_kernels.fp32_precision import fp32_products
 
 PRECISIONS = {
     "bf16": torch.bfloat16,
@@ -31,14 +32,8 @@ _MAX_CALLS = 50
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
     """Inside the block fp32 is multiplied as `name` says; yields the dtype of its tensors."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
-    try:
+    with fp32_products("tf32" if name == "tf32" else "ieee"):
         yield PRECISIONS[name]
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @dataclass(frozen=True)

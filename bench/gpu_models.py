@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb_kernels import use_impl
 from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
+from fastbb_kernels.fp32_precision import convolution_precision
 
 MODEL_NAMES = ("swin_t", "resnet50", "swin_b")
 BATCHES = (64, 1, 8, 256)
@@ -227,7 +228,7 @@ class Truth:
         for index, (got, eager, exact) in enumerate(zip(maps, self.eager, self.exact)):
             lost = 2 * max_error(eager, exact) / max_magnitude(exact)
             # fp32 is held to itself, TF32 to what upstream loses by it
-            relative = lost if torch.backends.cudnn.allow_tf32 else FP32_REL
+            relative = lost if convolution_precision() == "tf32" else FP32_REL
             problem = accuracy_problem(
                 got[: len(eager)].to(eager.dtype), eager, exact, max(relative, FP32_REL)
             )

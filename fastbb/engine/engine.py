@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbb_kernels.fp32_precision import fp32_products, is_in_force
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 
@@ -144,16 +145,11 @@ class Engine:
         """A call with fp32 multiplied as `precision` asks, which PyTorch keeps in global flags."""
         if self.settings.precision is None or self._backbone.dtype != torch.float32:
             return run(pixel_values)
-        allowed = self.settings.precision == "tf32"
-        wanted = "high" if allowed else "highest", allowed
+        wanted = "tf32" if self.settings.precision == "tf32" else "ieee"
         with _flags_lock:  # one after the other: the flags are the process's
-            before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-            if wanted != before:
-                _set_flags(*wanted)
-                try:
+            if not is_in_force(wanted):
+                with fp32_products(wanted):
                     return run(pixel_values)
-                finally:
-                    _set_flags(*before)
         return run(pixel_values)
 
     # --- why nothing but the backbone's own forward may run
@@ -557,11 +553,6 @@ def notes_on(backbone: Backbone) -> list[Row]:
     """What to know about a backbone, however it runs."""
     note = statistics_note(backbone)
     return [] if note is None else [Row("note", "-", note)]
-
-
-def _set_flags(matmul: str, cudnn: bool) -> None:
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn
 
 
 def _compiles(name: str) -> bool:

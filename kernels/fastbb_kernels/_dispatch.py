@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .fp32_precision import Fp32Precision, matmul_precision
+
 if TYPE_CHECKING:
     from .self_check import SelfCheck
 
@@ -209,10 +211,9 @@ def common_unsupported(x: Tensor, **others: Tensor | None) -> str | None:
     return None
 
 
-def input_precision(dtype: torch.dtype) -> Literal["ieee", "tf32"]:
+def input_precision(dtype: torch.dtype) -> Fp32Precision:
     """How kernels multiply: fp32 exactly, unless PyTorch was told that TF32 is allowed."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    return "tf32" if allowed else "ieee"
+    return matmul_precision() if dtype == torch.float32 else "ieee"
 
 
 def launches_directly() -> bool:

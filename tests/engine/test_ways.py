@@ -98,7 +98,7 @@ def flags_of_the_user() -> Iterator[tuple[str, bool]]:
     [
         (None, ("medium", True)),
         ("fp32", ("highest", False)),
-        ("tf32", ("high", True)),
+        ("tf32", ("medium", True)),  # which is TF32 on a GPU
         ("bf16", ("medium", True)),
     ],
 )

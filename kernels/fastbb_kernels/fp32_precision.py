@@ -1,0 +1,126 @@
+"""Whether fp32 may be multiplied in TF32: PyTorch's old and new settings, read and set here.
+
+The new settings (`torch.backends.fp32_precision` and those of backends and operators below it) are
+what PyTorch's own products heed; the old getters raise where both were used. A setting that is
+"none" follows the one above it, and "none" everywhere means exact.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Fp32Precision = Literal["ieee", "tf32"]
+
+# backend and operators; what others follow first, as a getter gives what is followed
+_FOLLOWED = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
+_OPERATORS = (
+    ("cuda", "matmul"),
+    ("cuda", "conv"),
+    ("cuda", "rnn"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+)
+_MULTIPLYING_ON_CPU = (("mkldnn", "matmul"), ("mkldnn", "conv"))
+
+
+def matmul_precision() -> Fp32Precision:
+    """How PyTorch multiplies fp32 matrices on a GPU; while dynamo traces: a constant."""
+    return "tf32" if _get("cuda", "matmul") == "tf32" else "ieee"
+
+
+def convolution_precision() -> Fp32Precision:
+    """How PyTorch's cuDNN convolutions multiply fp32; while dynamo traces: a constant."""
+    return "tf32" if _get("cuda", "conv") == "tf32" else "ieee"
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler
+for _function in (matmul_precision, convolution_precision):
+    _function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def is_in_force(precision: Fp32Precision) -> bool:
+    """Whether matrices and convolutions are multiplied like that; "ieee": on CPUs too."""
+    if not matmul_precision() == convolution_precision() == precision:
+        return False
+    return precision == "tf32" or all(_get(*on) in ("ieee", "none") for on in _MULTIPLYING_ON_CPU)
+
+
+@contextmanager
+def fp32_products(precision: Fp32Precision) -> Iterator[None]:
+    """Has fp32 multiplied like that inside the block, in all threads, and leaves what was set.
+
+    Inside the block the old getters say the same. That of cuDNN raises there for "ieee" if its
+    setting never was set: PyTorch has no way back to that.
+    """
+    if is_in_force(precision):
+        yield
+        return
+    settings = _Settings()
+    try:
+        settings.read()
+        settings.set(precision)
+        yield
+    finally:
+        settings.restore()
+
+
+class _Settings:
+    """The settings as they are stored, which no getter gives: it gives what is followed."""
+
+    def __init__(self) -> None:
+        self._stored: dict[tuple[str, str], str] = {}
+        self._matmul: str | None = None  # of the old API
+        self._cudnn: bool | None = None  # of the old API; None: cannot be set and restored
+
+    def read(self) -> None:
+        """Reads all, which sets them; all multiply exactly afterwards."""
+        for setting in _FOLLOWED:
+            self._stored[setting] = _get(*setting)
+            _set(*setting, "none")
+        stored = {setting: _get(*setting) for setting in _OPERATORS}
+        for setting in _FOLLOWED:
+            _set(*setting, "ieee")
+        # neither "none" nor set: TF32 that follows all the same, up to the first time it is set
+        unset = [s for s, value in stored.items() if value == "tf32" and _get(*s) == "ieee"]
+        self._stored.update({s: value for s, value in stored.items() if s not in unset})
+        for setting in self._stored:
+            _set(*setting, "ieee")
+        self._matmul = torch.get_float32_matmul_precision()  # raises in no state that is exact
+        if not unset:
+            self._cudnn = _legacy_cudnn_of_exact()
+
+    def set(self, precision: Fp32Precision) -> None:
+        allowed = precision == "tf32"
+        if allowed:  # on GPUs: others are as they were
+            for (backend, operator), value in self._stored.items():
+                _set(backend, operator, "tf32" if backend == "cuda" else value)
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        if self._cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = allowed
+
+    def restore(self) -> None:
+        # the old setters set the new settings too
+        if self._matmul is not None:
+            torch.set_float32_matmul_precision(self._matmul)
+        if self._cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = self._cudnn
+        for setting, value in self._stored.items():
+            _set(*setting, value)
+
+
+def _legacy_cudnn_of_exact() -> bool:
+    """`torch.backends.cudnn.allow_tf32`, whose getter raises where the new settings differ."""
+    try:
+        return torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return True
+
+
+def _get(backend: str, operator: str) -> str:
+    return torch._C._get_fp32_precision_getter(backend, operator)
+
+
+def _set(backend: str, operator: str, precision: str) -> None:
+    torch._C._set_fp32_precision_setter(backend, operator, precision)
