@@ -2,6 +2,7 @@
 
 from ._activation import ACTIVATIONS
 from ._dispatch import Impl, KernelWarning, use_impl
+from .ops.bias_act import bias_act
 from .ops.bottleneck_tail import bottleneck_tail
 from .ops.conv1x1_bn_act import conv1x1_bn_act
 from .ops.conv1x1_dual import conv1x1_dual
@@ -28,6 +29,7 @@ __all__ = [
     "Impl",
     "KernelWarning",
     "WindowGeometry",
+    "bias_act",
     "bottleneck_tail",
     "conv1x1_bn_act",
     "conv1x1_dual",

@@ -11,6 +11,7 @@ from .resnet_cases import (
     RESNETS,
     Depthwise,
     ResNetShape,
+    epilogue_cases,
     mobile_cases,
     resnet_cases,
     stem_cases,
@@ -46,7 +47,8 @@ def checked_cases() -> list[Case]:
     ]
     # a 3x3 with a residual and a strided 1x1, which ResNet-50 has not
     basic = model_cases("resnet18", (224, 224), 64)
-    return [*models, *basic, *mobile_cases(MOBILE, 64)]
+    epilogues = epilogue_cases("resnet50-224-b64-stage1", (64, 64, 56, 56))
+    return [*models, *basic, *epilogues, *mobile_cases(MOBILE, 64)]
 
 
 def real_cases() -> list[Case]:
@@ -83,5 +85,6 @@ def small_cases() -> list[Case]:
         *(case for twin in swins for case in swin_cases(*twin)),
         *(case for twin in resnets for case in resnet_cases(*twin)),
         *stem_cases((19, 25), 2, "small"),
+        *epilogue_cases("small", (2, 24, 7, 5)),
         *mobile_cases(mobile, 2, "small"),
     ]

@@ -124,18 +124,36 @@ def _unforced_config(
 
 
 class Launch:
-    """What a custom op runs on GPUs: its launcher, whose binaries are checked when they are new.
+    """What an op runs on GPUs: its launcher, whose binaries are checked when they are new.
 
     Attributes:
-        op: name of the op.
         run: launches, without a check.
         eager: computes the same with PyTorch's own ops.
+        instead: runs where a binary is wrong.
+        few_images: of a check; None: as many as the launch has.
     """
 
-    def __init__(self, custom_op: CustomOpDef, run: Callable[..., Tensor]) -> None:
-        self.op = custom_op._qualname.partition("::")[2]
+    def __init__(
+        self,
+        name: str | Callable[[], str],
+        run: Callable[..., Tensor],
+        eager: Callable[..., Tensor],
+        instead: Callable[..., Tensor] | None = None,
+        few_images: int | None = FEW_IMAGES,
+    ) -> None:
+        """
+        Args:
+            name: of the op; a function where it depends on the process's flags.
+            run: takes the arguments of the custom op.
+            eager: takes the same.
+            instead: takes the same; default: `eager`.
+            few_images: of a check.
+        """
+        self._name = name
         self.run = run
-        self.eager: Callable[..., Tensor] = custom_op._init_fn
+        self.eager = eager
+        self.instead = instead or eager
+        self.few_images = few_images
         self.names = tuple(inspect.signature(run).parameters)
         # a stem's pixels may be integers
         self._typed = self.names.index("weight") if "weight" in self.names else 0
@@ -146,6 +164,11 @@ class Launch:
         if check is None or x.device.type == "meta" or isinstance(x, FakeTensor):
             return self.run(*args)
         return check.launch(self, args)
+
+    @property
+    def op(self) -> str:
+        """What is checked by itself: the name of the op."""
+        return self._name if isinstance(self._name, str) else self._name()
 
     def dtype(self, args: Sequence[Any]) -> torch.dtype:
         """The dtype that a launch counts as."""
@@ -171,7 +194,8 @@ def launches(custom_op: CustomOpDef) -> Callable[[Callable[_P, Tensor]], Launch]
     """Makes a launcher what a custom op runs on GPUs."""
 
     def register(run: Callable[_P, Tensor]) -> Launch:
-        launch = Launch(custom_op, run)
+        name = custom_op._qualname.partition("::")[2]
+        launch = Launch(name, run, eager=custom_op._init_fn)
         custom_op.register_kernel("cuda")(launch.__call__)
         return launch
 

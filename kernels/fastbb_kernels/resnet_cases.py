@@ -72,6 +72,8 @@ def resnet_cases(shape: ResNetShape, size: tuple[int, int], batch: int) -> Itera
                 yield Case("conv1x1_bn_act", f"{at}-reduce", _conv(before, inner, 1))
                 wide = (batch, inner, *before[2:])
                 yield Case("conv3x3_bn_act", f"{at}-conv", _conv(wide, inner, 3, stride))
+                if stride > 1:  # no map of that shape stands for cuDNN's residual
+                    yield Case("bias_act", f"{at}-bias", _bias(mid))
                 if reshapes:
                     yield Case("conv1x1_dual", f"{at}-dual", _dual(mid, before, outputs, stride))
                 else:
@@ -86,6 +88,12 @@ def stem_cases(size: tuple[int, int], batch: int, name: str) -> Iterator[Case]:
     """The calls of a stem that `resnet_cases` has not: of decoded photos, and without a pool."""
     yield Case("stem_conv_bn_relu_pool", f"{name}-photos", _stem(batch, size, 16, photos=True))
     yield Case("stem_conv_bn_relu_pool", f"{name}-no-pool", _stem(batch, size, 16, pool=False))
+
+
+def epilogue_cases(name: str, x: tuple[int, int, int, int]) -> Iterator[Case]:
+    """The calls of `bias_act` that `resnet_cases` has not: with a residual, and other ends."""
+    yield Case("bias_act", f"{name}-residual", _bias(x, residual=True))
+    yield Case("bias_act", f"{name}-silu", _bias(x, activation="silu"))
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,18 @@ def _conv(
             "activation": activation,
         }
         return {**arguments, "residual": _map(random, y)} if residual else arguments
+
+    return make
+
+
+def _bias(x: _Shape, residual: bool = False, activation: str | None = "relu") -> _Make:
+    def make(random: Random) -> dict[str, Any]:
+        arguments = {
+            "x": _map(random, x),
+            "bias": random.normal(x[1]),
+            "activation": activation,
+        }
+        return {**arguments, "residual": _map(random, x)} if residual else arguments
 
     return make
 

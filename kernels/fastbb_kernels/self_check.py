@@ -22,7 +22,7 @@ from ._dispatch import use_check as use
 from .accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from .case import Case
 from .cases import small_cases
-from .launching import FEW_IMAGES, Launch, Launched, forced, noting
+from .launching import Launch, Launched, forced, noting
 from .machine import Machine
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .result_cache import ResultCache
@@ -144,7 +144,7 @@ class SelfCheck:
         return found[0] if found else None
 
     def launch(self, launch: Launch, args: Sequence[Any]) -> Tensor:
-        """Runs a launch if its binaries are right, else PyTorch's own ops.
+        """Runs a launch if its binaries are right, else what the op has instead.
 
         A binary is tried when it comes for the first time; who else launches it waits. While a CUDA
         graph is being captured nothing is tried, and what was not tried before does not run.
@@ -158,13 +158,13 @@ class SelfCheck:
         """
         dtype = launch.dtype(args)
         if self.problem(launch.op, args[0].device, dtype) is not None:
-            return launch.eager(*args)
+            return launch.instead(*args)
         key = _key(launch.op, args[0].device, dtype)
         if key in self._being_checked():
             return launch.run(*args)
         trusted = self._trusted_of(key)
         if not trusted and self._hardware.is_capturing(key[1]):
-            return launch.eager(*args)
+            return launch.instead(*args)
         y = error = None
         with noting() as launched:
             try:
@@ -174,14 +174,14 @@ class SelfCheck:
         if y is not None and launched.digests <= trusted:
             return y
         if self._hardware.is_capturing(key[1]):
-            return launch.eager(*args)
+            return launch.instead(*args)
         with self._lock_of(key):
             # another thread may have tried it
             if self._problems[key] is None and not (y is not None and launched.digests <= trusted):
                 self._check(key, lambda: self._few_problem(key, launch, args, launched))
         self._warn()
         if self._problems[key] is not None:
-            return launch.eager(*args)
+            return launch.instead(*args)
         if error is not None:
             raise error
         assert y is not None
@@ -297,7 +297,7 @@ class SelfCheck:
         if lost is not None:
             self._lost[device] = lost
             return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"
-        for n_images in (FEW_IMAGES, None):
+        for n_images in (launch.few_images, None):
             with forced(launched.configs), noting() as again:
                 few = launch.alike(args, n_images, _SEED)
                 problem = _launch_problem(launch, few, device, self._hardware)
@@ -330,10 +330,9 @@ class SelfCheck:
             return
         op, device, dtype, _ = key
         cache = self.cache(device)
-        instead = "the ops that it is made of run" if find_op(op).is_block else "eager PyTorch runs"
         text = (
             f"fastbb's kernel of {op} is off on {cache.machine.device} for {DTYPE_NAMES[dtype]}, "
-            f"and {instead} instead: {problem}"
+            f"and {_instead(op)} instead: {problem}"
         )
         if remembered:
             text += f" (remembered in {cache.path}; `fastbb check --again` tries it again)"
@@ -496,6 +495,13 @@ def _fill_free_memory(like: Tensor) -> None:
     """
     blocks = [torch.full_like(like, torch.nan) for _ in range(4)]
     del blocks
+
+
+def _instead(op: str) -> str:
+    """What runs where an op is off."""
+    if op not in op_names():  # a library's, in the place of a kernel
+        return "our own kernel runs"
+    return "the ops that it is made of run" if find_op(op).is_block else "eager PyTorch runs"
 
 
 def _name(error: BaseException) -> str:

@@ -1,114 +1,213 @@
 """conv3x3_bn_act on a GPU that is not there: what runs, and what cuDNN is asked for."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from broken_kernels import custom_op, launching, self_check
 from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
 
-from fastbb_kernels import conv3x3_bn_act, use_impl
+from fastbb_kernels import KernelWarning, conv3x3_bn_act, use_impl
 from fastbb_kernels._dispatch import pretend
+from fastbb_kernels.launching import forced
 from fastbb_kernels.ops import conv3x3_bn_act as op_module
-from fastbb_kernels.ops.conv3x3_bn_act import conv3x3_bn_act_eager
+from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way, conv3x3_bn_act_eager
+from fastbb_kernels.self_check import use
 
-CUSTOM_OP = torch.ops.fastbb.cudnn_conv3x3_bn_relu.default
+CUSTOM_OP = torch.ops.fastbb.fastest_conv3x3_bn_act.default
+TRITON, EPILOGUE = "conv3x3_bn_act", "bias_act"
 
 
-def arguments(residual: bool, batch: int = 2) -> tuple[Any, ...]:
+def arguments(
+    residual: bool = False, batch: int = 2, stride: int = 2, channels: int = 6
+) -> tuple[Any, ...]:
     """The arguments of the custom op, none of them channels-last."""
-    maps = torch.randn(batch, 5, 9, 8), torch.randn(batch, 6, 5, 4) if residual else None
-    return maps[0], torch.randn(6, 5, 3, 3), torch.randn(12)[::2], 2, 3, maps[1]
+    x, weight = torch.randn(batch, channels, 9, 8), torch.randn(6, channels, 3, 3)
+    y = torch.randn(batch, 6, -(-9 // stride), 8 // stride)
+    return x, weight, torch.randn(12)[::2], stride, 3, y if residual else None, "relu"
 
 
 def expected(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, residual: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    dilation: int,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
     return conv3x3_bn_act_eager(
-        x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation="relu"
+        x,
+        weight,
+        bias,
+        stride=stride,
+        dilation=dilation,
+        residual=residual,
+        activation=activation,
     )
 
 
-class CudnnStandIn:
-    """Computes what cuDNN's fused ops do, on the CPU, and keeps their arguments."""
+class Cudnn:
+    """Computes what cuDNN's fused op does, on the CPU, and keeps its arguments.
+
+    Attributes:
+        calls: arguments of each call.
+        error: is raised instead, if there is one.
+        spoil: is added to the last element.
+    """
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
-
-    def relu(self, x: Tensor, weight: Tensor, bias: Tensor, *geometry: Any) -> Tensor:
-        self.calls.append((x, weight, bias, *geometry))
-        return F.conv2d(x, weight, bias, *geometry).relu()
+        self.error: Exception | None = None
+        self.spoil = 0.0
 
     def add_relu(
         self, x: Tensor, weight: Tensor, z: Tensor, alpha: float, bias: Tensor, *geometry: Any
     ) -> Tensor:
         self.calls.append((x, weight, z, alpha, bias, *geometry))
-        return (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+        if self.error is not None:
+            raise self.error
+        y = (F.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+        y[-1, -1, -1, -1] += self.spoil
+        return y
 
 
 @pytest.fixture
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> CudnnStandIn:
-    stand_in = CudnnStandIn()
-    aten = torch.ops.aten
+def cudnn(monkeypatch: pytest.MonkeyPatch) -> Cudnn:
+    cudnn = Cudnn()
     # on in these tests, see conftest.py
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    monkeypatch.setattr(aten, "cudnn_convolution_relu", stand_in.relu)
-    monkeypatch.setattr(aten, "cudnn_convolution_add_relu", stand_in.add_relu)
-    return stand_in
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_add_relu", cudnn.add_relu)
+    uninitialized = mock.Mock(side_effect=AssertionError("reads its uninitialized result"))
+    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", uninitialized)
+    return cudnn
+
+
+@contextmanager
+def kernels() -> Iterator[dict[str, mock.Mock]]:
+    """Our two kernels, right on the CPU."""
+    with launching(conv3x3_bn_act=custom_op(TRITON), bias_act=custom_op(EPILOGUE)) as launches:
+        yield launches
 
 
 both = pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
 
 
 @both
-def test_cudnn_is_asked_for_the_same(cudnn: CudnnStandIn, residual: bool) -> None:
-    args = arguments(residual)
-    y = op_module._call_cudnn(*args)
+def test_cudnn_is_asked_for_the_same(cudnn: Cudnn, residual: bool) -> None:
+    args = arguments(residual, stride=1)
+    with kernels() as launches:
+        y = op_module._run_fastest(*args)
+        assert not any(launch.called for launch in launches.values())
     torch.testing.assert_close(y, expected(*args))
     assert y.is_contiguous(memory_format=channels_last)
-    ((x, weight, *rest),) = cudnn.calls
+    ((x, weight, z, alpha, bias, *geometry),) = cudnn.calls
     assert all(tensor.is_contiguous(memory_format=channels_last) for tensor in (x, weight))
-    if residual:
-        z, alpha, *rest = rest
-        assert z is args[-1] and alpha == 1.0
-    bias, *geometry = rest
-    assert bias.is_contiguous()
-    assert geometry == [[2, 2], [3, 3], [3, 3], 1]
+    # what is read in the place of a residual has values
+    assert (z is args[5] and alpha == 1.0) if residual else (z is x and alpha == 0.0)
+    assert bias.is_contiguous() and torch.equal(bias, args[2])
+    assert geometry == [[1, 1], [3, 3], [3, 3], 1]
+
+
+WITHOUT_FUSED = {
+    "no map of the shape of y": arguments(stride=2),
+    "other channels": arguments(stride=1, channels=5),
+    "silu": (*arguments(stride=1)[:6], "silu"),
+    "no activation": (*arguments(True, stride=1)[:6], None),
+}
+
+
+@pytest.mark.parametrize("args", WITHOUT_FUSED.values(), ids=WITHOUT_FUSED)
+def test_elsewhere_the_plain_convolution_has_our_epilogue(cudnn: Cudnn, args: Any) -> None:
+    with kernels() as launches:
+        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        assert launches[EPILOGUE].call_count == 1 and not launches[TRITON].called
+    assert not cudnn.calls
 
 
 @both
 @pytest.mark.parametrize("flag", ["enabled", "deterministic"])
-def test_flags_that_the_fused_ops_ignore(
-    cudnn: CudnnStandIn, flag: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+def test_flags_that_the_fused_op_ignores(
+    cudnn: Cudnn, flag: str, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, flag, flag == "deterministic")
-    args = arguments(residual)
-    assert torch.equal(op_module._call_cudnn(*args), expected(*args))
+    args = arguments(residual, stride=1)
+    with kernels() as launches:
+        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        assert launches[EPILOGUE].call_count == 1
     assert not cudnn.calls
 
 
-def test_failures_of_cudnn_are_not_hidden(
-    cudnn: CudnnStandIn, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["cudnn fused", "cudnn plain", "triton"])
+def test_what_was_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
+    args = arguments(stride=1)
+    with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
+        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        ran = {
+            "cudnn fused": len(cudnn.calls),
+            "cudnn plain": launches[EPILOGUE].call_count,
+            "triton": launches[TRITON].call_count,
+        }
+    assert ran.pop(name) == 1 and not any(ran.values())
+
+
+# its first calls are checked as those of kernels are
+
+
+@pytest.mark.parametrize("fault", ["refuses", "is wrong"])
+def test_our_kernel_runs_where_cudnn_fails(
+    cudnn: Cudnn, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing = mock.Mock(side_effect=RuntimeError("Unable to find an engine"))
-    monkeypatch.setattr(torch.ops.aten, "cudnn_convolution_relu", failing)
-    with pytest.raises(RuntimeError, match="engine"):
-        op_module._call_cudnn(*arguments(False))
+    if fault == "refuses":
+        cudnn.error = RuntimeError("Unable to find an engine")
+        reason = "RuntimeError: Unable to find an engine"
+    else:
+        cudnn.spoil, reason = 1e3, "error "
+    args = arguments(stride=1)
+    with kernels() as launches, use(self_check(tmp_path)):
+        wanted = rf"cudnn_conv3x3_bn_relu \(.*our own kernel runs instead: .*{reason}"
+        with pytest.warns(KernelWarning, match=wanted):
+            y = op_module._run_fastest(*args)
+        assert torch.equal(y, expected(*args)) and launches[TRITON].call_count == 3
+        n_calls = len(cudnn.calls)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(op_module._run_fastest(*args), expected(*args))
+        assert len(cudnn.calls) == n_calls <= 2
+        # other flags, other engines
+        cudnn.error, cudnn.spoil = None, 0.0
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        op_module._run_fastest(*args)
+        assert len(cudnn.calls) == n_calls + 3
 
 
-def test_the_fused_ops_have_the_arguments_of_the_stand_in() -> None:
-    names = {
-        name: [
-            argument.name for argument in getattr(torch.ops.aten, name).default._schema.arguments
-        ]
-        for name in ("cudnn_convolution_relu", "cudnn_convolution_add_relu")
-    }
-    geometry = ["stride", "padding", "dilation", "groups"]
-    assert names == {
-        "cudnn_convolution_relu": ["self", "weight", "bias", *geometry],
-        "cudnn_convolution_add_relu": ["self", "weight", "z", "alpha", "bias", *geometry],
-    }
+def test_each_shape_is_checked_with_all_of_its_images(cudnn: Cudnn, tmp_path: Path) -> None:
+    with kernels(), use(self_check(tmp_path)):
+        for batch in (5, 7, 5):
+            op_module._run_fastest(*arguments(batch=batch, stride=1))
+    assert [len(call[0]) for call in cudnn.calls] == [5] * 3 + [7] * 3 + [5]
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_is_part_of_what_is_checked(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    precision = "tf32" if allowed else "ieee"
+    monkeypatch.setattr(op_module, "convolution_precision", lambda: precision)
+    assert op_module._cudnn.op == f"cudnn_conv3x3_bn_relu ({precision})"
+
+
+def test_the_fused_op_has_the_arguments_of_the_stand_in() -> None:
+    schema = torch.ops.aten.cudnn_convolution_add_relu.default._schema
+    names = ["self", "weight", "z", "alpha", "bias", "stride", "padding", "dilation", "groups"]
+    assert [argument.name for argument in schema.arguments] == names
+
+
+# what torch knows
 
 
 @both
@@ -121,24 +220,24 @@ def test_custom_op_is_registered_rightly(residual: bool) -> None:
 def test_compiles_and_exports(residual: bool) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-            return CUSTOM_OP(x, *parameters, residual)
+            return CUSTOM_OP(x, *parameters, residual, "relu")
 
-    _, *parameters, _ = arguments(residual)
-    small, large = ((args[0], args[-1]) for args in (arguments(residual), arguments(residual, 7)))
+    _, *parameters, _, _ = arguments(residual)
+    small, large = ((args[0], args[5]) for args in (arguments(residual), arguments(residual, 7)))
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = ({0: batch}, {0: batch} if residual else None)
     exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
     for model, (x, other) in ((compiled, small), (exported, large)):
-        args: Any = x, *parameters, other
+        args: Any = x, *parameters, other, "relu"
         assert torch.equal(model(x, other), expected(*args))
 
 
 @pytest.mark.parametrize(
     ("hip", "impl", "activation", "taken"),
     [
-        (None, "auto", "relu", "_cudnn_conv3x3_bn_relu"),
-        (None, "auto", "silu", "conv3x3_bn_act_eager"),
+        (None, "auto", "relu", "_fastest_conv3x3_bn_act"),
+        (None, "auto", "silu", "_fastest_conv3x3_bn_act"),
         (None, "triton", "relu", "_conv3x3_bn_act"),
         (None, "eager", "relu", "conv3x3_bn_act_eager"),
         ("7.0", "auto", "relu", "_conv3x3_bn_act"),
@@ -157,7 +256,7 @@ def test_what_runs_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(op_module, "common_unsupported", lambda *_, **__: None)
-    names = ("_cudnn_conv3x3_bn_relu", "_conv3x3_bn_act", "conv3x3_bn_act_eager", "_launch")
+    names = ("_fastest_conv3x3_bn_act", "_conv3x3_bn_act", "conv3x3_bn_act_eager", "_launch")
     ran = {name: mock.Mock() for name in names}
     for name, function in ran.items():
         monkeypatch.setattr(op_module, name, function)

@@ -6,6 +6,7 @@ Bound: flops from 128 channels on; memory and flops are even at 64.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,17 @@ from torch.nn import functional as F
 
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
-from .._dispatch import Impl, chosen_impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import (
+    Architecture,
+    Impl,
+    chosen_impl,
+    common_unsupported,
+    launches_directly,
+    use_triton,
+)
+from ..fp32_precision import convolution_precision
+from ..launching import Launch, chosen_config, launches, note_binary
+from .bias_act import _launch as _launch_bias_act
 
 
 def conv3x3_bn_act(
@@ -31,7 +41,8 @@ def conv3x3_bn_act(
     """Computes `activation(conv2d(x, weight, bias) + residual)`, padded with zeros by `dilation`.
 
     Weight and bias have the batch norm folded in (`fastbb.fold`). On NVIDIA GPUs "auto" takes
-    cuDNN, for "relu" its fused convolution: no Triton kernel for 3x3 was measured to be faster.
+    cuDNN's fused convolution, its plain one with `bias_act` behind it, or the Triton kernel, see
+    `usual_way`. Where x is infinite, the fused one may give NaN.
 
     Args:
         x: [B, C_in, H, W] floating point, any strides; channels-last is not copied.
@@ -63,8 +74,7 @@ def conv3x3_bn_act(
             return _launch(x, weight, bias, stride, dilation, residual, activation)
         if chosen_impl("conv3x3_bn_act", impl) == "triton" or torch.version.hip:
             return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
-        if activation == "relu":
-            return _cudnn_conv3x3_bn_relu(x, weight, bias, stride, dilation, residual)
+        return _fastest_conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
     return conv3x3_bn_act_eager(x, weight, bias, **options)
 
 
@@ -158,41 +168,114 @@ def _launch(
     return launch(x, weight, bias, stride, dilation, residual, activation, y)
 
 
-@torch.library.custom_op("fastbb::cudnn_conv3x3_bn_relu", mutates_args=())
-def _cudnn_conv3x3_bn_relu(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, residual: Tensor | None
+@torch.library.custom_op("fastbb::fastest_conv3x3_bn_act", mutates_args=())
+def _fastest_conv3x3_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    dilation: int,
+    residual: Tensor | None,
+    activation: str | None,
 ) -> Tensor:
-    return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, "relu")
+    return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
 
 
-@_cudnn_conv3x3_bn_relu.register_fake
+@_fastest_conv3x3_bn_act.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
     return empty_output(x, weight, stride)
 
 
-@_cudnn_conv3x3_bn_relu.register_kernel("cuda")
+class Conv3x3Way(NamedTuple):
+    """Who convolves: "cudnn fused", "cudnn plain" with `bias_act` behind it, or "triton"."""
+
+    name: str
+
+
+def usual_way(
+    n_rows: int,
+    channels: int,
+    out_channels: int,
+    stride: int,
+    residual: bool,
+    activation: Activation,
+    dtype: torch.dtype,
+    arch: Architecture | None,
+) -> Conv3x3Way:
+    """What runs on NVIDIA GPUs where nothing was measured, for `n_rows` output pixels.
+
+    Published Triton kernels for 3x3 have 0.7 to 0.87 of cuDNN's speed. Its fused convolution saves
+    a pass over the map, but has relu only, and without a residual needs x to have the shape of y:
+    where it cannot run, the plain one does.
+    """
+    return Conv3x3Way("cudnn fused" if activation == "relu" else "cudnn plain")
+
+
+@_fastest_conv3x3_bn_act.register_kernel("cuda")
+def _run_fastest(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stride: int,
+    dilation: int,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    batch, out_channels, height, width = output_shape(x, weight, stride)
+    sizes = (
+        *(batch * height * width, x.shape[1], out_channels, stride, residual is not None),
+        *(activation, x.dtype),
+    )
+    way = chosen_config("conv3x3_way", usual_way, x.device, *sizes).name
+    if way == "triton":
+        return _launch(x, weight, bias, stride, dilation, residual, activation)
+    has_z = residual is not None or x.shape == (batch, out_channels, height, width)
+    if way == "cudnn fused" and activation == "relu" and has_z and _fused_ops_may_run():
+        return _cudnn(x, weight, bias, stride, dilation, residual)
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    y = F.conv2d(x, weight, None, stride, dilation, dilation)
+    return _launch_bias_act(y, bias, residual, activation)
+
+
+def _fused_ops_may_run() -> bool:
+    """Whether no flag is set that the fused ops of aten do not heed."""
+    flags = torch.backends.cudnn
+    exact = flags.deterministic or torch.are_deterministic_algorithms_enabled()
+    return flags.enabled and not exact
+
+
 def _call_cudnn(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, residual: Tensor | None
 ) -> Tensor:
     """Runs convolution, residual, bias and relu as one cuDNN graph, with fp32 between them.
 
-    The aten ops have no fake kernel, hence the custom op. By PyTorch's ConvShared.cpp and
-    Conv_v8.cpp they take the memory format that x or weight suggests, copy what has another, pass
-    every tensor in its own dtype, and raise where cuDNN has no engine. They heed `allow_tf32` and
-    `benchmark`, but neither `enabled` nor `deterministic`. Without a residual cuDNN is given the
-    uninitialized result for it, times 0.
+    By PyTorch's ConvShared.cpp and Conv_v8.cpp the aten op takes the memory format that x or weight
+    suggests, copies what has another, passes every tensor in its own dtype, and raises where cuDNN
+    has no engine. `cudnn_convolution_relu`, the one without a residual, has cuDNN read the
+    uninitialized result and multiply it by 0, which makes NaN of NaN: here x stands for a residual
+    that is not there, times 0.
     """
-    flags = torch.backends.cudnn
-    if not flags.enabled or flags.deterministic or torch.are_deterministic_algorithms_enabled():
-        y = conv3x3_bn_act_eager(
-            x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation="relu"
-        )
-        return empty_output(x, weight, stride).copy_(y)
+    note_binary(f"cuDNN {[*x.shape]} {weight.shape[0]} {stride} {dilation} {residual is not None}")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     geometry = [stride] * 2, [dilation] * 2, [dilation] * 2
-    bias = bias.contiguous()
-    if residual is None:
-        y = torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry, 1)
-    else:
-        y = torch.ops.aten.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry, 1)
+    z, alpha = (x, 0.0) if residual is None else (residual, 1.0)
+    y = torch.ops.aten.cudnn_convolution_add_relu(
+        x, weight, z, alpha, bias.contiguous(), *geometry, 1
+    )
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def _cudnn_name() -> str:
+    """The fused convolution under the flags by which cuDNN chooses its engine."""
+    benchmark = ", benchmark" if torch.backends.cudnn.benchmark else ""
+    return f"cudnn_conv3x3_bn_relu ({convolution_precision()}{benchmark})"
+
+
+# an engine is chosen by the number of images too, so that few would tell nothing
+_cudnn = Launch(
+    _cudnn_name,
+    _call_cudnn,
+    eager=lambda *args: _conv3x3_bn_act._init_fn(*args, "relu"),
+    instead=lambda *args: _launch(*args, "relu"),
+    few_images=None,
+)

@@ -1,0 +1,155 @@
+"""bias_act: its kernel against torch in float64, its addresses, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_as_accurate_as_eager
+from torch import Tensor, channels_last, nn
+
+from fastbb_kernels import ACTIVATIONS, bias_act
+from fastbb_kernels.ops.bias_act import bias_act_n_bytes
+from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CUSTOM_OP = torch.ops.fastbb.bias_act.default
+SHAPES = {
+    "whole": (2, 64, 8, 8),
+    "rows and columns left over": (3, 200, 7, 5),
+    "few channels": (2, 3, 9, 4),
+    "odd": (1, 33, 5, 3),
+    "one element": (1, 1, 1, 1),
+    "many rows": (2, 16, 23, 29),
+}
+
+
+def upstream(
+    x: Tensor, bias: Tensor, residual: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    y = x + bias.view(1, -1, 1, 1)
+    y = y if residual is None else y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def arguments(
+    shape: tuple[int, ...], dtype: torch.dtype, residual: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, other = (torch.randn(shape).to(dtype, memory_format=channels_last) for _ in range(2))
+    return x, torch.randn(shape[1]).to(dtype), other if residual else None
+
+
+def assert_right(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str | None) -> None:
+    """The kernel's result, with every access checked and every element written once."""
+    with torch.no_grad(), trace() as t:
+        y = bias_act(x, bias, residual=residual, activation=activation, impl="triton")
+    assert [launch.kernel for launch in t.launches] == ["_bias_act_fwd_kernel"]
+    t.assert_written_once("y_ptr")
+    assert t.unique_bytes == bias_act_n_bytes(x, bias, residual=residual)
+    assert y.is_contiguous(memory_format=channels_last) and y.dtype == x.dtype
+    wide: Any = [None if tensor is None else tensor.double() for tensor in (x, bias, residual)]
+    exact = upstream(*wide, activation=activation)
+    assert_as_accurate_as_eager("y", y, upstream(x, bias, residual, activation), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_kernel_is_as_accurate_as_eager(
+    shape: tuple[int, ...], residual: bool, dtype: torch.dtype
+) -> None:
+    assert_right(*arguments(shape, dtype, residual), "relu")
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
+def test_activations(activation: str | None) -> None:
+    assert_right(*arguments((2, 24, 3, 5), torch.float32, True), activation)
+
+
+def test_other_layouts_are_copied() -> None:
+    x, bias, residual = (torch.randn(shape) for shape in ((2, 8, 6, 7), (16,), (2, 8, 12, 7)))
+    bias, residual = bias[::2], residual[:, :, ::2]
+    with torch.no_grad(), interpret():
+        y = bias_act(x, bias, residual=residual, activation="relu", impl="triton")
+    torch.testing.assert_close(y, upstream(x, bias, residual, "relu"))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 0, 3, 3)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    x, bias, _ = arguments(shape, torch.bfloat16, False)
+    with torch.no_grad(), interpret():
+        assert bias_act(x, bias, impl="triton").shape == shape
+
+
+def test_offsets_beyond_32_bits() -> None:
+    shape = (8, 64, 2100, 2100)
+    x = torch.empty(shape, device="meta").to(memory_format=channels_last)
+    assert x.numel() > 2**31
+    with torch.no_grad(), trace(programs=corners, data=False) as t:
+        bias_act(x, torch.empty(64, device="meta"), residual=x, impl="triton")
+    assert [launch.n_programs for launch in t.launches] == [2]
+
+
+def test_maps_are_loaded_wide() -> None:
+    x = torch.empty(8, 64, 9, 9, dtype=torch.bfloat16, device="meta")
+    x = x.to(memory_format=channels_last)
+    with torch.no_grad(), fake_gpu(90) as gpu:
+        bias_act(x, x[0, :, 0, 0], residual=x, activation="relu", impl="triton")
+    facts = binary_facts(gpu.kernels[0])
+    assert facts.spills == 0 and facts.narrow_accesses == 0
+
+
+@pytest.mark.parametrize("op", [bias_act, CUSTOM_OP], ids=["public", "custom"])
+def test_compiles_and_exports(op: Any) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+            return op(x, bias, residual=residual, activation="relu")
+
+    small: Any = arguments((2, 6, 3, 5), torch.float32, True)
+    large: Any = arguments((7, 6, 3, 5), torch.float32, True)
+    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = ({0: batch}, None, {0: batch})
+    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    assert torch.equal(compiled(*small), upstream(*small, activation="relu"))
+    assert torch.equal(exported(*large), upstream(*large, activation="relu"))
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
+def test_custom_op_is_registered_rightly(residual: bool) -> None:
+    for shape in ((2, 6, 3, 5), (0, 6, 3, 5)):
+        torch.library.opcheck(CUSTOM_OP, (*arguments(shape, torch.float32, residual), "relu"))
+
+
+def test_gradients_take_the_eager_path() -> None:
+    args = arguments((2, 6, 3, 5), torch.float32, True)
+    tensors = [tensor.requires_grad_() for tensor in args if tensor is not None]
+    x, bias, residual = tensors
+    got = bias_act(x, bias, residual=residual, activation="silu").square().sum()
+    want = upstream(x, bias, residual, "silu").square().sum()
+    for ours, theirs in zip(torch.autograd.grad(got, tensors), torch.autograd.grad(want, tensors)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 3, 8), (3,)], r"x must be \[B, C, H, W\], got \[2, 3, 8\]"),
+        ([(1, 2, 3, 8), (3,)], r"bias must be \[2\], got \[3\]"),
+        ([(1, 2, 3, 8), (2,), (1, 2, 3, 7)], r"residual must be \[1, 2, 3, 8\], got .*7\]"),
+    ],
+    ids=["x", "bias", "residual"],
+)
+def test_wrong_shapes_are_named(shapes: list[tuple[int, ...]], message: str) -> None:
+    x, bias, *residual = (torch.randn(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=f"bias_act: {message}"):
+        bias_act(x, bias, residual=residual[0] if residual else None)
+
+
+def test_an_unknown_activation_and_a_cpu_are_refused() -> None:
+    x, bias, _ = arguments((2, 6, 3, 5), torch.float32, False)
+    with pytest.raises(ValueError, match="bias_act: activation must be None or one of"):
+        bias_act(x, bias, activation="tanh")
+    with pytest.raises(NotImplementedError, match="bias_act: .* CUDA or ROCm .* got cpu"):
+        bias_act(x, bias, impl="triton")
+    with interpret(), pytest.raises(NotImplementedError, match="got bias in torch.float16"):
+        bias_act(x, bias.half(), impl="triton")
