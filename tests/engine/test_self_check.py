@@ -190,9 +190,8 @@ def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None
             use(check),
             mock.patch.object(launch_of(OP), "eager", side_effect=absent),
             pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
-            pytest.raises(RuntimeError, match="cuBLAS"),
         ):
-            patch_merging(*arguments())
+            assert torch.equal(patch_merging(*arguments()), reference())
         assert check.results(CPU) == {}
     assert remembered(tmp_path) == {}
 
