@@ -22,7 +22,7 @@ from ._dispatch import use_check as use
 from .accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from .case import Case
 from .cases import small_cases
-from .launching import Launch, Launched, forced, noting
+from .launching import Launch, Launched, forced, noting, unchecked
 from .machine import Machine
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .result_cache import ResultCache
@@ -371,7 +371,7 @@ def case_problem(
         case: of one op.
         dtype: of its tensors.
         device: where it runs.
-        impl: "auto" runs what a model would run, "triton" insists on the kernel.
+        impl: "auto" runs what a model would run, "triton" the kernel whatever is known of it.
         run_case: calls the op.
         hardware: what is asked of the device.
 
@@ -383,6 +383,11 @@ def case_problem(
     """
     hardware = hardware or Hardware()
     op = find_op(case.op)
+
+    def run() -> Tensor:
+        with unchecked() if impl == "triton" else nullcontext():
+            return run_case(case, arguments, impl)
+
     with _on(device):
         try:
             arguments = case.arguments(device, dtype, _SEED)
@@ -391,7 +396,7 @@ def case_problem(
         except Exception as error:
             raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
         return _problem_of(
-            run=lambda: run_case(case, arguments, impl),
+            run=run,
             eager=lambda: op.eager(**arguments),
             exact=lambda: op.eager(**in_float64(arguments)),
             device=device,

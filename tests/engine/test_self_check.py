@@ -196,6 +196,16 @@ def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None
     assert remembered(tmp_path) == {}
 
 
+def test_who_tries_a_kernel_gets_it(tmp_path: Path) -> None:
+    """Not what a check has put in its place."""
+    check = self_check(tmp_path)
+    with launching(patch_merging=broken.nan(OP)), use(check):
+        problem = case_problem(CASES[0], torch.float32, CPU, impl="triton")
+        assert problem == "NaN where eager PyTorch has numbers"
+        with pytest.warns(KernelWarning):
+            assert case_problem(CASES[0], torch.float32, CPU) is None
+
+
 def test_tf32_is_checked_by_itself_and_as_exact_as_eager(tmp_path: Path) -> None:
     """Where eager PyTorch itself multiplies in TF32, no kernel has to be better than that."""
 
