@@ -7,7 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm_files.py tests/test_backbone.py \
 	tests/test_bad_input.py tests/test_checkpoint.py tests/test_image_modes.py tests/test_image_processing.py
 
-.PHONY: demo test check bench gpu budgets clean
+# what `make test-floor` runs, with the oldest versions that pyproject.toml declares
+FLOOR := .venv-floor/bin
+FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine
+
+.PHONY: demo test test-floor check bench gpu budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -15,6 +19,11 @@ demo: .venv/.demo
 test: check
 	$(BIN)/python -m pytest -n 2 -q
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
+
+test-floor: .venv-floor/.tests
+	$(FLOOR)/python -m pytest -n 2 -q $(FLOOR_TESTS)
+	$(FLOOR)/python -m fastbb_kernels.check --arch 90
+	@echo "all well with the versions in constraints-floor.txt"
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -35,10 +44,18 @@ budgets: .venv/.dev
 	$(BIN)/python -m fastbb_kernels.check --write-budgets
 
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .venv-floor demo-output
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
+
+.venv-floor/bin/python:
+	$(PYTHON) -m venv .venv-floor
+
+.venv-floor/.tests: .venv-floor/bin/python pyproject.toml constraints-floor.txt
+	$(FLOOR)/python -m pip install --quiet --disable-pip-version-check -c constraints-floor.txt \
+		-e '.[transformers,testing]' torchvision pytest pytest-xdist
+	touch $@
 
 .venv/.demo: .venv/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[demo]'

@@ -45,6 +45,14 @@ def assert_same(image: Image.Image, expected: Image.Image | np.ndarray) -> None:
     np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
+def upstream_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
+    """What transformers makes of transparency, since there is a rule."""
+    pytest.importorskip("transformers", minversion="5.21")
+    from transformers.image_transforms import convert_to_rgb
+
+    return convert_to_rgb(image, return_numpy=True)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "F"])
 def test_opaque_modes_are_pillows_conversion(mode: str) -> None:
     image = picture(mode)
@@ -52,9 +60,8 @@ def test_opaque_modes_are_pillows_conversion(mode: str) -> None:
 
 
 def test_lab_is_no_picture_with_alpha() -> None:
-    transforms = pytest.importorskip("transformers.image_transforms")
     image = picture("LAB")
-    upstream = transforms.convert_to_rgb(image, return_numpy=True)
+    upstream = upstream_rgb(image)
     assert (upstream == 255).all()  # its bands are L, A, B, and upstream takes the A for alpha
     assert_same(to_rgb(image, alpha="white"), image.convert("RGB"))
 
@@ -119,9 +126,8 @@ def transparent(mode: str) -> Image.Image:
 
 @pytest.mark.parametrize("mode", ALPHA + TRANSPARENT)
 def test_white_is_transformers_rule(mode: str) -> None:
-    transforms = pytest.importorskip("transformers.image_transforms")
     image = transparent(mode)
-    expected = transforms.convert_to_rgb(image, return_numpy=True)
+    expected = upstream_rgb(image)
     assert_same(to_rgb(image, alpha="white"), expected)
     assert (expected != np.asarray(to_rgb(image, alpha="drop"))).any()
 
@@ -170,11 +176,10 @@ def test_an_unknown_mode_is_named() -> None:
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float32", "float64"])
 def test_arrays_follow_transformers(channels: int, layout: str, dtype: str) -> None:
-    transforms = pytest.importorskip("transformers.image_transforms")
     shape = (channels, 9, 8) if layout == "first" else (9, 8, channels)
     values = np.random.default_rng(0).random(shape)
     array = (values if dtype.startswith("float") else values * 255).astype(dtype)
-    expected = transforms.convert_to_rgb(array, return_numpy=True)
+    expected = upstream_rgb(array)
     expected = np.moveaxis(expected, 0, -1) if layout == "first" else expected
     ours = array_to_rgb(array)
     assert ours.dtype == array.dtype

@@ -53,6 +53,9 @@ def png(image: Image.Image, **options) -> bytes:
 @pytest.mark.parametrize("input_size", [(32, 32), (31, 48), (57, 20)], ids=str)
 @pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
 def test_pixels_are_timms(crop_mode, interpolation, input_size, crop_pct) -> None:
+    if crop_mode == "center" and input_size[0] != input_size[1]:
+        # timm before passes no interpolation on, so that bicubic becomes bilinear
+        pytest.importorskip("timm", minversion="1.0.31")
     cfg = {
         "input_size": (3, *input_size),
         "crop_pct": crop_pct,
@@ -84,6 +87,8 @@ def test_pixels_are_timms(crop_mode, interpolation, input_size, crop_pct) -> Non
     ],
 )
 def test_pixels_of_a_timm_name_are_timms(name: str) -> None:
+    if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
+        pytest.skip(f"timm {timm.__version__} has no such model")
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
     assert cfg is not None
     image = picture(130, 177)

@@ -88,6 +88,19 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
         assert modules <= set(names)
 
 
+def test_the_floor_run_pins_what_the_package_declares() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    tools = ["torchvision", "pytest", "pytest-xdist"]
+    assert f"'.[transformers,testing]' {' '.join(tools)}\n" in (ROOT / "Makefile").read_text()
+    lines = [*project["dependencies"], *extras["transformers"], *extras["testing"]]
+    lines += [line for line in extras["dev"] if line.split(">=")[0] in tools]
+    floors = [line.replace(">=", "==") for line in lines]
+    pins = (ROOT / "constraints-floor.txt").read_text().splitlines()
+    assert [line for line in pins if not line.startswith("#")] == floors
+
+
 # processor time: other processes share the cores
 FRESH_IMPORT = """
 import json, sys, time

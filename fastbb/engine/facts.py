@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # what fastbb needs where it runs from a checkout, whose metadata nobody has installed
-NEEDED = ("torch>=2.9", "triton>=3.5; sys_platform == 'linux'")
+NEEDED = ("torch>=2.11", "triton>=3.6; sys_platform == 'linux'")
 _NO_EXTRAS = ("dev",)
 
 # flag in /proc/cpuinfo -> its usual name, the newest last

@@ -146,7 +146,8 @@ def test_bulk_copies_count_as_wide() -> None:
 
 @pytest.mark.parametrize(
     ("arch", "options"),
-    [(80, {"maxnreg": 32}), ("gfx90a", {"waves_per_eu": 8})],
+    # far too large: how few registers suffice is for each compiler to find out
+    [(80, {"maxnreg": 32}), ("gfx90a", {"block_n": 128, "waves_per_eu": 8})],
     ids=["80", "gfx90a"],
 )
 def test_a_tile_that_is_too_large_for_its_registers_spills(

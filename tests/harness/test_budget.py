@@ -19,6 +19,7 @@ from fastbb_kernels.testing.budget import (
     CaseCost,
     read_budget,
     source_hash,
+    unenforced,
     violations,
     write_budget,
 )
@@ -248,6 +249,24 @@ def test_allowed_spills_may_not_grow() -> None:
     assert violations(with_binary(90, spills=4), committed) == []
     (sentence,) = violations(with_binary(90, spills=5), committed)
     assert "wanted at most 4 spills, came 5" in sentence
+
+
+BY_COMPILER = ("stack", "shared memory", "occupancy", "narrow accesses", "changed source")
+
+
+@pytest.mark.parametrize(("waste", "measured", "message"), [(k, *v) for k, v in WASTE.items()])
+def test_limits_of_another_triton_are_said_and_not_enforced(
+    waste: str, measured: Budget, message: str
+) -> None:
+    committed = replace(budget(CASE_COST), triton="0.0")
+    enforced, said = violations(measured, committed), unenforced(measured, committed)
+    if waste in BY_COMPILER or waste.startswith("unknown"):
+        assert enforced == []
+        assert [message in sentence for sentence in said] == [True] * (waste != "changed source")
+    else:
+        assert [message in sentence for sentence in enforced] == [True]
+    assert "make budgets" not in "".join(said)
+    assert unenforced(measured, budget(CASE_COST)) == [], "the same Triton"
 
 
 def test_several_kernels_count_as_their_worst() -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -125,12 +125,14 @@ class Budget:
         source: `source_hash` of what was measured.
         cases: by case id, which names shape and dtype.
         allowances: written by hand; rewriting the file keeps them.
+        triton: the version that compiled the binaries.
     """
 
     op: str
     source: str
     cases: Mapping[str, CaseCost]
     allowances: tuple[Allowance, ...] = ()
+    triton: str = field(default_factory=lambda: triton.__version__)
 
 
 def source_hash(op: str) -> str:
@@ -183,6 +185,7 @@ def read_budget(op: str, folder: Path = BUDGETS) -> Budget:
                 Allowance(**{**entry, "arch": _arch_from(str(entry["arch"]))})
                 for entry in content["allowances"]
             ),
+            content["triton"],
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no budget: {type(error).__name__}: {error}") from error
@@ -212,7 +215,8 @@ def write_budget(op: str, cases: Mapping[str, CaseCost], folder: Path = BUDGETS)
         }
         body = _with_commas(f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in fields.items())
         entries.append("\n".join([f"    {json.dumps(name)}: {{", *body, "    }"]))
-    lines += [*_with_commas(entries), "  }", "}", ""]
+    lines += [*_with_commas(entries), "  },"]
+    lines += [f'  "triton": {json.dumps(triton.__version__)}', "}", ""]
     folder.mkdir(exist_ok=True)
     path.write_text("\n".join(lines))
     return path
@@ -222,24 +226,27 @@ def violations(measured: Budget, committed: Budget) -> list[str]:
     """What `measured` spends beyond `committed`, a sentence each; empty: all is well.
 
     Only what was measured is compared, so a part of the cases or architectures may be measured.
+    Of binaries from another Triton than the budget's only what must hold everywhere is: no spills,
+    and the matrix instructions. `unenforced` has the rest.
     """
+    same = measured.triton == committed.triton
     found = [
         f"{committed.op}: the allowance of {a.allows} for {a.case} on {_label(a.arch)} gives no "
         f"reason; write one into budgets/{committed.op}.json"
         for a in committed.allowances
         if not a.reason.strip()
     ]
-    if measured.source != committed.source:
+    if same and measured.source != committed.source:
         found.append(
             f"{committed.op}: its source or Triton changed since the budget was measured; "
             f"run `make budgets` and review the diff"
         )
     for name, case in measured.cases.items():
         where = f"{committed.op}, {name}"
-        if name not in committed.cases:
+        budget = committed.cases.get(name, CaseCost(case.launches, 0, case.requested_bytes, {}))
+        if same and name not in committed.cases:
             found.append(f"{where}: there is no budget for this case; {_ADVICE}")
             continue
-        budget = committed.cases[name]
         found += _over(where, "kernel launches", budget.launches, case.launches)
         if case.requested_bytes is not None:
             limit = budget.requested_bytes
@@ -251,20 +258,36 @@ def violations(measured: Budget, committed: Budget) -> list[str]:
                 for a in committed.allowances
                 if a.arch == arch and fnmatch(name, a.case) and a.reason.strip()
             }
-            if arch not in budget.binaries:
+            limits = budget.binaries.get(arch)
+            if limits is None and same:
                 found.append(f"{place}: there is no budget for this architecture; {_ADVICE}")
-            else:
-                found += _binary_violations(place, arch, cost, budget.binaries[arch], allowed)
+                continue
+            found += _broken_rules(place, arch, cost, limits, allowed)
+            if limits is not None and same:
+                if "spills" in allowed:
+                    found += _over(place, "spills", limits.spills, cost.spills)
+                found += _over_limits(place, cost, limits)
     return found
 
 
-def _binary_violations(
+def unenforced(measured: Budget, committed: Budget) -> list[str]:
+    """Where `measured` is beyond limits that hold for the Triton of `committed` alone."""
+    if measured.triton == committed.triton:
+        return []
+    as_limits = replace(committed, triton=measured.triton, source=measured.source)
+    enforced = violations(measured, committed)
+    found = [sentence for sentence in violations(measured, as_limits) if sentence not in enforced]
+    return [sentence.removesuffix(f"; {_ADVICE}") for sentence in found]
+
+
+def _broken_rules(
     place: str,
     arch: ArchitectureName,
     cost: BinaryCost,
-    budget: BinaryCost,
+    budget: BinaryCost | None,
     allowed: set[str],
 ) -> list[str]:
+    """What no binary may do, whichever Triton made it."""
     architecture = ARCHITECTURES[arch]
     found = []
 
@@ -274,11 +297,6 @@ def _binary_violations(
             f"{place}: wanted 0 spills, came {cost.spills} and {cost.stack} B of stack; use "
             f"smaller tiles or more warps, or add an allowance with its reason to the budget file"
         )
-    else:
-        found += _over(place, "spills", budget.spills, cost.spills)
-    found += _over(place, "bytes of stack", budget.stack, cost.stack)
-    found += _over(place, "bytes of shared memory", budget.shared, cost.shared)
-
     lesser = set(cost.mma_class.split("+")) - {architecture.mma_class, "none"}
     if lesser and "mma_class" not in allowed:
         found.append(
@@ -286,14 +304,22 @@ def _binary_violations(
             f"{cost.mma_class}; change tiles or warps, or add an allowance with its reason to the "
             f"budget file"
         )
-    elif cost.mma_class != budget.mma_class:
+    elif budget is not None and cost.mma_class != budget.mma_class:
         found.append(
             f"{place}: wanted matrix instructions {budget.mma_class}, came {cost.mma_class}; "
             f"{_ADVICE}"
         )
-    found += _under(place, "occupancy", budget.occupancy, cost.occupancy)
-    found += _under(place, "share of 128-bit accesses", budget.wide_share, cost.wide_share)
     return found
+
+
+def _over_limits(place: str, cost: BinaryCost, budget: BinaryCost) -> list[str]:
+    """What a binary costs beyond what the same Triton made of the same source."""
+    return [
+        *_over(place, "bytes of stack", budget.stack, cost.stack),
+        *_over(place, "bytes of shared memory", budget.shared, cost.shared),
+        *_under(place, "occupancy", budget.occupancy, cost.occupancy),
+        *_under(place, "share of 128-bit accesses", budget.wide_share, cost.wide_share),
+    ]
 
 
 def _over(place: str, what: str, limit: int, came: int) -> list[str]:

@@ -112,6 +112,8 @@ def _patched() -> Iterator[None]:
         scope._changes += upstream._patch_lang(names)._changes
         for owner in (tl, tl.core, tl.tensor):
             scope.set_attr(owner, "reduce", reduce)
+        # triton 3.6 takes int() of an array with an axis, which numpy 2.4 refuses
+        scope.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))
         # the constructors took two fifths of the time of a kernel
         scope.set_attr(tl.tensor, "__init__", _init_tensor)
         scope.set_attr(tl.block_type, "__init__", _init_block_type)
@@ -215,6 +217,9 @@ def _argument(name: str, value: Any) -> Any:
     if isinstance(value, float):
         # upstream leaves it a Python number, which takes the dtype of whatever it is added to
         return tl.tensor(TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+    if isinstance(value, bool):
+        # triton 3.6 makes it an int32 and refuses that
+        return tl.tensor(TensorHandle(np.array([value]), tl.int1), tl.int1)
     return upstream._implicit_cvt(value)
 
 

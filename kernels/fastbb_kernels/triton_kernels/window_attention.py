@@ -171,11 +171,11 @@ def _window_attention_fwd_kernel(
         q_mask = q_mask & (d < HEAD_DIM)[None, :]
     q = tl.load(q_ptrs[None, :] + offsets[:, None], mask=q_mask, other=0.0)
     source = (window, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad)
-    k, v, k_region = _load_keys(keys, *source, HEAD_DIM)
+    k, v, k_region = _load_keys(keys, *source, N, HEAD_DIM)
     bias = _load_bias(queries, keys, bias_ptrs, stride_bias_key, N, BIAS_COLS)
     if BLOCK_TAIL:
         tail_keys = BLOCK_N + tl.arange(0, BLOCK_TAIL)
-        tail_k, tail_v, tail_region = _load_keys(tail_keys, *source, HEAD_DIM)
+        tail_k, tail_v, tail_region = _load_keys(tail_keys, *source, N, HEAD_DIM)
         tail_bias = _load_bias(queries, tail_keys, bias_ptrs, stride_bias_key, N, BIAS_COLS)
 
     masked = False
@@ -213,7 +213,16 @@ def _offsets(image, y, x, stride_image, stride_y, stride_x):
 
 @triton.jit
 def _load_keys(
-    keys, window, geometry, k_ptrs, v_ptrs, strides, k_pad, v_pad, HEAD_DIM: tl.constexpr
+    keys,
+    window,
+    geometry,
+    k_ptrs,
+    v_ptrs,
+    strides,
+    k_pad,
+    v_pad,
+    N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
 ):
     """[BLOCK_D, T] keys, transposed, [T, BLOCK_D] values and [T] regions of tokens `keys`.
 
@@ -229,9 +238,7 @@ def _load_keys(
     k = tl.load(k_ptrs[:, None] + offsets[None, :], mask=k_mask, other=0.0)
     v = tl.load(v_ptrs[None, :] + offsets[:, None], mask=v_mask, other=0.0)
     if k_pad is not None:
-        WINDOW_H: tl.constexpr = geometry[4]
-        WINDOW_W: tl.constexpr = geometry[5]
-        is_padding = (keys < WINDOW_H * WINDOW_W) & ~inside
+        is_padding = (keys < N) & ~inside
         k = tl.where(is_padding[None, :], k_pad[:, None], k)
         v = tl.where(is_padding[:, None], v_pad[None, :], v)
     return k, v, region
