@@ -214,7 +214,8 @@ def test_launches_fill_a_gpu(arch: Architecture, dtype: torch.dtype) -> None:
         gemm, tiles_per_program, resident = kernel_module.launch_config(*args, dtype, arch)
         tiles = math.ceil(n_rows / gemm.block_m) * math.ceil(4 * features / gemm.block_n)
         assert tiles / tiles_per_program >= 48, args
-        assert resident == (tiles_per_program > 1)
+        short = features <= 256 and dtype != torch.float32 and arch in ARCHITECTURES
+        assert resident == (short or tiles_per_program > 1)
         if n_rows == 200704 and arch in ARCHITECTURES:
             # every row is normalized once
             assert resident == (dtype != torch.float32)

@@ -135,12 +135,9 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
 
 def test_tiles_hold_whole_rows() -> None:
     for channels in (1, 24, 96, 192, 768, 1024, 8192):
-        for n_rows in (1, 49, 3136, 200704):
-            config = launch_config(n_rows, channels)
-            assert channels <= config.block_n < 2 * channels
-            assert config.block_m * config.block_n <= max(4096, config.block_n)
-    # at batch 1 the GPU is filled by smaller tiles
-    assert launch_config(3136, 96).block_m < launch_config(200704, 96).block_m
+        config = launch_config(channels)
+        assert channels <= config.block_n < 2 * channels
+        assert config.block_m * config.block_n <= max(4096, config.block_n)
 
 
 def test_loads_are_wide_where_eight_divides_the_channels() -> None:

@@ -30,7 +30,13 @@ def launch(
     channels, height, width = x.shape[1:]
     n_rows = batch * y_height * y_width
     config = launch_config(
-        n_rows, channels, out_channels, residual is not None, x.dtype, architecture(x.device)
+        n_rows,
+        channels,
+        out_channels,
+        residual is not None,
+        x.dtype,
+        architecture(x.device),
+        residual is None,
     )
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_bn_act_fwd_kernel[grid](

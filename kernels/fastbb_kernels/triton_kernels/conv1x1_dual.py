@@ -35,7 +35,8 @@ def launch(
     n_rows = batch * y_height * y_width
     # a step takes channels of one of the two
     common = math.gcd(channels, shortcut_channels)
-    config = launch_config(n_rows, common, out_channels, False, x.dtype, architecture(x.device))
+    arch = architecture(x.device)
+    config = launch_config(n_rows, common, out_channels, False, x.dtype, arch, False)
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_dual_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),

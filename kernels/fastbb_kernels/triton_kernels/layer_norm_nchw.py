@@ -12,9 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# about one program for each multiprocessor of a GPU
-_ENOUGH_PROGRAMS = 128
-
 
 class RowsConfig(NamedTuple):
     """Rows and columns of a tile, and its warps."""
@@ -28,13 +25,10 @@ class RowsConfig(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
-def launch_config(n_rows: int, channels: int) -> RowsConfig:
-    """Tiles of whole rows, 32 elements a thread; fewer rows where programs would be too few."""
+def launch_config(channels: int) -> RowsConfig:
+    """Tiles of whole rows, 32 elements a thread: a warp does as much however few rows there are."""
     block_n = triton.next_power_of_2(channels)
     block_m = max(1, 4096 // block_n)
-    smallest = max(1, 1024 // block_n)
-    while block_m > smallest and triton.cdiv(n_rows, block_m) < _ENOUGH_PROGRAMS:
-        block_m //= 2
     return RowsConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 1024, 1), 8))
 
 
@@ -46,7 +40,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         # a view unless the rows do not lie at one stride
         rows = x.reshape(-1, channels)
         n_rows = rows.shape[0]
-        config = launch_config(n_rows, channels)
+        config = launch_config(channels)
         _layer_norm_nchw_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
             rows,
             weight.contiguous(),
