@@ -17,14 +17,14 @@ import torch
 
 from ._dispatch import TRITON_DTYPES, Architecture, pretend
 from .accuracy import accuracy_problem
+from .architectures import ARCHITECTURES
 from .case import Case
 from .cases import checked_cases, real_cases, small_cases
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
+from .recorder import Recording
 from .self_check import case_problem
 from .testing import fake_gpu, record_launches, trace
-from .testing.architectures import ARCHITECTURES
 from .testing.budget import Budget, CaseCost, read_budget, source_hash, violations, write_budget
-from .testing.recorder import Recording
 
 # the real cases that a check runs on a GPU, beside the small ones
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
