@@ -57,6 +57,11 @@ def custom_op(op: str) -> Launch:
     return getattr(torch.ops.fastbb, op).default
 
 
+def launch_of(op: str) -> Any:
+    """What an op runs on GPUs."""
+    return sys.modules[getattr(fastbb_kernels, op).__module__].__dict__["_launch"]
+
+
 @contextmanager
 def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
     """CPU tensors count as a GPU's, and a launch of an op calls what is given for it."""
@@ -65,8 +70,7 @@ def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
         stack.enter_context(pretend(None))
         mocks = {op: mock.Mock(side_effect=launch) for op, launch in launches.items()}
         for op, launch in mocks.items():
-            module = sys.modules[getattr(fastbb_kernels, op).__module__]
-            stack.enter_context(mock.patch.object(module, "_launch", launch))
+            stack.enter_context(mock.patch.object(launch_of(op), "run", launch))
         yield mocks
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 if TYPE_CHECKING:
     from .self_check import SelfCheck
@@ -108,7 +107,7 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -
     """
     impl = chosen_impl(op, impl)
     if impl == "triton":
-        reason = unsupported or _problem(op, x, run=False)
+        reason = unsupported or _problem(op, x, warn=False)
         if reason:
             raise NotImplementedError(f"{op}: impl='triton' cannot run this call: {reason}")
         return True
@@ -123,7 +122,7 @@ def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) ->
     where they cannot run it either.
     """
     if impl is None and op not in _per_op and _default == "triton":
-        return unsupported is None and _problem(op, x, run=False) is None
+        return unsupported is None and _problem(op, x, warn=False) is None
     return use_triton(op, impl, unsupported, x)
 
 
@@ -161,22 +160,22 @@ def use_check(check: "SelfCheck") -> Iterator[None]:
         _installed_check = before
 
 
-def _problem(op: str, x: Tensor, run: bool = True) -> str | None:
-    """Why the kernels of an op cannot be trusted with tensors like `x`, or None.
+def _problem(op: str, x: Tensor, warn: bool = True) -> str | None:
+    """Why the kernels of an op are off for tensors like `x`, or None.
 
     Args:
         op: its name.
         x: a tensor of the call.
-        run: checks the op now unless that was done before; never for a fake tensor.
+        warn: once, of what is off.
     """
-    return _checked(op, x.device, x.dtype, run and not isinstance(x, FakeTensor))
+    return _checked(op, x.device, x.dtype, warn)
 
 
-def _checked(op: str, device: torch.device, dtype: torch.dtype, run: bool) -> str | None:
+def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
     check = current_check()
     if check is None:
         return None
-    return check.problem(op, device, dtype) if run else check.known_problem(op, device, dtype)
+    return check.problem(op, device, dtype) if warn else check.known_problem(op, device, dtype)
 
 
 # as torch.compiler.assume_constant_result does, which imports the compiler

@@ -19,7 +19,8 @@ from ._dispatch import TRITON_DTYPES, Architecture, pretend
 from .accuracy import accuracy_problem
 from .architectures import ARCHITECTURES
 from .case import Case
-from .cases import checked_cases, real_cases, small_cases
+from .cases import checked_cases, model_cases, real_cases, small_cases
+from .launching import FEW_IMAGES, Launch, forced, noting
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .recorder import Recording
 from .self_check import case_problem
@@ -38,16 +39,64 @@ def check_registration(case: Case, dtype: torch.dtype) -> None:
     Raises:
         torch.testing._internal.optests.OpCheckError: schema, fake kernel or tracing are wrong.
     """
+    _, args = launch_of(case, "cpu", dtype)
+    torch.library.opcheck(find_op(case.op).custom_op, args)
+
+
+def launch_of(
+    case: Case, device: str, dtype: torch.dtype, arch: Architecture | None = None
+) -> tuple[Launch, tuple[Any, ...]]:
+    """What the custom op of a case runs on GPUs, and the arguments that it is given."""
     op = find_op(case.op)
     module = sys.modules[op.call.__module__]
-    calls: list[tuple[Any, ...]] = []
-    arguments = case.arguments("cpu", dtype)
-    launch = mock.Mock(side_effect=lambda *args: calls.append(args))
-    with mock.patch.object(module, "_launch", launch), pretend(None), torch.no_grad():
-        op.call(**arguments, impl="triton")
-    assert calls
-    for args in calls:
-        torch.library.opcheck(op.custom_op, args)
+    launch, mocked = module.__dict__["_launch"], mock.Mock()
+    with mock.patch.object(module, "_launch", mocked), pretend(arch), torch.no_grad():
+        op.call(**case.arguments(device, dtype), impl="triton")
+    (call,) = mocked.call_args_list
+    return launch, call.args
+
+
+@dataclass(frozen=True)
+class FirstLaunches:
+    """What the checks of first launches reach of the binaries that a model launches.
+
+    Attributes:
+        n_binaries: distinct ones.
+        missed: cases of which a binary is not launched again on few images.
+    """
+
+    n_binaries: int
+    missed: tuple[str, ...]
+
+
+@torch.no_grad()
+def first_launches(
+    model: str, batches: Sequence[int], dtype: torch.dtype, arch: Architecture
+) -> FirstLaunches:
+    """Looks at what the self-check would launch for a model's launches; compiles nothing.
+
+    Args:
+        model: of `cases.MODELS`, at 224 x 224 pixels.
+        batches: numbers of images.
+        dtype: of the tensors.
+        arch: of the pretended GPU.
+    """
+    binaries: set[str] = set()
+    missed = []
+    for case in (case for batch in batches for case in model_cases(model, (224, 224), batch)):
+        with pretend(arch):
+            if find_op(case.op).unsupported(**case.arguments("meta", dtype)):
+                continue
+        launch, args = launch_of(case, "meta", dtype, arch)
+        with record_launches(arch) as production, noting() as launched:
+            launch.run(*args)
+        with record_launches(arch) as checked, forced(launched.configs):
+            launch.run(*launch.alike(args, FEW_IMAGES, 0))
+        found = {one.specialization for one in production.launches}
+        if not found <= {one.specialization for one in checked.launches}:
+            missed.append(str(case))
+        binaries |= found
+    return FirstLaunches(len(binaries), tuple(missed))
 
 
 @dataclass(frozen=True)
@@ -240,6 +289,20 @@ def format_table(reports: Sequence[Report]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def report_first_launches(archs: Sequence[Architecture], dtypes: Sequence[torch.dtype]) -> int:
+    """Prints how many binaries are checked at their first launch; returns the exit code."""
+    is_well = True
+    print("model, batches 1, 8 and 64 at 224 pixels; binaries, and how many are covered")
+    for model in ("swin_t", "swin_b", "resnet50"):
+        for arch in archs:
+            for dtype in dtypes:
+                found = first_launches(model, (1, 8, 64), dtype, arch)
+                covered = f"{found.n_binaries} binaries, {len(found.missed)} cases missed"
+                print(f"{model}, {ARCHITECTURES[arch].label}, {DTYPE_NAMES[dtype]}: {covered}")
+                is_well &= not found.missed
+    return int(not is_well)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0 all is well, 1 something is not."""
     parser = argparse.ArgumentParser(prog="python -m fastbb_kernels.check", description=__doc__)
@@ -252,6 +315,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--write-budgets", action="store_true", help="measure, and rewrite the budgets"
     )
     parser.add_argument(
+        "--first-launches",
+        action="store_true",
+        help="count the binaries of three models that the check of their first launch covers",
+    )
+    parser.add_argument(
         "--everything",
         action="store_true",
         help="with --write-budgets: all models and dtypes",
@@ -262,6 +330,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             rewrite_budget(name, options.everything)
         return 0
+    if options.first_launches:
+        chosen = [dtypes[dtype] for dtype in options.dtype or ["bf16"]]
+        return report_first_launches([archs[arch] for arch in options.arch or archs], chosen)
     reports = [
         check_op(
             name,

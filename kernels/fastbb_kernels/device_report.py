@@ -49,13 +49,13 @@ def check_ops(
     again: bool = False,
     progress: Callable[[str], None] = lambda op: None,
 ) -> DeviceReport:
-    """Runs the self-check of ops, as their first use does.
+    """Runs the small cases of ops, and remembers what came of it.
 
     Args:
         device: such as "cuda:1"; default: the GPU if there is one.
         ops: their names; default: all.
         dtypes: "fp32", "fp16", "bf16"; default: all.
-        again: also of ops that were checked before.
+        again: also of ops that are known to be off.
         progress: told the name of each op before it is checked.
 
     Raises:
@@ -76,8 +76,8 @@ def check_ops(
         for op in ops or op_names():
             progress(op)
             for dtype in (names[name] for name in dtypes or names):
-                outcome_of = check.check_again if again else check.problem
-                outcomes[op, dtype] = outcome_of(op, found, dtype)
+                known = None if again else check.known_problem(op, found, dtype)
+                outcomes[op, dtype] = known or check.check(op, found, dtype)
     cache = check.cache(found)
     notes = (*cache.notes, f"remembered in {cache.path}")
     text = "\n".join([cache.machine.device, *_table(outcomes), *notes])

@@ -13,7 +13,7 @@ import torch
 from torch import device as Device
 
 _PACKAGE = Path(__file__).parent
-_SOURCES = ("*.py", "ops/*.py", "triton_kernels/*.py")
+_SOURCES = ("*.py", "ops/*.py", "triton_kernels/*.py", "configs/*.json")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _AMD_DRIVER = Path("/sys/module/amdgpu/version")
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -67,9 +67,13 @@ class Machine:
     @property
     def key(self) -> str:
         """A file name without suffix: the device, readable, and a digest of all fields."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")[:60].strip("-")
         fields = json.dumps(asdict(self), sort_keys=True).encode()
-        return f"{slug or 'unknown'}-{hashlib.sha256(fields).hexdigest()[:12]}"
+        return f"{device_slug(self.device)}-{hashlib.sha256(fields).hexdigest()[:12]}"
+
+
+def device_slug(name: str) -> str:
+    """A device's name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "unknown"
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:

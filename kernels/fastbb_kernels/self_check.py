@@ -1,15 +1,16 @@
 """Whether the ops compute on a device what they ought to: tried at first use, and remembered.
 
-A GPU that nobody tried may miscompile a kernel, or lack the resources that it takes. An op runs as
-PyTorch's own ops where one of its small cases fails.
+A GPU that nobody tried may miscompile a kernel, or lack the resources that it takes. So each
+compiled kernel is tried when it is launched for the first time: the same binary, on few images,
+against PyTorch's own ops in float64. An op of which one fails runs as those from then on.
 """
 
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from ._dispatch import use_check as use
 from .accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from .case import Case
 from .cases import small_cases
+from .launching import FEW_IMAGES, Launch, Launched, forced, noting
 from .machine import Machine
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .result_cache import ResultCache
@@ -28,6 +30,7 @@ from .result_cache import ResultCache
 __all__ = ["Hardware", "NotChecked", "SelfCheck", "case_problem", "current", "use"]
 
 SECTION = "self_check"
+BINARIES = "binaries"  # section of the digests that were found to be right
 _SEED = 0
 _N_RUNS = 2
 # more than a small case needs, in float64 as well
@@ -71,7 +74,7 @@ def run_case(case: Case, arguments: dict[str, Any], impl: Impl) -> Tensor:
 
 
 class SelfCheck:
-    """Runs the small cases of ops on devices, and remembers what came of it.
+    """Tries the kernels of ops on devices, and remembers what came of it.
 
     Safe to use from several threads, which wait for a check that another one has begun.
     """
@@ -96,8 +99,10 @@ class SelfCheck:
         self._machine_of = machine_of
         self._cache_of = cache_of
         self._hardware = hardware or Hardware()
+        # what decides; None: nothing has failed
         self._problems: dict[_Key, str | None] = {}
-        self._not_checked: dict[_Key, str] = {}
+        self._not_checked: set[_Key] = set()  # in this process; another may find out
+        self._trusted: dict[_Key, set[str]] = {}
         self._caches: dict[torch.device, ResultCache] = {}
         self._lost: dict[torch.device, str] = {}
         self._lock = threading.RLock()
@@ -107,18 +112,14 @@ class SelfCheck:
         self._worker = threading.local()
 
     def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why an op's kernels cannot be trusted on a device; checks them at first use.
+        """Why an op's kernels are off on a device, or None; runs nothing.
 
-        The first time that it finds a problem it warns. While a CUDA graph is being captured it
-        does not check, and an op that nobody checked before has that as its problem.
+        It warns of what an earlier process found.
 
         Args:
             op: its name.
             device: where it is to run.
             dtype: of its tensors.
-
-        Returns:
-            a sentence, or None: all is well.
         """
         try:  # what an op costs more on a GPU; a tensor's device needs no `_key`
             return self._problems[op, device, dtype, input_precision(dtype)]
@@ -126,36 +127,83 @@ class SelfCheck:
             key = _key(op, device, dtype)
         if device.type == "meta" or key in self._being_checked():
             return None
-        with self._locks.setdefault(key, threading.Lock()):
-            found = self._find(key)
-            if found and key not in self._problems:
-                (self._problems[key],) = found
+        with self._lock_of(key):
+            if key not in self._problems:
+                found = self._remembered(key)
+                self._problems[key] = found[0] if found else None
                 self._report(key, remembered=True)
-            elif not found and key not in self._not_checked:
-                if self._hardware.is_capturing(key[1]):
-                    return "not checked yet, and a CUDA graph is being captured: run it once before"
-                self._check(key)
         self._warn()
-        return self._outcome(key)
+        return self._problems[key]
 
     def known_problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """As `problem`, but only what was found before, in this process or an earlier one."""
-        found = None if device.type == "meta" else self._find(_key(op, device, dtype))
+        """As `problem`, without a warning, and not because something could not be checked."""
+        key = _key(op, device, dtype)
+        if device.type == "meta" or key in self._not_checked:
+            return None
+        found = (self._problems[key],) if key in self._problems else self._remembered(key)
         return found[0] if found else None
 
-    def check_again(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """As `problem`, whatever was found before."""
-        key = _key(op, device, dtype)
-        with self._locks.setdefault(key, threading.Lock()):
-            self._problems.pop(key, None)
-            self._check(key)
+    def launch(self, launch: Launch, args: Sequence[Any]) -> Tensor:
+        """Runs a launch if its binaries are right, else PyTorch's own ops.
+
+        A binary is tried when it comes for the first time; who else launches it waits. While a CUDA
+        graph is being captured nothing is tried, and what was not tried before does not run.
+
+        Args:
+            launch: of an op.
+            args: its arguments; the first one is a tensor on the device.
+
+        Raises:
+            Exception: whatever the launch raises although its binaries are right.
+        """
+        dtype = launch.dtype(args)
+        if self.problem(launch.op, args[0].device, dtype) is not None:
+            return launch.eager(*args)
+        key = _key(launch.op, args[0].device, dtype)
+        if key in self._being_checked():
+            return launch.run(*args)
+        trusted = self._trusted_of(key)
+        if not trusted and self._hardware.is_capturing(key[1]):
+            return launch.eager(*args)
+        y = error = None
+        with noting() as launched:
+            try:
+                y = launch.run(*args)
+            except Exception as raised:
+                error = raised
+        if y is not None and launched.digests <= trusted:
+            return y
+        if self._hardware.is_capturing(key[1]):
+            return launch.eager(*args)
+        with self._lock_of(key):
+            # another thread may have tried it
+            if self._problems[key] is None and not (y is not None and launched.digests <= trusted):
+                self._check(key, lambda: self._few_problem(key, launch, args, launched))
         self._warn()
-        return self._outcome(key)
+        if self._problems[key] is not None:
+            return launch.eager(*args)
+        if error is not None:
+            raise error
+        assert y is not None
+        return y
+
+    def check(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Runs the small cases of an op, whatever was found before.
+
+        Returns:
+            what is wrong, in a sentence, or None.
+        """
+        key = _key(op, device, dtype)
+        with self._lock_of(key):
+            self._problems.pop(key, None)  # or the cases would not run its kernels
+            self._check(key, lambda: self._small_problem(key))
+        self._warn()
+        return self._problems[key]
 
     def results(self, device: torch.device) -> dict[tuple[str, torch.dtype], str | None]:
         """The problem, or None, of each op and dtype that was checked; runs nothing."""
         pairs = [(op, dtype) for op in op_names() for dtype in TRITON_DTYPES]
-        found = {(op, dtype): self._find(_key(op, device, dtype)) for op, dtype in pairs}
+        found = {(op, dtype): self._remembered(_key(op, device, dtype)) for op, dtype in pairs}
         return {pair: outcome[0] for pair, outcome in found.items() if outcome}
 
     def cache(self, device: torch.device) -> ResultCache:
@@ -168,54 +216,98 @@ class SelfCheck:
                 self._log_notes(self._caches[device])
             return self._caches[device]
 
-    def _find(self, key: _Key) -> tuple[str | None] | None:
-        """The problem of an op that was checked before; None: it was not."""
-        if key in self._problems:
-            return (self._problems[key],)
+    def _remembered(self, key: _Key) -> tuple[str | None] | None:
+        """The problem of an op that was checked before, or None in it; None: it was not."""
         value = self.cache(key[1]).get(SECTION, _cache_key(key))
         if not isinstance(value, dict) or not isinstance(value.get("problem", 0), str | None):
             return None
         return (value["problem"],)
 
-    def _outcome(self, key: _Key) -> str | None:
-        return self._problems[key] if key in self._problems else self._not_checked[key]
+    def _trusted_of(self, key: _Key) -> set[str]:
+        """The binaries of an op that were found to be right, here or in an earlier process."""
+        if key not in self._trusted:
+            start = f"{_cache_key(key)}/"
+            known = self.cache(key[1]).items(BINARIES)
+            self._trusted[key] = {
+                name.removeprefix(start)
+                for name, is_right in known.items()
+                if name.startswith(start) and is_right is True
+            }
+        return self._trusted[key]
 
-    def _check(self, key: _Key) -> None:
-        """Runs the small cases of an op and remembers what came of it."""
-        device = key[1]
-        cache = self.cache(device)
+    def _lock_of(self, key: _Key) -> threading.Lock:
+        return self._locks.setdefault(key, threading.Lock())
+
+    def _check(self, key: _Key, find_problem: Callable[[], str | None]) -> None:
+        """Finds what is wrong with an op, and remembers it."""
+        cache = self.cache(key[1])
+        self._not_checked.discard(key)
         try:
-            problem = self._outside(lambda: self._small_cases(key))
+            problem = self._outside(lambda: self._checking(key, find_problem))
         except Exception as error:
             # for this process: every call would try it again, and the next one may have room
             reason = str(error) if isinstance(error, NotChecked) else _name(error)
-            self._not_checked[key] = f"not checked: {reason}"
+            self._not_checked.add(key)
+            self._problems[key] = f"not checked: {reason}"
         else:
             self._problems[key] = problem
             cache.put(SECTION, _cache_key(key), {"problem": problem})
             self._log_notes(cache)
         self._report(key)
 
-    def _small_cases(self, key: _Key) -> str | None:
-        op, device, dtype, _ = key
+    def _checking(self, key: _Key, find_problem: Callable[[], str | None]) -> str | None:
+        """Calls in the thread of a check; trusts the binaries that ran if all is well."""
+        device = key[1]
         if device in self._lost:
             raise NotChecked(self._lost[device])
         being_checked = self._being_checked()
         being_checked.append(key)
         try:
-            for case in small_cases():
-                if case.op == op:
-                    problem = case_problem(
-                        case, dtype, device, run_case=self._run_case, hardware=self._hardware
-                    )
-                    if problem is not None:
-                        return f"{op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
-            return None
+            with noting() as launched:
+                problem = find_problem()
         finally:
             being_checked.pop()
             lost = _loss(device, self._hardware)
             if lost is not None:
                 self._lost[device] = lost
+        if problem is None:
+            for digest in launched.digests - self._trusted_of(key):
+                self._trusted[key].add(digest)
+                self.cache(device).put(BINARIES, f"{_cache_key(key)}/{digest}", True)
+        return problem
+
+    def _small_problem(self, key: _Key) -> str | None:
+        """What is wrong in the small cases of an op."""
+        op, device, dtype, _ = key
+        for case in small_cases():
+            if case.op == op:
+                problem = case_problem(
+                    case, dtype, device, run_case=self._run_case, hardware=self._hardware
+                )
+                if problem is not None:
+                    return f"{op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
+        return None
+
+    def _few_problem(
+        self, key: _Key, launch: Launch, args: Sequence[Any], launched: Launched
+    ) -> str | None:
+        """What is wrong with the binaries of a launch, on few images."""
+        op, device, dtype, _ = key
+        lost = _loss(device, self._hardware)  # by the launch
+        if lost is not None:
+            self._lost[device] = lost
+            return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"
+        for n_images in (FEW_IMAGES, None):
+            with forced(launched.configs), noting() as again:
+                few = launch.alike(args, n_images, _SEED)
+                problem = _launch_problem(launch, few, device, self._hardware)
+            if problem is not None:
+                shape = "x".join(map(str, few[0].shape))
+                configs = "".join(f", {config}" for config in launched.configs.values())
+                return f"{op}, {shape}, {DTYPE_NAMES[dtype]}{configs}: {problem}"
+            if launched.digests <= again.digests:
+                break
+        return None
 
     def _being_checked(self) -> list[_Key]:
         """What this thread is checking: an op, and the op whose case called it."""
@@ -233,7 +325,7 @@ class SelfCheck:
             return pool.submit(function).result()
 
     def _report(self, key: _Key, remembered: bool = False) -> None:
-        problem = self._outcome(key)
+        problem = self._problems[key]
         if problem is None:
             return
         op, device, dtype, _ = key
@@ -292,29 +384,69 @@ def case_problem(
     """
     hardware = hardware or Hardware()
     op = find_op(case.op)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with _on(device):
         try:
             arguments = case.arguments(device, dtype, _SEED)
             if op.unsupported(**arguments):
                 return None
-            eager = op.eager(**arguments)
-            exact = op.eager(**in_float64(arguments))
-            hardware.synchronize(device)
         except Exception as error:
             raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
-        results: list[Tensor] = []
-        for _ in range(_N_RUNS):
-            try:
-                _fill_free_memory(eager)
-                results.append(run_case(case, arguments, impl))
-                hardware.synchronize(device)
-                problem = _difference(results[-1], eager, exact)
-            except Exception as error:  # whatever a launch raises: the op is off, with this reason
-                problem = _failure(error, device, hardware)
-            if problem is not None:
-                return problem
-        if not torch.equal(results[0], results[1]):
-            return f"two runs with the same inputs differ by {max_error(*results):.3g}"
+        return _problem_of(
+            run=lambda: run_case(case, arguments, impl),
+            eager=lambda: op.eager(**arguments),
+            exact=lambda: op.eager(**in_float64(arguments)),
+            device=device,
+            hardware=hardware,
+        )
+
+
+@torch.no_grad()
+def _launch_problem(
+    launch: Launch, args: Sequence[Any], device: torch.device, hardware: Hardware
+) -> str | None:
+    """As `case_problem`, for a launch with given arguments."""
+    wide = [x.double() if isinstance(x, Tensor) else x for x in args]
+    with _on(device):
+        return _problem_of(
+            run=lambda: launch.run(*args),
+            eager=lambda: launch.eager(*args),
+            exact=lambda: launch.eager(*wide),
+            device=device,
+            hardware=hardware,
+        )
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _problem_of(
+    *,
+    run: Callable[[], Tensor],
+    eager: Callable[[], Tensor],
+    exact: Callable[[], Tensor],
+    device: torch.device,
+    hardware: Hardware,
+) -> str | None:
+    """What is wrong with the results of `run`, called twice; see `case_problem`."""
+    try:
+        eager_result, exact_result = eager(), exact()
+        hardware.synchronize(device)
+    except Exception as error:
+        raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
+    results: list[Tensor] = []
+    for _ in range(_N_RUNS):
+        try:
+            _fill_free_memory(eager_result)
+            results.append(run())
+            hardware.synchronize(device)
+            problem = _difference(results[-1], eager_result, exact_result)
+        except Exception as error:  # whatever a launch raises: the op is off, with this reason
+            problem = _failure(error, device, hardware)
+        if problem is not None:
+            return problem
+    if not torch.equal(results[0], results[1]):
+        return f"two runs with the same inputs differ by {max_error(*results):.3g}"
     return None
 
 
@@ -343,7 +475,7 @@ def _failure(error: Exception, device: torch.device, hardware: Hardware) -> str:
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in problem.lower():
         if not hardware.has_room(device):
             raise NotChecked(f"{device} has no memory left: {problem}") from error
-        return f"asks for more memory than a small case may take: {problem}"
+        return f"asks for more memory than so few images may take: {problem}"
     return problem
 
 

@@ -11,10 +11,18 @@ from unittest import mock
 import broken_kernels as broken
 import pytest
 import torch
-from broken_kernels import CPU, MACHINE, PretendedHardware, custom_op, launching, self_check
+from broken_kernels import (
+    CPU,
+    MACHINE,
+    PretendedHardware,
+    custom_op,
+    launch_of,
+    launching,
+    self_check,
+)
 from torch import Tensor
 
-from fastbb_kernels import KernelWarning, patch_merging
+from fastbb_kernels import KernelWarning, linear_residual, patch_merging
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import small_cases
 from fastbb_kernels.self_check import SECTION, SelfCheck, case_problem, use
@@ -24,10 +32,10 @@ CASES = [case for case in small_cases() if case.op == OP]
 KEY = f"{OP}/torch.float32"
 
 
-def arguments() -> tuple[Tensor, ...]:
+def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     shapes = (2, 5, 4, 8), (32,), (32,), (16, 32)
-    return tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
 
 
 def reference() -> Tensor:
@@ -48,7 +56,7 @@ FAULTS = {
     "nothing": (broken.nothing, "wanted a tensor, got NoneType"),
     "crashing": (broken.crashing, "ZeroDivisionError: at line 3"),
     "out_of_resources": (broken.out_of_resources, "OutOfResources: out of resource: shared memory"),
-    "out_of_memory": (broken.out_of_memory, "asks for more memory than a small case may take"),
+    "out_of_memory": (broken.out_of_memory, "asks for more memory than so few images may take"),
 }
 
 
@@ -57,7 +65,7 @@ def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path)
     check = self_check(tmp_path)
     wanted = (
         rf"kernel of {OP} is off on Pretended GPU for fp32, and eager PyTorch runs instead: "
-        rf"{OP}, {CASES[0]}, fp32: .*{reason}"
+        rf"{OP}, 2x5x4x8, fp32: .*{reason}"
     )
     with launching(patch_merging=launcher(OP)) as launches, use(check):
         with pytest.warns(KernelWarning, match=wanted) as warned:
@@ -67,7 +75,7 @@ def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert torch.equal(patch_merging(*arguments()), reference())
-    assert launches[OP].call_count == n_launches <= 2
+    assert launches[OP].call_count == n_launches <= 3
     assert list(remembered(tmp_path)) == [KEY]
     assert check.results(CPU) == {(OP, torch.float32): check.known_problem(OP, CPU, torch.float32)}
 
@@ -80,7 +88,7 @@ def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path)
 
 
 def test_a_right_kernel_is_used(tmp_path: Path) -> None:
-    for launches_of_check in (2 * len(CASES), 0):  # then it is remembered
+    for launches_of_check in (2, 0):  # then it is remembered
         with launching(patch_merging=custom_op(OP)) as launches, use(self_check(tmp_path)):
             patch_merging(*arguments())
             assert launches[OP].call_count == launches_of_check + 1
@@ -94,11 +102,14 @@ def test_dtypes_are_checked_by_themselves(tmp_path: Path) -> None:
         return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else custom_op(OP)(x, *args)
 
     check = self_check(tmp_path)
-    with launching(patch_merging=launch), use(check):
+    with launching(patch_merging=launch) as launches, use(check):
         for dtype in (torch.float32, torch.bfloat16):
-            assert check.problem(OP, CPU, dtype) is None
+            patch_merging(*arguments(dtype))
         with pytest.warns(KernelWarning, match="for fp16"):
-            assert check.problem(OP, CPU, torch.float16) is not None
+            patch_merging(*arguments(torch.float16))
+        n_launches = launches[OP].call_count
+        patch_merging(*arguments(torch.float16))
+        assert launches[OP].call_count == n_launches
     assert [problem is None for problem in check.results(CPU).values()] == [True, False, True]
 
 
@@ -113,12 +124,28 @@ def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -
         with pytest.warns(KernelWarning, match="not checked: cpu has no memory left") as warned:
             assert torch.equal(patch_merging(*arguments()), reference())
             assert torch.equal(patch_merging(*arguments()), reference())
-        assert launches[OP].call_count == len(warned) == 1
+        assert (launches[OP].call_count, len(warned)) == (2, 1)
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
     hardware.full = False
     with launching(patch_merging=custom_op(OP)):
-        assert check.check_again(OP, CPU, torch.float32) is None
+        assert check.check(OP, CPU, torch.float32) is None
         assert self_check(tmp_path).problem(OP, CPU, torch.float32) is None
+
+
+def test_a_batch_that_is_too_large_is_not_the_kernels_fault(tmp_path: Path) -> None:
+    """Few images pass, and the caller is told what eager PyTorch would tell."""
+
+    def launch(x: Tensor, *args: Any) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return custom_op(OP)(x, *args)
+
+    x, *others = arguments()
+    with launching(patch_merging=launch), use(self_check(tmp_path)):
+        with pytest.raises(torch.OutOfMemoryError):
+            patch_merging(x.repeat(2, 1, 1, 1), *others)
+        assert torch.equal(patch_merging(x, *others), reference())
+    assert remembered(tmp_path) == {KEY: {"problem": None}}
 
 
 def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None:
@@ -129,31 +156,44 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
         return custom_op(OP)(*args)
 
     check = self_check(tmp_path, hardware)
-    with launching(patch_merging=launch, linear_residual=custom_op("linear_residual")) as launches:
-        with pytest.warns(KernelWarning, match="illegal memory.*lost to this process, which has"):
-            problem = check.problem(OP, CPU, torch.float32)
-        assert launches[OP].call_count == 1
-        with pytest.warns(KernelWarning, match="not checked: cpu is lost to this process"):
-            check.problem("linear_residual", CPU, torch.float32)
-        launches["linear_residual"].assert_not_called()
+    other = "linear_residual"
+    x = torch.ones(2, 8)
+    with launching(patch_merging=launch, linear_residual=custom_op(other)) as launches:
+        with use(check):
+            with pytest.warns(KernelWarning, match="lost to this process, which.*illegal memory"):
+                patch_merging(*arguments())
+            assert launches[OP].call_count == 1
+            with pytest.warns(KernelWarning, match="not checked: cpu is lost to this process"):
+                linear_residual(x, x.new_ones(8, 8), None, x)
+        assert launches[other].call_count == 1
+        problem = check.known_problem(OP, CPU, torch.float32)
         assert remembered(tmp_path) == {KEY: {"problem": problem}}
         hardware.lost = False
         following = self_check(tmp_path, hardware)
         with use(following), pytest.warns(KernelWarning, match="remembered in"):
             assert torch.equal(patch_merging(*arguments()), reference())
         assert launches[OP].call_count == 1
-        assert following.problem("linear_residual", CPU, torch.float32) is None
+        assert following.problem(other, CPU, torch.float32) is None
 
 
 def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None:
-    check = self_check(tmp_path)
+    absent = RuntimeError("cuBLAS is not there")
     with launching(patch_merging=custom_op(OP)) as launches:
         with (
-            mock.patch.object(Case, "arguments", side_effect=RuntimeError("cuBLAS is not there")),
+            mock.patch.object(Case, "arguments", side_effect=absent),
             pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
         ):
-            check.problem(OP, CPU, torch.float32)
+            self_check(tmp_path).check(OP, CPU, torch.float32)
         launches[OP].assert_not_called()
+        check = self_check(tmp_path)
+        with (
+            use(check),
+            mock.patch.object(launch_of(OP), "eager", side_effect=absent),
+            pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
+            pytest.raises(RuntimeError, match="cuBLAS"),
+        ):
+            patch_merging(*arguments())
+        assert check.results(CPU) == {}
     assert remembered(tmp_path) == {}
 
 
@@ -185,7 +225,7 @@ def test_tf32_is_checked_by_itself_and_as_exact_as_eager(tmp_path: Path) -> None
         torch.set_float32_matmul_precision("high")
         try:
             check = self_check(tmp_path)
-            assert check.problem(OP, CPU, torch.float32) is None
+            assert check.check(OP, CPU, torch.float32) is None
             assert check.results(CPU) == {(OP, torch.float32): None}
         finally:
             torch.set_float32_matmul_precision(before)
@@ -229,7 +269,7 @@ def test_a_value_that_no_check_wrote_is_checked_again(value: Any, tmp_path: Path
 @pytest.mark.parametrize("field", ["driver", "triton", "kernels", "device"])
 def test_another_version_is_checked_again(field: str, tmp_path: Path) -> None:
     with launching(patch_merging=custom_op(OP)):
-        self_check(tmp_path).problem(OP, CPU, torch.float32)
+        self_check(tmp_path).check(OP, CPU, torch.float32)
     updated = self_check(tmp_path, machine=replace(MACHINE, **{field: "new"}))
     with launching(patch_merging=broken.wrong(OP)), use(updated), pytest.warns(KernelWarning):
         assert torch.equal(patch_merging(*arguments()), reference())
@@ -246,20 +286,22 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptur
     ):
         for _ in range(2):
             assert torch.equal(patch_merging(*arguments()), reference())
+        patch_merging(*arguments(torch.bfloat16))
         assert check.problem(OP, CPU, torch.bfloat16) is not None
-    assert launches[OP].call_count == len(warned) == 2  # once per dtype
+    assert (launches[OP].call_count, len(warned)) == (4, 2)  # per dtype a call and its check
     assert len(caplog.records) == len({record.message for record in caplog.records}) == 2
 
 
 def test_checked_again_when_asked(tmp_path: Path) -> None:
     check = self_check(tmp_path)
     with launching(patch_merging=broken.wrong(OP)), use(check), pytest.warns(KernelWarning):
+        patch_merging(*arguments())
         assert check.problem(OP, CPU, torch.float32) is not None
         # by its kernel, though that is off
-        assert check.check_again(OP, CPU, torch.float32) is not None
+        assert check.check(OP, CPU, torch.float32) is not None
     check = self_check(tmp_path)
     with launching(patch_merging=custom_op(OP)):
-        assert check.check_again(OP, CPU, torch.float32) is None
+        assert check.check(OP, CPU, torch.float32) is None
     assert check.problem(OP, CPU, torch.float32) is None
     assert remembered(tmp_path) == {KEY: {"problem": None}}
 
@@ -274,7 +316,7 @@ def inputs_of_a_check(check: Callable[..., SelfCheck], folder: Path) -> list[Ten
         return custom_op(OP)(*arguments.values(), 1e-5)
 
     with launching():
-        check(folder, run_case=run).problem(OP, CPU, torch.bfloat16)
+        check(folder, run_case=run).check(OP, CPU, torch.bfloat16)
     return seen
 
 
@@ -303,5 +345,5 @@ def test_fresh_memory_is_not_zero(tmp_path: Path) -> None:
         return made.pop()  # as an allocator does
 
     with launching(), mock.patch("torch.full_like", recorded), pytest.warns(KernelWarning):
-        problem = self_check(tmp_path, run_case=run).problem(OP, CPU, torch.float32)
+        problem = self_check(tmp_path, run_case=run).check(OP, CPU, torch.float32)
     assert problem is not None and "NaN where eager PyTorch has numbers" in problem

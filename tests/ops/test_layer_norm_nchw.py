@@ -135,9 +135,10 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
 
 def test_tiles_hold_whole_rows() -> None:
     for channels in (1, 24, 96, 192, 768, 1024, 8192):
-        config = launch_config(channels)
-        assert channels <= config.block_n < 2 * channels
-        assert config.block_m * config.block_n <= max(4096, config.block_n)
+        for n_rows in (1, 49, 3136, 200704):
+            config = launch_config(n_rows, channels, 90)
+            assert channels <= config.block_n < 2 * channels
+            assert config.block_m * config.block_n <= max(4096, config.block_n)
 
 
 def test_loads_are_wide_where_eight_divides_the_channels() -> None:

@@ -18,6 +18,7 @@ from .._dispatch import (
     launches_directly,
     use_block,
 )
+from ..launching import launches
 from .conv1x1_bn_act import conv1x1_bn_act, conv1x1_bn_act_eager
 from .conv3x3_bn_act import conv3x3_bn_act, conv3x3_bn_act_eager, conv3x3_bn_act_n_bytes
 
@@ -223,7 +224,7 @@ def _(
     return empty_output(x, expand_weight, stride)
 
 
-@_bottleneck_tail.register_kernel("cuda")
+@launches(_bottleneck_tail)
 def _launch(
     x: Tensor,
     weight: Tensor,

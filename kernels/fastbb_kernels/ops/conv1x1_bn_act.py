@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 
 def conv1x1_bn_act(
@@ -123,7 +124,7 @@ def _(
     return empty_output(x, weight, stride)
 
 
-@_conv1x1_bn_act.register_kernel("cuda")
+@launches(_conv1x1_bn_act)
 def _launch(
     x: Tensor,
     weight: Tensor,

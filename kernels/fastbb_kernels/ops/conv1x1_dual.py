@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .._activation import Activation
 from .._convolution import check_convolution, check_shape, empty_output, finish
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 
 def conv1x1_dual(
@@ -159,7 +160,7 @@ def _(
     return empty_output(x, weight)
 
 
-@_conv1x1_dual.register_kernel("cuda")
+@launches(_conv1x1_dual)
 def _launch(
     x: Tensor,
     weight: Tensor,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, chosen_impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 
 def conv3x3_bn_act(
@@ -141,7 +142,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tenso
     return empty_output(x, weight, stride)
 
 
-@_conv3x3_bn_act.register_kernel("cuda")
+@launches(_conv3x3_bn_act)
 def _launch(
     x: Tensor,
     weight: Tensor,

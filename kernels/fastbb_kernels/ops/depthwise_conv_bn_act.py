@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from .._activation import Activation, check_activation
 from .._convolution import check_positive, check_shape, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 # the kernel unrolls a column of taps; larger ones are not checked for spills
 _TRITON_KERNEL_SIZES = (3, 5, 7)
@@ -154,7 +155,7 @@ def _(
     return empty_output(x, weight, stride)
 
 
-@_depthwise_conv_bn_act.register_kernel("cuda")
+@launches(_depthwise_conv_bn_act)
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
 ) -> Tensor:

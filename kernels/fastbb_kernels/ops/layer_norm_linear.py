@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .._activation import Activation, activate, check_activation
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 
 def layer_norm_linear(
@@ -154,7 +155,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@_layer_norm_linear.register_kernel("cuda")
+@launches(_layer_norm_linear)
 def _launch(
     x: Tensor,
     norm_weight: Tensor,

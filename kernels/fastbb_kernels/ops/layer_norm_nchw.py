@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 # a program holds whole rows in registers
 MAX_CHANNELS = 8192
@@ -80,7 +81,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape).permute(0, 3, 1, 2)
 
 
-@_layer_norm_nchw.register_kernel("cuda")
+@launches(_layer_norm_nchw)
 def _launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     from ..triton_kernels.layer_norm_nchw import launch
 

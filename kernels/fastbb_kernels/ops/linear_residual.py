@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 
 def linear_residual(
@@ -93,7 +94,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tenso
     return x.new_empty(residual.shape)
 
 
-@_linear_residual.register_kernel("cuda")
+@launches(_linear_residual)
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
     from ..triton_kernels.linear_residual import launch
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 # a program holds whole rows in registers
 MAX_CHANNELS = 512
@@ -182,7 +183,7 @@ def _(
     return pixel_values.new_empty(_output_shape(pixel_values, weight, ceil_mode))
 
 
-@_patch_embed.register_kernel("cuda")
+@launches(_patch_embed)
 def _launch(
     pixel_values: Tensor,
     weight: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 from .layer_norm_linear import layer_norm_linear_eager
 
 
@@ -109,7 +110,7 @@ def _(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: fl
     return x.new_empty(_output_shape(x, weight))
 
 
-@_patch_merging.register_kernel("cuda")
+@launches(_patch_merging)
 def _launch(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, eps: float
 ) -> Tensor:

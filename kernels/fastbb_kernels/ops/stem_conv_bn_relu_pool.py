@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .._activation import Activation, check_activation
 from .._convolution import check_shape, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 # a program holds the weights of all channels in registers
 MAX_IN_CHANNELS = 4
@@ -192,7 +193,7 @@ def _(
     return empty_output(pixel_values, weight, _stride(pool))
 
 
-@_stem_conv_bn_relu_pool.register_kernel("cuda")
+@launches(_stem_conv_bn_relu_pool)
 def _launch(
     pixel_values: Tensor,
     weight: Tensor,

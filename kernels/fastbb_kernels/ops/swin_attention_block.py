@@ -19,6 +19,7 @@ from .._dispatch import (
     launches_directly,
     use_block,
 )
+from ..launching import launches
 from .layer_norm_linear import layer_norm_linear, layer_norm_linear_eager
 from .linear_residual import linear_residual, linear_residual_eager
 from .window_attention import WindowGeometry, window_attention, window_attention_eager
@@ -276,7 +277,7 @@ def _(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_swin_attention_block.register_kernel("cuda")
+@launches(_swin_attention_block)
 def _launch(
     x: Tensor,
     norm_weight: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
+from ..launching import launches
 
 TRITON_MAX_HEAD_DIM = 64
 TRITON_MAX_TOKENS = 256  # of a window
@@ -333,7 +334,7 @@ def _(
     return qkv.new_empty(B, H, W, qkv_channels // 3)
 
 
-@_window_attention.register_kernel("cuda")
+@launches(_window_attention)
 def _launch(
     qkv: Tensor,
     bias: Tensor,

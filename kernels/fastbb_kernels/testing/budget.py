@@ -147,6 +147,7 @@ def source_hash(op: str) -> str:
         files.add(path)
         pending += [path.parent / f"{name}.py" for name in _siblings(path.read_text())]
     files.add(_PACKAGE / "ops" / f"{op}.py")
+    files.update(_PACKAGE.glob("configs/*.json"))
 
     digest = hashlib.sha256(f"triton {triton.__version__}".encode())
     for path in sorted(files):

@@ -11,10 +11,12 @@ import triton.language as tl
 from torch import Tensor, channels_last
 
 from .._activation import Activation
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .activation import activate
 from .config import GemmConfig
 from .conv3x3_bn_act import conv3x3_rows
+from .kernel import Kernel
 from .pixel_rows import interpreter_config
 
 # about one program for each multiprocessor of a GPU
@@ -54,7 +56,7 @@ def launch(
     _, channels, height, width = x.shape
     batch, out_channels, y_height, y_width = y.shape
     n_rows = batch * y_height * y_width
-    config = launch_config(n_rows, channels, architecture(x.device))
+    config = chosen_config("bottleneck_tail", launch_config, x.device, n_rows, channels)
     _bottleneck_tail_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
         x.contiguous(memory_format=channels_last),
         weight.contiguous(memory_format=channels_last),
@@ -80,6 +82,7 @@ def launch(
 
 
 # one binary serves all maps, strides and dilations
+@Kernel
 @triton.jit(
     do_not_specialize=["n_rows", "height", "width", "n_pixels", "y_width", "stride", "dilation"]
 )

@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, channels_last
 
-from .._dispatch import architecture, input_precision
+from .._dispatch import input_precision
+from ..launching import chosen_config
 from .activation import activate
+from .kernel import Kernel
 from .pixel_rows import add_product, launch_config, strided_pixels
 
 
@@ -29,15 +31,8 @@ def launch(
     batch, out_channels, y_height, y_width = y.shape
     channels, height, width = x.shape[1:]
     n_rows = batch * y_height * y_width
-    config = launch_config(
-        n_rows,
-        channels,
-        out_channels,
-        residual is not None,
-        x.dtype,
-        architecture(x.device),
-        residual is None,
-    )
+    sizes = n_rows, channels, out_channels, residual is not None, x.dtype, residual is None
+    config = chosen_config("conv1x1_bn_act", launch_config, x.device, *sizes)
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_bn_act_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
@@ -61,6 +56,7 @@ def launch(
 
 
 # one binary serves all batches and image sizes
+@Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "width"])
 def _conv1x1_bn_act_fwd_kernel(
     x_ptr,  # [B, height, width, channels], contiguous

@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor, channels_last
 
-from .._dispatch import architecture, input_precision
+from .._dispatch import input_precision
+from ..launching import chosen_config
 from .activation import activate
+from .kernel import Kernel
 from .pixel_rows import add_product, launch_config, strided_pixels
 
 
@@ -35,8 +37,8 @@ def launch(
     n_rows = batch * y_height * y_width
     # a step takes channels of one of the two
     common = math.gcd(channels, shortcut_channels)
-    arch = architecture(x.device)
-    config = launch_config(n_rows, common, out_channels, False, x.dtype, arch, False)
+    sizes = n_rows, common, out_channels, False, x.dtype, False
+    config = chosen_config("conv1x1_dual", launch_config, x.device, *sizes)
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_dual_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
@@ -61,6 +63,7 @@ def launch(
 
 
 # one binary serves all batches and image sizes
+@Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "width"])
 def _conv1x1_dual_fwd_kernel(
     x_ptr,  # [n_rows, channels], contiguous

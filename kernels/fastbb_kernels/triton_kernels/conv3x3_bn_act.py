@@ -14,9 +14,11 @@ import triton.language as tl
 from torch import Tensor, channels_last
 
 from .._activation import Activation
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .activation import activate
 from .config import GemmConfig
+from .kernel import Kernel
 from .pixel_rows import interpreter_config
 from .tile_choice import has_work_for_large_tiles
 
@@ -77,7 +79,9 @@ def launch(
     _, channels, height, width = x.shape
     batch, out_channels, y_height, y_width = y.shape
     n_rows = batch * y_height * y_width
-    config = launch_config(n_rows, channels, out_channels, x.dtype, architecture(x.device))
+    config = chosen_config(
+        "conv3x3_bn_act", launch_config, x.device, n_rows, channels, out_channels, x.dtype
+    )
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv3x3_bn_act_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
@@ -103,6 +107,7 @@ def launch(
 
 
 # one binary serves all maps, strides and dilations
+@Kernel
 @triton.jit(
     do_not_specialize=["n_rows", "height", "width", "n_pixels", "y_width", "stride", "dilation"]
 )

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import Architecture, architecture
+from .._dispatch import Architecture
+from ..launching import chosen_config
 from .activation import activate
+from .kernel import Kernel
 
 
 class StripsConfig(NamedTuple):
@@ -59,7 +61,7 @@ def launch(
     if y.numel() == 0:
         return y
     batch, channels, height, width = x.shape
-    config = launch_config(channels, x.dtype, architecture(x.device))
+    config = chosen_config("depthwise_conv_bn_act", launch_config, x.device, channels, x.dtype)
     n_strips = batch * triton.cdiv(y.shape[2], config.rows) * y.shape[3]
     grid = (triton.cdiv(n_strips, config.block_n) * triton.cdiv(channels, config.block_c),)
     _depthwise_conv_bn_act_fwd_kernel[grid](
@@ -82,6 +84,7 @@ def launch(
     return y
 
 
+@Kernel
 @triton.jit(do_not_specialize=["batch", "height", "width", "channels"])
 def _depthwise_conv_bn_act_fwd_kernel(
     x_ptr,  # [batch, height, width, channels], contiguous

@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._activation import Activation
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .activation import activate
 from .config import GemmConfig
+from .kernel import Kernel
 
 # up to this many features, 64 rows are kept normalized on the chip
 _MAX_RESIDENT_FEATURES = 512
@@ -62,8 +64,8 @@ def launch_config(
     features: int,
     out_features: int,
     dtype: torch.dtype,
+    merge: bool,
     arch: Architecture | None,
-    merge: bool = False,
 ) -> LayerNormLinearConfig:
     """Tiles and warps for [n_rows, features] by [features, out_features].
 
@@ -155,8 +157,9 @@ def launch_rows(
     merge = features == 4 * channels
     side = 2 if merge else 1
     n_rows = y.numel() // out_features
-    gemm, tiles_per_program, resident = launch_config(
-        n_rows, features, out_features, x.dtype, architecture(x.device), merge
+    sizes = n_rows, features, out_features, x.dtype, merge
+    gemm, tiles_per_program, resident = chosen_config(
+        "layer_norm_linear", launch_config, x.device, *sizes
     )
     n_ranges = triton.cdiv(triton.cdiv(out_features, gemm.block_n), tiles_per_program)
     _layer_norm_linear_fwd_kernel[(triton.cdiv(n_rows, gemm.block_m) * n_ranges,)](
@@ -189,6 +192,7 @@ def launch_rows(
 
 
 # one binary serves all map sizes whose rows are equally aligned
+@Kernel
 @triton.jit(do_not_specialize=["n_rows", "tiles_per_program", "height", "width"])
 def _layer_norm_linear_fwd_kernel(
     x_ptr,  # [B, height, width, C]; without MERGE one pixel is a row, and height and width are 1

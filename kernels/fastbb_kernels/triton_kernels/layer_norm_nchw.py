@@ -12,6 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._dispatch import Architecture
+from ..launching import chosen_config
+from .kernel import Kernel
+
 
 class RowsConfig(NamedTuple):
     """Rows and columns of a tile, and its warps."""
@@ -25,7 +29,7 @@ class RowsConfig(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
-def launch_config(channels: int) -> RowsConfig:
+def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> RowsConfig:
     """Tiles of whole rows, 32 elements a thread: a warp does as much however few rows there are."""
     block_n = triton.next_power_of_2(channels)
     block_m = max(1, 4096 // block_n)
@@ -40,7 +44,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         # a view unless the rows do not lie at one stride
         rows = x.reshape(-1, channels)
         n_rows = rows.shape[0]
-        config = launch_config(channels)
+        config = chosen_config("layer_norm_nchw", launch_config, x.device, n_rows, channels)
         _layer_norm_nchw_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
             rows,
             weight.contiguous(),
@@ -55,6 +59,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y.permute(0, 3, 1, 2)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _layer_norm_nchw_fwd_kernel(
     x_ptr,  # [n_rows, CHANNELS]

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .config import GemmConfig
+from .kernel import Kernel
 from .tile_choice import has_work_for_large_tiles
 
 # where a multiprocessor holds two programs with tiles of 128x128; elsewhere registers allow one
@@ -48,7 +50,9 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
     # a view unless the rows do not lie at one stride
     rows = x.reshape(-1, features)
     n_rows = rows.shape[0]
-    config = launch_config(n_rows, features, out_features, x.dtype, architecture(x.device))
+    config = chosen_config(
+        "linear_residual", launch_config, x.device, n_rows, features, out_features, x.dtype
+    )
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
     _linear_residual_fwd_kernel[grid](
         rows,
@@ -69,6 +73,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
     return y
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _linear_residual_fwd_kernel(
     x_ptr,  # [n_rows, features]

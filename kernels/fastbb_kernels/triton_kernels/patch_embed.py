@@ -11,11 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .config import GemmConfig
+from .kernel import Kernel
 
 
-def launch_config(features: int, out_features: int, dtype: torch.dtype) -> GemmConfig:
+def launch_config(
+    features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
+) -> GemmConfig:
     """Tiles of whole rows, and warps for 64 accumulators a thread (fp32, without MMA: 32)."""
     block_n = max(16, triton.next_power_of_2(out_features))
     block_k = 16 if features % 32 or dtype == torch.float32 else 32
@@ -41,7 +45,8 @@ def launch(
     _, in_channels, p, q = weight.shape
     height, width = pixel_values.shape[2:]
     features, n_rows = in_channels * p * q, batch * y_height * y_width
-    config = launch_config(features, out_features, y.dtype)
+    sizes = features, out_features, y.dtype
+    config = chosen_config("patch_embed", launch_config, y.device, *sizes)
     # copied only where they have gaps, or the convolution's weight is channels-last
     weight = weight.reshape(out_features, features).contiguous()
     bias, norm_weight, norm_bias = (
@@ -78,6 +83,7 @@ def launch(
 
 
 # one binary serves all image sizes whose rows are equally aligned
+@Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "width", "n_patches", "y_width"])
 def _patch_embed_fwd_kernel(
     x_ptr,  # [B, IN_CHANNELS, height, width]

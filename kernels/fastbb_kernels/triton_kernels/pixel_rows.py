@@ -31,8 +31,8 @@ def launch_config(
     out_channels: int,
     residual: bool,
     dtype: torch.dtype,
+    plain: bool,
     arch: Architecture | None,
-    plain: bool = True,
 ) -> GemmConfig:
     """Tiles and warps for one GEMM of [n_rows, channels] by [channels, out_channels].
 
@@ -47,8 +47,8 @@ def launch_config(
         out_channels: of a row of the result.
         residual: whether one is added.
         dtype: of the operands.
-        arch: what is compiled for; None: the interpreter.
         plain: neither a residual nor a second product.
+        arch: what is compiled for; None: the interpreter.
     """
     if arch is None:
         return interpreter_config(n_rows, out_channels, channels)

@@ -17,9 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._activation import Activation
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .activation import activate
 from .config import GemmConfig
+from .kernel import Kernel
 from .pixel_rows import interpreter_config
 
 _MONOTONIC = (None, "relu")
@@ -65,14 +67,8 @@ def launch(
         return y
     batch, out_features, y_height, y_width = y.shape
     in_channels, height, width = pixel_values.shape[1:]
-    config = launch_config(
-        in_channels,
-        out_features,
-        pixel_values.dtype,
-        weight.dtype,
-        activation,
-        architecture(weight.device),
-    )
+    sizes = in_channels, out_features, pixel_values.dtype, weight.dtype, activation
+    config = chosen_config("stem_conv_bn_relu_pool", launch_config, weight.device, *sizes)
     n_rows = batch * y_height * y_width
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
     scale, shift = (), ()
@@ -108,6 +104,7 @@ def launch(
 
 
 # one binary serves all heights and batches, and all widths that are equally aligned
+@Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "n_pixels", "y_width"])
 def _stem_conv_bn_relu_pool_fwd_kernel(
     x_ptr,  # [B, IN_CHANNELS, height, width]

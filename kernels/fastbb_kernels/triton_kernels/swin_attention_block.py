@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from ..ops.window_attention import WindowGeometry
+from .kernel import Kernel
 from .normalized_rows import normalized_rows
 from .window_addressing import has_regions, window_tokens
 
@@ -80,7 +82,7 @@ def launch(
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
-    config = launch_config(C, architecture(x.device))
+    config = chosen_config("swin_attention_block", launch_config, x.device, C)
     # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
         x.contiguous(),
@@ -112,6 +114,7 @@ def launch(
 
 
 # one binary serves all image sizes, padded or not, and blocks with and without a shift
+@Kernel
 @triton.jit(do_not_specialize=["height", "width", "shift_h", "shift_w"])
 def _swin_attention_block_fwd_kernel(
     x_ptr,  # [B, height, width, CHANNELS]; this and all below are contiguous

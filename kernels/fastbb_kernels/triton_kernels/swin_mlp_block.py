@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .._activation import Activation
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from .activation import activate
+from .kernel import Kernel
 from .normalized_rows import normalized_rows
 
 
@@ -76,7 +78,7 @@ def launch(
     if y.numel() == 0:
         return y
     n_rows = y.numel() // channels
-    config = launch_config(n_rows, channels, architecture(x.device))
+    config = chosen_config("swin_mlp_block", launch_config, x.device, n_rows, channels)
     # a view with gaps, which no model hands on here, is copied: strides would cost registers
     _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
         x.contiguous(),
@@ -98,6 +100,7 @@ def launch(
     return y
 
 
+@Kernel
 @triton.jit(do_not_specialize=["n_rows"])
 def _swin_mlp_block_fwd_kernel(
     x_ptr,  # [n_rows, CHANNELS]; this and all below are contiguous

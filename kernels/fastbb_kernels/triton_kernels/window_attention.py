@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._dispatch import Architecture, architecture, input_precision
+from .._dispatch import Architecture, input_precision
+from ..launching import chosen_config
 from ..ops.window_attention import WindowGeometry
+from .kernel import Kernel
 from .window_addressing import has_regions, window_tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -74,7 +76,8 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
     if y.numel() == 0:
         return y
     head_dim = qkv_channels // (3 * num_heads)
-    config = launch_config(n_tokens, head_dim, qkv.dtype, architecture(qkv.device))
+    sizes = n_tokens, head_dim, qkv.dtype
+    config = chosen_config("window_attention", launch_config, qkv.device, *sizes)
     n_windows = B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
     grid = (n_windows * triton.cdiv(n_tokens, config.block_m) * num_heads,)
     padded = H % window[0] != 0 or W % window[1] != 0
@@ -105,6 +108,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
 
 
 # one binary serves all image sizes and numbers of heads
+@Kernel
 @triton.jit(do_not_specialize=["num_heads", "height", "width", "shift_h", "shift_w"])
 def _window_attention_fwd_kernel(
     qkv_ptr,  # [B, height, width, 3 * num_heads * HEAD_DIM]

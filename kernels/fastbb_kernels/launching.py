@@ -1,0 +1,206 @@
+"""Between an op and its kernels: with which configuration they are launched, and what that was.
+
+A launch notes its configurations and binaries, so that the self-check can launch the same binary
+again on other tensors.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses import FakeTensor
+
+from ._dispatch import Architecture, architecture, current_check
+from .measured import measured_config
+
+_Config = TypeVar("_Config", bound=tuple[Any, ...])
+_P = ParamSpec("_P")
+
+# the arguments of ops that have images, or rows, along their first dimension
+_BATCHED = ("x", "qkv", "pixel_values", "residual", "shortcut")
+FEW_IMAGES = 2
+# as many as two tiles of the most rows, and a part of one
+_FEW_ROWS = 2 * 256 + 37
+
+
+@dataclass
+class Launched:
+    """What was launched in a block of `noting`.
+
+    Attributes:
+        binaries: digests of the compiled kernels; none where nothing was compiled.
+        configs: the configurations that were chosen, by table.
+    """
+
+    binaries: list[str] = field(default_factory=list)
+    configs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> set[str]:
+        """The binaries; one that stands for all where nothing was compiled."""
+        return set(self.binaries) or {"interpreted"}
+
+
+class _Thread(threading.local):
+    """What holds for the launches of one thread."""
+
+    def __init__(self) -> None:
+        self.noted: Launched | None = None
+        self.forced: dict[str, Any] = {}
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def noting() -> Iterator[Launched]:
+    """Notes what this thread launches in the block; an outer block notes it too."""
+    before, _thread.noted = _thread.noted, Launched()
+    noted = _thread.noted
+    try:
+        yield noted
+    finally:
+        _thread.noted = before
+        if before is not None:
+            before.binaries += noted.binaries
+            before.configs |= noted.configs
+
+
+def note_binary(digest: str) -> None:
+    """Adds a binary to what this thread notes."""
+    if _thread.noted is not None:
+        _thread.noted.binaries.append(digest)
+
+
+@contextmanager
+def forced(configs: dict[str, Any]) -> Iterator[None]:
+    """Has this thread launch with these configurations, by table, whatever the sizes."""
+    before, _thread.forced = _thread.forced, {**_thread.forced, **configs}
+    try:
+        yield
+    finally:
+        _thread.forced = before
+
+
+def chosen_config(
+    table: str, launch_config: Callable[..., _Config], device: torch.device, *sizes: Any
+) -> _Config:
+    """The configuration of one launch: a forced one, one measured on this GPU, or the usual one.
+
+    Args:
+        table: name of the choice, by which configurations are forced and measured.
+        launch_config: makes the usual one of `sizes` and the architecture.
+        device: of the launch.
+        sizes: what the choice depends on.
+    """
+    config = _thread.forced.get(table)
+    if config is None:
+        config = _unforced_config(table, launch_config, device, architecture(device), sizes)
+    if _thread.noted is not None:
+        _thread.noted.configs[table] = config
+    return config
+
+
+@lru_cache(maxsize=4096)
+def _unforced_config(
+    table: str,
+    launch_config: Callable[..., _Config],
+    device: torch.device,
+    arch: Architecture | None,
+    sizes: tuple[Any, ...],
+) -> _Config:
+    usual = launch_config(*sizes, arch)
+    if device.type != "cuda":
+        return usual
+    named = dict(zip(inspect.signature(launch_config).parameters, sizes))
+    return measured_config(table, usual, device, named) or usual
+
+
+class Launch:
+    """What a custom op runs on GPUs: its launcher, whose binaries are checked when they are new.
+
+    Attributes:
+        op: name of the op.
+        run: launches, without a check.
+        eager: computes the same with PyTorch's own ops.
+    """
+
+    def __init__(self, custom_op: CustomOpDef, run: Callable[..., Tensor]) -> None:
+        self.op = custom_op._qualname.partition("::")[2]
+        self.run = run
+        self.eager: Callable[..., Tensor] = custom_op._init_fn
+        self.names = tuple(inspect.signature(run).parameters)
+        # a stem's pixels may be integers
+        self._typed = self.names.index("weight") if "weight" in self.names else 0
+
+    def __call__(self, *args: Any) -> Tensor:
+        check = current_check()
+        x = args[0]
+        if check is None or x.device.type == "meta" or isinstance(x, FakeTensor):
+            return self.run(*args)
+        return check.launch(self, args)
+
+    def dtype(self, args: Sequence[Any]) -> torch.dtype:
+        """The dtype that a launch counts as."""
+        return args[self._typed].dtype
+
+    def alike(self, args: Sequence[Any], n_images: int | None, seed: int) -> tuple[Any, ...]:
+        """Random arguments that take the same binaries as `args`.
+
+        Args:
+            args: of a launch.
+            n_images: at most so many, and for rows without images a few hundred; None: all.
+            seed: of the values.
+        """
+        device = args[0].device
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
+        return tuple(
+            _alike(name, value, n_images, generator) if isinstance(value, Tensor) else value
+            for name, value in zip(self.names, args)
+        )
+
+
+def launches(custom_op: CustomOpDef) -> Callable[[Callable[_P, Tensor]], Launch]:
+    """Makes a launcher what a custom op runs on GPUs."""
+
+    def register(run: Callable[_P, Tensor]) -> Launch:
+        launch = Launch(custom_op, run)
+        custom_op.register_kernel("cuda")(launch.__call__)
+        return launch
+
+    return register
+
+
+def _alike(
+    name: str, tensor: Tensor, n_images: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Random values with the strides and the alignment of a tensor."""
+    size = list(tensor.shape)
+    if n_images is not None and name in _BATCHED and tensor.ndim > 1:
+        size[0] = min(size[0], _FEW_ROWS if tensor.ndim == 2 else n_images)
+    # Triton compiles by whether an address is a multiple of 16
+    offset = 0 if tensor.is_meta else tensor.data_ptr() % 16 // tensor.element_size()
+    span = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, tensor.stride()))
+    values = _random(name, offset + span, tensor, generator)
+    return values.as_strided(size, tensor.stride(), offset)
+
+
+def _random(name: str, n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """[n] values of the usual magnitude of an argument of that name."""
+    if not like.is_floating_point():
+        return torch.randint(
+            0, 256, (n,), dtype=like.dtype, device=like.device, generator=generator
+        )
+    values = torch.randn(n, dtype=torch.float32, device=like.device, generator=generator)
+    if name.endswith("weight") and like.ndim > 1:
+        values *= max(like[0].numel(), 1) ** -0.5
+    elif like.ndim == 1:
+        values = 0.2 * values + name.endswith("weight")
+    return values.to(like.dtype)
