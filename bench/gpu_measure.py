@@ -1,21 +1,19 @@
 """Times on a device, and the floors that no time can be below."""
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastbb_kernels
 from fastbb_kernels._dispatch import architecture
+from fastbb_kernels.architectures import ARCHITECTURES
 from fastbb_kernels.fp32_precision import fp32_products
 
 PRECISIONS = {
@@ -144,7 +142,7 @@ def peaks(device: torch.device) -> Peaks:
     """Of this GPU: its memory by its driver, its arithmetic by the data sheet of its kind."""
     if device.type != "cuda":
         return PRETENDED
-    known = _architectures().get(architecture(device))
+    known = ARCHITECTURES.get(architecture(device))
     dram, memory = None, "memory unknown"
     if torch.version.hip is None:  # on AMD the driver's clock is not the data rate
         try:
@@ -164,17 +162,6 @@ def peaks(device: torch.device) -> Peaks:
         "fp32": known.fp32_flops,
     }
     return Peaks(f"{memory}, arithmetic of {known.gpu}", dram, flops)
-
-
-def _architectures() -> dict[Any, Any]:
-    """The table of `fastbb_kernels.testing`, without the packages that its harness needs."""
-    name = "fastbb_kernels.testing.architectures"
-    path = Path(fastbb_kernels.__file__).parent / "testing" / "architectures.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.ARCHITECTURES
 
 
 class OurBytes(TorchDispatchMode):

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ import click
 from .interruption import ending_on_signals, interruption_code
 
 DEFAULT_MODEL = "nano-swin-digits"
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
 MODES = ("auto", "eager", "compile", "triton", "triton+compile")  # of `Backbone.prepare`
 _USAGE = 2
 _OUTPUT = 6
@@ -88,6 +90,24 @@ class _Size(click.ParamType):
                 f"wanted height x width in pixels, such as 224x224, got {value!r}", param, ctx
             )
         return int(height), int(width)
+
+
+class _SizeOrSide(_Size):
+    """Also one number, for squares."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        text = str(value)
+        return super().convert(f"{text}x{text}" if text.isdecimal() else value, param, ctx)
+
+
+class _Batches(click.ParamType):
+    name = "n,m"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        parts = [part.strip() for part in str(value).split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            self.fail(f"wanted numbers of images such as 1,8,64, got {value!r}", param, ctx)
+        return tuple(int(part) for part in parts)
 
 
 class _Names(click.ParamType):
@@ -344,6 +364,67 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.argument("name", metavar="MODEL")
+@click.option(
+    "--batch",
+    "batches",
+    type=_Batches(),
+    default="1,8,64",
+    show_default=True,
+    help="Images per forward pass.",
+)
+@click.option(
+    "--size",
+    type=_SizeOrSide(),
+    metavar="HxW",
+    help="Of the images; one number is a square.  [default: the model's own]",
+)
+@click.option(
+    "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True
+)
+@click.option(
+    "--arch",
+    type=click.Choice(ARCHITECTURES),
+    help="Compile for this one, and run nothing.  [default: that of the GPU here]",
+)
+@click.option(
+    "--workers",
+    "n_workers",
+    type=click.IntRange(min=1),
+    help="Processes that compile.  [default: one for each core]",
+)
+@click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
+def warmup(name: str, arch: str | None, **options: Any) -> None:
+    """Compiles the kernels that a model launches, in parallel, so that its first run finds them.
+
+    On a GPU it then runs one forward pass of each batch, in which new kernels are checked; that is
+    remembered. Weights are random: none are downloaded.
+
+    Exit codes: 0 all is compiled; 1 some kernels do not compile or fail their check, the others are
+    done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 the report cannot be
+    written; 130 interrupted, 143 terminated.
+    """
+    from tqdm import tqdm
+
+    try:
+        from .engine.warmup import warm_up
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise click.UsageError("kernels are compiled by triton, which is not installed") from error
+
+    with tqdm(desc="compiling", unit=" binaries", disable=None, leave=False) as bar:
+        report = warm_up(
+            name,
+            arch=int(arch) if arch is not None and arch.isdecimal() else arch,
+            progress=lambda n_jobs: _counting(bar, n_jobs),
+            **options,
+        )
+    _echo(str(report))
+    sys.exit(1 if report.problems else 0)
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def doctor(as_json: bool) -> None:
     """Says what this machine can run: problems first, each with what to do.
@@ -356,6 +437,12 @@ def doctor(as_json: bool) -> None:
     found = examine()
     _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
     sys.exit(1 if found.problems else 0)
+
+
+def _counting(bar: Any, total: int) -> Callable[[object], None]:
+    """Gives a bar of tqdm its length; what is returned moves it on by one."""
+    bar.reset(total)
+    return lambda _: bar.update()
 
 
 def _judge(error: BaseException) -> tuple[int, str]:

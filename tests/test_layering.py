@@ -157,6 +157,19 @@ def test_kernels_import_only_torch_triton_and_themselves() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_checks_import_the_harness() -> None:
+    """`fastbb_kernels.testing` needs the extra of that name."""
+    users = ("fastbb_kernels.testing", "fastbb_kernels.check")
+    wrong = [
+        f"{where(path, line)}: {name}"
+        for path in python_files()
+        if not module_name(path).startswith(users)
+        for line, name in imports(path, inside_functions=True)
+        if name.startswith("fastbb_kernels.testing")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def family(module: str) -> str | None:
     """swin for fastbb.models.swin and for fastbb.models.swin_anything."""
     if not module.startswith("fastbb.models."):

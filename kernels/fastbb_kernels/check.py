@@ -18,13 +18,14 @@ import triton
 
 from ._dispatch import TRITON_DTYPES, Architecture, pretend
 from .accuracy import accuracy_problem
+from .architectures import ARCHITECTURES
 from .case import Case
 from .cases import checked_cases, model_cases, real_cases, small_cases
 from .launching import FEW_IMAGES, Launch, forced, noting
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
+from .recorder import Recording
 from .self_check import case_problem
 from .testing import fake_gpu, record_launches, trace
-from .testing.architectures import ARCHITECTURES
 from .testing.budget import (
     Budget,
     CaseCost,
@@ -34,7 +35,6 @@ from .testing.budget import (
     violations,
     write_budget,
 )
-from .testing.recorder import Recording
 
 # the real cases that a check runs on a GPU, beside the small ones
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")

@@ -15,10 +15,10 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastbb_kernels.architectures import ARCHITECTURES
+from fastbb_kernels.pretend_gpu import fake_gpu
 from fastbb_kernels.testing import binary
-from fastbb_kernels.testing.architectures import ARCHITECTURES
 from fastbb_kernels.testing.binary import BinaryFacts, binary_facts, ctas_per_sm
-from fastbb_kernels.testing.pretend_gpu import fake_gpu
 
 Arch = int | str
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from fastbb_kernels.architectures import ARCHITECTURES
+from fastbb_kernels.recorder import Launch, Recording, TensorArgument
 from fastbb_kernels.testing import budget as budget_module
-from fastbb_kernels.testing.architectures import ARCHITECTURES
 from fastbb_kernels.testing.binary import BinaryFacts
 from fastbb_kernels.testing.budget import (
     Allowance,
@@ -23,7 +24,6 @@ from fastbb_kernels.testing.budget import (
     violations,
     write_budget,
 )
-from fastbb_kernels.testing.recorder import Launch, Recording, TensorArgument
 
 OP = "linear_residual"
 CASE = "swin_t-224-b8-stage1-proj-bf16"

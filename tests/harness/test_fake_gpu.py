@@ -12,10 +12,10 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from fastbb_kernels import _dispatch
-from fastbb_kernels.testing.architectures import ARCHITECTURES
+from fastbb_kernels.architectures import ARCHITECTURES
+from fastbb_kernels.pretend_gpu import LaunchError, fake_gpu
+from fastbb_kernels.recorder import Recording, record_launches
 from fastbb_kernels.testing.interpreter import interpret
-from fastbb_kernels.testing.pretend_gpu import LaunchError, fake_gpu
-from fastbb_kernels.testing.recorder import Recording, record_launches
 
 
 @triton.jit

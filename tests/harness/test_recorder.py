@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbb_kernels import _dispatch, use_impl
 from fastbb_kernels.ops.linear_residual import linear_residual, linear_residual_n_bytes
-from fastbb_kernels.testing.recorder import TensorArgument, record_launches
+from fastbb_kernels.recorder import TensorArgument, record_launches
 
 
 @triton.jit

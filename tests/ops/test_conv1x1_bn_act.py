@@ -141,7 +141,7 @@ def test_the_tiles_of_every_architecture(
     arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {
-        kernel_module.launch_config(n_rows, 64, out_channels, residual, dtype, arch)
+        kernel_module.launch_config(n_rows, 64, out_channels, residual, dtype, not residual, arch)
         for n_rows, out_channels in ((10**6, 256), (10**6, 64), (49, 64))
         for residual in (False, True)
     }
@@ -156,7 +156,7 @@ def test_the_tiles_of_every_architecture(
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_few_rows_get_small_tiles(arch: Architecture) -> None:
     def area(n_rows: int) -> int:
-        config = kernel_module.launch_config(n_rows, 512, 2048, True, torch.bfloat16, arch)
+        config = kernel_module.launch_config(n_rows, 512, 2048, True, torch.bfloat16, False, arch)
         return config.block_m * config.block_n
 
     assert area(49) < area(49 * 64)

@@ -138,7 +138,8 @@ def test_the_tiles_of_every_architecture(
     arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {
-        kernel_module.launch_config(n_rows, 64, 256, False, dtype, arch) for n_rows in (10**6, 49)
+        kernel_module.launch_config(n_rows, 64, 256, False, dtype, False, arch)
+        for n_rows in (10**6, 49)
     }
     assert len(configs) == 2
     for config in configs:

@@ -211,10 +211,11 @@ def test_offsets_beyond_32_bits(dtype: torch.dtype) -> None:
 def test_launches_fill_a_gpu(arch: Architecture, dtype: torch.dtype) -> None:
     for n_rows, features in ((49, 768), (196, 384), (784, 192), (3136, 96), (200704, 96)):
         args = (n_rows, features, 4 * features)
-        gemm, tiles_per_program, resident = kernel_module.launch_config(*args, dtype, arch)
+        gemm, tiles_per_program, resident = kernel_module.launch_config(*args, dtype, False, arch)
         tiles = math.ceil(n_rows / gemm.block_m) * math.ceil(4 * features / gemm.block_n)
         assert tiles / tiles_per_program >= 48, args
-        assert resident == (tiles_per_program > 1)
+        short = features <= 256 and dtype != torch.float32 and arch in ARCHITECTURES
+        assert resident == (short or tiles_per_program > 1)
         if n_rows == 200704 and arch in ARCHITECTURES:
             # every row is normalized once
             assert resident == (dtype != torch.float32)

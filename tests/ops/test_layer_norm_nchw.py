@@ -139,8 +139,6 @@ def test_tiles_hold_whole_rows() -> None:
             config = launch_config(n_rows, channels, 90)
             assert channels <= config.block_n < 2 * channels
             assert config.block_m * config.block_n <= max(4096, config.block_n)
-    # at batch 1 the GPU is filled by smaller tiles
-    assert launch_config(3136, 96, 90).block_m < launch_config(200704, 96, 90).block_m
 
 
 def test_loads_are_wide_where_eight_divides_the_channels() -> None:

@@ -92,7 +92,7 @@ def test_few_rows_get_small_tiles(arch: Architecture) -> None:
         config = kernel_module.launch_config(n_rows, 3072, 768, torch.bfloat16, arch)
         return config.block_m * config.block_n
 
-    assert area(49) < area(49 * 16) < area(49 * 64)
+    assert area(49) < area(49 * 32) == area(49 * 64)
 
 
 @pytest.mark.parametrize("arch", [90, 120, "gfx90a", "gfx942"])

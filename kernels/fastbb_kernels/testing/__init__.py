@@ -1,6 +1,8 @@
 """Checks Triton kernels on a machine without a GPU. Needs the extra `testing`."""
 
-from .architectures import ARCHITECTURES, Architecture, find_architecture
+from ..architectures import ARCHITECTURES, Architecture, find_architecture
+from ..pretend_gpu import LaunchError, fake_gpu
+from ..recorder import Launch, Recording, TensorArgument, record_launches
 from .binary import BinaryFacts, binary_facts
 from .budget import (
     Allowance,
@@ -13,8 +15,6 @@ from .budget import (
     write_budget,
 )
 from .interpreter import interpret
-from .pretend_gpu import LaunchError, fake_gpu
-from .recorder import Launch, Recording, TensorArgument, record_launches
 from .trace_report import LaunchTrace, TensorTrace, Trace, Traffic
 from .tracer import OutOfBounds, Race, corners, trace
 

@@ -17,7 +17,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.cache import get_cache_manager
 
 from .._dispatch import Architecture as ArchitectureName
-from .architectures import Architecture, find_architecture
+from ..architectures import Architecture, find_architecture
 
 _SCHEDULERS = 4  # of a multiprocessor, each with its own quarter of the registers
 _REGISTER_UNIT = 8  # registers per thread are handed out in multiples of it

@@ -16,9 +16,9 @@ from typing import Any
 import triton
 
 from .._dispatch import Architecture as ArchitectureName
-from .architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES
+from ..recorder import Recording
 from .binary import BinaryFacts, binary_facts
-from .recorder import Recording
 
 _PACKAGE = Path(__file__).parent.parent
 BUDGETS = _PACKAGE / "budgets"

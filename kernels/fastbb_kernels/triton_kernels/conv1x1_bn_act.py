@@ -31,7 +31,7 @@ def launch(
     batch, out_channels, y_height, y_width = y.shape
     channels, height, width = x.shape[1:]
     n_rows = batch * y_height * y_width
-    sizes = n_rows, channels, out_channels, residual is not None, x.dtype
+    sizes = n_rows, channels, out_channels, residual is not None, x.dtype, residual is None
     config = chosen_config("conv1x1_bn_act", launch_config, x.device, *sizes)
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_bn_act_fwd_kernel[grid](

@@ -37,7 +37,7 @@ def launch(
     n_rows = batch * y_height * y_width
     # a step takes channels of one of the two
     common = math.gcd(channels, shortcut_channels)
-    sizes = n_rows, common, out_channels, False, x.dtype
+    sizes = n_rows, common, out_channels, False, x.dtype, False
     config = chosen_config("conv1x1_dual", launch_config, x.device, *sizes)
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
     _conv1x1_dual_fwd_kernel[grid](

@@ -20,6 +20,7 @@ from .activation import activate
 from .config import GemmConfig
 from .kernel import Kernel
 from .pixel_rows import interpreter_config
+from .tile_choice import has_work_for_large_tiles
 
 # about one program for each multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
@@ -43,15 +44,22 @@ def launch_config(
         # no MMA: the operands are in registers too
         tiles, smallest, block_k, num_stages = [(64, 64)], (32, 32), 16, 2
     else:
-        tiles, smallest = [_LARGEST_TILE.get(arch, (64, 128)), (128, 64), (64, 64)], (64, 32)
+        tiles, smallest = [_LARGEST_TILE.get(arch, (64, 128)), (128, 64)], (64, 32)
         block_k, num_stages = 64 if channels % 64 == 0 and arch in (90, 100) else 32, 3
     if channels % block_k:
         # registers hold masks along K, and where a load takes one element its address as well
-        tiles = [] if channels % 16 else tiles[-1:]
-    for block_m, block_n in tiles:
-        n_tiles = triton.cdiv(n_rows, block_m) * triton.cdiv(out_channels, block_n)
-        if n_tiles >= _ENOUGH_PROGRAMS and block_n < 2 * out_channels:
-            return GemmConfig(block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
+        tiles = [] if channels % 16 else [(64, 64)]
+    fitting = [
+        GemmConfig(block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
+        for block_m, block_n in tiles
+        if block_n < 2 * out_channels
+    ]
+    for config in fitting:
+        n_tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
+        if n_tiles >= _ENOUGH_PROGRAMS:
+            return config
+    if fitting and has_work_for_large_tiles(n_rows, out_channels, arch):
+        return fitting[0]
     return GemmConfig(*smallest, block_k, num_warps=4, num_stages=4)
 
 

@@ -37,6 +37,8 @@ _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
     "gfx942": 512,
     None: 384,
 }
+# and up to these they are whether or not a program has more than one tile to compute from them
+_SHORT_ROW = 256
 # about two for each multiprocessor of a GPU, twice over: the last ones keep the others waiting
 _ENOUGH_PROGRAMS = 512
 # about one for each multiprocessor
@@ -58,12 +60,19 @@ class LayerNormLinearConfig(NamedTuple):
 
 
 def launch_config(
-    n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
+    n_rows: int,
+    features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    merge: bool,
+    arch: Architecture | None,
 ) -> LayerNormLinearConfig:
     """Tiles and warps for [n_rows, features] by [features, out_features].
 
     Rows stay on the chip where a program has several tiles to compute from them. Where rows are
-    too wide, too few, or fp32 (multiplied exactly, in registers), each tile is a program.
+    too wide, too few, or fp32 (multiplied exactly, in registers), each tile is a program. Short
+    rows, and merged ones, which have few tiles, stay on the chip however few they are: no other
+    tiles ask L2 for fewer bytes, and one binary serves all batches.
     """
 
     if dtype == torch.float32:
@@ -76,14 +85,13 @@ def launch_config(
         return triton.cdiv(n_rows, gemm.block_m), triton.cdiv(out_features, gemm.block_n)
 
     if features <= _MAX_RESIDENT_FEATURES and arch in _MAX_FEATURES_OF_128_ROWS:
-        many = whole_steps and features <= _MAX_FEATURES_OF_128_ROWS[arch]
-        for block_m in (128, 64) if many else (64,):
-            gemm = GemmConfig(block_m, 64, block_k, num_warps=8, num_stages=1)
-            down, across = n_tiles(gemm)
-            n_ranges = 1 if arch is None else triton.cdiv(_ENOUGH_PROGRAMS, down)
-            tiles_per_program = triton.cdiv(across, n_ranges)
-            if tiles_per_program > 1:
-                return LayerNormLinearConfig(gemm, tiles_per_program, True)
+        many = whole_steps and features <= _MAX_FEATURES_OF_128_ROWS[arch] and not merge
+        gemm = GemmConfig(128 if many else 64, 64, block_k, num_warps=8, num_stages=1)
+        down, across = n_tiles(gemm)
+        n_ranges = 1 if arch is None else triton.cdiv(_ENOUGH_PROGRAMS, down)
+        tiles_per_program = triton.cdiv(across, n_ranges)
+        if merge or features <= _SHORT_ROW or tiles_per_program > 1:
+            return LayerNormLinearConfig(gemm, tiles_per_program, True)
 
     if isinstance(arch, str):
         gemm = GemmConfig(128, 128, block_k, num_warps=8, num_stages=2)
@@ -149,8 +157,9 @@ def launch_rows(
     merge = features == 4 * channels
     side = 2 if merge else 1
     n_rows = y.numel() // out_features
+    sizes = n_rows, features, out_features, x.dtype, merge
     gemm, tiles_per_program, resident = chosen_config(
-        "layer_norm_linear", launch_config, x.device, n_rows, features, out_features, x.dtype
+        "layer_norm_linear", launch_config, x.device, *sizes
     )
     n_ranges = triton.cdiv(triton.cdiv(out_features, gemm.block_n), tiles_per_program)
     _layer_norm_linear_fwd_kernel[(triton.cdiv(n_rows, gemm.block_m) * n_ranges,)](

@@ -16,9 +16,6 @@ from .._dispatch import Architecture
 from ..launching import chosen_config
 from .kernel import Kernel
 
-# about one program for each multiprocessor of a GPU
-_ENOUGH_PROGRAMS = 128
-
 
 class RowsConfig(NamedTuple):
     """Rows and columns of a tile, and its warps."""
@@ -33,12 +30,9 @@ class RowsConfig(NamedTuple):
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> RowsConfig:
-    """Tiles of whole rows, 32 elements a thread; fewer rows where programs would be too few."""
+    """Tiles of whole rows, 32 elements a thread: a warp does as much however few rows there are."""
     block_n = triton.next_power_of_2(channels)
     block_m = max(1, 4096 // block_n)
-    smallest = max(1, 1024 // block_n)
-    while block_m > smallest and triton.cdiv(n_rows, block_m) < _ENOUGH_PROGRAMS:
-        block_m //= 2
     return RowsConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 1024, 1), 8))
 
 

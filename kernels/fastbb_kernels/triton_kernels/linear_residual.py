@@ -11,9 +11,7 @@ from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .config import GemmConfig
 from .kernel import Kernel
-
-# about one program for each multiprocessor of a GPU
-_ENOUGH_PROGRAMS = 128
+from .tile_choice import has_work_for_large_tiles
 
 # where a multiprocessor holds two programs with tiles of 128x128; elsewhere registers allow one
 _HOLD_LARGE_TILES = (90, 120, "gfx90a", "gfx942")
@@ -36,10 +34,10 @@ def launch_config(
         large = GemmConfig(128, 128, block_k if arch == 90 else 32, num_warps=8, num_stages=3)
     else:
         large = GemmConfig(64, 128, 32, num_warps=4, num_stages=3)
-    for config in (large, GemmConfig(64, 64, block_k, num_warps=4, num_stages=3)):
-        tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n)
-        if tiles >= _ENOUGH_PROGRAMS and config.block_n < 2 * out_features:
-            return config
+    if has_work_for_large_tiles(n_rows, out_features, arch):
+        for config in (large, GemmConfig(64, 64, block_k, num_warps=4, num_stages=3)):
+            if config.block_n < 2 * out_features:
+                return config
     return GemmConfig(64, 32, block_k, num_warps=4, num_stages=5)
 
 

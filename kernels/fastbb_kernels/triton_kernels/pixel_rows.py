@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .._dispatch import Architecture
 from .config import GemmConfig
+from .tile_choice import has_work_for_large_tiles
 
 # about one program for each multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
@@ -30,12 +31,24 @@ def launch_config(
     out_channels: int,
     residual: bool,
     dtype: torch.dtype,
+    plain: bool,
     arch: Architecture | None,
 ) -> GemmConfig:
     """Tiles and warps for one GEMM of [n_rows, channels] by [channels, out_channels].
 
     Large tiles ask L2 for fewer bytes, and so do narrow ones where there are few output channels;
-    small ones, with more loads under way, fill the GPU where there are few rows.
+    small ones, with more loads under way, fill the GPU where there are few rows. On AMD, where the
+    tail of a bottleneck is one more kernel, GEMMs with a residual or two products have no narrow
+    tiles for the batches between: batches that vary bring few new binaries.
+
+    Args:
+        n_rows: of the GEMM.
+        channels: of a row.
+        out_channels: of a row of the result.
+        residual: whether one is added.
+        dtype: of the operands.
+        plain: neither a residual nor a second product.
+        arch: what is compiled for; None: the interpreter.
     """
     if arch is None:
         return interpreter_config(n_rows, out_channels, channels)
@@ -48,10 +61,16 @@ def launch_config(
         large = GemmConfig(128, 128, block_k, num_warps=8, num_stages=3)
     else:
         large = GemmConfig(64, 128, 32, num_warps=4, num_stages=3)
-    for config in (large, GemmConfig(128, 64, block_k, num_warps=8, num_stages=3)):
+    narrow = GemmConfig(128, 64, block_k, num_warps=8, num_stages=3)
+    fitting = [config for config in (large, narrow) if config.block_n < 2 * out_channels]
+    if arch in _AMD and not plain:
+        fitting = fitting[:1]
+    for config in fitting:
         tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
-        if tiles >= _ENOUGH_PROGRAMS and config.block_n < 2 * out_channels:
+        if tiles >= _ENOUGH_PROGRAMS:
             return config
+    if fitting and has_work_for_large_tiles(n_rows, out_channels, arch):
+        return fitting[0]
     return GemmConfig(64, 32, block_k, num_warps=4, num_stages=5)
 
 

@@ -13,7 +13,7 @@ from triton.runtime.driver import driver as triton_driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
-from .._dispatch import Architecture as ArchitectureName
+from ._dispatch import Architecture as ArchitectureName
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .recorder import Recording, describe, replaced_run
 

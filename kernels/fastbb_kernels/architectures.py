@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from triton.backends.compiler import GPUTarget
 
-from .._dispatch import Architecture as ArchitectureName
+from ._dispatch import Architecture as ArchitectureName
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._dispatch import Architecture as ArchitectureName
-from .._dispatch import launches_directly, pretend
+from ._dispatch import Architecture as ArchitectureName
+from ._dispatch import launches_directly, pretend
 from .architectures import Architecture, find_architecture
 
 

@@ -1,0 +1,62 @@
+"""How many binaries a model needs: batches that vary bring few new ones, whichever came first.
+
+Models on the meta device, batches 1 to 64 without a gap; nothing compiles. They have two blocks
+per stage instead of up to six: a test holds that the others launch nothing else.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+from fastbb import ResNetConfig, SwinConfig
+from fastbb.backbone import Backbone
+from fastbb.models.resnet import ResNetBackbone
+from fastbb.models.swin import SwinBackbone
+from fastbb_kernels import use_impl
+from fastbb_kernels.testing import ARCHITECTURES, record_launches
+
+STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+BATCHES = range(1, 65)
+MOST_NEW = 8
+TWO = (2, 2, 2, 2)
+DEPTHS = {"swin_t": (2, 2, 6, 2), "resnet50": (3, 4, 6, 3)}
+
+
+@cache
+def backbone(name: str, **depths: tuple[int, ...]) -> Backbone:
+    with torch.device("meta"):
+        if name == "swin_t":
+            model = SwinBackbone(SwinConfig(**STAGES, **depths))
+        else:
+            model = ResNetBackbone(ResNetConfig(**STAGES, **depths))
+    return model.to(torch.bfloat16).eval()
+
+
+@torch.no_grad()
+def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = TWO) -> set[str]:
+    """What decides the binaries of a forward pass, Triton's 3x3 convolution among them."""
+    pixels = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    with use_impl("auto"), record_launches(arch) as recording:
+        backbone(name, depths=depths)(pixels)
+    return {launch.specialization for launch in recording.launches}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", DEPTHS)
+def test_batches_that_vary_bring_few_binaries(name: str, arch: int | str) -> None:
+    of_batch = {batch: binaries(name, arch, batch) for batch in BATCHES}
+    together = set().union(*of_batch.values())
+    new = {first: len(together - of_batch[first]) for first in (1, 8, 64)}
+    assert max(new.values()) <= MOST_NEW, f"{name} on {arch}, of {len(together)}: {new}"
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_depth_brings_none(name: str) -> None:
+    for batch in (1, 64):
+        assert binaries(name, 90, batch, DEPTHS[name]) == binaries(name, 90, batch)
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_the_batch_itself_is_in_no_binary(name: str) -> None:
+    assert binaries(name, 90, 63) == binaries(name, 90, 64)
