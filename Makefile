@@ -11,7 +11,7 @@ CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm
 FLOOR := .venv-floor/bin
 FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine
 
-.PHONY: demo test test-floor check bench gpu budgets clean
+.PHONY: demo test test-all test-floor check bench gpu budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -19,6 +19,10 @@ demo: .venv/.demo
 test: check
 	$(BIN)/python -m pytest -n 2 -q
 	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
+
+# every kernel for every GPU, which `make test` compiles for two only; for ops that changed
+test-all: test
+	$(BIN)/python -m pytest -n 2 -q tests/ops/test_ladder.py -k keep_their_budget --all-architectures
 
 test-floor: .venv-floor/.tests
 	$(FLOOR)/python -m pytest -n 2 -q $(FLOOR_TESTS)

@@ -16,6 +16,14 @@ __all__ = ["hub"]
 OPS = Path(__file__).parent / "ops"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-architectures",
+        action="store_true",
+        help="compile kernels for every GPU, not only for two (`make test-all`)",
+    )
+
+
 def pytest_configure() -> None:
     # the workers of pytest-xdist share the cores
     torch.set_num_threads(1)

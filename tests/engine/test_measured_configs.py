@@ -150,10 +150,10 @@ def test_pretended_devices_know_nothing_measured() -> None:
 
 SIZES: dict[Any, tuple[Any, ...]] = {
     bottleneck_tail: (3136, 64),
-    conv1x1_bn_act: (3136, 64, 256, True, torch.bfloat16),
+    conv1x1_bn_act: (3136, 64, 256, True, torch.bfloat16, False),
     conv3x3_bn_act: (3136, 64, 64, torch.bfloat16),
     depthwise_conv_bn_act: (96, torch.bfloat16),
-    layer_norm_linear: (3136, 96, 288, torch.bfloat16),
+    layer_norm_linear: (3136, 96, 288, torch.bfloat16, False),
     layer_norm_nchw: (3136, 96),
     linear_residual: (3136, 384, 96, torch.bfloat16),
     patch_embed: (48, 96, torch.bfloat16),

@@ -23,6 +23,9 @@ SMALL = small_cases()
 ONE_EACH = list({case.op: case for case in reversed(SMALL)}.values())
 
 
+ALWAYS_COMPILED: tuple[Architecture, ...] = (90, "gfx942")
+
+
 def within_budget(op: str, costs: dict) -> list[str]:
     return violations(Budget(op, source_hash(op), costs), read_budget(op))
 
@@ -46,7 +49,13 @@ def test_kernel_equals_the_reference(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("op", op_names())
-def test_binaries_keep_their_budget(op: str, arch: Architecture) -> None:
+def test_binaries_keep_their_budget(
+    op: str, arch: Architecture, request: pytest.FixtureRequest
+) -> None:
+    if arch not in ALWAYS_COMPILED and not request.config.getoption("--all-architectures"):
+        # the sources are those that the committed figures are of
+        assert within_budget(op, {}) == []
+        pytest.skip("only its sources are compared; `make test-all` compiles for it")
     cases = distinct_cases()[op]
     costs = compiled_costs(cases, compiled_dtypes(arch), [arch])
     assert within_budget(op, costs) == []
