@@ -20,7 +20,7 @@ class GraphPool:
 
     All graphs of a pool share memory: one replay after the other may overwrite the maps of the one
     before, so maps are copied out before they are returned, and never alias. Threads wait for each
-    other.
+    other, and so do streams: no two graphs compute at the same time.
     """
 
     def __init__(self, run: Run, max_graphs: int = MAX_GRAPHS, capture: Any = None) -> None:
@@ -59,41 +59,92 @@ class GraphPool:
         return len(self._graphs)
 
 
+class _Memory:
+    """Memory of one device that graphs share, each of them as if it were its own.
+
+    Attributes:
+        pool: where PyTorch takes it from.
+        stream: that records: only graphs of one stream are given the same memory.
+        idle: recorded after the last use, by whatever graph on whatever stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+        self.idle = torch.cuda.Event()
+
+
 class _Capture:
-    """Records on CUDA devices; the graphs share one pool of memory."""
+    """Records on CUDA devices; the graphs of a device share one memory."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._memories: dict[torch.device, _Memory] = {}
 
     def __call__(self, run: Run, pixel_values: Tensor) -> Callable[[Tensor], tuple[Tensor, ...]]:
         device = pixel_values.device
         with torch.cuda.device(device), torch.no_grad():
-            static = pixel_values.clone()
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    run(static)
-            torch.cuda.current_stream(device).wait_stream(side)
+            if device not in self._memories:
+                self._memories[device] = _Memory(device)
+            memory = self._memories[device]
+            current, side = torch.cuda.current_stream(device), memory.stream
+            side.wait_stream(current)
+            side.wait_event(memory.idle)
+            try:
+                with torch.cuda.stream(side):
+                    static = pixel_values.clone()
+                    for _ in range(_WARM_UP):
+                        run(static)
+            finally:
+                current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
             with (
                 holding_derived() as held,
-                torch.cuda.graph(graph, pool=self._pool, stream=side),
+                # other threads may go on: by default their first allocation breaks the recording
+                torch.cuda.graph(
+                    graph, pool=memory.pool, stream=side, capture_error_mode="thread_local"
+                ),
             ):
                 maps = run(static)
             for x in maps:  # a graph that recorded nothing must not pass for one that did
                 x.fill_(torch.nan)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(device))
+            memory.idle.record(current)
+        return _Graph(graph, static, maps, held, memory)
 
-        def replay(pixel_values: Tensor, held: Any = held) -> tuple[Tensor, ...]:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(done)  # another stream may still replay or copy
-            static.copy_(pixel_values)
-            graph.replay()
-            copies = tuple(x.clone() for x in maps)
-            done.record(stream)
-            return copies
 
-        return replay
+class _Graph:
+    """A recorded forward pass, with the tensors that it reads and writes."""
+
+    def __init__(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        static: Tensor,
+        maps: tuple[Tensor, ...],
+        held: list[tuple[Tensor | None, ...]],
+        memory: _Memory,
+    ) -> None:
+        """
+        Args:
+            graph: what was recorded.
+            static: the pixels that it reads.
+            maps: that it writes.
+            held: what else it reads, and nobody else may keep.
+            memory: what all this lies in.
+        """
+        self._graph, self._static, self._maps = graph, static, maps
+        self._memory = memory
+        self._streams: set[torch.cuda.Stream] = set()
+        self.held = held
+
+    def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        stream = torch.cuda.current_stream(self._static.device)
+        if stream not in self._streams:  # once is enough
+            self._streams.add(stream)
+            for x in (self._static, *self._maps):
+                x.record_stream(stream)  # what is freed is not used anew before the stream is done
+        stream.wait_event(self._memory.idle)
+        try:
+            self._static.copy_(pixel_values)
+            self._graph.replay()
+            return tuple(x.clone() for x in self._maps)
+        finally:
+            self._memory.idle.record(stream)

@@ -2,10 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +11,9 @@ import torch
 from pretended_device import Device, baked, explained, gpu, no_warning, only_row
 from reference_models import from_hf, hf_resnet, images
 from tolerance import assert_equals_upstream
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbb.backbone import Backbone
-from fastbb.derived import derive
 from fastbb.engine import engine, graphs
 from fastbb.engine.engine import Engine
 from fastbb.engine.graphs import GraphPool
@@ -95,121 +92,6 @@ def test_threads_replay_one_after_the_other() -> None:
     for thread in threads:
         thread.join()
     assert recorder.most_at_once == 1 and len(recorder.recorded) == 1
-
-
-# recording, on a CUDA that computes on the CPU
-
-
-class Cuda:
-    """In the place of `torch.cuda`: what runs while a graph is recorded, the graph runs again."""
-
-    def __init__(self) -> None:
-        self.capturing: Any = None
-        self.pools: list[Any] = []
-        self.n_runs = 0
-        self.events: list[str] = []
-
-    @contextmanager
-    def graph(self, graph: Any, pool: Any, stream: Any) -> Iterator[None]:
-        self.capturing = graph
-        self.pools.append(pool)
-        yield
-        self.capturing = None
-
-    def new_graph(self) -> Any:
-        graph = SimpleNamespace()
-
-        def replay() -> None:
-            for old, new in zip(graph.maps, graph.run(graph.pixels)):
-                old.copy_(new)
-
-        graph.replay = replay
-        return graph
-
-    def recordable(self, run: Run) -> Run:
-        def recorded(pixel_values: Tensor) -> tuple[Tensor, ...]:
-            self.n_runs += 1
-            maps = run(pixel_values)
-            if self.capturing is not None:
-                graph = self.capturing
-                graph.run, graph.pixels, graph.maps = run, pixel_values, maps
-            return maps
-
-        return recorded
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
-    cuda = Cuda()
-    stream = SimpleNamespace(
-        wait_stream=lambda other: None, wait_event=lambda event: cuda.events.append("wait")
-    )
-    event = SimpleNamespace(record=lambda stream: cuda.events.append("record"))
-    fakes = {
-        "Stream": lambda device: stream,
-        "current_stream": lambda device: stream,
-        "stream": lambda stream: nullcontext(),
-        "CUDAGraph": cuda.new_graph,
-        "graph_pool_handle": object,
-        "graph": cuda.graph,
-        "device": lambda device: nullcontext(),
-        "Event": lambda: event,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    return cuda
-
-
-def test_replays_do_not_alias(cuda: Cuda) -> None:
-    pool = GraphPool(cuda.recordable(doubled))
-    pixels = [images(8, 8, seed=seed) for seed in range(3)]
-    maps = [pool(x)[0] for x in pixels]
-    for x, y in zip(pixels, maps):
-        assert torch.equal(y, 2 * x)
-    kept = pixels[0].clone()
-    maps[1].zero_()
-    assert torch.equal(pool(pixels[0])[0], 2 * kept) and torch.equal(pixels[0], kept)
-
-
-def test_runs_before_it_is_recorded_and_never_after(cuda: Cuda) -> None:
-    pool = GraphPool(cuda.recordable(doubled))
-    for _ in range(3):
-        pool(PIXELS)
-    assert cuda.n_runs == graphs._WARM_UP + 1
-    pool(WIDE)
-    assert len(cuda.pools) == 2 and cuda.pools[0] is cuda.pools[1]  # of memory
-
-
-def test_a_replay_waits_for_what_another_stream_still_does(cuda: Cuda) -> None:
-    pool = GraphPool(cuda.recordable(doubled))
-    for _ in range(2):
-        pool(PIXELS)
-    assert cuda.events == ["record", "wait", "record", "wait", "record"]
-
-
-def test_a_graph_that_recorded_nothing_gives_nothing_away(
-    cuda: Cuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one does that was captured on another device."""
-    pool = GraphPool(cuda.recordable(doubled))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
-    assert pool(PIXELS)[0].isnan().all()
-
-
-def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:
-    layer = nn.Linear(8, 8).requires_grad_(False)
-    values = []
-
-    def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
-        (weight,) = derive(layer, "doubled", lambda weight: (weight * 2,), layer.weight)
-        values.append(weight.data_ptr())
-        return (pixel_values @ weight,)
-
-    pool = GraphPool(cuda.recordable(run))
-    pool(images(8, 8))
-    replay: Any = next(iter(pool._graphs.values()))
-    assert len(set(values)) == 1  # computed once, before
-    assert [value.data_ptr() for (value,) in replay.__defaults__[0]] == values[:1]
 
 
 # what the engine records
