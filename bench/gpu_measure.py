@@ -142,7 +142,7 @@ def peaks(device: torch.device) -> Peaks:
     """Of this GPU: its memory by its driver, its arithmetic by the data sheet of its kind."""
     if device.type != "cuda":
         return PRETENDED
-    known = ARCHITECTURES.get(architecture(device))
+    known = ARCHITECTURES.get(architecture(device) or "")
     dram, memory = None, "memory unknown"
     if torch.version.hip is None:  # on AMD the driver's clock is not the data rate
         try:

@@ -336,8 +336,8 @@ def test_a_floor_needs_both_peaks() -> None:
     assert gpu_measure.Peaks("nobody", None, {"bf16": 1e15}).floor_ms(1, 1, "bf16") is None
 
 
-def test_the_table_of_peaks_is_read_without_the_harness() -> None:
-    found = gpu_measure._architectures()
+def test_the_table_of_peaks() -> None:
+    found = gpu_measure.ARCHITECTURES
     assert (found[90].gpu, found[90].bf16_flops) == ("H100-SXM5-80GB", 989.4e12)
 
 

@@ -5,6 +5,7 @@ per stage instead of up to six: a test holds that the others launch nothing else
 """
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fastbb.models.swin import SwinBackbone
 from fastbb_kernels import use_impl
 from fastbb_kernels.testing import ARCHITECTURES, record_launches
 
-STAGES = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 BATCHES = range(1, 65)
 MOST_NEW = 8
 TWO = (2, 2, 2, 2)
@@ -24,12 +25,12 @@ DEPTHS = {"swin_t": (2, 2, 6, 2), "resnet50": (3, 4, 6, 3)}
 
 
 @cache
-def backbone(name: str, **depths: tuple[int, ...]) -> Backbone:
+def backbone(name: str, depths: tuple[int, ...]) -> Backbone:
     with torch.device("meta"):
         if name == "swin_t":
-            model = SwinBackbone(SwinConfig(**STAGES, **depths))
+            model = SwinBackbone(SwinConfig(**STAGES, depths=depths))
         else:
-            model = ResNetBackbone(ResNetConfig(**STAGES, **depths))
+            model = ResNetBackbone(ResNetConfig(**STAGES, depths=depths))
     return model.to(torch.bfloat16).eval()
 
 
@@ -38,7 +39,7 @@ def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = T
     """What decides the binaries of a forward pass, Triton's 3x3 convolution among them."""
     pixels = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     with use_impl("auto"), record_launches(arch) as recording:
-        backbone(name, depths=depths)(pixels)
+        backbone(name, depths)(pixels)
     return {launch.specialization for launch in recording.launches}
 
 
