@@ -141,8 +141,9 @@ def test_compiles_and_exports(residual: bool) -> None:
         (None, "auto", "silu", "conv3x3_bn_act_eager"),
         (None, "triton", "relu", "_conv3x3_bn_act"),
         (None, "eager", "relu", "conv3x3_bn_act_eager"),
-        ("7.0", "auto", "relu", "_conv3x3_bn_act"),
-        ("7.0", "auto", "silu", "_conv3x3_bn_act"),
+        ("7.0", "auto", "relu", "conv3x3_bn_act_eager"),
+        ("7.0", "auto", "silu", "conv3x3_bn_act_eager"),
+        ("7.0", "triton", "relu", "_conv3x3_bn_act"),
         ("7.0", "eager", "relu", "conv3x3_bn_act_eager"),
     ],
 )

@@ -29,8 +29,9 @@ def conv3x3_bn_act(
 ) -> Tensor:
     """Computes `activation(conv2d(x, weight, bias) + residual)`, padded with zeros by `dilation`.
 
-    Weight and bias have the batch norm folded in (`fastbb.fold`). On NVIDIA GPUs "auto" takes
-    cuDNN, for "relu" its fused convolution: no Triton kernel for 3x3 was measured to be faster.
+    Weight and bias have the batch norm folded in (`fastbb.fold`). "auto" takes PyTorch's library:
+    MIOpen on AMD GPUs, cuDNN on NVIDIA's, for "relu" its fused convolution: no Triton kernel for
+    3x3 was measured to be faster.
 
     Args:
         x: [B, C_in, H, W] floating point, any strides; channels-last is not copied.
@@ -60,9 +61,9 @@ def conv3x3_bn_act(
     if use_triton("conv3x3_bn_act", impl, unsupported, x):
         if launches_directly():
             return _launch(x, weight, bias, stride, dilation, residual, activation)
-        if chosen_impl("conv3x3_bn_act", impl) == "triton" or torch.version.hip:
+        if chosen_impl("conv3x3_bn_act", impl) == "triton":
             return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
-        if activation == "relu":
+        if activation == "relu" and not torch.version.hip:
             return _cudnn_conv3x3_bn_relu(x, weight, bias, stride, dilation, residual)
     return conv3x3_bn_act_eager(x, weight, bias, **options)
 
