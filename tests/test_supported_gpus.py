@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from fastbb.engine.prepare import explain
+from fastbb.engine.ways import Ways
 from fastbb_kernels import _dispatch as dispatch
 from fastbb_kernels import linear_residual
 from fastbb_kernels._dispatch import architecture, common_unsupported
@@ -89,6 +91,19 @@ def test_another_gpu_runs_pytorchs_own_ops(gpu: Gpu, capability: str) -> None:
     assert not ran() and not ran("eager")
     with pytest.raises(NotImplementedError, match="linear_residual: .* " + message):
         ran("triton")
+
+
+def test_the_engine_says_that_no_kernel_runs(gpu: Gpu) -> None:
+    backbone: Any = SimpleNamespace(
+        _engine=None, device=torch.device("cuda:0"), dtype=torch.float16, modules=list
+    )
+    for capability, runs in (("7.5", "eager"), ("9.0", "triton")):
+        dispatch._gpus.clear()
+        gpu(capability)
+        (row,) = explain(backbone).rows
+        assert row.runs == runs and ("got compute capability" in row.why) == (runs == "eager")
+        way = Ways(backbone).build("triton", arguments()[0])
+        assert ("got compute capability" in way.why) == (runs == "eager")
 
 
 def test_a_device_is_asked_once(gpu: Gpu) -> None:

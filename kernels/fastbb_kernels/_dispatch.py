@@ -195,7 +195,7 @@ def common_unsupported(x: Tensor, **others: Tensor | None) -> str | None:
     """
     if not (x.is_cuda or _pretending):
         return f"needs a CUDA or ROCm device, got {x.device}"
-    if not _pretending and (problem := _gpu_problem(x.device)) is not None:
+    if (problem := gpu_unsupported(x.device)) is not None:
         return problem
     if x.dtype not in TRITON_DTYPES:
         return f"needs fp32, fp16 or bf16, got {x.dtype}"
@@ -228,6 +228,11 @@ def launches_directly() -> bool:
 def architecture(device: torch.device) -> Architecture | None:
     """The launch table to take: 90, "gfx942"; None in the interpreter."""
     return _pretended if _pretending else _launch_table(device)
+
+
+def gpu_unsupported(device: torch.device) -> str | None:
+    """Why no kernel runs on this GPU, or None."""
+    return None if _pretending else _gpu_problem(device)
 
 
 def _launch_table(device: torch.device) -> Architecture:
