@@ -8,7 +8,6 @@ from typing import Any
 from .facts import Facts, Package, Results, gather_facts
 
 _MIN_FREE_BYTES = 2**20
-_FIRST_CAPABILITY = 8.0  # sm_80, the oldest that kernels were compiled and counted for
 
 
 @dataclass(frozen=True)
@@ -178,11 +177,13 @@ def _hints(facts: Facts) -> Iterator[Finding]:
             "if there is one: a torch built for CUDA and a driver that is new enough",
         )
     for gpu in facts.gpus:
-        if _is_before(gpu.capability, _FIRST_CAPABILITY):
+        from fastbb_kernels.supported_gpus import gpu_problem, named  # torch can be imported here
+
+        problem = gpu_problem(named(gpu.capability))
+        if problem is not None:
             yield Finding(
-                f"{gpu.name} has compute capability {gpu.capability}: the kernels were made for "
-                f"{_FIRST_CAPABILITY} and later",
-                "each op is checked before it is used; mode='compile' needs none of them",
+                f"{gpu.name}: no kernel of ours runs on it: {problem}",
+                "mode='compile' needs no kernels of ours",
             )
     cpu = facts.cpu
     if cpu.threads is not None and 2 * cpu.threads < cpu.usable_cores:
@@ -275,13 +276,6 @@ def _all_results(facts: Facts) -> Iterator[tuple[str, Results]]:
 
 def _shown(package: Package) -> str:
     return f"{package.name} {package.version or 'missing'}"
-
-
-def _is_before(capability: str, first: float) -> bool:
-    try:
-        return float(capability) < first
-    except ValueError:  # "gfx942"
-        return False
 
 
 def _install(package: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
 
 from ..backbone import Backbone
 from .engine import Engine, notes_on
@@ -44,8 +44,10 @@ def explain(backbone: Backbone) -> Explanation:
     if backbone._engine is not None:
         return backbone._engine.explain()
     on_gpu = backbone.device.type == "cuda"
-    runs = "triton" if on_gpu else "eager"
+    problem = gpu_unsupported(backbone.device) if on_gpu else None
+    runs = "triton" if on_gpu and problem is None else "eager"
     why = "each op by itself; prepare() decides for the whole backbone"
+    why = why if problem is None else f"{problem}; {why}"
     title = f"{type(backbone).__name__} in {backbone.dtype} on {backbone.device}, not prepared"
     return Explanation(title, (Row("any", runs, why), *notes_on(backbone)))
 

@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +21,6 @@ from .settings import DTYPES
 from .verify import model_size
 
 BATCHES = (1, 8, 64)
-# cuDNN runs these on NVIDIA unless a caller asks for Triton
-_OPS_OF_CUDNN = ("conv3x3_bn_act",)
 
 # told how many jobs there are; what it returns is told of each that has ended
 Progress = Callable[[int], Callable[[Compiled], None]]
@@ -162,9 +159,8 @@ def launched_by(
         size: height and width of the images.
         arch: what they run on.
     """
-    library = use_impl("eager", ops=_OPS_OF_CUDNN) if isinstance(arch, int) else nullcontext()
     channels, dtype = backbone.config.num_channels, backbone.dtype
-    with torch.no_grad(), use_impl("auto"), library, recording_jobs(arch) as jobs:
+    with torch.no_grad(), use_impl("auto"), recording_jobs(arch) as jobs:
         for batch in sorted(set(batches)):
             pixels = torch.empty(batch, channels, *size, dtype=dtype, device="meta")
             backbone.feature_maps(backbone._checked(pixels))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbb_kernels import Impl, use_impl
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
 
 from ..backbone import Backbone
 from ..derived import ModuleStamp
@@ -94,7 +94,8 @@ class Ways:
         if name != base:
             return self._graph(name, self.build(base, pixel_values))
         if name == "triton":
-            return Way(name, self.triton)
+            why = gpu_unsupported(pixel_values.device) if pixel_values.is_cuda else None
+            return Way(name, self.triton, why=why or "")
         return self._compile(name, pixel_values) if "compile" in name else self._eager(pixel_values)
 
     def eager(self, pixel_values: Tensor) -> tuple[Tensor, ...]:

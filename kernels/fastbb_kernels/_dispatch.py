@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from .fp32_precision import Fp32Precision, matmul_precision
+from .supported_gpus import LAUNCH_TABLES, Architecture, gpu_problem
 
 if TYPE_CHECKING:
     from .self_check import SelfCheck
 
 # "eager" is the op's plain PyTorch; torch.compile is applied to whole models, never per op
 Impl = Literal["auto", "triton", "eager"]
-
-# compute capability times ten on NVIDIA, the name of the instruction set on AMD
-Architecture = int | str
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -30,6 +28,9 @@ _blocks_lock = Lock()
 
 _pretending = False
 _pretended: Architecture | None = None
+
+# what is known of each GPU
+_gpus: dict[torch.device, tuple[Architecture, str | None]] = {}
 
 _installed_check: "SelfCheck | None" = None
 _own_check: "SelfCheck | None" = None
@@ -193,6 +194,8 @@ def common_unsupported(x: Tensor, **others: Tensor | None) -> str | None:
     """
     if not (x.is_cuda or _pretending):
         return f"needs a CUDA or ROCm device, got {x.device}"
+    if (problem := gpu_unsupported(x.device)) is not None:
+        return problem
     if x.dtype not in TRITON_DTYPES:
         return f"needs fp32, fp16 or bf16, got {x.dtype}"
     tensors = {name: tensor for name, tensor in others.items() if tensor is not None}
@@ -222,14 +225,41 @@ def launches_directly() -> bool:
 
 
 def architecture(device: torch.device) -> Architecture | None:
-    """What kernels are compiled for: 90, "gfx942"; None in the interpreter."""
-    if _pretending:
-        return _pretended
-    # dynamo takes the properties for constants, and get_device_capability not
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return 10 * properties.major + properties.minor
+    """The launch table to take: 90, "gfx942"; None in the interpreter."""
+    return _pretended if _pretending else _launch_table(device)
+
+
+def gpu_unsupported(device: torch.device) -> str | None:
+    """Why no kernel runs on this GPU, or None."""
+    return None if _pretending else _gpu_problem(device)
+
+
+def _launch_table(device: torch.device) -> Architecture:
+    return _gpu(device)[0]
+
+
+def _gpu_problem(device: torch.device) -> str | None:
+    return _gpu(device)[1]
+
+
+# as torch.compiler.assume_constant_result does, which imports the compiler
+_launch_table._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+_gpu_problem._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _gpu(device: torch.device) -> tuple[Architecture, str | None]:
+    """The launch table of a GPU, and why no kernel runs on it; asked once, as every call asks."""
+    if device not in _gpus:
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            name: Architecture = properties.gcnArchName.split(":")[0]
+        else:
+            name = 10 * properties.major + properties.minor
+        found = LAUNCH_TABLES.get(name, name), gpu_problem(name)
+        if device.index is None:  # the current device, which may be another one the next time
+            return found
+        _gpus[device] = found
+    return _gpus[device]
 
 
 @contextmanager

@@ -203,7 +203,9 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
         "pip install --upgrade 'transformers>=5'",
     ),
     "only_nvidia_smi": ({"gpu_sign": "nvidia-smi is installed"}, "if there is one"),
-    "old_gpu": ({"gpus": gpu(name="V100", capability="7.0")}, "each op is checked"),
+    "old_gpu": ({"gpus": gpu(name="V100", capability="7.0")}, "needs no kernels of ours"),
+    "new_gpu": ({"gpus": gpu(name="R100", capability="13.0")}, "needs no kernels of ours"),
+    "consumer_amd": ({"gpus": gpu(name="7900", capability="gfx1100")}, "needs no kernels of ours"),
     "no_avif": ({"image_formats": {"AVIF": False}}, "pip install --upgrade pillow"),
     "note": (
         {"cpu": cpu(results=Results("/c", {}, {}, ("ignored /c: it is not JSON",)))},

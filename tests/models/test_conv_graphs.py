@@ -80,6 +80,7 @@ def fake_cuda() -> Iterator[None]:
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.device("cuda"),
         mock.patch("torch.cuda.get_device_properties", lambda _: properties),
+        mock.patch("fastbb_kernels._dispatch._gpus", {}),
     ):
         # a fake tensor cannot be the data of a real parameter
         torch.__future__.set_overwrite_module_params_on_conversion(True)

@@ -249,8 +249,9 @@ NAME = ("bottleneck_tail",)
         (90, "triton", (), None, 32, SEPARATE),
         (90, "eager", NAME, None, 64, SEPARATE),
         (90, "eager", (), None, 64, []),
-        ("gfx942", "auto", (), None, 64, OWN),
-        ("gfx942", "auto", (), None, 32, SEPARATE),
+        ("gfx942", "auto", (), None, 64, SEPARATE),
+        ("gfx942", "triton", (), None, 64, OWN),
+        ("gfx942", "auto", (), "triton", 64, OWN),
         ("gfx942", "auto", (), "eager", 64, []),
     ],
 )

@@ -14,11 +14,11 @@ from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import KernelWarning, conv3x3_bn_act, use_impl
-from fastbb_kernels._dispatch import pretend
 from fastbb_kernels.launching import forced
 from fastbb_kernels.ops import conv3x3_bn_act as op_module
 from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way, conv3x3_bn_act_eager
 from fastbb_kernels.self_check import use
+from fastbb_kernels.testing import record_launches
 
 CUSTOM_OP = torch.ops.fastbb.fastest_conv3x3_bn_act.default
 TRITON, EPILOGUE = "conv3x3_bn_act", "bias_act"
@@ -144,14 +144,14 @@ def test_flags_that_the_fused_op_ignores(
     assert not cudnn.calls
 
 
-@pytest.mark.parametrize("name", ["cudnn fused", "cudnn plain", "triton"])
+@pytest.mark.parametrize("name", ["fused", "plain", "triton"])
 def test_what_was_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
     args = arguments(stride=1)
     with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
         torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
         ran = {
-            "cudnn fused": len(cudnn.calls),
-            "cudnn plain": launches[EPILOGUE].call_count,
+            "fused": len(cudnn.calls),
+            "plain": launches[EPILOGUE].call_count,
             "triton": launches[TRITON].call_count,
         }
     assert ran.pop(name) == 1 and not any(ran.values())
@@ -240,8 +240,8 @@ def test_compiles_and_exports(residual: bool) -> None:
         (None, "auto", "silu", "_fastest_conv3x3_bn_act"),
         (None, "triton", "relu", "_conv3x3_bn_act"),
         (None, "eager", "relu", "conv3x3_bn_act_eager"),
-        ("7.0", "auto", "relu", "_conv3x3_bn_act"),
-        ("7.0", "auto", "silu", "_conv3x3_bn_act"),
+        ("7.0", "auto", "relu", "_fastest_conv3x3_bn_act"),
+        ("7.0", "triton", "relu", "_conv3x3_bn_act"),
         ("7.0", "eager", "relu", "conv3x3_bn_act_eager"),
     ],
 )
@@ -269,7 +269,23 @@ def test_what_runs_on_a_gpu(
     assert [name for name, function in ran.items() if function.called] == [taken]
 
 
-def test_pretended_gpus_launch_the_kernel() -> None:
-    with mock.patch.object(op_module, "_launch") as launch, pretend(90), torch.no_grad():
-        conv3x3_bn_act(*arguments(False)[:3], activation="relu")
-    launch.assert_called_once()
+@pytest.mark.parametrize(
+    ("arch", "impl", "stride", "launched"),
+    [
+        (90, "triton", 2, ["_conv3x3_bn_act_fwd_kernel"]),
+        (90, "auto", 1, []),
+        (90, "auto", 2, ["_bias_act_fwd_kernel"]),
+        ("gfx942", "auto", 1, ["_bias_act_fwd_kernel"]),
+    ],
+)
+def test_pretended_gpus_launch_what_a_gpu_would(
+    arch: Any, impl: Any, stride: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    x, weight, bias, *_ = (
+        arg.to("meta") if isinstance(arg, Tensor) else arg for arg in arguments()
+    )
+    with record_launches(arch) as recording, torch.no_grad():
+        y = conv3x3_bn_act(x, weight, bias, stride=stride, activation="relu", impl=impl)
+    assert y.shape == (2, 6, -(-9 // stride), 8 // stride)
+    assert [launch.name for launch in recording.launches] == launched

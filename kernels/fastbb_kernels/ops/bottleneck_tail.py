@@ -39,8 +39,8 @@ def bottleneck_tail(
     """Computes `activation(expand(relu(conv3x3(x))) + residual)`, padded as `conv3x3_bn_act`.
 
     Weights and biases have the batch norms folded in (`fastbb.fold`). Where its own kernel does not
-    run, the two ops `conv3x3_bn_act` and `conv1x1_bn_act` do, each by the same `impl`. On NVIDIA
-    GPUs "auto" leaves the call to those: cuDNN's 3x3 was not measured to be slower.
+    run, the two ops `conv3x3_bn_act` and `conv1x1_bn_act` do, each by the same `impl`. "auto"
+    leaves the call to those: cuDNN's and MIOpen's 3x3 were not measured to be slower.
 
     Args:
         x: [B, C, H, W] floating point, any strides; channels-last is not copied.
@@ -66,11 +66,10 @@ def bottleneck_tail(
     unsupported = bottleneck_tail_unsupported(
         *tensors, stride=stride, dilation=dilation, activation=activation
     )
-    if use_block("bottleneck_tail", impl, unsupported, x):
-        asked_for = chosen_impl("bottleneck_tail", impl) == "triton"
-        if asked_for or isinstance(architecture(x.device), str):
-            run = _launch if launches_directly() else _bottleneck_tail
-            return run(*tensors, stride, dilation, activation)
+    asked_for = chosen_impl("bottleneck_tail", impl) == "triton"
+    if asked_for and use_block("bottleneck_tail", impl, unsupported, x):
+        run = _launch if launches_directly() else _bottleneck_tail
+        return run(*tensors, stride, dilation, activation)
     mid = conv3x3_bn_act(
         x, weight, bias, stride=stride, dilation=dilation, activation="relu", impl=impl
     )

@@ -17,6 +17,7 @@ from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import (
     Architecture,
     Impl,
+    architecture,
     chosen_impl,
     common_unsupported,
     launches_directly,
@@ -40,9 +41,9 @@ def conv3x3_bn_act(
 ) -> Tensor:
     """Computes `activation(conv2d(x, weight, bias) + residual)`, padded with zeros by `dilation`.
 
-    Weight and bias have the batch norm folded in (`fastbb.fold`). On NVIDIA GPUs "auto" takes
-    cuDNN's fused convolution, its plain one with `bias_act` behind it, or the Triton kernel, see
-    `usual_way`. Where x is infinite, the fused one may give NaN.
+    Weight and bias have the batch norm folded in (`fastbb.fold`). On GPUs "auto" takes cuDNN's
+    fused convolution, cuDNN's or MIOpen's plain one with `bias_act` behind it, or the Triton
+    kernel, see `usual_way`. Where x is infinite, the fused one may give NaN.
 
     Args:
         x: [B, C_in, H, W] floating point, any strides; channels-last is not copied.
@@ -70,11 +71,12 @@ def conv3x3_bn_act(
     check_convolution("conv3x3_bn_act", x, weight, bias, kernel=3, **options)
     unsupported = conv3x3_bn_act_unsupported(x, weight, bias, **options)
     if use_triton("conv3x3_bn_act", impl, unsupported, x):
-        if launches_directly():
-            return _launch(x, weight, bias, stride, dilation, residual, activation)
-        if chosen_impl("conv3x3_bn_act", impl) == "triton" or torch.version.hip:
-            return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
-        return _fastest_conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
+        args = x, weight, bias, stride, dilation, residual, activation
+        is_asked_for = chosen_impl("conv3x3_bn_act", impl) == "triton"
+        if launches_directly():  # what a library computes there is not seen
+            is_asked_for |= architecture(x.device) is None
+            return _launch(*args) if is_asked_for else _run_fastest(*args)
+        return _conv3x3_bn_act(*args) if is_asked_for else _fastest_conv3x3_bn_act(*args)
     return conv3x3_bn_act_eager(x, weight, bias, **options)
 
 
@@ -187,7 +189,12 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tenso
 
 
 class Conv3x3Way(NamedTuple):
-    """Who convolves: "cudnn fused", "cudnn plain" with `bias_act` behind it, or "triton"."""
+    """Who convolves.
+
+    Attributes:
+        name: "fused": cuDNN, with all that follows; "plain": cuDNN or MIOpen, with `bias_act`
+            behind it; "triton": our kernel.
+    """
 
     name: str
 
@@ -202,13 +209,13 @@ def usual_way(
     dtype: torch.dtype,
     arch: Architecture | None,
 ) -> Conv3x3Way:
-    """What runs on NVIDIA GPUs where nothing was measured, for `n_rows` output pixels.
+    """What runs on GPUs where nothing was measured, for `n_rows` output pixels.
 
     Published Triton kernels for 3x3 have 0.7 to 0.87 of cuDNN's speed. Its fused convolution saves
-    a pass over the map, but has relu only, and without a residual needs x to have the shape of y:
+    passes over the map, but has relu only, and without a residual needs x to have the shape of y:
     where it cannot run, the plain one does.
     """
-    return Conv3x3Way("cudnn fused" if activation == "relu" else "cudnn plain")
+    return Conv3x3Way("plain" if isinstance(arch, str) or activation != "relu" else "fused")
 
 
 @_fastest_conv3x3_bn_act.register_kernel("cuda")
@@ -230,18 +237,18 @@ def _run_fastest(
     if way == "triton":
         return _launch(x, weight, bias, stride, dilation, residual, activation)
     has_z = residual is not None or x.shape == (batch, out_channels, height, width)
-    if way == "cudnn fused" and activation == "relu" and has_z and _fused_ops_may_run():
+    if way == "fused" and activation == "relu" and has_z and _fused_op_may_run():
         return _cudnn(x, weight, bias, stride, dilation, residual)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     y = F.conv2d(x, weight, None, stride, dilation, dilation)
     return _launch_bias_act(y, bias, residual, activation)
 
 
-def _fused_ops_may_run() -> bool:
-    """Whether no flag is set that the fused ops of aten do not heed."""
+def _fused_op_may_run() -> bool:
+    """Whether there is cuDNN, and no flag is set that its fused op does not heed."""
     flags = torch.backends.cudnn
     exact = flags.deterministic or torch.are_deterministic_algorithms_enabled()
-    return flags.enabled and not exact
+    return flags.enabled and not exact and torch.version.hip is None
 
 
 def _call_cudnn(
@@ -258,6 +265,8 @@ def _call_cudnn(
     note_binary(f"cuDNN {[*x.shape]} {weight.shape[0]} {stride} {dilation} {residual is not None}")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     geometry = [stride] * 2, [dilation] * 2, [dilation] * 2
+    if x.is_meta:
+        return empty_output(x, weight, stride)
     z, alpha = (x, 0.0) if residual is None else (residual, 1.0)
     y = torch.ops.aten.cudnn_convolution_add_relu(
         x, weight, z, alpha, bias.contiguous(), *geometry, 1
