@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -321,7 +322,9 @@ _running = threading.local()
 
 def is_folded(module: nn.Module) -> bool:
     """Whether a `Folding` has bound the forward of this module."""
-    return isinstance(getattr(vars(module).get("forward"), "__self__", None), _FoldedConv)
+    forward = vars(module).get("forward")
+    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
+    return isinstance(forward, MethodType) and isinstance(forward.__self__, _FoldedConv)
 
 
 def unfold(model: nn.Module) -> None:

@@ -467,7 +467,9 @@ MOVES = ("train", "_apply", "_replicate_for_data_parallel")
 
 def replacement_of(module: nn.Module) -> Replacement | None:
     """What is bound on a module, or None."""
-    own = getattr(vars(module).get("forward"), "__self__", None)
+    forward = vars(module).get("forward")
+    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
+    own = forward.__self__ if isinstance(forward, MethodType) else None
     return own if isinstance(own, Replacement) else None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -128,10 +129,21 @@ def hf_resnet(variant: str = "basic", **config: Any) -> Any:
 
 
 def timm_features(name: str, **options: Any) -> Any:
-    """timm's features_only model; its default `out_indices` unless given."""
+    """timm's features_only model; its default `out_indices` unless given.
+
+    The test is skipped where this timm has no such model, or no features of it.
+    """
     import timm
 
-    return randomize_(timm.create_model(name, features_only=True, **options))
+    if not timm.is_model(name):
+        pytest.skip(f"timm {timm.__version__} has no {name}")
+    try:
+        model = timm.create_model(name, features_only=True, **options)
+    except RuntimeError as error:
+        if "features_only not implemented" not in str(error):
+            raise
+        pytest.skip(f"timm {timm.__version__} has no features of {name}")
+    return randomize_(model)
 
 
 def timm_options(family: str, variant: str) -> tuple[str, dict[str, Any]]:

@@ -436,6 +436,8 @@ def _create(
     name = name.removeprefix("timm/")
     try:
         model, kwargs = _probe(name, kwargs)
+        if not hasattr(model, "feature_info"):
+            raise ValueError(f"timm {timm.__version__} has no stages of {name!r}")
         info: Any = model.feature_info
         # a placeholder (tresnet) counts as a stage but has no module
         stages = [i for i in range(len(info)) if info[i]["module"]]
@@ -461,18 +463,32 @@ def _create(
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """A whole timm model without memory, and the arguments that give it dynamic image sizes."""
-    import timm
-
-    for dynamic in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+    any_size = {"dynamic_img_size": True, "strict_img_size": False}
+    # both, because timm's Swin before 1.0.31 takes either and passes over the first
+    for names in (tuple(any_size), ("dynamic_img_size",), ("strict_img_size",), ()):
+        dynamic = {key: any_size[key] for key in names}
         try:
-            with shapes_only():
-                model = timm.create_model(name, **{**dynamic, **kwargs})
+            model = _without_memory(name, {**dynamic, **kwargs})
         except TypeError as error:
             if not dynamic or not any(key in str(error) for key in dynamic):
                 raise
         else:
             return model, {**dynamic, **kwargs}
     raise AssertionError("the last attempt returns or raises")
+
+
+def _without_memory(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    """A timm model on the meta device, or a real one where timm computes with its tensors."""
+    import timm
+
+    try:
+        with shapes_only():
+            return timm.create_model(name, **kwargs)
+    except RuntimeError as error:  # before 1.0.21 most transformers, before 1.0.30 RegNets
+        if "meta tensor" not in str(error).lower():
+            raise
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(name, **kwargs)
 
 
 def _pretrained_arguments(

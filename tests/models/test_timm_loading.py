@@ -102,6 +102,11 @@ def test_gradient_checkpointing_can_be_left(name):
 
 
 def test_stages_that_timm_names_alike_are_told_apart():
-    backbone = TimmBackbone(TimmBackboneConfig("crossvit_tiny_240", out_indices=[0, 1]))
+    config = TimmBackboneConfig("crossvit_tiny_240", out_indices=[0, 1])
+    if not hasattr(timm.create_model("crossvit_tiny_240"), "feature_info"):
+        with pytest.raises(ValueError, match=f"timm {timm.__version__} has no stages of 'crossvit"):
+            TimmBackbone(config)
+        return
+    backbone = TimmBackbone(config)
     assert len(set(backbone.stage_names)) == len(backbone.stage_names)
     assert any("@" in name for name in backbone.stage_names)
