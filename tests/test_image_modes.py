@@ -50,7 +50,7 @@ def upstream_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
     pytest.importorskip("transformers", minversion="5.21")
     from transformers.image_transforms import convert_to_rgb
 
-    return convert_to_rgb(image, return_numpy=True)
+    return np.asarray(convert_to_rgb(image, return_numpy=True))
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "F"])

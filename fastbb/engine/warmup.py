@@ -3,14 +3,19 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastbb_kernels import use_impl
-from fastbb_kernels._dispatch import Architecture, KernelWarning, architecture
+from fastbb_kernels._dispatch import Architecture, KernelWarning
+from fastbb_kernels.architectures import ARCHITECTURES
+from fastbb_kernels.launching import configured_as_on
+from fastbb_kernels.machine import Machine
 from fastbb_kernels.precompiling import Compiled, Job, compile_jobs, n_cores, recording_jobs
+from fastbb_kernels.supported_gpus import gpu_problem, named
 
 from ..auto import AutoBackbone, AutoConfig
 from ..backbone import Backbone
@@ -53,7 +58,15 @@ class Warmth:
         return list(dict.fromkeys(failed + wrong))
 
     def __str__(self) -> str:
+        ran = [
+            f"batch {batch}: one forward pass, checks included, in {seconds:.2f} s"
+            for batch, seconds, problem in self.forwards
+            if problem is None
+        ]
         label = f"sm_{self.arch}" if isinstance(self.arch, int) else self.arch
+        if self.arch not in ARCHITECTURES:
+            nothing = f"nothing was compiled for {label} in advance: its first runs do"
+            return "\n".join([nothing, *ran, *self.problems])
         if not self.compiled:
             return f"nothing to compile for {label}: the model launches none of fastbb's kernels"
         names = sorted({c.kernel for c in self.compiled})
@@ -74,11 +87,6 @@ class Warmth:
             f"{label}: {len(good)} binaries, {len(good) - n_cached} compiled and {n_cached} from "
             f"the cache, in {self.seconds:.1f} s by {processes}"
         )
-        ran = [
-            f"batch {batch}: one forward pass, checks included, in {seconds:.2f} s"
-            for batch, seconds, problem in self.forwards
-            if problem is None
-        ]
         return "\n".join([*table, total, *ran, *self.problems])
 
     def _seconds(self, name: str) -> float:
@@ -122,29 +130,34 @@ def warm_up(
     with torch.device("meta"):
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval()
     size = size or model_size(backbone)
-    jobs = launched_by(backbone, batches, size, arch)
+    jobs: list[Job] = []
+    if arch in ARCHITECTURES:  # its relatives have other binaries, and no pretended GPU
+        with nullcontext() if device is None else configured_as_on(device):
+            jobs = launched_by(backbone, batches, size, arch)
     n_workers = max(1, min(n_workers or n_cores(), len(jobs)))
     started = time.perf_counter()
     compiled = tuple(_reported(compile_jobs(jobs, arch, n_workers), progress(len(jobs))))
     seconds = time.perf_counter() - started
     forwards: tuple[tuple[int, float, str | None], ...] = ()
-    if device is not None and jobs:
+    if device is not None and (jobs or arch not in ARCHITECTURES):
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval().to(device)
         forwards = tuple(forward(backbone, (batch, *size)) for batch in sorted(set(batches)))
     return Warmth(arch, compiled, seconds, n_workers, forwards)
 
 
 def gpu_here() -> tuple[torch.device, Architecture]:
-    """The current GPU, and what is compiled for it.
+    """The current GPU and its architecture.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or kernels do not run on it.
     """
     if not torch.cuda.is_available():
         raise ValueError("no GPU here to compile for: name one by --arch, such as --arch 90")
     device = torch.device("cuda", torch.cuda.current_device())
-    arch = architecture(device)
-    assert arch is not None
+    arch = named(Machine.of(device).capability)
+    problem = gpu_problem(arch)
+    if problem is not None:
+        raise ValueError(f"there is nothing to compile for this GPU: {problem}")
     return device, arch
 
 

@@ -55,6 +55,7 @@ class _Thread(threading.local):
         self.noted: Launched | None = None
         self.forced: dict[str, Any] = {}
         self.is_unchecked = False
+        self.measured_on: torch.device | None = None
 
 
 _thread = _Thread()
@@ -100,6 +101,16 @@ def unchecked() -> Iterator[None]:
         _thread.is_unchecked = before
 
 
+@contextmanager
+def configured_as_on(device: torch.device) -> Iterator[None]:
+    """Has this thread's launches on pretended GPUs take what was measured on a real one."""
+    before, _thread.measured_on = _thread.measured_on, device
+    try:
+        yield
+    finally:
+        _thread.measured_on = before
+
+
 def chosen_config(
     table: str, launch_config: Callable[..., _Config], device: torch.device, *sizes: Any
 ) -> _Config:
@@ -113,7 +124,8 @@ def chosen_config(
     """
     config = _thread.forced.get(table)
     if config is None:
-        config = _unforced_config(table, launch_config, device, architecture(device), sizes)
+        arch, device = architecture(device), _thread.measured_on or device
+        config = _unforced_config(table, launch_config, device, arch, sizes)
     if _thread.noted is not None:
         _thread.noted.configs[table] = config
     return config

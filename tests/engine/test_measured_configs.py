@@ -11,7 +11,7 @@ import torch
 from broken_kernels import self_check
 
 from fastbb_kernels import launching, measured
-from fastbb_kernels.launching import chosen_config, forced
+from fastbb_kernels.launching import chosen_config, configured_as_on, forced
 from fastbb_kernels.measured import SECTION, config_path, write_configs
 from fastbb_kernels.self_check import SelfCheck, use
 from fastbb_kernels.triton_kernels import (
@@ -146,6 +146,14 @@ def test_pretended_devices_know_nothing_measured() -> None:
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     cpu = torch.device("cpu")
     assert chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16) is USUAL
+
+
+def test_what_is_compiled_for_a_gpu_takes_what_was_measured_on_it() -> None:
+    write_configs(NAME, {TABLE: [entry(1000)]}, {})
+    cpu = torch.device("cpu")
+    with configured_as_on(CUDA):
+        config = chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16)
+    assert config.tile.rows == 128
 
 
 SIZES: dict[Any, tuple[Any, ...]] = {

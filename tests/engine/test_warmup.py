@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import broken_kernels as broken
@@ -101,12 +102,12 @@ def test_a_forward_pass_finds_all_of_it(warmed: Result, monkeypatch: pytest.Monk
     assert all(hits) and len(hits) == counts(warmed)[0]
 
 
-def test_what_cudnn_runs_is_not_compiled() -> None:
+def test_what_a_library_convolves_is_not_compiled_but_what_follows_is() -> None:
     backbone = AutoBackbone.from_pretrained("nano-resnet-digits", dtype=torch.bfloat16).to("meta")
-    for arch, expected in ((90, False), ("gfx942", True)):
-        jobs = warmup.launched_by(backbone, [1], (32, 32), arch)
-        assert ("conv3x3_bn_act" in {job.kernel for job in jobs}) == expected
-        assert {"conv1x1_bn_act", "stem_conv_bn_relu_pool"} & {job.kernel for job in jobs}
+    for arch in (90, "gfx942"):
+        kernels = {job.kernel for job in warmup.launched_by(backbone, [1], (32, 32), arch)}
+        assert "conv3x3_bn_act" not in kernels and "bias_act" in kernels
+        assert {"conv1x1_bn_act", "stem_conv_bn_relu_pool"} & kernels
 
 
 def good_jobs() -> list[Job]:
@@ -196,7 +197,9 @@ def test_arguments_survive_the_way_to_a_worker() -> None:
 # on a GPU
 
 
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, **launches: Any) -> Result:
+def on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, arch: Any = 90, **launches: Any
+) -> Result:
     """The command where a GPU is pretended: nothing compiles, forward passes run on the CPU."""
     forward = warmup.forward
 
@@ -204,7 +207,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, **launches: Any) -> 
         with gpu(**launches), use(self_check(folder)):
             return forward(*arguments)
 
-    monkeypatch.setattr(warmup, "gpu_here", lambda: (torch.device("cpu"), 90))
+    monkeypatch.setattr(warmup, "gpu_here", lambda: (torch.device("cpu"), arch))
     monkeypatch.setattr(
         warmup, "compile_jobs", lambda *_: iter([Compiled("patch_embed", 1.0, True)])
     )
@@ -219,6 +222,27 @@ def test_each_batch_runs_once_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert [line.split(":")[0] for line in ran] == ["batch 1", "batch 2"]
     assert "one forward pass, checks included, in " in ran[0]
     assert list(tmp_path.iterdir())  # what was checked is remembered
+
+
+def test_a_relative_of_what_is_compiled_for_only_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = on_a_gpu(monkeypatch, tmp_path, arch=103)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "nothing was compiled for sm_103 in advance: its first runs do"
+    assert [line.split(":")[0] for line in lines[1:]] == ["batch 1", "batch 2"]
+
+
+def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(
+        warmup, "Machine", SimpleNamespace(of=lambda device: SimpleNamespace(capability="7.5"))
+    )
+    result = fastbb_warmup(MODEL)
+    assert result.exit_code == 2
+    assert "nothing to compile for this GPU: needs an NVIDIA GPU of compute" in result.stderr
 
 
 def test_a_kernel_that_fails_its_check_is_named(
