@@ -180,7 +180,7 @@ class SelfCheck:
             if self._problems[key] is None and not (y is not None and launched.digests <= trusted):
                 self._check(key, lambda: self._few_problem(key, launch, args, launched))
         self._warn()
-        if self._problems[key] is not None:
+        if self._problems.get(key) is not None:
             return launch.instead(*args)
         if error is not None:
             raise error
