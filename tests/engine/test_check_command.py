@@ -7,7 +7,8 @@ import broken_kernels as broken
 import pytest
 import torch
 from broken_kernels import custom_op, launching, self_check
-from click.testing import CliRunner, Result
+from cli_runner import cli_runner
+from click.testing import Result
 
 from fastbb.cli import main
 from fastbb_kernels.device_report import check_ops
@@ -16,12 +17,7 @@ from fastbb_kernels.self_check import use
 
 
 def fastbb_check(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["check", *arguments])
-
-
-def report_lines(result: Result) -> list[str]:
-    """The lines of stdout; click before 8.2 has those of stderr among them, the progress."""
-    return [line for line in result.stdout.splitlines() if not line.startswith("checking ")]
+    return cli_runner().invoke(main, ["check", *arguments])
 
 
 def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +46,14 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
     result = fastbb_check(*arguments)
     assert result.exit_code == 2
-    assert re.search(message, result.output), result.output
+    assert re.search(message, result.stderr), result.stderr
 
 
 def test_every_op_works(tmp_path: Path) -> None:
     with launching(**{op: custom_op(op) for op in op_names()}), use(self_check(tmp_path)):
         result = fastbb_check("--device", "cpu")
     assert result.exit_code == 0, result.output
-    lines = report_lines(result)
+    lines = result.stdout.splitlines()
     assert lines[0] == "Pretended GPU"
     assert lines[1].split() == ["op", "fp32", "fp16", "bf16"]
     rows = [line.split() for line in lines[2 : 2 + len(op_names())]]
@@ -76,11 +72,11 @@ def broken_check(folder: Path, *arguments: str) -> tuple[Result, int]:
 def test_a_broken_kernel(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     result, n_launches = broken_check(tmp_path, "--dtype", "bf16", "--dtype", "fp32")
     assert result.exit_code == 1 and n_launches == 2
-    assert [line.split() for line in report_lines(result)[1:3]] == [
+    assert [line.split() for line in result.stdout.splitlines()[1:3]] == [
         ["op", "bf16", "fp32"],
         ["patch_merging", "off", "off"],
     ]
-    problems = [line for line in report_lines(result) if line.startswith("patch_merging, ")]
+    problems = [line for line in result.stdout.splitlines() if line.startswith("patch_merging, ")]
     assert len(problems) == 2 and all("NaN where eager PyTorch has numbers" in p for p in problems)
     # what is remembered is not tried again, unless that is asked for
     assert broken_check(tmp_path, "--dtype", "bf16")[1] == 0

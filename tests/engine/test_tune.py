@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from cli_runner import cli_runner
+from click.testing import Result
 from pretended_device import Device, baked, silent
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], 
 
 
 def tune(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["tune", *arguments])
+    return cli_runner().invoke(main, ["tune", *arguments])
 
 
 def test_prints_what_won_and_what_else_was_tried(user_cache: Path, compiler: Any) -> None:
@@ -121,7 +122,7 @@ def test_wrong_arguments(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = tune(*arguments)
-    assert result.exit_code == 2 and message in result.output, result.output
+    assert result.exit_code == 2 and message in result.stderr, result.stderr
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_the_memory(

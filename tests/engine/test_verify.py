@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from cli_runner import cli_runner
+from click.testing import Result
 from reference_models import (
     Pair,
     hf_maskformer_swin,
@@ -350,7 +351,7 @@ def test_random_images_look_like_normalized_photos() -> None:
 
 
 def command(*arguments: Any) -> Result:
-    return CliRunner().invoke(main, ["verify-model", *map(str, arguments)])
+    return cli_runner().invoke(main, ["verify-model", *map(str, arguments)])
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,8 +143,9 @@ def test_a_packed_convolution_of_one_pixel_adds_its_residual() -> None:
     x, weight = images(1, 1, 2, 16), images(1, 1, 8, 16, seed=2)
     geometry: Any = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     packed = onednn.pack_conv(weight, tuple(x.shape), **geometry)
-    plain = torch.conv2d(x, weight, weight[:, 0, 0, 0])
-    got = onednn.packed_conv(x, packed, weight[:, 0, 0, 0], residual=plain, **geometry)
+    bias = weight[:, 0, 0, 0].clone()
+    plain = torch.conv2d(x, weight, bias)
+    got = onednn.packed_conv(x, packed, bias, residual=plain, **geometry)
     assert_equals_upstream(got, plain + plain, FP32_REL)
 
 

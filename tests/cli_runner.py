@@ -1,0 +1,12 @@
+"""click's test runner, which keeps stdout and stderr apart: click before 8.2 mixes them."""
+
+import inspect
+from typing import Any
+
+from click.testing import CliRunner
+
+
+def cli_runner() -> CliRunner:
+    apart: dict[str, Any] = {"mix_stderr": False}
+    old = "mix_stderr" in inspect.signature(CliRunner).parameters
+    return CliRunner(**apart) if old else CliRunner()
