@@ -61,18 +61,19 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@contextmanager
-def noting() -> Iterator[Launched]:
+class noting:  # in lower case as the functions below; a generator would cost each launch more
     """Notes what this thread launches in the block; an outer block notes it too."""
-    before, _thread.noted = _thread.noted, Launched()
-    noted = _thread.noted
-    try:
-        yield noted
-    finally:
-        _thread.noted = before
-        if before is not None:
-            before.binaries += noted.binaries
-            before.configs |= noted.configs
+
+    def __enter__(self) -> Launched:
+        self._before = _thread.noted
+        self._noted = _thread.noted = Launched()
+        return self._noted
+
+    def __exit__(self, *error: object) -> None:
+        _thread.noted = self._before
+        if self._before is not None:
+            self._before.binaries += self._noted.binaries
+            self._before.configs |= self._noted.configs
 
 
 def note_binary(digest: str) -> None:
