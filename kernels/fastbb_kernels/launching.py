@@ -37,10 +37,12 @@ class Launched:
     Attributes:
         binaries: digests of the compiled kernels; none where nothing was compiled.
         configs: the configurations that were chosen, by table.
+        sizes: what each choice depended on, by table.
     """
 
     binaries: list[str] = field(default_factory=list)
     configs: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def digests(self) -> set[str]:
@@ -74,6 +76,7 @@ class noting:  # in lower case as the functions below; a generator would cost ea
         if self._before is not None:
             self._before.binaries += self._noted.binaries
             self._before.configs |= self._noted.configs
+            self._before.sizes |= self._noted.sizes
 
 
 def note_binary(digest: str) -> None:
@@ -128,7 +131,7 @@ def chosen_config(
         arch, device = architecture(device), _thread.measured_on or device
         config = _unforced_config(table, launch_config, device, arch, sizes)
     if _thread.noted is not None:
-        _thread.noted.configs[table] = config
+        _thread.noted.configs[table], _thread.noted.sizes[table] = config, sizes
     return config
 
 
