@@ -1,13 +1,16 @@
-"""What this machine's GPU does with fastbb, in under nine minutes: `make gpu`.
+"""The first hour on a GPU: `make gpu RUN=1`, then 2 and 3, each in under eight minutes.
 
-    PYTHONPATH=.:kernels:bench python bench/gpu.py                # everything, to bench/results/
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --stage ops    # a part of it
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --dry-run      # tiny cases on the CPU
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1                # right? how fast?
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 2                # configurations
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 3                # NVIDIA's tools; the rest
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --stage models # a part of it
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --dry-run      # rehearsed on the CPU
 
-It takes the Python, torch and triton that the machine has, installs and downloads nothing, and
-leaves out what an absent package was needed for. Every stage is a process of its own with a time
-box: one that fails, hangs or crashes is named in the results, and the next one runs; where it
-crashed at one of its items, the others get another process. Results are written after each stage.
+Each run says something by itself. It takes the Python, torch and triton that the machine has,
+installs and downloads nothing, and leaves out what an absent package was needed for. Every stage
+is a process of its own with a time box, those first that tell most: one that fails, hangs or
+crashes is named in the results, and the next one runs; where it crashed at one of its items, the
+others get another process. Results are written after each stage, to bench/results/.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import import_module
@@ -31,10 +35,17 @@ from gpu_report import DRY_RUN, markdown
 from gpu_work import FORK, Work, describe, end_with_parent, ending, leave, read_lines
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_S = 520.0
+BUDGET_S = 465.0  # with Python's start and end under eight minutes
+RUNS = (1, 2, 3)
 NO_GPU = 2  # exit code, as for wrong arguments
 PROBE_S = 90.0
 CUT_OFF = "cut off"
+# what several stages import, each in a process of its own; none of it touches CUDA
+IMPORTED_AHEAD = (
+    "torch._dynamo",
+    "transformers.models.swin.modeling_swin",
+    "transformers.models.resnet.modeling_resnet",
+)
 _MARGIN_S = 5.0  # what a stage has to end by itself, before it is ended
 
 
@@ -47,49 +58,64 @@ class Stage:
         section: of the results that its rows go to, and what `--stage` takes.
         box_s: seconds that are kept for it; what earlier stages leave is added.
         run: is called in the process.
+        module: that it is imported from.
     """
 
     name: str
     section: str
     box_s: float
     run: Callable[[Work], None]
+    module: str = ""
 
 
-def all_stages(dry_run: bool) -> list[Stage]:
-    """The stages in order; their modules are imported where they run."""
+def stages_of(run: int, dry_run: bool) -> list[Stage]:
+    """The stages of a run in order."""
 
     def stage(name: str, box_s: float, module: str, function: str, *args: Any) -> Stage:
-        def run(work: Work) -> None:
+        def in_process(work: Work) -> None:
             getattr(import_module(module), function)(work, dry_run, *args)
 
-        return Stage(name, name.partition(",")[0], box_s, run)
+        return Stage(name, name.partition(",")[0], box_s, in_process, module)
 
-    stages = [
-        stage("environment", 25, "gpu_stages", "environment"),
-        stage("check", 75, "gpu_stages", "check"),
-        stage("build", 40, "gpu_stages", "build"),
-        stage("tune", 75, "gpu_stages", "tune"),
-        stage("ops", 50, "gpu_stages", "ops"),
-        stage("models, bf16", 60, "gpu_models", "bf16"),
-        stage("models, compiled Swin-T", 65, "gpu_models", "compiled", "swin_t"),
-        stage("models, compiled ResNet-50", 40, "gpu_models", "compiled", "resnet50"),
-        stage("models, other precisions", 50, "gpu_models", "other_precisions"),
-        stage("models, max-autotune Swin-T", 20, "gpu_models", "max_autotune", "swin_t"),
-        stage("models, max-autotune ResNet-50", 10, "gpu_models", "max_autotune", "resnet50"),
-        stage("models, compiled others", 10, "gpu_models", "compiled_others"),
-    ]
-    # the others would show nothing more
-    in_dry_run = (*range(6), 7)
-    return [stages[index] for index in in_dry_run] if dry_run else stages
+    environment = stage("environment", 20, "gpu_environment", "environment")
+    stages = {
+        1: [
+            stage("checks, production binaries", 100, "gpu_checks", "production"),
+            stage("models, main", 60, "gpu_models", "main_cells"),
+            stage("devices", 25, "gpu_checks", "devices"),
+            stage("models, compiling", 100, "gpu_models", "compile_ahead"),
+            stage("models, compiled Swin-T", 50, "gpu_models", "compiled", "swin_t"),
+            stage("models, compiled ResNet-50", 40, "gpu_models", "compiled", "resnet50"),
+            stage("models, compiled Swin-B", 60, "gpu_models", "compiled", "swin_b"),
+        ],
+        2: [
+            stage("sweep, compiling", 190, "gpu_sweep", "compile_ahead"),
+            stage("sweep", 170, "gpu_sweep", "sweep"),
+            stage("conv3x3", 25, "gpu_sweep", "conv3x3"),
+            stage("ops", 60, "gpu_ops", "ops"),
+        ],
+        3: [
+            stage("tools, ncu", 150, "gpu_tools", "ncu"),
+            stage("tools, memcheck", 80, "gpu_tools", "sanitize", "memcheck"),
+            stage("tools, racecheck", 50, "gpu_tools", "sanitize", "racecheck"),
+            stage("models, max-autotune Swin-T", 80, "gpu_models", "max_autotune", "swin_t"),
+            stage("models, max-autotune ResNet-50", 40, "gpu_models", "max_autotune", "resnet50"),
+            stage("checks, small cases", 25, "gpu_checks", "small"),
+            stage("models, other precisions", 15, "gpu_models", "other_precisions"),
+            stage("models, other batches", 5, "gpu_models", "other_batches"),
+        ],
+    }
+    return [environment, *stages[run]]
 
 
 class Results:
     """What was found so far, and the two files that say it."""
 
-    def __init__(self, folder: Path, dry_run: bool) -> None:
+    def __init__(self, folder: Path, dry_run: bool, run: int = 1) -> None:
         self.folder = folder
         self.data: dict[str, Any] = {
             "label": DRY_RUN if dry_run else "measured",
+            "run": run,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "stages": [],
             "sections": {},
@@ -106,6 +132,8 @@ class Results:
         if outcome == "finished" and missing:
             outcome = "finished as far as its time went"
         entry = {"stage": stage.name, "outcome": outcome, "seconds": round(seconds, 1)}
+        pretended = [value["pretended"] for value in found if "pretended" in value]
+        entry |= {"pretended": pretended[-1]} if pretended else {}
         self.data["stages"].append({**entry, "not_reached": missing})
         section = self.data["sections"].setdefault(stage.section, [])
         section += [{"stage": stage.name, "label": self.data["label"], **row} for row in rows]
@@ -119,7 +147,7 @@ class Results:
             name = "dry run" if self.data["label"] == DRY_RUN else "unknown GPU"
             name = facts.get("GPU", {}).get("value", name)
             slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-            stem = first = f"{slug}-{self.data['date'][:10]}"
+            stem = first = f"{slug}-run{self.data['run']}-{self.data['date'][:10]}"
             n = 1
             while (self.folder / f"{stem}.json").exists():
                 n += 1
@@ -160,7 +188,7 @@ def run_stages(
             box_s = begin + budget_s - later_s - start
             outcome = "interrupted"
             try:
-                outcome = _run_stage(stage, file, begin, box_s)
+                outcome = _run_stage(stage, file, begin, box_s, results.folder)
             finally:  # also when this process is told to end
                 seconds = time.monotonic() - start
                 print(f"[{start + seconds - begin:6.1f} s] {stage.name}: {outcome}", flush=True)
@@ -169,7 +197,7 @@ def run_stages(
     return all_well
 
 
-def _run_stage(stage: Stage, file: Path, begin: float, box_s: float) -> str:
+def _run_stage(stage: Stage, file: Path, begin: float, box_s: float, out: Path) -> str:
     """Runs a stage, in further processes after a crash; returns how it ended."""
     if box_s < 1:
         return "not reached: no time was left"
@@ -178,7 +206,7 @@ def _run_stage(stage: Stage, file: Path, begin: float, box_s: float) -> str:
     crashes = []
     while True:
         left_s = end - time.monotonic()
-        outcome = _run_process(stage, file, begin, left_s)
+        outcome = _run_process(stage, file, begin, left_s, out)
         if outcome == "finished":
             return f"finished, after it {'; '.join(crashes)}" if crashes else outcome
         if outcome == CUT_OFF:
@@ -188,10 +216,11 @@ def _run_stage(stage: Stage, file: Path, begin: float, box_s: float) -> str:
             return "; ".join(crashes)
 
 
-def _run_process(stage: Stage, file: Path, begin: float, box_s: float) -> str:
+def _run_process(stage: Stage, file: Path, begin: float, box_s: float, out: Path) -> str:
     """Runs what is left of a stage in one process; returns how that ended."""
     deadline = time.monotonic() + box_s - min(_MARGIN_S, box_s / 5)
-    process = FORK.Process(target=_child, args=(stage, Work(stage.name, file, begin, deadline)))
+    work = Work(stage.name, file, begin, deadline, out)
+    process = FORK.Process(target=_child, args=(stage, work))
     process.start()
     try:
         process.join(box_s)
@@ -235,6 +264,9 @@ def _child(stage: Stage, work: Work) -> None:
         traceback.print_exc()
         work.append({"error": describe(error)})
         leave(1)
+    pretended = sys.modules.get("gpu_pretended")
+    if pretended is not None and pretended.CALLS:
+        work.append({"pretended": dict(pretended.CALLS)})
     leave(0)
 
 
@@ -272,33 +304,33 @@ def why_no_gpu() -> str | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if a stage failed, 2 without a GPU."""
     begin = time.monotonic()
-    stages = all_stages(dry_run=False)
-    sections = list(dict.fromkeys(stage.section for stage in stages))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--run", type=int, choices=RUNS, default=1, help="which of the three")
     parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
     parser.add_argument(
         "--stage",
         action="append",
-        choices=sections,
-        help="default: all; the environment is always looked at",
+        help="a section of the run; default: all; the environment is always looked at",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="no GPU: tiny cases, numbers that mean nothing"
     )
     options = parser.parse_args(argv)
+    stages = stages_of(options.run, options.dry_run)
+    sections = list(dict.fromkeys(stage.section for stage in stages))
+    wanted = {"environment", *(options.stage or sections)}
+    if not wanted.issubset(sections):
+        parser.error(f"--stage of run {options.run} must be one of {', '.join(sections)}")
+    stages = [stage for stage in stages if stage.section in wanted]
     if options.budget <= 0:
         parser.error(f"--budget must be more than 0 seconds, got {options.budget:g}")
     out = options.out or RESULTS
-    if options.dry_run:
-        out = options.out or Path(tempfile.mkdtemp(prefix="fastbb-dry-run-"))
-        if out.resolve() == RESULTS.resolve():
-            parser.error(f"--out must not be {RESULTS} in a dry run: that is for measurements")
-        stages = all_stages(dry_run=True)
-        import_module("torch")
-    else:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what upstream's libraries call going without a network
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    if not options.dry_run:
         reason = why_no_gpu()
         if reason is not None:
             print(
@@ -307,14 +339,26 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return NO_GPU
-    os.environ["HF_HUB_OFFLINE"] = "1"  # what upstream's libraries call going without a network
-    wanted = {"environment", *(options.stage or sections)}
-    results = Results(out, options.dry_run)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    stages = [stage for stage in stages if stage.section in wanted]
-    all_well = run_stages(stages, results, options.budget, begin)
+        return _run(stages, Results(out, False, options.run), options.budget, begin)
+    out = options.out or Path(tempfile.mkdtemp(prefix="fastbb-dry-run-"))
+    if out.resolve() == RESULTS.resolve():
+        parser.error(f"--out must not be {RESULTS} in a dry run: that is for measurements")
+    with import_module("gpu_pretended").pretended_programs():
+        return _run(stages, Results(out, True, options.run), options.budget, begin)
+
+
+def _run(stages: Sequence[Stage], results: Results, budget_s: float, begin: float) -> int:
+    import_ahead(stages)
+    all_well = run_stages(stages, results, budget_s, begin)
     print(f"results: {results.stem}.json and {results.stem}.md")
     return 0 if all_well else 1
+
+
+def import_ahead(stages: Sequence[Stage]) -> None:
+    """Imports once what the processes of stages would each import."""
+    for module in [*(stage.module for stage in stages), *IMPORTED_AHEAD]:
+        with suppress(Exception):  # the stage that needs it says so
+            import_module(module)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,6 +25,9 @@ PRECISIONS = {
 _FLUSH_BYTES = 256 << 20  # more than any L2 holds
 _CALL_S = 5e-3  # shorter calls are repeated this long between two events
 _MAX_CALLS = 50
+_SLEEP_CYCLES = 2_000_000  # about 1 ms
+_MOST_CYCLES = 64 * _SLEEP_CYCLES
+_QUEUED_CALLS = 8  # behind one sleep
 
 
 @contextmanager
@@ -47,19 +50,28 @@ class Times:
         return asdict(self)
 
 
+class NotQueued(RuntimeError):
+    """A GPU was faster than this process could give it work, so the time would be the host's."""
+
+
 class Clock:
-    """Times calls on a device: by its events on a GPU, by the wall clock on a CPU."""
+    """Times calls on a GPU, by its events.
+
+    By itself it takes calls back to back, as a user has them: the longer of what the host and the
+    GPU need. With `flush` it takes what the GPU needs alone, without what the caches hold.
+    """
 
     def __init__(self, device: torch.device, flush: bool = False) -> None:
         """
         Args:
             device: where the calls run.
-            flush: empties the L2 cache of a GPU before each call.
+            flush: empties the L2 cache before each call, and keeps the host out of the time.
         """
-        self._is_gpu = device.type == "cuda"
         self._flushed: Tensor | None = None
-        if flush and self._is_gpu:
-            self._flushed = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._cycles = _SLEEP_CYCLES
+        if flush:
+            n_bytes = _FLUSH_BYTES if device.type == "cuda" else 1
+            self._flushed = torch.empty(n_bytes, dtype=torch.uint8, device=device)
 
     def times(
         self, calls: Mapping[str, Callable[[], object]], max_s: float, max_rounds: int = 30
@@ -70,6 +82,9 @@ class Clock:
             calls: by name; each has run before.
             max_s: seconds after which no round begins, once there were 5.
             max_rounds: no more than these.
+
+        Raises:
+            NotQueued: with `flush`, where the host takes far longer than the GPU.
         """
         repeats = {name: self._repeats(call) for name, call in calls.items()}
         taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -85,26 +100,92 @@ class Clock:
         }
 
     def _repeats(self, call: Callable[[], object]) -> int:
-        if self._flushed is not None or not self._is_gpu:
-            return 1
+        if self._flushed is not None:
+            return _QUEUED_CALLS
         self._ms(call, 1)
         once_s = 1e-3 * self._ms(call, 1)
         return max(1, min(_MAX_CALLS, round(_CALL_S / once_s)))
 
     def _ms(self, call: Callable[[], object], n_calls: int) -> float:
-        if not self._is_gpu:
-            start = time.perf_counter()
+        if self._flushed is None:
+            begin, end = _event(), _event()
+            begin.record()
+            for _ in range(n_calls):
+                call()
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end) / n_calls
+        while True:
+            queued = self._queued_ms(call, n_calls, self._flushed)
+            if queued is not None:
+                return queued
+            if self._cycles >= _MOST_CYCLES:
+                raise NotQueued(f"not queued within {self._cycles:,} cycles of the GPU")
+            self._cycles *= 2
+
+    def _queued_ms(self, call: Callable[[], object], n_calls: int, flushed: Tensor) -> float | None:
+        """The median of calls that all were queued before the first began; None: they were not."""
+        torch.cuda.synchronize()
+        torch.cuda._sleep(self._cycles)
+        events = [(_event(), _event()) for _ in range(n_calls)]
+        for begin, end in events:
+            flushed.zero_()
+            begin.record()
             call()
-            return 1e3 * (time.perf_counter() - start)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if self._flushed is not None:
-            self._flushed.zero_()
+            end.record()
+        was_late = events[0][0].query()
+        events[-1][1].synchronize()
+        return None if was_late else statistics.median(b.elapsed_time(e) for b, e in events)
+
+
+def host_us(call: Callable[[], object], n_calls: int) -> float:
+    """Microseconds that this process takes to give a call to an idle GPU, the median of some."""
+    taken = []
+    for _ in range(n_calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        taken.append(1e6 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
+def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """Calls, each of which has run before, recorded one after the other as one CUDA graph.
+
+    `torch.cuda.graph` would collect garbage and empty the allocator's cache first: 0.1 s each time.
+    """
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+    return graph
+
+
+def graph_us(graph: torch.cuda.CUDAGraph, n_calls: int, max_s: float) -> float:
+    """Microseconds of one of the calls in a graph: the median of some replays."""
+    taken: list[float] = []
+    begin_s = time.perf_counter()
+    while len(taken) < 5 or time.perf_counter() - begin_s < max_s:
+        begin, end = _event(), _event()
+        torch.cuda._sleep(_SLEEP_CYCLES // 10)  # a replay takes the host some 10 us
         begin.record()
-        for _ in range(n_calls):
-            call()
+        graph.replay()
+        graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / n_calls
+        taken.append(1e3 * begin.elapsed_time(end) / (2 * n_calls))
+    return statistics.median(taken)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ return all four stages, and are held to upstream's float64 maps before they are 
 import copy
 import io
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from typing import Any
 
 import torch
+from gpu_device import n_cores, n_processes, on_device
 from gpu_measure import PRECISIONS, Clock, OurBytes, peaks, precision
-from gpu_stages import on_device
+from gpu_profile import profiled
 from gpu_work import Work, describe
 from peer_models import (
     MODELS,
@@ -33,12 +35,11 @@ from peer_models import (
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbb_kernels import use_impl
+from fastbb.engine.graphs import GraphPool
+from fastbb_kernels import KernelWarning, use_impl
 from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from fastbb_kernels.fp32_precision import convolution_precision
 
-MODEL_NAMES = ("swin_t", "resnet50", "swin_b")
-BATCHES = (64, 1, 8, 256)
 N_CHECKED = 4  # images that are held to float64
 _SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
 ALL_MODELS = {
@@ -57,14 +58,19 @@ TINY_MODELS = {
         {"layers": _TINY_RESNET},
     ),
 }
+TINY_MODELS["swin_b"] = TINY_MODELS["swin_t"]
 _CELL_S = 1.5
+_PROFILED_CALLS = 5
 
 UPSTREAM = "eager upstream"
 FASTBB = "fastbb"
 GRAPH = "fastbb, CUDA graph"
 COMPILED = "upstream, compiled"
+REDUCE_OVERHEAD = "upstream, reduce-overhead"
 MAX_AUTOTUNE = "upstream, max-autotune"
 BASE = (UPSTREAM, FASTBB, GRAPH)
+# the columns that are compiled, by the mode of torch.compile
+COMPILE_MODES = {COMPILED: None, REDUCE_OVERHEAD: "reduce-overhead", MAX_AUTOTUNE: "max-autotune"}
 
 Run = Callable[[], Sequence[Tensor]]
 
@@ -285,14 +291,22 @@ def prepared(backbone: Any, mode: str, one: GpuCell, **options: Any) -> Any:
 
 
 def _graph_column(one: GpuCell, pixels: Tensor) -> Run:
+    run = graphed(one, pixels)
+    return lambda: run(pixels)
+
+
+def graphed(one: GpuCell, pixels: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
+    """Our model as CUDA graphs, recorded for these pixels; it records others when they come."""
     backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
     ready = prepared(backbone, "triton", one, cuda_graph=pixels.is_cuda)
     with torch.inference_mode():
         ready(pixels)
     runs = _decisions(ready)[0]
-    if pixels.is_cuda and "graph" not in runs["runs"].lower():
+    if one.tiny:  # what the engine takes only for tensors of a GPU
+        return GraphPool(lambda x: tuple(ready(x).feature_maps))
+    if "graph" not in runs["runs"].lower():
         raise RuntimeError(f"runs {runs['runs']}, not a CUDA graph: {runs['why']}")
-    return lambda: ready(pixels).feature_maps
+    return lambda x: ready(x).feature_maps
 
 
 def _decisions(ready: Any) -> list[dict[str, str]]:
@@ -305,103 +319,131 @@ def _decisions(ready: Any) -> list[dict[str, str]]:
     ]
 
 
-def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None = None) -> Run:
+def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None) -> Run:
+    from torch._inductor import config
+
+    # a choice that was made while other processes used the GPU would do upstream wrong
+    if hasattr(config, "autotune_local_cache"):
+        config.autotune_local_cache = False
     module = upstream(one.name, one.dtype, pixels.device, one.tiny).module
-    torch.compiler.reset()  # it stops compiling after 8 variants of one function
-    if one.tiny:
+    if one.tiny and mode is None:
         run = torch.compile(module, backend="eager")
+    elif one.tiny:  # as above but for its name
+        assert mode in torch._inductor.list_mode_options()
+        run = module
     else:
         run = torch.compile(module, mode=mode, dynamic=False)
     laid_out = _channels_last(pixels, one)
+
+    def call() -> Sequence[Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return run(laid_out)
+
     with torch.inference_mode():
         for _ in range(3):  # a graph of its own is recorded after a first run
-            run(laid_out)
-    return lambda: run(laid_out)
+            call()
+    return call
 
 
 COLUMNS: dict[str, Callable[[GpuCell, Tensor], Run]] = {
     UPSTREAM: _upstream_column,
     FASTBB: _fastbb_column,
     GRAPH: _graph_column,
-    COMPILED: _compiled_column,
-    MAX_AUTOTUNE: lambda one, pixels: _compiled_column(one, pixels, "max-autotune"),
+    **{name: partial(_compiled_column, mode=mode) for name, mode in COMPILE_MODES.items()},
 }
 
 
 # stages
 
 
-def bf16(work: Work, dry_run: bool) -> None:
-    """All cells in bf16, the most telling first."""
-    if dry_run:
-        run_cells(work, [cell("swin_t", "bf16", 1, True), cell("resnet50", "bf16", 1, True)])
-        return
-    run_cells(work, [cell(name, "bf16", batch, False) for name, batch in _IN_ORDER])
-
-
-_IN_ORDER = (
+MAIN = (
     ("swin_t", 64),
     ("resnet50", 64),
     ("swin_t", 1),
     ("resnet50", 1),
     ("swin_b", 64),
-    ("swin_t", 256),
-    ("resnet50", 256),
-    ("swin_t", 8),
-    ("resnet50", 8),
     ("swin_b", 1),
-    ("swin_b", 256),
-    ("swin_b", 8),
 )
+OTHER_BATCHES = tuple((name, batch) for batch in (8, 256) for name in ("swin_t", "resnet50"))
+
+
+def _cells(
+    cells: Sequence[tuple[str, int]], dtypes: Sequence[str], dry_run: bool, n_dry: int = 1
+) -> list[GpuCell]:
+    if dry_run:
+        return [cell(name, dtypes[0], 1, True) for name, _ in cells[:n_dry]]
+    return [cell(name, dtype, batch, False) for name, batch in cells for dtype in dtypes]
+
+
+def main_cells(work: Work, dry_run: bool) -> None:
+    """The cells that tell most, in bf16: upstream, ours, and ours as a CUDA graph."""
+    run_cells(work, _cells(MAIN, ("bf16",), dry_run, n_dry=2))
+
+
+def other_batches(work: Work, dry_run: bool) -> None:
+    """The same in bf16 for batches that tell less."""
+    run_cells(work, _cells(OTHER_BATCHES, ("bf16",), dry_run))
 
 
 def other_precisions(work: Work, dry_run: bool) -> None:
-    """The same cells in fp16, TF32 and fp32."""
-    run_cells(
-        work,
-        [
-            cell(name, dtype, batch, dry_run)
-            for name, batch in _IN_ORDER
-            for dtype in ("fp16", "tf32", "fp32")
-        ],
-    )
+    """The main cells in fp16, TF32 and fp32."""
+    run_cells(work, _cells(MAIN, ("fp16", "tf32", "fp32"), dry_run))
+
+
+def compile_ahead(work: Work, dry_run: bool) -> None:
+    """Fills torch.compile's caches for `compiled`, in several processes; times nothing."""
+    n = n_processes(dry_run)
+    tasks = {
+        f"{one.title}, {column}": partial(_compile, one, column, n_cores() // n)
+        for one in _cells(MAIN, ("bf16",), dry_run)
+        for column in (COMPILED, REDUCE_OVERHEAD)
+    }
+    work.in_processes(tasks, n)
+
+
+def _compile(one: GpuCell, column: str, n_threads: int) -> dict[str, Any]:
+    from torch._inductor import config
+
+    config.compile_threads = max(1, n_threads)
+    start = time.perf_counter()
+    with on_device(one.tiny) as device, precision(one.dtype), torch.inference_mode():
+        COLUMNS[column](one, pixels_of(one, device))
+        torch.cuda.synchronize()
+    return {"seconds": round(time.perf_counter() - start, 1)}
 
 
 def compiled(work: Work, dry_run: bool, name: str) -> None:
-    """torch.compile's default over upstream's model, beside the other columns."""
-    if dry_run:
-        run_cells(work, [cell(name, "fp32", 1, True)], (UPSTREAM, COMPILED))
-        return
-    run_cells(work, [cell(name, "bf16", 64, False)], (*BASE, COMPILED))
+    """torch.compile over upstream's model in two modes, beside the other columns."""
+    cells = [one for one in MAIN if one[0] == name]
+    run_cells(work, _cells(cells, ("bf16",), dry_run), (*BASE, COMPILED, REDUCE_OVERHEAD))
 
 
 def max_autotune(work: Work, dry_run: bool, name: str) -> None:
     """torch.compile with max-autotune, which takes minutes; last, so that it costs nothing else."""
-    run_cells(work, [cell(name, "bf16", 64, dry_run)], (*BASE, MAX_AUTOTUNE))
-
-
-def compiled_others(work: Work, dry_run: bool) -> None:
-    """torch.compile's default in the other bf16 cells."""
-    cells = [cell(name, "bf16", batch, dry_run) for name, batch in _IN_ORDER[2:]]
-    run_cells(work, cells, (*BASE, COMPILED))
+    run_cells(work, _cells(((name, 64),), ("bf16",), dry_run), (*BASE, MAX_AUTOTUNE))
 
 
 def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BASE) -> None:
-    """Measures cells until the time is over, a row each."""
+    """Measures cells until the time is over, a row each.
+
+    A row names the ops that are off in this process: PyTorch's own run in their place.
+    """
     items = {f"{one.title} ({', '.join(columns)})": one for one in cells}
-    with on_device(cells[0].tiny) as device:
+    with on_device(cells[0].tiny) as device, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", KernelWarning)
         for item, one in work.in_time(items):
             start = time.perf_counter()
             try:
                 with precision(one.dtype):
                     row = measure(one, columns, device)
             except Exception as error:
-                row = {"problem": describe(error)}
+                row: dict[str, Any] = {"problem": describe(error)}
+            row["off"] = [str(w.message) for w in said if w.category is KernelWarning]
             where = {"model": one.name, "precision": one.dtype, "batch": one.batch}
             work.row(item, **where, **row)
             work.say(f"{one.title}: {time.perf_counter() - start:.1f} s")
-            _synchronize(device)  # raises where the device is lost: the rest gets a new process
-            _empty_cache(device)
+            torch.cuda.synchronize()  # raises where the device is lost: the rest gets a new process
+            torch.cuda.empty_cache()
 
 
 def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[str, Any]:
@@ -410,6 +452,7 @@ def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[
     reference = truth(one.name, one.dtype, min(N_CHECKED, one.batch), device, one.tiny)
     source = upstream(one.name, one.dtype, device, one.tiny)
     _warm_up(one, device)  # so that no weights count as memory of a column
+    torch.compiler.reset()  # it stops compiling after 8 variants of one function
     cells: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
     for name in columns:
@@ -417,13 +460,14 @@ def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[
         before = _start_memory(device)
         try:
             run = COLUMNS[name](one, pixels)
-            if name in (COMPILED, MAX_AUTOTUNE):
-                _forget_peak(device)
+            if name in COMPILE_MODES:
+                torch.cuda.reset_peak_memory_stats(device)
             with torch.inference_mode():
                 found = run()
-                _synchronize(device)
-                cells[name]["peak_mb"] = _peak_mb(device, before)
-                of_upstream = name in (UPSTREAM, COMPILED, MAX_AUTOTUNE)
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated(device)
+                cells[name]["peak_mb"] = (peak - before) / 2**20
+                of_upstream = name == UPSTREAM or name in COMPILE_MODES
                 reference.check(source.maps(found) if of_upstream else found)
             runs[name] = run
         except Exception as error:
@@ -431,6 +475,8 @@ def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[
         found = None
     with torch.inference_mode():
         times = Clock(device).times(runs, max_s=_CELL_S, max_rounds=1 if one.tiny else 30)
+        for name, run in runs.items():
+            cells[name] |= profiled(run, 1 if one.tiny else _PROFILED_CALLS)
     floor = floor_of(one, device)
     for name, taken in times.items():
         images_per_s = 1e3 * one.batch / taken.median_ms
@@ -472,66 +518,7 @@ def _flops(name: str, dry_run: bool) -> int:
     return counted.get_total_flops()
 
 
-def build_model(name: str, dtype: str, batches: Sequence[int], dry_run: bool) -> dict[str, Any]:
-    """Runs one of our models once per batch, so that its kernels are compiled."""
-    seconds, problems = {}, []
-    with on_device(dry_run) as device, precision(dtype):
-        for batch in batches:
-            start = time.perf_counter()
-            one = cell(name, dtype, batch, dry_run)
-            try:
-                _fastbb_column(one, pixels_of(one, device))()
-                _synchronize(device)
-            except Exception as error:
-                problems.append(f"batch {batch}: {describe(error)}")
-            seconds[str(batch)] = round(time.perf_counter() - start, 2)
-    return {"model": name, "precision": dtype, "seconds": seconds, "problems": problems}
-
-
-def tuned(name: str, dtype: str, batch: int, dry_run: bool) -> dict[str, Any]:
-    """What the engine chooses for a cell; in a dry run it is told what to choose."""
-    one = cell(name, dtype, batch, dry_run)
-    with on_device(dry_run) as device, precision(dtype):
-        start = time.perf_counter()
-        mode = "triton" if dry_run else "auto"
-        ready = prepared(ours(name, dtype, device, dry_run), mode, one)
-        with torch.inference_mode():
-            ready(pixels_of(one, device))
-        _synchronize(device)
-        seconds = time.perf_counter() - start
-        return {
-            "model": name,
-            "precision": dtype,
-            "batch": batch,
-            "seconds": round(seconds, 1),
-            "decisions": _decisions(ready),
-        }
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _start_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    _empty_cache(device)
-    _forget_peak(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_mb(device: torch.device, before: int) -> float | None:
-    if device.type != "cuda":
-        return None
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def _empty_cache(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -12,12 +12,13 @@ def markdown(data: dict[str, Any]) -> str:
     """All tables of one run.
 
     Args:
-        data: as in the JSON file: label, date, stages and sections.
+        data: as in the JSON file: label, run, date, stages and sections.
     """
     is_dry = data["label"] == DRY_RUN
     mark = f" ({DRY_RUN})" if is_dry else ""
     facts = {row["item"]: row.get("value", "") for row in data["sections"].get("environment", [])}
-    title = f"# fastbb on {facts.get('GPU', 'an unknown GPU')}, {data['date'][:10]}{mark}"
+    gpu = facts.get("GPU", "an unknown GPU")
+    title = f"# fastbb on {gpu}, run {data['run']}, {data['date'][:10]}{mark}"
     parts = [title, f"## Stages{mark}", _stages(data["stages"])]
     for name, section in SECTIONS.items():
         rows = data["sections"].get(name)
@@ -43,47 +44,52 @@ def _environment(rows: Sequence[Row]) -> str:
     return _table(["", ""], [[row["item"], row["value"]] for row in rows])
 
 
-def _check(rows: Sequence[Row]) -> str:
-    """One line per op: its small and its real cases in each precision."""
-    found = {tuple(row["item"].split(", ", 1)): row for row in rows}
+def _checks(rows: Sequence[Row]) -> str:
+    """One line per op: its cases by model and batch, its small ones by precision."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.get("op", row["item"]), _where(row)), []).append(row)
     ops, columns = (list(dict.fromkeys(part)) for part in zip(*found))
-    header = ["op", *columns]
-    cells = [[op, *(_verdict(found.get((op, column))) for column in columns)] for op in ops]
+    columns.sort()
+    cells = [[op, *(_verdict(found.get((op, column), [])) for column in columns)] for op in ops]
     problems = [f"- {row['item']}: {text}" for row in rows for text in _problems(row)]
-    return "\n\n".join(filter(None, [_table(header, cells), "\n".join(problems)]))
+    return "\n\n".join(filter(None, [_table(["op", *columns], cells), "\n".join(problems)]))
 
 
-def _verdict(row: Row | None) -> str:
-    if row is None:
-        return "not reached"
-    if "n_cases" not in row:
-        return "failed"
-    if row["problems"]:
-        return f"wrong, {row['n_cases']} cases"
-    return f"{row['n_cases']} ok" if row["n_cases"] else "-"
+def _where(row: Row) -> str:
+    if "model" in row:
+        return f"{row['model']}, batch {row['batch']}"
+    return row.get("precision", "without a result")
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    """How many of some cases are right; a process that ended took its case with it."""
+    n_cases = sum(row.get("n_cases", 1) for row in rows)
+    n_wrong = sum(len(_problems(row)) for row in rows)
+    return f"{n_wrong} of {n_cases} wrong" if n_wrong else f"{n_cases} ok" if n_cases else "-"
 
 
 def _problems(row: Row) -> list[str]:
     return [*row.get("problems", []), *([row["problem"]] if "problem" in row else [])]
 
 
-def _build(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        seconds = (f"{batch}: {s:.1f} s" for batch, s in row.get("seconds", {}).items())
-        lines.append([row["item"], ", ".join(seconds), "; ".join(_problems(row))])
-    return _table(["model", "first forward by batch", "problems"], lines)
+def _said(rows: Sequence[Row]) -> str:
+    """What was found, in words."""
+    return _table(
+        ["what", "found"],
+        [[row["item"], "; ".join([*_problems(row), row.get("value", "")])] for row in rows],
+    )
 
 
-def _tune(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in rows:
-        for decision in row.get("decisions", []):
-            values = [decision[name] for name in ("runs", "why", "others")]
-            lines.append([row["item"], f"{row['seconds']:.1f}", *values])
-        if "problem" in row:
-            lines.append([row["item"], "", "", row["problem"], ""])
-    return _table(["cell", "seconds to choose", "runs", "why", "others"], lines)
+def _tools(rows: Sequence[Row]) -> str:
+    counters = [row for row in rows if "metrics" in row]
+    names = list(dict.fromkeys(name for row in counters for name in row["metrics"]))
+    lines = [
+        [row["item"], row["kernel"], *(row["metrics"].get(name, "") for name in names)]
+        for row in counters
+    ]
+    said = _said([row for row in rows if "metrics" not in row])
+    return "\n\n".join([said, *([_table(["case", "kernel", *names], lines)] if lines else [])])
 
 
 def _ops(rows: Sequence[Row]) -> str:
@@ -133,7 +139,10 @@ def _models(rows: Sequence[Row]) -> str:
     fullest: dict[tuple[Any, ...], Row] = {}
     problems = []
     for row in rows:
+        problems += [f"- {row['item']}: {text}" for text in row.get("off", [])]
         if "columns" not in row:
+            if set(row) <= {"item", "stage", "label", "seconds"}:  # compiled ahead
+                continue
             problems.append(f"- {row['item']}: {row.get('problem', 'no result')}")
             continue
         key = row["model"], row["precision"], row["batch"], *_compilers(row)
@@ -141,8 +150,31 @@ def _models(rows: Sequence[Row]) -> str:
     lines = [line for row in fullest.values() for line in _model_lines(row)]
     header = ["cell", "what", "ms", "min-max", "images/s", "upstream / this", "peak MB"]
     libraries = sorted({f"- eager upstream: {row['upstream']}" for row in fullest.values()})
-    table = _table([*header, "% of floor", "problem"], lines)
-    return "\n\n".join(filter(None, [table, "\n".join(libraries + problems)]))
+    table = _table([*header, "% of floor", "host µs", "GPU busy µs", "problem"], lines)
+    kernels = [text for row in fullest.values() for text in _kernels(row)]
+    return "\n\n".join(filter(None, [table, "\n".join(libraries + problems), *kernels]))
+
+
+def _kernels(row: Row) -> list[str]:
+    """Tables of kernels: ours, and those of the compiled peer."""
+    parts = []
+    for name in ("fastbb", "upstream, compiled"):
+        kernels = row["columns"].get(name, {}).get("kernels")
+        if kernels:
+            lines = [
+                [k["name"][:80], f"{k['calls']:.0f}", f"{k['us']:.1f}", f"{100 * k['share']:.1f}"]
+                for k in kernels[:_MOST_KERNELS]
+            ]
+            header = [f"{_cell_of(row)}, {name}: kernel", "calls", "µs", "% of all"]
+            parts.append(_table(header, lines))
+    return parts
+
+
+_MOST_KERNELS = 15
+
+
+def _cell_of(row: Row) -> str:
+    return f"{row['model']}, {row['precision']}, batch {row['batch']}"
 
 
 def _compilers(row: Row) -> Iterable[str]:
@@ -150,15 +182,15 @@ def _compilers(row: Row) -> Iterable[str]:
 
 
 def _model_lines(row: Row) -> list[list[str]]:
-    cell = f"{row['model']}, {row['precision']}, batch {row['batch']}"
     upstream = row["columns"].get("eager upstream", {}).get("median_ms")
     lines = []
     for name, column in row["columns"].items():
         peak = column.get("peak_mb")
-        start, end = [cell, name], ["" if peak is None else f"{peak:.0f}"]
+        start, end = [_cell_of(row), name], ["" if peak is None else f"{peak:.0f}"]
+        problem = column.get("problem", column.get("profile_problem", ""))
         ms = column.get("median_ms")
         if ms is None:
-            lines.append([*start, *[""] * 4, *end, "", column.get("problem", "")])
+            lines.append([*start, *[""] * 4, *end, *[""] * 3, problem])
             continue
         lines.append(
             [
@@ -169,19 +201,65 @@ def _model_lines(row: Row) -> list[list[str]]:
                 "" if upstream is None else f"{upstream / ms:.2f}",
                 *end,
                 _share(row.get("floor_ms"), ms),
-                "",
+                *(f"{column[us]:.0f}" if us in column else "" for us in ("host_us", "busy_us")),
+                problem,
             ]
         )
     return lines
 
 
+def _sweep(rows: Sequence[Row]) -> str:
+    """A line per shape: what launches take today, the fastest, and libraries beside them."""
+    lines, notes = [], []
+    for row in rows:
+        if "us" not in row:
+            notes += [f"- {row['item']}: {text}" for text in _problems(row)]
+            continue
+        libraries = (f"{name}: {_number(us)}" for name, us in row["libraries"].items())
+        lines.append(
+            [
+                row["op"],
+                row["item"],
+                f"{row['n_tried']} of {row['n_candidates']}",
+                _number(row["default_us"]),
+                _number(row["us"]),
+                f"{row['default_us'] / row['us']:.2f}",
+                str(row["config"]),
+                "; ".join(libraries),
+                "; ".join(f"{config}: {why}" for config, why in row["refused"].items()),
+            ]
+        )
+    header = ["op", "case", "tried", "default µs", "best µs", "ratio", "best", "libraries µs"]
+    return "\n\n".join(filter(None, [_table([*header, "refused"], lines), "\n".join(notes)]))
+
+
+def _contest(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.get("us", {})))
+    lines = [
+        [
+            row["item"],
+            *(_number(row.get("us", {}).get(name)) for name in names),
+            row.get("wins", ""),
+            "; ".join([*_problems(row), *row.get("refused", [])]),
+        ]
+        for row in rows
+    ]
+    return _table(["case", *(f"{name} µs" for name in names), "wins", "problems"], lines)
+
+
+def _number(us: float | None) -> str:
+    return "" if us is None else f"{us:.1f}"
+
+
 SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "environment": _environment,
-    "check": _check,
-    "build": _build,
-    "tune": _tune,
-    "ops": _ops,
+    "checks": _checks,
+    "devices": _said,
     "models": _models,
+    "sweep": _sweep,
+    "conv3x3": _contest,
+    "ops": _ops,
+    "tools": _tools,
 }
 
 

@@ -2,13 +2,14 @@
 
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,20 +19,23 @@ FORK = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1
 
 Item = TypeVar("Item")
+Tasks = Mapping[str, Callable[[], dict[str, Any]]]
 
 
 class Work:
     """What a stage is given: where its rows go, and until when."""
 
-    def __init__(self, name: str, file: Path, begin: float, deadline: float) -> None:
+    def __init__(self, name: str, file: Path, begin: float, deadline: float, out: Path) -> None:
         """
         Args:
             name: of the stage.
             file: that rows are appended to, one JSON value per line, by all processes of a stage.
             begin: of the whole run, on the monotonic clock.
             deadline: when no new item is begun any more, on the same clock.
+            out: folder of the results, for other files.
         """
         self.name, self.file, self.begin, self.deadline = name, file, begin, deadline
+        self.out = out
         self._done = {value["began"] for value in read_lines(file) if "began" in value}
 
     @property
@@ -61,41 +65,121 @@ class Work:
             self.append({"began": name})
             yield name, item
 
-    def in_processes(self, tasks: dict[str, Callable[[], dict[str, Any]]], n_at_once: int) -> None:
-        """Runs each task in a process of its own; what it returns, or its problem, is its row."""
-        self.plan(list(tasks))
-        waiting, running = list(tasks), dict[str, BaseProcess]()
-        n_done = 0
-        while (waiting or running) and self.left_s > 0:
-            while waiting and len(running) < n_at_once:
-                name = waiting.pop(0)
-                running[name] = FORK.Process(target=self._task, args=(name, tasks[name]))
-                running[name].start()
-            time.sleep(0.02)
-            for name in [name for name, process in running.items() if not process.is_alive()]:
-                exit_code = running.pop(name).exitcode
-                n_done += 1
-                if exit_code != 0:
-                    self.row(name, problem=f"its process {ending(exit_code)}")
-                    self.say(f"{name}: its process {ending(exit_code)}")
-                elif n_done % 10 == 0:
-                    self.say(f"{n_done} of {len(tasks)} done")
-        for process in running.values():
-            process.kill()
+    def in_processes(
+        self,
+        tasks: Tasks,
+        n_at_once: int,
+        task_s: float = math.inf,
+    ) -> None:
+        """Runs tasks in several processes; what a task returns, or its problem, is its row.
 
-    def _task(self, name: str, task: Callable[[], dict[str, Any]]) -> None:
-        end_with_parent()
+        A process takes one task after the other, until one of them finds a problem: what follows
+        gets another process, which nothing happened to.
+
+        Args:
+            tasks: by name; those that an earlier process of this stage began are left out.
+            n_at_once: processes.
+            task_s: seconds after which a task is ended.
+        """
+        self.plan(list(tasks))
+        waiting = [name for name in tasks if name not in self._done]
+        running: list[_Worker] = []
+        n_ended = 0
+        try:
+            while (waiting or any(worker.task for worker in running)) and self.left_s > 0:
+                while waiting and len(running) < min(n_at_once, len(tasks)):
+                    running.append(_Worker(self, tasks))
+                for worker in running:
+                    if waiting and worker.task is None:
+                        self.append({"began": waiting[0]})
+                        worker.begin(waiting.pop(0))
+                ready = wait([worker.replies for worker in running], timeout=0.1)
+                for worker in [*running]:
+                    ended = worker.ended(worker.replies in ready, task_s)
+                    if ended is None:
+                        continue
+                    n_ended += 1
+                    if ended:
+                        self.row(worker.task or "", problem=ended)
+                        self.say(f"{worker.task}: {ended}")
+                    elif n_ended % 20 == 0:
+                        self.say(f"{n_ended} of {len(tasks)} done")
+                    worker.task = None
+                    if not worker.is_fine:
+                        worker.end()
+                        running.remove(worker)
+        finally:
+            for worker in running:
+                worker.end()
+
+    def do(self, name: str, task: Callable[[], dict[str, Any]]) -> bool:
+        """Runs a task here and writes its row; returns whether it found no problem."""
         try:
             values = task()
         except Exception as error:
             values = {"problem": describe(error)}
         self.row(name, **values)
-        leave(0)
+        return not (values.get("problem") or values.get("problems"))
 
     def append(self, value: dict[str, Any]) -> None:
         """Adds a line to the file."""
         with self.file.open("a") as file:
             file.write(json.dumps(value) + "\n")
+
+
+class _Worker:
+    """A process that runs tasks by their names.
+
+    Attributes:
+        task: that it runs, or None.
+        is_fine: whether it may run another one.
+        replies: says after each task whether it found no problem.
+    """
+
+    def __init__(self, work: Work, tasks: Tasks) -> None:
+        self.task: str | None = None
+        self.is_fine = True
+        self._began = 0.0
+        self.replies, other_end = FORK.Pipe()
+        self._process = FORK.Process(target=self._run, args=(work, tasks, other_end))
+        self._process.start()
+        other_end.close()
+
+    def begin(self, name: str) -> None:
+        self.task, self._began = name, time.monotonic()
+        try:
+            self.replies.send(name)
+        except OSError:  # it has ended, which `ended` finds
+            self.is_fine = False
+
+    def ended(self, is_ready: bool, task_s: float) -> str | None:
+        """How its task ended: "" by itself, or what became of the process; None: it goes on."""
+        if self.task is None:
+            return None
+        if is_ready:
+            try:
+                self.is_fine = self.replies.recv()
+                return ""
+            except (EOFError, OSError):
+                self.is_fine = False
+                self._process.join(10)
+                return f"its process {ending(self._process.exitcode)}"
+        if time.monotonic() - self._began > task_s:
+            self.is_fine = False
+            return f"ended after {task_s:g} s"
+        return None
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join(10)
+        self.replies.close()
+
+    @staticmethod
+    def _run(work: Work, tasks: Tasks, orders: Any) -> None:
+        end_with_parent()
+        while True:
+            name = orders.recv()  # it is killed when there is no more
+            orders.send(work.do(name, tasks[name]))
 
 
 def leave(exit_code: int) -> None:

@@ -1,46 +1,20 @@
-"""`make gpu` without a GPU: a dry run of all of it, and what becomes of stages that go wrong."""
+"""What becomes of the stages of `make gpu` that go wrong, and of its arguments."""
 
-import json
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import gpu_measure
-import gpu_models
+import gpu_pretended
 import pytest
 import torch
-from gpu_report import DRY_RUN
-from gpu_stages import CHECKED, SHORT_LIST, TIMED, on_device
-
-from fastbb_kernels._dispatch import pretend
-from fastbb_kernels.cases import real_cases, small_cases
-from fastbb_kernels.op import find_op
-
-ROOT = Path(__file__).resolve().parents[1]
-CPU = torch.device("cpu")
-
-# what a machine with nothing but torch and triton lacks (and tqdm, which torch itself looks for)
-ABSENT = (
-    *("transformers", "timm", "torchvision", "huggingface_hub", "safetensors", "matplotlib"),
-    *("click", "fsspec", "PIL", "scipy", "pytest"),
-)
-BLOCKER = f"""
-import sys
-from importlib.abc import MetaPathFinder
-
-class Absent(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-"""
+from gpu_command import ROOT, files, gpu_command, outcomes
 
 STAGES = """
 import os, signal, sys, time
@@ -89,6 +63,13 @@ def task(item):
 def parallel(work):
     work.in_processes({str(item): lambda item=item: task(item) for item in (1, 2, 3, 4)}, 2)
 
+def wait(item):
+    time.sleep(600 if item == 1 else 0)
+    return {"value": str(os.getpid())}
+
+def one_hangs(work):
+    work.in_processes({str(item): lambda item=item: wait(item) for item in (1, 2, 3)}, 1, 0.5)
+
 def run(*functions, box_s=20.0, budget_s=None):
     results = gpu.Results(Path(sys.argv[1]), dry_run=True)
     stages = [gpu.Stage(f.__name__, "ops", 1.5 if f is hangs else box_s, f) for f in functions]
@@ -112,15 +93,6 @@ def run(code: str, out: Path) -> tuple[dict[str, Any], str, str]:
     """Runs stages; returns the two files and what was printed."""
     printed, _ = start(code, out).communicate(timeout=60)
     return *files(out), printed
-
-
-def files(out: Path) -> tuple[dict[str, Any], str]:
-    (data,), (tables,) = out.glob("*.json"), out.glob("*.md")
-    return json.loads(data.read_text()), tables.read_text()
-
-
-def outcomes(data: dict[str, Any]) -> dict[str, str]:
-    return {stage["stage"]: stage["outcome"] for stage in data["stages"]}
 
 
 def test_a_stage_that_goes_wrong_leaves_the_others(tmp_path: Path) -> None:
@@ -160,6 +132,14 @@ def test_a_task_that_crashes_leaves_the_others(tmp_path: Path) -> None:
     rows = {row["item"]: row.get("value", row.get("problem")) for row in data["sections"]["ops"]}
     crash = "its process ended by SIGSEGV"
     assert rows == {"1": "1", "2": crash, "3": "ValueError: no such thing", "4": "4"}
+
+
+def test_a_task_that_hangs_is_ended_and_the_others_share_a_process(tmp_path: Path) -> None:
+    data, _, _ = run("run(one_hangs)", tmp_path)
+    rows = {row["item"]: row for row in data["sections"]["ops"]}
+    assert rows["1"]["problem"] == "ended after 0.5 s"
+    assert rows["2"]["value"] == rows["3"]["value"]
+    assert outcomes(data) == {"one_hangs": "finished"}
 
 
 def test_stages_that_no_time_is_left_for_are_named(tmp_path: Path) -> None:
@@ -207,19 +187,6 @@ def test_results_of_an_earlier_run_stay(tmp_path: Path) -> None:
     assert second.stem == f"{first.stem}-2"
 
 
-def gpu_command(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    search = [
-        environment.pop("first", ""),
-        *(str(ROOT / name) for name in ("", "kernels", "bench")),
-    ]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "gpu.py"), *options],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search)), **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_without_a_gpu_it_says_so() -> None:
     done = gpu_command(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     assert done.returncode == 2
@@ -233,8 +200,10 @@ def test_without_a_gpu_it_says_so() -> None:
     [
         (["--dry-run", "--out", str(ROOT / "bench" / "results")], "is for measurements"),
         (["--budget", "0"], "--budget must be more than 0 seconds, got 0"),
+        (["--run", "2", "--stage", "tools"], "--stage of run 2 must be one of environment, sweep,"),
+        (["--run", "4"], "invalid choice: 4"),
     ],
-    ids=["dry run among measurements", "no time"],
+    ids=["dry run among measurements", "no time", "a stage of another run", "no such run"],
 )
 def test_arguments_that_cannot_be_meant(options: list[str], message: str) -> None:
     done = gpu_command(*options)
@@ -242,142 +211,27 @@ def test_arguments_that_cannot_be_meant(options: list[str], message: str) -> Non
     assert message in done.stderr
 
 
-def test_a_dry_run_takes_every_stage_with_nothing_but_torch_and_triton(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BLOCKER)
-    out = tmp_path / "results"
-    begin = time.monotonic()
-    done = gpu_command("--dry-run", "--out", str(out), first=str(tmp_path), OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - begin < 60
-    data, tables = files(out)
-    assert set(outcomes(data).values()) == {"finished"}
-    assert list(data["sections"]) == ["environment", "check", "build", "tune", "ops", "models"]
-    rows = [row for section in data["sections"].values() for row in section]
-    assert {row["label"] for row in rows} == {DRY_RUN} == {data["label"]}
-    assert not [row for row in rows if row.get("problem") or row.get("problems")]
-    facts = {row["item"]: row["value"] for row in data["sections"]["environment"]}
-    assert facts["torch"] == torch.__version__
-    # what upstream's libraries would have been needed for says that it did without
-    for row in data["sections"]["models"]:
-        assert row["upstream"].startswith("fastbb eager (transformers: ModuleNotFoundError: No ")
-        assert all(column["median_ms"] > 0 for column in row["columns"].values())
-    headings = [line for line in tables.splitlines() if line.startswith("#")]
-    assert len(headings) == 8
-    assert all(line.endswith(f"({DRY_RUN})") for line in headings)
-    assert f"results: {out}" in done.stdout
-
-
-def measure(columns: tuple[str, ...] = (gpu_models.UPSTREAM, gpu_models.FASTBB)) -> dict[str, Any]:
-    one = gpu_models.cell("swin_t", "bf16", 1, dry_run=True)
-    gpu_models.upstream.cache_clear()
-    with on_device(True), gpu_measure.precision("bf16"):
-        return gpu_models.measure(one, columns, CPU)
-
-
-@pytest.mark.parametrize("library", ["transformers", "timm"])
-def test_upstream_is_transformers_or_timm(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip(library)
-    if library == "timm":
-        absent = mock.Mock(side_effect=ModuleNotFoundError("No module named 'transformers'"))
-        monkeypatch.setattr(gpu_models, "_load_transformers", absent)
-    row = measure()
-    assert row["upstream"].startswith(library)
-    assert {name: "problem" in column for name, column in row["columns"].items()} == {
-        gpu_models.UPSTREAM: False,
-        gpu_models.FASTBB: False,
-    }
-
-
 @pytest.mark.parametrize(
-    ("column", "problem"),
+    ("pretended", "real"),
     [
-        (lambda: (torch.ones(1, 16, 8, 8).bfloat16(),) * 2, "wrong, not timed: map 0: "),
-        (lambda: (), "wrong, not timed: 0 maps, upstream 2"),
-        (mock.Mock(side_effect=torch.OutOfMemoryError("no 5 GiB")), "out of memory: "),
-        (mock.Mock(side_effect=RuntimeError("launch failed")), "RuntimeError: launch failed"),
+        (gpu_pretended.Stream.wait_stream, torch.cuda.Stream.wait_stream),
+        (gpu_pretended.Stream.wait_event, torch.cuda.Stream.wait_event),
+        (gpu_pretended.Stream.__init__, torch.cuda.Stream.__new__),
+        (gpu_pretended.Event.__init__, torch.cuda.Event.__new__),
+        (gpu_pretended.Event.record, torch.cuda.Event.record),
+        (gpu_pretended.Event.query, torch.cuda.Event.query),
+        (gpu_pretended.Event.synchronize, torch.cuda.Event.synchronize),
+        (gpu_pretended.Event.elapsed_time, torch.cuda.Event.elapsed_time),
+        (gpu_pretended.CUDAGraph.capture_begin, torch.cuda.CUDAGraph.capture_begin),
+        (gpu_pretended.CUDAGraph.capture_end, torch.cuda.CUDAGraph.capture_end),
+        (gpu_pretended.CUDAGraph.replay, torch.cuda.CUDAGraph.replay),
+        (gpu_pretended._graph, torch.cuda.graph.__init__),
+        (gpu_pretended._sleep, torch.cuda._sleep),
     ],
-    ids=["wrong", "too few", "too large", "failing"],
+    ids=lambda function: function.__qualname__,
 )
-def test_a_column_that_is_wrong_or_fails_is_not_timed(
-    column: Any, problem: str, monkeypatch: pytest.MonkeyPatch
+def test_a_pretended_gpu_takes_no_argument_that_a_real_one_does_not(
+    pretended: Callable[..., object], real: Callable[..., object]
 ) -> None:
-    for load in ("_load_transformers", "load_timm"):
-        monkeypatch.setattr(gpu_models, load, mock.Mock(side_effect=ModuleNotFoundError("absent")))
-    monkeypatch.setitem(gpu_models.COLUMNS, gpu_models.FASTBB, lambda one, pixels: column)
-    columns = measure()["columns"]
-    assert columns[gpu_models.FASTBB]["problem"].startswith(problem)
-    assert "median_ms" not in columns[gpu_models.FASTBB]
-    assert columns[gpu_models.UPSTREAM]["median_ms"] > 0
-
-
-BYTES_OF = ("conv1x1_dual", "conv1x1_bn_act", "layer_norm_linear", "depthwise_conv_bn_act")
-
-
-@pytest.mark.parametrize("op_name", BYTES_OF)
-def test_the_floor_of_a_model_counts_the_bytes_of_its_launches(op_name: str) -> None:
-    op = find_op(op_name)
-    for case in (case for case in small_cases() if case.op == op_name):
-        arguments = case.arguments("cpu", torch.float32)
-        launch = mock.Mock(return_value=torch.empty(0))
-        with pretend(None), mock.patch.object(sys.modules[op.call.__module__], "_launch", launch):
-            op.call(**arguments, impl="triton")
-        with gpu_measure.OurBytes() as counted, torch.no_grad():
-            op.custom_op(*launch.call_args.args)
-        # what a window leaves out at the edges of an odd map
-        assert op.n_bytes(**arguments) == pytest.approx(counted.n_bytes, rel=0.02)
-        assert counted.n_launches == 1
-
-
-def test_a_floor_needs_both_peaks() -> None:
-    peaks = gpu_measure.Peaks("somebody", 1e12, {"bf16": 1e15})
-    assert peaks.floor_ms(2e9, 1e12, "bf16") == 2.0
-    assert peaks.floor_ms(2e9, 5e12, "bf16") == 5.0
-    assert peaks.floor_ms(2e9, 1e12, "fp32") is None
-    assert gpu_measure.Peaks("nobody", None, {"bf16": 1e15}).floor_ms(1, 1, "bf16") is None
-
-
-def test_the_table_of_peaks() -> None:
-    found = gpu_measure.ARCHITECTURES
-    assert (found[90].gpu, found[90].bf16_flops) == ("H100-SXM5-80GB", 989.4e12)
-
-
-def test_the_cases_that_are_timed_exist() -> None:
-    names = [case.name for case in real_cases()]
-    assert set(SHORT_LIST) <= set(names)
-    for beginning in (*TIMED, *CHECKED):
-        assert any(name.startswith(beginning) for name in names)
-
-
-class Event:
-    """A CUDA event on a clock that only `work` moves."""
-
-    now_ms = 0.0
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = Event.now_ms
-
-    def synchronize(self) -> None:
-        pass
-
-    def elapsed_time(self, end: "Event") -> float:
-        return end.at - self.at
-
-
-def test_a_gpus_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    calls: list[str] = []
-
-    def work(name: str, ms: float) -> None:
-        calls.append(name)
-        Event.now_ms += ms
-
-    clock = gpu_measure.Clock(torch.device("cuda"))
-    times = clock.times(
-        {"short": lambda: work("short", 0.5), "long": lambda: work("long", 20.0)}, max_s=0.0
-    )
-    assert (times["short"].median_ms, times["long"].median_ms) == (0.5, 20.0)
-    # twice each to learn how long they take; a short one goes on for 5 ms
-    assert calls == ["short"] * 2 + ["long"] * 2 + (["short"] * 10 + ["long"]) * 5
+    names = [set(inspect.signature(f).parameters) - {"self", "cls"} for f in (pretended, real)]
+    assert names[0] <= names[1]
