@@ -39,9 +39,11 @@ bench: .venv/.bench
 	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
 	$(BIN)/python bench/hosts.py --json bench/results/hosts.json
 
-# takes the Python, torch and triton that the machine has, installs nothing; under nine minutes
+# RUN=1: right, and how fast; RUN=2: launch configurations; RUN=3: NVIDIA's tools and the rest.
+# Each takes the Python, torch and triton that the machine has, installs nothing; under eight minutes
+RUN ?= 1
 gpu:
-	PYTHONPATH=.:kernels:bench $(PYTHON) bench/gpu.py
+	PYTHONPATH=.:kernels:bench $(PYTHON) bench/gpu.py --run $(RUN)
 
 # what each kernel costs on each GPU, measured without one; review the diff it leaves
 budgets: .venv/.dev
