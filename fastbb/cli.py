@@ -296,7 +296,7 @@ def verify_model(name: str, **options: Any) -> None:
     multiple=True,
     help="May be repeated.  [default: all]",
 )
-@click.option("--again", is_flag=True, help="Also what is remembered from an earlier check.")
+@click.option("--again", is_flag=True, help="Also what is known to be off.")
 def check(device: str | None, **options: Any) -> None:
     """Tries the kernels of every op on the GPU, against PyTorch's own ops there.
 

@@ -65,7 +65,10 @@ class Hardware:
 
     def is_capturing(self, device: torch.device) -> bool:
         """Whether a CUDA graph is being recorded, so that nothing may wait for the device."""
-        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if device.type != "cuda":
+            return False
+        with torch.cuda.device(device):
+            return torch.cuda.is_current_stream_capturing()
 
 
 def run_case(case: Case, arguments: dict[str, Any], impl: Impl) -> Tensor:
