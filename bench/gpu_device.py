@@ -3,17 +3,12 @@
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from gpu_pretended import pretended_gpu
 from gpu_work import describe
-from torch import Tensor
-
-from fastbb_kernels.launching import Launch
-from fastbb_kernels.self_check import SelfCheck
 
 NVIDIA_SMI = (
     "clocks.sm",
@@ -47,21 +42,6 @@ def on_device(dry_run: bool) -> Iterator[torch.device]:
 
 def device_of(index: int, dry_run: bool) -> torch.device:
     return torch.device("cpu" if dry_run else f"cuda:{index}")
-
-
-class Unchecked(SelfCheck):
-    """Launches what is asked for, right or wrong: the caller compares it, and no op is turned off.
-
-    Otherwise PyTorch's own ops run in the place of a kernel that was found to be wrong.
-    """
-
-    def launch(self, launch: Launch, args: Sequence[Any]) -> Tensor:
-        return launch.run(*args)
-
-    def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        return None
-
-    known_problem = problem
 
 
 def nvidia_smi() -> dict[str, str]:

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from gpu_checks import dry_cases
-from gpu_device import Unchecked, on_device
+from gpu_device import on_device
 from gpu_measure import PRECISIONS, Clock, peaks, precision
 from gpu_work import Work
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb_kernels import self_check, use_impl
+from fastbb_kernels._dispatch import unchecked
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import real_cases
 from fastbb_kernels.op import Op, find_op
@@ -42,7 +43,7 @@ def ops(work: Work, dry_run: bool) -> None:
         jobs = {f"{case}, bf16": (case, "bf16") for case in cases}
         short = [case for case in cases if case.name in SHORT_LIST]
         jobs |= {f"{c}, {name}": (c, name) for name in PRECISIONS for c in short}
-    with on_device(dry_run) as device, self_check.use(Unchecked()):
+    with on_device(dry_run) as device, unchecked():
         clock = Clock(device, flush=True)
         for index, (item, (case, name)) in enumerate(work.in_time(jobs)):
             if index % 20 == 0:

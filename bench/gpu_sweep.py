@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_candidates import candidates
-from gpu_device import Unchecked, n_cores, nvidia_smi, on_device
+from gpu_device import n_cores, nvidia_smi, on_device
 from gpu_environment import commit
 from gpu_libraries import LIBRARIES
 from gpu_measure import graph_of, graph_us, precision
@@ -28,7 +28,7 @@ from gpu_work import Work, describe, read_lines
 from torch import Tensor
 
 from fastbb_kernels import self_check
-from fastbb_kernels._dispatch import Architecture
+from fastbb_kernels._dispatch import Architecture, unchecked
 from fastbb_kernels.accuracy import accuracy_problem
 from fastbb_kernels.architectures import find_architecture
 from fastbb_kernels.case import Case
@@ -84,12 +84,12 @@ class Shape:
 
 
 @contextmanager
-def unchecked(dry_run: bool) -> Iterator[torch.device]:
+def sweeping(dry_run: bool) -> Iterator[torch.device]:
     """The device in bf16, where kernels launch without a check of their own."""
     with ExitStack() as stack:
         device = stack.enter_context(on_device(dry_run))
         stack.enter_context(precision("bf16"))
-        stack.enter_context(self_check.use(Unchecked()))
+        stack.enter_context(unchecked())
         yield device
 
 
@@ -212,7 +212,7 @@ def sweep(work: Work, dry_run: bool) -> None:
     """Times the configurations of each shape; those that are wrong cannot win."""
     compiled = _compiled(work)
     found = [] if compiled is None else shapes(architecture_of_gpu(dry_run), dry_run)
-    with unchecked(dry_run) as device:
+    with sweeping(dry_run) as device:
         found = found or shapes(device, dry_run)
         path = _file_of_dry_run(work) if dry_run else None
         for item, shape in work.in_time({f"{s.case}, {s.table}": s for s in found}):
@@ -376,7 +376,7 @@ def _keep(shape: Shape, row: dict[str, Any], device: torch.device, path: Path | 
 
 # whose 3x3 convolution
 
-WAYS = ("cudnn fused", "cudnn plain", "triton")
+WAYS = ("fused", "plain", "triton")
 
 
 def conv3x3(work: Work, dry_run: bool) -> None:
@@ -386,7 +386,7 @@ def conv3x3(work: Work, dry_run: bool) -> None:
     cases = [c for c in known if c.op == "conv3x3_bn_act" and c.name.startswith(names)]
     cases.sort(key=lambda case: "-b64-" not in case.name)
     path = _file_of_dry_run(work) if dry_run else None
-    with unchecked(dry_run) as device:
+    with sweeping(dry_run) as device:
         for item, case in work.in_time({str(c): c for c in cases[: 1 if dry_run else None]}):
             work.do(item, partial(_contest, case, device, path))
             torch.cuda.synchronize()
@@ -409,7 +409,7 @@ def _contest(case: Case, device: torch.device, path: Path | None) -> dict[str, A
                     problem = reference.problem(partial(op.call, **sets[0], impl="auto"))
                 if _WAY_TABLE in launched.sizes:
                     sizes = dict(zip(_parameters(_WAY_TABLE), launched.sizes[_WAY_TABLE]))
-                if way == "cudnn fused" and not _ran_fused(launched) and device.type == "cuda":
+                if way == "fused" and not _ran_fused(launched) and device.type == "cuda":
                     problem = "it cannot run this call, the plain one does"
                 if problem is None:
                     calls = [partial(op.call, **one, impl="auto") for one in sets]
@@ -428,4 +428,4 @@ def _contest(case: Case, device: torch.device, path: Path | None) -> dict[str, A
 
 
 def _ran_fused(launched: Launched) -> bool:
-    return any(name.startswith("cuDNN ") for name in launched.binaries)
+    return any(name == "cuDNN" for name in launched.binaries)

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_device import Unchecked, n_processes, on_device
+from gpu_device import n_processes, on_device
 from gpu_measure import precision
 from gpu_work import Work
 
-from fastbb_kernels import self_check
+from fastbb_kernels._dispatch import unchecked
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import real_cases, small_cases
 from fastbb_kernels.op import find_op, op_names
@@ -182,7 +182,7 @@ def _make_calls(cases: Sequence[Case], n_calls: int, dry_run: bool) -> None:
     with ExitStack() as stack:
         device = stack.enter_context(on_device(dry_run))
         dtype = stack.enter_context(precision("fp32" if dry_run else "bf16"))
-        stack.enter_context(self_check.use(Unchecked()))  # whose kernels the tool would see too
+        stack.enter_context(unchecked())  # whose kernels the tool would see too
         for case in cases:
             arguments = case.arguments(device, dtype, seed=0)
             for _ in range(n_calls):

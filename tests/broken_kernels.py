@@ -13,6 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 import fastbb_kernels
 from fastbb_kernels._dispatch import pretend
+from fastbb_kernels.launching import note_binary, noting
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 from fastbb_kernels.self_check import Hardware, SelfCheck
@@ -33,7 +34,7 @@ class PretendedHardware(Hardware):
         if self.lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    def has_room(self, device: torch.device) -> bool:
+    def has_room(self, device: torch.device, n_bytes: int) -> bool:
         return not self.full
 
     def is_capturing(self, device: torch.device) -> bool:
@@ -53,8 +54,18 @@ def self_check(
 
 
 def custom_op(op: str) -> Launch:
-    """What a custom op computes on a CPU, from the arguments of its launcher."""
-    return getattr(torch.ops.fastbb, op).default
+    """What a custom op computes, exactly and then rounded, from the arguments of its launcher.
+
+    In fp32 a CPU's products depend on where their operands lie, and a check wants equal results.
+    """
+    function = getattr(torch.ops.fastbb, op).default
+
+    def rounded(*args: Any) -> Tensor:
+        is_wide = [isinstance(arg, Tensor) and arg.is_floating_point() for arg in args]
+        wide = [arg.double() if widens else arg for arg, widens in zip(args, is_wide)]
+        return function(*wide).to(launch_of(op).dtype(args))
+
+    return rounded
 
 
 def launch_of(op: str) -> Any:
@@ -68,10 +79,24 @@ def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(pretend(None))
-        mocks = {op: mock.Mock(side_effect=launch) for op, launch in launches.items()}
+        mocks = {op: mock.Mock(side_effect=_as_a_binary(launch)) for op, launch in launches.items()}
         for op, launch in mocks.items():
             stack.enter_context(mock.patch.object(launch_of(op), "run", launch))
         yield mocks
+
+
+def _as_a_binary(launch: Launch) -> Launch:
+    """Notes one binary for a launch that notes none itself."""
+
+    def noted(*args: Any) -> Any:
+        with noting() as launched:
+            try:
+                return launch(*args)
+            finally:
+                if not launched.binaries:
+                    note_binary("pretended")
+
+    return noted
 
 
 def wrong(op: str) -> Launch:

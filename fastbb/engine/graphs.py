@@ -59,6 +59,9 @@ class GraphPool:
         return len(self._graphs)
 
 
+_recording = threading.Lock()
+
+
 class _Memory:
     """Memory of one device that graphs share, each of them as if it were its own.
 
@@ -98,6 +101,7 @@ class _Capture:
                 current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with (
+                _recording,  # a recording begins with a wait for the device, which breaks others
                 holding_derived() as held,
                 # other threads may go on: by default their first allocation breaks the recording
                 torch.cuda.graph(

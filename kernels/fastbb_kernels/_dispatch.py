@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from threading import Lock
+from threading import Lock, local
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
@@ -137,11 +137,35 @@ def eager_only(op: str, impl: Impl | None) -> None:
         )
 
 
+class _Thread(local):
+    """What holds for the calls of one thread."""
+
+    is_unchecked = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Has this thread launch kernels whatever is known of them: to find out, or to time them."""
+    before, _thread.is_unchecked = _thread.is_unchecked, True
+    try:
+        yield
+    finally:
+        _thread.is_unchecked = before
+
+
 def current_check() -> "SelfCheck | None":
-    """What decides whether an op's kernels can be trusted; None: there is no GPU to check."""
+    """What decides whether kernels can be trusted; None: nobody asks, or there is no GPU."""
+    if _thread.is_unchecked:
+        return None
+    return _installed_check if _installed_check is not None or _pretending else machine_check()
+
+
+def machine_check() -> "SelfCheck | None":
+    """The check of this machine's GPUs, also where another one is pretended; None: it has none."""
     global _own_check
-    if _installed_check is not None or _pretending:
-        return _installed_check
     if _own_check is not None:
         return _own_check
     with _own_check_lock:
@@ -266,7 +290,7 @@ def _gpu(device: torch.device) -> tuple[Architecture, str | None]:
 def pretend(architecture: Architecture | None) -> Iterator[None]:
     """Lets CPU and meta tensors count as tensors of a GPU, and ops launch directly.
 
-    For `fastbb_kernels.testing`, which decides what a launch then does.
+    For `interpret`, `fake_gpu` and what else decides what a launch then does.
 
     Args:
         architecture: what to compile for; None: the interpreter.

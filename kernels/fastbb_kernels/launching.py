@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensor
 
-from ._dispatch import Architecture, architecture, current_check
-from .measured import measured_config
+from ._dispatch import architecture, current_check
+from .measured import unforced_config
 
 _Config = TypeVar("_Config", bound=tuple[Any, ...])
 _P = ParamSpec("_P")
@@ -46,8 +45,8 @@ class Launched:
 
     @property
     def digests(self) -> set[str]:
-        """The binaries; one that stands for all where nothing was compiled."""
-        return set(self.binaries) or {"interpreted"}
+        """The binaries; none where nothing had to be launched, or a launch failed."""
+        return set(self.binaries)
 
 
 class _Thread(threading.local):
@@ -56,7 +55,6 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.noted: Launched | None = None
         self.forced: dict[str, Any] = {}
-        self.is_unchecked = False
         self.measured_on: torch.device | None = None
 
 
@@ -96,16 +94,6 @@ def forced(configs: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """Has this thread launch kernels whatever is known of them: to find out, or to time them."""
-    before, _thread.is_unchecked = _thread.is_unchecked, True
-    try:
-        yield
-    finally:
-        _thread.is_unchecked = before
-
-
-@contextmanager
 def configured_as_on(device: torch.device) -> Iterator[None]:
     """Has this thread's launches on pretended GPUs take what was measured on a real one."""
     before, _thread.measured_on = _thread.measured_on, device
@@ -129,73 +117,41 @@ def chosen_config(
     config = _thread.forced.get(table)
     if config is None:
         arch, device = architecture(device), _thread.measured_on or device
-        config = _unforced_config(table, launch_config, device, arch, sizes)
+        config = unforced_config(table, launch_config, device, arch, sizes)
     if _thread.noted is not None:
         _thread.noted.configs[table], _thread.noted.sizes[table] = config, sizes
     return config
-
-
-@lru_cache(maxsize=4096)
-def _unforced_config(
-    table: str,
-    launch_config: Callable[..., _Config],
-    device: torch.device,
-    arch: Architecture | None,
-    sizes: tuple[Any, ...],
-) -> _Config:
-    usual = launch_config(*sizes, arch)
-    if device.type != "cuda":
-        return usual
-    named = dict(zip(inspect.signature(launch_config).parameters, sizes))
-    return measured_config(table, usual, device, named) or usual
 
 
 class Launch:
     """What an op runs on GPUs: its launcher, whose binaries are checked when they are new.
 
     Attributes:
+        op: its name.
         run: launches, without a check.
-        eager: computes the same with PyTorch's own ops.
-        instead: runs where a binary is wrong.
-        few_images: of a check; None: as many as the launch has.
+        eager: computes the same with PyTorch's own ops, and runs where a binary is wrong.
     """
 
-    def __init__(
-        self,
-        name: str | Callable[[], str],
-        run: Callable[..., Tensor],
-        eager: Callable[..., Tensor],
-        instead: Callable[..., Tensor] | None = None,
-        few_images: int | None = FEW_IMAGES,
-    ) -> None:
+    def __init__(self, op: str, run: Callable[..., Tensor], eager: Callable[..., Tensor]) -> None:
         """
         Args:
-            name: of the op; a function where it depends on the process's flags.
+            op: its name.
             run: takes the arguments of the custom op.
             eager: takes the same.
-            instead: takes the same; default: `eager`.
-            few_images: of a check.
         """
-        self._name = name
+        self.op = op
         self.run = run
         self.eager = eager
-        self.instead = instead or eager
-        self.few_images = few_images
         self.names = tuple(inspect.signature(run).parameters)
         # a stem's pixels may be integers
         self._typed = self.names.index("weight") if "weight" in self.names else 0
 
     def __call__(self, *args: Any) -> Tensor:
-        check = None if _thread.is_unchecked else current_check()
+        check = current_check()
         x = args[0]
         if check is None or x.device.type == "meta" or isinstance(x, FakeTensor):
             return self.run(*args)
         return check.launch(self, args)
-
-    @property
-    def op(self) -> str:
-        """What is checked by itself: the name of the op."""
-        return self._name if isinstance(self._name, str) else self._name()
 
     def dtype(self, args: Sequence[Any]) -> torch.dtype:
         """The dtype that a launch counts as."""
@@ -213,6 +169,14 @@ class Launch:
         generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
         return tuple(
             _alike(name, value, n_images, generator) if isinstance(value, Tensor) else value
+            for name, value in zip(self.names, args)
+        )
+
+    def ends(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Arguments with the first and the last image only."""
+        last = len(args[0]) - 1
+        return tuple(
+            value[[0, last]] if isinstance(value, Tensor) and name in _BATCHED else value
             for name, value in zip(self.names, args)
         )
 

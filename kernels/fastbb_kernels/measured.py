@@ -8,18 +8,19 @@ the result cache of the machine. Both hold, by table, a list of entries:
 `sizes` are the arguments of the table's `launch_config`, `config` the fields of its result.
 """
 
+import inspect
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from ._dispatch import current_check
+from ._dispatch import Architecture, current_check, machine_check
 from .machine import device_slug
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -32,18 +33,34 @@ _Config = TypeVar("_Config", bound=tuple[Any, ...])
 Entry = Mapping[str, Any]
 
 
-def measured_config(
-    table: str, usual: _Config, device: torch.device, sizes: Mapping[str, Any]
-) -> _Config | None:
-    """What was measured to be the fastest on a GPU for such sizes, or None.
+@lru_cache(maxsize=4096)
+def unforced_config(
+    table: str,
+    launch_config: Callable[..., _Config],
+    device: torch.device,
+    arch: Architecture | None,
+    sizes: tuple[Any, ...],
+) -> _Config:
+    """What was measured to be the fastest on a GPU for such sizes, else the usual one.
 
     Args:
         table: name of the choice.
-        usual: a configuration of the same form.
-        device: of the launch.
-        sizes: what the choice depends on, by name; of all but "n_rows" the same are looked for,
-            and of "n_rows" the nearest.
+        launch_config: makes the usual one of `sizes` and `arch`.
+        device: of the launch; only on a GPU is anything measured.
+        arch: of the launch.
+        sizes: what the choice depends on; of all but "n_rows" the same are looked for, and of
+            "n_rows" the nearest.
     """
+    usual = launch_config(*sizes, arch)
+    if device.type != "cuda":
+        return usual
+    named = dict(zip(inspect.signature(launch_config).parameters, sizes))
+    return _measured_config(table, usual, device, named) or usual
+
+
+def _measured_config(
+    table: str, usual: _Config, device: torch.device, sizes: Mapping[str, Any]
+) -> _Config | None:
     for entries in _entries(device):
         entry = _nearest(entries.get(table, ()), plain_sizes(sizes))
         if entry is not None:
@@ -87,14 +104,20 @@ def write_configs(
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.write_text(json.dumps(content, indent=1) + "\n")
     draft.replace(path)
-    _entries.cache_clear()
+    forget()
     return path
+
+
+def forget() -> None:
+    """Has the next launches look again at what was measured."""
+    unforced_config.cache_clear()
+    _entries.cache_clear()
 
 
 @cache
 def _entries(device: torch.device) -> tuple[dict[str, list[Entry]], ...]:
     """By table, what the package holds for a GPU, and what its result cache does."""
-    check = current_check()
+    check = current_check() or machine_check()
     path = config_path(torch.cuda.get_device_name(device))
     found: list[Any] = []
     try:

@@ -8,21 +8,21 @@ against PyTorch's own ops in float64. An op of which one fails runs as those fro
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ._dispatch import TRITON_DTYPES, Impl, KernelWarning, input_precision
+from ._dispatch import TRITON_DTYPES, Impl, KernelWarning, input_precision, unchecked
 from ._dispatch import current_check as current
 from ._dispatch import use_check as use
 from .accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from .case import Case
 from .cases import small_cases
-from .launching import Launch, Launched, forced, noting, unchecked
+from .launching import FEW_IMAGES, Launch, Launched, forced, noting
 from .machine import Machine
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .result_cache import ResultCache
@@ -35,6 +35,7 @@ _SEED = 0
 _N_RUNS = 2
 # more than a small case needs, in float64 as well
 _ROOM_BYTES = 128 * 2**20
+_LIBRARY_CALLS = 4096  # that are told apart
 _MAX_ERROR_CHARACTERS = 300
 
 _log = logging.getLogger(__name__)
@@ -47,18 +48,25 @@ class NotChecked(RuntimeError):
     """A case could not be run through, and its op is not to blame; the message says why."""
 
 
+class _CallersMemory(Exception):
+    """There was no memory for a launch, nor for its check: nothing was found out."""
+
+
 class Hardware:
     """What a check asks of a device, besides running ops."""
 
     def synchronize(self, device: torch.device) -> None:
-        """Waits for the device; raises what a kernel left behind."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        """Waits for the current stream; raises what a kernel left behind.
 
-    def has_room(self, device: torch.device) -> bool:
-        """Whether the memory that the small cases need is there."""
+        Not for the whole device: CUDA forbids that while another thread captures a graph.
+        """
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+    def has_room(self, device: torch.device, n_bytes: int) -> bool:
+        """Whether so much memory is there."""
         try:
-            torch.empty(_ROOM_BYTES, dtype=torch.uint8, device=device)
+            torch.empty(n_bytes, dtype=torch.uint8, device=device)
         except RuntimeError:  # of PyTorch or of the driver
             return False
         return True
@@ -104,15 +112,15 @@ class SelfCheck:
         self._hardware = hardware or Hardware()
         # what decides; None: nothing has failed
         self._problems: dict[_Key, str | None] = {}
-        self._not_checked: set[_Key] = set()  # in this process; another may find out
         self._trusted: dict[_Key, set[str]] = {}
+        self._libraries: dict[tuple[torch.device, Hashable], bool] = {}
+        self._libraries_lock = threading.Lock()
         self._caches: dict[torch.device, ResultCache] = {}
         self._lost: dict[torch.device, str] = {}
         self._lock = threading.RLock()
         self._locks: dict[_Key, threading.Lock] = {}
         self._unsaid: list[str] = []
         self._logged: set[str] = set()
-        self._worker = threading.local()
 
     def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why an op's kernels are off on a device, or None; runs nothing.
@@ -128,7 +136,7 @@ class SelfCheck:
             return self._problems[op, device, dtype, input_precision(dtype)]
         except KeyError:
             key = _key(op, device, dtype)
-        if device.type == "meta" or key in self._being_checked():
+        if device.type == "meta":
             return None
         with self._lock_of(key):
             if key not in self._problems:
@@ -136,73 +144,98 @@ class SelfCheck:
                 self._problems[key] = found[0] if found else None
                 self._report(key, remembered=True)
         self._warn()
-        return self._problems[key]
+        return self._problems.get(key)
 
     def known_problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """As `problem`, without a warning, and not because something could not be checked."""
+        """As `problem`, without a warning."""
         key = _key(op, device, dtype)
-        if device.type == "meta" or key in self._not_checked:
+        if device.type == "meta":
             return None
         found = (self._problems[key],) if key in self._problems else self._remembered(key)
         return found[0] if found else None
 
     def launch(self, launch: Launch, args: Sequence[Any]) -> Tensor:
-        """Runs a launch if its binaries are right, else what the op has instead.
+        """Runs a launch if its binaries are right, else PyTorch's own ops.
 
-        A binary is tried when it comes for the first time; who else launches it waits. While a CUDA
-        graph is being captured nothing is tried, and what was not tried before does not run.
+        A binary is tried when it comes for the first time, right after it ran, and its result is
+        handed on only if it is right; who else launches it waits. While a CUDA graph is being
+        captured nothing is tried, and the result of what was not tried before is not handed on.
 
         Args:
             launch: of an op.
             args: its arguments; the first one is a tensor on the device.
 
         Raises:
-            Exception: whatever the launch raises although its binaries are right.
+            Exception: whatever the launch raises although its binaries are right, and its being out
+                of memory.
         """
         dtype = launch.dtype(args)
         key = launch.op, args[0].device, dtype, input_precision(dtype)
         # asked only where it may not be None: this is what every launch costs more
         if self._problems.get(key, "") is not None and self.problem(*key[:3]) is not None:
-            return launch.instead(*args)
-        if key in self._being_checked():
-            return launch.run(*args)
+            return launch.eager(*args)
         trusted = self._trusted.get(key) or self._trusted_of(key)
-        if not trusted and self._hardware.is_capturing(key[1]):
-            return launch.instead(*args)
+        if not trusted:
+            if self._hardware.is_capturing(key[1]):
+                return launch.eager(*args)
+            self._hardware.synchronize(key[1])  # raises what is not of our making
         y = error = None
         with noting() as launched:
             try:
                 y = launch.run(*args)
             except Exception as raised:
                 error = raised
-        if y is not None and launched.digests <= trusted:
-            return y
+        if error is None and launched.digests <= trusted:
+            return y  # pyright: ignore[reportReturnType] - what is no tensor is found by the check
         if self._hardware.is_capturing(key[1]):
-            return launch.instead(*args)
+            return launch.eager(*args)
         with self._lock_of(key):
             # another thread may have tried it
-            if self._problems[key] is None and not (y is not None and launched.digests <= trusted):
-                self._check(key, lambda: self._few_problem(key, launch, args, launched))
+            if self._problems[key] is None and (error or not launched.digests <= trusted):
+                self._check(key, lambda: self._few_problem(key, launch, args, launched, error))
         self._warn()
         if self._problems.get(key) is not None:
-            return launch.instead(*args)
+            return launch.eager(*args)
         if error is not None:
             raise error
         assert y is not None
         return y
 
+    def trusts(self, call: Hashable, launch: Launch, args: Sequence[Any]) -> bool:
+        """Whether a library's call is right; it is tried the first time, in each process.
+
+        Libraries choose what runs by all sizes, so it is tried with all images, of which the first
+        and the last are compared.
+
+        Args:
+            call: what the library chooses by.
+            launch: runs the library.
+            args: its arguments.
+        """
+        device = args[0].device
+        key = device, call
+        if key not in self._libraries:
+            if self._hardware.is_capturing(device):
+                return False
+            with self._libraries_lock:
+                if key not in self._libraries:
+                    while len(self._libraries) >= _LIBRARY_CALLS:
+                        self._libraries.pop(next(iter(self._libraries)))
+                    self._libraries[key] = self._library_is_right(launch, args)
+            self._warn()
+        return self._libraries[key]
+
     def check(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Runs the small cases of an op, whatever was found before.
+        """Runs the small cases of an op by its kernels, whatever was found before.
 
         Returns:
             what is wrong, in a sentence, or None.
         """
         key = _key(op, device, dtype)
         with self._lock_of(key):
-            self._problems.pop(key, None)  # or the cases would not run its kernels
             self._check(key, lambda: self._small_problem(key))
         self._warn()
-        return self._problems[key]
+        return self._problems.get(key)
 
     def results(self, device: torch.device) -> dict[tuple[str, torch.dtype], str | None]:
         """The problem, or None, of each op and dtype that was checked; runs nothing."""
@@ -244,40 +277,29 @@ class SelfCheck:
 
     def _check(self, key: _Key, find_problem: Callable[[], str | None]) -> None:
         """Finds what is wrong with an op, and remembers it."""
-        cache = self.cache(key[1])
-        self._not_checked.discard(key)
+        device = key[1]
+        cache = self.cache(device)
         try:
-            problem = self._outside(lambda: self._checking(key, find_problem))
+            problem = self._outside(device, lambda: self._trusting(key, find_problem))
+        except _CallersMemory:
+            return
         except Exception as error:
             # for this process: every call would try it again, and the next one may have room
-            reason = str(error) if isinstance(error, NotChecked) else _name(error)
-            self._not_checked.add(key)
-            self._problems[key] = f"not checked: {reason}"
+            self._problems[key] = f"not checked: {_reason(error)}"
         else:
             self._problems[key] = problem
             cache.put(SECTION, _cache_key(key), {"problem": problem})
             self._log_notes(cache)
         self._report(key)
 
-    def _checking(self, key: _Key, find_problem: Callable[[], str | None]) -> str | None:
-        """Calls in the thread of a check; trusts the binaries that ran if all is well."""
-        device = key[1]
-        if device in self._lost:
-            raise NotChecked(self._lost[device])
-        being_checked = self._being_checked()
-        being_checked.append(key)
-        try:
-            with noting() as launched:
-                problem = find_problem()
-        finally:
-            being_checked.pop()
-            lost = _loss(device, self._hardware)
-            if lost is not None:
-                self._lost[device] = lost
+    def _trusting(self, key: _Key, find_problem: Callable[[], str | None]) -> str | None:
+        """Trusts the binaries that run in a check if all is well."""
+        with noting() as launched:
+            problem = find_problem()
         if problem is None:
             for digest in launched.digests - self._trusted_of(key):
                 self._trusted[key].add(digest)
-                self.cache(device).put(BINARIES, f"{_cache_key(key)}/{digest}", True)
+                self.cache(key[1]).put(BINARIES, f"{_cache_key(key)}/{digest}", True)
         return problem
 
     def _small_problem(self, key: _Key) -> str | None:
@@ -286,51 +308,103 @@ class SelfCheck:
         for case in small_cases():
             if case.op == op:
                 problem = case_problem(
-                    case, dtype, device, run_case=self._run_case, hardware=self._hardware
+                    case,
+                    dtype,
+                    device,
+                    impl="triton",
+                    run_case=self._run_case,
+                    hardware=self._hardware,
                 )
                 if problem is not None:
                     return f"{op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
         return None
 
     def _few_problem(
-        self, key: _Key, launch: Launch, args: Sequence[Any], launched: Launched
+        self,
+        key: _Key,
+        launch: Launch,
+        args: Sequence[Any],
+        launched: Launched,
+        error: Exception | None,
     ) -> str | None:
-        """What is wrong with the binaries of a launch, on few images."""
+        """What is wrong with the binaries of a launch, on few images.
+
+        Raises:
+            NotChecked: that cannot be said.
+            _CallersMemory: as `error` says, there was none for the launch, nor is there for this.
+        """
         op, device, dtype, _ = key
-        lost = _loss(device, self._hardware)  # by the launch
+        lost = _loss(device, self._hardware)
         if lost is not None:
+            if launched.digests <= self._trusted_of(key):  # a kernel before it, perhaps not ours
+                raise NotChecked(lost)
             self._lost[device] = lost
             return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"
-        for n_images in (launch.few_images, None):
+        for n_images in (FEW_IMAGES, None):
             with forced(launched.configs), noting() as again:
                 few = launch.alike(args, n_images, _SEED)
-                problem = _launch_problem(launch, few, device, self._hardware)
+                try:
+                    problem = _launch_problem(launch, few, device, self._hardware)
+                except NotChecked:
+                    if error is not None and _is_out_of_memory(error):
+                        raise _CallersMemory from error
+                    raise
             if problem is not None:
                 shape = "x".join(map(str, few[0].shape))
                 configs = "".join(f", {config}" for config in launched.configs.values())
                 return f"{op}, {shape}, {DTYPE_NAMES[dtype]}{configs}: {problem}"
             if launched.digests <= again.digests:
-                break
-        return None
+                return None
+        raise NotChecked("other kernels are launched for other values of the same sizes")
 
-    def _being_checked(self) -> list[_Key]:
-        """What this thread is checking: an op, and the op whose case called it."""
+    def _library_is_right(self, launch: Launch, args: Sequence[Any]) -> bool:
+        device, dtype = args[0].device, launch.dtype(args)
+
+        def find_problem() -> str | None:
+            several = launch.alike(args, None, _SEED)
+            last = len(several[0]) - 1
+            return _launch_problem(
+                launch,
+                launch.ends(several),
+                device,
+                self._hardware,
+                run=lambda: launch.run(*several)[[0, last]],
+            )
+
         try:
-            return self._worker.keys
-        except AttributeError:
-            self._worker.keys = []
-            return self._worker.keys
+            problem = self._outside(device, find_problem) if len(args[0]) else None
+        except Exception as error:
+            problem = f"not checked: {_reason(error)}"
+        if problem is not None:
+            shape = "x".join(map(str, args[0].shape))
+            with self._lock:
+                self._unsaid.append(
+                    f"{launch.op} is off on {self.cache(device).machine.device} for {shape} in "
+                    f"{DTYPE_NAMES[dtype]}, and our own kernel runs instead: {problem}"
+                )
+        return problem is None
 
-    def _outside(self, function: Callable[[], _Result]) -> _Result:
-        """Calls in a thread of its own, which has none of the caller's modes.
+    def _outside(self, device: torch.device, function: Callable[[], _Result]) -> _Result:
+        """Calls in a thread of its own, on the caller's stream but with none of its modes.
 
-        Those are autocast, inference mode, fake tensors, streams and devices; a check may begin
-        anywhere, also while a model is traced.
+        Those are autocast, inference mode and fake tensors; a check may begin anywhere, also while
+        a model is traced.
         """
-        if self._being_checked():
-            return function()
+        if device in self._lost:
+            raise NotChecked(self._lost[device])
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+        def call() -> _Result:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                try:
+                    return function()
+                finally:
+                    lost = _loss(device, self._hardware)
+                    if lost is not None:
+                        self._lost[device] = lost
+
         with ThreadPoolExecutor(1, "fastbb-self-check") as pool:
-            return pool.submit(function).result()
+            return pool.submit(call).result()
 
     def _report(self, key: _Key, remembered: bool = False) -> None:
         problem = self._problems[key]
@@ -338,9 +412,10 @@ class SelfCheck:
             return
         op, device, dtype, _ = key
         cache = self.cache(device)
+        instead = "the ops that it is made of run" if find_op(op).is_block else "eager PyTorch runs"
         text = (
             f"fastbb's kernel of {op} is off on {cache.machine.device} for {DTYPE_NAMES[dtype]}, "
-            f"and {_instead(op)} instead: {problem}"
+            f"and {instead} instead: {problem}"
         )
         if remembered:
             text += f" (remembered in {cache.path}; `fastbb check --again` tries it again)"
@@ -348,13 +423,10 @@ class SelfCheck:
             self._unsaid.append(text)
 
     def _warn(self) -> None:
-        """Says what is unsaid, but not in a case, where a warning may be an error."""
-        if self._being_checked():
-            return
         with self._lock:
             texts, self._unsaid = self._unsaid, []
         for text in texts:
-            warnings.warn(text, KernelWarning, stacklevel=3)
+            warnings.warn(text, KernelWarning, stacklevel=4)
 
     def _log_notes(self, cache: ResultCache) -> None:
         for note in cache.notes:
@@ -396,7 +468,7 @@ def case_problem(
         with unchecked() if impl == "triton" else nullcontext():
             return run_case(case, arguments, impl)
 
-    with _on(device):
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             arguments = case.arguments(device, dtype, _SEED)
             if op.unsupported(**arguments):
@@ -414,22 +486,21 @@ def case_problem(
 
 @torch.no_grad()
 def _launch_problem(
-    launch: Launch, args: Sequence[Any], device: torch.device, hardware: Hardware
+    launch: Launch,
+    args: Sequence[Any],
+    device: torch.device,
+    hardware: Hardware,
+    run: Callable[[], Tensor] | None = None,
 ) -> str | None:
-    """As `case_problem`, for a launch with given arguments."""
+    """As `case_problem`, for a launch with given arguments, or what `run` makes of those."""
     wide = [x.double() if isinstance(x, Tensor) else x for x in args]
-    with _on(device):
-        return _problem_of(
-            run=lambda: launch.run(*args),
-            eager=lambda: launch.eager(*args),
-            exact=lambda: launch.eager(*wide),
-            device=device,
-            hardware=hardware,
-        )
-
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return _problem_of(
+        run=run or (lambda: launch.run(*args)),
+        eager=lambda: launch.eager(*args),
+        exact=lambda: launch.eager(*wide),
+        device=device,
+        hardware=hardware,
+    )
 
 
 def _problem_of(
@@ -448,13 +519,13 @@ def _problem_of(
         raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
     results: list[Tensor] = []
     for _ in range(_N_RUNS):
+        _fill_free_memory(eager_result)
         try:
-            _fill_free_memory(eager_result)
             results.append(run())
             hardware.synchronize(device)
-            problem = _difference(results[-1], eager_result, exact_result)
         except Exception as error:  # whatever a launch raises: the op is off, with this reason
-            problem = _failure(error, device, hardware)
+            return _failure(error, device, hardware, 4 * eager_result.nbytes)
+        problem = _difference(results[-1], eager_result, exact_result)
         if problem is not None:
             return problem
     if not torch.equal(results[0], results[1]):
@@ -473,8 +544,14 @@ def _difference(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
     return accuracy_problem(got, eager, exact, max(FP32_REL, lost))
 
 
-def _failure(error: Exception, device: torch.device, hardware: Hardware) -> str:
+def _failure(error: Exception, device: torch.device, hardware: Hardware, n_bytes: int) -> str:
     """What a launch's exception means.
+
+    Args:
+        error: the exception.
+        device: of the launch.
+        hardware: what is asked of the device.
+        n_bytes: that a launch may take, besides what small ones need.
 
     Raises:
         NotChecked: the device has no memory left.
@@ -483,11 +560,10 @@ def _failure(error: Exception, device: torch.device, hardware: Hardware) -> str:
     lost = _loss(device, hardware)
     if lost is not None:
         return f"{problem}; {lost}"
-    # a driver says it in a RuntimeError
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in problem.lower():
-        if not hardware.has_room(device):
+    if _is_out_of_memory(error):
+        if not hardware.has_room(device, n_bytes + _ROOM_BYTES):
             raise NotChecked(f"{device} has no memory left: {problem}") from error
-        return f"asks for more memory than so few images may take: {problem}"
+        return f"asks for more memory than such a call may take: {problem}"
     return problem
 
 
@@ -510,11 +586,13 @@ def _fill_free_memory(like: Tensor) -> None:
     del blocks
 
 
-def _instead(op: str) -> str:
-    """What runs where an op is off."""
-    if op not in op_names():  # a library's, in the place of a kernel
-        return "our own kernel runs"
-    return "the ops that it is made of run" if find_op(op).is_block else "eager PyTorch runs"
+def _is_out_of_memory(error: Exception) -> bool:
+    # a driver says it in a RuntimeError
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in _name(error).lower()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, NotChecked) else _name(error)
 
 
 def _name(error: BaseException) -> str:

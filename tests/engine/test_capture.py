@@ -1,6 +1,7 @@
 """Recording and replaying CUDA graphs, on a CUDA that computes on the CPU and knows its streams."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
@@ -276,3 +277,40 @@ def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:
     graph: Any = next(iter(pool._graphs.values()))
     assert len(set(values)) == 1  # computed once, before
     assert [value.data_ptr() for (value,) in graph.held] == values[:1]
+
+
+def test_two_backbones_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording begins with a wait for the whole device, which CUDA forbids during another."""
+    n_at_once = most_at_once = 0
+
+    @contextmanager
+    def graph(*args: Any, **options: Any) -> Iterator[None]:
+        nonlocal n_at_once, most_at_once
+        n_at_once += 1
+        most_at_once = max(most_at_once, n_at_once)
+        time.sleep(0.02)
+        yield
+        n_at_once -= 1
+
+    stream = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None)
+    for name, fake in {
+        "graph": graph,
+        "device": lambda device: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "graph_pool_handle": object,
+        "Event": lambda: SimpleNamespace(record=lambda stream: None),
+        "CUDAGraph": SimpleNamespace,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    captures = [graphs._Capture() for _ in range(3)]
+    threads = [
+        threading.Thread(target=capture, args=(lambda x: (x + 1,), torch.zeros(2)))
+        for capture in captures
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most_at_once == 1 and n_at_once == 0

@@ -18,6 +18,7 @@ from broken_kernels import (
     self_check,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 from fastbb_kernels import KernelWarning, linear_residual
 from fastbb_kernels.cases import small_cases
@@ -76,7 +77,7 @@ def test_each_configuration_is_tried_at_its_first_launch(tmp_path: Path) -> None
     launcher = Launcher(wrong="large")
     with launching(linear_residual=launcher), use(self_check(tmp_path)):
         for _ in range(2):
-            assert torch.equal(linear_residual(*arguments(FEW)), expected(FEW))
+            assert_close(linear_residual(*arguments(FEW)), expected(FEW))
         assert launcher.seen == [("small", FEW)] * 4  # a call, its check of two runs, a call
         launcher.seen.clear()
         with pytest.warns(KernelWarning, match=r"is off.*Tiles\(name='large'\): error "):
@@ -130,7 +131,22 @@ def test_what_few_rows_do_not_reach_is_tried_with_all(tmp_path: Path) -> None:
         assert torch.equal(linear_residual(*arguments(MANY)), expected(MANY))
 
 
-def test_a_new_binary_does_not_run_while_a_graph_is_captured(tmp_path: Path) -> None:
+def test_what_no_check_reaches_is_not_used(tmp_path: Path) -> None:
+    calls = iter(range(10**6))
+
+    def launch(*args: Any) -> Tensor:
+        note_binary(f"another each time: {next(calls)}")
+        return custom_op(OP)(*args)
+
+    with launching(linear_residual=launch), use(self_check(tmp_path)):
+        with pytest.warns(KernelWarning, match="not checked: other kernels are launched"):
+            assert torch.equal(linear_residual(*arguments(FEW)), expected(FEW))
+        n_calls = next(calls)
+        assert torch.equal(linear_residual(*arguments(FEW)), expected(FEW))
+        assert next(calls) == n_calls + 1
+
+
+def test_the_result_of_a_new_binary_is_not_used_while_a_graph_is_captured(tmp_path: Path) -> None:
     hardware = PretendedHardware()
     launcher = Launcher(wrong="large")
     with launching(linear_residual=launcher), use(self_check(tmp_path, hardware)):

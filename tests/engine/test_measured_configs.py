@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,8 @@ import pytest
 import torch
 from broken_kernels import self_check
 
-from fastbb_kernels import launching, measured
+from fastbb_kernels import _dispatch, launching, measured
+from fastbb_kernels._dispatch import pretend
 from fastbb_kernels.launching import chosen_config, configured_as_on, forced
 from fastbb_kernels.measured import SECTION, config_path, write_configs
 from fastbb_kernels.self_check import SelfCheck, use
@@ -74,10 +76,22 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfCheck
     forget()
 
 
+@contextmanager
+def pretend_only(check: SelfCheck) -> Iterator[None]:
+    """A machine with this check, on which another GPU is pretended."""
+    installed, own = _dispatch._installed_check, _dispatch._own_check
+    _dispatch._installed_check, _dispatch._own_check = None, check
+    try:
+        with pretend(90):
+            assert _dispatch.current_check() is None
+            yield
+    finally:
+        _dispatch._installed_check, _dispatch._own_check = installed, own
+
+
 def forget() -> None:
     """As another process."""
-    launching._unforced_config.cache_clear()
-    measured._entries.cache_clear()
+    measured.forget()
 
 
 def test_nothing_was_measured() -> None:
@@ -154,6 +168,16 @@ def test_what_is_compiled_for_a_gpu_takes_what_was_measured_on_it() -> None:
     with configured_as_on(CUDA):
         config = chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16)
     assert config.tile.rows == 128
+
+
+def test_what_the_cache_holds_is_taken_there_too(check: SelfCheck) -> None:
+    """Though a pretended GPU has no check, and what is read once is kept."""
+    check.cache(CUDA).put(SECTION, TABLE, [entry(1000, rows=16)])
+    cpu = torch.device("cpu")
+    with pretend_only(check), configured_as_on(CUDA):
+        config = chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16)
+    assert config.tile.rows == 16
+    assert chosen(1000).tile.rows == 16
 
 
 SIZES: dict[Any, tuple[Any, ...]] = {

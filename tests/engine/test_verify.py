@@ -28,6 +28,7 @@ from fastbb.backbone import Backbone
 from fastbb.cli import main
 from fastbb.engine.verify import VerifyReport, model_size, random_images, verify
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
+from fastbb_kernels.fp32_precision import fp32_products
 
 transformers = pytest.importorskip("transformers")
 
@@ -242,11 +243,8 @@ class Recorder(nn.Module):
 def test_the_reference_is_allowed_what_a_prepared_backbone_is() -> None:
     pair = swin()
     prepared = pair.ours.prepare(mode="eager", precision="fp32")
-    torch.set_float32_matmul_precision("high")
-    try:
+    with fp32_products("tf32"):
         assert verify(prepared, Recorder(pair.upstream), images(64, 64)).passed
-    finally:
-        torch.set_float32_matmul_precision("highest")
     assert Recorder.seen[0] == "torch.float32 highest"
 
 

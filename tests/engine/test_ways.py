@@ -16,6 +16,7 @@ from fastbb.engine import cpu
 from fastbb.engine.engine import Engine
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import Settings
+from fastbb_kernels.fp32_precision import fp32_products
 
 PIXELS = images(64, 64)
 
@@ -85,12 +86,10 @@ def flags() -> tuple[str, bool]:
 
 @pytest.fixture
 def flags_of_the_user() -> Iterator[tuple[str, bool]]:
-    before = flags()
-    torch.set_float32_matmul_precision("medium")
-    torch.backends.cudnn.allow_tf32 = True
-    yield flags()
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32 = before[1]
+    with fp32_products("tf32"):  # which leaves what was set before
+        torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = True
+        yield flags()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(JITFunction, "run", driver.launch)
     for module in ("fastbb_kernels.launching", "fastbb_kernels._dispatch"):
         monkeypatch.setattr(f"{module}.architecture", lambda device: 90)
-    monkeypatch.setattr("fastbb_kernels.launching.measured_config", lambda *args: None)
+    monkeypatch.setattr("fastbb_kernels.measured._measured_config", lambda *args: None)
     yield driver
     assert driver.current == 0
 

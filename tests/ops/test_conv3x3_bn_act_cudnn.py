@@ -9,9 +9,10 @@ from unittest import mock
 
 import pytest
 import torch
-from broken_kernels import custom_op, launching, self_check
+from broken_kernels import PretendedHardware, custom_op, launching, self_check
 from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from fastbb_kernels import KernelWarning, conv3x3_bn_act, use_impl
 from fastbb_kernels.launching import forced
@@ -105,7 +106,7 @@ def test_cudnn_is_asked_for_the_same(cudnn: Cudnn, residual: bool) -> None:
     with kernels() as launches:
         y = op_module._run_fastest(*args)
         assert not any(launch.called for launch in launches.values())
-    torch.testing.assert_close(y, expected(*args))
+    assert_close(y, expected(*args))
     assert y.is_contiguous(memory_format=channels_last)
     ((x, weight, z, alpha, bias, *geometry),) = cudnn.calls
     assert all(tensor.is_contiguous(memory_format=channels_last) for tensor in (x, weight))
@@ -126,7 +127,7 @@ WITHOUT_FUSED = {
 @pytest.mark.parametrize("args", WITHOUT_FUSED.values(), ids=WITHOUT_FUSED)
 def test_elsewhere_the_plain_convolution_has_our_epilogue(cudnn: Cudnn, args: Any) -> None:
     with kernels() as launches:
-        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        assert_close(op_module._run_fastest(*args), expected(*args))
         assert launches[EPILOGUE].call_count == 1 and not launches[TRITON].called
     assert not cudnn.calls
 
@@ -139,7 +140,7 @@ def test_flags_that_the_fused_op_ignores(
     monkeypatch.setattr(torch.backends.cudnn, flag, flag == "deterministic")
     args = arguments(residual, stride=1)
     with kernels() as launches:
-        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        assert_close(op_module._run_fastest(*args), expected(*args))
         assert launches[EPILOGUE].call_count == 1
     assert not cudnn.calls
 
@@ -148,7 +149,7 @@ def test_flags_that_the_fused_op_ignores(
 def test_what_was_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
     args = arguments(stride=1)
     with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
-        torch.testing.assert_close(op_module._run_fastest(*args), expected(*args))
+        assert_close(op_module._run_fastest(*args), expected(*args))
         ran = {
             "fused": len(cudnn.calls),
             "plain": launches[EPILOGUE].call_count,
@@ -161,44 +162,80 @@ def test_what_was_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuses", "is wrong"])
-def test_our_kernel_runs_where_cudnn_fails(
-    cudnn: Cudnn, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_our_kernel_runs_where_cudnn_fails(cudnn: Cudnn, fault: str, tmp_path: Path) -> None:
+    """For such sizes, and not for others."""
     if fault == "refuses":
         cudnn.error = RuntimeError("Unable to find an engine")
         reason = "RuntimeError: Unable to find an engine"
     else:
         cudnn.spoil, reason = 1e3, "error "
-    args = arguments(stride=1)
+    args, others = arguments(stride=1), arguments(batch=3, stride=1)
     with kernels() as launches, use(self_check(tmp_path)):
-        wanted = rf"cudnn_conv3x3_bn_relu \(.*our own kernel runs instead: .*{reason}"
+        wanted = f"cuDNN's fused 3x3.* for 2x6x9x8 in fp32, and our own kernel runs.*{reason}"
         with pytest.warns(KernelWarning, match=wanted):
             y = op_module._run_fastest(*args)
-        assert torch.equal(y, expected(*args)) and launches[TRITON].call_count == 3
+        assert_close(y, expected(*args))
+        assert launches[TRITON].call_count == 3  # of which two are its own check
         n_calls = len(cudnn.calls)
+        cudnn.error, cudnn.spoil = None, 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(op_module._run_fastest(*args), expected(*args))
-        assert len(cudnn.calls) == n_calls <= 2
-        # other flags, other engines
-        cudnn.error, cudnn.spoil = None, 0.0
-        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-        op_module._run_fastest(*args)
-        assert len(cudnn.calls) == n_calls + 3
+            assert_close(op_module._run_fastest(*args), expected(*args))
+            assert len(cudnn.calls) == n_calls <= 2 and launches[TRITON].call_count == 4
+            assert_close(op_module._run_fastest(*others), expected(*others))
+        assert len(cudnn.calls) == n_calls + 3 and launches[TRITON].call_count == 4
 
 
-def test_each_shape_is_checked_with_all_of_its_images(cudnn: Cudnn, tmp_path: Path) -> None:
+def test_each_choice_of_cudnn_is_checked_with_all_of_its_images(
+    cudnn: Cudnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with kernels(), use(self_check(tmp_path)):
         for batch in (5, 7, 5):
             op_module._run_fastest(*arguments(batch=batch, stride=1))
-    assert [len(call[0]) for call in cudnn.calls] == [5] * 3 + [7] * 3 + [5]
+        assert [len(call[0]) for call in cudnn.calls] == [5] * 3 + [7] * 3 + [5]
+        # other flags, other engines
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+        op_module._run_fastest(*arguments(batch=5, stride=1))
+        monkeypatch.setattr(op_module, "convolution_precision", lambda: "another")
+        op_module._run_fastest(*arguments(batch=5, stride=1))
+        assert len(cudnn.calls) == 7 + 3 + 3
+    # what it chose in this process says nothing of the next
+    with kernels(), use(self_check(tmp_path)):
+        op_module._run_fastest(*arguments(batch=5, stride=1))
+        assert len(cudnn.calls) == 13 + 3
 
 
-@pytest.mark.parametrize("allowed", [False, True])
-def test_tf32_is_part_of_what_is_checked(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    precision = "tf32" if allowed else "ieee"
-    monkeypatch.setattr(op_module, "convolution_precision", lambda: precision)
-    assert op_module._cudnn.op == f"cudnn_conv3x3_bn_relu ({precision})"
+def test_the_last_image_is_compared_too(cudnn: Cudnn, tmp_path: Path) -> None:
+    cudnn.spoil = 1e3  # of the last image alone
+    with kernels(), use(self_check(tmp_path)), pytest.warns(KernelWarning, match="error "):
+        op_module._run_fastest(*arguments(batch=5, stride=1))
+
+
+def test_cudnn_does_not_run_unchecked_while_a_graph_is_captured(
+    cudnn: Cudnn, tmp_path: Path
+) -> None:
+    hardware = PretendedHardware()
+    args = arguments(stride=1)
+    with kernels(), use(self_check(tmp_path, hardware)):
+        hardware.capturing = True
+        assert_close(op_module._run_fastest(*args), expected(*args))
+        assert not cudnn.calls
+        hardware.capturing = False
+        op_module._run_fastest(*args)
+        hardware.capturing = True
+        op_module._run_fastest(*args)
+        assert len(cudnn.calls) == 3 + 1
+
+
+def test_only_so_many_choices_are_remembered(
+    cudnn: Cudnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastbb_kernels.self_check._LIBRARY_CALLS", 2)
+    check = self_check(tmp_path)
+    with kernels(), use(check):
+        for batch in (1, 2, 3, 3):
+            op_module._run_fastest(*arguments(batch=batch, stride=1))
+    assert len(check._libraries) == 2 and len(cudnn.calls) == 3 * 3 + 1
 
 
 def test_the_fused_op_has_the_arguments_of_the_stand_in() -> None:

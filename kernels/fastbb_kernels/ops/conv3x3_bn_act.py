@@ -6,7 +6,7 @@ Bound: flops from 128 channels on; memory and flops are even at 64.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from .._dispatch import (
     architecture,
     chosen_impl,
     common_unsupported,
+    current_check,
     launches_directly,
     use_triton,
 )
@@ -238,7 +239,10 @@ def _run_fastest(
         return _launch(x, weight, bias, stride, dilation, residual, activation)
     has_z = residual is not None or x.shape == (batch, out_channels, height, width)
     if way == "fused" and activation == "relu" and has_z and _fused_op_may_run():
-        return _cudnn(x, weight, bias, stride, dilation, residual)
+        check, args = current_check(), (x, weight, bias, stride, dilation, residual)
+        if check is None or check.trusts(_choice_of_cudnn(*args), _cudnn, args):
+            return _call_cudnn(*args)
+        return _launch(*args, activation)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     y = F.conv2d(x, weight, None, stride, dilation, dilation)
     return _launch_bias_act(y, bias, residual, activation)
@@ -262,7 +266,7 @@ def _call_cudnn(
     uninitialized result and multiply it by 0, which makes NaN of NaN: here x stands for a residual
     that is not there, times 0.
     """
-    note_binary(f"cuDNN {[*x.shape]} {weight.shape[0]} {stride} {dilation} {residual is not None}")
+    note_binary("cuDNN")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     geometry = [stride] * 2, [dilation] * 2, [dilation] * 2
     if launches_directly() and architecture(x.device) is not None:  # a GPU that is not there
@@ -274,17 +278,16 @@ def _call_cudnn(
     return y.contiguous(memory_format=torch.channels_last)
 
 
-def _cudnn_name() -> str:
-    """The fused convolution under the flags by which cuDNN chooses its engine."""
-    benchmark = ", benchmark" if torch.backends.cudnn.benchmark else ""
-    return f"cudnn_conv3x3_bn_relu ({convolution_precision()}{benchmark})"
+def _choice_of_cudnn(x: Tensor, weight: Tensor, *options: Any) -> tuple[object, ...]:
+    """What cuDNN chooses its engine by: sizes, dtype and flags."""
+    flags = convolution_precision(), torch.backends.cudnn.benchmark
+    stride, dilation, residual = options[1:]
+    sizes = *x.shape, *weight.shape, stride, dilation, residual is not None
+    return "conv3x3", x.dtype, *flags, *sizes
 
 
-# an engine is chosen by the number of images too, so that few would tell nothing
 _cudnn = Launch(
-    _cudnn_name,
+    "cuDNN's fused 3x3 convolution",
     _call_cudnn,
     eager=lambda *args: _conv3x3_bn_act._init_fn(*args, "relu"),
-    instead=lambda *args: _launch(*args, "relu"),
-    few_images=None,
 )

@@ -29,6 +29,4 @@ class Kernel:
                 compiled = self.function[grid](x, *args, **options)
         else:  # a pretended device
             compiled = self.function[grid](x, *args, **options)
-        digest = getattr(compiled, "hash", None)  # nothing is compiled for the interpreter
-        if digest is not None:
-            note_binary(digest)
+        note_binary(getattr(compiled, "hash", "interpreted"))
