@@ -1,4 +1,4 @@
-"""The first hour on a GPU: `make gpu RUN=1`, then 2 and 3, each in under eight minutes.
+"""The first half hour on a GPU: `make gpu RUN=1`, then 2 and 3, each in under eight minutes.
 
     PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1                # right? how fast?
     PYTHONPATH=.:kernels:bench python bench/gpu.py --run 2                # configurations

@@ -149,7 +149,9 @@ def _models(rows: Sequence[Row]) -> str:
         fullest[key] = row
     lines = [line for row in fullest.values() for line in _model_lines(row)]
     header = ["cell", "what", "ms", "min-max", "images/s", "upstream / this", "peak MB"]
-    libraries = sorted({f"- eager upstream: {row['upstream']}" for row in fullest.values()})
+    libraries = sorted(
+        {f"- eager upstream of {row['model']}: {row['upstream']}" for row in fullest.values()}
+    )
     table = _table([*header, "% of floor", "host µs", "GPU busy µs", "problem"], lines)
     kernels = [text for row in fullest.values() for text in _kernels(row)]
     return "\n\n".join(filter(None, [table, "\n".join(libraries + problems), *kernels]))
@@ -174,7 +176,11 @@ _MOST_KERNELS = 15
 
 
 def _cell_of(row: Row) -> str:
-    return f"{row['model']}, {row['precision']}, batch {row['batch']}"
+    """The cell, its stage, and whether it is a rehearsal's, which a copied line would not show."""
+    model = f"tiny {row['model']} of a dry run" if row.get("label") == DRY_RUN else row["model"]
+    stage = row.get("stage", "").partition(", ")[2]
+    where = f" ({stage})" if stage else ""
+    return f"{model}, {row['precision']}, batch {row['batch']}{where}"
 
 
 def _compilers(row: Row) -> Iterable[str]:

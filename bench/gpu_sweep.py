@@ -24,6 +24,7 @@ from gpu_environment import commit
 from gpu_libraries import LIBRARIES
 from gpu_measure import graph_of, graph_us, precision
 from gpu_pretended import ARCHITECTURE
+from gpu_report import DRY_RUN
 from gpu_work import Work, describe, read_lines
 from torch import Tensor
 
@@ -366,6 +367,7 @@ def _keep(shape: Shape, row: dict[str, Any], device: torch.device, path: Path | 
         cache.put(SECTION, shape.table, entries)
         return
     facts = {
+        **({"label": DRY_RUN} if path is not None else {}),
         "commit": commit(),
         "torch": machine.torch,
         "triton": machine.triton,

@@ -99,7 +99,7 @@ def _may_use(work: Work, program: str, options: Sequence[str], wanted: str, dry_
     except NotPossible as reason:
         work.row(item, value=f"no: {reason}")
         return False
-    work.row(item, value="yes")
+    work.row(item, value="yes, pretended" if dry_run else "yes")
     return True
 
 

@@ -296,11 +296,12 @@ def verify_model(name: str, **options: Any) -> None:
     multiple=True,
     help="May be repeated.  [default: all]",
 )
-@click.option("--again", is_flag=True, help="Also what is known to be off.")
+@click.option("--again", is_flag=True, help="Also kernels that an earlier check turned off.")
 def check(device: str | None, **options: Any) -> None:
     """Tries the kernels of every op on the GPU, against PyTorch's own ops there.
 
-    The results are remembered, as those of an op's first use are.
+    It runs small cases. What it finds is remembered, as what the first launch of each compiled
+    kernel shows.
 
     Exit codes: 0 every kernel is right, or there is no GPU; 1 some are not, and are not used;
     2 wrong arguments; 6 the report cannot be written; 130 interrupted, 143 terminated.

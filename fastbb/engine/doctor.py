@@ -259,7 +259,7 @@ def _result_rows(results: Results, is_gpu: bool) -> Iterator[tuple[str, str]]:
         failed = f"failed: {', '.join(ops[False])}; " if ops[False] else ""
         yield f"  {dtype}", f"{failed}passed: {', '.join(ops[True]) or 'none'}"
     if is_gpu and not results.ops:
-        yield "  ops", "not checked yet: each is at its first use, or all by `fastbb check`"
+        yield "  ops", "not checked yet: each is at its first launch, or all by `fastbb check`"
     for model, winner in sorted(results.tuned.items()):
         yield "  tuned", f"{model}: {winner}"
     if not results.tuned:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton import knobs
 
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import Architecture, KernelWarning
@@ -82,10 +83,12 @@ class Warmth:
         ]
         good = [c for c in self.compiled if c.problem is None]
         n_cached = sum(c.cached for c in good)
+        n_failed = len(self.compiled) - len(good)
+        failed = f", {n_failed} failed" if n_failed else ""
         processes = f"{self.n_workers} process{'es' if self.n_workers > 1 else ''}"
         total = (
-            f"{label}: {len(good)} binaries, {len(good) - n_cached} compiled and {n_cached} from "
-            f"the cache, in {self.seconds:.1f} s by {processes}"
+            f"{label}: {len(self.compiled)} binaries, {len(good) - n_cached} compiled and "
+            f"{n_cached} from the cache{failed}, in {self.seconds:.1f} s by {processes}"
         )
         return "\n".join([*table, total, *ran, *self.problems])
 
@@ -106,7 +109,7 @@ def warm_up(
     """Compiles what a model launches into Triton's cache, in parallel; then runs it on the GPU.
 
     Weights are random, and none are downloaded. On the GPU each batch runs once, so that its
-    kernels are checked there as at their first use, and that is remembered.
+    kernels are checked there as at any first launch, and that is remembered.
 
     Args:
         name: as `AutoBackbone.from_pretrained` takes it.
@@ -132,8 +135,14 @@ def warm_up(
     size = size or model_size(backbone)
     jobs: list[Job] = []
     if arch in ARCHITECTURES:  # its relatives have other binaries, and no pretended GPU
-        with nullcontext() if device is None else configured_as_on(device):
-            jobs = launched_by(backbone, batches, size, arch)
+        if knobs.runtime.interpret:
+            raise ValueError("TRITON_INTERPRET has kernels interpreted, not compiled: unset it")
+        try:
+            with nullcontext() if device is None else configured_as_on(device):
+                jobs = launched_by(backbone, batches, size, arch)
+        except (ValueError, RuntimeError) as error:  # more than 2^63 bytes, or than 2^31 programs
+            asked_for = f"{max(batches)} images of {size[0]}x{size[1]} pixels"
+            raise ValueError(f"no GPU runs {asked_for} at once: {describe(error)}") from error
     n_workers = max(1, min(n_workers or n_cores(), len(jobs)))
     started = time.perf_counter()
     compiled = tuple(_reported(compile_jobs(jobs, arch, n_workers), progress(len(jobs))))

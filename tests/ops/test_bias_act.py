@@ -133,7 +133,7 @@ def test_gradients_take_the_eager_path() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(2, 3, 8), (3,)], r"x must be \[B, C, H, W\], got \[2, 3, 8\]"),
+        ([(2, 3, 8), (3,)], r"x must be \[B, C, H, W\] floating point, got \[2, 3, 8\]"),
         ([(1, 2, 3, 8), (3,)], r"bias must be \[2\], got \[3\]"),
         ([(1, 2, 3, 8), (2,), (1, 2, 3, 7)], r"residual must be \[1, 2, 3, 8\], got .*7\]"),
     ],
@@ -145,11 +145,19 @@ def test_wrong_shapes_are_named(shapes: list[tuple[int, ...]], message: str) -> 
         bias_act(x, bias, residual=residual[0] if residual else None)
 
 
+def test_other_dtypes_are_refused() -> None:
+    x, bias, _ = arguments((2, 6, 3, 5), torch.float32, False)
+    with pytest.raises(ValueError, match="bias must be torch.float32 as x, got torch.float16"):
+        bias_act(x, bias.half())
+    with pytest.raises(ValueError, match="residual must be torch.float32 as x, got torch.bfl"):
+        bias_act(x, bias, residual=x.bfloat16())
+    with pytest.raises(ValueError, match="x must be .* floating point, got .* torch.int32"):
+        bias_act(x.int(), bias.int())
+
+
 def test_an_unknown_activation_and_a_cpu_are_refused() -> None:
     x, bias, _ = arguments((2, 6, 3, 5), torch.float32, False)
     with pytest.raises(ValueError, match="bias_act: activation must be None or one of"):
         bias_act(x, bias, activation="tanh")
     with pytest.raises(NotImplementedError, match="bias_act: .* CUDA or ROCm .* got cpu"):
         bias_act(x, bias, impl="triton")
-    with interpret(), pytest.raises(NotImplementedError, match="got bias in torch.float16"):
-        bias_act(x, bias.half(), impl="triton")

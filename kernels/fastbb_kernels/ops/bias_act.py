@@ -21,12 +21,14 @@ def bias_act(
     activation: Activation = None,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Computes `activation(x + bias + residual)`, with fp32 between x and the result.
+    """Computes `activation(x + bias + residual)`.
+
+    The kernel keeps fp32 between x and the result, where eager PyTorch rounds after each addition.
 
     Args:
         x: [B, C, H, W] floating point, any strides; channels-last is not copied.
-        bias: [C].
-        residual: [B, C, H, W], or None.
+        bias: [C], dtype of `x`.
+        residual: [B, C, H, W], dtype of `x`, or None.
         activation: name of the activation, or None.
         impl: implementation to use; default: that of `use_impl`.
 
@@ -34,7 +36,7 @@ def bias_act(
         [B, C, H, W], dtype of `x`; channels-last from the kernel.
 
     Raises:
-        ValueError: shapes that do not fit together, or no such activation.
+        ValueError: shapes or dtypes that do not fit together, or no such activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
     _check(x, bias, residual, activation)
@@ -67,11 +69,16 @@ def bias_act_n_bytes(
 
 
 def _check(x: Tensor, bias: Tensor, residual: Tensor | None, activation: Activation) -> None:
-    if x.ndim != 4:
-        raise ValueError(f"bias_act: x must be [B, C, H, W], got {list(x.shape)}")
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(
+            f"bias_act: x must be [B, C, H, W] floating point, got {list(x.shape)} {x.dtype}"
+        )
     check_shape("bias_act", "bias", bias, x.shape[1:2])
     if residual is not None:
         check_shape("bias_act", "residual", residual, x.shape)
+    for name, tensor in (("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(f"bias_act: {name} must be {x.dtype} as x, got {tensor.dtype}")
     check_activation("bias_act", activation)
 
 
