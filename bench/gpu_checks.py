@@ -19,6 +19,7 @@ from fastbb_kernels import KernelWarning, self_check
 from fastbb_kernels._dispatch import unchecked
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import model_cases, small_cases
+from fastbb_kernels.comparison import NotChecked, case_problem
 from fastbb_kernels.op import find_op, op_names
 from fastbb_kernels.result_cache import ResultCache
 
@@ -90,8 +91,8 @@ def _check(
             found = [_first_launch_problem(case, dtype, device, dry_run)] if as_launched else []
             try:
                 with unchecked():
-                    found.append(self_check.case_problem(case, dtype, device, impl="triton"))
-            except self_check.NotChecked as reason:
+                    found.append(case_problem(case, dtype, device, impl="triton"))
+            except NotChecked as reason:
                 found.append(f"not checked: {reason}")
             problems += [f"{case}: {problem}" for problem in found if problem]
             torch.cuda.empty_cache()  # other processes use this GPU

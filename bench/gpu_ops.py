@@ -11,10 +11,11 @@ from gpu_measure import PRECISIONS, Clock, peaks, precision
 from gpu_work import Work
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbb_kernels import self_check, use_impl
+from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import unchecked
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import real_cases
+from fastbb_kernels.comparison import case_problem
 from fastbb_kernels.op import Op, find_op
 
 # the cases that are timed, the first ones first
@@ -61,7 +62,7 @@ def _time_case(case: Case, name: str, device: torch.device, clock: Clock) -> dic
     reason = op.unsupported(**arguments)
     if reason:
         return {**row, "problem": f"has no kernel here: {reason}"}
-    problem = self_check.case_problem(case, dtype, device, impl="triton")
+    problem = case_problem(case, dtype, device, impl="triton")
     if problem:
         return {**row, "problem": f"wrong, not timed: {problem}"}
     calls: dict[str, Callable[[], object]] = {

@@ -1,6 +1,5 @@
 """Kernels that fail in every way that a GPU's can, in the place of an op's launcher."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,12 +10,13 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-import fastbb_kernels
 from fastbb_kernels._dispatch import pretend
+from fastbb_kernels.comparison import Hardware
 from fastbb_kernels.launching import note_binary, noting
 from fastbb_kernels.machine import Machine
+from fastbb_kernels.op import find_op
 from fastbb_kernels.result_cache import ResultCache
-from fastbb_kernels.self_check import Hardware, SelfCheck
+from fastbb_kernels.self_check import SelfCheck
 
 Launch = Callable[..., Any]
 
@@ -70,7 +70,7 @@ def custom_op(op: str) -> Launch:
 
 def launch_of(op: str) -> Any:
     """What an op runs on GPUs."""
-    return sys.modules[getattr(fastbb_kernels, op).__module__].__dict__["_launch"]
+    return find_op(op).launch
 
 
 @contextmanager

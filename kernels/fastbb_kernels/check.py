@@ -21,10 +21,10 @@ from .accuracy import accuracy_problem
 from .architectures import ARCHITECTURES
 from .case import Case
 from .cases import checked_cases, model_cases, real_cases, small_cases
+from .comparison import case_problem
 from .launching import FEW_IMAGES, Launch, forced, noting
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
 from .recorder import Recording
-from .self_check import case_problem
 from .testing import fake_gpu, record_launches, trace
 from .testing.budget import (
     Budget,
@@ -57,12 +57,11 @@ def launch_of(
 ) -> tuple[Launch, tuple[Any, ...]]:
     """What the custom op of a case runs on GPUs, and the arguments that it is given."""
     op = find_op(case.op)
-    module = sys.modules[op.call.__module__]
-    launch, mocked = module.__dict__["_launch"], mock.Mock()
+    module, mocked = sys.modules[op.call.__module__], mock.Mock()
     with mock.patch.object(module, "_launch", mocked), pretend(arch), torch.no_grad():
         op.call(**case.arguments(device, dtype), impl="triton")
     (call,) = mocked.call_args_list
-    return launch, call.args
+    return op.launch, call.args
 
 
 @dataclass(frozen=True)

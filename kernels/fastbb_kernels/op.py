@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cases import small_cases
+from .launching import Launch
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -24,6 +25,7 @@ class Op:
         unsupported: why Triton cannot run a call, or None.
         n_bytes: least bytes of a call.
         custom_op: what the dispatcher of torch knows.
+        launch: what it runs on GPUs.
         is_block: where its own kernel does not run, the ops that it is made of do.
     """
 
@@ -33,6 +35,7 @@ class Op:
     unsupported: Callable[..., str | None]
     n_bytes: Callable[..., int]
     custom_op: Any
+    launch: Launch
     is_block: bool
 
 
@@ -46,6 +49,7 @@ def find_op(name: str) -> Op:
         unsupported=getattr(module, f"{name}_unsupported"),
         n_bytes=getattr(module, f"{name}_n_bytes"),
         custom_op=getattr(torch.ops.fastbb, name).default,
+        launch=module._launch,
         is_block=hasattr(module, "use_block"),
     )
 

@@ -1,4 +1,4 @@
-"""Whether the ops compute on a device what they ought to: tried at first use, and remembered.
+"""Whether kernels compute on a device what they ought to: tried at first launch, and remembered.
 
 A GPU that nobody tried may miscompile a kernel, or lack the resources that it takes. So each
 compiled kernel is tried when it is launched for the first time: the same binary, on few images,
@@ -16,27 +16,32 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._dispatch import TRITON_DTYPES, Impl, KernelWarning, input_precision, unchecked
+from ._dispatch import TRITON_DTYPES, Impl, KernelWarning, input_precision
 from ._dispatch import current_check as current
 from ._dispatch import use_check as use
-from .accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from .case import Case
 from .cases import small_cases
+from .comparison import (
+    SEED,
+    Hardware,
+    NotChecked,
+    case_problem,
+    is_out_of_memory,
+    launch_problem,
+    reason_of,
+    run_case,
+    why_lost,
+)
 from .launching import FEW_IMAGES, Launch, Launched, forced, noting
 from .machine import Machine
-from .op import DTYPE_NAMES, find_op, in_float64, op_names
+from .op import DTYPE_NAMES, find_op, op_names
 from .result_cache import ResultCache
 
-__all__ = ["Hardware", "NotChecked", "SelfCheck", "case_problem", "current", "use"]
+__all__ = ["SelfCheck", "current", "use"]
 
 SECTION = "self_check"
 BINARIES = "binaries"  # section of the digests that were found to be right
-_SEED = 0
-_N_RUNS = 2
-# more than a small case needs, in float64 as well
-_ROOM_BYTES = 128 * 2**20
 _LIBRARY_CALLS = 4096  # that are told apart
-_MAX_ERROR_CHARACTERS = 300
 
 _log = logging.getLogger(__name__)
 
@@ -44,44 +49,8 @@ _Key = tuple[str, torch.device, torch.dtype, str]
 _Result = TypeVar("_Result")
 
 
-class NotChecked(RuntimeError):
-    """A case could not be run through, and its op is not to blame; the message says why."""
-
-
 class _CallersMemory(Exception):
     """There was no memory for a launch, nor for its check: nothing was found out."""
-
-
-class Hardware:
-    """What a check asks of a device, besides running ops."""
-
-    def synchronize(self, device: torch.device) -> None:
-        """Waits for the current stream; raises what a kernel left behind.
-
-        Not for the whole device: CUDA forbids that while another thread captures a graph.
-        """
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
-
-    def has_room(self, device: torch.device, n_bytes: int) -> bool:
-        """Whether so much memory is there."""
-        try:
-            torch.empty(n_bytes, dtype=torch.uint8, device=device)
-        except RuntimeError:  # of PyTorch or of the driver
-            return False
-        return True
-
-    def is_capturing(self, device: torch.device) -> bool:
-        """Whether a CUDA graph is being recorded, so that nothing may wait for the device."""
-        if device.type != "cuda":
-            return False
-        with torch.cuda.device(device):
-            return torch.cuda.is_current_stream_capturing()
-
-
-def run_case(case: Case, arguments: dict[str, Any], impl: Impl) -> Tensor:
-    """Calls the op of a case."""
-    return find_op(case.op).call(**arguments, impl=impl)
 
 
 class SelfCheck:
@@ -285,7 +254,7 @@ class SelfCheck:
             return
         except Exception as error:
             # for this process: every call would try it again, and the next one may have room
-            self._problems[key] = f"not checked: {_reason(error)}"
+            self._problems[key] = f"not checked: {reason_of(error)}"
         else:
             self._problems[key] = problem
             cache.put(SECTION, _cache_key(key), {"problem": problem})
@@ -334,7 +303,7 @@ class SelfCheck:
             _CallersMemory: as `error` says, there was none for the launch, nor is there for this.
         """
         op, device, dtype, _ = key
-        lost = _loss(device, self._hardware)
+        lost = why_lost(device, self._hardware)
         if lost is not None:
             if launched.digests <= self._trusted_of(key):  # a kernel before it, perhaps not ours
                 raise NotChecked(lost)
@@ -342,11 +311,11 @@ class SelfCheck:
             return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"
         for n_images in (FEW_IMAGES, None):
             with forced(launched.configs), noting() as again:
-                few = launch.alike(args, n_images, _SEED)
+                few = launch.alike(args, n_images, SEED)
                 try:
-                    problem = _launch_problem(launch, few, device, self._hardware)
+                    problem = launch_problem(launch, few, device, self._hardware)
                 except NotChecked:
-                    if error is not None and _is_out_of_memory(error):
+                    if error is not None and is_out_of_memory(error):
                         raise _CallersMemory from error
                     raise
             if problem is not None:
@@ -361,9 +330,9 @@ class SelfCheck:
         device, dtype = args[0].device, launch.dtype(args)
 
         def find_problem() -> str | None:
-            several = launch.alike(args, None, _SEED)
+            several = launch.alike(args, None, SEED)
             last = len(several[0]) - 1
-            return _launch_problem(
+            return launch_problem(
                 launch,
                 launch.ends(several),
                 device,
@@ -374,7 +343,7 @@ class SelfCheck:
         try:
             problem = self._outside(device, find_problem) if len(args[0]) else None
         except Exception as error:
-            problem = f"not checked: {_reason(error)}"
+            problem = f"not checked: {reason_of(error)}"
         if problem is not None:
             shape = "x".join(map(str, args[0].shape))
             with self._lock:
@@ -399,7 +368,7 @@ class SelfCheck:
                 try:
                     return function()
                 finally:
-                    lost = _loss(device, self._hardware)
+                    lost = why_lost(device, self._hardware)
                     if lost is not None:
                         self._lost[device] = lost
 
@@ -433,173 +402,6 @@ class SelfCheck:
             if note not in self._logged:
                 self._logged.add(note)
                 _log.info(note)
-
-
-@torch.no_grad()
-def case_problem(
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    impl: Impl = "auto",
-    run_case: Callable[[Case, dict[str, Any], Impl], Tensor] = run_case,
-    hardware: Hardware | None = None,
-) -> str | None:
-    """Runs a case on a device, twice, against the op's reference there.
-
-    Args:
-        case: of one op.
-        dtype: of its tensors.
-        device: where it runs.
-        impl: "auto" runs what a model would run, "triton" the kernel whatever is known of it.
-        run_case: calls the op.
-        hardware: what is asked of the device.
-
-    Returns:
-        what is wrong, in a sentence; None if all is well or the op's kernels do not take the case.
-
-    Raises:
-        NotChecked: PyTorch's own ops fail, or the device has no memory left.
-    """
-    hardware = hardware or Hardware()
-    op = find_op(case.op)
-
-    def run() -> Tensor:
-        with unchecked() if impl == "triton" else nullcontext():
-            return run_case(case, arguments, impl)
-
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        try:
-            arguments = case.arguments(device, dtype, _SEED)
-            if op.unsupported(**arguments):
-                return None
-        except Exception as error:
-            raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
-        return _problem_of(
-            run=run,
-            eager=lambda: op.eager(**arguments),
-            exact=lambda: op.eager(**in_float64(arguments)),
-            device=device,
-            hardware=hardware,
-        )
-
-
-@torch.no_grad()
-def _launch_problem(
-    launch: Launch,
-    args: Sequence[Any],
-    device: torch.device,
-    hardware: Hardware,
-    run: Callable[[], Tensor] | None = None,
-) -> str | None:
-    """As `case_problem`, for a launch with given arguments, or what `run` makes of those."""
-    wide = [x.double() if isinstance(x, Tensor) else x for x in args]
-    return _problem_of(
-        run=run or (lambda: launch.run(*args)),
-        eager=lambda: launch.eager(*args),
-        exact=lambda: launch.eager(*wide),
-        device=device,
-        hardware=hardware,
-    )
-
-
-def _problem_of(
-    *,
-    run: Callable[[], Tensor],
-    eager: Callable[[], Tensor],
-    exact: Callable[[], Tensor],
-    device: torch.device,
-    hardware: Hardware,
-) -> str | None:
-    """What is wrong with the results of `run`, called twice; see `case_problem`."""
-    try:
-        eager_result, exact_result = eager(), exact()
-        hardware.synchronize(device)
-    except Exception as error:
-        raise NotChecked(f"PyTorch's own ops fail on {device}: {_name(error)}") from error
-    results: list[Tensor] = []
-    for _ in range(_N_RUNS):
-        _fill_free_memory(eager_result)
-        try:
-            results.append(run())
-            hardware.synchronize(device)
-        except Exception as error:  # whatever a launch raises: the op is off, with this reason
-            return _failure(error, device, hardware, 4 * eager_result.nbytes)
-        problem = _difference(results[-1], eager_result, exact_result)
-        if problem is not None:
-            return problem
-    if not torch.equal(results[0], results[1]):
-        return f"two runs with the same inputs differ by {max_error(*results):.3g}"
-    return None
-
-
-def _difference(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
-    if not isinstance(got, Tensor):
-        return f"wanted a tensor, got {type(got).__name__}"
-    if got.isnan().any() and not eager.isnan().any():
-        return "NaN where eager PyTorch has numbers"
-    # PyTorch convolves in TF32 on NVIDIA GPUs unless it is told otherwise
-    largest = max_magnitude(exact)
-    lost = 2 * max_error(eager, exact) / largest if largest else 0.0
-    return accuracy_problem(got, eager, exact, max(FP32_REL, lost))
-
-
-def _failure(error: Exception, device: torch.device, hardware: Hardware, n_bytes: int) -> str:
-    """What a launch's exception means.
-
-    Args:
-        error: the exception.
-        device: of the launch.
-        hardware: what is asked of the device.
-        n_bytes: that a launch may take, besides what small ones need.
-
-    Raises:
-        NotChecked: the device has no memory left.
-    """
-    problem = _name(error)
-    lost = _loss(device, hardware)
-    if lost is not None:
-        return f"{problem}; {lost}"
-    if _is_out_of_memory(error):
-        if not hardware.has_room(device, n_bytes + _ROOM_BYTES):
-            raise NotChecked(f"{device} has no memory left: {problem}") from error
-        return f"asks for more memory than such a call may take: {problem}"
-    return problem
-
-
-def _loss(device: torch.device, hardware: Hardware) -> str | None:
-    """Why this process cannot use the device any more: CUDA repeats some errors for ever."""
-    try:
-        hardware.synchronize(device)
-    except Exception as error:
-        return f"{device} is lost to this process, which has to be restarted: {_name(error)}"
-    return None
-
-
-def _fill_free_memory(like: Tensor) -> None:
-    """Leaves NaN in the memory that the next results are put in.
-
-    PyTorch hands out what was freed last. It also can fill fresh memory itself, but only under
-    `use_deterministic_algorithms`, where other kernels run.
-    """
-    blocks = [torch.full_like(like, torch.nan) for _ in range(4)]
-    del blocks
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # a driver says it in a RuntimeError
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in _name(error).lower()
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, NotChecked) else _name(error)
-
-
-def _name(error: BaseException) -> str:
-    """An exception on one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    cut = len(text) > _MAX_ERROR_CHARACTERS
-    return f"{text[:_MAX_ERROR_CHARACTERS]}..." if cut else text
 
 
 def _key(op: str, device: torch.device, dtype: torch.dtype) -> _Key:

@@ -26,8 +26,9 @@ from torch.testing import assert_close
 from fastbb_kernels import KernelWarning, linear_residual, patch_merging
 from fastbb_kernels.case import Case
 from fastbb_kernels.cases import small_cases
+from fastbb_kernels.comparison import case_problem
 from fastbb_kernels.fp32_precision import fp32_products
-from fastbb_kernels.self_check import SECTION, SelfCheck, case_problem, use
+from fastbb_kernels.self_check import SECTION, SelfCheck, use
 
 OP = "patch_merging"
 CASES = [case for case in small_cases() if case.op == OP]
@@ -143,7 +144,7 @@ def test_a_comparison_that_fails_is_not_the_kernels_fault(error: Exception, tmp_
     check = self_check(tmp_path)
     with launching(patch_merging=custom_op(OP)) as launches, use(check):
         with (
-            mock.patch("fastbb_kernels.self_check.max_magnitude", side_effect=error),
+            mock.patch("fastbb_kernels.comparison.max_magnitude", side_effect=error),
             pytest.warns(KernelWarning, match=f"is off.*not checked: .*{error}") as warned,
         ):
             for _ in range(2):

@@ -6,6 +6,7 @@ Bound: flops from 128 channels on; memory and flops are even at 64.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -134,8 +135,7 @@ def _n_used(size: int, stride: int, dilation: int) -> int:
     return len(taps.intersection(range(size)))
 
 
-@torch.library.custom_op("fastbb::conv3x3_bn_act", mutates_args=())
-def _conv3x3_bn_act(
+def _plain_pytorch(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -150,9 +150,12 @@ def _conv3x3_bn_act(
     return empty_output(x, weight, stride).copy_(y)
 
 
-@_conv3x3_bn_act.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
     return empty_output(x, weight, stride)
+
+
+_conv3x3_bn_act = torch.library.custom_op("fastbb::conv3x3_bn_act", _plain_pytorch, mutates_args=())
+_conv3x3_bn_act.register_fake(_fake)
 
 
 @launches(_conv3x3_bn_act)
@@ -171,22 +174,10 @@ def _launch(
     return launch(x, weight, bias, stride, dilation, residual, activation, y)
 
 
-@torch.library.custom_op("fastbb::fastest_conv3x3_bn_act", mutates_args=())
-def _fastest_conv3x3_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    dilation: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    return _conv3x3_bn_act(x, weight, bias, stride, dilation, residual, activation)
-
-
-@_fastest_conv3x3_bn_act.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
-    return empty_output(x, weight, stride)
+_fastest_conv3x3_bn_act = torch.library.custom_op(
+    "fastbb::fastest_conv3x3_bn_act", _plain_pytorch, mutates_args=()
+)
+_fastest_conv3x3_bn_act.register_fake(_fake)
 
 
 class Conv3x3Way(NamedTuple):
@@ -289,5 +280,5 @@ def _choice_of_cudnn(x: Tensor, weight: Tensor, *options: Any) -> tuple[object, 
 _cudnn = Launch(
     "cuDNN's fused 3x3 convolution",
     _call_cudnn,
-    eager=lambda *args: _conv3x3_bn_act._init_fn(*args, "relu"),
+    eager=partial(_plain_pytorch, activation="relu"),
 )

@@ -2,8 +2,6 @@
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor, channels_last
@@ -12,25 +10,14 @@ from .._activation import Activation
 from .._dispatch import Architecture
 from ..launching import chosen_config
 from .activation import activate
+from .config import RowsConfig
 from .kernel import Kernel
 
 
-class BiasActConfig(NamedTuple):
-    """Rows and columns of a tile, and its warps."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-
-    def options(self) -> dict[str, int]:
-        """The keyword arguments of a launch."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
-
-
-def launch_config(channels: int, arch: Architecture | None) -> BiasActConfig:
+def launch_config(channels: int, arch: Architecture | None) -> RowsConfig:
     """Tiles of 4096 elements, 32 a thread, whose rows are whole up to 128 channels."""
     block_n = max(16, min(128, triton.next_power_of_2(channels)))
-    return BiasActConfig(4096 // block_n, block_n, num_warps=4)
+    return RowsConfig(4096 // block_n, block_n, num_warps=4)
 
 
 def launch(

@@ -21,3 +21,15 @@ class GemmConfig(NamedTuple):
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+
+
+class RowsConfig(NamedTuple):
+    """Rows and columns of a tile, and its warps."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+    def options(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}

@@ -6,27 +6,14 @@ mean first, then the variance about it.
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Architecture
 from ..launching import chosen_config
+from .config import RowsConfig
 from .kernel import Kernel
-
-
-class RowsConfig(NamedTuple):
-    """Rows and columns of a tile, and its warps."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-
-    def options(self) -> dict[str, int]:
-        """The keyword arguments of a launch."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps}
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> RowsConfig:
