@@ -10,6 +10,8 @@ import torch
 from gpu_pretended import pretended_gpu
 from gpu_work import describe
 
+from fastbb_kernels.precompiling import n_cores
+
 NVIDIA_SMI = (
     "clocks.sm",
     "clocks.max.sm",
@@ -57,10 +59,6 @@ def nvidia_smi() -> dict[str, str]:
         return dict(zip(NVIDIA_SMI, done.stdout.splitlines()[0].split(", "), strict=True))
     except (OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
         return dict.fromkeys(NVIDIA_SMI, f"unknown ({describe(error)})")
-
-
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def n_processes(dry_run: bool) -> int:

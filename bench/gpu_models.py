@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from gpu_device import n_cores, n_processes, on_device
+from gpu_device import n_processes, on_device
 from gpu_measure import PRECISIONS, Clock, OurBytes, peaks, precision
 from gpu_profile import profiled
 from gpu_work import Work, describe
@@ -39,6 +39,7 @@ from fastbb.engine.graphs import GraphPool
 from fastbb_kernels import KernelWarning, use_impl
 from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_magnitude
 from fastbb_kernels.fp32_precision import convolution_precision
+from fastbb_kernels.precompiling import n_cores
 
 N_CHECKED = 4  # images that are held to float64
 _SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_candidates import candidates
-from gpu_device import n_cores, nvidia_smi, on_device
+from gpu_device import nvidia_smi, on_device
 from gpu_environment import commit
 from gpu_libraries import LIBRARIES
 from gpu_measure import graph_of, graph_us, precision
@@ -39,6 +39,7 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.measured import SECTION, config_path, plain_sizes, write_configs
 from fastbb_kernels.op import Op, find_op, in_float64
 from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way, usual_way
+from fastbb_kernels.precompiling import n_cores
 from fastbb_kernels.supported_gpus import named
 
 # where the models spend their time, the most telling first
