@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # run once more without transformers, which is an extra
-CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm_files.py tests/test_backbone.py \
-	tests/test_bad_input.py tests/test_checkpoint.py tests/test_image_modes.py tests/test_image_processing.py
+CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm_files.py tests/backbone/test_backbone.py \
+	tests/backbone/test_bad_input.py tests/backbone/test_checkpoint.py tests/images/test_image_modes.py \
+	tests/images/test_image_processing.py
 
 # what `make test-floor` runs, with the oldest versions that pyproject.toml declares
 FLOOR := .venv-floor/bin
-FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine
+FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine tests/inspect
 
 .PHONY: demo test test-all test-floor check bench gpu budgets clean
 
@@ -18,7 +19,7 @@ demo: .venv/.demo
 
 test: check
 	$(BIN)/python -m pytest -n 2 -q
-	PYTHONPATH=tests $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
+	PYTHONPATH=tests/support $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
 
 # every kernel for every GPU, which `make test` compiles for two only; for ops that changed
 test-all: test

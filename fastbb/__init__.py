@@ -4,17 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import heads as heads
-    from .acceleration import AccelerateReport, AccelerateWarning, accelerate, restore
     from .auto import AutoBackbone, AutoConfig, list_backbones
-    from .backbone import BackboneMixin, BackboneOutput
-    from .configuration import BackboneConfigMixin
+    from .backbone.base import BackboneMixin
+    from .backbone.configuration import BackboneConfigMixin
+    from .backbone.output import BackboneOutput
     from .extraction import FeatureExtractor, extract, open_features
-    from .heads import MaskFormerConfig as MaskFormerConfig
-    from .heads import MaskFormerForInstanceSegmentation as MaskFormerForInstanceSegmentation
-    from .heads import register as register
-    from .heads import unregister as unregister
-    from .image_processing import AutoImageProcessor, ImageProcessor
+    from .hosts import heads as heads
+    from .hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate, restore
+    from .hosts.heads import MaskFormerConfig as MaskFormerConfig
+    from .hosts.heads import MaskFormerForInstanceSegmentation as MaskFormerForInstanceSegmentation
+    from .hosts.heads import register as register
+    from .hosts.heads import unregister as unregister
+    from .images.processor import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
     from .models.timm import TimmBackbone, TimmBackboneConfig
@@ -47,13 +48,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "acceleration": ("AccelerateReport", "AccelerateWarning", "accelerate", "restore"),
+    "hosts.accelerate": ("AccelerateReport", "AccelerateWarning", "accelerate", "restore"),
     "auto": ("AutoBackbone", "AutoConfig", "list_backbones"),
-    "backbone": ("BackboneMixin", "BackboneOutput"),
-    "configuration": ("BackboneConfigMixin",),
+    "backbone.base": ("BackboneMixin",),
+    "backbone.output": ("BackboneOutput",),
+    "backbone.configuration": ("BackboneConfigMixin",),
     "extraction": ("FeatureExtractor", "extract", "open_features"),
-    "heads": ("MaskFormerConfig", "MaskFormerForInstanceSegmentation", "register", "unregister"),
-    "image_processing": ("AutoImageProcessor", "ImageProcessor"),
+    "hosts.heads": (
+        "MaskFormerConfig",
+        "MaskFormerForInstanceSegmentation",
+        "register",
+        "unregister",
+    ),
+    "images.processor": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),
     "models.timm": ("TimmBackbone", "TimmBackboneConfig"),
@@ -64,7 +71,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> Any:
     # lazy (PEP 562), so that importing fastbb costs nothing
     if name == "heads":
-        return import_module(".heads", __name__)
+        return import_module(".hosts.heads", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)

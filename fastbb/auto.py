@@ -1,8 +1,6 @@
 """One entry for every backbone: a name or directory in, the right family with its weights out."""
 
-import difflib
 import enum
-import fnmatch
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +10,14 @@ import torch
 from torch import nn
 
 from . import models  # noqa: F401  # registers the families
-from .backbone import Backbone, unwrap_head
-from .checkpoint import StateDict, not_tensors
-from .configuration import BackboneConfig
-from .hub import HubOptions, bundled_models, is_timm_config, local_directory, read_config
-from .registry import FAMILIES, Family, family_of
+from .backbone.base import Backbone
+from .backbone.checkpoint import StateDict, not_tensors
+from .backbone.configuration import BackboneConfig
+from .backbone.hub import HubOptions
+from .backbone.registry import FAMILIES, Family, family_of
+from .models.lookup import config_of, list_backbones, pretrained_config
+
+__all__ = ["AutoBackbone", "AutoConfig", "list_backbones"]
 
 
 class AutoConfig:
@@ -48,9 +49,7 @@ class AutoConfig:
             ValueError: it is of a kind that fastbb has no backbone for.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
-        values = _config_of(pretrained_model_name_or_path, hub)
-        _, config_class = family_of(values.get("model_type"))
-        return config_class.from_dict(values, **overrides)
+        return pretrained_config(pretrained_model_name_or_path, hub, **overrides)
 
     @classmethod
     def for_model(cls, model_type: str, **kwargs: Any) -> BackboneConfig:
@@ -116,7 +115,7 @@ class AutoBackbone:
         elif config is not None:
             model_type = getattr(config, "model_type", type(config).__name__)
         else:
-            model_type = _config_of(name, hub).get("model_type")
+            model_type = config_of(name, hub).get("model_type")
         family, _ = family_of(model_type)
         return family.backbone.from_pretrained(
             name,
@@ -273,57 +272,3 @@ def _check_torchvision_model(name: str, family: Family, config: BackboneConfig) 
         f"{', '.join(wrong) or f'the names of a {family.backbone.__name__}'}: "
         "say from_torchvision(None, ...) for a model of other depths and widths"
     )
-
-
-def list_backbones(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names that `AutoBackbone.from_pretrained` takes without asking the Hub what they are.
-
-    Args:
-        filter: shell pattern such as `swin*`; default: all.
-        pretrained: only names with weights, timm's with their tags.
-
-    Returns:
-        The bundled models, then timm's, sorted. Any Hub repository or directory works beside them.
-    """
-    import timm
-
-    names = timm.list_pretrained() if pretrained else timm.list_models()
-    names = [*bundled_models(), *names]
-    return fnmatch.filter(names, filter) if filter else names
-
-
-def _config_of(name_or_dir: str | os.PathLike[str], hub: HubOptions) -> dict[str, Any]:
-    """The backbone's configuration behind a name, in the order the names are looked up."""
-    name = str(name_or_dir)
-    if local_directory(name_or_dir) is None:
-        if _is_timm_name(name):
-            return {"model_type": "timm_backbone", "backbone": name.removeprefix("timm/")}
-        if "/" not in name:
-            close = difflib.get_close_matches(name, list_backbones(), n=5)
-            close = close or difflib.get_close_matches(name, list_backbones(pretrained=True), n=5)
-            hint = f" Did you mean {', '.join(close)}?" if close else ""
-            try:
-                config = read_config(name, hub)
-            except OSError as error:
-                raise OSError(f"{error}{hint}") from error
-            return unwrap_head(config, hub)
-    config = read_config(name_or_dir, hub)
-    if is_timm_config(config):
-        kwargs = config.get("model_args") or {}
-        architecture = config["architecture"]
-        return {
-            "model_type": "timm_backbone",
-            "backbone": architecture,
-            "backbone_kwargs": kwargs,
-        }
-    return unwrap_head(config, hub)
-
-
-def _is_timm_name(name: str) -> bool:
-    if name.startswith("timm/"):
-        return True
-    if "/" in name:
-        return False
-    import timm
-
-    return timm.is_model(name.partition(".")[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from .interruption import ending_on_signals, interruption_code
+from .engine.interruption import ending_on_signals, interruption_code
 
 DEFAULT_MODEL = "nano-swin-digits"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
@@ -245,7 +245,7 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
     Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the report cannot be written;
     130 interrupted, 143 terminated.
     """
-    from .view import view as write_view
+    from .inspect.view import view as write_view
 
     _echo(f"wrote {write_view(image, model, out, size=size)}")
 
@@ -279,7 +279,7 @@ def verify_model(name: str, **options: Any) -> None:
     Exit codes: 0 every map is as accurate as its library's; 1 some are not; 2 wrong arguments or no
     such model; 6 the report cannot be written; 130 interrupted, 143 terminated.
     """
-    from .engine.verify import verify_model as run
+    from .inspect.verify import verify_model as run
 
     report = run(name, **options)
     _echo(str(report))
@@ -355,7 +355,7 @@ def tune(name: str, device: str | None, **options: Any) -> None:
     Exit codes: 0 measured; 2 wrong arguments or no such model; 6 the report cannot be written;
     130 interrupted, 143 terminated.
     """
-    from .engine.tune import remembered_in, tune_model
+    from .inspect.tune import remembered_in, tune_model
 
     warnings.simplefilter("ignore", UserWarning)  # the results say it
     progress = lambda text: _say(f"measuring {text}")  # noqa: E731
@@ -408,7 +408,7 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
     from tqdm import tqdm
 
     try:
-        from .engine.warmup import warm_up
+        from .inspect.warmup import warm_up
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
@@ -433,7 +433,7 @@ def doctor(as_json: bool) -> None:
     Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
     report cannot be written; 130 interrupted, 143 terminated.
     """
-    from .engine.doctor import doctor as examine
+    from .inspect.doctor import doctor as examine
 
     found = examine()
     _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))

@@ -17,7 +17,7 @@ from train_nano import digits_split
 
 import fastbb
 from fastbb import AutoBackbone, AutoImageProcessor
-from fastbb.view import contact_sheet, view
+from fastbb.inspect.view import contact_sheet, view
 
 OUT = Path("demo-output")
 MODELS = ("nano-swin-digits", "nano-resnet-digits")

@@ -24,7 +24,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
 from fastbb import AutoBackbone, AutoImageProcessor, ResNetConfig, SwinConfig
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 
 ASSETS = Path(__file__).parents[1] / "fastbb" / "assets"
 SIZE = 64

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbb_kernels import Impl, use_impl
 
-from ..backbone import Backbone
+from ..backbone.base import Backbone
 from ..models.resnet import ResNetBackbone
 from ..models.swin import SwinBackbone
 from ..models.swin_any_size import SwinAnySize, swin_any_size_unsupported

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 
-from ..backbone import Backbone
+from ..backbone.base import Backbone
 from .cpu import multiplies_faster_as_convolution
 from .frozen import attention_to_products, fold_constants, linear_to_convolution
 from .trial import Run

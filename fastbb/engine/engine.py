@@ -21,10 +21,10 @@ from fastbb_kernels.fp32_precision import fp32_products, is_in_force
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 
-from ..backbone import Backbone
-from ..derived import ModuleStamp, is_tracing, statistics_note
-from ..measuring import Clock, describe, duration, wall_clock
+from ..backbone.base import Backbone
+from ..weights.derived import ModuleStamp, is_tracing, statistics_note
 from .explanation import Explanation, Row
+from .measuring import Clock, describe, duration, wall_clock
 from .settings import DTYPES, EngineWarning, Settings, Tools
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derived import holding_derived
+from ..weights.derived import holding_derived
 from .trial import Run
 
 MAX_GRAPHS = 8

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
 
-from ..backbone import Backbone
+from ..backbone.base import Backbone
 from .engine import Engine, notes_on
 from .explanation import Explanation, Row
 from .settings import DTYPES, Settings, Tools

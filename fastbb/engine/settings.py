@@ -8,7 +8,7 @@ import torch
 
 from fastbb_kernels.result_cache import ResultCache
 
-from ..measuring import Clock
+from .measuring import Clock
 from .trial import Candidate, Report, tuning_bar
 
 Mode = Literal["auto", "eager", "compile", "triton", "triton+compile"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..interruption import check_interrupted
-from ..measuring import Clock, describe, duration
+from .interruption import check_interrupted
+from .measuring import Clock, describe, duration
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from fastbb_kernels.accuracy import (
     max_magnitude,
 )
 
-from ..backbone import Backbone
+from ..backbone.base import Backbone
 from ..models.timm import TimmBackbone
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)

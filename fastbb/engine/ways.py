@@ -10,12 +10,12 @@ from torch import Tensor
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
 
-from ..backbone import Backbone
-from ..derived import ModuleStamp
-from ..measuring import describe
+from ..backbone.base import Backbone
+from ..weights.derived import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .cpu import KEPT_BYTES, even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool
+from .measuring import describe
 from .trial import Run
 from .truth import without_engine
 

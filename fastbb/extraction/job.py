@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..interruption import check_interrupted
+from ..engine.interruption import check_interrupted
 from .decode import RowError
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .sources import InputError, Source, archive_states, first_few, list_sources

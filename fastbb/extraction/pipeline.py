@@ -26,9 +26,9 @@ from torch import Tensor
 from fastbb_kernels.machine import find_device
 
 from ..auto import AutoBackbone
-from ..backbone import Backbone
+from ..backbone.base import Backbone
 from ..engine.prepare import example_pixels
-from ..image_processing import AutoImageProcessor, ImageProcessor
+from ..images.processor import AutoImageProcessor, ImageProcessor
 from .decode import (
     MAX_BYTES,
     MAX_PIXELS,

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS
 
-from ..backbone import Backbone
-from ..checkpoint import StateDict, find_prefix, strip_prefix
-from ..configuration import (
+from ..backbone.base import Backbone
+from ..backbone.checkpoint import StateDict, find_prefix, strip_prefix
+from ..backbone.configuration import (
     BackboneConfig,
     check_boolean,
     check_choice,
@@ -23,10 +23,9 @@ from ..configuration import (
     check_integers,
     hierarchical_stage_names,
 )
-from ..layers import ConvNorm, check_untouched
-from ..registry import Family, register
+from ..backbone.registry import Family, register
+from .layers import ConvNorm, check_untouched
 from .resnet_compute import residual_block, timm_forward
-from .resnet_hosts import REPLACED
 
 REDUCTION = 4  # of the channels inside a bottleneck
 
@@ -289,6 +288,5 @@ register(
             "resnet152": _torchvision_shape("bottleneck", 3, 8, 36, 3),
         },
         from_torchvision=torchvision_resnet,
-        replaces=REPLACED,
     )
 )

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import ConvNorm, is_foldable
-from ..registry import StagesForward
+from ..backbone.registry import StagesForward
+from .layers import ConvNorm, is_foldable
 
 
 def residual_block(

@@ -20,9 +20,9 @@ from fastbb_kernels import (
     relative_position_index,
 )
 
-from ..backbone import Backbone, warn_untrained
-from ..checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
-from ..configuration import (
+from ..backbone.base import Backbone, warn_untrained
+from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
+from ..backbone.configuration import (
     BackboneConfig,
     check_boolean,
     check_choice,
@@ -32,8 +32,8 @@ from ..configuration import (
     check_size,
     hierarchical_stage_names,
 )
-from ..layers import check_untouched
-from ..registry import Family, register
+from ..backbone.registry import Family, register
+from .layers import check_untouched
 from .swin_compute import (
     SwinBlockSpec,
     SwinBlockWeights,
@@ -42,7 +42,6 @@ from .swin_compute import (
     cuts_patches,
     swin_stage,
 )
-from .swin_hosts import REPLACED
 from .swin_sources import (
     in_memory_name,
     legacy_name,
@@ -551,6 +550,5 @@ register(
             "swin_b": _torchvision_shape(128, 4, 18),
         },
         from_torchvision=torchvision_swin,
-        replaces=REPLACED,
     )
 )

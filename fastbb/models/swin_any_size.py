@@ -20,7 +20,7 @@ from fastbb_kernels import (
 )
 from fastbb_kernels.ops.window_attention import _regions, _windows
 
-from ..layers import check_untouched
+from .layers import check_untouched
 from .swin import SwinBackbone, TorchvisionSwinConfig
 from .swin_compute import cuts_patches, merge_patches, mlp_half, project_qkv
 from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights

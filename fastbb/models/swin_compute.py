@@ -20,8 +20,8 @@ from fastbb_kernels import (
     window_attention_weights,
 )
 
-from ..derived import derive
-from ..layers import drop_path
+from ..weights.derived import derive
+from .layers import drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fastbb_kernels import WindowGeometry, patch_embed
 
-from ..checkpoint import StateDict
-from ..registry import StagesForward
+from ..backbone.checkpoint import StateDict
+from ..backbone.registry import StagesForward
 from .swin_compute import SwinStage, block_weights, cuts_patches, swin_stage
 from .swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 

@@ -17,10 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..backbone import Backbone, BackboneType, as_dtype, unwrap_head
-from ..checkpoint import (
+from ..backbone.base import Backbone, BackboneType
+from ..backbone.checkpoint import (
     LoadingInfo,
     StateDict,
+    as_dtype,
     check_dtypes,
     find_prefix,
     load_strict,
@@ -30,10 +31,17 @@ from ..checkpoint import (
     shapes_only,
     strip_prefix,
 )
-from ..configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
-from ..hub import HubOptions, TimmSource, find_file, read_config, timm_source
-from ..registry import FAMILIES, Family, StagesForward, register
+from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
+from ..backbone.hub import (
+    HubOptions,
+    TimmSource,
+    find_file,
+    read_config,
+    timm_source,
+    unwrap_head,
+)
+from ..backbone.registry import FAMILIES, Family, StagesForward, register
+from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
 
 _LOADING = threading.Lock()
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

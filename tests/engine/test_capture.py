@@ -13,10 +13,10 @@ from reference_models import images
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbb.derived import derive
 from fastbb.engine import graphs
 from fastbb.engine.graphs import GraphPool
 from fastbb.engine.trial import Run
+from fastbb.weights.derived import derive
 
 PIXELS, WIDE = images(64, 64), images(64, 96)
 

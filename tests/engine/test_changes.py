@@ -13,9 +13,9 @@ from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from fastbb.derived import _STAMPS, ModuleStamp, derive, holding_derived
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
+from fastbb.weights.derived import _STAMPS, ModuleStamp, derive, holding_derived
 
 PIXELS = images(64, 64)
 CHANGED = "weights, settings, layers or hooks changed since they were compiled, so it runs eager"

@@ -10,7 +10,7 @@ from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.engine.frozen import attention_to_products, fold_constants, linear_to_convolution
 
 

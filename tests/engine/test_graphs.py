@@ -13,7 +13,7 @@ from reference_models import from_hf, hf_resnet, images
 from tolerance import assert_equals_upstream
 from torch import Tensor
 
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.engine import engine, graphs
 from fastbb.engine.engine import Engine
 from fastbb.engine.graphs import GraphPool

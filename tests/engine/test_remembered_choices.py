@@ -24,7 +24,7 @@ from reference_models import Pair, hf_pair, hf_resnet, images
 from tolerance import assert_equals_upstream
 from torch import Tensor
 
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
 from fastbb.engine.trial import Candidate, Run

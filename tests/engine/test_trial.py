@@ -12,6 +12,7 @@ import torch
 from reference_models import Pair, hf_pair, hf_resnet, hf_swin, images, timm_pair
 from torch import Tensor
 
+from fastbb.engine.measuring import describe, duration, wall_clock
 from fastbb.engine.trial import (
     MAX_ROUNDS,
     MIN_ROUNDS,
@@ -24,7 +25,6 @@ from fastbb.engine.trial import (
     winner,
 )
 from fastbb.engine.truth import Truth, allowed_rel, fp32_rel, without_engine
-from fastbb.measuring import describe, duration, wall_clock
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
 PIXELS = images(4, 4)

@@ -11,7 +11,7 @@ from reference_models import Pair, hf_pair, hf_resnet, images
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor
 
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.engine import cpu
 from fastbb.engine.engine import Engine
 from fastbb.engine.prepare import prepare

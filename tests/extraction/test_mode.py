@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from pretended_device import baked
 from torch import Tensor
 
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.cli import main
 from fastbb.engine import engine, ways
 from fastbb.engine.engine import Engine

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness.buggy_kernels import (
+from buggy_kernels import (
     _column_sum_kernel,
     _copy_rows_kernel,
     _linear_kernel,

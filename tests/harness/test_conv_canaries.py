@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from harness.buggy_conv_kernels import _conv_kernel, _max_pool_kernel, _stem_kernel
+from buggy_conv_kernels import _conv_kernel, _max_pool_kernel, _stem_kernel
 from tolerance import assert_as_accurate_as_eager
 from torch import nn
 

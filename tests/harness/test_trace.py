@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from harness.buggy_kernels import _copy_rows_kernel, _linear_kernel
+from buggy_kernels import _copy_rows_kernel, _linear_kernel
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastbb import ResNetConfig, SwinConfig
-from fastbb.backbone import Backbone
+from fastbb.backbone.base import Backbone
 from fastbb.models.resnet import ResNetBackbone
 from fastbb.models.swin import SwinBackbone
 from fastbb_kernels import use_impl

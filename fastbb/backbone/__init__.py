@@ -1,0 +1,1 @@
+"""The backbone API: configuration, loading, saving, outputs, and the registry of families."""

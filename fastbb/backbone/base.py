@@ -1,0 +1,589 @@
+"""The backbone API: what every family shares, by the names transformers 5.23 uses."""
+
+import enum
+import logging
+import os
+import sys
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from ..weights.derived import RemembersDerived
+from ..weights.fold import autocasts
+from .checkpoint import (
+    LoadingInfo,
+    StateDict,
+    as_dtype,
+    load_strict,
+    read_state_dict,
+    save_state_dict,
+    shapes_only,
+)
+from .configuration import BackboneConfig
+from .hub import HubOptions, read_config, unwrap_head
+from .output import BackboneOutput
+
+if TYPE_CHECKING:
+    from ..engine.engine import Engine
+    from ..engine.explanation import Explanation
+    from ..inspect.verify import VerifyReport
+
+logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound="Backbone")
+
+
+class BackboneType(enum.Enum):
+    """Whose stage names and indices a backbone uses."""
+
+    TIMM = "timm"
+    TRANSFORMERS = "transformers"
+
+
+class BackboneMixin:
+    """Stages and channels of a backbone, read from its `config`."""
+
+    has_attentions: bool = True
+    config: Any
+    stage_names: list[str]
+    num_features: list[int]
+
+    @property
+    def backbone_type(self) -> enum.Enum:
+        """`BackboneType`; transformers' own enum where transformers is imported."""
+        # a module that fails half-way through its import stays in sys.modules without the name
+        theirs = getattr(
+            sys.modules.get("transformers.backbone_utils"), "BackboneType", BackboneType
+        )
+        return theirs(self._backbone_type.value)
+
+    _backbone_type: ClassVar[BackboneType] = BackboneType.TRANSFORMERS
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages whose feature maps are returned; assign to change them."""
+        return self.config.out_features
+
+    @out_features.setter
+    def out_features(self, out_features: list[str] | None) -> None:
+        self.config.out_features = out_features
+        self.outputs_changed()
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Indices into `stage_names` of the feature maps returned; assign to change them."""
+        return self.config.out_indices
+
+    @out_indices.setter
+    def out_indices(self, out_indices: Sequence[int] | None) -> None:
+        self.config.out_indices = out_indices
+        self.outputs_changed()
+
+    def outputs_changed(self) -> None:
+        """Called when other stages were selected on the backbone."""
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """Channels of every stage, by name."""
+        return dict(zip(self.stage_names, self.num_features))
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each returned feature map."""
+        return [self.out_feature_channels[name] for name in self.out_features]
+
+    def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` without the arguments that this backbone does not take."""
+        if not self.has_attentions:
+            kwargs.pop("output_attentions", None)
+        if self._backbone_type is BackboneType.TIMM:
+            known = ("pixel_values", "output_hidden_states", "output_attentions", "return_dict")
+            kwargs = {name: value for name, value in kwargs.items() if name in known}
+        return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
+
+
+class Backbone(BackboneMixin, RemembersDerived):
+    """Base of the families.
+
+    A family gives `forward_stages`, `feature_map` and the names of its weights; loading, saving,
+    choice of outputs and checks are here.
+    """
+
+    config_class: ClassVar[type[BackboneConfig]]
+    main_input_name: ClassVar[str] = "pixel_values"
+    supports_gradient_checkpointing: ClassVar[bool] = True
+    # patterns of names that a checkpoint may lack, and that it may have in excess
+    optional_weights: ClassVar[tuple[str, ...]] = ()
+    unused_weights: ClassVar[tuple[str, ...]] = ()
+    # arguments of `forward` that only this family has
+    forward_options: ClassVar[tuple[str, ...]] = ()
+    # decides how a prepared backbone runs
+    _engine: "Engine | None" = None
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = self.own_config(config)
+        self.gradient_checkpointing = False
+        self._checkpoint_options: dict[str, Any] = {"use_reentrant": False}
+
+    @abstractmethod
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Runs the backbone up to the last wanted stage.
+
+        Args:
+            pixel_values: [B, C, H, W], checked.
+            wanted: names of stages, in order of depth.
+            attentions: the attention weights of each stage are appended to it, if it is a list.
+            kwargs: options of the family.
+
+        Returns:
+            [B, C, h, w] for each wanted stage, without the norm of `feature_map`.
+        """
+
+    def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
+        """What is returned of a stage: [B, C, h, w] to [B, C, h, w]."""
+        return hidden_state
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes feature maps, running no stage beyond the last one asked for.
+
+        Args:
+            pixel_values: [B, C, H, W] of any floating dtype, on the device of the weights, to whose
+                dtype they are converted, except under torch.autocast. B may be 0.
+            output_hidden_states: also return every stage, before its norm; a list of indices
+                returns None for the others.
+            output_attentions: also return the attention weights of the last block of each stage.
+            return_dict: False returns a tuple.
+            kwargs: options of the family; others are ignored, as transformers ignores them
+                (`pixel_mask`, which processors return).
+
+        Returns:
+            BackboneOutput, or a tuple of its values.
+
+        Raises:
+            ValueError: the input is not what the backbone takes.
+        """
+        pixel_values = self._checked(pixel_values)
+        config = self.config
+        hidden: bool | Sequence[int] = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        if not isinstance(hidden, Sequence):
+            hidden = bool(hidden)
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        attentions: list[Tensor] | None = [] if output_attentions and self.has_attentions else None
+
+        wanted = (
+            self.stage_names if hidden is not False or attentions is not None else self.out_features
+        )
+        only_maps = hidden is False and attentions is None
+        if self._engine is not None and only_maps and not self._takes(kwargs):
+            output = BackboneOutput(self._engine(pixel_values))
+        else:
+            stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
+            output = BackboneOutput(
+                tuple(self.feature_map(name, stages[name]) for name in self.out_features),
+                None if hidden is False else self._hidden_states(stages, hidden),
+                None if attentions is None else tuple(attentions),
+            )
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """The maps [B, C, h, w] of `out_features`, op by op, of checked pixels [B, C, H, W]."""
+        stages = self.forward_stages(pixel_values, self.out_features)
+        return tuple(self.feature_map(name, stages[name]) for name in self.out_features)
+
+    def _takes(self, kwargs: dict[str, Any]) -> bool:
+        """Whether one of these arguments changes what the family computes."""
+        return any(kwargs.get(name) for name in self.forward_options)
+
+    def _hidden_states(
+        self, stages: dict[str, Tensor], selected: bool | Sequence[int]
+    ) -> tuple[Tensor | None, ...]:
+        states = tuple(stages[name] for name in self.stage_names)
+        if isinstance(selected, bool):
+            return states
+        outside = [i for i in selected if i not in range(-len(states), len(states))]
+        if outside:
+            raise ValueError(
+                f"output_hidden_states must be True, False or indices of the {len(states)} stages, "
+                f"got {list(selected)}"
+            )
+        keep = {index % len(states) for index in selected}
+        return tuple(state if i in keep else None for i, state in enumerate(states))
+
+    def _checked(self, pixel_values: Any) -> Tensor:
+        """What `forward` computes from: floating pixels in the dtype of the weights.
+
+        Raises:
+            ValueError: the input is not what the backbone takes.
+        """
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            is_tensor = isinstance(pixel_values, Tensor)
+            got = list(pixel_values.shape) if is_tensor else type(pixel_values).__name__
+            raise ValueError(
+                f"pixel_values must be a tensor [batch, channels, height, width], got {got}; "
+                "AutoImageProcessor makes one from images, and `x[None]` from a single one"
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels != self.config.num_channels:
+            raise ValueError(
+                "Make sure that the channel dimension of the pixel values match with the one set "
+                f"in the configuration. Expected {self.config.num_channels} channels in "
+                f"dimension 1, got pixel_values of shape {list(pixel_values.shape)}."
+            )
+        if height == 0 or width == 0:
+            raise ValueError(f"pixel_values must have pixels, got shape {list(pixel_values.shape)}")
+        device = self.device
+        if pixel_values.device != device:
+            raise ValueError(
+                f"pixel_values are on {pixel_values.device}, the weights on {device}; "
+                "move one of them with .to(...)"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}, the weights {self.dtype}; rescale and "
+                f"normalize them as AutoImageProcessor does, or convert with .to({self.dtype})"
+            )
+        return self._in_own_dtype(pixel_values)
+
+    def _in_own_dtype(self, pixel_values: Tensor) -> Tensor:
+        """Floating pixels in the dtype of the weights, except where torch.autocast chooses it.
+
+        It leaves float64 as it is, and does not choose where a precision was asked for.
+        """
+        if not pixel_values.is_floating_point():
+            return pixel_values
+        is_asked = self._engine is not None and self._engine.settings.precision is not None
+        is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
+        return pixel_values if is_cast and not is_asked else pixel_values.to(self.dtype)
+
+    def prepare(
+        self: Module,
+        mode: str = "auto",
+        precision: str | None = None,
+        example: Tensor | Sequence[int] | None = None,
+        cuda_graph: bool | str = "auto",
+        expected_images: int | None = None,
+    ) -> Module:
+        """A backbone that computes the same maps in the fastest way that was checked.
+
+        For inference. Wherever that way cannot be taken (a gradient is needed, changed weights, an
+        error) the eager one is, and `explain()` says why; hidden states and attentions are computed
+        as if it were not prepared. Weights, layers and hooks that change after something was
+        compiled are noticed.
+
+        Args:
+            mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
+                "eager" is PyTorch op by op, "triton" our kernels, "compile" torch.compile over the
+                whole backbone, "triton+compile" torch.compile around our kernels.
+            precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights;
+                default: that of the weights, which are shared. Maps are in the dtype of the
+                weights, pixels may be of any floating dtype.
+            example: pixels [B, C, H, W], or their (B, H, W), to get ready for now. Default: the
+                first pixels that come.
+            cuda_graph: replay a recorded graph; "auto": for small batches on a GPU.
+            expected_images: how many are to come. Says whether compiling pays.
+
+        Returns:
+            A backbone of the same class.
+
+        Raises:
+            ValueError: an argument is none of these, this device cannot do it, or the backbone is
+                in training mode.
+        """
+        from ..engine.prepare import prepare
+
+        return prepare(self, mode, precision, example, cuda_graph, expected_images)
+
+    def explain(self) -> "Explanation":
+        """Prints and returns what runs for every shape of input so far, and why."""
+        from ..engine.prepare import explain
+
+        explanation = explain(self)
+        print(explanation)
+        return explanation
+
+    def verify(
+        self, reference: str | nn.Module = "auto", inputs: Tensor | Sequence[Tensor] | None = None
+    ) -> "VerifyReport":
+        """Compares every feature map with that of the model's own library.
+
+        Args:
+            reference: "auto" is upstream's own model where its library is installed, else our
+                eager one in float64; or a module that returns the same maps.
+            inputs: pixels [B, C, H, W]; default: random ones of the model's size and another.
+
+        Returns:
+            A table of errors and what is allowed; `passed` says whether all is well.
+        """
+        from ..inspect.verify import verify
+
+        return verify(self, reference, inputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """In training, recomputes blocks in the backward pass instead of keeping activations.
+
+        Args:
+            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
+        """
+        self.gradient_checkpointing = True
+        self._checkpoint_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keeps activations again."""
+        self.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.gradient_checkpointing
+
+    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
+        """Runs a part of the forward pass, checkpointed where that is on."""
+        if self.gradient_checkpointing and self.training:
+            options = self._checkpoint_options
+            if not options["use_reentrant"]:
+                options = {"context_fn": self._recompute_contexts, **options}
+            result = checkpoint(block, *args, **options)
+            assert isinstance(result, Tensor)
+            return result
+        return block(*args)
+
+    def _recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        return nullcontext(), _without_counting(self)
+
+    @classmethod
+    def from_checkpoint_names(
+        cls, state: StateDict, backbone: nn.Module
+    ) -> tuple[StateDict, str, list[str]]:
+        """Finds the backbone in a checkpoint and renames its tensors to the backbone's names.
+
+        Args:
+            state: names and tensors of a whole checkpoint, of a backbone or a model around one.
+            backbone: a backbone of this class, possibly on the meta device.
+
+        Returns:
+            The renamed tensors, the prefix they were found under, the names of all others.
+        """
+        raise NotImplementedError
+
+    def to_checkpoint_names(self) -> StateDict:
+        """The tensors to save, by the names transformers saves them under."""
+        return self.state_dict()
+
+    @classmethod
+    def own_config(cls, config: Any) -> Any:
+        """The configuration itself, or transformers' one of the same `model_type` as ours.
+
+        Raises:
+            ValueError: it is another family's.
+        """
+        if isinstance(config, cls.config_class):
+            return config
+        own = cls.config_classes().get(getattr(config, "model_type", ""))
+        if own is None or isinstance(config, BackboneConfig):
+            raise ValueError(
+                f"{cls.__name__} needs a {cls.config_class.__name__}, "
+                f"got {type(config).__name__}; AutoBackbone.from_config chooses the class by itself"
+            )
+        return own.from_dict(config.to_dict())
+
+    @classmethod
+    def config_classes(cls) -> dict[str, type[BackboneConfig]]:
+        """Configurations by `model_type`; one with other semantics is a subclass with its own."""
+        return {c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())}
+
+    @classmethod
+    def from_config(cls: type[Module], config: BackboneConfig) -> Module:
+        """A backbone with random weights; the configuration is copied."""
+        own = cls.own_config(config)
+        return cls(type(own).from_dict(own.to_dict()))
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Module],
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        config: BackboneConfig | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        output_loading_info: bool = False,
+        attn_implementation: str | None = None,
+        **overrides: Any,
+    ) -> Any:
+        """Loads a backbone, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: local directory, bundled model or Hub repository, of a
+                backbone or of a model that contains one.
+            config: replaces config.json.
+            dtype: of the weights; default (or "auto"): that of the checkpoint.
+            torch_dtype: transformers' older name of `dtype`.
+            device: of the weights; default: CPU.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: cache of downloads.
+            token: access token for the Hub.
+            local_files_only: do not ask the Hub.
+            output_loading_info: return (backbone, LoadingInfo).
+            attn_implementation: accepted for transformers' sake; fastbb chooses by itself.
+            overrides: fields of the configuration, such as `out_indices` or `out_features`.
+
+        Raises:
+            OSError: the model is not there, or its files are corrupt.
+            ValueError: the weights do not fit, or the configuration is another model's.
+            TypeError: an override is no field of the configuration.
+        """
+        hub = HubOptions(revision, cache_dir, token, local_files_only)
+        own: BackboneConfig
+        if config is None:
+            values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
+            known = cls.config_classes()
+            model_type = values.get("model_type")
+            if model_type not in known:
+                raise ValueError(
+                    f"{cls.__name__} loads model_type {' or '.join(known)}, but "
+                    f"{str(pretrained_model_name_or_path)!r} is {model_type!r}; "
+                    "AutoBackbone.from_pretrained chooses the class by itself"
+                )
+            own = known[model_type].from_dict(values, **overrides)
+        else:
+            own = cls.own_config(config)
+            own = type(own).from_dict(own.to_dict(), **overrides)
+        backbone, info = cls.from_state_dict(
+            own,
+            read_state_dict(pretrained_model_name_or_path, hub),
+            name=str(pretrained_model_name_or_path),
+            dtype=dtype or torch_dtype,
+            device=device,
+        )
+        return (backbone, info) if output_loading_info else backbone
+
+    @classmethod
+    @torch.inference_mode(False)  # weights loaded inside inference mode could not be trained later
+    def from_state_dict(
+        cls: type[Module],
+        config: BackboneConfig,
+        state: StateDict,
+        *,
+        name: str = "the checkpoint",
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> tuple[Module, LoadingInfo]:
+        """Builds a backbone of a configuration with the tensors of a checkpoint.
+
+        Args:
+            config: of the backbone.
+            state: tensors of the checkpoint, by its own names.
+            name: of the checkpoint, for messages.
+            dtype: of the weights; default (or "auto"): that of the checkpoint.
+            device: of the weights; default: CPU.
+
+        Raises:
+            ValueError: the weights do not fit; lists what is missing, unknown or misshapen.
+        """
+        with shapes_only():
+            backbone = cls(config)
+        found, prefix, outside = cls.from_checkpoint_names(state, backbone)
+        backbone.init_optional_weights()
+        initialized, unused = load_strict(
+            backbone,
+            found,
+            what=f"{cls.__name__} from {name!r}",
+            optional=cls.optional_weights,
+            unused=cls.unused_weights,
+            dtype=as_dtype(dtype),
+            device=device,
+        )
+        backbone.eval()
+        info = LoadingInfo(prefix, sorted(outside + unused), initialized)
+        backbone.report_loading(name, info)
+        return backbone, info
+
+    def init_optional_weights(self) -> None:
+        """Gives the weights that a checkpoint may lack their initial values (from meta tensors)."""
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        """Says what of a checkpoint was not used."""
+        if info.ignored:
+            count = len(info.ignored)
+            logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes config.json and model.safetensors, which transformers reads with equal outputs.
+
+        Args:
+            save_directory: is made if it does not exist.
+        """
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.architectures = [type(self).__name__]
+        config.dtype = str(self.dtype).removeprefix("torch.")
+        config.save_pretrained(save_directory)  # first: a field that JSON cannot hold is refused
+        save_state_dict(self.to_checkpoint_names(), Path(save_directory))
+
+
+@contextmanager
+def _without_counting(module: nn.Module) -> Iterator[None]:
+    """Batch norms normalize as in training but leave their running statistics as they are.
+
+    Recomputation sees a batch a second time. The statistics must still be passed to the op, which
+    saves them for the backward as it did in the first forward.
+    """
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def warn_untrained(names: Sequence[str]) -> None:
+    """One warning for stages whose norm the checkpoint did not have."""
+    warnings.warn(
+        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
+        "with weight 1 and bias 0, as transformers does.",
+        stacklevel=3,
+    )

@@ -1,0 +1,60 @@
+"""What a family of backbones tells the rest of fastbb about itself."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .base import Backbone
+from .checkpoint import StateDict
+from .configuration import BackboneConfig
+
+# pixels [B, C, H, W] and the stages wanted, at least one -> their maps [B, C, h, w] in that order
+StagesForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of backbones.
+
+    Attributes:
+        backbone: its class.
+        configs: its configurations; each has its own `model_type`.
+        timm_forward: given timm's features-only module, returns a forward that computes the same
+            maps from its parameters, or None if the module is not exactly of this family.
+        torchvision_models: torchvision's models of this family, with the fields of the
+            configuration by which their weights are known.
+        from_torchvision: configuration and renamed tensors of a torchvision state dict.
+    """
+
+    backbone: type[Backbone]
+    configs: tuple[type[BackboneConfig], ...]
+    timm_forward: Callable[[nn.Module], StagesForward | None] | None = None
+    torchvision_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
+
+
+FAMILIES: list[Family] = []
+
+
+def register(family: Family) -> None:
+    """Makes a family known to AutoBackbone, AutoConfig and TimmBackbone."""
+    FAMILIES.append(family)
+
+
+def family_of(model_type: str | None) -> tuple[Family, type[BackboneConfig]]:
+    """The family and configuration class of a `model_type`.
+
+    Raises:
+        ValueError: no family has it; lists those that exist.
+    """
+    for family in FAMILIES:
+        for config in family.configs:
+            if config.model_type == model_type:
+                return family, config
+    supported = sorted(config.model_type for family in FAMILIES for config in family.configs)
+    raise ValueError(
+        f"model_type {model_type!r} is not supported: fastbb has backbones for "
+        f"{', '.join(supported)}, and any timm model by its timm name"
+    )

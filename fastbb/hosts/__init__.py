@@ -1,0 +1,1 @@
+"""Models of other libraries: `fastbb.accelerate`, and `fastbb.heads` for transformers' heads."""

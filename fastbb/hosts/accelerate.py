@@ -1,0 +1,342 @@
+"""One line that makes an existing model fast: its own modules and parameters, our forward."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from fastbb_kernels._dispatch import launches_directly
+
+from ..backbone.base import Backbone
+from ..engine.explanation import table
+from ..engine.settings import Settings
+from ..weights.derived import statistics_note
+from ..weights.folding import is_batch_norm
+from . import resnet, swin
+from .libraries import full_name, is_backbone
+from .region import NothingToDo, Region
+from .replacement import (
+    MOVES,
+    AccelerateWarning,
+    Fast,
+    HowToRun,
+    Refused,
+    Replacement,
+    Timings,
+    replacement_of,
+)
+
+# full names of upstream's classes, and what computes the same in their place
+REPLACED: dict[str, type[Fast]] = {**swin.REPLACED, **resnet.REPLACED}
+
+__all__ = ["AccelerateReport", "AccelerateWarning", "LeftAlone", "accelerate", "restore"]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """A module that could have been accelerated, and was not.
+
+    Attributes:
+        name: of the module in the model.
+        was: its class.
+        why: the reason.
+    """
+
+    name: str
+    was: str
+    why: str
+
+
+class AccelerateReport:
+    """What `accelerate` did, and what runs since; prints as a table.
+
+    Attributes:
+        replaced: modules with our forward, outer ones first.
+        left_alone: modules that could have got one, each with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        how: HowToRun,
+        replaced: Sequence[Replacement],
+        left_alone: Sequence[LeftAlone],
+    ) -> None:
+        self._model = model
+        self._title = f"{type(model).__name__}, mode {how.mode}"
+        if how.precision is not None:
+            self._title += f", precision {how.precision}"
+        self.replaced = list(replaced)
+        self.left_alone = list(left_alone)
+
+    @property
+    def accelerated(self) -> list[str]:
+        """Names of the modules with our forward, "" for the model itself."""
+        return [replacement.name for replacement in self.replaced]
+
+    def refresh(self) -> None:
+        """Forgets what was computed from the parameters, after a change that leaves no trace.
+
+        Such as one made through `.data`, or on a GPU running statistics moved by `F.batch_norm`.
+        """
+        for replacement in self.replaced:
+            replacement.refresh()
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Name, class, what runs now and why, of every module."""
+        whole = [r.name for r in self.replaced if isinstance(r.fast, Region) and r.is_running_ours]
+        passed_over = [r.name for r in self.replaced if r.name in whole and not r.fast.runs_parts]
+        rows = []
+        for r in self.replaced:
+            runs, why = _state(r)
+            has_run = r.choices or r.last_reason or r.off
+            around = passed_over if has_run else whole
+            outer = [name for name in around if name != r.name and _is_inside(r.name, name)]
+            if outer:
+                runs, why = "-", f"{outer[0] or 'the model'} runs as a whole"
+            rows.append((r.name, type(r.module).__name__, runs, why))
+        return rows + [(left.name, left.was, "upstream", left.why) for left in self.left_alone]
+
+    def __str__(self) -> str:
+        title = f"{self._title}: {len(self.replaced)} modules run by fastbb"
+        if self.left_alone:
+            title += f", {len(self.left_alone)} left alone"
+        if not self.replaced and not self.left_alone:
+            return f"{title}: there is no backbone that fastbb knows"
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for name, was, runs, why in self.rows():
+            alike.setdefault((was, runs, why), []).append(name)
+        lines = [(_names(names), was, runs, why) for (was, runs, why), names in alike.items()]
+        text = f"{title}\n{table([('module', 'was', 'runs', 'why'), *lines])}"
+        note = statistics_note(self._model)
+        return text if note is None else f"{text}\n{note}"
+
+    __repr__ = __str__
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    mode: str = "auto",
+    precision: str | None = None,
+    strict: bool = False,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> AccelerateReport:
+    """Makes the backbones inside a model fast, in place; `restore` undoes it.
+
+    Modules, parameters, state dict, hooks and what is returned stay. Whole backbones, and the
+    blocks of Swin and ResNets wherever they are, get a forward of ours on the instance, over the
+    very same parameters. It runs in inference only; wherever it cannot keep the maths, something is
+    hooked or replaced inside, or a graph is recorded, the module's own forward runs. First calls,
+    of up to eight sizes, compare both, and keep the module's own where they differ.
+
+    Args:
+        model: of transformers, timm, torchvision or segmentation-models-pytorch, or around one.
+        mode: "auto" also times both, and keeps the module's own where it is faster; "eager" and
+            "triton" do not; "compile" and "triton+compile" compile whole backbones at their first
+            call. See `Backbone.prepare`.
+        precision: "fp32", "tf32", "bf16" or "fp16" computes whole backbones in it, from a copy of
+            the weights; what they return has the dtype of the input.
+        strict: raise where something is left alone, or nothing is found.
+        include: names of modules, with wildcards, to look at, and in; default: all.
+        exclude: names of modules, with wildcards, to leave alone, with what is inside.
+
+    Returns:
+        What was done, for each module; print it again later to see what runs.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: an argument is none of these, this device cannot do it, a name fits no module,
+            or `strict` is set and something is left alone.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"accelerate() takes a torch.nn.Module, got {type(model).__name__}; "
+            "of a pipeline give its model (pipe.model)"
+        )
+    settings = Settings(mode, precision)  # type: ignore[arg-type]  # checks both
+    how = HowToRun(settings.mode, settings.precision)
+    _check_device(model, how)
+    chosen = _chosen(model, include, exclude)
+    for module in model.modules():  # what `heads.register` made waits for its first call
+        upstream = getattr(type(module), "waits_for_fastbb", None)
+        if upstream is not None:
+            module.__class__ = upstream
+    restore(model)
+    replaced: list[Replacement] = []
+    left_alone: list[LeftAlone] = []
+    timings = Timings()
+    for name, module, make in _found(model, chosen, replaced):
+        was = type(module).__name__
+        if isinstance(make, str):
+            left_alone.append(LeftAlone(name, was, make))
+            continue
+        try:
+            replacement = Replacement(module, name, make, how, timings)
+        except NothingToDo:
+            continue
+        except Refused as refused:
+            left_alone.append(LeftAlone(name, was, str(refused)))
+            continue
+        replaced.append(replacement)
+        replacement.bind()
+    if precision is not None and not any(isinstance(r.fast, Region) for r in replaced):
+        why = f"precision={precision!r} is for whole backbones, and there is none to replace"
+        left_alone.append(LeftAlone("", type(model).__name__, why))
+    report = AccelerateReport(model, how, replaced, left_alone)
+    if strict and (left_alone or not replaced):
+        restore(model)
+        raise ValueError(f"strict=True, and not everything can be accelerated.\n{report}")
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Takes away what `accelerate` put on a model, which then computes bit by bit what it did.
+
+    Args:
+        model: that was accelerated, wholly or in part; nothing happens to any other.
+    """
+    for module in model.modules():
+        replacement = replacement_of(module)
+        if replacement is not None:
+            replacement.unbind()
+
+
+def _check_device(model: nn.Module, how: HowToRun) -> None:
+    parameter = next(model.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if how.mode.startswith("triton") and not (device.type == "cuda" or launches_directly()):
+        raise ValueError(
+            f"mode={how.mode!r} needs a CUDA or ROCm device, the model is on {device}; "
+            "move it with .to('cuda'), or take mode='auto'"
+        )
+    if how.precision == "tf32" and (device.type != "cuda" or torch.version.hip):
+        raise ValueError(
+            f"precision='tf32' needs an NVIDIA GPU, the model is on {device}; take 'fp32'"
+        )
+
+
+def _chosen(
+    model: nn.Module, include: str | Sequence[str] | None, exclude: str | Sequence[str] | None
+) -> set[str]:
+    """Names of the modules to look at."""
+    names = [name for name, _ in model.named_modules()]
+
+    def matching(patterns: str | Sequence[str], what: str) -> set[str]:
+        found: set[str] = set()
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            fits = [n for n in names if fnmatch(n, pattern)]
+            if not fits:
+                raise ValueError(
+                    f"{what}: no module is called {pattern!r}; there are, for example, "
+                    f"{', '.join(names[1:6])}"
+                )
+            inside = [n for n in names if any(n.startswith(f"{fit}.") for fit in fits)]
+            found.update(fits, inside)
+        return found
+
+    chosen = set(names) if include is None else matching(include, "include")
+    return chosen if exclude is None else chosen - matching(exclude, "exclude")
+
+
+def _found(
+    model: nn.Module, chosen: set[str], replaced: Sequence[Replacement]
+) -> Iterator[tuple[str, nn.Module, type[Fast] | str]]:
+    """Modules of a model that could be accelerated, and how, or why not; outer ones first."""
+    closed: list[str] = []  # nothing inside these is looked at
+    for name, module in model.named_modules():
+        if name not in chosen or any(_is_inside(name, outer) for outer in closed):
+            continue
+        problem = _closed(module)
+        if problem is not None:
+            closed.append(name)
+            yield name, module, problem
+            continue
+        path, make = _known_class(module)
+        if make is not None:
+            changed = path and _changes(type(module), path)
+            problem = f"a subclass of {path} with its own {changed}" if changed else None
+            problem = problem or _meta(module) or _patched(module, make)
+            yield name, module, problem or make
+        elif is_backbone(module) and not any(
+            isinstance(r.fast, Region) and _is_inside(name, r.name) for r in replaced
+        ):
+            problem = _meta(module) if any(map(is_batch_norm, module.modules())) else None
+            yield name, module, problem or _patched(module, Region) or Region
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name == outer or outer == "" or name.startswith(f"{outer}.")
+
+
+def _closed(module: nn.Module) -> str | None:
+    """Why nothing inside a module can be replaced, or None."""
+    if isinstance(module, Backbone):
+        return "it is fastbb's own: prepare() makes it faster"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is scripted: accelerate the model that it was made of"
+    is_compiled = type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+    if is_compiled or module._compiled_call_impl is not None:  # by module.compile()
+        return "it is compiled: accelerate the model before torch.compile, or instead"
+    if isinstance(module, torch.fx.GraphModule):
+        return "it is a traced graph: accelerate the model that it was made of"
+    if isinstance(module, nn.DataParallel):
+        return "DataParallel copies modules without moving our forward: use DistributedDataParallel"
+    return None
+
+
+def _meta(module: nn.Module) -> str | None:
+    if any(parameter.is_meta for parameter in module.parameters()) and not launches_directly():
+        return "its weights are on the meta device: load them first"
+    return None
+
+
+def _patched(module: nn.Module, make: type[Fast]) -> str | None:
+    methods = [name for name in ("forward", *make.methods, *MOVES) if name in vars(module)]
+    return f"something else was put over its {methods[0]}" if methods else None
+
+
+def _known_class(module: nn.Module) -> tuple[str | None, type[Fast] | None]:
+    """The class that we know, of the module or the nearest above it, and what computes the same."""
+    for cls in type(module).__mro__:
+        name = full_name(cls)
+        if name in REPLACED:
+            return name, REPLACED[name]
+    return None, None
+
+
+def _changes(cls: type, path: str) -> str | None:
+    """What a class computes otherwise than the one above it that we know, or None."""
+    for part in cls.__mro__:
+        if full_name(part) == path:
+            return None
+        base = next(c for c in cls.__mro__ if full_name(c) == path)
+        own = [n for n in vars(part) if callable(getattr(base, n, None)) and n != "__init__"]
+        if own:
+            return own[0]
+    return None
+
+
+def _state(replacement: Replacement) -> tuple[str, str]:
+    """What runs of a replacement now, and why."""
+    if replacement.off is not None:
+        return "upstream", replacement.off
+    choices = list(replacement.choices.values())
+    if replacement.last_reason is not None:
+        return "upstream", replacement.last_reason
+    if not choices:
+        return "not decided", "it has not run yet"
+    ours = [choice for choice in choices if choice.ours]
+    if len(ours) == len(choices):
+        return "fastbb", choices[-1].why
+    if not ours:
+        return "upstream", f"faster: {choices[-1].why}"
+    return f"fastbb for {len(ours)} of {len(choices)} kinds of input", choices[-1].why
+
+
+def _names(names: Sequence[str]) -> str:
+    first = names[0] or "the model"
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"

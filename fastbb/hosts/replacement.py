@@ -1,0 +1,571 @@
+"""Our forward in place of that of one module of somebody else's model: bound, checked, undone.
+
+A `Fast` computes what a module of one class computes, from the module's own parameters. A
+`Replacement` binds it on the instance and decides at every call whether it may run: the module's
+own forward runs wherever a gradient or a graph is recorded, something inside was changed or is
+watched, the results differ, or ours takes longer.
+"""
+
+import copy
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import wraps
+from types import MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._pytree import tree_leaves
+
+from fastbb_kernels import use_impl
+from fastbb_kernels._dispatch import launches_directly
+
+from ..engine.measuring import Comparison, compare, describe, duration, wall_clock
+from ..weights.derived import forget_derived, is_tracing, is_transformed, note_written
+from ..weights.fold import autocasts
+from ..weights.folding import is_folded, replica_without, unfold
+from ..weights.watch import ModuleSettings
+from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_in
+
+TIE = 0.03  # ours may take so much longer, measured, and still runs
+# how many sizes of a form of call are checked, and how many timed; others run as the last one did
+MAX_CHECKED, MAX_TIMED = 8, 4
+
+
+class AccelerateWarning(UserWarning):
+    """Part of an accelerated model runs as it did before; results are right all the same."""
+
+
+class Refused(Exception):
+    """Why a module is left alone."""
+
+
+@dataclass(frozen=True)
+class HowToRun:
+    """What `accelerate` was asked for.
+
+    Attributes:
+        mode: see `Backbone.prepare`; all but "auto" run ours without timing it.
+        precision: of whole backbones.
+    """
+
+    mode: str = "auto"
+    precision: str | None = None
+
+
+class Fast:
+    """What computes the result of one module of a host, from the module's parameters.
+
+    Args:
+        module: of exactly the class that this is written for.
+        how: what was asked for.
+
+    Raises:
+        Refused: the module computes something that is not covered.
+    """
+
+    # methods beside `forward` that hosts call, and that are replaced too
+    methods: ClassVar[tuple[str, ...]] = ()
+    # whether it calls the modules inside, which may be replaced too
+    runs_parts: bool = False
+    # whether it was made of settings of the module, and those that it reads at every call
+    reads_settings: bool = False
+    read_at_every_call: tuple[str, ...] = ()
+    # whether it is made anew where a setting changes, or takes too long to make
+    follows_settings: bool = True
+
+    def __init__(self, module: nn.Module, how: HowToRun) -> None:
+        self.module: Any = module
+        self.how = how
+
+    def likeness(self) -> Hashable:
+        """Modules of a model for which this is equal take equally long on equal inputs."""
+        return type(self.module).__name__
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this call is upstream's, or None."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the module's own forward."""
+        raise NotImplementedError
+
+    def comparable(self, result: Any) -> Any:
+        """The part of a result that has to equal upstream's."""
+        return result
+
+    def state(self) -> Hashable:
+        """What decides, beside a call's arguments, what is returned, and may change."""
+        return None
+
+    def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
+        """Is shown a call of upstream, the first of its kind, and what it returned."""
+
+    def close(self) -> None:
+        """Takes away what it put on modules."""
+
+
+@dataclass
+class Choice:
+    """What runs for one kind of input, and why.
+
+    Attributes:
+        ours: whether ours does.
+        why: it does, or does not.
+        form: of the call, see `form_of`.
+        formats: memory format of each tensor of upstream's result; None where it has another.
+    """
+
+    ours: bool
+    why: str
+    form: Hashable = None
+    formats: list[torch.memory_format | None] = field(default_factory=list)
+
+
+class Timings:
+    """Seconds of ours and of upstream's, by likeness and input; the modules of a model share it."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Hashable, Comparison] = {}
+        self._timed: dict[Hashable, list[Hashable]] = {}
+
+    def of(
+        self, likeness: Hashable, kind: Hashable, measure: Callable[[], Comparison]
+    ) -> Comparison:
+        """Measured once; of many kinds of input the first are, and the last stands for others."""
+        timed = self._timed.setdefault(likeness, [])
+        key = (likeness, kind)
+        if key not in self._seconds:
+            if len(timed) >= MAX_TIMED:
+                return self._seconds[timed[-1]]
+            self._seconds[key] = measure()
+            timed.append(key)
+        return self._seconds[key]
+
+
+class Replacement:
+    """The forward of one module of a host; `bind` puts it there.
+
+    Args:
+        module: of the host.
+        name: of the module in the host.
+        make: what computes its result.
+        how: what was asked for.
+        timings: of the host.
+
+    Attributes:
+        choices: what was decided for each kind of input so far.
+        last_reason: why the last call went to upstream's forward, or None.
+        off: why it will not run again, or None.
+
+    Raises:
+        Refused: by `make`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        make: type[Fast],
+        how: HowToRun,
+        timings: Timings,
+    ) -> None:
+        self.module, self.name, self.how = module, name, how
+        self.choices: dict[Hashable, Choice] = {}
+        self.last_reason: str | None = None
+        self.off: str | None = None
+        self._make, self._timings = make, timings
+        self._fast: Fast | None = self._made()
+        self._settings = self._read_settings()
+        # at once: what is replaced before the first call has to be noticed
+        self._watch: _Watch | None = _Watch(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
+        # the copied module is not whole yet, so what reads it is made at its first call
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        other.__dict__.update(self.__getstate__())
+        other.module = copy.deepcopy(self.module, memo)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        new = {"choices": {}, "last_reason": None, "off": None}
+        new |= {"_fast": None, "_watch": None, "_settings": None}
+        return {**self.__dict__, **new}
+
+    @property
+    def fast(self) -> Fast:
+        if self._fast is None:
+            with _making:
+                self._fast = self._fast or self._made()
+                self._settings = self._read_settings()
+        return self._fast
+
+    def _made(self) -> Fast:
+        """What computes ours, of the module as it is now.
+
+        Raises:
+            Refused: whatever is odd about the module; upstream may run it all the same.
+        """
+        try:
+            with upstream_only():
+                return self._make(self.module, self.how)
+        except Refused:
+            raise
+        except Exception as error:
+            raise Refused(f"reading it failed: {describe(error)}") from error
+
+    @property
+    def is_running_ours(self) -> bool:
+        """Whether ours runs: for the kind of input decided last, and nothing spoke against it."""
+        choices = list(self.choices.values())
+        return self.last_reason is None and bool(choices) and choices[-1].ours
+
+    # --- bound on the module
+
+    def bind(self) -> None:
+        """Puts itself over the module's forward, and over what moves its parameters."""
+        for name in ("forward", *self._make.methods, *MOVES):
+            if hasattr(type(self.module), name):
+                setattr(self.module, name, getattr(self, name))
+
+    def _method(self, name: str) -> Callable[..., Any]:
+        """What stands over a method of the module, with the signature of that."""
+
+        @wraps(getattr(type(self.module), name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(self, Replacement):  # a library bound it on the module once more
+                return getattr(type(self), name)(self, *args, **kwargs)
+            return self._call(name, args, kwargs)
+
+        method.__name__ = name  # by which a pickle finds it
+        return MethodType(method, self)
+
+    def unbind(self) -> None:
+        """Takes itself away."""
+        for name in ("forward", *self._make.methods, *MOVES):
+            if getattr(vars(self.module).get(name), "__self__", None) is self:
+                delattr(self.module, name)
+        if self._fast is not None:
+            self._fast.close()
+        else:  # a copy that has not run has what the original put on its modules
+            unfold(self.module)
+        forget_derived(self.module)
+
+    def refresh(self) -> None:
+        """Forgets and makes anew what was computed from the parameters, converted copies too."""
+        forget_derived(self.module)
+        note_written(self.module.parameters())
+
+    def train(self, mode: bool = True) -> nn.Module:
+        forget_derived(self.module)
+        return type(self.module).train(self.module, mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        forget_derived(self.module)
+        return type(self.module)._apply(self.module, *args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return replica_without(self.module, ("forward", *self._make.methods, *MOVES))
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self._method("forward")
+
+    @property
+    def forward_features(self) -> Callable[..., Any]:
+        return self._method("forward_features")
+
+    @property
+    def forward_intermediates(self) -> Callable[..., Any]:
+        return self._method("forward_intermediates")
+
+    # --- what runs
+
+    def upstream(self, method: str, args: Any, kwargs: Any) -> Any:
+        """What the module's own method returns."""
+        return getattr(type(self.module), method)(self.module, *args, **kwargs)
+
+    def _call(self, method: str, args: Any, kwargs: Any) -> Any:
+        # a graph that is recorded is the host's: its compiler fuses what upstream wrote
+        if is_tracing() or _local.upstream_only or self in _local.running:
+            return self.upstream(method, args, kwargs)
+        if self._settings is not None and self._settings.change() is not None:
+            self._follow()
+        # what runs ours around this has looked at everything inside it
+        outer = _local.running[-1]._watch if _local.running else None
+        is_inner = outer is not None and outer.covers(self.module)
+        if is_inner and self.off is None and self._fast is not None:
+            look = self._fast.why_not
+        else:
+            look = self._why_upstream
+        try:
+            reason = look(*args, **kwargs)
+        except TypeError as error:  # arguments by other names than ours knows
+            reason = describe(error)
+        self.last_reason = reason
+        if reason is not None:
+            return self.upstream(method, args, kwargs)
+        if launches_directly():  # the harness, which has nothing to compare with or to time
+            return self._run(Choice(True, ""), method, args, kwargs)
+        kind = (method, self.fast.state(), *kind_of(args, kwargs))
+        choice = self.choices.get(kind)
+        if choice is None:
+            form = (*kind[:2], *form_of(args, kwargs))
+            alike = [other for other in list(self.choices.values()) if other.form == form]
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return self.upstream(method, args, kwargs)  # nothing can be compared or timed
+            if len(alike) < MAX_CHECKED:
+                return self._decide(kind, form, method, args, kwargs)
+            choice = alike[-1]
+        if not choice.ours:
+            return self.upstream(method, args, kwargs)
+        try:
+            return self._run(choice, method, args, kwargs)
+        except Exception as error:  # where the input is at fault, upstream raises its own
+            result = self.upstream(method, args, kwargs)
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError):
+                self._turn_off(describe(error))
+            return result
+
+    def _run(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Any:
+        outermost = not _local.running
+        _local.running.append(self)
+        try:
+            if outermost and self.how.mode in ("eager", "compile"):
+                with use_impl("eager"):
+                    result = getattr(self.fast, method)(*args, **kwargs)
+            else:
+                result = getattr(self.fast, method)(*args, **kwargs)
+        finally:
+            _local.running.pop()
+        # between parts of one backbone nobody looks at strides
+        return in_formats(result, choice.formats) if outermost else result
+
+    def _why_upstream(self, *args: Any, **kwargs: Any) -> str | None:
+        if self.off is not None:
+            return self.off
+        if self._watch is None:  # this is a copy
+            with _making:
+                try:
+                    _ = self.fast
+                except Refused as refused:  # by what was changed since
+                    self.off, self._settings = str(refused), self._read_settings()
+                    return self.off
+                self._watch = self._watch or _Watch(self.module)
+        watch = self._watch
+        problem = watch.problem()
+        if problem is not None:
+            return problem
+        values = [*args, *kwargs.values()]
+        if any(isinstance(value, torch.fx.Proxy) for value in values):
+            return "torch.fx records a graph"
+        tensors = list(tensors_in(values))
+        if torch.is_grad_enabled() and (
+            any(tensor.requires_grad for tensor in tensors) or watch.requires_grad()
+        ):
+            forget_derived(self.module)  # the parameters are about to change
+            return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
+        like = watch.first_parameter()
+        if like is None:
+            return "it has no parameters"
+        if like.device.type not in ("cpu", "cuda") and not launches_directly():
+            return f"it is on the {like.device.type} device"
+        if autocasts(like.device.type):
+            return "torch.autocast chooses the dtypes: convert the model, or give precision="
+        for tensor in tensors:
+            if isinstance(tensor, FakeTensor) or is_transformed(tensor):
+                return "it is called by a transform of torch.func, or with fake tensors"
+            if tensor.device != like.device:
+                return f"the input is on {tensor.device}, the weights on {like.device}"
+            if tensor.is_floating_point() and tensor.dtype != like.dtype:
+                return f"the input is {tensor.dtype}, the weights {like.dtype}"
+        return self.fast.why_not(*args, **kwargs)
+
+    def _read_settings(self) -> ModuleSettings | None:
+        made = self._fast or self._make
+        if not made.reads_settings:
+            return None
+        return ModuleSettings(self.module, made.read_at_every_call)
+
+    def _follow(self) -> None:
+        """Makes ours anew of the settings of now, to be held to upstream's again."""
+        with _making:
+            change = self._settings and self._settings.change()
+            if change is None:  # another thread was here
+                return
+            fast = self._fast
+            forget_derived(self.module)
+            self.choices.clear()
+            if fast is None or fast.follows_settings:
+                try:
+                    if fast is not None:
+                        fast.close()
+                    self._fast, self.off = self._made(), None
+                except Refused as refused:
+                    self.off = f"{refused} ({change})"
+            else:
+                self.off = f"it was compiled before {change}: call accelerate() again"
+            self._settings = self._read_settings()
+
+    def _decide(self, kind: Hashable, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
+        """Holds ours to upstream's on this input, times both, and returns the result."""
+        with upstream_only():
+            want = self.upstream(method, args, kwargs)
+        if self._settings is not None:
+            self._settings = self._read_settings()  # what upstream's forward sets is no change
+        self.fast.see(want, method, args, kwargs)
+        formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
+        choice = Choice(True, "equal to upstream's", form, formats)
+        compared, got = self.fast.comparable, None
+        try:
+            got = self._run(choice, method, args, kwargs)
+            problem = difference(compared(got), compared(want), self.how.precision)
+        except Exception as error:  # whatever ours does, upstream's result is there
+            problem = describe(error)
+        if problem is not None:
+            self._turn_off(problem)
+            return want
+        if self.how.mode == "auto":
+            likeness = self.fast.likeness(), form
+            times = self._timings.of(
+                likeness, kind, lambda: self._time(choice, method, args, kwargs)
+            )
+            choice.ours = times.ratio <= 1 + TIE
+            choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
+        self.choices[kind] = choice
+        return got if choice.ours else want
+
+    def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
+        like = self._watch and self._watch.first_parameter()
+        clock = wall_clock(torch.device("cpu") if like is None else like.device)
+
+        def ours() -> float:
+            return clock(lambda: self._run(choice, method, args, kwargs))
+
+        def theirs() -> float:
+            with upstream_only():
+                return clock(lambda: self.upstream(method, args, kwargs))
+
+        return compare(ours, theirs, TIE)
+
+    def _turn_off(self, problem: str) -> None:
+        self.off = problem
+        self.choices.clear()
+        what = f"{self.name or 'the model'} ({type(self.module).__name__})"
+        warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
+
+
+MOVES = ("train", "_apply", "_replicate_for_data_parallel")
+
+
+def replacement_of(module: nn.Module) -> Replacement | None:
+    """What is bound on a module, or None."""
+    forward = vars(module).get("forward")
+    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
+    own = forward.__self__ if isinstance(forward, MethodType) else None
+    return own if isinstance(own, Replacement) else None
+
+
+# one at a time: what is made of a module is not to change while another thread makes it
+_making = threading.RLock()
+
+
+class _Local(threading.local):
+    upstream_only = False
+
+    def __init__(self) -> None:
+        self.running: list[Replacement] = []  # those whose ours is running, the outermost first
+
+
+_local = _Local()
+
+
+@contextmanager
+def upstream_only() -> Iterator[None]:
+    """Every forward that this thread calls is upstream's."""
+    before, _local.upstream_only = _local.upstream_only, True
+    try:
+        yield
+    finally:
+        _local.upstream_only = before
+
+
+class _Watch:
+    """What inside a module must stay as it was for its parameters to say what it computes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modules = list(module.modules())
+        self._layers = [(m._modules, dict(m._modules)) for m in self._modules]
+        self._classes = [type(m) for m in self._modules]
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        self._hooks = [getattr(m, name) for m in self._modules[1:] for name in hooks]
+        self._owners = [m._parameters for m in self._modules if m._parameters]
+        self._trained = self._requiring()
+        self._ids = set(map(id, self._modules))
+
+    def covers(self, module: nn.Module) -> bool:
+        """Whether it looks at everything inside a module."""
+        return id(module) in self._ids
+
+    def problem(self) -> str | None:
+        """Why upstream's forward has to run, or None."""
+        modules = self._modules
+        if any(m.training for m in modules):
+            return "it is in training mode: call .eval()"
+        if any(self._hooks) and not all(map(_is_capturing, self._all_hooks())):
+            return "a layer inside it has hooks"
+        if _has_any_global_hook():
+            return "hooks of all modules are registered"
+        if any(now != then for now, then in self._layers) or self._classes != list(
+            map(type, modules)
+        ):
+            forget_derived(self._module)
+            return "layers inside it were replaced: call accelerate() again"
+        bound = [m for m in modules if "forward" in m.__dict__]  # few: most of them need no call
+        if any(_has_foreign_forward(m) for m in bound if m is not self._module):
+            forget_derived(self._module)
+            return "something else was put over the forward of a layer inside it"
+        for owner in self._owners:
+            for parameter in owner.values():
+                if parameter is not None and type(parameter) is not nn.Parameter:
+                    return f"a parameter inside it is a {type(parameter).__name__}"
+        # freezing comes with changes that leave no trace in a parameter, such as merged LoRA
+        if (trained := self._requiring()) != self._trained:
+            self._trained = trained
+            forget_derived(self._module)
+        return None
+
+    def requires_grad(self) -> bool:
+        return any(self._requiring())
+
+    def first_parameter(self) -> nn.Parameter | None:
+        values = itertools.chain.from_iterable(owner.values() for owner in self._owners)
+        return next((p for p in values if p is not None), None)
+
+    def _requiring(self) -> list[bool]:
+        return [p is not None and p.requires_grad for o in self._owners for p in o.values()]
+
+    def _all_hooks(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(hooks.values() for hooks in self._hooks)
+
+
+def _has_foreign_forward(module: nn.Module) -> bool:
+    """Whether what stands over the forward of a module is not ours."""
+    return replacement_of(module) is None and not is_folded(module)
+
+
+def _is_capturing(hook: Any) -> bool:
+    """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
+
+    What asks for them is seen in the arguments, see `Fast.why_not`.
+    """
+    is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"

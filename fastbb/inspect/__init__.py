@@ -1,0 +1,1 @@
+"""Commands that measure and check: verify, tune, warm-up, doctor, view."""

@@ -1,0 +1,1 @@
+"""Tensors computed from weights, and what notices that weights or settings changed."""

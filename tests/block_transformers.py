@@ -1,8 +1,0 @@
-"""A pytest plugin under which transformers cannot be imported: what users without the extra have.
-
-PYTHONPATH=tests python -m pytest -p block_transformers tests/test_backbone.py ...
-"""
-
-import sys
-
-sys.modules["transformers"] = None  # type: ignore[assignment]  # how Python marks "not importable"

@@ -1,0 +1,169 @@
+"""An accelerated model that other libraries wrap, move, copy and build into their own."""
+
+from types import MethodType
+from typing import Any
+
+import pytest
+import torch
+from reference_models import hf_resnet, hf_swin, images
+from tiny_hosts import infer, resnet_backbone, swin_classifier, timm_resnet, twin_of
+from tolerance import assert_equals_upstream
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import fastbb
+from fastbb.engine.measuring import Comparison
+from fastbb.hosts.accelerate import replacement_of
+from fastbb.hosts.replacement import MOVES, Timings
+from fastbb.weights import fold
+from fastbb.weights.folding import is_folded
+
+PIXELS = images(64, 64)
+
+
+def accelerated(make: Any, **options: Any) -> tuple[Any, Any, fastbb.AccelerateReport]:
+    model = make()
+    twin = twin_of(make, model)
+    return model, twin, fastbb.accelerate(model, mode="eager", **options)
+
+
+def test_a_wrapper_that_binds_the_forward_again() -> None:
+    """As accelerate's Accelerator does for mixed precision."""
+    model, twin, _ = accelerated(timm_resnet)
+    infer(model)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    model.forward = MethodType(autocast(model.forward.__func__), model)
+    twin.forward = MethodType(autocast(twin.forward.__func__), twin)
+    for ours, theirs in zip(infer(model), infer(twin)):
+        assert torch.equal(ours, theirs)
+
+
+def test_accelerator_with_mixed_precision() -> None:
+    library = pytest.importorskip("accelerate")
+    model, twin, _ = accelerated(timm_resnet)
+    prepare = library.Accelerator(cpu=True, mixed_precision="bf16").prepare_model
+    for ours, theirs in zip(infer(prepare(model)), infer(prepare(twin))):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("make", [timm_resnet, swin_classifier])
+def test_replicas_of_data_parallel_run_upstreams(make: Any) -> None:
+    model, _, _ = accelerated(make)
+    infer(model)
+    for module in model.modules():
+        replica = module._replicate_for_data_parallel()
+        assert not {"forward", *MOVES} & vars(replica).keys()
+    assert any(is_folded(m) or replacement_of(m) for m in model.modules())
+    fastbb.restore(model)
+    assert not any({"forward", *MOVES} & vars(module).keys() for module in model.modules())
+
+
+def test_a_train_that_somebody_put_on_a_module_stays() -> None:
+    model = hf_resnet()
+
+    def frozen(self: nn.Module, mode: bool = True) -> nn.Module:
+        return self
+
+    model.train = MethodType(frozen, model)
+    report = fastbb.accelerate(model, mode="eager")
+    assert "" not in report.accelerated
+    assert any("train" in left.why for left in report.left_alone)
+    model.train()
+    assert not model.training
+    fastbb.restore(model)
+    assert model.train.__func__ is frozen
+
+
+def test_every_dtype_is_timed_by_itself() -> None:
+    timings = Timings()
+    for size in range(9):
+        timings.of(("block", "fp32"), size, lambda: Comparison(1.0, 2.0, 0.5))
+    other = Comparison(3.0, 4.0, 0.75)
+    assert timings.of(("block", "bf16"), 0, lambda: other) == other
+
+
+def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
+    model = hf_resnet()
+    fastbb.accelerate(model, mode="eager", precision="bf16")
+    infer(model)
+    replacement = replacement_of(model)
+    assert replacement is not None
+    fast: Any = replacement.fast
+    before = fast.prepared()
+    nn.Sequential(model, nn.Identity())
+    infer(model)
+    assert fast.prepared() is before
+
+
+def test_forms_of_calls_keep_their_own_copies() -> None:
+    model, _, _ = accelerated(timm_resnet, precision="bf16")
+    replacement = replacement_of(model)
+    assert replacement is not None
+    fast: Any = replacement.fast
+    infer(model)
+    copies = [fast.prepared(), fast.prepared(some_option=False), fast.prepared()]
+    assert copies[0] is copies[2] is not copies[1]
+
+
+def test_weights_are_packed_for_two_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, twin, _ = accelerated(resnet_backbone)
+    shapes = [images(64, 64), images(48, 80)]
+    for pixels in shapes:
+        infer(model, pixels)
+    packs: list[Tensor] = []
+    own = fold.pack_conv
+
+    def recorded(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        packs.append(weight)
+        return own(weight, *args, **kwargs)
+
+    monkeypatch.setattr(fold, "pack_conv", recorded)
+    for pixels in (*shapes, *shapes):
+        assert_equals_upstream(infer(model, pixels), infer(twin, pixels))
+    assert not packs
+    third = images(32, 96)
+    assert_equals_upstream(infer(model, third), infer(twin, third))
+    assert packs
+
+
+@pytest.mark.parametrize("make", [hf_swin, hf_resnet])
+@torch.no_grad()
+def test_forward_mode_derivatives_are_upstreams(make: Any) -> None:
+    model = make()
+    model.set_attn_implementation("eager")  # PyTorch's own attention has no such derivative
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    tangent = images(64, 64, seed=3)
+
+    def derivative() -> list[Any]:
+        with forward_ad.dual_level(), torch.enable_grad():
+            maps = model(forward_ad.make_dual(PIXELS, tangent)).feature_maps
+            return [forward_ad.unpack_dual(x).tangent for x in maps]
+
+    want = derivative()
+    fastbb.accelerate(model, mode="eager")
+    infer(model)
+    assert_equals_upstream(derivative(), want)
+
+
+def test_default_dtype_and_device_do_not_matter() -> None:
+    model, twin, _ = accelerated(timm_resnet)
+    fastbb.restore(model)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            report = fastbb.accelerate(model, mode="eager")
+            assert_equals_upstream(infer(model), infer(twin))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "" in report.accelerated
+
+
+def test_arguments_by_name() -> None:
+    model, twin, _ = accelerated(swin_classifier)
+    layers = [m.swin.encoder.layers[0].blocks[1] for m in (model, twin)]
+    channels = layers[0].layernorm_before.normalized_shape[0]
+    tokens = images(8, 8, channels=channels).flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        ours, theirs = (layer(hidden_states=tokens, input_dimensions=(8, 8))[0] for layer in layers)
+    assert_equals_upstream(ours, theirs)

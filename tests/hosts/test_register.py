@@ -1,0 +1,205 @@
+"""`register` has transformers build fast backbones into its heads; `unregister` undoes it."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from reference_models import images, randomize_
+from tolerance import assert_equals_upstream
+
+import fastbb
+from fastbb.hosts.accelerate import replacement_of
+
+transformers = pytest.importorskip("transformers")
+transformers.logging.set_verbosity_error()
+from transformers.models import maskformer  # noqa: E402
+
+SWIN = transformers.SwinConfig(
+    embed_dim=8,
+    depths=[1, 2, 1, 1],
+    num_heads=[1, 2, 4, 8],
+    window_size=4,
+    out_indices=[1, 2, 3, 4],
+)
+RESNET = transformers.ResNetConfig(
+    embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], out_indices=[1, 2, 3, 4]
+)
+TIMM = transformers.TimmBackboneConfig(backbone="test_resnet", out_indices=[1, 2, 3, 4])
+MASKFORMER_SWIN = maskformer.MaskFormerSwinConfig.from_dict(SWIN.to_dict())
+BACKBONES = {
+    "swin": (SWIN, transformers.SwinBackbone),
+    "maskformer-swin": (MASKFORMER_SWIN, maskformer.MaskFormerSwinBackbone),
+    "resnet": (RESNET, transformers.ResNetBackbone),
+    "timm": (TIMM, transformers.TimmBackbone),
+}
+PIXELS = images(64, 72)
+HEAD_REL = 1e-4  # of what a head computes from maps that differ by rounding
+
+
+def registered() -> dict[type, Any]:
+    return dict(transformers.AutoBackbone._model_mapping._extra_content)
+
+
+@pytest.fixture
+def register() -> Iterator[None]:
+    before = registered()
+    fastbb.register()
+    yield
+    fastbb.unregister()
+    assert registered() == before
+
+
+def head(config: Any) -> Any:
+    """A tiny UperNet."""
+    return transformers.UperNetForSemanticSegmentation(
+        transformers.UperNetConfig(
+            backbone_config=copy.deepcopy(config),
+            hidden_size=16,
+            pool_scales=[1, 2],
+            use_auxiliary_head=False,
+        )
+    )
+
+
+def runs_ours(module: Any) -> bool:
+    """Whether a forward of fastbb is on the module, and has run there."""
+    replacement = replacement_of(module)
+    return replacement is not None and replacement.off is None and bool(replacement.choices)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_heads_get_fast_backbones(kind: str, register: None, tmp_path: Path) -> None:
+    config, upstream = BACKBONES[kind]
+    fastbb.unregister()
+    theirs = randomize_(head(config))
+    want = theirs(PIXELS).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert type(theirs.backbone) is upstream
+
+    fastbb.register()
+    ours = type(theirs).from_pretrained(tmp_path / "theirs")
+    assert isinstance(ours.backbone, upstream) and isinstance(
+        ours.backbone, transformers.PreTrainedModel
+    )
+    assert ours.backbone.config_class is upstream.config_class
+    before_any_call = copy.deepcopy(ours)
+    for model in (ours, before_any_call, copy.deepcopy(ours)):
+        assert_equals_upstream(model(PIXELS).logits, want, rel=HEAD_REL)
+        assert type(model.backbone) is upstream and runs_ours(model.backbone)
+    state, kept = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(kept) and all(torch.equal(state[n], kept[n]) for n in state)
+
+    # what is saved is transformers' again
+    ours.save_pretrained(tmp_path / "ours")
+    fastbb.unregister()
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    assert type(again.backbone) is upstream and replacement_of(again.backbone) is None
+    fastbb.restore(ours)
+    assert replacement_of(ours.backbone) is None
+    for model in (again, ours):
+        assert_equals_upstream(model(PIXELS).logits, want)
+
+
+def test_training_is_upstreams(register: None) -> None:
+    torch.manual_seed(0)
+    ours = head(RESNET).train()
+    fastbb.unregister()
+    torch.manual_seed(0)
+    theirs = head(RESNET).train()
+    for model in (ours, theirs):
+        model(PIXELS).logits.square().mean().backward()
+    assert replacement_of(ours.backbone) is None
+    for (name, ours_p), (_, theirs_p) in zip(ours.named_parameters(), theirs.named_parameters()):
+        assert torch.equal(ours_p.grad, theirs_p.grad), name
+    with torch.no_grad():
+        assert_equals_upstream(
+            ours.eval()(PIXELS).logits, theirs.eval()(PIXELS).logits, rel=HEAD_REL
+        )
+    assert replacement_of(ours.backbone) is not None
+
+
+@torch.no_grad()
+def test_a_graph_that_is_recorded_holds_upstreams(register: None) -> None:
+    ours = randomize_(head(RESNET))
+    compiled = torch.compile(ours, backend="eager")
+    maps = compiled(PIXELS).logits
+    assert replacement_of(ours.backbone) is None
+    assert_equals_upstream(ours(PIXELS).logits, maps, rel=HEAD_REL)
+    assert runs_ours(ours.backbone)
+
+
+@torch.no_grad()
+def test_detr_with_its_own_norms(register: None) -> None:
+    config = transformers.DetrConfig(
+        backbone_config=copy.deepcopy(RESNET),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=5,
+    )
+    ours = randomize_(transformers.DetrForObjectDetection(config))
+    fastbb.unregister()
+    theirs = transformers.DetrForObjectDetection(config).eval()
+    theirs.load_state_dict(ours.state_dict())
+    assert_equals_upstream(ours(PIXELS).logits, theirs(PIXELS).logits, rel=HEAD_REL)
+    assert runs_ours(ours.model.backbone.model)
+
+
+@torch.no_grad()
+def test_auto_backbone(register: None, hub: HubServer, tmp_path: Path) -> None:
+    theirs = randomize_(transformers.SwinBackbone(SWIN))
+    theirs.save_pretrained(tmp_path)
+    hub.add_repo("acme/swin", tmp_path)
+    ours = transformers.AutoBackbone.from_pretrained("acme/swin", out_indices=[1, 2])
+    assert_equals_upstream(ours(PIXELS).feature_maps, theirs(PIXELS).feature_maps[:2])
+    assert runs_ours(ours)
+
+
+def test_both_are_idempotent_and_leave_others_alone() -> None:
+    before = registered()
+    fastbb.unregister()
+    assert registered() == before
+
+    class Theirs(transformers.ResNetBackbone):
+        pass
+
+    auto = transformers.AutoBackbone
+    auto.register(transformers.ResNetConfig, Theirs, exist_ok=True)
+    with_theirs = registered()
+    try:
+        for _ in range(2):
+            fastbb.register()
+        assert len(registered()) == len(before) + len(BACKBONES)
+        assert type(auto.from_config(RESNET)) is not Theirs
+        for _ in range(2):
+            fastbb.unregister()
+        assert registered() == with_theirs and type(auto.from_config(RESNET)) is Theirs
+
+        fastbb.register()
+        auto.register(transformers.ResNetConfig, Theirs, exist_ok=True)  # after us: it is theirs
+        fastbb.unregister()
+        assert registered() == with_theirs
+    finally:
+        auto._model_mapping._extra_content.pop(transformers.ResNetConfig, None)
+    assert registered() == before
+
+
+@torch.no_grad()
+def test_what_accelerate_is_asked_for_counts(register: None) -> None:
+    model = head(SWIN).eval()
+    report = fastbb.accelerate(model, mode="eager", precision="fp32")
+    assert "backbone" in report.accelerated
+    model(PIXELS)
+    replacement = replacement_of(model.backbone)
+    assert replacement is not None
+    assert (replacement.how.mode, replacement.how.precision) == ("eager", "fp32")
+    assert type(model.backbone) is transformers.SwinBackbone

@@ -1,0 +1,172 @@
+"""What an engine meets on a GPU, pretended on a CPU: a device with a clock, and a compiler."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from broken_kernels import MACHINE, custom_op, launching
+from torch import Tensor
+
+from fastbb.backbone.base import Backbone
+from fastbb.engine.explanation import Explanation, Row
+from fastbb.engine.settings import Tools
+from fastbb.engine.trial import Candidate, Run
+from fastbb.engine.truth import without_engine
+from fastbb_kernels import Impl, use_impl
+from fastbb_kernels.machine import Machine
+from fastbb_kernels.op import op_names
+from fastbb_kernels.result_cache import ResultCache
+
+MANY = 10**6  # images for which compiling pays, whatever a call costs here
+MIN_RUNS = 4  # of a candidate that is measured: once by itself, and in three rounds
+
+
+@contextmanager
+def gpu(**launches: Callable[..., Any]) -> Iterator[None]:
+    """CPU tensors count as a GPU's, and kernels compute what they ought to but for `launches`."""
+    with launching(**{**{op: custom_op(op) for op in op_names()}, **launches}):
+        yield
+
+
+class Device:
+    """A clock by which a call takes as long as what ran in it says.
+
+    Attributes:
+        own_s: seconds of a call of what says nothing: the engine's own ways.
+        n_timed: calls that were timed.
+    """
+
+    def __init__(self, own_s: float = 1.0) -> None:
+        self.own_s = own_s
+        self.n_timed = 0
+        self._said: float | None = None
+
+    def clock(self, call: Callable[[], object]) -> float:
+        self.n_timed += 1
+        self._said = None
+        call()
+        return self.own_s if self._said is None else self._said
+
+    def say(self, seconds: float) -> None:
+        """What runs now takes as long as that."""
+        self._said = seconds
+
+    def candidate(
+        self, name: str, seconds: float, build: Callable[[], Run], compiles: bool = False
+    ) -> Candidate:
+        """A candidate whose runs take some seconds of this clock."""
+
+        def timed() -> Run:
+            run = build()
+
+            def runs(pixel_values: Tensor) -> tuple[Tensor, ...]:
+                self.say(seconds)
+                return run(pixel_values)
+
+            return runs
+
+        return Candidate(name, timed, compiles)
+
+    def tools(self, folder: Path, *candidates: Candidate, machine: Machine = MACHINE) -> Tools:
+        """What measures on this device, in few rounds, and remembers in a folder."""
+        cache = ResultCache(machine, folder)
+        return Tools(self.clock, cache, candidates, budget_s=5.0, progress=silent)
+
+
+def silent(n_candidates: int) -> Callable[[str], None]:
+    return lambda text: None
+
+
+def baked(backbone: Backbone) -> Run:
+    """Eager maps of a backbone as it is now."""
+    copied = without_engine(backbone, copied=True)
+
+    def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad(), use_impl("eager"):
+            return copied.feature_maps(pixel_values)
+
+    return run
+
+
+class Compiler:
+    """In the place of `compile_maps` and `compile_any_size`: bakes a copy of a backbone.
+
+    Attributes:
+        compiled: what was asked for, in order: shapes of examples, and "any size".
+        impls: with which implementation of ops.
+        error: is raised instead, if there is one.
+        reason: why there is no artefact for any size, or None.
+        spoil: what is done to the maps.
+    """
+
+    def __init__(self, device: Device | None = None, seconds: float = 0.5) -> None:
+        """
+        Args:
+            device: where what is compiled runs.
+            seconds: that a call of it takes there.
+        """
+        self._device = device
+        self._seconds = seconds
+        self.compiled: list[tuple[int, ...] | str] = []
+        self.impls: list[Impl] = []
+        self.error: Exception | None = None
+        self.reason: str | None = None
+        self.spoil: Callable[[Tensor], Tensor] = lambda x: x
+
+    def maps(self, backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
+        run = self._compile(backbone, tuple(example.shape), impl)
+
+        def of_that_shape(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            assert pixel_values.shape == example.shape and pixel_values.dtype == example.dtype
+            return run(pixel_values)
+
+        return of_that_shape
+
+    def maps_of_any_size(self, backbone: Backbone, impl: Impl = "eager") -> Run | str:
+        return self._compile(backbone, "any size", impl) if self.reason is None else self.reason
+
+    def _compile(self, backbone: Backbone, what: tuple[int, ...] | str, impl: Impl) -> Run:
+        self.compiled.append(what)
+        self.impls.append(impl)
+        if self.error is not None:
+            raise self.error
+        run = baked(backbone)
+
+        def compiled(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            if self._device is not None:
+                self._device.say(self._seconds)
+            return tuple(self.spoil(x) for x in run(pixel_values))
+
+        return compiled
+
+
+def install(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    """Puts a compiler in the place of torch's."""
+    monkeypatch.setattr("fastbb.engine.ways.compile_maps", compiler.maps)
+    monkeypatch.setattr("fastbb.engine.any_size.compile_any_size", compiler.maps_of_any_size)
+    return compiler
+
+
+def explained(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Explanation:
+    """What `explain()` returns, which is what it prints."""
+    capsys.readouterr()
+    explanation = backbone.explain()
+    assert capsys.readouterr().out == f"{explanation}\n"
+    return explanation
+
+
+def only_row(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Row:
+    """The one row of an explanation."""
+    (row,) = explained(backbone, capsys).rows
+    return row
+
+
+@contextmanager
+def no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

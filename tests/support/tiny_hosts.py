@@ -1,0 +1,129 @@
+"""Tiny models of other libraries for `accelerate`, twins of them, and whether ours ran in one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from reference_models import images, randomize_
+from tolerance import assert_equals_upstream
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastbb import AccelerateReport
+from fastbb.hosts.replacement import replacement_of
+
+PIXELS = images(32, 32)
+HEAD = 1e-4  # allowed of a result that has passed a head
+SWIN: dict[str, Any] = {
+    "image_size": 32,
+    "embed_dim": 8,
+    "depths": [2, 1],
+    "num_heads": [1, 2],
+    "window_size": 4,
+}
+
+
+def swin_classifier(**config: Any) -> Any:
+    import transformers
+
+    settings = {**SWIN, "drop_path_rate": 0.0, "num_labels": 3, **config}
+    return randomize_(transformers.SwinForImageClassification(transformers.SwinConfig(**settings)))
+
+
+def swin_backbone(**config: Any) -> Any:
+    import transformers
+
+    settings = {**SWIN, "drop_path_rate": 0.0, "out_indices": [0, 1, 2], **config}
+    return randomize_(transformers.SwinBackbone(transformers.SwinConfig(**settings)))
+
+
+def maskformer_swin(**config: Any) -> Any:
+    from transformers.models.maskformer import MaskFormerSwinBackbone, MaskFormerSwinConfig
+
+    settings = {**SWIN, "drop_path_rate": 0.0, "out_indices": [1, 2], **config}
+    return randomize_(MaskFormerSwinBackbone(MaskFormerSwinConfig(**settings)))
+
+
+def resnet_backbone(**config: Any) -> Any:
+    import transformers
+
+    settings = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 1]}
+    settings = {**settings, "out_indices": [0, 1, 2], **config}
+    return randomize_(transformers.ResNetBackbone(transformers.ResNetConfig(**settings)))
+
+
+def timm_resnet(**options: Any) -> Any:
+    import timm
+
+    shape = {"layers": (2, 1, 1, 1), "channels": (8, 8, 16, 16), "num_classes": 3}
+    return randomize_(timm.create_model("resnet18", **{**shape, **options}))
+
+
+def torchvision_swin(**options: Any) -> Any:
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    shape: dict[str, Any] = {"patch_size": [4, 4], "embed_dim": 8, "depths": [2, 1]}
+    shape = {**shape, "num_heads": [1, 2], "window_size": [4, 4], "num_classes": 3}
+    shape["stochastic_depth_prob"] = 0.0
+    return randomize_(SwinTransformer(**{**shape, **options}))
+
+
+HOSTS: dict[str, Callable[..., Any]] = {
+    make.__name__: make
+    for make in (
+        *(swin_classifier, swin_backbone, maskformer_swin),
+        *(resnet_backbone, timm_resnet, torchvision_swin),
+    )
+}
+
+
+def twin_of(make: Callable[[], Any], model: Any) -> Any:
+    """Upstream's own model, untouched, with copies of the weights that a host has now."""
+    twin = make().to(next(model.parameters()).dtype)
+    twin.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    return twin.train(model.training)
+
+
+def block_of(model: nn.Module) -> Any:
+    """The first residual or Swin block."""
+    kinds = ("SwinLayer", "BottleNeckLayer", "BasicBlock", "TransformerBlock")
+    return next(m for m in model.modules() if type(m).__name__.endswith(kinds))
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@torch.no_grad()
+def infer(model: Any, pixels: Tensor = PIXELS, **options: Any) -> list[Tensor]:
+    """The tensors that a host returns for pixels in its dtype."""
+    found = tensors(model(pixels.to(next(model.parameters()).dtype), **options))
+    assert found
+    return found
+
+
+def assert_bit_equal(got: list[Tensor], want: list[Tensor]) -> None:
+    assert len(got) == len(want)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want))
+
+
+def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
+    assert_equals_upstream(got, want, rel=HEAD)
+
+
+def assert_ours_ran(report: AccelerateReport) -> None:
+    """Every module that was replaced ran ours, or is inside one that did."""
+    runs = {runs for _, _, runs, _ in report.rows()}
+    assert "fastbb" in runs and runs <= {"fastbb", "-"}, str(report)
+
+
+def has_run_ours(model: Any) -> bool:
+    """The same of a copy, which has no report."""
+    found = [replacement_of(module) for module in model.modules()]
+    choices = [choice for own in found if own for choice in own.choices.values()]
+    return any(choice.ours for choice in choices) and not any(own.off for own in found if own)
+
+
+def reasons_of(report: AccelerateReport) -> set[str]:
+    """Why modules ran upstream's forward, or were left alone."""
+    return {why for _, _, runs, why in report.rows() if runs == "upstream"}

@@ -1,0 +1,434 @@
+"""What inference remembers of the weights follows every change of them, and never shows."""
+
+import copy
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference_models import gradients, images, randomize_
+from tolerance import assert_equal_gradients, assert_equals_upstream
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import SGD, AdamW
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastbb.weights.derived
+from fastbb import (
+    AutoBackbone,
+    ResNetBackbone,
+    ResNetConfig,
+    SwinBackbone,
+    SwinConfig,
+    TimmBackbone,
+    TimmBackboneConfig,
+)
+from fastbb.weights.derived import derive, forget_derived
+
+SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
+PIXELS = images(32, 32)
+
+
+def hf_swin() -> Any:
+    return randomize_(SwinBackbone(SwinConfig(**SWIN, drop_path_rate=0.0)))
+
+
+def timm_swin() -> Any:
+    name = "swin_tiny_patch4_window7_224"
+    config = TimmBackboneConfig(name, img_size=32, out_indices=[1], backbone_kwargs=SWIN)
+    return randomize_(TimmBackbone(config))
+
+
+def hf_resnet() -> Any:
+    shape = {"embedding_size": 4, "hidden_sizes": [8, 16], "depths": [1, 2]}
+    return randomize_(ResNetBackbone(ResNetConfig(**shape)))
+
+
+def timm_mobilenet() -> Any:
+    """Batch norms folded where timm's own forward runs."""
+    return randomize_(TimmBackbone(TimmBackboneConfig("test_efficientnet", out_indices=[2])))
+
+
+SWINS = {"hf_swin": hf_swin, "timm_swin": timm_swin}
+CONVOLUTIONS = {"hf_resnet": hf_resnet, "timm_mobilenet": timm_mobilenet}
+
+
+@pytest.fixture(params=[*SWINS.values(), *CONVOLUTIONS.values()], ids=list(SWINS | CONVOLUTIONS))
+def backbone(request: pytest.FixtureRequest) -> Any:
+    """A tiny model that has computed, and so remembers."""
+    model = request.param()
+    infer(model)
+    return model
+
+
+@pytest.fixture(params=SWINS.values(), ids=list(SWINS))
+def swin(request: pytest.FixtureRequest) -> Any:
+    model = request.param()
+    infer(model)
+    return model
+
+
+@torch.no_grad()
+def infer(model: Any) -> Tensor:
+    return model(PIXELS.to(next(model.parameters()).dtype))[0][-1]
+
+
+def rebuilt(backbone: Any) -> Any:
+    """A new model with copies of the weights of another."""
+    new = AutoBackbone.from_config(backbone.config).to(backbone.dtype)
+    new.load_state_dict({name: tensor.clone() for name, tensor in backbone.state_dict().items()})
+    return new.train(backbone.training)
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the gathers from a table."""
+
+    n_gathers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n_gathers += func is torch.ops.aten.index.Tensor
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_the_second_forward_derives_nothing(swin: Any, mode: Any) -> None:
+    swin.refresh()
+    for expected in (3, 0):  # one in each block
+        with mode(), Gathers() as gathers:
+            swin(PIXELS)
+        assert gathers.n_gathers == expected
+
+
+# changes that are followed without being told
+
+
+def optimizer_step(optimizer: type, **options: Any) -> Callable[[Any], None]:
+    def change(backbone: Any) -> None:
+        for p in backbone.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer(backbone.parameters(), lr=0.1, **options).step()
+
+    return change
+
+
+def step_by_hand(backbone: Any) -> None:
+    backbone(PIXELS)[0][-1].sum().backward()
+    for p in backbone.parameters():
+        if p.grad is not None:
+            p.data.sub_(p.grad, alpha=1e-3)
+
+
+@torch.no_grad()
+def scale_(backbone: Any) -> None:
+    for p in backbone.parameters():
+        p.mul_(0.5)
+
+
+def replace_data(backbone: Any) -> None:
+    for p in backbone.parameters():
+        p.data = p.data * 0.5
+
+
+def replace_parameters(backbone: Any) -> None:
+    for module in backbone.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            p.data.mul_(0.5)
+            setattr(module, name, nn.Parameter(p.data))
+
+
+def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
+    def change(backbone: Any) -> None:
+        module = nn.Sequential(backbone) if wrap else backbone
+        state = {name: tensor.detach() * 0.5 for name, tensor in module.state_dict().items()}
+        module.load_state_dict(state, assign=assign)
+
+    return change
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "adamw-fused": optimizer_step(AdamW, fused=True),
+    "adamw-foreach": optimizer_step(AdamW, foreach=True),
+    "sgd-fused": optimizer_step(SGD, fused=True),
+    "step_by_hand": step_by_hand,
+    "in_place": scale_,
+    "in_place-inference_mode": torch.inference_mode()(scale_),
+    "data_replaced": replace_data,
+    "parameters_replaced": replace_parameters,
+    "load": load(),
+    "load-wrapped": load(wrap=True),
+    "load-assign": load(assign=True),
+    "load-inference_mode": torch.inference_mode()(load()),
+    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
+    "half": lambda backbone: backbone.half(),
+    "to_bfloat16": lambda backbone: backbone.to(torch.bfloat16),
+    "inside_to_bfloat16": lambda backbone: [child.bfloat16() for child in backbone.children()],
+}
+
+
+def assert_follows(backbone: Any, before: Tensor) -> None:
+    maps, want = infer(backbone), infer(rebuilt(backbone))
+    assert maps.dtype != before.dtype or not torch.equal(maps, before)
+    # what cannot be remembered is not folded, so that it rounds otherwise
+    if any(p.is_inference() for p in backbone.parameters()):
+        assert_equals_upstream(maps, want)
+    else:
+        assert torch.equal(maps, want)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
+    before = infer(backbone)
+    change(backbone)
+    assert_follows(backbone, before)
+
+
+def test_a_change_of_inference_tensors_is_followed(backbone: Any) -> None:
+    torch.inference_mode()(load(assign=True))(backbone)
+    assert all(p.is_inference() for p in backbone.parameters())
+    before = infer(backbone)
+    torch.inference_mode()(scale_)(backbone)
+    assert_follows(backbone, before)
+
+
+# changes that leave no trace, and what makes a backbone look again
+
+LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
+    "refresh": lambda backbone: backbone.refresh(),
+    "train-eval": lambda backbone: backbone.train().eval(),
+    "eval-wrapped": lambda backbone: nn.Sequential(backbone).eval(),
+    "apply": lambda backbone: backbone.cpu(),
+    "gradient": lambda backbone: backbone(PIXELS),
+    "any_optimizer": lambda backbone: SGD([nn.Parameter(torch.ones(1))]).step(),
+}
+
+
+@pytest.mark.parametrize("look_again", LOOKS_AGAIN.values(), ids=LOOKS_AGAIN)
+def test_changes_of_data_are_followed_after(backbone: Any, look_again: Any) -> None:
+    before = infer(backbone)
+    for p in backbone.parameters():
+        p.data.lerp_(torch.ones_like(p), 0.5)  # a moving average
+    look_again(backbone)
+    assert_follows(backbone, before)
+
+
+@pytest.mark.parametrize("change", [lambda backbone: backbone.half(), load()], ids=["half", "load"])
+def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) -> None:
+    # torch swaps no tensor that something refers to weakly
+    before = infer(backbone)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        change(backbone)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_follows(backbone, before)
+
+
+# nothing of it shows
+
+
+def test_the_modules_stay_as_they_were() -> None:
+    backbone = hf_swin()
+    before = {name: set(vars(module)) for name, module in backbone.named_modules()}
+    state, saved = list(backbone.state_dict()), len(pickle.dumps(backbone))
+    infer(backbone)
+    assert {name: set(vars(module)) for name, module in backbone.named_modules()} == before
+    assert list(backbone.state_dict()) == state and len(pickle.dumps(backbone)) == saved
+
+
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))]
+)
+def test_copies_are_independent(backbone: Any, make_copy: Callable[[Any], Any]) -> None:
+    before = infer(backbone)
+    twin = make_copy(backbone)
+    assert torch.equal(infer(twin), before)
+    scale_(twin)
+    assert_follows(twin, before)
+    assert torch.equal(infer(backbone), before)
+
+
+def test_gradients_are_those_of_a_new_model(backbone: Any) -> None:
+    backbone.double()
+    infer(backbone)
+    got, want = (gradients(model, PIXELS.double()) for model in (backbone, rebuilt(backbone)))
+    assert any("bias_table" in name or "conv" in name for name in want)
+    assert_equal_gradients(got, want)
+
+
+def test_what_inference_mode_made_serves_a_gradient(backbone: Any) -> None:
+    backbone.requires_grad_(False).refresh()
+    with torch.inference_mode():
+        backbone(PIXELS)
+    pixels = PIXELS.clone().requires_grad_()
+    backbone(pixels)[0][-1].sum().backward()
+    assert pixels.grad is not None and pixels.grad.any()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, lambda tensor: tensor], ids=["parameter", "tensor"])
+def test_functional_call_computes_from_its_own_parameters(backbone: Any, kind: Any) -> None:
+    before, other = infer(backbone), copy.deepcopy(backbone)
+    scale_(other)
+    weights = {name: kind(p.detach()) for name, p in other.named_parameters()}
+    with torch.no_grad():
+        for _ in range(2):
+            maps = torch.func.functional_call(backbone, weights, (PIXELS,))[0][-1]
+            assert_equals_upstream(maps, infer(other))  # tensors are not folded into each other
+            assert not torch.equal(maps, before)
+    assert torch.equal(infer(backbone), before)
+
+
+def under_fake_tensors(backbone: Any) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        backbone(mode.from_tensor(PIXELS))
+
+
+@torch.no_grad()
+def under_autocast(backbone: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        backbone(PIXELS)
+
+
+@pytest.mark.parametrize("run", [under_fake_tensors, under_autocast])
+def test_modes_leave_nothing_behind(backbone: Any, run: Any) -> None:
+    backbone.requires_grad_(False).refresh()
+    run(backbone)
+    assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
+
+
+# in a graph it is computed from the parameters
+
+GRAPHS: dict[str, Callable[[Any], Any]] = {
+    "compile": lambda backbone: torch.compile(backbone, backend="aot_eager", fullgraph=True),
+    "export": lambda backbone: torch.export.export(backbone, (PIXELS,)).module(),
+    "make_fx": lambda backbone: make_fx(lambda pixels: backbone(pixels))(PIXELS),
+    "jit": lambda backbone: torch.jit.trace(backbone, PIXELS, check_trace=False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make_graph", GRAPHS.values(), ids=GRAPHS)
+@pytest.mark.filterwarnings("ignore")  # of torch about its own tracers
+def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> None:
+    backbone = hf_swin()
+    backbone.config.return_dict = False  # jit knows tuples only
+    before = infer(backbone)
+    graph = make_graph(backbone)
+    assert_equals_upstream(graph(PIXELS)[0][-1], before)
+    scale_(backbone)
+    assert_equals_upstream(graph(PIXELS)[0][-1], infer(rebuilt(backbone)))
+    assert_follows(backbone, before)
+
+
+# threads, memory, the optimizers of the process
+
+
+def test_threads_share_a_backbone(backbone: Any) -> None:
+    want, wrong, done = infer(backbone), [], threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            if not torch.equal(infer(backbone), want):
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(30):
+        backbone.refresh()
+        infer(backbone)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    return nn.Linear(3, 2, bias=False).requires_grad_(False)
+
+
+def doubled(weight: Tensor) -> tuple[Tensor]:
+    return (weight * 2,)
+
+
+@pytest.mark.parametrize("traceless", [False, True])
+def test_a_change_while_it_is_computed_is_followed(linear: nn.Linear, traceless: bool) -> None:
+    def interrupted(weight: Tensor) -> tuple[Tensor]:
+        value = doubled(weight)
+        (weight.data if traceless else weight).zero_()  # as another thread would
+        if traceless:
+            forget_derived(linear)
+        return value
+
+    derive(linear, "doubled", interrupted, linear.weight)
+    assert not derive(linear, "doubled", doubled, linear.weight)[0].any()
+
+
+def test_the_same_memory_may_be_another_parameter_or_dtype(linear: nn.Linear) -> None:
+    old = nn.Parameter(torch.ones(2).half(), requires_grad=False)
+    derive(linear, "doubled", doubled, old)
+    old.data.zero_()
+    new = nn.Parameter(old.data, requires_grad=False)
+    assert not derive(linear, "doubled", doubled, new)[0].any()
+    new.data = new.data.view(torch.bfloat16)
+    assert derive(linear, "doubled", doubled, new)[0].dtype == torch.bfloat16
+
+
+def test_transforms_are_computed_in_and_leave_nothing_behind(linear: nn.Linear) -> None:
+    def run(weight: Tensor, x: Tensor) -> Tensor:
+        return (derive(linear, "doubled", doubled, weight)[0] @ x).sum()
+
+    x = torch.ones(3)
+    assert torch.func.vmap(run, (0, None))(torch.ones(4, 2, 3), x).eq(12).all()
+    torch.func.grad(lambda x: run(linear.weight, x))(x)
+    # a wrapper that outlived its transform has no memory
+    assert derive(linear, "doubled", doubled, linear.weight)[0].data_ptr()
+
+
+def test_what_is_remembered_has_no_graph(linear: nn.Linear) -> None:
+    linear.requires_grad_(True)
+    with torch.inference_mode():
+        (value,) = derive(linear, "doubled", doubled, linear.weight)
+    assert not value.requires_grad and not value.is_inference()
+
+
+@pytest.mark.parametrize(
+    "release",
+    [
+        forget_derived,
+        lambda linear: delattr(linear, "weight"),
+        lambda linear: derive(linear, "doubled", doubled, nn.Parameter(torch.ones(1))),
+        lambda linear: derive(linear.requires_grad_(True), "doubled", doubled, linear.weight),
+    ],
+    ids=["forget", "dead_source", "same_name", "gradient"],
+)
+def test_memory_is_released(linear: nn.Linear, release: Callable[[Any], Any]) -> None:
+    with torch.enable_grad():
+        value = weakref.ref(derive(linear, "doubled", doubled, linear.weight)[0])
+        assert value() is derive(linear, "doubled", doubled, linear.weight)[0]
+        release(linear)
+    assert value() is None
+
+
+def test_memory_is_released_with_its_owner() -> None:
+    owner, weight = nn.Module(), nn.Parameter(torch.ones(2), requires_grad=False)
+    value = weakref.ref(derive(owner, "doubled", doubled, weight)[0])
+    del owner
+    assert value() is None  # at once, not when cycles are collected
+
+
+def test_optimizers_are_followed_from_the_first_use() -> None:
+    if fastbb.weights.derived._step_hook is not None:
+        fastbb.weights.derived._step_hook.remove()
+        fastbb.weights.derived._step_hook = None
+    before = len(_global_optimizer_post_hooks)
+    backbone = hf_swin()
+    assert len(_global_optimizer_post_hooks) == before
+    infer(backbone)
+    infer(hf_swin())
+    assert len(_global_optimizer_post_hooks) == before + 1

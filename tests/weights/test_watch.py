@@ -1,0 +1,84 @@
+"""The parts of what follows changes: `ModuleSettings`, and what decides between two forwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastbb.engine import measuring
+from fastbb.weights.watch import ModuleSettings
+
+
+class Odd(nn.Module):
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 2.0
+        self.sizes = [1, [2, 3]]
+        self.function = torch.relu
+        self.table = torch.zeros(3)  # no setting
+        self.names = {"a": 1}  # nor is this
+        self.layer = nn.LayerNorm(4)
+
+
+def test_settings_are_told_by_name() -> None:
+    module = Odd()
+    settings = ModuleSettings(module)
+    assert settings.change() is None
+    module.sizes[1][0] = 4  # type: ignore[index]  # a list in a list
+    assert settings.change() == "sizes is [1, [4, 3]], was [1, [2, 3]]"
+    module.sizes = [1, [2, 3]]
+    assert settings.change() is None
+    module.forward, module.scale = torch.relu, 1.0
+    assert settings.change() == "scale is 1.0, was 2.0"
+    module.scale = 2.0
+    module.table, module.names = torch.ones(3), {}
+    module.layer.eval().requires_grad_(False)
+    assert settings.change() is None
+    module.layer.eps = 1.0
+    assert settings.change() == "layer.eps is 1.0, was 1e-05"
+    module.layer.eps = 1e-5
+    module.function = torch.tanh
+    assert str(settings.change()).startswith("function is <built-in method tanh")
+    del module.function
+    assert str(settings.change()).startswith("function is 'gone'")
+    assert ModuleSettings(module, ignored=("sizes",)).change() is None
+    module.sizes = []
+    assert ModuleSettings(module).change() is None
+
+
+def test_a_copy_watches_the_copy() -> None:
+    """A `Folding` is copied with the model that it is in."""
+    module, settings = copy.deepcopy((model := Odd(), ModuleSettings(model)))
+    model.layer.eps = 1.0
+    assert settings.change() is None
+    module.layer.eps = 1.0
+    assert settings.change() == "layer.eps is 1.0, was 1e-05"
+
+
+class Seconds:
+    """Returns one number after the other, the last for ever."""
+
+    def __init__(self, *seconds: float) -> None:
+        self.left = list(seconds)
+
+    def __call__(self) -> float:
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+
+@pytest.mark.parametrize("slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)])
+def test_outliers_do_not_decide(slow: tuple[float, ...]) -> None:
+    found = measuring.compare(Seconds(*slow, 1.0), Seconds(1.2), tie=0.03)
+    assert found.ratio < 1 and (found.ours, found.theirs) == (1.0, 1.2)
+    other = measuring.compare(Seconds(1.2), Seconds(*slow, 1.0), tie=0.03)
+    assert other.ratio > 1.03
+
+
+def test_a_verdict_against_ours_is_measured_twice() -> None:
+    """Something else runs on the machine while the first half is measured."""
+    stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
+    assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
+    stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
+    assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio < 1
