@@ -22,7 +22,8 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 
 from ..backbone.base import Backbone
-from ..weights.derived import ModuleStamp, is_tracing, statistics_note
+from ..weights.derived import is_tracing
+from ..weights.watch import ModuleStamp, statistics_note
 from .explanation import Explanation, Row
 from .measuring import Clock, describe, duration, wall_clock
 from .settings import DTYPES, EngineWarning, Settings, Tools

@@ -11,7 +11,7 @@ from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
 
 from ..backbone.base import Backbone
-from ..weights.derived import ModuleStamp
+from ..weights.watch import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .cpu import KEPT_BYTES, even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool

@@ -12,8 +12,8 @@ from fastbb_kernels._dispatch import launches_directly
 from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
-from ..weights.derived import statistics_note
 from ..weights.folding import is_batch_norm
+from ..weights.watch import statistics_note
 from . import resnet, swin
 from .libraries import full_name, is_backbone
 from .region import NothingToDo, Region

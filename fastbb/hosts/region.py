@@ -16,8 +16,8 @@ from fastbb_kernels._dispatch import launches_directly
 
 from ..backbone.base import Backbone
 from ..backbone.configuration import BackboneConfig
-from ..weights.derived import ModuleStamp
 from ..weights.folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
+from ..weights.watch import ModuleStamp
 from .libraries import is_known_part
 from .replacement import Fast, HowToRun, Refused, replacement_of
 

@@ -27,10 +27,10 @@ from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import launches_directly
 
 from ..engine.measuring import Comparison, compare, describe, duration, wall_clock
-from ..weights.derived import forget_derived, is_tracing, is_transformed, note_written
+from ..weights.derived import forget_derived, is_tracing, is_transformed
 from ..weights.fold import autocasts
 from ..weights.folding import is_folded, replica_without, unfold
-from ..weights.watch import ModuleSettings
+from ..weights.watch import ModuleSettings, note_written
 from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_in
 
 TIE = 0.03  # ours may take so much longer, measured, and still runs

@@ -24,7 +24,7 @@ from ..weights.fold import (
     runs_folded,
     runs_packed,
 )
-from ..weights.folding import has_hooks
+from ..weights.watch import is_observed
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -52,7 +52,7 @@ def check_untouched(backbone: nn.Module) -> None:
     for name, module in backbone.named_modules():
         if module is backbone or ".parametrizations." in name:
             continue  # the weight that is read has passed its parametrizations
-        if has_hooks(module):
+        if is_observed(module):
             raise ValueError(
                 f"{type(backbone).__name__} computes from its parameters, so the hooks of {name!r} "
                 "(or a forward put on it) would never run: remove them, or hook the whole backbone"

@@ -41,7 +41,8 @@ from ..backbone.hub import (
     unwrap_head,
 )
 from ..backbone.registry import FAMILIES, Family, StagesForward, register
-from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, has_hooks, is_batch_norm
+from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm
+from ..weights.watch import is_observed
 
 _LOADING = threading.Lock()
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -245,7 +246,7 @@ class TimmBackbone(Backbone):
             forward = family.timm_forward(self._backbone) if family.timm_forward else None
             if forward is None:
                 continue
-            if any(has_hooks(module) or module.training for module in self._backbone.modules()):
+            if any(is_observed(module) or module.training for module in self._backbone.modules()):
                 return None  # hooks and dropout only run in timm's own forward
             return forward
         return None

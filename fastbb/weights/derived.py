@@ -3,13 +3,10 @@
 They stand beside the modules, not in them: no state dict, copy or pickle of a module has them.
 """
 
-import itertools
-import operator
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import c_char
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,13 +14,15 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
-from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
-from .watch import ModuleSettings
-
-STATISTICS = ("running_mean", "running_var")  # buffers of a batch norm
+from .watch import (
+    Statistics,
+    follow_layers,
+    follow_optimizers,
+    is_plain_tensor,
+    note_written,
+    untraced,
+)
 
 Module = TypeVar("Module", bound="RemembersDerived")
 Derived = TypeVar("Derived", bound=tuple[Tensor | None, ...])
@@ -127,126 +126,6 @@ class RemembersDerived(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
 
-def statistics_note(module: nn.Module) -> str | None:
-    """What has to be said about the running statistics of a module, or None."""
-    if any(tensor.is_cuda for tensor in _statistics_of(module.modules())):
-        return (
-            "running statistics that F.batch_norm moved, without their module, are not noticed on "
-            "a GPU: call refresh()"
-        )
-    return None
-
-
-def _statistics_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    named = itertools.chain.from_iterable(module._buffers.items() for module in modules)
-    return (tensor for name, tensor in named if name in STATISTICS and tensor is not None)
-
-
-class Statistics:
-    """The running statistics of batch norms as they were, where comparing values costs little.
-
-    Args:
-        tensors: buffers [C]; those on a GPU are taken for unchanged. Whoever asks keeps them, or
-            knows that they are there.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        # what is in memory: to compare tensors takes six times as long
-        self._memory = [
-            (c_char * _span(tensor)).from_address(tensor.data_ptr())
-            for tensor in tensors
-            if tensor.device.type == "cpu"
-        ]
-        self._bytes = self._read()
-
-    def are_current(self) -> bool:
-        """Whether all have the values that they had. Ask only where none has moved in memory."""
-        return self._read() == self._bytes
-
-    def _read(self) -> list[bytes]:
-        return [memory.raw for memory in self._memory]
-
-
-def _span(tensor: Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last."""
-    if not tensor.numel():
-        return 0
-    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
-    return (sum(steps) + 1) * tensor.element_size()
-
-
-class ModuleStamp:
-    """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
-
-    Asked before every use of what was baked. It notices weights that were written, moved or
-    replaced, settings (see `ModuleSettings`) that were changed, layers that were replaced, and
-    hooks of layers that came or went.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        modules = list(module.modules())
-        # the dictionaries of a module are looked into, which costs less than walking the tree
-        self._layers = [(m._modules, dict(m._modules)) for m in modules]
-        self._modules = modules
-        self._modes = self._read_modes()
-        # not its own, which run around what was baked
-        inside = modules[1:]
-        self._hooks = [m._forward_hooks for m in inside] + [m._forward_pre_hooks for m in inside]
-        self._hook_ids = self._read_hooks()
-        self._owners = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers) if d]
-        self._tensors = [t for _, own in self._owners for t in own.values() if t is not None]
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
-        self._addresses, self._versions = self._read()
-        self._ids = {id(tensor) for tensor in self._tensors}
-        self._settings = ModuleSettings(module)
-        self._statistics = Statistics(filter(_is_plain, _statistics_of(modules)))
-        self._is_written = False
-        _follow_optimizers()
-        _follow_layers(modules)
-        _STAMPS.add(self)
-
-    def is_current(self) -> bool:
-        """Whether nothing has changed since."""
-        return (
-            not self._is_written
-            and self._read_hooks() == self._hook_ids
-            and self._read_modes() == self._modes
-            and all(now == then for now, then in self._layers)
-            and all(
-                len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
-                for now, then in self._owners
-            )
-            and self._read() == (self._addresses, self._versions)
-            and self._settings.change() is None
-            and self._statistics.are_current()
-        )
-
-    def _read(self) -> tuple[list[int], list[int]]:
-        # another dtype or device is another address
-        return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
-
-    def _read_modes(self) -> list[Any]:
-        """Whether each module trains, and what was put over its forward."""
-        return [(m.training, m.__dict__.get("forward")) for m in self._modules]
-
-    def _read_hooks(self) -> list[int]:
-        return list(itertools.chain.from_iterable(self._hooks))
-
-    def note_written(self, tensors: Iterable[Tensor]) -> None:
-        """Takes note of tensors that were written without a trace in them."""
-        self._is_written = self._is_written or any(id(tensor) in self._ids for tensor in tensors)
-
-
-_STAMPS: weakref.WeakSet[ModuleStamp] = weakref.WeakSet()
-
-
-def note_written(tensors: Iterable[Tensor]) -> None:
-    """Makes whatever was baked from these tensors out of date, see `ModuleStamp`."""
-    tensors = list(tensors)
-    for stamp in list(_STAMPS):
-        stamp.note_written(tensors)
-
-
 def is_transformed(x: Tensor) -> bool:
     """Whether a call with a tensor is that of a transform: vmap, jvp, forward-mode derivatives."""
     return is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
@@ -299,7 +178,7 @@ class _DerivedWeights:
         capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and _held is None:
             return compute(*sources)  # a CUDA graph must not read memory that may be freed
-        n_cleared, last_step, last_layer = self._n_cleared, _last_step, _last_layer
+        n_cleared, last_step, last_layer = self._n_cleared, untraced.last_step, untraced.last_layer
         entry = self._entries.get(name)
         if (
             entry is not None
@@ -318,7 +197,7 @@ class _DerivedWeights:
         # a tensor made in inference mode could not be used outside it
         with torch.inference_mode(False), torch.no_grad():
             value = compute(*sources)
-        if all(_is_plain(tensor) for tensor in value if tensor is not None):
+        if all(is_plain_tensor(tensor) for tensor in value if tensor is not None):
             if sources[0].is_cuda:  # another stream may be the next to read the value
                 torch.cuda.current_stream(sources[0].device).synchronize()
             refs = self._refs(name, sources)
@@ -348,50 +227,13 @@ class _DerivedWeights:
 _DERIVED: weakref.WeakKeyDictionary[nn.Module, _DerivedWeights] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _held: list[tuple[Tensor | None, ...]] | None = None
-_last_step = object()  # another one after each step of an optimizer
-_last_layer = object()  # another one after a layer was put into a module
-_step_hook: RemovableHandle | None = None
-_LAYERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # that something was derived of
-_layer_hook: RemovableHandle | None = None
 
 
 def _start_deriving(module: nn.Module) -> _DerivedWeights:
     with _lock:
-        _follow_optimizers()
-        _follow_layers(module.modules())
+        follow_optimizers()
+        follow_layers(module.modules())
         return _DERIVED.setdefault(module, _DerivedWeights())
-
-
-def _follow_optimizers() -> None:
-    global _step_hook
-    if _step_hook is None:
-        _step_hook = register_optimizer_step_post_hook(_note_step)
-
-
-def _follow_layers(modules: Iterable[nn.Module]) -> None:
-    global _layer_hook
-    _LAYERS.update(modules)
-    if _layer_hook is None:
-        _layer_hook = register_module_module_registration_hook(_note_layer)
-
-
-def _note_layer(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
-    """Takes note of a layer that is put back after its weights were written without a trace.
-
-    So are those of LoRA, merged into the layer that it stood around.
-    """
-    global _last_layer
-    if parent in _LAYERS:  # not a module that a backbone is put into
-        _last_layer = object()
-        if _STAMPS and layer is not None:
-            note_written(layer.parameters())
-
-
-def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    global _last_step
-    _last_step = object()
-    if _STAMPS:
-        note_written(p for group in optimizer.param_groups for p in group["params"])
 
 
 def _may_step(source: Tensor) -> bool:
@@ -406,9 +248,4 @@ def _can_be_followed(source: Tensor) -> bool:
     # fake, distributed and quantized tensors are of other types
     if type(source) is nn.Parameter:
         return True
-    return _is_plain(source) and not source.requires_grad
-
-
-def _is_plain(value: Tensor) -> bool:
-    """Whether a tensor outlives the mode or the torch.func transform that it was computed in."""
-    return type(value) is Tensor and not is_functorch_wrapped_tensor(value)
+    return is_plain_tensor(source) and not source.requires_grad

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_conv, packs
 
-from .derived import STATISTICS, derive, forget_derived, is_tracing, is_transformed
+from .derived import derive, forget_derived, is_tracing, is_transformed
+from .watch import STATISTICS
 
 FROZEN_EPS = 1e-5  # of transformers' frozen norms, which have no `eps`
 

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +22,7 @@ from fastbb_kernels import ACTIVATIONS, conv_bn_act, conv_op
 
 from .dataflow import RESULT, Dataflow, trace_dataflow
 from .fold import FROZEN_EPS, autocasts, fold_batch_norm, folded, geometry, runs_folded
-from .watch import ModuleSettings
+from .watch import ModuleSettings, OwnForward, Places, is_observed, own_forward
 
 Result = TypeVar("Result")
 
@@ -234,7 +233,7 @@ class Folding:
     """
 
     def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
-        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        self._places = Places()
         self._pairs: dict[str, _FoldedConv] = {}  # by the name of the norm
         self._entries = [self._bind(model, norm) for norm in norms]
 
@@ -262,7 +261,9 @@ class Folding:
         before = getattr(_running, "weights", None)
         # for all at once: between convolutions the same look costs several times as much
         all_pairs = [] if few else self._pairs.values()
-        weights = {pair: pair.weights() for pair in all_pairs} if self._is_intact() else None
+        weights = (
+            {pair: pair.weights() for pair in all_pairs} if self._places.are_intact() else None
+        )
         _running.weights = weights
         try:
             return forward(*args)
@@ -271,14 +272,10 @@ class Folding:
 
     def undo(self) -> None:
         """Gives the modules their own forwards back."""
-        for _, _, module in self._places:
+        for module in self._places.modules():
             _release(module)
         self._places.clear()
         self._pairs.clear()
-
-    def _is_intact(self) -> bool:
-        """Whether the folded modules are still where they were found."""
-        return all(parent._modules.get(name) is module for parent, name, module in self._places)
 
     def _bind(self, model: nn.Module, entry: FoldedNorm) -> FoldedNorm:
         if entry.refused is not None:
@@ -304,7 +301,7 @@ class Folding:
         if after is not None:
             self._take(model, str(entry.activation), after, pair.activation_forward)
         elif own is not None:
-            self._places.append((norm, "act", own))
+            self._places.add(norm, "act", own)
         return replace(
             entry, activation=entry.activation if after else None, fused=fused, op=pair.op
         )
@@ -313,7 +310,7 @@ class Folding:
         module.forward = forward
         module._replicate_for_data_parallel = partial(replica_without, module, _TAKEN)
         parent, _, child = name.rpartition(".")
-        self._places.append((model.get_submodule(parent), child, module))
+        self._places.add(model.get_submodule(parent), child, module)
 
 
 # of the model that this thread is running: weight and bias of each pair, None for one that may not
@@ -322,9 +319,7 @@ _running = threading.local()
 
 def is_folded(module: nn.Module) -> bool:
     """Whether a `Folding` has bound the forward of this module."""
-    forward = vars(module).get("forward")
-    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
-    return isinstance(forward, MethodType) and isinstance(forward.__self__, _FoldedConv)
+    return isinstance(own_forward(module), _FoldedConv)
 
 
 def unfold(model: nn.Module) -> None:
@@ -350,7 +345,7 @@ def replica_without(module: nn.Module, names: Iterable[str]) -> nn.Module:
     return replica
 
 
-class _FoldedConv:
+class _FoldedConv(OwnForward):
     """The forwards of a convolution, its norm and its activation, where the first does it all.
 
     Bound methods of a plain object: a deep copy of the model binds those of the copied modules.
@@ -378,7 +373,7 @@ class _FoldedConv:
         """Weight and bias for the calls of one forward, or None if it may not use folded ones."""
         if not runs_folded(self.conv, self.norm) or _has_any_global_hook():
             return None
-        if any(has_hooks(module) for module in self.seen) or self.change() is not None:
+        if any(is_observed(module) for module in self.seen) or self.change() is not None:
             return None
         # kernels want channels last; elsewhere the model gets the layout it expects
         return folded(self.conv, self.norm, channels_last=self.conv.weight.is_cuda)
@@ -459,20 +454,6 @@ def _own_activation(norm: nn.Module) -> nn.Module | None:
 _PLAIN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something wants to see or change what passes through a module, or replaced it."""
-    return _is_hooked(module) or ("forward" in vars(module) and not is_folded(module))
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def _tensorflow_padding(conv: nn.Conv2d, x: Tensor) -> list[int]:
     padding: list[int] = []
     sides = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation)
@@ -485,7 +466,7 @@ def _tensorflow_padding(conv: nn.Conv2d, x: Tensor) -> list[int]:
 @torch.no_grad()
 def _norm_problem(norm: Any) -> str | None:
     """Why a norm cannot be folded, by what it computes, which its class does not always tell."""
-    if has_hooks(norm):
+    if is_observed(norm):
         return "it has hooks"
     if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
         return "it drops values at random"
@@ -520,7 +501,7 @@ def activation_name(module: nn.Module | None) -> str | None:
 
     Libraries have many classes for the same function, so the function is what is compared.
     """
-    if module is None or isinstance(module, nn.Identity) or has_hooks(module):
+    if module is None or isinstance(module, nn.Identity) or is_observed(module):
         return None
     if next(module.parameters(), None) is not None:
         return None

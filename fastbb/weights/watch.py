@@ -1,13 +1,34 @@
-"""What may change inside a module beside its tensors, and decides what it computes."""
+"""Has this changed? Settings, layers, hooks and weights of modules, as they were.
 
-from collections.abc import Collection
+Whoever reads a module once, and uses what it read at later calls, asks one of these before each:
+
+* `ModuleSettings`: plain attributes, for what was made of them (a scale, a fused activation).
+* `ModuleStructure`: layers, hooks and forwards, for what computes from the parameters alone.
+* `Places`: a few modules that have to be where they were found.
+* `ModuleStamp`: all of that and the weights, for what has them baked in: a compiled artefact, a
+  CUDA graph, a converted copy.
+"""
+
+import itertools
+import operator
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator
+from ctypes import c_char
 from functools import partial
 from operator import itemgetter
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
+
+STATISTICS = ("running_mean", "running_var")  # buffers of a batch norm
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _NUMBERS = (bool, int, float, str, type(None), torch.dtype)
 _PLAIN = (*_NUMBERS, FunctionType, BuiltinFunctionType, partial, type)
@@ -55,7 +76,7 @@ class ModuleSettings:
                 return f"{name or 'it'} is a {type(part).__name__}, was a {cls.__name__}"
             for key, old in zip(keys, values):
                 new = getattr(part, key, "gone")
-                if new is not old and not (_is_plain(new) and new == old):
+                if new is not old and not (_is_plain_value(new) and new == old):
                     return f"{f'{name}.{key}'.lstrip('.')} is {new!r:.60}, was {old!r:.60}"
         if self._read_absent() != self._absent:
             return "a parameter came or went"
@@ -77,12 +98,12 @@ def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
     if name.startswith("_") or name == "training":
         return False
     # a method that was put over the class's own is watched elsewhere
-    return not callable(getattr(type(module), name, None)) and _is_plain(value)
+    return not callable(getattr(type(module), name, None)) and _is_plain_value(value)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain_value(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
+        return all(map(_is_plain_value, value))
     return isinstance(value, _PLAIN)
 
 
@@ -91,3 +112,275 @@ def _kept(values: Any) -> Any:
     if isinstance(values, list):
         return [_kept(value) for value in values]
     return tuple(map(_kept, values)) if type(values) is tuple else values
+
+
+class OwnForward:
+    """Base of objects whose bound methods fastbb puts over the forward of a module."""
+
+
+def own_forward(module: nn.Module) -> OwnForward | None:
+    """The object of ours whose method stands over the forward of a module, or None."""
+    forward = vars(module).get("forward")
+    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
+    owner = forward.__self__ if isinstance(forward, MethodType) else None
+    return owner if isinstance(owner, OwnForward) else None
+
+
+def has_foreign_forward(module: nn.Module) -> bool:
+    """Whether somebody else put something over the forward of a module."""
+    return "forward" in vars(module) and own_forward(module) is None
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether something wants to see or change the values that pass a module, or replaced it."""
+    return any(getattr(module, name) for name in _HOOKS) or has_foreign_forward(module)
+
+
+class ModuleStructure:
+    """The layers inside a module as they were when something was read off them.
+
+    Hooks and forwards of the module itself run around what is computed from its parameters, so
+    they are not looked at.
+
+    Args:
+        module: with everything inside.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.modules = list(module.modules())
+        # the dictionaries of a module are looked into, which costs less than walking the tree
+        self._layers = [(m._modules, dict(m._modules)) for m in self.modules]
+        self._classes = list(map(type, self.modules))
+        self._inside = self.modules[1:]
+        self._hooks = [getattr(m, name) for m in self._inside for name in _HOOKS]
+        self._owners = [m._parameters for m in self.modules if m._parameters]
+        self._ids = set(map(id, self.modules))
+
+    def __contains__(self, module: nn.Module) -> bool:
+        return id(module) in self._ids
+
+    def trains(self) -> bool:
+        """Whether any module is in training mode."""
+        return any(m.training for m in self.modules)
+
+    def is_intact(self) -> bool:
+        """Whether every layer still is where it was, and of its class."""
+        return list(map(type, self.modules)) == self._classes and all(
+            now == then for now, then in self._layers
+        )
+
+    def hooks(self) -> list[Any]:
+        """Hooks of the layers inside."""
+        if not any(self._hooks):
+            return []
+        return [hook for hooks in self._hooks for hook in hooks.values()]
+
+    def foreign_forwards(self) -> list[nn.Module]:
+        """Layers inside over whose forward somebody else put something."""
+        bound = [m for m in self._inside if "forward" in m.__dict__]  # few: most need no call
+        return [m for m in bound if has_foreign_forward(m)]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that there is now."""
+        values = itertools.chain.from_iterable(owner.values() for owner in self._owners)
+        return (parameter for parameter in values if parameter is not None)
+
+
+class Places:
+    """Modules of a model that have to stay where they were found."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def add(self, parent: nn.Module, name: str, module: nn.Module) -> None:
+        """Remembers that `parent` has `module` by this name."""
+        self._found.append((parent, name, module))
+
+    def modules(self) -> list[nn.Module]:
+        """The modules, in the order in which they were added."""
+        return [module for _, _, module in self._found]
+
+    def clear(self) -> None:
+        """Forgets them."""
+        self._found.clear()
+
+    def are_intact(self) -> bool:
+        """Whether each module still is where it was found."""
+        return all(parent._modules.get(name) is module for parent, name, module in self._found)
+
+
+class Statistics:
+    """The running statistics of batch norms as they were, where comparing values costs little.
+
+    Args:
+        tensors: buffers [C]; those on a GPU are taken for unchanged. Whoever asks keeps them, or
+            knows that they are there.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        # what is in memory: to compare tensors takes six times as long
+        self._memory = [
+            (c_char * _span(tensor)).from_address(tensor.data_ptr())
+            for tensor in tensors
+            if tensor.device.type == "cpu"
+        ]
+        self._bytes = self._read()
+
+    def are_current(self) -> bool:
+        """Whether all have the values that they had. Ask only where none has moved in memory."""
+        return self._read() == self._bytes
+
+    def _read(self) -> list[bytes]:
+        return [memory.raw for memory in self._memory]
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from the first element of a tensor to the end of its last."""
+    if not tensor.numel():
+        return 0
+    steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return (sum(steps) + 1) * tensor.element_size()
+
+
+def statistics_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """The running statistics of modules."""
+    named = itertools.chain.from_iterable(module._buffers.items() for module in modules)
+    return (tensor for name, tensor in named if name in STATISTICS and tensor is not None)
+
+
+def statistics_note(module: nn.Module) -> str | None:
+    """A sentence about running statistics whose changes are not noticed, or None."""
+    if any(tensor.is_cuda for tensor in statistics_of(module.modules())):
+        return (
+            "running statistics that F.batch_norm moved, without their module, are not noticed on "
+            "a GPU: call refresh()"
+        )
+    return None
+
+
+class ModuleStamp:
+    """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
+
+    Asked before every use of what was baked. It notices weights that were written, moved or
+    replaced, settings (see `ModuleSettings`) that were changed, layers that were replaced, modes
+    that were switched, and hooks of layers that came or went.
+
+    Args:
+        module: with everything inside.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._structure = ModuleStructure(module)
+        modules = self._structure.modules
+        self._modes = self._read_modes()
+        self._forward_hooks = [
+            hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self._hook_ids = self._read_hooks()
+        self._owners = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers) if d]
+        self._tensors = [t for _, own in self._owners for t in own.values() if t is not None]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._addresses, self._versions = self._read()
+        self._ids = {id(tensor) for tensor in self._tensors}
+        self._settings = ModuleSettings(module)
+        self._statistics = Statistics(filter(is_plain_tensor, statistics_of(modules)))
+        self._is_written = False
+        follow_optimizers()
+        follow_layers(modules)
+        _STAMPS.add(self)
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed since."""
+        return (
+            not self._is_written
+            and self._read_hooks() == self._hook_ids
+            and self._read_modes() == self._modes
+            and self._structure.is_intact()
+            and all(
+                len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
+                for now, then in self._owners
+            )
+            and self._read() == (self._addresses, self._versions)
+            and self._settings.change() is None
+            and self._statistics.are_current()
+        )
+
+    def note_written(self, tensors: Iterable[Tensor]) -> None:
+        """Notes tensors that were written without a trace in them."""
+        self._is_written = self._is_written or any(id(tensor) in self._ids for tensor in tensors)
+
+    def _read(self) -> tuple[list[int], list[int]]:
+        # another dtype or device is another address
+        return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
+
+    def _read_modes(self) -> list[Any]:
+        """Whether each module trains, and the forward that was put over its own."""
+        return [(m.training, m.__dict__.get("forward")) for m in self._structure.modules]
+
+    def _read_hooks(self) -> list[int]:
+        return list(itertools.chain.from_iterable(self._forward_hooks))
+
+
+# --- writes that leave no trace in a tensor
+
+
+class _Untraced:
+    """Events after which weights may differ although no tensor shows it.
+
+    Attributes:
+        last_step: another object after each step of any optimizer (fused ones move no version).
+        last_layer: another object after a layer was put into a followed module (LoRA merged into
+            the layer that it stood around moves no version either).
+    """
+
+    def __init__(self) -> None:
+        self.last_step = object()
+        self.last_layer = object()
+        self.step_hook: RemovableHandle | None = None
+        self.layer_hook: RemovableHandle | None = None
+        self.followed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.lock = threading.Lock()
+
+
+untraced = _Untraced()
+_STAMPS: weakref.WeakSet[ModuleStamp] = weakref.WeakSet()
+
+
+def note_written(tensors: Iterable[Tensor]) -> None:
+    """Makes whatever was baked from these tensors out of date, see `ModuleStamp`."""
+    tensors = list(tensors)
+    for stamp in list(_STAMPS):
+        stamp.note_written(tensors)
+
+
+def follow_optimizers() -> None:
+    """Notes the steps of all optimizers from now on."""
+    with untraced.lock:
+        if untraced.step_hook is None:
+            untraced.step_hook = register_optimizer_step_post_hook(_note_step)
+
+
+def follow_layers(modules: Iterable[nn.Module]) -> None:
+    """Notes layers that are put into these modules from now on."""
+    with untraced.lock:
+        untraced.followed.update(modules)
+        if untraced.layer_hook is None:
+            untraced.layer_hook = register_module_module_registration_hook(_note_layer)
+
+
+def _note_layer(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
+    if parent in untraced.followed:  # not a module that a backbone is put into
+        untraced.last_layer = object()
+        if _STAMPS and layer is not None:
+            note_written(layer.parameters())
+
+
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    untraced.last_step = object()
+    if _STAMPS:
+        note_written(p for group in optimizer.param_groups for p in group["params"])
+
+
+def is_plain_tensor(value: Tensor) -> bool:
+    """Whether a tensor outlives the mode or the torch.func transform that it was computed in."""
+    return type(value) is Tensor and not is_functorch_wrapped_tensor(value)

@@ -15,7 +15,8 @@ from torch.optim import SGD, AdamW
 
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
-from fastbb.weights.derived import _STAMPS, ModuleStamp, derive, holding_derived
+from fastbb.weights.derived import derive, holding_derived
+from fastbb.weights.watch import _STAMPS, ModuleStamp
 
 PIXELS = images(64, 64)
 CHANGED = "weights, settings, layers or hooks changed since they were compiled, so it runs eager"

@@ -266,7 +266,7 @@ def test_the_library_installs_no_handlers(images: Path, tmp_path: Path) -> None:
 def test_a_second_signal_ends_even_a_long_call() -> None:
     """Where the main thread is in a call that does not come back, no handler runs."""
     program = (
-        "import hashlib; from fastbb.interruption import ending_on_signals\n"
+        "import hashlib; from fastbb.engine.interruption import ending_on_signals\n"
         "with ending_on_signals():\n"
         "    print('ready', flush=True)\n"
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"

@@ -27,7 +27,7 @@ from torch._subclasses import FakeTensorMode
 import fastbb
 from fastbb.hosts.replacement import replacement_of
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
+pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
 
 
 @pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))

@@ -35,7 +35,7 @@ from fastbb.hosts.calls import ALLOWED
 from fastbb.hosts.replacement import replacement_of
 from fastbb.hosts.swin import TransformersSwinBlock
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
+pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
 TRANSFORMERS = [swin_classifier, swin_backbone, maskformer_swin, resnet_backbone]
 
 

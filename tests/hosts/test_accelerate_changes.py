@@ -32,7 +32,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastbb
 
 pytestmark = [
-    pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning"),
+    pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
 

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import fastbb
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
+pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
 
 
 @pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))

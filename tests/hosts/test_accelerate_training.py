@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import fastbb
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.acceleration.AccelerateWarning")
+pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
 
 
 @pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))

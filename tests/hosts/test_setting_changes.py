@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastbb
 from fastbb.engine.settings import EngineWarning
 from fastbb.hosts.calls import difference
-from fastbb.weights.derived import statistics_note
+from fastbb.weights.watch import statistics_note
 
 PIXELS = images(48, 40)
 

@@ -18,7 +18,6 @@ from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastbb.weights.derived
 from fastbb import (
     AutoBackbone,
     ResNetBackbone,
@@ -29,6 +28,7 @@ from fastbb import (
     TimmBackboneConfig,
 )
 from fastbb.weights.derived import derive, forget_derived
+from fastbb.weights.watch import untraced
 
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
 PIXELS = images(32, 32)
@@ -423,9 +423,9 @@ def test_memory_is_released_with_its_owner() -> None:
 
 
 def test_optimizers_are_followed_from_the_first_use() -> None:
-    if fastbb.weights.derived._step_hook is not None:
-        fastbb.weights.derived._step_hook.remove()
-        fastbb.weights.derived._step_hook = None
+    if untraced.step_hook is not None:
+        untraced.step_hook.remove()
+        untraced.step_hook = None
     before = len(_global_optimizer_post_hooks)
     backbone = hf_swin()
     assert len(_global_optimizer_post_hooks) == before
