@@ -29,14 +29,12 @@ from .measuring import Clock, describe, duration, wall_clock
 from .settings import DTYPES, EngineWarning, Settings, Tools
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
-from .ways import ANY_SIZE, GRAPH, Way, Ways, on_gpu
+from .ways import GRAPH, Way, Ways, on_gpu
 
 MAX_PLANS = 256  # shapes that are remembered
 MAX_TUNED = 8  # shapes that mode "auto" measures by itself in one process
 # a second shape is measured, and a graph of it recorded, when it came so often
 SEEN_BEFORE_TUNED = 3
-# an artefact for every size is held to the truth in so many of them
-CHECKED_SIZES = 3
 # what compiling costs and gains before it was measured (Swin-T and ResNet-50, 2 cores of a CPU)
 COMPILE_S = 90.0
 COMPILE_GAIN = 0.15
@@ -87,7 +85,6 @@ class Engine:
             self._tuned: dict[tuple[int, ...], str] = {}  # shape -> name of what won
             self._s_per_pixel: float | None = None
             self._first_s_per_pixel: float | None = None
-            self._n_any_size = 0
             self._notes: dict[str, str] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
@@ -296,7 +293,7 @@ class Engine:
         try:
             way = self._way(name, pixel_values)
             problem = None
-            if way.is_baked and not self._is_trusted(way):
+            if way.is_baked:
                 problem = Truth.of(self._backbone, pixel_values).problem(way.run(pixel_values))
             if problem is None:
                 return Plan(way, why)
@@ -305,13 +302,6 @@ class Engine:
         instead = instead or self._eager_plan(pixel_values, "")
         self._warn(f"{name} is off, {instead.way.runs} runs: {problem}")
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
-
-    def _is_trusted(self, way: Way) -> bool:
-        """Whether an artefact for every size was right in some; each check costs some passes."""
-        if way.detail != ANY_SIZE:
-            return False
-        self._n_any_size += 1
-        return self._n_any_size > CHECKED_SIZES
 
     def _may_capture(self, pixel_values: Tensor) -> bool:
         return self.settings.cuda_graph is not False and pixel_values.is_cuda

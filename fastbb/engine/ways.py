@@ -20,7 +20,6 @@ from .trial import Run
 from .truth import without_engine
 
 GRAPH = " + CUDA graph"
-ANY_SIZE = "any size"
 
 
 class Way(NamedTuple):
@@ -59,13 +58,11 @@ class _Compiled:
         run: for `at_once` images of `size`.
         at_once: images per call.
         size: height and width of the images.
-        any_size: for every other size; a reason if there can be none; None if it was not asked for.
     """
 
     run: Run
     at_once: int
     size: tuple[int, int]
-    any_size: Run | str | None = None
 
 
 class Ways:
@@ -121,7 +118,7 @@ class Ways:
         compiled = self._compiled.get(name)
         if compiled is None:
             return False
-        return compiled.any_size is not None or tuple(pixel_values.shape[2:]) == compiled.size
+        return tuple(pixel_values.shape[2:]) == compiled.size
 
     def _eager(self, pixel_values: Tensor) -> Way:
         """Eager; on a CPU as many images at once as memory stays cheap for."""
@@ -166,19 +163,9 @@ class Ways:
             if size == compiled.size:
                 run = in_chunks(compiled.run, compiled.at_once, self.eager)
                 return Way(name, run, True, detail=f"{compiled.at_once} images at once")
-            if compiled.any_size is None:
-                from .any_size import compile_any_size
-
-                # a compiler that fails once is not asked again for every other size
-                compiled.any_size = "compiling for every other size failed"
-                made = compile_any_size(self._arithmetic_backbone(), _impl_of(name))
-                compiled.any_size = made if isinstance(made, str) else self._in_own_dtype(made)
             own = "x".join(map(str, compiled.size))
-            if isinstance(compiled.any_size, str):
-                way = self._eager(pixel_values)
-                return way._replace(why=f"{name} is for {own} images, and {compiled.any_size}")
-            why = f"beside the artefact for {own} images one takes every other size"
-            return Way(name, compiled.any_size, True, why, ANY_SIZE)
+            way = self._eager(pixel_values)
+            return way._replace(why=f"{name} is for {own} images; other sizes run eager")
 
     def _compile_first(self, name: str, pixel_values: Tensor) -> _Compiled:
         backbone = self._arithmetic_backbone()

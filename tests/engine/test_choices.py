@@ -166,7 +166,7 @@ def test_another_size_runs_eager_while_few_images_are_expected(
 
 
 @pytest.mark.parametrize("mode", ["auto", "compile"])
-def test_every_other_size_runs_by_one_more_artefact(
+def test_every_other_size_runs_eager(
     mode: str, pair: Pair, device: Device, compiler: Compiler, tmp_path: Path, capsys: Any
 ) -> None:
     tools = device.tools(tmp_path)
@@ -175,45 +175,9 @@ def test_every_other_size_runs_by_one_more_artefact(
         for pixels in (WIDE, images(96, 96), images(33, 47, batch=1), PIXELS):
             assert_right(backbone, pair, pixels)
     _, *rows = explained(backbone, capsys).rows
-    assert {row.runs for row in rows} == {"compile, any size"} and len(rows) == 3
-    assert all("the artefact for 64x64 images" in row.why for row in rows)
-    assert compiler.compiled == [(2, 3, 64, 64), "any size"]
-
-
-def test_a_model_without_a_form_for_every_size_runs_eager_there(
-    pair: Pair, device: Device, compiler: Compiler, tmp_path: Path, capsys: Any
-) -> None:
-    compiler.reason = "it has none"
-    tools = device.tools(tmp_path)
-    backbone = prepare(pair.ours, "compile", example=PIXELS, expected_images=MANY, tools=tools)
-    with no_warning():
-        assert_right(backbone, pair, WIDE)
-    row = explained(backbone, capsys).rows[-1]
-    assert row.runs == "eager" and "compile is for 64x64 images, and it has none" in row.why
-
-
-@pytest.mark.parametrize("error", [RuntimeError("a size is a constant"), MemoryError()], ids=str)
-def test_a_compiler_that_fails_for_every_size_is_asked_once(
-    error: Exception,
-    pair: Pair,
-    device: Device,
-    compiler: Compiler,
-    tmp_path: Path,
-    capsys: Any,
-) -> None:
-    tools = device.tools(tmp_path)
-    backbone = prepare(pair.ours, "compile", example=PIXELS, expected_images=MANY, tools=tools)
-    compiler.error = error
-    with pytest.warns(EngineWarning, match="compile is off, eager runs: .") as warned:
-        assert_right(backbone, pair, WIDE)
-    assert len(warned) == 1
-    with no_warning():
-        assert_right(backbone, pair, images(96, 96))
-        assert_right(backbone, pair)
-    first, failed, other = explained(backbone, capsys).rows
-    assert first.runs.startswith("compile") and failed.runs == other.runs == "eager"
-    assert "compile failed" in failed.why and "compiling for every other size failed" in other.why
-    assert compiler.compiled == [(2, 3, 64, 64), "any size"]
+    assert {row.runs for row in rows} == {"eager"} and len(rows) == 3
+    assert all("compile is for 64x64 images; other sizes run eager" in row.why for row in rows)
+    assert compiler.compiled == [(2, 3, 64, 64)]
 
 
 # compilers that fail

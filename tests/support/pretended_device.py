@@ -93,13 +93,12 @@ def baked(backbone: Backbone) -> Run:
 
 
 class Compiler:
-    """In the place of `compile_maps` and `compile_any_size`: bakes a copy of a backbone.
+    """In the place of `compile_maps`: bakes a copy of a backbone.
 
     Attributes:
-        compiled: what was asked for, in order: shapes of examples, and "any size".
+        compiled: what was asked for, in order: shapes of examples.
         impls: with which implementation of ops.
         error: is raised instead, if there is one.
-        reason: why there is no artefact for any size, or None.
         spoil: what is done to the maps.
     """
 
@@ -111,10 +110,9 @@ class Compiler:
         """
         self._device = device
         self._seconds = seconds
-        self.compiled: list[tuple[int, ...] | str] = []
+        self.compiled: list[tuple[int, ...]] = []
         self.impls: list[Impl] = []
         self.error: Exception | None = None
-        self.reason: str | None = None
         self.spoil: Callable[[Tensor], Tensor] = lambda x: x
 
     def maps(self, backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
@@ -126,10 +124,7 @@ class Compiler:
 
         return of_that_shape
 
-    def maps_of_any_size(self, backbone: Backbone, impl: Impl = "eager") -> Run | str:
-        return self._compile(backbone, "any size", impl) if self.reason is None else self.reason
-
-    def _compile(self, backbone: Backbone, what: tuple[int, ...] | str, impl: Impl) -> Run:
+    def _compile(self, backbone: Backbone, what: tuple[int, ...], impl: Impl) -> Run:
         self.compiled.append(what)
         self.impls.append(impl)
         if self.error is not None:
@@ -147,7 +142,6 @@ class Compiler:
 def install(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     """Puts a compiler in the place of torch's."""
     monkeypatch.setattr("fastbb.engine.ways.compile_maps", compiler.maps)
-    monkeypatch.setattr("fastbb.engine.any_size.compile_any_size", compiler.maps_of_any_size)
     return compiler
 
 
