@@ -10,8 +10,8 @@ from .base import Backbone
 from .checkpoint import StateDict
 from .configuration import BackboneConfig
 
-# pixels [B, C, H, W] and the stages wanted, at least one -> their maps [B, C, h, w] in that order
-StagesForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
+# pixels [B, C, H, W] and indices of wanted maps, at least one -> those maps [B, C, h, w]
+MapsForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class Family:
     Attributes:
         backbone: its class.
         configs: its configurations; each has its own `model_type`.
-        timm_forward: given timm's features-only module, returns a forward that computes the same
-            maps from its parameters, or None if the module is not exactly of this family.
+        timm_parts: reads the parts of timm's features-only module, so that `maps` computes the same
+            maps; raises `models.parts.Refused` if the module is not exactly of this family.
+        maps: the forward over parts: of parts, pixels [B, C, H, W] and indices of wanted maps.
         torchvision_models: torchvision's models of this family, with the fields of the
             configuration by which their weights are known.
         from_torchvision: configuration and renamed tensors of a torchvision state dict.
@@ -30,7 +31,8 @@ class Family:
 
     backbone: type[Backbone]
     configs: tuple[type[BackboneConfig], ...]
-    timm_forward: Callable[[nn.Module], StagesForward | None] | None = None
+    timm_parts: Callable[[nn.Module], Any] | None = None
+    maps: Callable[[Any, Tensor, Sequence[int]], list[Tensor]] | None = None
     torchvision_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
 

@@ -12,6 +12,7 @@ from fastbb_kernels._dispatch import launches_directly
 from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
+from ..models.parts import Refused
 from ..weights.folding import is_batch_norm
 from ..weights.watch import statistics_note
 from . import resnet, swin
@@ -22,7 +23,6 @@ from .replacement import (
     AccelerateWarning,
     Fast,
     HowToRun,
-    Refused,
     Replacement,
     Timings,
     replacement_of,

@@ -16,10 +16,11 @@ from fastbb_kernels._dispatch import launches_directly
 
 from ..backbone.base import Backbone
 from ..backbone.configuration import BackboneConfig
+from ..models.parts import Refused
 from ..weights.folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
 from ..weights.watch import ModuleStamp
 from .libraries import is_known_part
-from .replacement import Fast, HowToRun, Refused, replacement_of
+from .replacement import Fast, HowToRun, replacement_of
 
 # in a configuration of transformers
 _DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")

@@ -27,6 +27,7 @@ from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import launches_directly
 
 from ..engine.measuring import Comparison, compare, describe, duration, wall_clock
+from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
 from ..weights.fold import autocasts
 from ..weights.folding import is_folded, replica_without, unfold
@@ -40,10 +41,6 @@ MAX_CHECKED, MAX_TIMED = 8, 4
 
 class AccelerateWarning(UserWarning):
     """Part of an accelerated model runs as it did before; results are right all the same."""
-
-
-class Refused(Exception):
-    """Why a module is left alone."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The families, each in files that begin with its name. Importing them registers them."""
 
-from . import resnet, swin, timm
+import pkgutil
+from importlib import import_module
 
-__all__ = ["resnet", "swin", "timm"]
+for _module in pkgutil.iter_modules(__path__):
+    if "_" not in _module.name:  # not the further files of a family
+        import_module(f"{__name__}.{_module.name}")

@@ -1,4 +1,4 @@
-"""Parts that families share."""
+"""Layers that families share: convolutions with their norms, stochastic depth."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,6 @@ from ..weights.fold import (
     runs_folded,
     runs_packed,
 )
-from ..weights.watch import is_observed
 
 
 def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -42,36 +41,9 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     return x.div(keep) * (keep + torch.rand(shape, dtype=x.dtype, device=x.device)).floor_()
 
 
-def check_untouched(backbone: nn.Module) -> None:
-    """Refuses changes that computing from the parameters would silently pass over.
-
-    Raises:
-        ValueError: a submodule has forward hooks, or was replaced by one that computes otherwise
-            (LoRA, quantized layers).
-    """
-    for name, module in backbone.named_modules():
-        if module is backbone or ".parametrizations." in name:
-            continue  # the weight that is read has passed its parametrizations
-        if is_observed(module):
-            raise ValueError(
-                f"{type(backbone).__name__} computes from its parameters, so the hooks of {name!r} "
-                "(or a forward put on it) would never run: remove them, or hook the whole backbone"
-            )
-        if type(module).forward not in _KNOWN_FORWARDS:
-            raise ValueError(
-                f"{type(backbone).__name__} computes from its parameters, so the "
-                f"{type(module).__name__} put in place of {name!r} would be passed over: "
-                "merge adapters into the weights first"
-            )
-
-
 def is_foldable(norm: nn.Module | None) -> bool:
     """Whether a module is a batch norm, or a frozen one of any library, and nothing else."""
     return type(norm) is nn.BatchNorm2d or type(norm).__name__.endswith("FrozenBatchNorm2d")
-
-
-_KNOWN = (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d)
-_KNOWN_FORWARDS = {cls.forward for cls in (*_KNOWN, nn.SyncBatchNorm)}
 
 
 class ConvNorm(NamedTuple):

@@ -24,8 +24,10 @@ from ..backbone.configuration import (
     hierarchical_stage_names,
 )
 from ..backbone.registry import Family, register
-from .layers import ConvNorm, check_untouched
-from .resnet_compute import residual_block, timm_forward
+from .layers import ConvNorm
+from .parts import kept_parts
+from .resnet_forward import resnet_maps
+from .resnet_parts import ResNetBlockParts, ResNetParts, StemLayer, timm_parts
 
 REDUCTION = 4  # of the channels inside a bottleneck
 
@@ -113,18 +115,19 @@ class _Block(nn.Module):
                 _ConvNorm(inner, outputs, 1),
             ]
         self.layer = nn.ModuleList(layers)
+        self.activation = config.hidden_act
 
-    def apply_to(self, x: Tensor, activation: str) -> Tensor:
-        """[B, C, H, W] -> [B, C', h, w]."""
-        pairs = [layer.pair for layer in self.layer if isinstance(layer, _ConvNorm)]
+    def parts(self) -> ResNetBlockParts:
+        pairs = tuple(layer.pair for layer in self.layer if isinstance(layer, _ConvNorm))
         shortcut = self.shortcut.pair if isinstance(self.shortcut, _ConvNorm) else None
-        return residual_block(x, pairs, shortcut, activation)
+        return ResNetBlockParts(pairs, shortcut, self.activation)
 
 
 class _Embedder(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.embedder = _ConvNorm(config.num_channels, config.embedding_size, 7, stride=2)
+        self.activation = config.hidden_act
 
 
 class _Stage(nn.Module):
@@ -182,22 +185,20 @@ class ResNetBackbone(Backbone):
     ) -> dict[str, Tensor]:
         if not wanted:
             return {}
-        check_untouched(self)
-        activation = self.config.hidden_act
-        stages: dict[str, Tensor] = {}
-        x = self.embedder.embedder.pair.stem(pixel_values, activation)
-        for index, name in enumerate(self.stage_names):
-            if index > 0:
-                stage = self.encoder.stages[index - 1]
-                assert isinstance(stage, _Stage)
-                for block in stage.layers:
-                    assert isinstance(block, _Block)
-                    x = self.run_block(block.apply_to, x, activation)
-            if name in wanted:
-                stages[name] = x
-            if name == wanted[-1]:
-                break
-        return stages
+        maps = resnet_maps(
+            kept_parts(self, self._parts),
+            pixel_values,
+            [self.stage_names.index(name) for name in wanted],
+            run_block=self.run_block,
+        )
+        return dict(zip(wanted, maps))
+
+    def _parts(self) -> ResNetParts:
+        stem, stages = self.embedder, list(self.encoder.stages)
+        return ResNetParts(
+            (StemLayer(stem.embedder.pair, stem.activation),),
+            tuple(tuple(block.parts() for block in stage.layers) for stage in stages),  # type: ignore[union-attr, operator]
+        )
 
     @classmethod
     def from_checkpoint_names(
@@ -279,7 +280,8 @@ register(
     Family(
         backbone=ResNetBackbone,
         configs=(ResNetConfig,),
-        timm_forward=timm_forward,
+        timm_parts=timm_parts,
+        maps=resnet_maps,
         torchvision_models={
             "resnet18": _torchvision_shape("basic", 2, 2, 2, 2),
             "resnet34": _torchvision_shape("basic", 3, 4, 6, 3),

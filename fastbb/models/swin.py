@@ -10,15 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fastbb_kernels import (
-    ACTIVATIONS,
-    WindowGeometry,
-    layer_norm_nchw,
-    patch_embed,
-    relative_position_index,
-)
+from fastbb_kernels import ACTIVATIONS, WindowGeometry, relative_position_index
 
 from ..backbone.base import Backbone, warn_untrained
 from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
@@ -33,24 +26,23 @@ from ..backbone.configuration import (
     hierarchical_stage_names,
 )
 from ..backbone.registry import Family, register
-from .layers import check_untouched
-from .swin_compute import (
-    SwinBlockSpec,
-    SwinBlockWeights,
-    SwinStage,
-    block_weights,
-    cuts_patches,
-    swin_stage,
-)
-from .swin_sources import (
+from .parts import kept_parts
+from .swin_forward import normed_map, swin_maps
+from .swin_names import (
     in_memory_name,
     legacy_name,
     on_disk_name,
     stage_norm_name,
-    timm_forward,
     torchvision_fields,
 )
-from .swin_weights import PatchMergingWeights
+from .swin_parts import (
+    SwinBlockParts,
+    SwinBlockSpec,
+    SwinEmbedding,
+    SwinParts,
+    SwinStage,
+    timm_parts,
+)
 
 
 class SwinConfig(BackboneConfig):
@@ -171,21 +163,21 @@ class TorchvisionSwinConfig(SwinConfig):
 
 
 class _RelativePositionBias(nn.Module):
-    def __init__(self, num_heads: int, window_size: int) -> None:
+    def __init__(self, spec: SwinBlockSpec) -> None:
         super().__init__()
-        self.window = (window_size, window_size)
-        table = torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        height, width = spec.geometry.window
+        table = torch.zeros((2 * height - 1) * (2 * width - 1), spec.num_heads)
         self.relative_position_bias_table = nn.Parameter(table)
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: SwinConfig, channels: int, num_heads: int) -> None:
+    def __init__(self, config: SwinConfig, channels: int, spec: SwinBlockSpec) -> None:
         super().__init__()
         self.q_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
         self.k_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
         self.v_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
         self.o_proj = nn.Linear(channels, channels)
-        self.relative_position_bias = _RelativePositionBias(num_heads, config.window_size)
+        self.relative_position_bias = _RelativePositionBias(spec)
 
 
 class _Mlp(nn.Module):
@@ -196,22 +188,26 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, config: SwinConfig, channels: int, num_heads: int) -> None:
+    def __init__(self, config: SwinConfig, channels: int, spec: SwinBlockSpec) -> None:
         super().__init__()
-        self.attention = _Attention(config, channels, num_heads)
+        self.spec = spec
+        self.attention = _Attention(config, channels, spec)
         self.layernorm_before = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.mlp = _Mlp(channels, int(config.mlp_ratio * channels))
 
-    def weights(self) -> SwinBlockWeights:
-        attention, bias = self.attention, self.attention.relative_position_bias
-        return block_weights(
-            self,
-            (self.layernorm_before, self.layernorm_after),
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj, self.mlp.fc1, self.mlp.fc2),
-            bias.relative_position_bias_table,
-            bias.window,
+    def parts(self) -> SwinBlockParts:
+        attention, mlp = self.attention, self.mlp
+        return SwinBlockParts(
+            owner=self,
+            norms=(self.layernorm_before, self.layernorm_after),
+            projections=(attention.q_proj, attention.k_proj, attention.v_proj),
+            proj=attention.o_proj,
+            fc1=mlp.fc1,
+            fc2=mlp.fc2,
+            bias=attention.relative_position_bias,
+            semantics=self.spec,
+            has_index=False,
         )
 
 
@@ -223,12 +219,10 @@ class _PatchMerging(nn.Module):
 
 
 class _Stage(nn.Module):
-    def __init__(self, config: SwinConfig, stage: int) -> None:
+    def __init__(self, config: SwinConfig, stage: int, specs: Sequence[SwinBlockSpec]) -> None:
         super().__init__()
         channels = config.stage_channels(stage)
-        self.blocks = nn.ModuleList(
-            _Block(config, channels, config.num_heads[stage]) for _ in range(config.depths[stage])
-        )
+        self.blocks = nn.ModuleList(_Block(config, channels, spec) for spec in specs)
         is_last = stage == len(config.depths) - 1
         self.downsample = None if is_last else _PatchMerging(channels)
 
@@ -254,7 +248,8 @@ class _Embeddings(nn.Module):
 class _Encoder(nn.Module):
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_Stage(config, stage) for stage in range(len(config.depths)))
+        specs = _block_specs(config)
+        self.layers = nn.ModuleList(_Stage(config, i, own) for i, own in enumerate(specs))
 
 
 class _Swin(nn.Module):
@@ -298,7 +293,6 @@ class SwinBackbone(Backbone):
         self.hidden_states_norms = nn.ModuleDict(
             {name: nn.LayerNorm(channels) for name, channels in normed.items()}
         )
-        self._specs = _block_specs(config)
         self._untrained_norms: frozenset[str] = frozenset()
         self._init_weights()
 
@@ -337,86 +331,43 @@ class SwinBackbone(Backbone):
     ) -> dict[str, Tensor]:
         if not wanted:
             return {}
-        check_untouched(self)
-        stages: dict[str, Tensor] = {}
-        x = self._embed(pixel_values, interpolate_pos_encoding)
-        for index, name in enumerate(self.stage_names):
-            if index > 0:
-                x = swin_stage(x, self._stage(index - 1), self.training, attentions, self.run_block)
-            if name in wanted:
-                stages[name] = x.permute(0, 3, 1, 2)
-            if name == wanted[-1]:
-                break
-        return stages
+        maps = swin_maps(
+            kept_parts(self, self._parts),
+            pixel_values,
+            [self.stage_names.index(name) for name in wanted],
+            training=self.training,
+            attentions=attentions,
+            interpolate_positions=interpolate_pos_encoding,
+            run_block=self.run_block,
+        )
+        return dict(zip(wanted, maps))
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
         if stage not in self.hidden_states_norms:
             return hidden_state
-        norm = self.hidden_states_norms[stage]
-        assert isinstance(norm, nn.LayerNorm)
-        return layer_norm_nchw(
-            hidden_state.permute(0, 2, 3, 1), norm.weight, norm.bias, eps=norm.eps
-        )
+        return normed_map(hidden_state.permute(0, 2, 3, 1), self.hidden_states_norms[stage])
 
-    def _embed(self, pixel_values: Tensor, interpolate_pos_encoding: bool) -> Tensor:
-        embeddings = self.swin.embeddings
+    def _parts(self) -> SwinParts:
+        """All layers but the norms of maps, which hidden states do not pass."""
+        embeddings, stages = self.swin.embeddings, list(self.swin.encoder.layers)
         projection = embeddings.patch_embeddings.projection
         assert isinstance(projection, nn.Conv2d)
-        height, width = pixel_values.shape[2:]
-        patch = _pair(self.config.patch_size)
-        drops_pixels = isinstance(self.config, TorchvisionSwinConfig)
-        if drops_pixels and (height < patch[0] or width < patch[1]):
-            raise ValueError(
-                f"the image must be at least one patch of {patch[0]}x{patch[1]} pixels, "
-                f"got {height}x{width}"
-            )
-        if cuts_patches(projection):
-            x = patch_embed(
-                pixel_values,
-                projection.weight,
-                projection.bias,
-                embeddings.norm.weight,
-                embeddings.norm.bias,
-                eps=embeddings.norm.eps,
-                ceil_mode=not drops_pixels,
-            )
-        else:  # its stride or padding was changed
-            if not drops_pixels:
-                pixel_values = F.pad(pixel_values, (0, -width % patch[1], 0, -height % patch[0]))
-            x = embeddings.norm(projection(pixel_values).permute(0, 2, 3, 1))
-        if embeddings.position_embeddings is not None:
-            x = x + self._positions(embeddings.position_embeddings, x, interpolate_pos_encoding)
-        return F.dropout(x, self.config.hidden_dropout_prob, self.training)
-
-    def _positions(self, positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
-        """Absolute embeddings [1, P, C] for the tokens of x [B, H, W, C]."""
-        height, width = x.shape[1:3]
-        grid = positions.shape[1]
-        if grid != height * width or (interpolate and height != width):
-            if not interpolate:
-                raise ValueError(
-                    f"the absolute embeddings are for {grid} patches, the image has "
-                    f"{height}x{width}; pass interpolate_pos_encoding=True"
-                )
-            side = int(grid**0.5)
-            positions = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
-            positions = F.interpolate(
-                positions, size=(height, width), mode="bicubic", align_corners=False
-            )
-            return positions.permute(0, 2, 3, 1)
-        return positions.view(1, height, width, -1)
-
-    def _stage(self, index: int) -> SwinStage:
-        layers = self.swin.encoder.layers
-        downsample = None
-        if index > 0:
-            merging = layers[index - 1].downsample
-            assert isinstance(merging, _PatchMerging)
-            downsample = PatchMergingWeights.of(merging)
-        layer = layers[index]
-        assert isinstance(layer, _Stage)
-        blocks = [block.weights for block in layer.blocks if isinstance(block, _Block)]
-        return SwinStage(downsample, list(zip(self._specs[index], blocks)))
+        embedding = SwinEmbedding(
+            projection,
+            embeddings.norm,
+            ragged="drop" if isinstance(self.config, TorchvisionSwinConfig) else "pad",
+            positions=None if embeddings.position_embeddings is None else embeddings,
+            dropout=self.config.hidden_dropout_prob,
+        )
+        # in transformers' names a merging belongs to the stage before it
+        mergings: list[Any] = [None, *(stage.downsample for stage in stages)]
+        return SwinParts(
+            embedding,
+            tuple(
+                SwinStage(merging, tuple(block.parts() for block in stage.blocks))  # type: ignore[union-attr, operator]
+                for merging, stage in zip(mergings, stages)
+            ),
+        )
 
     def outputs_changed(self) -> None:
         names = [name for name in self.out_features if name in self._untrained_norms]
@@ -543,7 +494,8 @@ register(
     Family(
         backbone=SwinBackbone,
         configs=(SwinConfig, MaskFormerSwinConfig, TorchvisionSwinConfig),
-        timm_forward=timm_forward,
+        timm_parts=timm_parts,
+        maps=swin_maps,
         torchvision_models={
             "swin_t": _torchvision_shape(96, 3, 6),
             "swin_s": _torchvision_shape(96, 3, 18),

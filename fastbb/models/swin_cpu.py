@@ -18,7 +18,7 @@ from fastbb_kernels.onednn import pack_linear, packed_linear, packs
 
 from ..weights.derived import derive, is_tracing, is_transformed
 from ..weights.fold import autocasts
-from .swin_weights import SwinBlockSpec, SwinBlockWeights
+from .swin_parts import SwinBlockSpec, SwinBlockWeights
 
 # of the hidden layer of the MLP, the largest tensor of a part: about what a cache keeps
 PART_BYTES = 8 * 2**20

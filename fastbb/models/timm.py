@@ -3,13 +3,9 @@
 Upstream: timm `models/_features.py`; transformers `models/timm_backbone/`.
 """
 
-import difflib
-import logging
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,30 +18,17 @@ from ..backbone.checkpoint import (
     LoadingInfo,
     StateDict,
     as_dtype,
-    check_dtypes,
     find_prefix,
     load_strict,
-    not_tensors,
-    read_weights_file,
-    reading,
-    shapes_only,
     strip_prefix,
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..backbone.hub import (
-    HubOptions,
-    TimmSource,
-    find_file,
-    read_config,
-    timm_source,
-    unwrap_head,
-)
-from ..backbone.registry import FAMILIES, Family, StagesForward, register
+from ..backbone.hub import HubOptions, TimmSource, read_config, timm_source, unwrap_head
+from ..backbone.registry import FAMILIES, Family, MapsForward, register
 from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm
 from ..weights.watch import is_observed
-
-_LOADING = threading.Lock()
-TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+from .parts import Kept, Refused
+from .timm_loading import create_features, unknown_model
 
 
 class TimmBackboneConfig(BackboneConfig):
@@ -165,7 +148,7 @@ class TimmBackbone(Backbone):
         if config.use_pretrained_backbone:
             source = timm_source(config.backbone)
             if source is None:
-                raise ValueError(_unknown(config.backbone))
+                raise ValueError(unknown_model(config.backbone))
         self._init_from(config, source, HubOptions(), native)
 
     @torch.inference_mode(False)  # weights made inside inference mode could not be trained later
@@ -177,7 +160,18 @@ class TimmBackbone(Backbone):
         native: bool,
         last_stage: int | None = None,
     ) -> None:
-        self._backbone = _create(config, source, hub, last_stage)
+        kwargs = {
+            "in_chans": config.num_channels,
+            "output_stride": config.output_stride,
+            "img_size": config.img_size,
+            **config.backbone_kwargs,
+        }
+        backbone = create_features(str(config.backbone), kwargs, source, hub, last_stage)
+        if config.freeze_batch_norm_2d:
+            from timm.layers.norm_act import freeze_batch_norm_2d
+
+            backbone = freeze_batch_norm_2d(backbone)
+        self._backbone = backbone
         feature_info: Any = self._backbone.feature_info
         info: list[dict[str, Any]] = feature_info.info
         names = [stage["module"] for stage in info]
@@ -240,16 +234,21 @@ class TimmBackbone(Backbone):
             ) from error
         return dict(zip(wanted, maps))
 
-    def native_forward(self) -> StagesForward | None:
-        """The forward of a native family over timm's parameters, or None."""
-        for family in FAMILIES:
-            forward = family.timm_forward(self._backbone) if family.timm_forward else None
+    def native_forward(self) -> MapsForward | None:
+        """The forward of a native family over timm's layers, or None."""
+        if torch.compiler.is_compiling():  # in the graph, which so guards what is read
+            modules = self._backbone.modules()
+            if any(is_observed(module) or module.training for module in modules):
+                return None
+            return _native_forward(self._backbone)
+        kept = Kept.of(self)
+        if kept is None:
+            forward = _native_forward(self._backbone)
             if forward is None:
-                continue
-            if any(is_observed(module) or module.training for module in self._backbone.modules()):
-                return None  # hooks and dropout only run in timm's own forward
-            return forward
-        return None
+                return None
+            kept = Kept(self, forward, read=self._backbone)
+        # hooks and dropout only run in timm's own forward
+        return None if kept.is_observed() or kept.trains() else kept.value
 
     def _timm_forward(self, pixel_values: Tensor, indices: list[int]) -> list[Tensor]:
         """timm's forward up to the last of `indices`; the maps of all of them."""
@@ -425,174 +424,16 @@ def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _create(
-    config: TimmBackboneConfig, source: TimmSource | None, hub: HubOptions, last_stage: int | None
-) -> nn.Module:
-    """timm's features-only module up to a stage (default: the last), for any size timm can."""
-    import timm
-    from timm.layers.norm_act import freeze_batch_norm_2d
-
-    name = str(config.backbone)
-    if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
-        raise ValueError(_unknown(name))
-    kwargs = {
-        "in_chans": config.num_channels,
-        "output_stride": config.output_stride,
-        "img_size": config.img_size,
-        **config.backbone_kwargs,
-    }
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    name = name.removeprefix("timm/")
-    try:
-        model, kwargs = _probe(name, kwargs)
-        if not hasattr(model, "feature_info"):
-            raise ValueError(f"timm {timm.__version__} has no stages of {name!r}")
-        info: Any = model.feature_info
-        # a placeholder (tresnet) counts as a stage but has no module
-        stages = [i for i in range(len(info)) if info[i]["module"]]
-        pretrained = _pretrained_arguments(source, hub, model)
-        with _complete_weights(name, source is not None), _only_tensors(name, pretrained):
-            backbone = timm.create_model(
-                name,
-                features_only=True,
-                out_indices=tuple(i for i in stages if last_stage is None or i <= last_stage),
-                **pretrained,
-                **kwargs,
-            )
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
-    except (RuntimeError, LookupError, AttributeError) as error:
-        if source is None:
-            raise
-        raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
-    if config.freeze_batch_norm_2d:
-        backbone = freeze_batch_norm_2d(backbone)
-    return backbone
-
-
-def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """A whole timm model without memory, and the arguments that give it dynamic image sizes."""
-    any_size = {"dynamic_img_size": True, "strict_img_size": False}
-    # both, because timm's Swin before 1.0.31 takes either and passes over the first
-    for names in (tuple(any_size), ("dynamic_img_size",), ("strict_img_size",), ()):
-        dynamic = {key: any_size[key] for key in names}
+def _native_forward(features: nn.Module) -> MapsForward | None:
+    """The forward of the native family that a features-only module is of, or None."""
+    for family in FAMILIES:
+        if family.timm_parts is None or family.maps is None:
+            continue
         try:
-            model = _without_memory(name, {**dynamic, **kwargs})
-        except TypeError as error:
-            if not dynamic or not any(key in str(error) for key in dynamic):
-                raise
-        else:
-            return model, {**dynamic, **kwargs}
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _without_memory(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A timm model on the meta device, or a real one where timm computes with its tensors."""
-    import timm
-
-    try:
-        with shapes_only():
-            return timm.create_model(name, **kwargs)
-    except RuntimeError as error:  # before 1.0.21 most transformers, before 1.0.30 RegNets
-        if "meta tensor" not in str(error).lower():
-            raise
-    with torch.random.fork_rng(devices=[]):
-        return timm.create_model(name, **kwargs)
-
-
-def _pretrained_arguments(
-    source: TimmSource | None, hub: HubOptions, model: nn.Module
-) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that load the weights of a source into such a model."""
-    if source is None:
-        return {"pretrained": False}
-    from timm.models import PretrainedCfg
-
-    known = {field.name for field in fields(PretrainedCfg)}
-    cfg = {key: value for key, value in source.pretrained_cfg.items() if key in known}
-    arguments: dict[str, Any] = {"pretrained": True, "pretrained_cfg": cfg}
-    if not source.weights or cfg.get("custom_load"):
-        return {**arguments, "cache_dir": hub.cache_dir}  # timm fetches it from its URL
-    names = (source.weights_file,) if source.weights_file else TIMM_WEIGHT_FILES
-    path = next((p for p in (find_file(source.weights, n, hub) for n in names) if p), None)
-    if path is None:
-        raise OSError(f"{source.weights!r} has no weights: wanted one of {', '.join(names)}")
-    # handed over in memory: the highest priority of timm's places to load from
-    state = _read(path)
-    weights = {name for name, t in model.state_dict().items() if t.is_floating_point()}
-    # by the names of older checkpoints too, which timm renames
-    weights |= {name for name in state if name.endswith((".weight", ".bias"))}
-    check_dtypes(state, weights, str(path))
-    cfg |= {"state_dict": state, "source": None}
-    return arguments
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from timm.models import load_state_dict
-
-    with reading(path):
-        try:
-            return load_state_dict(str(path), weights_only=True)
-        except AttributeError:  # how timm meets what is no dictionary by names
+            return partial(family.maps, family.timm_parts(features))
+        except Refused:
             pass
-    return read_weights_file(path)
-
-
-@contextmanager
-def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
-    """Blames what is no tensor in a state dict, if there is any, for timm's failure to load it.
-
-    Not before: timm unwraps and passes over more than its own formats.
-    """
-    try:
-        yield
-    except Exception as error:
-        state = pretrained.get("pretrained_cfg", {}).get("state_dict")
-        problem = None if state is None else not_tensors(state)
-        if problem is None:
-            raise
-        raise OSError(
-            f"The weights for timm's {name!r} must be a dictionary of tensors, {problem}"
-        ) from error
-
-
-@contextmanager
-def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
-    """Raises if timm leaves a tensor at its random value; timm itself only logs it."""
-    log = logging.getLogger("timm.models._builder")
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    _LOADING.acquire()  # the logger is the process's: one load at a time
-    level, propagate = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
-        _LOADING.release()
-    missing = [message for message in messages if message.startswith("Missing keys (")]
-    names = [
-        key
-        for message in missing
-        for key in message.removeprefix("Missing keys (").partition(")")[0].split(", ")
-        if not _is_head(key, name)
-    ]
-    if pretrained and names:
-        raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
-
-
-def _is_head(key: str, name: str) -> bool:
-    import timm
-
-    cfg = timm.get_pretrained_cfg(name.partition(".")[0])
-    heads = (cfg.classifier if cfg else None) or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    return any(key.startswith(f"{head}.") for head in heads)
+    return None
 
 
 def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
@@ -609,15 +450,6 @@ def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
         if len(maps) > last:
             break
     return maps
-
-
-def _unknown(name: str) -> str:
-    import timm
-
-    known = timm.list_models() + timm.list_pretrained()
-    close = difflib.get_close_matches(name.removeprefix("timm/"), known, n=5)
-    hint = f"; did you mean {', '.join(close)}?" if close else ""
-    return f"timm has no model {name!r}{hint} `fastbb list` shows all names."
 
 
 register(Family(backbone=TimmBackbone, configs=(TimmBackboneConfig,)))

@@ -17,7 +17,7 @@ from fastbb import (
     TimmBackbone,
     TimmBackboneConfig,
 )
-from fastbb.models.layers import check_untouched
+from fastbb.models.parts import check_untouched
 
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
 RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}

@@ -8,7 +8,7 @@ from reference_models import hf_pair, hf_swin, images
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor
 
-from fastbb.models import swin_compute, swin_cpu
+from fastbb.models import swin_cpu, swin_forward
 from fastbb_kernels import ACTIVATIONS, WindowGeometry, onednn, use_impl
 from fastbb_kernels.accuracy import FP32_REL
 
@@ -42,13 +42,13 @@ def test_every_token_is_in_one_window_once(
 def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of the maps whose block is computed in parts from now on."""
     shapes: list[tuple[int, ...]] = []
-    own = swin_compute.swin_block_on_cpu
+    own = swin_forward.swin_block_on_cpu
 
     def recorded(x: Tensor, *args: Any) -> Tensor:
         shapes.append(tuple(x.shape))
         return own(x, *args)
 
-    monkeypatch.setattr(swin_compute, "swin_block_on_cpu", recorded)
+    monkeypatch.setattr(swin_forward, "swin_block_on_cpu", recorded)
     return shapes
 
 

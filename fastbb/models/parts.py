@@ -1,0 +1,137 @@
+"""Parts of a model: its layers as a family's forward reads them, whoever owns them.
+
+A builder reads parts off modules once, and raises `Refused` where it does not cover them. They are
+kept with the backbone while its layers stay.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..weights.folding import activation_name
+from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
+
+Value = TypeVar("Value")
+
+
+class Refused(Exception):
+    """Reason why fastbb does not compute a module."""
+
+
+def activation_of(module: Any) -> str:
+    """The name in `ACTIVATIONS` of what a module computes.
+
+    Raises:
+        Refused: it is none of these.
+    """
+    # torch's own are told by their settings, which a compiler can follow
+    if type(module) is nn.ReLU:
+        return "relu"
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    name = None if torch.compiler.is_compiling() else activation_name(module)
+    if name is None:
+        raise Refused(f"its activation is a {type(module).__name__}")
+    return name
+
+
+def run_now(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Calls a function, where nothing is checkpointed."""
+    return function(*args)
+
+
+class Kept(Generic[Value]):
+    """A value made of the layers inside a backbone, kept with it.
+
+    Args:
+        backbone: owner of the layers.
+        value: made of them; it must not hold the backbone itself.
+        read: a module inside whose settings it was made of too, or None.
+    """
+
+    def __init__(self, backbone: nn.Module, value: Value, read: nn.Module | None = None) -> None:
+        self.value = value
+        # in the place of the backbone, which would never be freed if it were held here
+        self._root = nn.Module()
+        self._root.training = False
+        self._root._modules.update(backbone._modules)
+        self._structure = ModuleStructure(self._root)
+        classes = dict.fromkeys(map(type, self._structure.modules))
+        self._forwards = [(cls, cls.forward) for cls in classes]
+        self._settings = None if read is None else ModuleSettings(read)
+        _KEPT[backbone] = self
+
+    @classmethod
+    def of(cls, backbone: nn.Module) -> "Kept[Any] | None":
+        """The one kept with a backbone, if layers, classes and settings are as they were."""
+        kept = _KEPT.get(backbone)
+        return kept if kept is not None and kept._is_current(backbone) else None
+
+    def _is_current(self, backbone: nn.Module) -> bool:
+        return (
+            backbone._modules == self._root._modules
+            and self._structure.is_intact()
+            and all(cls.forward is forward for cls, forward in self._forwards)
+            and (self._settings is None or self._settings.change() is None)
+        )
+
+    def is_observed(self) -> bool:
+        """Whether hooks or forwards of others are on the layers now."""
+        return bool(self._structure.hooks() or self._structure.foreign_forwards())
+
+    def trains(self) -> bool:
+        """Whether any layer is in training mode now."""
+        return self._structure.trains()
+
+
+_KEPT: weakref.WeakKeyDictionary[nn.Module, Kept[Any]] = weakref.WeakKeyDictionary()
+
+
+def kept_parts(backbone: nn.Module, build: Callable[[], Value]) -> Value:
+    """Parts of a native backbone, built once and again where its layers changed.
+
+    Args:
+        backbone: computed from its parameters.
+        build: reads the parts.
+
+    Raises:
+        ValueError: see `check_untouched`.
+    """
+    if torch.compiler.is_compiling():  # in the graph, which so guards what is read
+        check_untouched(backbone)
+        return build()
+    kept = Kept.of(backbone)
+    if kept is None or kept.is_observed():
+        check_untouched(backbone)
+        kept = kept or Kept(backbone, build())
+    return kept.value
+
+
+def check_untouched(backbone: nn.Module) -> None:
+    """Refuses changes that computing from the parameters would silently pass over.
+
+    Raises:
+        ValueError: a submodule has forward hooks, or was replaced by one that computes otherwise
+            (LoRA, quantized layers).
+    """
+    for name, module in backbone.named_modules():
+        if module is backbone or ".parametrizations." in name:
+            continue  # the weight that is read has passed its parametrizations
+        if is_observed(module):
+            raise ValueError(
+                f"{type(backbone).__name__} computes from its parameters, so the hooks of {name!r} "
+                "(or a forward put on it) would never run: remove them, or hook the whole backbone"
+            )
+        if type(module).forward not in _KNOWN_FORWARDS:
+            raise ValueError(
+                f"{type(backbone).__name__} computes from its parameters, so the "
+                f"{type(module).__name__} put in place of {name!r} would be passed over: "
+                "merge adapters into the weights first"
+            )
+
+
+_KNOWN = (nn.Module, nn.Identity, nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d)
+_KNOWN_FORWARDS = {cls.forward for cls in (*_KNOWN, nn.SyncBatchNorm)}

@@ -1,0 +1,266 @@
+"""The forward of Swin over its parts, whoever owns them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastbb_kernels import (
+    WindowGeometry,
+    layer_norm_linear,
+    layer_norm_nchw,
+    linear_residual,
+    patch_embed,
+    patch_merging,
+    swin_attention_block,
+    swin_mlp_block,
+    window_attention,
+    window_attention_weights,
+)
+
+from .layers import drop_path
+from .parts import run_now
+from .swin_cpu import runs_on_cpu, swin_block_on_cpu
+from .swin_parts import (
+    SwinBlockParts,
+    SwinBlockSpec,
+    SwinBlockWeights,
+    SwinEmbedding,
+    SwinParts,
+    cuts_patches,
+)
+
+
+def swin_maps(
+    parts: SwinParts,
+    pixel_values: Tensor,
+    wanted: Sequence[int],
+    *,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+    interpolate_positions: bool = False,
+    run_block: Callable[..., Tensor] = run_now,
+) -> list[Tensor]:
+    """Runs the stages up to the last wanted map.
+
+    Args:
+        parts: of the Swin.
+        pixel_values: [B, C, H, W].
+        wanted: indices of maps, at least one.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights of the last block of each stage, if it is a list.
+        interpolate_positions: fits absolute positions to the image.
+        run_block: calls a function of the tokens, a block; a place for gradient checkpointing.
+
+    Returns:
+        [B, C', h, w] of each wanted map.
+
+    Raises:
+        ValueError: the image does not fit.
+    """
+    x = _embed(parts.embedding, pixel_values, training, interpolate_positions)
+    maps = {}
+    first, last = 0, max(wanted)
+    if parts.has_stem:
+        first = 1
+        if 0 in wanted:
+            maps[0] = _map(parts, 0, x)
+    for index, (downsample, blocks) in enumerate(parts.stages, start=first):
+        if index > last:
+            break
+        if downsample is not None:
+            x = merge_patches(x, downsample)
+        for block in blocks:
+            collected = attentions if block is blocks[-1] else None
+            run = partial(swin_block, parts=block, training=training, attentions=collected)
+            x = run_block(run, x)
+        if index in wanted:
+            maps[index] = _map(parts, index, x)
+    return [maps[index] for index in wanted]
+
+
+def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpolate: bool) -> Tensor:
+    """Tokens [B, h, w, C] of the patches."""
+    projection, norm = parts.projection, parts.norm
+    height, width = pixel_values.shape[2:]
+    h, w = projection.kernel_size
+    if parts.ragged == "drop" and (height < h or width < w):
+        raise ValueError(
+            f"the image must be at least one patch of {h}x{w} pixels, got {height}x{width}"
+        )
+    if parts.ragged == "refuse" and (height % h or width % w):
+        raise ValueError(
+            f"timm's Swin needs a height and width divisible by its patch of {h}x{w} pixels, "
+            f"got {height}x{width}"
+        )
+    if cuts_patches(projection):
+        x = patch_embed(
+            pixel_values,
+            projection.weight,
+            projection.bias,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            ceil_mode=parts.ragged == "pad",
+        )
+    else:  # its stride or padding was changed
+        if parts.ragged == "pad":
+            pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
+        x = norm(projection(pixel_values).permute(0, 2, 3, 1))
+    if parts.positions is not None:
+        x = x + _positions(parts.positions.position_embeddings, x, interpolate)
+    return F.dropout(x, parts.dropout) if training else x
+
+
+def _positions(positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
+    """Absolute embeddings [1, P, C] for the tokens of x [B, H, W, C]."""
+    height, width = x.shape[1:3]
+    grid = positions.shape[1]
+    if grid != height * width or (interpolate and height != width):
+        if not interpolate:
+            raise ValueError(
+                f"the absolute embeddings are for {grid} patches, the image has "
+                f"{height}x{width}; pass interpolate_pos_encoding=True"
+            )
+        side = int(grid**0.5)
+        positions = positions.view(1, side, side, -1).permute(0, 3, 1, 2)
+        positions = F.interpolate(
+            positions, size=(height, width), mode="bicubic", align_corners=False
+        )
+        return positions.permute(0, 2, 3, 1)
+    return positions.view(1, height, width, -1)
+
+
+def _map(parts: SwinParts, index: int, x: Tensor) -> Tensor:
+    """A returned map [B, C, h, w] of tokens [B, h, w, C]."""
+    return normed_map(x, parts.norms[index]) if parts.norms else x.permute(0, 3, 1, 2)
+
+
+def normed_map(x: Tensor, norm: Any) -> Tensor:
+    """Layer norm of tokens [B, h, w, C], as a map [B, C, h, w]."""
+    return layer_norm_nchw(x, norm.weight, norm.bias, eps=norm.eps)
+
+
+def merge_patches(x: Tensor, merging: Any) -> Tensor:
+    """[B, H, W, C] -> [B, h, w, 2C], by a module with `norm` and `reduction`."""
+    norm, reduction = merging.norm, merging.reduction
+    x = patch_merging(x, norm.weight, norm.bias, reduction.weight, eps=norm.eps)
+    bias = reduction.bias  # which no published Swin has
+    return x if bias is None else x + bias
+
+
+def swin_block(
+    x: Tensor,
+    parts: SwinBlockParts,
+    training: bool = False,
+    attentions: list[Tensor] | None = None,
+) -> Tensor:
+    """One block: window attention and MLP, each with its norm and residual.
+
+    Args:
+        x: [B, H, W, C].
+        parts: of the block.
+        training: applies dropout and stochastic depth.
+        attentions: gets the attention weights appended, if it is a list.
+
+    Returns:
+        [B, H, W, C].
+    """
+    spec, weights = parts.spec(), parts.weights()
+    geometry = spec.geometry_for(x.shape[1], x.shape[2])
+    # what a block op cannot do inside: drop at random, hand out the attention weights
+    random_attention = training and any((spec.attention_dropout, spec.dropout, spec.drop_path))
+    random_mlp = training and any((spec.dropout, spec.mlp_drop_path))
+    if attentions is None and not (random_attention or random_mlp) and runs_on_cpu(x, weights):
+        return swin_block_on_cpu(x, spec, weights, geometry)
+    if attentions is None and not random_attention:
+        x = swin_attention_block(
+            x,
+            weights.norm1_weight,
+            weights.norm1_bias,
+            weights.qkv_weight,
+            weights.qkv_bias,
+            weights.relative_position_bias,
+            weights.proj_weight,
+            weights.proj_bias,
+            num_heads=spec.num_heads,
+            geometry=geometry,
+            eps=weights.norm1_eps,
+        )
+    else:
+        x = _attention_half(x, spec, weights, geometry, training, attentions)
+    if not random_mlp:
+        return swin_mlp_block(
+            x,
+            weights.norm2_weight,
+            weights.norm2_bias,
+            weights.fc1_weight,
+            weights.fc1_bias,
+            weights.fc2_weight,
+            weights.fc2_bias,
+            eps=weights.norm2_eps,
+            activation=spec.activation,
+        )
+    y = layer_norm_linear(
+        x,
+        weights.norm2_weight,
+        weights.norm2_bias,
+        weights.fc1_weight,
+        weights.fc1_bias,
+        eps=weights.norm2_eps,
+        activation=spec.activation,
+    )
+    return _add_branch(
+        x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
+    )
+
+
+def _attention_half(
+    x: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    geometry: WindowGeometry,
+    training: bool,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """The attention half where something happens inside it, or its weights are wanted."""
+    qkv = layer_norm_linear(
+        x,
+        weights.norm1_weight,
+        weights.norm1_bias,
+        weights.qkv_weight,
+        weights.qkv_bias,
+        eps=weights.norm1_eps,
+    )
+    attend = {
+        "num_heads": spec.num_heads,
+        "geometry": geometry,
+        "dropout_p": spec.attention_dropout if training else 0.0,
+    }
+    if attentions is None:
+        y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
+    else:
+        y, attention = window_attention_weights(
+            qkv, weights.relative_position_bias, weights.qkv_bias, **attend
+        )
+        attentions.append(attention)
+    return _add_branch(
+        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
+    )
+
+
+def _add_branch(
+    residual: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    path_rate: float,
+    training: bool,
+) -> Tensor:
+    if not training or (dropout == 0.0 and path_rate == 0.0):
+        return linear_residual(x, weight, bias, residual)
+    branch = F.dropout(F.linear(x, weight, bias), dropout)
+    return residual + drop_path(branch, path_rate, training)

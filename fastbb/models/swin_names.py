@@ -1,0 +1,114 @@
+"""Names of Swin's weights elsewhere: in transformers' files and torchvision's tensors."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from ..backbone.checkpoint import StateDict
+
+# names on disk (transformers 4.x, and 5.x when saving) -> names in memory (5.x)
+_RENAMES = (
+    ("attention.self.query", "attention.q_proj"),
+    ("attention.self.key", "attention.k_proj"),
+    ("attention.self.value", "attention.v_proj"),
+    (
+        "attention.self.relative_position_bias_table",
+        "attention.relative_position_bias.relative_position_bias_table",
+    ),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+
+
+def in_memory_name(name: str) -> str:
+    for old, new in _RENAMES:
+        if f".{old}" in name:
+            return name.replace(f".{old}", f".{new}")
+    return name
+
+
+def legacy_name(name: str) -> str:
+    for old, new in _RENAMES:
+        if f".{new}" in name:
+            return name.replace(f".{new}", f".{old}")
+    return name
+
+
+def on_disk_name(name: str) -> str:
+    # transformers drops the prefix of embeddings and encoder, and keeps that of the last norm
+    return legacy_name(re.sub(r"^swin\.(?=embeddings|encoder)", "", name))
+
+
+def stage_norm_name(name: str) -> str:
+    # MaskFormer numbers its norms from the first stage
+    return re.sub(
+        r"^hidden_states_norms\.(\d+)", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}", name
+    )
+
+
+def torchvision_fields(state: StateDict) -> tuple[dict[str, Any], StateDict]:
+    """Fields of the configuration and renamed tensors of torchvision's `swin_t`, `_s` or `_b`.
+
+    Raises:
+        ValueError: the tensors are not those of such a model.
+    """
+    blocks = [re.fullmatch(r"features\.(\d+)\.(\d+)\.norm1\.weight", name) for name in state]
+    stages = sorted({int(match[1]) for match in blocks if match})
+    depths = [sum(bool(m) and int(m[1]) == stage for m in blocks if m) for stage in stages]
+    if not stages or any("cpb_mlp" in name for name in state):
+        raise ValueError(
+            "wanted the state dict of torchvision's swin_t, swin_s or swin_b (Swin v1); "
+            f"got tensors such as {sorted(state)[:5]}"
+        )
+    tables = [state[f"features.{stage}.0.attn.relative_position_bias_table"] for stage in stages]
+    patch = state["features.0.0.weight"]
+    config = {
+        "patch_size": list(patch.shape[2:]),
+        "num_channels": patch.shape[1],
+        "embed_dim": patch.shape[0],
+        "depths": depths,
+        "num_heads": [table.shape[1] for table in tables],
+        "window_size": (int(tables[0].shape[0] ** 0.5) + 1) // 2,
+        "mlp_ratio": state["features.1.0.mlp.0.weight"].shape[0] / patch.shape[0],
+        "qkv_bias": "features.1.0.attn.qkv.bias" in state,
+    }
+    renamed: StateDict = {}
+    for name, tensor in state.items():
+        if not name.startswith("head."):
+            renamed.update(_from_torchvision(name, tensor))
+    return config, renamed
+
+
+_TORCHVISION_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "attn": "attention.relative_position_bias",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
+
+
+def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """transformers' in-memory names of a torchvision tensor; several for a fused one."""
+    if not name.startswith("features."):
+        return [(re.sub(r"^norm\.", "swin.layernorm.", name), tensor)]
+    _, first, rest = name.split(".", 2)
+    index = int(first)
+    if index == 0:
+        part, parameter = rest.split(".")
+        module = "patch_embeddings.projection" if part == "0" else "norm"
+        return [(f"swin.embeddings.{module}.{parameter}", tensor)]
+    if index % 2 == 0:
+        return [(f"swin.encoder.layers.{index // 2 - 1}.downsample.{rest}", tensor)]
+    block, inner = rest.split(".", 1)
+    prefix = f"swin.encoder.layers.{index // 2}.blocks.{block}"
+    module, parameter = inner.rsplit(".", 1)
+    if module == "attn.qkv":
+        return [
+            (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
+            for part, chunk in zip("qkv", tensor.chunk(3))
+        ]
+    return [(f"{prefix}.{_TORCHVISION_BLOCK[module]}.{parameter}", tensor)]

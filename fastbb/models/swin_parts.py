@@ -1,0 +1,476 @@
+"""A Swin as its forward reads it, whoever owns the layers, and how the layers of each library fit.
+
+Builders look layers up and check them once. Tensors, eps and the windows of transformers may change
+while a model runs, so they are read at every call.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import WindowGeometry, relative_position_index
+
+from ..weights.derived import derive
+from .parts import Refused, activation_of
+
+
+@dataclass(frozen=True)
+class SwinBlockSpec:
+    """Semantics of a block.
+
+    Attributes:
+        num_heads: attention heads.
+        geometry: windows, shift, and whether the roll comes before the padding (timm).
+        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
+        activation: of the MLP.
+        drop_path: stochastic depth of the attention branch.
+        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
+        dropout: of both branches.
+        attention_dropout: of the attention weights.
+    """
+
+    num_heads: int
+    geometry: WindowGeometry
+    clamp_shift: bool = False
+    activation: str = "gelu"
+    drop_path: float = 0.0
+    mlp_drop_path: float = 0.0
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def geometry_for(self, height: int, width: int) -> WindowGeometry:
+        """The windows of a map of height x width tokens."""
+        if not self.clamp_shift:
+            return self.geometry
+        (h, w), (shift_h, shift_w), roll_first = self.geometry
+        return WindowGeometry(
+            (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
+        )
+
+
+class SwinBlockWeights(NamedTuple):
+    """Tensors of a block and eps of its norms, as they are at one call.
+
+    C channels, N tokens per window, P >= N, F hidden channels.
+    """
+
+    norm1_weight: Tensor  # [C]
+    norm1_bias: Tensor  # [C]
+    norm1_eps: float
+    qkv_weight: Tensor  # [3C, C]
+    qkv_bias: Tensor | None  # [3C]
+    relative_position_bias: Tensor  # [num_heads, N, P]
+    proj_weight: Tensor  # [C, C]
+    proj_bias: Tensor | None  # [C]
+    norm2_weight: Tensor  # [C]
+    norm2_bias: Tensor  # [C]
+    norm2_eps: float
+    fc1_weight: Tensor  # [F, C]
+    fc1_bias: Tensor  # [F]
+    fc2_weight: Tensor  # [C, F]
+    fc2_bias: Tensor  # [C]
+    owner: nn.Module | None = None  # what is computed from them is remembered with it
+
+    def tensors(self) -> list[Tensor]:
+        """All of them that there are."""
+        return [value for value in self if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True)
+class SwinBlockParts:
+    """The layers of a block.
+
+    Attributes:
+        owner: the block, with which fused weights are remembered.
+        norms: before the attention and the MLP.
+        projections: to queries, keys and values, in three layers or in one.
+        proj: after the attention.
+        fc1: first layer of the MLP.
+        fc2: second layer of the MLP.
+        bias: module with `relative_position_bias_table` [(2h - 1) * (2w - 1), num_heads].
+        semantics: of the block as it was built.
+        has_index: whether `bias` has its own `relative_position_index`, the row of the table of
+            each pair of tokens.
+    """
+
+    owner: nn.Module
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]
+    projections: tuple[nn.Linear, ...]
+    proj: nn.Linear
+    fc1: nn.Linear
+    fc2: nn.Linear
+    bias: Any
+    semantics: SwinBlockSpec
+    has_index: bool = True
+
+    def spec(self) -> SwinBlockSpec:
+        """Semantics of this call."""
+        return self.semantics
+
+    def weights(self) -> SwinBlockWeights:
+        """Tensors of this call; fused ones are remembered."""
+        window = self.spec().geometry.window
+        table = self.bias.relative_position_bias_table
+        index = (self.bias.relative_position_index,) if self.has_index else ()
+        first, second = self.norms
+        if len(self.projections) == 1:
+            (qkv,) = self.projections
+            qkv_weight, qkv_bias = qkv.weight, qkv.bias
+            (bias,) = derive(
+                self.owner,
+                "relative_position_bias",
+                lambda table, *index: (relative_position_bias(table, window, *index),),
+                table,
+                *index,
+                constants=window,
+            )
+        else:
+            biases = [linear.bias for linear in self.projections]
+            qkv_weight, qkv_bias, bias = derive(
+                self.owner,
+                "attention",
+                partial(_attention_tensors, window, len(index)),
+                table,
+                *index,
+                *(linear.weight for linear in self.projections),
+                *(bias for bias in biases if bias is not None),
+                constants=window,
+            )
+        return SwinBlockWeights(
+            norm1_weight=first.weight,
+            norm1_bias=first.bias,
+            norm1_eps=first.eps,
+            qkv_weight=qkv_weight,
+            qkv_bias=qkv_bias,
+            relative_position_bias=bias,
+            proj_weight=self.proj.weight,
+            proj_bias=self.proj.bias,
+            norm2_weight=second.weight,
+            norm2_bias=second.bias,
+            norm2_eps=second.eps,
+            fc1_weight=self.fc1.weight,
+            fc1_bias=self.fc1.bias,
+            fc2_weight=self.fc2.weight,
+            fc2_bias=self.fc2.bias,
+            owner=self.owner,
+        )
+
+    def misfit(self) -> str | None:
+        """Why table and index of the bias are not those of the window, or None."""
+        height, width = self.spec().geometry.window
+        if self.bias.relative_position_bias_table.shape[0] != (2 * height - 1) * (2 * width - 1):
+            return f"its bias table is not for windows of {height}x{width}"
+        if self.bias.relative_position_index.numel() != (height * width) ** 2:
+            return f"its index of the bias table is not for windows of {height}x{width}"
+        return None
+
+
+class SwinStage(NamedTuple):
+    """A stage: a patch merging on entry, or None, and blocks.
+
+    A merging has `norm` and `reduction`, as all libraries name them.
+    """
+
+    downsample: nn.Module | None
+    blocks: tuple[SwinBlockParts, ...]
+
+
+class SwinEmbedding(NamedTuple):
+    """The patch embedding.
+
+    Attributes:
+        projection: convolution of patches.
+        norm: after it.
+        ragged: rule for pixels beyond the last whole patch: "pad" with zeros, "drop" or "refuse".
+        positions: module with the absolute `position_embeddings` [1, P, C], or None.
+        dropout: after it, in training.
+    """
+
+    projection: nn.Conv2d
+    norm: nn.LayerNorm
+    ragged: Literal["pad", "drop", "refuse"]
+    positions: Any = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SwinParts:
+    """A Swin.
+
+    Attributes:
+        embedding: of patches.
+        stages: in order of depth.
+        norms: of returned maps, by index; empty where maps are returned as they are.
+        has_stem: whether map 0 is the embedding; otherwise it is the first stage.
+    """
+
+    embedding: SwinEmbedding
+    stages: tuple[SwinStage, ...]
+    norms: Mapping[int, nn.LayerNorm] = field(default_factory=dict)
+    has_stem: bool = True
+
+
+def cuts_patches(projection: nn.Conv2d) -> bool:
+    """Whether a convolution sees every patch once and nothing else, as `patch_embed` does."""
+    settings = (
+        projection.stride,
+        projection.padding,
+        projection.dilation,
+        projection.groups,
+        projection.padding_mode,
+    )
+    return settings == (projection.kernel_size, (0, 0), (1, 1), 1, "zeros")
+
+
+def relative_position_bias(
+    table: Tensor, window: tuple[int, int], index: Tensor | None = None
+) -> Tensor:
+    """Bias of the attention scores of a window, from the table of its relative positions.
+
+    Args:
+        table: [(2h - 1) * (2w - 1), num_heads].
+        window: (h, w), N = h * w tokens.
+        index: int64 of N * N rows of the table, in any shape; default: `relative_position_index`.
+
+    Returns:
+        [num_heads, N, P] with P the next multiple of 16, so that kernels load whole aligned rows;
+        zero beyond column N. Dtype of `table`.
+    """
+    tokens = window[0] * window[1]
+    if index is None:
+        index = relative_position_index(window, table.device)
+    bias = table[index.flatten()]
+    bias = bias.view(tokens, tokens, -1).permute(2, 0, 1)
+    return F.pad(bias, (0, -tokens % 16)).contiguous()
+
+
+def _attention_tensors(
+    window: tuple[int, int], n_index: int, table: Tensor, *tensors: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Weight and bias of q, k and v in one, and the relative position bias.
+
+    Args:
+        window: (h, w).
+        n_index: 1 if the index of the bias comes first in `tensors`, else 0.
+        table: of the relative position bias.
+        tensors: that index, weights of q, k and v, and their biases if they have any.
+    """
+    index = tensors[0] if n_index else None
+    weights, biases = tensors[n_index : n_index + 3], tensors[n_index + 3 :]
+    qkv_bias = torch.cat(biases) if biases else None
+    return torch.cat(weights), qkv_bias, relative_position_bias(table, window, index)
+
+
+# --- the layers of other libraries
+
+
+class _TransformersBlock(SwinBlockParts):
+    """A block whose own forward may change its window and shift."""
+
+    def spec(self) -> SwinBlockSpec:
+        geometry, spec = _transformers_geometry(self.owner), self.semantics
+        return spec if geometry == spec.geometry else replace(spec, geometry=geometry)
+
+
+def _transformers_geometry(block: Any) -> WindowGeometry:
+    window, shift = int(block.window_size), int(block.shift_size)
+    return WindowGeometry((window, window), (shift, shift))
+
+
+def transformers_block(block: Any) -> SwinBlockParts:
+    """Reads a SwinLayer.
+
+    Raises:
+        Refused: by this and the other builders, where they do not cover a module.
+    """
+    attention = block.attention
+    return _checked(
+        block,
+        norms=(block.layernorm_before, block.layernorm_after),
+        projections=(attention.q_proj, attention.k_proj, attention.v_proj),
+        linears=(attention.o_proj, block.mlp.fc1, block.mlp.fc2),
+        bias=attention.relative_position_bias,
+        activation=block.mlp.activation_fn,
+        num_heads=attention.num_attention_heads,
+        geometry=_transformers_geometry(block),
+        scale=attention.scaling,
+        make=_TransformersBlock,
+    )
+
+
+def maskformer_block(block: Any) -> SwinBlockParts:
+    """Reads a MaskFormerSwinLayer."""
+    own = getattr(block.attention, "self")  # noqa: B009 -- a name that reads as a variable
+    return _checked(
+        block,
+        norms=(block.layernorm_before, block.layernorm_after),
+        projections=(own.query, own.key, own.value),
+        linears=(block.attention.output.dense, block.intermediate.dense, block.output.dense),
+        bias=own,
+        activation=block.intermediate.intermediate_act_fn,
+        num_heads=own.num_attention_heads,
+        geometry=_transformers_geometry(block),
+        make=_TransformersBlock,
+    )
+
+
+def timm_block(block: Any) -> SwinBlockParts:
+    """Reads timm's SwinTransformerBlock, which rolls before it pads."""
+    attention, mlp = block.attn, block.mlp
+    return _checked(
+        block,
+        norms=(block.norm1, block.norm2),
+        projections=(attention.qkv,),
+        linears=(attention.proj, mlp.fc1, mlp.fc2),
+        bias=attention,
+        activation=mlp.act,
+        num_heads=attention.num_heads,
+        geometry=WindowGeometry(tuple(block.window_size), tuple(block.shift_size), True),
+        scale=attention.scale,
+    )
+
+
+def torchvision_block(block: Any) -> SwinBlockParts:
+    """Reads torchvision's SwinTransformerBlock, which does not shift what one window covers."""
+    attention, mlp = block.attn, block.mlp
+    return _checked(
+        block,
+        norms=(block.norm1, block.norm2),
+        projections=(attention.qkv,),
+        linears=(attention.proj, mlp[0], mlp[3]),
+        bias=attention,
+        activation=mlp[1],
+        num_heads=attention.num_heads,
+        geometry=WindowGeometry(tuple(attention.window_size), tuple(attention.shift_size)),
+        clamp_shift=True,
+    )
+
+
+def _checked(
+    block: Any,
+    norms: tuple[Any, Any],
+    projections: tuple[Any, ...],
+    linears: tuple[Any, Any, Any],
+    bias: Any,
+    activation: nn.Module,
+    num_heads: int,
+    geometry: WindowGeometry,
+    scale: Any = None,
+    clamp_shift: bool = False,
+    make: type[SwinBlockParts] = SwinBlockParts,
+) -> SwinBlockParts:
+    """Parts of a block whose layers compute what the ops compute.
+
+    Args:
+        block: their owner.
+        norms: see `SwinBlockParts`, as all without a line here.
+        projections: one or three.
+        linears: `proj`, `fc1` and `fc2`.
+        bias: owner of table and index.
+        activation: of the MLP.
+        num_heads: attention heads.
+        geometry: windows and shift.
+        scale: factor of the scores, or None where it follows from the size of the heads.
+        clamp_shift: see `SwinBlockSpec`.
+        make: class of the parts.
+    """
+    if any(type(norm) is not nn.LayerNorm for norm in norms):
+        raise Refused("its norms are not layer norms")
+    if any(type(linear) is not nn.Linear for linear in (*projections, *linears)):
+        raise Refused("its linear layers are not torch's own")
+    proj, fc1, fc2 = linears
+    if proj.in_features != proj.out_features:
+        raise Refused("its heads have a size of their own")
+    usual = (proj.out_features // num_heads) ** -0.5
+    if scale is not None and not (isinstance(scale, (int, float)) and scale == usual):
+        raise Refused(f"its attention scale is {scale!r:.40}, the usual one {usual:.4g}")
+    name = activation_of(activation)
+    if fc1.bias is None:
+        raise Refused("its MLP has no bias")
+    spec = SwinBlockSpec(num_heads, geometry, clamp_shift, name)
+    return make(block, norms, projections, proj, fc1, fc2, bias, spec)
+
+
+def check_merging(merging: Any) -> None:
+    """Refuses a patch merging, of any library, that `merge_patches` does not cover."""
+    if type(merging.norm) is not nn.LayerNorm:
+        raise Refused(f"its norm is a {type(merging.norm).__name__}")
+    if type(merging.reduction) is not nn.Linear:
+        raise Refused(f"its reduction is a {type(merging.reduction).__name__}")
+
+
+def transformers_parts(backbone: Any) -> SwinParts:
+    """Reads transformers' SwinBackbone or MaskFormerSwinBackbone."""
+    swin = backbone.swin if hasattr(backbone, "swin") else backbone.model
+    norms: Any = backbone.hidden_states_norms
+    if isinstance(norms, nn.ModuleDict):
+        names = list(backbone.stage_names)
+        read, norms = transformers_block, {names.index(name): norms[name] for name in norms}
+    else:  # MaskFormer's, of stages only
+        read, norms = maskformer_block, dict(enumerate(norms, start=1))
+    embeddings, stages = swin.embeddings, list(swin.encoder.layers)
+    projection = embeddings.patch_embeddings.projection
+    if type(projection) is not nn.Conv2d or not cuts_patches(projection):
+        raise Refused("its patch embedding is no convolution that cuts patches")
+    if any(type(norm) is not nn.LayerNorm for norm in [embeddings.norm, *norms.values()]):
+        raise Refused("its norms are not layer norms")
+    positions = None if embeddings.position_embeddings is None else embeddings
+    mergings = [stage.downsample for stage in stages[:-1]]
+    for merging in mergings:
+        check_merging(merging)
+    return SwinParts(
+        SwinEmbedding(projection, embeddings.norm, "pad", positions),
+        tuple(
+            SwinStage(merging, tuple(map(read, stage.blocks)))
+            for merging, stage in zip([None, *mergings], stages)
+        ),
+        norms,
+    )
+
+
+def timm_parts(features: nn.Module) -> SwinParts:
+    """Reads timm's features-only Swin.
+
+    Windows and shifts are those of the size that the model was built for.
+    """
+    from timm.layers.mlp import Mlp
+    from timm.models.swin_transformer import (
+        PatchMerging,
+        SwinTransformerBlock,
+        SwinTransformerStage,
+        WindowAttention,
+    )
+
+    children: list[Any] = list(features.children())
+    embed, stages = children[0], children[1:]
+    if not stages or any(type(stage) is not SwinTransformerStage for stage in stages):
+        raise Refused("it is no Swin")
+    projection, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
+    if type(projection) is not nn.Conv2d or not cuts_patches(projection):
+        raise Refused("its patch embedding is no convolution that cuts patches")
+    if type(norm) is not nn.LayerNorm:
+        raise Refused("its norms are not layer norms")
+    read = []
+    for stage in stages:
+        merging = stage.downsample
+        if type(merging) is PatchMerging:
+            check_merging(merging)
+        elif type(merging) is not nn.Identity:
+            raise Refused(f"a {type(merging).__name__} is before a stage")
+        blocks = []
+        for block in stage.blocks:
+            layers = (type(block), type(block.attn), type(block.mlp))
+            if layers != (SwinTransformerBlock, WindowAttention, Mlp):
+                raise Refused(f"a {type(block).__name__} is inside it")
+            parts = timm_block(block)
+            misfit = parts.misfit()
+            if misfit is not None:
+                raise Refused(misfit)
+            blocks.append(parts)
+        read.append(SwinStage(merging if type(merging) is PatchMerging else None, tuple(blocks)))
+    return SwinParts(SwinEmbedding(projection, norm, "refuse"), tuple(read), has_stem=False)
