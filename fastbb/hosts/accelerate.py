@@ -159,7 +159,9 @@ def accelerate(
         )
     settings = Settings(mode, precision)  # type: ignore[arg-type]  # checks both
     how = HowToRun(settings.mode, settings.precision)
-    _check_device(model, how)
+    settings.check_device(
+        next((p.device for p in model.parameters()), torch.device("cpu")), "model"
+    )
     chosen = _chosen(model, include, exclude)
     for module in model.modules():  # what `heads.register` made waits for its first call
         upstream = getattr(type(module), "waits_for_fastbb", None)
@@ -203,20 +205,6 @@ def restore(model: nn.Module) -> None:
         replacement = replacement_of(module)
         if replacement is not None:
             replacement.unbind()
-
-
-def _check_device(model: nn.Module, how: HowToRun) -> None:
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    if how.mode.startswith("triton") and not (device.type == "cuda" or launches_directly()):
-        raise ValueError(
-            f"mode={how.mode!r} needs a CUDA or ROCm device, the model is on {device}; "
-            "move it with .to('cuda'), or take mode='auto'"
-        )
-    if how.precision == "tf32" and (device.type != "cuda" or torch.version.hip):
-        raise ValueError(
-            f"precision='tf32' needs an NVIDIA GPU, the model is on {device}; take 'fp32'"
-        )
 
 
 def _chosen(
@@ -334,7 +322,7 @@ def _state(replacement: Replacement) -> tuple[str, str]:
         return "fastbb", choices[-1].why
     if not ours:
         return "upstream", f"faster: {choices[-1].why}"
-    return f"fastbb for {len(ours)} of {len(choices)} kinds of input", choices[-1].why
+    return f"fastbb for {len(ours)} of {len(choices)} forms of call", choices[-1].why
 
 
 def _names(names: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..models.layers import ConvNorm
 from ..models.resnet_compute import is_plain, pools_by_2, residual_block, timm_block
 from ..weights.folding import activation_name
-from .region import TransformersBackbone, check_parts
+from .region import TransformersRegion, check_parts
 from .replacement import Fast, HowToRun, Refused
 
 
@@ -72,7 +72,7 @@ class TransformersResNetBlock(_ResNetBlock):
         )
 
 
-class TransformersResNet(TransformersBackbone):
+class TransformersResNet(TransformersRegion):
     """ResNetBackbone, and RT-DETR's with its deep stem."""
 
     reads_settings = True

@@ -17,7 +17,7 @@ from ..models.swin_compute import (
 )
 from ..models.swin_weights import PatchMergingWeights, SwinBlockSpec, SwinBlockWeights
 from ..weights.folding import activation_name
-from .region import TransformersBackbone, check_parts
+from .region import TransformersRegion, check_parts
 from .replacement import Fast, HowToRun, Refused
 
 
@@ -274,7 +274,7 @@ class TransformersMerging(Merging):
         return super().forward(tokens).flatten(1, 2)
 
 
-class TransformersSwin(TransformersBackbone):
+class TransformersSwin(TransformersRegion):
     """SwinBackbone and MaskFormerSwinBackbone."""
 
     reads_settings = True
