@@ -1,20 +1,23 @@
 """One line that makes an existing model fast: its own modules and parameters, our forward."""
 
+import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastbb_kernels._dispatch import launches_directly
 
+from .. import models
 from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
 from ..weights.folding import is_batch_norm
 from ..weights.watch import statistics_note
-from . import resnet, swin
 from .libraries import full_name, is_backbone
 from .region import NothingToDo, Region
 from .replacement import (
@@ -28,8 +31,21 @@ from .replacement import (
     replacement_of,
 )
 
-# full names of upstream's classes, and what computes the same in their place
-REPLACED: dict[str, type[Fast]] = {**swin.REPLACED, **resnet.REPLACED}
+
+def _replaced() -> dict[str, type[Fast]]:
+    """Full names of upstream's classes, and what computes the same in their place.
+
+    A family has them in the file of its name in this folder.
+    """
+    families = {module.name for module in pkgutil.iter_modules(models.__path__)}
+    found: dict[str, type[Fast]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name in families:
+            found |= import_module(f".{module.name}", __package__).REPLACED
+    return found
+
+
+REPLACED = _replaced()
 
 __all__ = ["AccelerateReport", "AccelerateWarning", "LeftAlone", "accelerate", "restore"]
 
