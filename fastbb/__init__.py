@@ -72,11 +72,24 @@ def __getattr__(name: str) -> Any:
     # lazy (PEP 562), so that importing fastbb costs nothing
     if name == "heads":
         return import_module(".hosts.heads", __name__)
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name.endswith(("Backbone", "Config")):
+        value = _of_a_family(name)
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def _of_a_family(name: str) -> Any:
+    """A class of a family that has no line above."""
+    import_module(".models", __name__)
+    for family in import_module(".backbone.registry", __name__).FAMILIES:
+        for cls in (family.backbone, *family.configs):
+            if cls.__name__ == name:
+                return cls
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

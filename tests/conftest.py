@@ -13,6 +13,8 @@ from PIL import Image
 
 __all__ = ["hub"]
 
+pytest.register_assert_rewrite("contract", "tolerance")
+
 OPS = Path(__file__).parent / "ops"
 
 

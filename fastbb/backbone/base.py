@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from fastbb_kernels.accuracy import FP32_REL
+
 from ..weights.derived import RemembersDerived
 from ..weights.fold import autocasts
 from .checkpoint import (
@@ -125,6 +127,8 @@ class Backbone(BackboneMixin, RemembersDerived):
     unused_weights: ClassVar[tuple[str, ...]] = ()
     # arguments of `forward` that only this family has
     forward_options: ClassVar[tuple[str, ...]] = ()
+    # allowed error in fp32, relative to the largest magnitude of a map
+    exactness: float = FP32_REL
     # decides how a prepared backbone runs
     _engine: "Engine | None" = None
 
@@ -269,18 +273,8 @@ class Backbone(BackboneMixin, RemembersDerived):
                 f"pixel_values are {pixel_values.dtype}, the weights {self.dtype}; rescale and "
                 f"normalize them as AutoImageProcessor does, or convert with .to({self.dtype})"
             )
-        return self._in_own_dtype(pixel_values)
-
-    def _in_own_dtype(self, pixel_values: Tensor) -> Tensor:
-        """Floating pixels in the dtype of the weights, except where torch.autocast chooses it.
-
-        It leaves float64 as it is, and does not choose where a precision was asked for.
-        """
-        if not pixel_values.is_floating_point():
-            return pixel_values
-        is_asked = self._engine is not None and self._engine.settings.precision is not None
-        is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
-        return pixel_values if is_cast and not is_asked else pixel_values.to(self.dtype)
+        forced = self._engine is not None and self._engine.settings.precision is not None
+        return in_dtype(pixel_values, self.dtype, forced)
 
     def prepare(
         self: Module,
@@ -560,6 +554,20 @@ class Backbone(BackboneMixin, RemembersDerived):
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(save_directory)  # first: a field that JSON cannot hold is refused
         save_state_dict(self.to_checkpoint_names(), Path(save_directory))
+
+
+def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
+    """Floating pixels in the dtype of the weights, except where torch.autocast chooses it.
+
+    Args:
+        pixel_values: of any dtype; integers stay as they are. autocast leaves float64 as it is.
+        dtype: of the weights.
+        forced: a precision was asked for, so that autocast does not choose.
+    """
+    if not pixel_values.is_floating_point():
+        return pixel_values
+    is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
+    return pixel_values if is_cast and not forced else pixel_values.to(dtype)
 
 
 @contextmanager

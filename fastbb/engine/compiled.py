@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 
-from ..backbone.base import Backbone
+from .computation import Computation
 from .cpu import multiplies_faster_as_convolution
 from .frozen import attention_to_products, fold_constants, linear_to_convolution
 from .trial import Run
@@ -21,14 +21,14 @@ _INDUCTOR = {"freezing": True}
 _INDUCTOR_ON_CPU = {**_INDUCTOR, "cpp_wrapper": True}
 
 
-def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
-    """Compiles the feature maps of a backbone for the shape of an example.
+def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager") -> Run:
+    """Compiles the maps of a computation for the shape of an example.
 
     The weights are baked in: whoever calls the result watches them (`ModuleStamp`), and calls it
     with pixels of that very shape, dtype and device.
 
     Args:
-        backbone: in eval mode.
+        computation: in eval mode.
         example: [B, C, H, W].
         impl: "eager" hands PyTorch's operations to the compiler, "auto" leaves our kernels in the
             graph as they are.
@@ -40,7 +40,7 @@ def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> R
     example = example.contiguous()  # as what is run; guards, which would ask, there are none
     # inference tensors do not trace
     with torch.inference_mode(False), torch.no_grad(), use_impl(impl):
-        forward = _frozen(backbone, example) if on_cpu else backbone.feature_maps
+        forward = _frozen(computation, example) if on_cpu else computation.feature_maps
         compiled = torch.compile(
             own_code(lambda pixel_values: forward(pixel_values)),
             fullgraph=True,
@@ -61,28 +61,29 @@ def compile_maps(backbone: Backbone, example: Tensor, impl: Impl = "eager") -> R
 class _Maps(nn.Module):
     """The feature maps as a module, which is what can be exported."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, computation: Computation) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.module = computation.module
+        self._computation = computation
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         # convolutions and what follows them are fastest in this layout, maps included
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self.backbone.feature_maps(pixel_values)
+        return self._computation.feature_maps(pixel_values)
 
 
-def _frozen(backbone: Backbone, example: Tensor) -> Callable[[Tensor], Any]:
+def _frozen(computation: Computation, example: Tensor) -> Callable[[Tensor], Any]:
     """The forward pass as a graph in which all that does not depend on pixels is a constant.
 
     The compiler folds parameters too, but not what is made of `arange`, as masks and the indices of
     relative positions are; those it would compute for every element of every window.
     """
     try:
-        graph: Any = torch.export.export(_Maps(backbone), (example.clone(),)).module()
+        graph: Any = torch.export.export(_Maps(computation), (example.clone(),)).module()
         fold_constants(graph)
         attention_to_products(graph)
     except Exception:  # some timm models can be compiled and not exported
-        return _Maps(backbone)
+        return _Maps(computation)
     if example.dtype == torch.float32 and multiplies_faster_as_convolution():
         linear_to_convolution(graph)
     return graph

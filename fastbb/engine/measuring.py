@@ -38,10 +38,11 @@ class Comparison(NamedTuple):
     ratio: float
 
 
+TIE = 0.03  # nearer than this share of the time counts as equally fast
 MIN_PAIRS, MAX_PAIRS, ENOUGH_S = 5, 10, 0.1  # seconds of ours
 
 
-def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float) -> Comparison:
+def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float = TIE) -> Comparison:
     """Times two calls in turns, so that what slows the machine down slows both.
 
     No single call decides, however long it took: there are at least five pairs, and their median

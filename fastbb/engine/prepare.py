@@ -1,4 +1,4 @@
-"""What `Backbone.prepare` and `Backbone.explain` do."""
+"""`Backbone.prepare` and `Backbone.explain`."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -6,13 +6,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
+from fastbb_kernels._dispatch import gpu_unsupported
 
 from ..backbone.base import Backbone
+from .computation import BackboneMaps, in_precision, without_engine
 from .engine import Engine, notes_on
 from .explanation import Explanation, Row
-from .settings import DTYPES, Settings, Tools
-from .truth import without_engine
+from .settings import Settings, Tools
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
@@ -28,19 +28,19 @@ def prepare(
 ) -> AnyBackbone:
     """See `Backbone.prepare`; `tools` replaces the clock, the cache and so on."""
     settings = Settings(mode, precision, cuda_graph, expected_images)  # type: ignore[arg-type]
-    _check_device(backbone, settings)
-    prepared = without_engine(backbone)
-    if precision is not None and prepared.dtype != (dtype := DTYPES.get(precision, torch.float32)):
-        with torch.inference_mode(False):
-            prepared = without_engine(backbone, copied=True).to(dtype)
-    prepared._engine = Engine(prepared, settings, tools)
+    if any(module.training for module in backbone.modules()):
+        raise ValueError("prepare() is for inference, the backbone is training: call .eval() first")
+    settings.check_device(backbone.device, "backbone")
+    maps = in_precision(BackboneMaps(without_engine(backbone)), precision)
+    prepared: Any = maps.module
+    prepared._engine = Engine(maps, settings, tools)
     if example is not None:
         prepared._engine.prepare_for(example_pixels(prepared, example))
     return prepared
 
 
 def explain(backbone: Backbone) -> Explanation:
-    """What runs and why; for a backbone that is not prepared, what its ops do."""
+    """The way that runs and why; of a backbone that is not prepared, how its ops run."""
     if backbone._engine is not None:
         return backbone._engine.explain()
     on_gpu = backbone.device.type == "cuda"
@@ -50,26 +50,6 @@ def explain(backbone: Backbone) -> Explanation:
     why = why if problem is None else f"{problem}; {why}"
     title = f"{type(backbone).__name__} in {backbone.dtype} on {backbone.device}, not prepared"
     return Explanation(title, (Row("any", runs, why), *notes_on(backbone)))
-
-
-def _check_device(backbone: Backbone, settings: Settings) -> None:
-    if any(module.training for module in backbone.modules()):
-        raise ValueError("prepare() is for inference, the backbone is training: call .eval() first")
-    is_gpu = backbone.device.type == "cuda"
-    if settings.mode.startswith("triton") and not (is_gpu or launches_directly()):
-        raise ValueError(
-            f"mode={settings.mode!r} needs a CUDA or ROCm device, the backbone is on "
-            f"{backbone.device}; move it with .to('cuda'), or take mode='auto'"
-        )
-    if settings.precision == "tf32" and (not is_gpu or torch.version.hip):
-        raise ValueError(
-            f"precision='tf32' needs an NVIDIA GPU, the backbone is on {backbone.device}; "
-            "take 'fp32'"
-        )
-    if settings.cuda_graph is True and not is_gpu:
-        raise ValueError(
-            f"cuda_graph=True needs a GPU, the backbone is on {backbone.device}; take 'auto'"
-        )
 
 
 def example_pixels(backbone: Backbone, example: Any) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fastbb_kernels._dispatch import launches_directly
 from fastbb_kernels.result_cache import ResultCache
 
 from .measuring import Clock
@@ -41,6 +42,29 @@ class Settings:
             raise ValueError(
                 f"expected_images must be a number of images, at least 0, or None, got {expected!r}"
             )
+
+    def check_device(self, device: torch.device, what: str) -> None:
+        """Refuses settings that a device cannot run.
+
+        Args:
+            device: of the weights.
+            what: "backbone" or "model", for the message.
+
+        Raises:
+            ValueError: they need a GPU, or an NVIDIA one.
+        """
+        is_gpu = device.type == "cuda"
+        if self.mode.startswith("triton") and not (is_gpu or launches_directly()):
+            raise ValueError(
+                f"mode={self.mode!r} needs a CUDA or ROCm device, the {what} is on {device}; "
+                "move it with .to('cuda'), or take mode='auto'"
+            )
+        if self.precision == "tf32" and (not is_gpu or torch.version.hip):
+            raise ValueError(
+                f"precision='tf32' needs an NVIDIA GPU, the {what} is on {device}; take 'fp32'"
+            )
+        if self.cuda_graph is True and not is_gpu:
+            raise ValueError(f"cuda_graph=True needs a GPU, the {what} is on {device}; take 'auto'")
 
 
 @dataclass

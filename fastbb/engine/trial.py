@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .interruption import check_interrupted
-from .measuring import Clock, describe, duration
+from .measuring import TIE, Clock, describe, duration
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ Report = Callable[[str], None]
 
 _NOT_TRIED = "not tried, the time for measuring was over"
 
-TIE = 0.03  # nearer than this counts as equally fast
 MIN_ROUNDS, MAX_ROUNDS = 3, 30
 
 

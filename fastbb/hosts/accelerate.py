@@ -1,21 +1,24 @@
 """One line that makes an existing model fast: its own modules and parameters, our forward."""
 
+import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib import import_module
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fastbb_kernels._dispatch import launches_directly
 
+from .. import models
 from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
 from ..models.parts import Refused
 from ..weights.folding import is_batch_norm
 from ..weights.watch import statistics_note
-from . import resnet, swin
 from .libraries import full_name, is_backbone
 from .region import NothingToDo, Region
 from .replacement import (
@@ -28,8 +31,21 @@ from .replacement import (
     replacement_of,
 )
 
-# full names of upstream's classes, and what computes the same in their place
-REPLACED: dict[str, type[Fast]] = {**swin.REPLACED, **resnet.REPLACED}
+
+def _replaced() -> dict[str, type[Fast]]:
+    """Full names of upstream's classes, and what computes the same in their place.
+
+    A family has them in the file of its name in this folder.
+    """
+    families = {module.name for module in pkgutil.iter_modules(models.__path__)}
+    found: dict[str, type[Fast]] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name in families:
+            found |= import_module(f".{module.name}", __package__).REPLACED
+    return found
+
+
+REPLACED = _replaced()
 
 __all__ = ["AccelerateReport", "AccelerateWarning", "LeftAlone", "accelerate", "restore"]
 
@@ -130,8 +146,9 @@ def accelerate(
     Modules, parameters, state dict, hooks and what is returned stay. Whole backbones, and the
     blocks of Swin and ResNets wherever they are, get a forward of ours on the instance, over the
     very same parameters. It runs in inference only; wherever it cannot keep the maths, something is
-    hooked or replaced inside, or a graph is recorded, the module's own forward runs. First calls,
-    of up to eight sizes, compare both, and keep the module's own where they differ.
+    hooked or replaced inside, or a graph is recorded, the module's own forward runs. The first
+    call of each form (dtype, device, layout and options, of any size) compares both in float64, and
+    keeps the module's own where they differ.
 
     Args:
         model: of transformers, timm, torchvision or segmentation-models-pytorch, or around one.
@@ -159,7 +176,9 @@ def accelerate(
         )
     settings = Settings(mode, precision)  # type: ignore[arg-type]  # checks both
     how = HowToRun(settings.mode, settings.precision)
-    _check_device(model, how)
+    settings.check_device(
+        next((p.device for p in model.parameters()), torch.device("cpu")), "model"
+    )
     chosen = _chosen(model, include, exclude)
     for module in model.modules():  # what `heads.register` made waits for its first call
         upstream = getattr(type(module), "waits_for_fastbb", None)
@@ -203,20 +222,6 @@ def restore(model: nn.Module) -> None:
         replacement = replacement_of(module)
         if replacement is not None:
             replacement.unbind()
-
-
-def _check_device(model: nn.Module, how: HowToRun) -> None:
-    parameter = next(model.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    if how.mode.startswith("triton") and not (device.type == "cuda" or launches_directly()):
-        raise ValueError(
-            f"mode={how.mode!r} needs a CUDA or ROCm device, the model is on {device}; "
-            "move it with .to('cuda'), or take mode='auto'"
-        )
-    if how.precision == "tf32" and (device.type != "cuda" or torch.version.hip):
-        raise ValueError(
-            f"precision='tf32' needs an NVIDIA GPU, the model is on {device}; take 'fp32'"
-        )
 
 
 def _chosen(
@@ -334,7 +339,7 @@ def _state(replacement: Replacement) -> tuple[str, str]:
         return "fastbb", choices[-1].why
     if not ours:
         return "upstream", f"faster: {choices[-1].why}"
-    return f"fastbb for {len(ours)} of {len(choices)} kinds of input", choices[-1].why
+    return f"fastbb for {len(ours)} of {len(choices)} forms of call", choices[-1].why
 
 
 def _names(names: Sequence[str]) -> str:

@@ -1,21 +1,14 @@
-"""Calls of a module: of what kind one is, how its result lies in memory, how two results differ."""
+"""Calls of a module: their form, the memory layout of results, the difference of two results."""
 
 import itertools
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-# largest difference to upstream's result, over its largest value: rounding, not other maths
-ALLOWED = {
-    torch.float64: 1e-9,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 6e-2,
-}
-_OF_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float16}
+from fastbb_kernels.accuracy import accuracy_problem, allowed_rel
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -27,17 +20,12 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
             yield from tensors_in(value)
 
 
-def kind_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
-    """What decides how long a call takes, and whether ours covers it."""
-    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
-        if isinstance(value, Tensor):
-            yield tuple(value.shape), value.dtype, value.device, format_of(value)
-        else:
-            yield value if isinstance(value, (int, str, float, type(None))) else repr(value)
-
-
 def form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
-    """What decides, of a call, what is computed and returned, whatever the sizes."""
+    """The properties of a call that are the same for all sizes of images.
+
+    Dimensions, dtype, device and layout of tensors; options by value; the types of all else, such
+    as the height and width of a map.
+    """
     for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
         if isinstance(value, Tensor):
             yield value.ndim, value.dtype, value.device, format_of(value)
@@ -67,13 +55,32 @@ def in_formats(result: Any, formats: list[torch.memory_format | None]) -> Any:
     return tree_map_only(Tensor, laid_out, result)
 
 
-def difference(got: Any, want: Any, precision: str | None = None) -> str | None:
-    """What a result has otherwise than upstream's, beyond rounding, or None.
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    """The same containers with every floating tensor in a dtype."""
+
+    def converted(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return tree_map_only(Tensor, converted, values)
+
+
+def is_telling(result: Any) -> bool:
+    """Whether a result can be compared: it has finite floating values, and no others."""
+    floating = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
+    return any(x.numel() for x in floating) and all(bool(x.isfinite().all()) for x in floating)
+
+
+def difference(
+    got: Any, want: Any, truth: Callable[[], tuple[Any, Any]], exactness: float
+) -> str | None:
+    """The first difference of a result from upstream's, beyond rounding, or None.
 
     Args:
         got: tensors in any containers.
         want: upstream's.
-        precision: that `got` was computed in, if not in its dtype.
+        truth: returns upstream's result in the precision that `got` was computed in, and in
+            float64; both in the containers of `want`.
+        exactness: allowed in fp32, relative to the largest magnitude of a tensor.
     """
     ours, ours_spec = tree_flatten(got)
     theirs, theirs_spec = tree_flatten(want)
@@ -83,23 +90,17 @@ def difference(got: Any, want: Any, precision: str | None = None) -> str | None:
         if not isinstance(b, Tensor):
             if a is not b and a != b:
                 return f"value {index} is {a!r}, upstream's {b!r}"
-            continue
-        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+        elif a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return (
                 f"tensor {index} is {list(a.shape)} {a.dtype} on {a.device}, "
                 f"upstream's {list(b.shape)} {b.dtype} on {b.device}"
             )
-        if not b.numel() or not b.is_floating_point():
+    same_precision, exact = map(tree_leaves, truth())
+    for index, (a, eager, true) in enumerate(zip(ours, same_precision, exact)):
+        if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
-        allowed = ALLOWED[_OF_PRECISION.get(precision or "", b.dtype)]
-        wide = torch.promote_types(b.dtype, torch.float32)
-        a, b = a.to(wide), b.to(wide)
-        finite = b.isfinite()
-        if not torch.equal(finite, a.isfinite()):
-            return f"tensor {index} is not finite where upstream's is, or the other way round"
-        a, b = a.where(finite, 0), b.where(finite, 0)
-        largest = float(b.abs().max())
-        error = float((a - b).abs().max())
-        if error > allowed * largest:
-            return f"tensor {index} differs by {error / (largest or 1):.2g} of its largest value"
+        rel = allowed_rel(eager, true, exactness)
+        problem = accuracy_problem(a.to(eager.dtype), eager, true, rel)
+        if problem is not None:
+            return f"tensor {index} differs from upstream's: {problem}"
     return None

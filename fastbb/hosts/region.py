@@ -1,86 +1,88 @@
 """A whole backbone inside a host: folded, and run by the engine, behind the host's own contract."""
 
 import copy
+import hashlib
 import itertools
 import sys
 import threading
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
-from ..backbone.base import Backbone
-from ..backbone.configuration import BackboneConfig
+from ..backbone.base import in_dtype
+from ..engine.computation import dtype_of, in_precision
+from ..engine.engine import Engine
+from ..engine.measuring import Comparison
+from ..engine.settings import Settings, Tools
+from ..engine.trial import Candidate, Run
 from ..models.parts import Refused
 from ..weights.folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
 from ..weights.watch import ModuleStamp
 from .libraries import is_known_part
-from .replacement import Fast, HowToRun, replacement_of
+from .replacement import Fast, HowToRun, replacement_of, upstream_only
 
 # in a configuration of transformers
 _DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")
 MAX_PREPARED = 4  # forms of calls that are kept ready, each maybe with a copy of the weights
 TRACED_SIZE = 224  # pixels, of the image that the dataflow is read off
+MEASURING_S = 1.0  # for one choice of the engine, upstream's forward among the candidates
 
 
 class NothingToDo(Refused):
     """A module that gains nothing from being replaced as a whole; its blocks may."""
 
 
-class HostConfig(BackboneConfig):
-    """What an engine knows of a backbone inside a host."""
+@dataclass(frozen=True)
+class RegionResult:
+    """The tensors that a region returns for pixels: the `Computation` of its engine.
 
-    model_type: ClassVar[str] = "fastbb-host"
-
-    def __init__(self, *, architecture: str = "", num_channels: int = 3, **unknown: Any) -> None:
-        super().__init__(**unknown)
-        self.architecture = architecture
-        self.num_channels = num_channels
-        self._set_stages(["result"], None, None)
-
-
-class HostBackbone(Backbone):
-    """The modules of a host behind the backbone API; `feature_maps` are the host's results.
-
-    Args:
-        config: what is known of it.
-        region: computes the results.
-        constants: what it is given beside the pixels.
+    Attributes:
+        region: computes them.
+        constants: the other arguments of the call.
     """
 
-    config_class = HostConfig
-    config: HostConfig
-    host: nn.Module
+    region: "Region"
+    constants: dict[str, Any] = field(default_factory=dict)
 
-    def __init__(
-        self, config: HostConfig, region: "Region", constants: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(config)
-        self._constants = constants or {}
-        self.stage_names = list(config.stage_names or ())
-        # not registered: a layer that is put somewhere counts as changed, see `derived`
-        self._modules["host"] = region.module
-        self._region = region
-        self.training = False  # whether anything inside trains is asked before
+    @property
+    def module(self) -> nn.Module:
+        return self.region.module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HostBackbone":
-        host = copy.deepcopy(self.host, memo)
+    @property
+    def outputs(self) -> Hashable:
+        return None  # the region has an engine for each form of a call
+
+    @property
+    def cache_key(self) -> str:
+        shapes = [(name, list(p.shape)) for name, p in self.module.named_parameters()]
+        described = repr((shapes, self.region.state(), sorted(self.constants.items())))
+        digest = hashlib.sha256(described.encode()).hexdigest()[:8]
+        return f"{type(self.module).__qualname__}-{digest}"
+
+    @property
+    def exactness(self) -> float:
+        return self.region.exactness
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return self.region.tensors(pixel_values, **self.constants)
+
+    def copied(self) -> "RegionResult":
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RegionResult":
+        host = copy.deepcopy(self.module, memo)
         own = replacement_of(host)
         if own is not None:
             own.unbind()  # the copy is run by whom it was made for
-        region = type(self._region)(host, self._region.how)
-        return HostBackbone(copy.copy(self.config), region, self._constants)
-
-    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return self._region.tensors(pixel_values, **self._constants)
-
-    def forward_stages(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        raise NotImplementedError("a host returns all its results at once")
+        return RegionResult(type(self.region)(host, self.region.how), self.constants)
 
 
 class Region(Fast):
@@ -88,6 +90,7 @@ class Region(Fast):
 
     methods = ("forward_features", "forward_intermediates")
     folds: ClassVar[bool] = True  # and runs the module's own forward
+    exactness = FP32_REL_FOLDED
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         super().__init__(module, how)
@@ -100,10 +103,10 @@ class Region(Fast):
         self.follows_settings = not compiles
         if compiles:  # what was compiled reads nothing
             self.read_at_every_call = ()
-        # by what is given beside the pixels, and by state: the form of results, and what runs
+        # by the form of a call: the containers of its result, and the engine that computes it
         self._lock = threading.RLock()
         self._specs: dict[Hashable, TreeSpec] = {}
-        self._prepared: dict[Hashable, tuple[HostBackbone, ModuleStamp | None]] = {}
+        self._engines: dict[Hashable, tuple[Engine, ModuleStamp | None]] = {}
         if "compile" not in how.mode and how.precision is None and not self.helps:
             self.close()
             raise NothingToDo("it has nothing of its own to accelerate")
@@ -125,7 +128,7 @@ class Region(Fast):
         settings = [repr(getattr(config, name, None)) for name in _DECIDE_THE_RESULT]
         return *settings, repr(getattr(self.module, "out_features", None))
 
-    def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
+    def learn(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
         leaves, spec = tree_flatten(result)
         tensors = all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves)
         given = _pixels_and_constants(args, kwargs)
@@ -143,13 +146,10 @@ class Region(Fast):
         """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
         if launches_directly():
             return self.tensors(pixel_values, **constants)
-        backbone = self.prepared(**constants)
-        assert backbone._engine is not None
-        tensors = backbone._engine(backbone._in_own_dtype(pixel_values))
+        engine = self.engine(**constants)
+        dtype = dtype_of(engine.module)
+        tensors = engine(in_dtype(pixel_values, dtype, forced=self.how.precision is not None))
         return tuple(x.to(pixel_values.dtype) for x in tensors)
-
-    def _form(self, constants: dict[str, Any]) -> Hashable:
-        return tuple(sorted(constants.items())), self.state()
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
         return self.run("forward_features", *args, **kwargs)
@@ -175,25 +175,53 @@ class Region(Fast):
         """The tensors of the module's result for pixels [B, C, H, W]."""
         return tuple(tree_flatten(self.run("forward", pixel_values, **constants))[0])
 
-    def prepared(self, **constants: Any) -> HostBackbone:
-        """The module behind the engine, made anew where a converted copy is out of date."""
+    def engine(self, **constants: Any) -> Engine:
+        """The engine for a form of call, made anew where a converted copy is out of date."""
         form = self._form(constants)
         with self._lock:
-            return self._prepare(form, constants)
+            if form in self._engines:
+                engine, stamp = self._engines[form]
+                if stamp is None or stamp.is_current():
+                    return engine
+            if len(self._engines) >= MAX_PREPARED:
+                self._engines.clear()
+            settings = Settings(self.how.mode, self.how.precision)  # type: ignore[arg-type]  # checked
+            result = in_precision(RegionResult(self, constants), self.how.precision)
+            is_copy = result.module is not self.module
+            tools = Tools(candidates=self._upstream(constants), budget_s=MEASURING_S)
+            engine = Engine(result, settings, tools)
+            self._engines[form] = engine, ModuleStamp(self.module) if is_copy else None
+            return engine
 
-    def _prepare(self, form: Hashable, constants: dict[str, Any]) -> HostBackbone:
-        if form in self._prepared:
-            backbone, stamp = self._prepared[form]
-            if stamp is None or stamp.is_current():
-                return backbone
-        if len(self._prepared) >= MAX_PREPARED:
-            self._prepared.clear()
-        config = HostConfig(architecture=type(self.module).__qualname__)
-        backbone = HostBackbone(config, self, constants)
-        prepared = backbone.prepare(self.how.mode, self.how.precision)
-        is_copy = prepared.host is not self.module
-        self._prepared[form] = prepared, ModuleStamp(self.module) if is_copy else None
-        return prepared
+    def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
+        given = _pixels_and_constants(args, kwargs)
+        if method != "forward" or given is None or launches_directly():
+            return None
+        trials = self.engine(**given[1]).trials_of(given[0])
+        seconds = {trial.name: trial.seconds for trial in trials if trial.seconds is not None}
+        theirs = seconds.pop(_UPSTREAM, None)
+        if theirs is None or not seconds:
+            return None
+        ours = min(seconds.values())
+        return Comparison(ours, theirs, ours / theirs)
+
+    def _upstream(self, constants: dict[str, Any]) -> tuple[Candidate, ...]:
+        """Upstream's own forward, for the engine to measure beside its ways."""
+        if self.how.mode != "auto" or self.how.precision is not None:
+            return ()
+
+        def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
+            with upstream_only():
+                result = type(self.module).forward(self.module, pixel_values, **constants)
+            return tuple(x for x in tree_leaves(result) if isinstance(x, Tensor))
+
+        def build() -> Run:
+            return run
+
+        return (Candidate(_UPSTREAM, build),)
+
+    def _form(self, constants: dict[str, Any]) -> Hashable:
+        return tuple(sorted(constants.items())), self.state()
 
     def likeness(self) -> Hashable:
         return id(self)
@@ -204,8 +232,11 @@ class Region(Fast):
         return None
 
 
+_UPSTREAM = "upstream"
+
+
 def _pixels_and_constants(args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any]] | None:
-    """The pixels of a call, and what else it is given by name; None if there is more to it."""
+    """The pixels of a call, and its options by name; None if there is more to it."""
     constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     pixels = [*args, *(value for name, value in kwargs.items() if name not in constants)]
     if len(pixels) != 1 or not isinstance(pixels[0], Tensor) or pixels[0].ndim != 4:
@@ -218,13 +249,14 @@ def _pixels_and_constants(args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any
 _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}
 
 
-class TransformersBackbone(Region):
+class TransformersRegion(Region):
     """A backbone of transformers that computes no stage beyond the last that is asked for.
 
-    Everything but the maps is upstream's to compute. Subclasses give `tensors`, the maps.
+    Upstream computes everything but the maps. Subclasses give `tensors`, the maps.
     """
 
     folds = False
+    exactness = FP32_REL
 
     @property
     def helps(self) -> bool:
@@ -246,14 +278,18 @@ class TransformersBackbone(Region):
     def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
 
+    def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
+        # whatever the result is packed in, the engine measured what gives its maps
+        return super().measured(method, (args[0] if args else kwargs["pixel_values"],), {})
+
     def _asked(self, kwargs: dict[str, Any], name: str) -> Any:
-        """An argument, or what the configuration says where it is not given."""
+        """An argument, or the configuration's value where it is not given."""
         value = kwargs.get(name)
         return getattr(self.module.config, name, None) if value is None else value
 
 
 def check_parts(module: nn.Module) -> None:
-    """Refuses what computing from the parameters would pass over, though it may be equal now.
+    """Refuses parts that computing from the parameters would pass over, even if equal now.
 
     Raises:
         Refused: a part is of none of the libraries, such as an adapter.

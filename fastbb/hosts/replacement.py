@@ -7,7 +7,6 @@ watched, the results differ, or ours takes longer.
 """
 
 import copy
-import itertools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -25,18 +24,23 @@ from torch.utils._pytree import tree_leaves
 
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels.accuracy import FP32_REL
+from fastbb_kernels.fp32_precision import fp32_products
 
-from ..engine.measuring import Comparison, compare, describe, duration, wall_clock
+from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
+from ..engine.settings import DTYPES
 from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
 from ..weights.fold import autocasts
-from ..weights.folding import is_folded, replica_without, unfold
-from ..weights.watch import ModuleSettings, note_written
-from .calls import difference, form_of, format_of, in_formats, kind_of, tensors_in
-
-TIE = 0.03  # ours may take so much longer, measured, and still runs
-# how many sizes of a form of call are checked, and how many timed; others run as the last one did
-MAX_CHECKED, MAX_TIMED = 8, 4
+from ..weights.folding import replica_without, unfold
+from ..weights.watch import (
+    ModuleSettings,
+    ModuleStructure,
+    OwnForward,
+    note_written,
+    own_forward,
+)
+from .calls import cast, difference, form_of, format_of, in_formats, is_telling, tensors_in
 
 
 class AccelerateWarning(UserWarning):
@@ -76,6 +80,8 @@ class Fast:
     read_at_every_call: tuple[str, ...] = ()
     # whether it is made anew where a setting changes, or takes too long to make
     follows_settings: bool = True
+    # allowed error in fp32, relative to the largest magnitude of a result
+    exactness: ClassVar[float] = FP32_REL
 
     def __init__(self, module: nn.Module, how: HowToRun) -> None:
         self.module: Any = module
@@ -98,11 +104,15 @@ class Fast:
         return result
 
     def state(self) -> Hashable:
-        """What decides, beside a call's arguments, what is returned, and may change."""
+        """The settings outside a call's arguments that decide what is returned, as they are now."""
         return None
 
-    def see(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
-        """Is shown a call of upstream, the first of its kind, and what it returned."""
+    def learn(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
+        """Called with upstream's result, before ours first computes a call of its form."""
+
+    def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
+        """The times of ours and of upstream's, if computing this call has measured them."""
+        return None
 
     def close(self) -> None:
         """Takes away what it put on modules."""
@@ -110,43 +120,36 @@ class Fast:
 
 @dataclass
 class Choice:
-    """What runs for one kind of input, and why.
+    """The forward that runs for one form of call, and why.
 
     Attributes:
         ours: whether ours does.
         why: it does, or does not.
-        form: of the call, see `form_of`.
         formats: memory format of each tensor of upstream's result; None where it has another.
     """
 
     ours: bool
     why: str
-    form: Hashable = None
     formats: list[torch.memory_format | None] = field(default_factory=list)
 
 
 class Timings:
-    """Seconds of ours and of upstream's, by likeness and input; the modules of a model share it."""
+    """Times by likeness and form of call, which all modules of a model share."""
 
     def __init__(self) -> None:
-        self._seconds: dict[Hashable, Comparison] = {}
-        self._timed: dict[Hashable, list[Hashable]] = {}
+        self._measured: dict[Hashable, Comparison] = {}
 
     def of(
-        self, likeness: Hashable, kind: Hashable, measure: Callable[[], Comparison]
+        self, likeness: Hashable, form: Hashable, measure: Callable[[], Comparison]
     ) -> Comparison:
-        """Measured once; of many kinds of input the first are, and the last stands for others."""
-        timed = self._timed.setdefault(likeness, [])
-        key = (likeness, kind)
-        if key not in self._seconds:
-            if len(timed) >= MAX_TIMED:
-                return self._seconds[timed[-1]]
-            self._seconds[key] = measure()
-            timed.append(key)
-        return self._seconds[key]
+        """The times for modules of this likeness; measured once."""
+        key = (likeness, form)
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
 
 
-class Replacement:
+class Replacement(OwnForward):
     """The forward of one module of a host; `bind` puts it there.
 
     Args:
@@ -157,7 +160,7 @@ class Replacement:
         timings: of the host.
 
     Attributes:
-        choices: what was decided for each kind of input so far.
+        choices: what was decided for each form of call so far.
         last_reason: why the last call went to upstream's forward, or None.
         off: why it will not run again, or None.
 
@@ -181,7 +184,7 @@ class Replacement:
         self._fast: Fast | None = self._made()
         self._settings = self._read_settings()
         # at once: what is replaced before the first call has to be noticed
-        self._watch: _Watch | None = _Watch(module)
+        self._structure: ModuleStructure | None = self._read_structure()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # the copied module is not whole yet, so what reads it is made at its first call
@@ -193,7 +196,7 @@ class Replacement:
 
     def __getstate__(self) -> dict[str, Any]:
         new = {"choices": {}, "last_reason": None, "off": None}
-        new |= {"_fast": None, "_watch": None, "_settings": None}
+        new |= {"_fast": None, "_structure": None, "_settings": None}
         return {**self.__dict__, **new}
 
     @property
@@ -220,7 +223,7 @@ class Replacement:
 
     @property
     def is_running_ours(self) -> bool:
-        """Whether ours runs: for the kind of input decided last, and nothing spoke against it."""
+        """Whether ours runs: for the form of call decided last, and nothing spoke against it."""
         choices = list(self.choices.values())
         return self.last_reason is None and bool(choices) and choices[-1].ours
 
@@ -296,8 +299,8 @@ class Replacement:
         if self._settings is not None and self._settings.change() is not None:
             self._follow()
         # what runs ours around this has looked at everything inside it
-        outer = _local.running[-1]._watch if _local.running else None
-        is_inner = outer is not None and outer.covers(self.module)
+        outer = _local.running[-1]._structure if _local.running else None
+        is_inner = outer is not None and self.module in outer
         if is_inner and self.off is None and self._fast is not None:
             look = self._fast.why_not
         else:
@@ -311,16 +314,12 @@ class Replacement:
             return self.upstream(method, args, kwargs)
         if launches_directly():  # the harness, which has nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
-        kind = (method, self.fast.state(), *kind_of(args, kwargs))
-        choice = self.choices.get(kind)
+        form = (method, self.fast.state(), *form_of(args, kwargs))
+        choice = self.choices.get(form)
         if choice is None:
-            form = (*kind[:2], *form_of(args, kwargs))
-            alike = [other for other in list(self.choices.values()) if other.form == form]
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return self.upstream(method, args, kwargs)  # nothing can be compared or timed
-            if len(alike) < MAX_CHECKED:
-                return self._decide(kind, form, method, args, kwargs)
-            choice = alike[-1]
+            return self._decide(form, method, args, kwargs)
         if not choice.ours:
             return self.upstream(method, args, kwargs)
         try:
@@ -348,16 +347,15 @@ class Replacement:
     def _why_upstream(self, *args: Any, **kwargs: Any) -> str | None:
         if self.off is not None:
             return self.off
-        if self._watch is None:  # this is a copy
+        if self._structure is None:  # this is a copy
             with _making:
                 try:
                     _ = self.fast
                 except Refused as refused:  # by what was changed since
                     self.off, self._settings = str(refused), self._read_settings()
                     return self.off
-                self._watch = self._watch or _Watch(self.module)
-        watch = self._watch
-        problem = watch.problem()
+                self._structure = self._structure or self._read_structure()
+        problem = self._why_not_parameters(self._structure)
         if problem is not None:
             return problem
         values = [*args, *kwargs.values()]
@@ -365,11 +363,11 @@ class Replacement:
             return "torch.fx records a graph"
         tensors = list(tensors_in(values))
         if torch.is_grad_enabled() and (
-            any(tensor.requires_grad for tensor in tensors) or watch.requires_grad()
+            any(tensor.requires_grad for tensor in tensors) or any(self._trained)
         ):
             forget_derived(self.module)  # the parameters are about to change
             return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
-        like = watch.first_parameter()
+        like = next(self._structure.parameters(), None)
         if like is None:
             return "it has no parameters"
         if like.device.type not in ("cpu", "cuda") and not launches_directly():
@@ -379,11 +377,43 @@ class Replacement:
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) or is_transformed(tensor):
                 return "it is called by a transform of torch.func, or with fake tensors"
+            if not tensor.numel():  # where many upstream models raise
+                return "the input is empty"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
             if tensor.is_floating_point() and tensor.dtype != like.dtype:
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
         return self.fast.why_not(*args, **kwargs)
+
+    def _why_not_parameters(self, structure: ModuleStructure) -> str | None:
+        """Why the parameters inside do not say what the module computes, or None."""
+        if structure.trains():
+            return "it is in training mode: call .eval()"
+        if not all(map(_is_capturing, structure.hooks())):
+            return "a layer inside it has hooks"
+        if _has_any_global_hook():
+            return "hooks of all modules are registered"
+        if not structure.is_intact():
+            forget_derived(self.module)
+            return "layers inside it were replaced: call accelerate() again"
+        if structure.foreign_forwards():
+            forget_derived(self.module)
+            return "something else was put over the forward of a layer inside it"
+        parameters = list(structure.parameters())
+        for parameter in parameters:
+            if type(parameter) is not nn.Parameter:
+                return f"a parameter inside it is a {type(parameter).__name__}"
+        # freezing comes with changes that leave no trace in a parameter, such as merged LoRA
+        trained = [parameter.requires_grad for parameter in parameters]
+        if trained != self._trained:
+            self._trained = trained
+            forget_derived(self.module)
+        return None
+
+    def _read_structure(self) -> ModuleStructure:
+        structure = ModuleStructure(self.module)
+        self._trained = [parameter.requires_grad for parameter in structure.parameters()]
+        return structure
 
     def _read_settings(self) -> ModuleSettings | None:
         made = self._fast or self._make
@@ -411,36 +441,60 @@ class Replacement:
                 self.off = f"it was compiled before {change}: call accelerate() again"
             self._settings = self._read_settings()
 
-    def _decide(self, kind: Hashable, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
-        """Holds ours to upstream's on this input, times both, and returns the result."""
+    def _decide(self, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
+        """Compares ours with upstream's on this input, times both, and returns the result."""
         with upstream_only():
             want = self.upstream(method, args, kwargs)
         if self._settings is not None:
             self._settings = self._read_settings()  # what upstream's forward sets is no change
-        self.fast.see(want, method, args, kwargs)
+        self.fast.learn(want, method, args, kwargs)
+        compared = self.fast.comparable
+        if not is_telling(compared(want)):
+            return want  # an empty batch or infinite pixels: another call decides
         formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
-        choice = Choice(True, "equal to upstream's", form, formats)
-        compared, got = self.fast.comparable, None
+        choice, got = Choice(True, "equal to upstream's", formats), None
+
+        def truth() -> tuple[Any, Any]:
+            same, exact = self._truth(want, method, args, kwargs)
+            return compared(same), compared(exact)
+
         try:
             got = self._run(choice, method, args, kwargs)
-            problem = difference(compared(got), compared(want), self.how.precision)
+            problem = difference(compared(got), compared(want), truth, self.fast.exactness)
         except Exception as error:  # whatever ours does, upstream's result is there
             problem = describe(error)
         if problem is not None:
             self._turn_off(problem)
             return want
         if self.how.mode == "auto":
-            likeness = self.fast.likeness(), form
-            times = self._timings.of(
-                likeness, kind, lambda: self._time(choice, method, args, kwargs)
+            times = self.fast.measured(method, args, kwargs) or self._timings.of(
+                self.fast.likeness(), form, lambda: self._time(choice, method, args, kwargs)
             )
             choice.ours = times.ratio <= 1 + TIE
             choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
-        self.choices[kind] = choice
+        self.choices[form] = choice
         return got if choice.ours else want
 
+    def _truth(self, want: Any, method: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Upstream's result in the precision that ours computes in, and in float64."""
+        twin = copy.deepcopy(self.module)
+
+        def upstream(dtype: torch.dtype) -> Any:
+            with upstream_only():
+                own = getattr(type(twin), method)
+                return own(twin.to(dtype), *cast(args, dtype), **cast(kwargs, dtype))
+
+        exact = upstream(torch.float64)
+        precision = self.how.precision
+        if precision in ("bf16", "fp16"):
+            return upstream(DTYPES[precision]), exact
+        if precision == "tf32":
+            with fp32_products("tf32"), upstream_only():
+                return self.upstream(method, args, kwargs), exact
+        return want, exact
+
     def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
-        like = self._watch and self._watch.first_parameter()
+        like = self._structure and next(self._structure.parameters(), None)
         clock = wall_clock(torch.device("cpu") if like is None else like.device)
 
         def ours() -> float:
@@ -450,7 +504,7 @@ class Replacement:
             with upstream_only():
                 return clock(lambda: self.upstream(method, args, kwargs))
 
-        return compare(ours, theirs, TIE)
+        return compare(ours, theirs)
 
     def _turn_off(self, problem: str) -> None:
         self.off = problem
@@ -462,11 +516,9 @@ class Replacement:
 MOVES = ("train", "_apply", "_replicate_for_data_parallel")
 
 
-def replacement_of(module: nn.Module) -> Replacement | None:
-    """What is bound on a module, or None."""
-    forward = vars(module).get("forward")
-    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
-    own = forward.__self__ if isinstance(forward, MethodType) else None
+def replacement_of(module: nn.Module) -> "Replacement | None":
+    """The replacement that is bound on a module, or None."""
+    own = own_forward(module)
     return own if isinstance(own, Replacement) else None
 
 
@@ -494,75 +546,10 @@ def upstream_only() -> Iterator[None]:
         _local.upstream_only = before
 
 
-class _Watch:
-    """What inside a module must stay as it was for its parameters to say what it computes."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._modules = list(module.modules())
-        self._layers = [(m._modules, dict(m._modules)) for m in self._modules]
-        self._classes = [type(m) for m in self._modules]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self._hooks = [getattr(m, name) for m in self._modules[1:] for name in hooks]
-        self._owners = [m._parameters for m in self._modules if m._parameters]
-        self._trained = self._requiring()
-        self._ids = set(map(id, self._modules))
-
-    def covers(self, module: nn.Module) -> bool:
-        """Whether it looks at everything inside a module."""
-        return id(module) in self._ids
-
-    def problem(self) -> str | None:
-        """Why upstream's forward has to run, or None."""
-        modules = self._modules
-        if any(m.training for m in modules):
-            return "it is in training mode: call .eval()"
-        if any(self._hooks) and not all(map(_is_capturing, self._all_hooks())):
-            return "a layer inside it has hooks"
-        if _has_any_global_hook():
-            return "hooks of all modules are registered"
-        if any(now != then for now, then in self._layers) or self._classes != list(
-            map(type, modules)
-        ):
-            forget_derived(self._module)
-            return "layers inside it were replaced: call accelerate() again"
-        bound = [m for m in modules if "forward" in m.__dict__]  # few: most of them need no call
-        if any(_has_foreign_forward(m) for m in bound if m is not self._module):
-            forget_derived(self._module)
-            return "something else was put over the forward of a layer inside it"
-        for owner in self._owners:
-            for parameter in owner.values():
-                if parameter is not None and type(parameter) is not nn.Parameter:
-                    return f"a parameter inside it is a {type(parameter).__name__}"
-        # freezing comes with changes that leave no trace in a parameter, such as merged LoRA
-        if (trained := self._requiring()) != self._trained:
-            self._trained = trained
-            forget_derived(self._module)
-        return None
-
-    def requires_grad(self) -> bool:
-        return any(self._requiring())
-
-    def first_parameter(self) -> nn.Parameter | None:
-        values = itertools.chain.from_iterable(owner.values() for owner in self._owners)
-        return next((p for p in values if p is not None), None)
-
-    def _requiring(self) -> list[bool]:
-        return [p is not None and p.requires_grad for o in self._owners for p in o.values()]
-
-    def _all_hooks(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(hooks.values() for hooks in self._hooks)
-
-
-def _has_foreign_forward(module: nn.Module) -> bool:
-    """Whether what stands over the forward of a module is not ours."""
-    return replacement_of(module) is None and not is_folded(module)
-
-
 def _is_capturing(hook: Any) -> bool:
     """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
 
-    What asks for them is seen in the arguments, see `Fast.why_not`.
+    The arguments say whether they are, see `Fast.why_not`.
     """
     is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
     return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"

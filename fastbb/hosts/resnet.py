@@ -13,7 +13,7 @@ from ..models.resnet_parts import (
     transformers_block,
     transformers_parts,
 )
-from .region import TransformersBackbone, check_parts
+from .region import TransformersRegion, check_parts
 from .replacement import Fast, HowToRun
 
 
@@ -55,7 +55,7 @@ class TimmResNetBlock(_ResNetBlock):
     read = staticmethod(timm_block)
 
 
-class TransformersResNet(TransformersBackbone):
+class TransformersResNet(TransformersRegion):
     """ResNetBackbone and RT-DETR's."""
 
     reads_settings = True

@@ -15,7 +15,7 @@ from ..models.swin_parts import (
     transformers_block,
     transformers_parts,
 )
-from .region import TransformersBackbone, check_parts
+from .region import TransformersRegion, check_parts
 from .replacement import Fast, HowToRun
 
 
@@ -135,7 +135,7 @@ class TransformersMerging(Merging):
         return super().forward(tokens).flatten(1, 2)
 
 
-class TransformersSwin(TransformersBackbone):
+class TransformersSwin(TransformersRegion):
     """SwinBackbone and MaskFormerSwinBackbone."""
 
     reads_settings = True

@@ -99,8 +99,7 @@ def _tuned(backbone: Backbone, precision: str, shape: tuple[int, int, int], tool
     engine = prepared._engine
     assert engine is not None
     pixels = example_pixels(prepared, shape)
-    with torch.no_grad():
-        plan = engine.in_precision(engine.tune, pixels)
+    plan = engine.tune(pixels)
     return Tuned(precision, shape, tuple(plan.trials), engine.explain())
 
 

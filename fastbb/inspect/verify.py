@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastbb_kernels.accuracy import (
     accuracy_problem,
     allowed_error,
+    allowed_rel,
     max_error,
     max_magnitude,
 )
@@ -19,7 +20,6 @@ from fastbb_kernels.machine import find_device
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..engine.settings import DTYPES
-from ..engine.truth import allowed_rel, fp32_rel
 from ..models.timm import TimmBackbone
 from .upstream import Upstream, upstream_from, upstream_of
 
@@ -136,7 +136,7 @@ def verify(
         batches = _default_inputs(backbone, upstream, batch, notes)
     else:
         batches = _given_inputs(backbone, inputs)
-    rel = fp32_rel(backbone)
+    rel = backbone.exactness
     rows = []
     for pixels in batches:
         # the backbone first: it says best what is wrong with an input

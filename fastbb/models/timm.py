@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
+
 from ..backbone.base import Backbone, BackboneType
 from ..backbone.checkpoint import (
     LoadingInfo,
@@ -197,6 +199,11 @@ class TimmBackbone(Backbone):
         self._native = native
         norms = _find_norms(self._backbone, self.config) if native else []
         self._folding = Folding(self._backbone, norms)
+
+    @property
+    def exactness(self) -> float:  # type: ignore[override]  # follows the model
+        """Allowed error in fp32: that of native families, or of any model with folded norms."""
+        return FP32_REL_FOLDED if self.native_forward() is None else FP32_REL
 
     @property
     def fold_report(self) -> FoldReport:

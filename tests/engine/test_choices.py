@@ -24,7 +24,7 @@ from tolerance import assert_equals_upstream
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
-from fastbb.engine import engine
+from fastbb.engine import choose, compile_cost, engine
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
 from fastbb.engine.trial import Run
@@ -57,8 +57,8 @@ def own_cache_and_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture(autouse=True)
 def costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "COMPILE_S", COMPILE_S)
-    monkeypatch.setattr(engine, "COMPILE_GAIN", COMPILE_GAIN)
+    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", COMPILE_S)
+    monkeypatch.setattr(compile_cost, "USUAL_GAIN", COMPILE_GAIN)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_who_asks_for_compiling_gets_it_and_hears_where_it_is_wasted(
     tools = device.tools(tmp_path)
     backbone = prepare(pair.ours, "compile", expected_images=expected, tools=tools)
     if expected == 100:
-        wasted = "about 90 s and saves about 3 s on 100 images; mode='auto' would not compile"
+        wasted = "about 90 s and would save about 3 s on 100 images; mode='auto' would not compile"
         with pytest.warns(EngineWarning, match=wasted):
             assert_right(backbone, pair, ONE)
     with no_warning():
@@ -153,31 +153,39 @@ def test_any_number_of_images_runs_by_the_artefact_of_their_size(
     assert compiler.compiled == [(4, 3, 64, 64)]
 
 
-def test_another_size_runs_eager_while_few_images_are_expected(
-    pair: Pair, compiler: Compiler, capsys: Any
-) -> None:
-    backbone = pair.ours.prepare("compile", example=PIXELS)
-    with no_warning():
-        assert_right(backbone, pair, WIDE)
-    row = explained(backbone, capsys).rows[-1]
-    assert (row.what, row.runs) == ("2x64x96", "eager")
-    assert "another size than compile is for" in row.why and "say expected_images=" in row.why
-    assert len(compiler.compiled) == 1
-
-
+@pytest.mark.parametrize("expected", [None, MANY])
 @pytest.mark.parametrize("mode", ["auto", "compile"])
-def test_every_other_size_runs_eager(
-    mode: str, pair: Pair, device: Device, compiler: Compiler, tmp_path: Path, capsys: Any
+def test_other_sizes_run_eager(
+    mode: str,
+    expected: int | None,
+    pair: Pair,
+    device: Device,
+    compiler: Compiler,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
     tools = device.tools(tmp_path)
-    backbone = prepare(pair.ours, mode, example=PIXELS, expected_images=MANY, tools=tools)
+    backbone = prepare(pair.ours, mode, example=PIXELS, expected_images=expected, tools=tools)
     with no_warning():
         for pixels in (WIDE, images(96, 96), images(33, 47, batch=1), PIXELS):
             assert_right(backbone, pair, pixels)
     _, *rows = explained(backbone, capsys).rows
     assert {row.runs for row in rows} == {"eager"} and len(rows) == 3
-    assert all("compile is for 64x64 images; other sizes run eager" in row.why for row in rows)
-    assert compiler.compiled == [(2, 3, 64, 64)]
+    compiled = mode == "compile" or expected is not None
+    if compiled:
+        assert all("compile was compiled for 64x64 images, other sizes" in row.why for row in rows)
+    assert compiler.compiled == [(2, 3, 64, 64)] * compiled
+
+
+def test_the_time_of_a_compilation_is_remembered(
+    pair: Pair, device: Device, compiler: Compiler, tmp_path: Path, capsys: Any
+) -> None:
+    """Once compiling is known to take no time, it pays for few images too."""
+    prepare(pair.ours, "compile", example=ONE, tools=device.tools(tmp_path))
+    backbone = prepare(pair.ours, expected_images=2, tools=device.tools(tmp_path))
+    assert_right(backbone, pair, ONE)
+    assert only_row(backbone, capsys).runs == "compile, 1 images at once"
+    assert len(compiler.compiled) == 2
 
 
 # compilers that fail
@@ -223,7 +231,7 @@ def test_a_second_shape_is_measured_when_it_came_often(
         backbone = prepare(pair.ours, tools=device.tools(tmp_path, one))
         assert_right(backbone, pair)
         n_timed = device.n_timed
-        for _ in range(engine.SEEN_BEFORE_TUNED):
+        for _ in range(choose.SEEN_BEFORE_TUNED):
             assert device.n_timed == n_timed
             assert_right(backbone, pair, WIDE)
             assert explained(backbone, capsys).rows[-1].why == "what won for 2x64x64"
@@ -238,7 +246,7 @@ def test_a_second_shape_is_measured_when_it_came_often(
 def test_a_shape_runs_what_won_for_the_one_most_like_it(
     pair: Pair, device: Device, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "SEEN_BEFORE_TUNED", 1)
+    monkeypatch.setattr(choose, "SEEN_BEFORE_TUNED", 1)
     one = device.candidate("fast", 0.1, lambda: baked(pair.ours))
     with gpu(), no_warning():
         backbone = prepare(pair.ours, tools=device.tools(tmp_path, one))
@@ -252,8 +260,9 @@ def test_a_shape_runs_what_won_for_the_one_most_like_it(
 def test_only_so_many_shapes_are_measured_and_remembered(
     pair: Pair, device: Device, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("SEEN_BEFORE_TUNED", 1), ("MAX_TUNED", 2), ("MAX_PLANS", 3)):
-        monkeypatch.setattr(engine, name, value)
+    monkeypatch.setattr(choose, "SEEN_BEFORE_TUNED", 1)
+    monkeypatch.setattr(choose, "MAX_TUNED", 2)
+    monkeypatch.setattr(engine, "MAX_PLANS", 3)
     one, two, three, *more = (images(32, width) for width in (32, 64, 96, 128, 160))
     with gpu(), no_warning():
         backbone = prepare(pair.ours, tools=device.tools(tmp_path))

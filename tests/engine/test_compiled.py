@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from fastbb.engine import cpu
 from fastbb.engine.compiled import compile_maps, in_chunks, local_inductor_options, own_code
+from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.cpu import cpu_flags, even_part, has_arithmetic, largest_tensor
 
 N = 4
@@ -206,7 +207,7 @@ def test_what_inductor_compiles_equals_upstream_for_every_batch() -> None:
     n_graphs = counters["stats"]["unique_graphs"]
     # the first pixels may lie otherwise than those that follow
     laid_out = images(64, 64, N).contiguous(memory_format=torch.channels_last)
-    run = compile_maps(pair.ours, laid_out)
+    run = compile_maps(BackboneMaps(pair.ours), laid_out)
     assert counters["stats"]["unique_graphs"] == n_graphs + 1
     for seed in range(2):
         pixels = images(64, 64, N, seed=seed)

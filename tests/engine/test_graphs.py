@@ -14,16 +14,17 @@ from tolerance import assert_equals_upstream
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
-from fastbb.engine import engine, graphs
+from fastbb.engine import choose, graphs
+from fastbb.engine.choose import Chooser
+from fastbb.engine.computation import BackboneMaps, without_engine
 from fastbb.engine.engine import Engine
 from fastbb.engine.graphs import GraphPool
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning, Settings
 from fastbb.engine.trial import Run
-from fastbb.engine.truth import without_engine
 
 PIXELS, WIDE = images(64, 64), images(64, 96)
-OFTEN = engine.SEEN_BEFORE_TUNED
+OFTEN = choose.SEEN_BEFORE_TUNED
 
 
 # the pool
@@ -147,7 +148,7 @@ def recording(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     recording = Graphs(backbone, Device())
     monkeypatch.setattr(graphs, "_Capture", lambda: recording)
     monkeypatch.setattr(
-        Engine, "_may_capture", lambda self, pixels: self.settings.cuda_graph is not False
+        Chooser, "_may_capture", lambda self, pixels: self._settings.cuda_graph is not False
     )
     return recording
 
@@ -161,7 +162,7 @@ def assert_right(backbone: Any, upstream: Any, *batches: Tensor) -> None:
 def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
     """Prepared for our kernels: `prepare` refuses cuda_graph=True on a GPU that is none."""
     prepared = without_engine(backbone)
-    prepared._engine = Engine(prepared, Settings("triton", cuda_graph=cuda_graph))
+    prepared._engine = Engine(BackboneMaps(prepared), Settings("triton", cuda_graph=cuda_graph))
     return prepared
 
 
@@ -190,7 +191,7 @@ def test_a_large_batch_is_recorded_only_for_who_asks(
     capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(engine, "SMALL_BATCH_PIXELS", PIXELS[:, 0].numel() - 1)
+    monkeypatch.setattr(choose, "SMALL_BATCH_PIXELS", PIXELS[:, 0].numel() - 1)
     with gpu(), no_warning():
         prepared = prepared_with(backbone, graph)
         assert_right(prepared, upstream, *[PIXELS] * (OFTEN + 2), WIDE)

@@ -12,6 +12,7 @@ import torch
 from reference_models import Pair, hf_pair, hf_resnet, hf_swin, images, timm_pair
 from torch import Tensor
 
+from fastbb.engine.computation import BackboneMaps, without_engine
 from fastbb.engine.measuring import describe, duration, wall_clock
 from fastbb.engine.trial import (
     MAX_ROUNDS,
@@ -24,8 +25,8 @@ from fastbb.engine.trial import (
     tuning_bar,
     winner,
 )
-from fastbb.engine.truth import Truth, allowed_rel, fp32_rel, without_engine
-from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
+from fastbb.engine.truth import Truth
+from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED, allowed_rel
 
 PIXELS = images(4, 4)
 RIGHT = (torch.ones(2),)
@@ -293,7 +294,7 @@ def pair() -> Pair:
 @torch.no_grad()
 def test_upstreams_maps_are_true_and_others_are_not(pair: Pair, batch: int) -> None:
     pixels = images(64, 96, batch)
-    truth, maps = Truth.of(pair.ours, pixels), pair.maps(pixels)
+    truth, maps = Truth.of(BackboneMaps(pair.ours), pixels), pair.maps(pixels)
     assert truth.rows == sorted({0, 1, batch - 2, batch - 1} & set(range(batch)))
     assert truth.problem(maps) is None
     for image in truth.rows:
@@ -313,7 +314,7 @@ def test_other_dtypes_are_held_to_what_eager_loses(dtype: torch.dtype) -> None:
     pair = hf_pair(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
     backbone, upstream = pair.ours.to(dtype), pair.upstream.to(dtype)
     pixels = images(64, 64).to(dtype)
-    truth = Truth.of(backbone, pixels)
+    truth = Truth.of(BackboneMaps(backbone), pixels)
     assert truth.problem(upstream(pixels).feature_maps) is None
     wrong = [x * 1.1 for x in upstream(pixels).feature_maps]
     assert truth.problem(wrong) is not None
@@ -321,14 +322,14 @@ def test_other_dtypes_are_held_to_what_eager_loses(dtype: torch.dtype) -> None:
 
 def test_the_truth_leaves_no_trace(pair: Pair) -> None:
     before = {name: id(tensor) for name, tensor in pair.ours.named_parameters()}
-    Truth.of(pair.ours, images(64, 64))
+    Truth.of(BackboneMaps(pair.ours), images(64, 64))
     assert {name: id(tensor) for name, tensor in pair.ours.named_parameters()} == before
     assert pair.ours.dtype == torch.float32
 
 
 def test_a_backbone_without_its_engine_shares_or_copies(pair: Pair) -> None:
     prepared = pair.ours.prepare("eager")
-    shared, copied = without_engine(prepared), without_engine(prepared, copied=True)
+    shared, copied = without_engine(prepared), BackboneMaps(prepared).copied().module
     for other, is_copy in ((shared, False), (copied, True)):
         assert other._engine is None and prepared._engine is not None
         pairs = zip(prepared.parameters(), other.parameters())
@@ -350,4 +351,4 @@ def test_what_is_allowed_in_fp32() -> None:
     ("name", "rel"), [("resnet18", FP32_REL), ("test_efficientnet", FP32_REL_FOLDED)]
 )
 def test_batch_norms_folded_by_us_are_allowed_more(name: str, rel: float) -> None:
-    assert fp32_rel(timm_pair(name).ours) == rel
+    assert timm_pair(name).ours.exactness == rel

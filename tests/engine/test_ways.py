@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastbb.backbone.base import Backbone
 from fastbb.engine import cpu
+from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.engine import Engine
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import Settings
@@ -117,7 +118,7 @@ def test_flags_are_set_for_a_call_only(
     backbone = prepare(pair.ours, "eager", None if precision == "tf32" else precision)
     backbone.__class__ = Seen
     # `prepare` refuses tf32 on a CPU
-    backbone._engine = Engine(backbone, Settings("eager", precision))
+    backbone._engine = Engine(BackboneMaps(backbone), Settings("eager", precision))
     with torch.no_grad(), pytest.raises(ZeroDivisionError) if fails else no_warning():
         backbone(PIXELS)
     assert set(seen) == {inside} and flags() == flags_of_the_user

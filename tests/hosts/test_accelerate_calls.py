@@ -31,7 +31,6 @@ from torch.utils._pytree import tree_flatten
 
 import fastbb
 from fastbb.hosts.accelerate import AccelerateWarning
-from fastbb.hosts.calls import ALLOWED
 from fastbb.hosts.replacement import replacement_of
 from fastbb.hosts.swin import TransformersSwinBlock
 
@@ -156,7 +155,7 @@ def test_other_stages_of_a_converted_copy(make: Callable[..., Any]) -> None:
     infer(model)
     model.out_indices = twin.out_indices = [2]
     got, want = infer(model), infer(twin)
-    assert_equals_upstream(got, want, rel=ALLOWED[torch.bfloat16])
+    assert_equals_upstream(got, want, rel=6e-2)  # of bf16 through a whole backbone
     assert not torch.equal(got[0], want[0]) and got[0].dtype == torch.float32
     assert_ours_ran(report)
 
@@ -282,11 +281,17 @@ def test_transforms(make: Callable[[], Any]) -> None:
 # ours being at fault
 
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
-    "wrong": (lambda y, x: (1.01 * y[0], None), r"tensor 0 differs by 0\.\d+ of its largest value"),
+    "wrong": (
+        lambda y, x: (1.01 * y[0], None),
+        r"tensor 0 differs from upstream's: error 0\.\d+, allowed",
+    ),
     "crashes": (lambda y, x: y[7], "IndexError: tuple index out of range"),
     "shape": (lambda y, x: (y[0][:, 1:], None), r"tensor 0 is \[2, 63, 8\] torch.float32 on cpu"),
     "dtype": (lambda y, x: (y[0].double(), None), r"tensor 0 is \[2, 64, 8\] torch.float64 on cpu"),
-    "nan": (lambda y, x: (y[0] * float("nan"), None), "not finite where upstream's is"),
+    "nan": (
+        lambda y, x: (y[0] * float("nan"), None),
+        "tensor 0 differs from upstream's: error nan",
+    ),
     "none": (lambda y, x: (None, None), "it returned|'NoneType' object has no attribute"),
 }
 FIRST = "swin.encoder.layers.0.blocks.0"

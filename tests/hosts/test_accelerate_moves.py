@@ -76,10 +76,9 @@ def test_a_train_that_somebody_put_on_a_module_stays() -> None:
 
 def test_every_dtype_is_timed_by_itself() -> None:
     timings = Timings()
-    for size in range(9):
-        timings.of(("block", "fp32"), size, lambda: Comparison(1.0, 2.0, 0.5))
+    timings.of(("block", "fp32"), "form", lambda: Comparison(1.0, 2.0, 0.5))
     other = Comparison(3.0, 4.0, 0.75)
-    assert timings.of(("block", "bf16"), 0, lambda: other) == other
+    assert timings.of(("block", "bf16"), "form", lambda: other) == other
 
 
 def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
@@ -89,10 +88,10 @@ def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
     replacement = replacement_of(model)
     assert replacement is not None
     fast: Any = replacement.fast
-    before = fast.prepared()
+    before = fast.engine()
     nn.Sequential(model, nn.Identity())
     infer(model)
-    assert fast.prepared() is before
+    assert fast.engine() is before
 
 
 def test_forms_of_calls_keep_their_own_copies() -> None:
@@ -101,7 +100,7 @@ def test_forms_of_calls_keep_their_own_copies() -> None:
     assert replacement is not None
     fast: Any = replacement.fast
     infer(model)
-    copies = [fast.prepared(), fast.prepared(some_option=False), fast.prepared()]
+    copies = [fast.engine(), fast.engine(some_option=False), fast.engine()]
     assert copies[0] is copies[2] is not copies[1]
 
 

@@ -266,7 +266,8 @@ def test_a_prepared_backbone(precision: str | None, monkeypatch: pytest.MonkeyPa
         engine = prepared._engine
         assert engine is not None
         engine.reset()
-        monkeypatch.setattr(engine._ways, "eager", scaled(engine._ways.eager))
+        ways = engine.chooser.ways
+        monkeypatch.setattr(ways, "eager", scaled(ways.eager))
         assert wrong(prepared.verify(inputs=images(64, 64))) == [prepared.out_features[-1]]
 
 

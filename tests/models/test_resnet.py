@@ -1,11 +1,12 @@
 """ResNet computes what transformers, timm and torchvision compute, whatever the image size."""
 
 import copy
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from contract import BackboneContract
 from reference_models import (
     RESNET,
     Pair,
@@ -35,6 +36,16 @@ from fastbb import AutoBackbone, ResNetBackbone, ResNetConfig, TimmBackbone
 transformers = pytest.importorskip("transformers")
 
 SOURCES = ("hf", "timm", "torchvision")
+
+
+class TestContract(BackboneContract):
+    UPSTREAM: ClassVar[dict[str, Any]] = {
+        "basic": hf_resnet,
+        "bottleneck": partial(hf_resnet, "bottleneck"),
+    }
+    PAIRS: ClassVar[dict[str, Any]] = {
+        source: partial(family_pair, "resnet", "bottleneck", source) for source in SOURCES
+    }
 
 
 @cache

@@ -1,11 +1,12 @@
 """Swin computes what transformers, timm and torchvision compute, whatever the image size."""
 
 import warnings
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from contract import BackboneContract
 from reference_models import (
     STAGES,
     SWIN,
@@ -36,6 +37,13 @@ from fastbb import AutoBackbone, SwinBackbone, SwinConfig, TimmBackbone, TimmBac
 transformers = pytest.importorskip("transformers")
 
 SOURCES = ("hf", "timm", "torchvision")
+
+
+class TestContract(BackboneContract):
+    UPSTREAM: ClassVar[dict[str, Any]] = {"swin": hf_swin}
+    PAIRS: ClassVar[dict[str, Any]] = {
+        source: partial(family_pair, "swin", "w7", source) for source in SOURCES
+    }
 
 
 @cache

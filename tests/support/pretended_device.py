@@ -12,10 +12,10 @@ from broken_kernels import MACHINE, custom_op, launching
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
+from fastbb.engine.computation import BackboneMaps, Computation
 from fastbb.engine.explanation import Explanation, Row
 from fastbb.engine.settings import Tools
 from fastbb.engine.trial import Candidate, Run
-from fastbb.engine.truth import without_engine
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.op import op_names
@@ -81,9 +81,11 @@ def silent(n_candidates: int) -> Callable[[str], None]:
     return lambda text: None
 
 
-def baked(backbone: Backbone) -> Run:
+def baked(computation: Computation | Backbone) -> Run:
     """Eager maps of a backbone as it is now."""
-    copied = without_engine(backbone, copied=True)
+    if isinstance(computation, Backbone):
+        computation = BackboneMaps(computation)
+    copied = computation.copied()
 
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad(), use_impl("eager"):
@@ -96,7 +98,7 @@ class Compiler:
     """In the place of `compile_maps`: bakes a copy of a backbone.
 
     Attributes:
-        compiled: what was asked for, in order: shapes of examples.
+        compiled: shapes of the examples, in order.
         impls: with which implementation of ops.
         error: is raised instead, if there is one.
         spoil: what is done to the maps.
@@ -115,8 +117,8 @@ class Compiler:
         self.error: Exception | None = None
         self.spoil: Callable[[Tensor], Tensor] = lambda x: x
 
-    def maps(self, backbone: Backbone, example: Tensor, impl: Impl = "eager") -> Run:
-        run = self._compile(backbone, tuple(example.shape), impl)
+    def maps(self, computation: Computation, example: Tensor, impl: Impl = "eager") -> Run:
+        run = self._compile(computation, tuple(example.shape), impl)
 
         def of_that_shape(pixel_values: Tensor) -> tuple[Tensor, ...]:
             assert pixel_values.shape == example.shape and pixel_values.dtype == example.dtype
@@ -124,12 +126,12 @@ class Compiler:
 
         return of_that_shape
 
-    def _compile(self, backbone: Backbone, what: tuple[int, ...], impl: Impl) -> Run:
-        self.compiled.append(what)
+    def _compile(self, computation: Computation, shape: tuple[int, ...], impl: Impl) -> Run:
+        self.compiled.append(shape)
         self.impls.append(impl)
         if self.error is not None:
             raise self.error
-        run = baked(backbone)
+        run = baked(computation)
 
         def compiled(pixel_values: Tensor) -> tuple[Tensor, ...]:
             if self._device is not None:

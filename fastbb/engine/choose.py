@@ -1,0 +1,307 @@
+"""The choice of what runs for one shape of input: what the mode says, or what was measured."""
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastbb_kernels.machine import Machine
+from fastbb_kernels.result_cache import ResultCache
+
+from .compile_cost import CompileCost
+from .computation import Computation, device_of, dtype_of
+from .measuring import Clock, describe, wall_clock
+from .settings import DTYPES, EngineWarning, Settings, Tools
+from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
+from .truth import Truth
+from .ways import GRAPH, Way, Ways, bakes, compiles, on_gpu
+
+MAX_TUNED = 8  # shapes that mode "auto" measures by itself in one process
+# a second shape is measured, and a graph of it recorded, when it came so often
+SEEN_BEFORE_TUNED = 3
+# up to as many pixels in a batch, launches cost more than what they launch
+SMALL_BATCH_PIXELS = 16 * 224 * 224
+_FASTEST = "the fastest that passed its check (ties within 3 % go to the simpler)"
+
+
+@dataclass
+class Plan:
+    """How one shape of input runs, and why.
+
+    Attributes:
+        way: that runs.
+        why: it does.
+        trials: of the ways that were tried.
+        n_left: times that it runs before the shape is decided anew; None: it is decided.
+    """
+
+    way: Way
+    why: str
+    trials: list[Trial] = field(default_factory=list)
+    n_left: int | None = None
+
+    def __post_init__(self) -> None:
+        self.why = "; ".join(filter(None, (self.why, self.way.why)))
+
+
+class Chooser:
+    """Chooses the way to run each shape of input of one computation.
+
+    Args:
+        computation: to run.
+        settings: that were asked for.
+        tools: to measure and remember with.
+
+    Attributes:
+        ways: that there are.
+        cost: of compiling.
+    """
+
+    def __init__(self, computation: Computation, settings: Settings, tools: Tools) -> None:
+        self._computation, self._settings, self._tools = computation, settings, tools
+        self._tuned: dict[tuple[int, ...], str] = {}  # shape -> name of the winner
+        self.renew_ways()
+        self._cost: CompileCost | None = None
+
+    def renew_ways(self) -> None:
+        """Forgets what was compiled and recorded."""
+        self.ways = Ways(self._computation, lambda seconds: self.cost.record(seconds))
+
+    @property
+    def cost(self) -> CompileCost:
+        if self._cost is None:
+            key = f"{self._computation.cache_key}/{self.precision}"
+            expected = self._settings.expected_images
+            self._cost = CompileCost(expected, self._plain, self._clock, self.cache, key)
+        return self._cost
+
+    @property
+    def name(self) -> str:
+        """Class, precision and device, for messages."""
+        module = self._computation.module
+        return f"{type(module).__name__} in {self.precision} on {device_of(module)}"
+
+    @property
+    def precision(self) -> str:
+        """The precision that computes."""
+        dtype = dtype_of(self._computation.module)
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        own = names.get(dtype, str(dtype).removeprefix("torch."))
+        return "tf32" if self._settings.precision == "tf32" else own
+
+    @property
+    def cache(self) -> ResultCache:
+        """The file in which measured choices are remembered."""
+        if self._tools.cache is None:
+            self._tools.cache = ResultCache(Machine.of(device_of(self._computation.module)))
+        return self._tools.cache
+
+    def warn(self, text: str) -> None:
+        """Warns of something that does not run as it was asked to."""
+        warnings.warn(f"{self.name}: {text}", EngineWarning, stacklevel=2)
+
+    def decide(self, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
+        """The plan for pixels of this shape.
+
+        Args:
+            pixels: [B, C, H, W].
+            seen_often: whether the shape came often enough for what pays only then.
+            is_first: whether no other shape has a plan.
+        """
+        mode = self._settings.mode
+        if len(pixels) == 0:
+            return self.eager_plan(pixels, "an empty batch", in_parts=False)
+        if pixels.device.type not in ("cpu", "cuda", "meta"):
+            why = f"nothing else is known for {pixels.device.type}"
+            return self.eager_plan(pixels, why, in_parts=False)
+        if mode == "auto":
+            return self._fastest(pixels, seen_often)
+        if compiles(mode):
+            return self._compiled(mode, pixels)
+        if on_gpu(pixels):
+            return self._op_by_op(mode, pixels, seen_often, is_first)
+        return self.eager_plan(pixels, f"mode={mode!r}")
+
+    def eager_plan(self, pixels: Tensor, why: str, *trials: Trial, in_parts: bool = True) -> Plan:
+        """Eager for pixels of this shape; in parts of a batch where a CPU gains from that."""
+        way = self.ways.build("eager", pixels) if in_parts else Way("eager", self.ways.eager)
+        return Plan(way, why, list(trials))
+
+    # --- by the mode that was asked for
+
+    def _compiled(self, mode: str, pixels: Tensor) -> Plan:
+        if not self.ways.has_artefact(mode):
+            self._warn_if_wasted(pixels)
+        recorded = self._settings.cuda_graph is True and self._may_capture(pixels)
+        return self._checked(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
+
+    def _warn_if_wasted(self, pixels: Tensor) -> None:
+        if self._settings.expected_images is not None and not self.cost.pays(pixels):
+            why_not = self.cost.why_not(self.cost.saved_s(pixels))
+            self.warn(f"{why_not}; mode='auto' would not compile")
+
+    def _op_by_op(self, mode: str, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
+        """On a GPU; as a CUDA graph where that was asked for, or the batch is small and usual."""
+        plan = Plan(self.ways.build(mode, pixels), f"mode={mode!r}")
+        asked = self._settings.cuda_graph is True
+        if not self._may_capture(pixels):
+            return plan
+        if not asked and len(pixels) * pixels.shape[2:].numel() > SMALL_BATCH_PIXELS:
+            plan.why += "; the batch is too large to gain from a CUDA graph"
+            return plan
+        if not (asked or seen_often or is_first):
+            plan.n_left = SEEN_BEFORE_TUNED
+            plan.why += "; recorded as a CUDA graph when the shape came more often"
+            return plan
+        return self._checked(mode + GRAPH, pixels, plan.why, plan)
+
+    def _may_capture(self, pixels: Tensor) -> bool:
+        return self._settings.cuda_graph is not False and pixels.is_cuda
+
+    def _checked(self, name: str, pixels: Tensor, why: str, instead: Plan | None = None) -> Plan:
+        """A way that is held to the truth once; another plan, with the reason, if it fails."""
+        try:
+            way = self._way(name, pixels)
+            problem = None
+            if way.is_baked:
+                problem = Truth.of(self._computation, pixels).problem(way.run(pixels))
+            if problem is None:
+                return Plan(way, why)
+        except Exception as error:  # whatever a compiler, a capture or a device raises
+            problem = describe(error)
+        instead = instead or self.eager_plan(pixels, "")
+        self.warn(f"{name} is off, {instead.way.runs} runs: {problem}")
+        return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
+
+    def _way(self, name: str, pixels: Tensor) -> Way:
+        """A way by its name, among the engine's own and those of `tools`."""
+        for candidate in self._tools.candidates:
+            if candidate.name == name:
+                return Way(name, candidate.build(), True)
+        return self.ways.build(name, pixels)
+
+    # --- mode "auto"
+
+    def _fastest(self, pixels: Tensor, seen_often: bool) -> Plan:
+        """The measured choice, for this shape or a similar one; else it is measured."""
+        remembered = self._remembered(pixels)
+        if remembered:
+            return self._best_remembered(pixels, remembered)
+        is_gpu = on_gpu(pixels)
+        if not self._tuned or (is_gpu and seen_often and len(self._tuned) < MAX_TUNED):
+            if is_gpu:
+                return self.tune(pixels, compiling=self.cost.pays(pixels))
+            if not self.cost.pays(pixels):
+                return self.eager_plan(pixels, self.cost.why_not(self.cost.saved_s(pixels)))
+            return self.tune(pixels)
+        # most like it: the size first, then the number of images
+        like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
+        name = self._tuned[like].removesuffix(GRAPH)
+        plan = self._checked(name, pixels, f"what won for {by(like)}")
+        if is_gpu and not seen_often and len(self._tuned) < MAX_TUNED:
+            plan.n_left = SEEN_BEFORE_TUNED
+        return plan
+
+    def _best_remembered(self, pixels: Tensor, trials: list[Trial]) -> Plan:
+        """The best of earlier trials; one that has to be compiled only where that pays now."""
+        best = winner(trials)
+        assert best is not None and best.seconds is not None
+        plain = winner([trial for trial in trials if not compiles(trial.name)])
+        why = "measured before on this machine"
+        if compiles(best.name) and plain is not None and plain.seconds is not None:
+            saved_s = (plain.seconds - best.seconds) / len(pixels)
+            if not (self.cost.pays_measured(saved_s) or self.ways.has_artefact(best.name)):
+                saved_s *= self._settings.expected_images or 0
+                best, why = plain, f"{why}; {self.cost.why_not(saved_s)}"
+        plan = self._checked(best.name, pixels, why)
+        plan.trials += trials
+        self._tuned[tuple(pixels.shape)] = best.name
+        return plan
+
+    def tune(self, pixels: Tensor, compiling: bool = True) -> Plan:
+        """Measures the candidates on these pixels, remembers and returns the best.
+
+        Args:
+            pixels: [B, C, H, W].
+            compiling: also those that need a compiler.
+        """
+        pixels = pixels.detach()
+        candidates = self._candidates(pixels, compiling)
+        truth = Truth.of(self._computation, pixels)
+        trials, runs = run_trials(
+            candidates,
+            pixels,
+            truth.problem,
+            clock=self._clock,
+            budget_s=self._tools.budget_s,
+            report=self._tools.progress(len(candidates)),
+        )
+        best = winner(trials)
+        if best is None:
+            plan = self.eager_plan(pixels, "nothing passed: eager is what others are held to")
+        else:
+            is_own = all(c.name != best.name for c in self._tools.candidates)
+            way = Way(best.name, runs[best.name], bakes(best.name))
+            plan = Plan(self.ways.build(best.name, pixels) if is_own else way, _FASTEST)
+            self._tuned[tuple(pixels.shape)] = best.name
+            if compiling and not any(is_not_tried(trial) for trial in trials):
+                value = {"trials": [trial.to_dict() for trial in trials], "winner": best.name}
+                self.cache.put("tuned", self.key(pixels), value)
+        plan.trials = trials
+        for trial in trials:
+            if trial.problem is not None and not is_not_tried(trial):
+                self.warn(f"{trial.name} is off: {trial.problem}")
+        return plan
+
+    def _candidates(self, pixels: Tensor, compiling: bool) -> list[Candidate]:
+        """The ways to run, simplest first."""
+        names = ["triton", "eager", "triton+compile", "compile"]
+        if not on_gpu(pixels):
+            names = ["eager", "compile"]
+        elif self._may_capture(pixels):
+            names += [name + GRAPH for name in names]
+
+        def candidate(name: str) -> Candidate:
+            def build() -> Run:
+                return self.ways.build(name, pixels).run
+
+            return Candidate(name, build, compiles(name))
+
+        own = [candidate(name) for name in names if compiling or not compiles(name)]
+        return [*own, *(c for c in self._tools.candidates if compiling or not c.compiles)]
+
+    def _remembered(self, pixels: Tensor) -> list[Trial]:
+        """The trials of an earlier process, if their winner still can be built."""
+        value: Any = self.cache.get("tuned", self.key(pixels))
+        try:
+            trials = [Trial.from_dict(trial) for trial in value["trials"]]
+        except (TypeError, KeyError, ValueError):
+            return []
+        names = [c.name for c in self._candidates(pixels, compiling=True)]
+        best = winner(trials)
+        return trials if best is not None and all(t.name in names for t in trials) else []
+
+    def key(self, pixels: Tensor) -> str:
+        """The key of a measured choice: model, maps, precision and shape."""
+        shape = "x".join(map(str, (len(pixels), *pixels.shape[2:])))
+        return f"{self._computation.cache_key}/{self.precision}/{shape}"
+
+    def _plain(self, pixels: Tensor) -> Run:
+        """The run without a compiler."""
+        return self.ways.build("triton" if on_gpu(pixels) else "eager", pixels).run
+
+    @property
+    def _clock(self) -> Clock:
+        return self._tools.clock or wall_clock(device_of(self._computation.module))
+
+
+def by(shape: tuple[int, ...]) -> str:
+    """Images, height and width of a shape [B, C, H, W], for people."""
+    return "x".join(map(str, (shape[0], *shape[2:])))
+
+
+def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[bool, int, int]:
+    """The difference of two shapes [B, C, H, W]: in size, in pixels, in images."""
+    pixels = abs(one[2] * one[3] - other[2] * other[3])
+    return one[2:] != other[2:], pixels, abs(one[0] - other[0])

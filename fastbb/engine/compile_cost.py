@@ -1,0 +1,90 @@
+"""Whether compiling pays: the seconds that it takes against those that it saves."""
+
+import statistics
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastbb_kernels.result_cache import ResultCache
+
+from .measuring import Clock, duration
+from .trial import Run
+
+# of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
+USUAL_COMPILE_S = 90.0
+USUAL_GAIN = 0.15  # of the time of a forward pass
+
+
+class CompileCost:
+    """Decides for one backbone whether compiling pays for the images that are expected.
+
+    Args:
+        expected_images: number of images to come, or None if nobody said.
+        plain: builds the run for a shape of pixels without a compiler.
+        clock: times a call.
+        cache: remembers how long compiling took.
+        key: name of the model and its precision in the cache.
+    """
+
+    def __init__(
+        self,
+        expected_images: int | None,
+        plain: Callable[[Tensor], Run],
+        clock: Clock,
+        cache: ResultCache,
+        key: str,
+    ) -> None:
+        self._expected = expected_images
+        self._plain, self._clock, self._cache, self._key = plain, clock, cache, key
+        self._first_s_per_pixel: float | None = None
+        self._s_per_pixel: float | None = None
+
+    @property
+    def compile_s(self) -> float:
+        """Seconds that compiling takes: of this model on this machine, if it was measured."""
+        measured = self._cache.get("compile_s", self._key)
+        return float(measured) if isinstance(measured, (int, float)) else USUAL_COMPILE_S
+
+    def record(self, seconds: float) -> None:
+        """Remembers how long compiling took."""
+        self._cache.put("compile_s", self._key, round(seconds, 1))
+
+    def saved_s(self, pixel_values: Tensor) -> float:
+        """Seconds that compiling saves on all expected images of this size [B, C, H, W]."""
+        if self._expected is None:
+            return 0.0
+        saved_pixels = pixel_values.shape[2:].numel() * self._expected * USUAL_GAIN
+        if self._s_per_pixel is None:
+            few = pixel_values[:1]
+            if self._first_s_per_pixel is None:
+                self._first_s_per_pixel = self._time(few)() / few.shape[2:].numel()
+            if self._first_s_per_pixel * saved_pixels < self.compile_s:
+                # no first run is faster than those that follow
+                return self._first_s_per_pixel * saved_pixels
+            time = self._time(pixel_values)
+            time()
+            n_pixels = len(pixel_values) * pixel_values.shape[2:].numel()
+            self._s_per_pixel = statistics.median(time() for _ in range(3)) / n_pixels
+        return self._s_per_pixel * saved_pixels
+
+    def pays(self, pixel_values: Tensor) -> bool:
+        """Whether compiling saves more seconds than it takes."""
+        return self._expected is not None and self.saved_s(pixel_values) >= self.compile_s
+
+    def pays_measured(self, seconds_saved_per_image: float) -> bool:
+        """As `pays`, where the seconds that it saves on an image were measured before."""
+        expected = self._expected
+        return expected is not None and seconds_saved_per_image * expected >= self.compile_s
+
+    def why_not(self, saved_s: float) -> str:
+        """The reason why compiling does not pay, in words."""
+        if self._expected is None:
+            return "compiling takes a minute or more: say expected_images=, or mode='compile'"
+        return (
+            f"compiling takes about {duration(self.compile_s)} and would save about "
+            f"{duration(saved_s)} on {self._expected} images"
+        )
+
+    def _time(self, pixel_values: Tensor) -> Callable[[], float]:
+        run = self._plain(pixel_values)
+        return lambda: self._clock(lambda: run(pixel_values))

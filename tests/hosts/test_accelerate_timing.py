@@ -1,0 +1,118 @@
+"""Mode "auto" of `accelerate`: who measures, how often, and that the faster forward runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference_models import images
+from tiny_hosts import (
+    PIXELS,
+    assert_bit_equal,
+    assert_close,
+    infer,
+    resnet_backbone,
+    swin_backbone,
+    swin_classifier,
+)
+
+import fastbb
+from fastbb.engine import choose
+from fastbb.engine.measuring import Comparison
+from fastbb.engine.settings import Tools
+from fastbb.hosts import region, replacement
+from fastbb.hosts.replacement import replacement_of
+
+OURS, UPSTREAM = 0.5, 1.0  # seconds by the clock of these tests
+
+
+@pytest.fixture
+def measuring_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str]]:
+    """The engine chooses as on a GPU; the number is the time of its own ways."""
+    monkeypatch.setattr(choose, "on_gpu", lambda pixels: True)
+    timed: list[str] = []
+
+    def start(ours_s: float) -> list[str]:
+        running: list[str] = []
+        own = region.upstream_only
+
+        def upstream_only() -> Any:
+            running.append("upstream")
+            return own()
+
+        def clock(call: Callable[[], object]) -> float:
+            running.clear()
+            call()
+            timed.append("upstream" if running else "ours")
+            return UPSTREAM if running else ours_s
+
+        monkeypatch.setattr(region, "upstream_only", upstream_only)
+        monkeypatch.setattr(
+            region, "Tools", lambda **options: Tools(**options, clock=clock, progress=silent)
+        )
+        return timed
+
+    return start
+
+
+def silent(n_candidates: int) -> Callable[[str], None]:
+    return lambda text: None
+
+
+def never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("timed a second time")
+
+
+@pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
+@pytest.mark.parametrize("ours_s", [OURS, 2.0])
+def test_where_the_engine_measures_nothing_else_does(
+    make: Callable[..., Any],
+    ours_s: float,
+    measuring_engine: Callable[[float], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed = measuring_engine(ours_s)
+    model, twin = make(), make()
+    report = fastbb.accelerate(model, include="", exclude="?*")
+    monkeypatch.setattr(replacement, "compare", never)
+    for _ in range(2):
+        assert_close(infer(model), infer(twin))
+    n_timed = len(timed)
+    assert {"ours", "upstream"} == set(timed)
+    infer(model)
+    assert len(timed) == n_timed
+    ((_, _, runs, why),) = report.rows()
+    assert runs == ("fastbb" if ours_s == OURS else "upstream")
+    assert "upstream 1 s" in why
+    if ours_s != OURS:
+        assert_bit_equal(infer(model), infer(twin))
+
+
+@torch.no_grad()
+def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[int] = []
+
+    def compare(ours: Any, theirs: Any) -> Comparison:
+        timed.append(1)
+        return Comparison(1.0, 2.0, 0.5)
+
+    monkeypatch.setattr(replacement, "compare", compare)
+    model, twin = swin_classifier(), swin_classifier()
+    report = fastbb.accelerate(model)
+    for size in (64, 48, 32, 80):
+        pixels = images(size, size)
+        assert_close(infer(model, pixels), infer(twin, pixels))
+    # blocks of two widths, without a shift and with one, and a merging
+    assert len(timed) == len({r.fast.likeness() for r in report.replaced})
+
+
+def test_a_call_that_shows_nothing_decides_nothing() -> None:
+    model, twin = swin_classifier(), swin_classifier()
+    fastbb.accelerate(model, mode="eager")
+    pixels = PIXELS.clone()
+    pixels[:] = float("nan")
+    infer(model, pixels)
+    own = [replacement_of(module) for module in model.modules()]
+    assert not any(r.choices for r in own if r is not None)
+    assert_close(infer(model), infer(twin))
+    assert any(r.choices for r in own if r is not None)
