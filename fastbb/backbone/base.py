@@ -129,6 +129,8 @@ class Backbone(BackboneMixin, RemembersDerived):
     forward_options: ClassVar[tuple[str, ...]] = ()
     # allowed error in fp32, relative to the largest magnitude of a map
     exactness: float = FP32_REL
+    # height and width of images where the configuration names none
+    usual_size: ClassVar[tuple[int, int]] = (224, 224)
     # decides how a prepared backbone runs
     _engine: "Engine | None" = None
 
@@ -338,6 +340,12 @@ class Backbone(BackboneMixin, RemembersDerived):
         from ..inspect.verify import verify
 
         return verify(self, reference, inputs)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model was made for."""
+        size = getattr(self.config, "image_size", None) or self.usual_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def dtype(self) -> torch.dtype:

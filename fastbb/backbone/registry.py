@@ -1,4 +1,4 @@
-"""What a family of backbones tells the rest of fastbb about itself."""
+"""The facts that a family of backbones states about itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,36 @@ MapsForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
 
 
 @dataclass(frozen=True)
+class Upstream:
+    """A module that computes the true maps, for `verify`.
+
+    Attributes:
+        name: of its library and class, for a report.
+        module: in eval mode; runs only as a copy, because some change when they run.
+        maps: the maps [B, C, h, w] that a copy of the module gives for [B, C, H, W].
+    """
+
+    name: str
+    module: nn.Module
+    maps: Callable[[nn.Module, Tensor], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """transformers' `<name>Backbone`, whose configuration takes the fields of ours.
+
+    Attributes:
+        package: that has it and its `<name>Config`.
+        name: of the model.
+        state: the weights of one of our backbones by the names of that class.
+    """
+
+    package: str
+    name: str
+    state: Callable[[Any], StateDict] = Backbone.state_dict
+
+
+@dataclass(frozen=True)
 class Family:
     """A family of backbones.
 
@@ -27,6 +57,11 @@ class Family:
         torchvision_models: torchvision's models of this family, with the fields of the
             configuration by which their weights are known.
         from_torchvision: configuration and renamed tensors of a torchvision state dict.
+        upstream: the model that one of its backbones is held to by `verify`, with its weights;
+            without it `verify` is an error.
+
+    The class of the backbone states the size of images it is made for (`default_size`) and the
+    error that it is allowed (`exactness`).
     """
 
     backbone: type[Backbone]
@@ -35,6 +70,7 @@ class Family:
     maps: Callable[[Any, Tensor, Sequence[int]], list[Tensor]] | None = None
     torchvision_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
+    upstream: Callable[[Any], Upstream | TransformersModel] | None = None
 
 
 FAMILIES: list[Family] = []

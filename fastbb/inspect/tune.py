@@ -16,7 +16,6 @@ from ..engine.explanation import Explanation
 from ..engine.prepare import example_pixels, prepare
 from ..engine.settings import Tools
 from ..engine.trial import Trial, winner
-from .verify import model_size
 
 BATCHES = (1, 8)
 BUDGET_S = 180.0
@@ -82,7 +81,7 @@ def tune_model(
     options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     backbone = AutoBackbone.from_pretrained(name, dtype=torch.float32, device=where, **options)
     default = "bf16" if where.type == "cuda" else "fp32"
-    sizes = sizes or (model_size(backbone),)
+    sizes = sizes or (backbone.default_size,)
     for precision, size, batch in product(
         precisions or (default,), sizes, sorted(batches or BATCHES, reverse=True)
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ from fastbb_kernels.machine import find_device
 
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
+from ..backbone.registry import Upstream
 from ..engine.settings import DTYPES
-from ..models.timm import TimmBackbone
-from .upstream import Upstream, upstream_from, upstream_of
+from .upstream import run_upstream, upstream_from, upstream_of
 
 _BATCH = 2
-_ANY_SIZE = 224  # of models that are not made for one
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,14 @@ def verify(
     """
     if any(module.training for module in backbone.modules()):
         raise ValueError("verify compares what inference computes; call backbone.eval() first")
+    why_not_upstream = None
     if isinstance(reference, nn.Module):
         upstream = upstream_from(reference, backbone)
     elif reference == "auto":
-        upstream = upstream_of(backbone)
+        upstream, why_not_upstream = upstream_of(backbone)
     else:
         raise ValueError(f"reference must be 'auto' or a module, got {reference!r}")
-    notes = [] if upstream.why is None else [f"the reference is our own: {upstream.why}"]
+    notes = [f"the reference is our own: {why_not_upstream}"] if why_not_upstream else []
     if inputs is None:
         batches = _default_inputs(backbone, upstream, batch, notes)
     else:
@@ -143,9 +144,9 @@ def verify(
         got = backbone(pixels, return_dict=True).feature_maps
         engine = backbone._engine
         # what the backbone was allowed, such as TF32, shows in the reference's own error
-        run = upstream.run
+        run = partial(run_upstream, upstream)
         eager = run(pixels) if engine is None else engine.in_precision(run, pixels)
-        exact = upstream.run(pixels.double())
+        exact = run(pixels.double())
         for stage, ours, lossy, true in zip(backbone.out_features, got, eager, exact):
             if isinstance(reference, nn.Module) and true.shape != ours.shape:
                 raise ValueError(
@@ -195,7 +196,7 @@ def verify_model(
     dtype = torch.float32 if mode is not None else DTYPES[precision]
     backbone = AutoBackbone.from_pretrained(name, dtype=dtype, device=where, **options)
     if mode is not None:
-        example = (batch, *(sizes[0] if sizes else model_size(backbone)))
+        example = (batch, *(sizes[0] if sizes else backbone.default_size))
         backbone = backbone.prepare(mode=mode, precision=precision, example=example)
     images = [random_images(backbone, size, batch) for size in sizes]
     return verify(backbone, inputs=images or None, batch=batch)
@@ -219,17 +220,6 @@ def random_images(
     return ((pixels - mean) / std).to(backbone.device, backbone.dtype)
 
 
-def model_size(backbone: Backbone) -> tuple[int, int]:
-    """Height and width of the images that a backbone was made for."""
-    config: Any = backbone.config
-    size = getattr(config, "image_size", None) or getattr(config, "img_size", None)
-    if size is None and isinstance(backbone, TimmBackbone):
-        made_for: Any = getattr(backbone._backbone, "pretrained_cfg", None) or {}
-        size = made_for.get("input_size", (3, _ANY_SIZE, _ANY_SIZE))[1:]
-    size = _ANY_SIZE if size is None else size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
 def _default_inputs(
     backbone: Backbone, upstream: Upstream, batch: int, notes: list[str]
 ) -> list[Tensor]:
@@ -237,7 +227,7 @@ def _default_inputs(
 
     The smaller one comes second: a model may have got used to the first size.
     """
-    height, width = model_size(backbone)
+    height, width = backbone.default_size
     images = [random_images(backbone, (height, width), batch)]
     odd = (3 * height // 4 - 1, 7 * width // 8 + 1)
     # what most models divide by: a patch, or five halvings
@@ -245,7 +235,7 @@ def _default_inputs(
     for size in (odd, even):
         smaller = random_images(backbone, size, batch, seed=1)
         try:
-            upstream.run(smaller)
+            run_upstream(upstream, smaller)
         except Exception:  # whatever a library raises: it does not take this size
             continue
         return [*images, smaller]

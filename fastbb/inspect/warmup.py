@@ -24,7 +24,6 @@ from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from ..engine.prepare import example_pixels
 from ..engine.settings import DTYPES
-from .verify import model_size
 
 BATCHES = (1, 8, 64)
 
@@ -132,7 +131,7 @@ def warm_up(
     config = AutoConfig.from_pretrained(name, **overrides)
     with torch.device("meta"):
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval()
-    size = size or model_size(backbone)
+    size = size or backbone.default_size
     jobs: list[Job] = []
     if arch in ARCHITECTURES:  # its relatives have other binaries, and no pretended GPU
         if knobs.runtime.interpret:

@@ -23,7 +23,7 @@ from ..backbone.configuration import (
     check_integers,
     hierarchical_stage_names,
 )
-from ..backbone.registry import Family, register
+from ..backbone.registry import Family, TransformersModel, register
 from .layers import ConvNorm
 from .parts import kept_parts
 from .resnet_forward import resnet_maps
@@ -290,5 +290,6 @@ register(
             "resnet152": _torchvision_shape("bottleneck", 3, 8, 36, 3),
         },
         from_torchvision=torchvision_resnet,
+        upstream=lambda backbone: TransformersModel("transformers", "ResNet"),
     )
 )

@@ -25,7 +25,7 @@ from ..backbone.configuration import (
     check_size,
     hierarchical_stage_names,
 )
-from ..backbone.registry import Family, register
+from ..backbone.registry import Family, TransformersModel, Upstream, register
 from .parts import kept_parts
 from .swin_forward import normed_map, swin_maps
 from .swin_names import (
@@ -34,6 +34,7 @@ from .swin_names import (
     on_disk_name,
     stage_norm_name,
     torchvision_fields,
+    torchvision_upstream,
 )
 from .swin_parts import (
     SwinBlockParts,
@@ -481,6 +482,15 @@ def torchvision_swin(state: StateDict) -> tuple[TorchvisionSwinConfig, StateDict
     return TorchvisionSwinConfig(**fields), renamed
 
 
+def _upstream(backbone: SwinBackbone) -> Upstream | TransformersModel:
+    if isinstance(backbone.config, TorchvisionSwinConfig):
+        return torchvision_upstream(backbone)
+    if isinstance(backbone.config, MaskFormerSwinConfig):
+        package = "transformers.models.maskformer"
+        return TransformersModel(package, "MaskFormerSwin", SwinBackbone.to_checkpoint_names)
+    return TransformersModel("transformers", "Swin")
+
+
 def _torchvision_shape(embed_dim: int, heads: int, third_depth: int) -> dict[str, Any]:
     return {
         "depths": [2, 2, third_depth, 2],
@@ -502,5 +512,6 @@ register(
             "swin_b": _torchvision_shape(128, 4, 18),
         },
         from_torchvision=torchvision_swin,
+        upstream=_upstream,
     )
 )

@@ -3,9 +3,11 @@
 import re
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..backbone.checkpoint import StateDict
+from ..backbone.registry import Upstream
 
 # names on disk (transformers 4.x, and 5.x when saving) -> names in memory (5.x)
 _RENAMES = (
@@ -112,3 +114,49 @@ def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
             for part, chunk in zip("qkv", tensor.chunk(3))
         ]
     return [(f"{prefix}.{_TORCHVISION_BLOCK[module]}.{parameter}", tensor)]
+
+
+def torchvision_upstream(backbone: Any) -> Upstream:
+    """torchvision's SwinTransformer with the weights of a backbone of its semantics.
+
+    Raises:
+        ValueError: torchvision has no such Swin.
+        ImportError: torchvision is not installed.
+    """
+    import torchvision
+    from torchvision.models.swin_transformer import SwinTransformer
+
+    config = backbone.config
+    patch = config.patch_size
+    module = SwinTransformer(
+        patch_size=[patch, patch] if isinstance(patch, int) else list(patch),
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=[config.window_size, config.window_size],
+        mlp_ratio=config.mlp_ratio,
+        num_classes=1,
+    )
+    # our tensors back into theirs, by the views that loading from them takes
+    own, (_, views) = backbone.state_dict(), torchvision_fields(module.state_dict())
+    with torch.no_grad():
+        for name, view in views.items():
+            if not name.endswith("relative_position_index"):
+                view.copy_(own.pop(name))
+    if own or config.layer_norm_eps != _TORCHVISION_EPS or config.hidden_act != "gelu":
+        raise ValueError("torchvision has no such Swin")
+    selected = backbone.out_indices
+
+    def maps(module: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+        found, x = [], pixel_values
+        assert isinstance(module.features, nn.Sequential)
+        for i, layer in enumerate(module.features):
+            x = layer(x)
+            if i % 2 or i == 0:  # the others only merge patches
+                found.append(x.permute(0, 3, 1, 2))
+        return [found[index] for index in selected]
+
+    return Upstream(f"torchvision {torchvision.__version__}, SwinTransformer", module.eval(), maps)
+
+
+_TORCHVISION_EPS = 1e-5

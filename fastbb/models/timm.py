@@ -3,6 +3,7 @@
 Upstream: timm `models/_features.py`; transformers `models/timm_backbone/`.
 """
 
+import copy
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -26,8 +27,8 @@ from ..backbone.checkpoint import (
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..backbone.hub import HubOptions, TimmSource, read_config, timm_source, unwrap_head
-from ..backbone.registry import FAMILIES, Family, MapsForward, register
-from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm
+from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
+from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm, unfold
 from ..weights.watch import is_observed
 from .parts import Kept, Refused
 from .timm_loading import create_features, unknown_model
@@ -197,13 +198,24 @@ class TimmBackbone(Backbone):
         if hasattr(self, "_folding"):
             self._folding.undo()
         self._native = native
-        norms = _find_norms(self._backbone, self.config) if native else []
+        norms = (
+            _find_norms(self._backbone, self.config.num_channels, self.default_size)
+            if native
+            else []
+        )
         self._folding = Folding(self._backbone, norms)
 
     @property
     def exactness(self) -> float:  # type: ignore[override]  # follows the model
         """Allowed error in fp32: that of native families, or of any model with folded norms."""
         return FP32_REL_FOLDED if self.native_forward() is None else FP32_REL
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the images that the model was made for."""
+        made_for: Any = getattr(self._backbone, "pretrained_cfg", None) or {}
+        size: Any = self.config.img_size or made_for.get("input_size", (3, *self.usual_size))[1:]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def fold_report(self) -> FoldReport:
@@ -402,16 +414,13 @@ class TimmBackbone(Backbone):
         return backbone, info
 
 
-def _find_norms(backbone: nn.Module, config: TimmBackboneConfig) -> list[FoldedNorm]:
+def _find_norms(backbone: nn.Module, channels: int, size: tuple[int, int]) -> list[FoldedNorm]:
     """The batch norms of a timm model, and which convolution each belongs to."""
     parameters = list(backbone.parameters())
     if not parameters or not any(is_batch_norm(module) for module in backbone.modules()):
         return []
-    cfg: Any = getattr(backbone, "pretrained_cfg", None) or {}
-    size = config.img_size or cfg.get("input_size", (3, 224, 224))[1:]
-    height, width = (size, size) if isinstance(size, int) else size
     like = parameters[0]
-    shape = 1, config.num_channels, height, width
+    shape = 1, channels, *size
     pixels = torch.empty(shape, dtype=like.dtype, device=like.device)
     try:
         return find_norms(backbone, pixels)
@@ -459,4 +468,20 @@ def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
     return maps
 
 
-register(Family(backbone=TimmBackbone, configs=(TimmBackboneConfig,)))
+def _upstream(backbone: TimmBackbone) -> Upstream:
+    import timm
+
+    module = copy.deepcopy(backbone._backbone)
+    unfold(module)
+    positions = [backbone._built.index(i % len(backbone.stage_names)) for i in backbone.out_indices]
+
+    def maps(module: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+        found: Any = module(pixel_values)
+        if getattr(module, "output_fmt", "NCHW") == "NHWC":
+            found = [x.permute(0, 3, 1, 2) for x in found]
+        return [found[position] for position in positions]
+
+    return Upstream(f"timm {timm.__version__}, {backbone.config.backbone}", module, maps)
+
+
+register(Family(backbone=TimmBackbone, configs=(TimmBackboneConfig,), upstream=_upstream))

@@ -1,6 +1,5 @@
 """`verify` passes what equals upstream, and nothing else."""
 
-import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from fastbb import AutoBackbone
 from fastbb.backbone.base import Backbone
 from fastbb.cli import main
-from fastbb.inspect.verify import VerifyReport, model_size, random_images, verify
+from fastbb.inspect.verify import VerifyReport, random_images, verify
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 from fastbb_kernels.fp32_precision import fp32_products
 
@@ -73,7 +72,7 @@ def test_what_equals_upstream_passes_at_two_sizes(name: str) -> None:
     assert not report.notes
     stages = backbone.out_features
     assert [row.stage for row in report.rows] == stages * 2
-    height, width = model_size(backbone)
+    height, width = backbone.default_size
     first, second = (report.rows[i].input_shape for i in (0, len(stages)))
     assert first == (2, 3, height, width) and second[2] != second[3]
     for row, channels in zip(report.rows, backbone.channels * 2):
@@ -269,19 +268,6 @@ def test_a_prepared_backbone(precision: str | None, monkeypatch: pytest.MonkeyPa
         ways = engine.chooser.ways
         monkeypatch.setattr(ways, "eager", scaled(ways.eager))
         assert wrong(prepared.verify(inputs=images(64, 64))) == [prepared.out_features[-1]]
-
-
-def test_without_transformers_it_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for pair in (swin(), hf_pair(hf_resnet())):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "transformers", None)
-            report = verify(pair.ours, inputs=images(64, 64))
-            assert report.passed and report.reference == "fastbb's own plain PyTorch"
-            (note,) = report.notes
-            assert note.startswith("the reference is our own: ModuleNotFoundError")
-            assert f"note: {note}" in str(report)
-            change_map(pair.ours, "stage1", lambda x: x * 1.001)
-            assert wrong(verify(pair.ours, inputs=images(64, 64))) == ["stage1"]
 
 
 def test_a_config_that_the_library_cannot_express_falls_back() -> None:
