@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from ..images.processor import readable_formats
+from ..images.formats import readable_formats
 from .sources import ABSENT, Source, is_url
 
 ErrorKind = Literal[

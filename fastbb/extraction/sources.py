@@ -20,13 +20,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
+from ..images.formats import has_image_suffix
+
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
-_READ = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-_READ += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
-# listed all the same, so that such a picture is a failed row instead of being passed over
-_NOT_READ = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
-_NOT_READ += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
-IMAGE_SUFFIXES = frozenset(_READ + _NOT_READ)
 # errors that say that nothing is there
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _UNREADABLE = "unreadable directories"
@@ -248,7 +244,7 @@ def _walk(
                 skipped["symbolic links"] += 1
             elif is_directory:
                 children.append(child + "/")
-            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            elif has_image_suffix(entry.name):
                 children.append(child)
             else:
                 skipped["files without an image suffix"] += 1
@@ -293,9 +289,7 @@ def _read_tar(path: str, skipped: Counter[str]) -> Iterator[Source]:
                 name = member.name.removeprefix("./")
                 if not member.isreg() or member.issparse():
                     skipped["members that are no plain file"] += not member.isdir()
-                elif PurePath(name).suffix.lower() not in IMAGE_SUFFIXES or PurePath(
-                    name
-                ).name.startswith("."):
+                elif not has_image_suffix(name) or PurePath(name).name.startswith("."):
                     skipped["files without an image suffix"] += 1
                 else:
                     yield Source(name, path, member.offset_data, member.size)

@@ -18,7 +18,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
 from fastbb.images.processor import AutoImageProcessor, ImageProcessor, ImageProcessorSpec
-from fastbb.images.spec import spec_from_config, spec_from_timm
+from fastbb.images.spec_readers import spec_from_config, spec_from_timm
 
 SIZES = [(1, 1), (1, 9), (11, 1), (2, 97), (23, 24), (32, 32), (61, 37), (64, 64), (101, 99)]
 VIT = {"image_processor_type": "ViTImageProcessor", "size": 32}

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastbb.images.processor import AutoImageProcessor
-from fastbb.images.spec import spec_from_config
+from fastbb.images.spec_readers import spec_from_config
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
