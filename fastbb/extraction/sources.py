@@ -1,4 +1,4 @@
-"""What is to be extracted: every INPUT becomes an ordered sequence of `Source` rows.
+"""Inputs of an extraction: every INPUT becomes an ordered sequence of `Source` rows.
 
 Nothing is opened here but directories, lists and the headers of archives; a file that is not
 there, or is no image, becomes a failed row later. A directory that cannot be read is passed over
@@ -55,12 +55,12 @@ class Source:
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` is an address rather than a path."""
+    """Returns whether `text` is a URL rather than a path."""
     return _URL.match(text) is not None
 
 
 def redact(text: str) -> str:
-    """`text` without the parts of an address that carry credentials: user, query, fragment."""
+    """Returns `text` without the parts of a URL that carry credentials: user, query, fragment."""
     if not is_url(text):
         return text
     scheme, _, rest = text.partition("://")
@@ -69,7 +69,7 @@ def redact(text: str) -> str:
 
 
 def source_at(path: str | os.PathLike[str]) -> Source:
-    """The image at a path as given; an address, which reading will refuse, loses its secrets."""
+    """Returns the image at a path. A URL loses its credentials here, and reading refuses it."""
     text = os.fsdecode(path)
     if is_url(text):
         return Source(redact(text), redact(text))
@@ -126,12 +126,12 @@ def list_sources(
 
 
 def first_few(texts: Sequence[str]) -> str:
-    """Some texts in one line, the first of them if there are many."""
+    """Joins texts in one line; of many texts only the first ones."""
     return ", ".join([*texts[:_N_SHOWN], *(["..."] if len(texts) > _N_SHOWN else [])])
 
 
 def archive_states(inputs: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Size and time of change of the archives among the inputs, by absolute path.
+    """Returns size and modification time of the archives among the inputs, by absolute path.
 
     Rows of an archive are places in it, so they mean nothing in another one of the same name.
     """

@@ -13,8 +13,8 @@ class ImageFormat(NamedTuple):
     Attributes:
         name: common name; in capitals it is Pillow's name of the format.
         suffixes: of its files, in lower case.
-        feature: what Pillow may have been built without, as `PIL.features.check` names it; "" for
-            a format that Pillow always reads.
+        feature: name for `PIL.features.check` where Pillow may have been built without support
+            for the format; "" where it always reads it.
     """
 
     name: str
@@ -46,7 +46,7 @@ def has_image_suffix(name: str) -> bool:
 
 
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are opened, as far as this Pillow knows them.
+    """Returns Pillow's names of the formats that are opened and that this Pillow knows.
 
     Files may come from anywhere, and of Pillow's other formats some start programs (EPS) and most
     are hardly tested.

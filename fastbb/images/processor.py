@@ -1,8 +1,8 @@
-"""Images in, exactly the reference's pixel values out.
+"""Image processors: images in, exactly the reference's pixel values out.
 
 The reference is the library that a checkpoint comes from: transformers' PIL backend (`hf`) or
 timm's evaluation transform (`timm`). For 8-bit RGB the result is bit-identical to it;
-`modes` says how everything else becomes 8-bit RGB, `spec` what decides a pixel.
+`modes` converts all other images to 8-bit RGB; `spec` holds everything that decides a pixel.
 
 An image goes: resize (Pillow) -> centre crop -> rescale and normalise -> pad. Resizing leaves 8-bit
 values, so the arithmetic has 256 possible results per channel: they are computed once, with the
@@ -36,7 +36,7 @@ CONFIG_NAME = "preprocessor_config.json"
 
 
 class BatchFeature(dict[str, Any]):
-    """What a processor returns: a dict for `model(**inputs)`, entries also as attributes."""
+    """A processed batch: a dict for `model(**inputs)`, entries also as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -62,7 +62,7 @@ class ImageProcessor:
     """Turns images into a model's input, by a spec.
 
     Args:
-        spec: what decides every pixel.
+        spec: everything that decides a pixel.
     """
 
     def __init__(self, spec: ImageProcessorSpec) -> None:

@@ -42,7 +42,7 @@ class ImageProcessorSpec:
         pixel_mask: also return a mask, 1 on the image and 0 on padding.
         do_convert_rgb: RGB images go through `alpha_in_memory` too (it matters for a PNG with a
             transparent colour).
-        alpha_in_memory: what happens to transparency in PIL images and arrays.
+        alpha_in_memory: the rule for transparency in PIL images and arrays.
         alpha_in_files: the same for paths and bytes.
         exif_in_files: paths and bytes are turned upright by their EXIF orientation; images in
             memory never are.
@@ -129,7 +129,7 @@ class ImageProcessorSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as what JSON can hold; `from_dict` gives back an equal spec."""
+        """Returns the spec as values that JSON can hold; `from_dict` restores an equal spec."""
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in dataclasses.fields(self)
@@ -138,7 +138,7 @@ class ImageProcessorSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ImageProcessorSpec":
-        """The spec that `to_dict` wrote.
+        """Restores the spec that `to_dict` wrote.
 
         Raises:
             ValueError: a name that is no field, a missing field, or a value out of its range.

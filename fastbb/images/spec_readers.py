@@ -76,7 +76,7 @@ _TIMM_KEYS = _OWN_KEYS | {
 def spec_from_config(
     config: Mapping[str, Any], model_type: str | None = None, **overrides: Any
 ) -> ImageProcessorSpec:
-    """The spec of a `preprocessor_config.json`.
+    """Reads the spec of a `preprocessor_config.json`.
 
     Args:
         config: the file's content; keys that decide no pixel are ignored, as upstream ignores them.
@@ -246,11 +246,11 @@ def _check_overrides(overrides: Mapping[str, Any], keys: set[str], name: str) ->
 
 
 def spec_from_timm(pretrained_cfg: Mapping[str, Any], **overrides: Any) -> ImageProcessorSpec:
-    """The spec of timm's evaluation transform, at the test-time size where there is one.
+    """Reads the spec of timm's evaluation transform, at the test-time size where there is one.
 
     Args:
         pretrained_cfg: timm's dictionary of a pretrained model.
-        overrides: what timm's `resolve_data_config` takes as `args`.
+        overrides: `args` of timm's `resolve_data_config`.
 
     Raises:
         ValueError: an override that timm does not know, or an input that is not RGB.
@@ -284,7 +284,7 @@ def spec_from_timm(pretrained_cfg: Mapping[str, Any], **overrides: Any) -> Image
 
 
 def config_from_spec(spec: ImageProcessorSpec) -> dict[str, Any]:
-    """The content of the `preprocessor_config.json` that `spec_from_config` reads as `spec`.
+    """Returns the content of a `preprocessor_config.json` that `spec_from_config` reads as `spec`.
 
     Raises:
         ValueError: the keys of the spec's `image_processor_type` cannot express it.

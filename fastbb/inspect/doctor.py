@@ -42,12 +42,12 @@ class Finding(NamedTuple):
 
 
 class Doctor:
-    """What an examination finds; prints problems first, then hints, then a table.
+    """Findings of an examination; prints problems first, then hints, then a table.
 
     Attributes:
-        problems: what is wrong or impossible here.
-        hints: what would help; everything works without.
-        facts: what was seen, for JSON.
+        problems: things that are wrong or impossible here.
+        hints: improvements; everything works without them.
+        facts: values that were seen, for JSON.
     """
 
     def __init__(self) -> None:
