@@ -89,7 +89,7 @@ class Doctor:
 def doctor() -> Doctor:
     """Examines this machine; takes a second, computes nothing and raises nothing."""
     found = Doctor()
-    has_torch = _torch(found)
+    has_torch = _versions(found)
     for topic in (_packages, *((_gpus, _cpu) if has_torch else ()), _compilers, _caches, _images):
         try:
             topic(found)
@@ -100,13 +100,13 @@ def doctor() -> Doctor:
     return found
 
 
-def _torch(found: Doctor) -> bool:
-    """Returns whether torch can be imported."""
+def _versions(found: Doctor) -> bool:
+    """Shows the versions of fastbb and torch; returns whether torch can be imported."""
     system = f"{platform.system()} {platform.machine()}"
     fastbb, python = facts.installed_version("fastbb") or "from source", platform.python_version()
     found.row("fastbb", f"{fastbb}, Python {python} on {system}")
     found.facts |= {"python": python, "system": system, "fastbb": fastbb}
-    version, build, problem = facts.installed_version("torch"), "", None
+    version, build, problem = facts.installed_version("torch") or "", "", None
     try:
         import torch
 
