@@ -1,4 +1,4 @@
-"""What the doctor looks at: packages, limits, directories; and machines on which looking fails."""
+"""Facts that the doctor gathers, and machines on which gathering them fails."""
 
 import importlib.metadata
 import json
