@@ -12,7 +12,17 @@ CORE_TESTS := tests/ops --ignore=tests/ops/test_ladder.py tests/models/test_timm
 FLOOR := .venv-floor/bin
 FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine tests/inspect
 
-.PHONY: demo test test-all test-floor check bench gpu budgets clean
+# some tests of every room, which take two minutes on two cores
+QUICK_TESTS := $(addprefix tests/,test_layering.py test_cli.py weights images \
+	backbone/test_backbone.py backbone/test_checkpoint.py backbone/test_configuration.py \
+	models/test_contract.py models/test_swin.py models/test_resnet_on_triton.py \
+	engine/test_choices.py engine/test_frozen.py engine/test_trial.py engine/test_ways.py \
+	hosts/test_heads.py hosts/test_register.py inspect/test_doctor.py inspect/test_facts.py \
+	extraction/test_decode.py extraction/test_sources.py extraction/test_store.py \
+	ops/test_layer_norm_nchw.py ops/test_layer_norm_linear.py ops/test_window_attention.py \
+	harness/test_interpret.py harness/test_canaries.py harness/test_self_check.py)
+
+.PHONY: demo test test-quick test-all test-floor check bench gpu budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -20,6 +30,9 @@ demo: .venv/.demo
 test: check
 	$(BIN)/python -m pytest -n 2 -q
 	PYTHONPATH=tests/support $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
+
+test-quick: .venv/.dev
+	$(BIN)/python -m pytest -n 2 -q $(QUICK_TESTS)
 
 # every kernel for every GPU, which `make test` compiles for two only; for ops that changed
 test-all: test

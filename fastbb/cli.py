@@ -26,13 +26,13 @@ _INTERRUPTED = 130
 
 
 class _CannotPrintError(Exception):
-    """What a command found out cannot be written to its standard output."""
+    """The report of a command cannot be written to its standard output."""
 
     exit_code = _OUTPUT
 
 
 class _Command(click.Command):
-    """A command, whose help may not be printable."""
+    """A command that also survives an output to which its help cannot be written."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
@@ -93,7 +93,7 @@ class _Size(click.ParamType):
 
 
 class _SizeOrSide(_Size):
-    """Also one number, for squares."""
+    """Height and width, or one number for a square."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         text = str(value)
@@ -428,7 +428,7 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def doctor(as_json: bool) -> None:
-    """Says what this machine can run: problems first, each with what to do.
+    """Examines what this machine can run: problems first, each with a remedy.
 
     Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
     report cannot be written; 130 interrupted, 143 terminated.
@@ -441,13 +441,13 @@ def doctor(as_json: bool) -> None:
 
 
 def _counting(bar: Any, total: int) -> Callable[[object], None]:
-    """Gives a bar of tqdm its length; what is returned moves it on by one."""
+    """Gives a tqdm bar its length and returns a function that advances it by one."""
     bar.reset(total)
     return lambda _: bar.update()
 
 
 def _judge(error: BaseException) -> tuple[int, str]:
-    """The exit code for an error, and the line for the user."""
+    """Returns the exit code for an error, and the line for the user."""
     interrupted = interruption_code()
     if interrupted is not None or isinstance(error, KeyboardInterrupt):
         message = "interrupted"
@@ -463,7 +463,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
 
 
 def _echo(text: str) -> None:
-    """Prints what a command found out. A reader that has gone is none of its business.
+    """Prints the report of a command. A reader that has gone (EPIPE) is no error.
 
     Raises:
         _CannotPrintError: the output cannot be written.
@@ -477,13 +477,13 @@ def _echo(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    """Tells the user something on stderr, where that can be written."""
+    """Prints a message on stderr; an error of writing it is ignored."""
     with contextlib.suppress(OSError):
         click.echo(_printable(text), err=True)
 
 
 def _printable(text: str) -> str:
-    """The text, in which what cannot be encoded or would command a terminal is an escape."""
+    """Escapes characters that cannot be encoded or that would control a terminal."""
     return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -492,7 +492,7 @@ def _not_printed(error: OSError) -> str:
 
 
 def _discard_output() -> None:
-    """Points standard output at nothing: Python flushes it at the end, and would fail again."""
+    """Points standard output at the null device; Python's flush at exit would fail again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -155,7 +155,7 @@ def test_show(images: Path, tmp_path: Path) -> None:
     assert missing.exit_code == 2 and "no features directory" in missing.stderr
 
 
-def test_what_a_terminal_would_obey_is_shown_as_an_escape(images: Path, tmp_path: Path) -> None:
+def test_control_characters_are_shown_as_escapes(images: Path, tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9\x1b[2J\xc3\xa9")
     (images / "a\nfailed    99\x1b[2J.png").write_bytes(b"text")
     result = fastbb("extract", images, "--out", out)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 from .hub import HubOptions, read_config
 
 Config = TypeVar("Config", bound="BackboneConfig")
+Choice = TypeVar("Choice")
 
 
 class BackboneConfigMixin:
@@ -290,8 +291,13 @@ def check_size(name: str, value: Any) -> int | list[int]:
     return check_integers(name, value)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """`value`, one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name}={value} is not one of {','.join(choices)}")
-    return value
+def check_choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
+    """Returns a value that is one of `choices`, also in its type: 1 is not True.
+
+    Raises:
+        ValueError: it is none of them; `name` names it in the message.
+    """
+    for choice in choices:
+        if isinstance(value, type(choice)) and value == choice:
+            return value
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

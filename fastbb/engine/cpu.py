@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastbb_kernels.machine import Machine
+from fastbb_kernels.machine import Machine, cpu_flags
 from fastbb_kernels.result_cache import ResultCache
 
 # glibc hands memory from here on back to the kernel at once, and gets it page by page anew
@@ -23,20 +22,6 @@ _NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},
     torch.float16: {"avx512_fp16", "amx_fp16", "asimdhp"},
 }
-
-
-@cache
-def cpu_flags() -> frozenset[str]:
-    """The instruction sets that the kernel reports, in its names; none where it does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # x86, Arm
-            return frozenset(value.split())
-    return frozenset()
 
 
 def has_arithmetic(dtype: torch.dtype) -> bool:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
 from fastbb_kernels._dispatch import launches_directly
 from fastbb_kernels.result_cache import ResultCache
 
+from ..backbone.configuration import check_choice
 from .measuring import Clock
 from .trial import Candidate, Report, tuning_bar
 
@@ -31,11 +32,10 @@ class Settings:
     expected_images: int | None = None
 
     def __post_init__(self) -> None:
-        _check_choice("mode", self.mode, get_args(Mode))
+        check_choice("mode", self.mode, get_args(Mode))
         if self.precision is not None:
-            _check_choice("precision", self.precision, get_args(Precision))
-        if not isinstance(self.cuda_graph, bool):  # 0 and 1 are equal to False and True
-            _check_choice("cuda_graph", self.cuda_graph, ("auto", True, False))
+            check_choice("precision", self.precision, get_args(Precision))
+        check_choice("cuda_graph", self.cuda_graph, ("auto", True, False))
         expected = self.expected_images
         is_count = isinstance(expected, int) and not isinstance(expected, bool) and expected >= 0
         if expected is not None and not is_count:
@@ -84,8 +84,3 @@ class Tools:
     candidates: Sequence[Candidate] = ()
     budget_s: float = 20.0
     progress: Callable[[int], Report] = tuning_bar
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[object]) -> None:
-    if type(value) not in (str, bool) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

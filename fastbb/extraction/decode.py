@@ -1,4 +1,4 @@
-"""From a `Source` to pixels in memory, or to one of a closed set of reasons why not.
+"""Decoding of a `Source` to pixels in memory, or to one of a closed set of error kinds.
 
 The header is read and judged before any pixel is decoded, and only formats of an allow-list are
 opened, so a file that claims to be enormous, or an exotic one, costs nothing.
@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from ..images.processor import readable_formats
+from ..images.formats import readable_formats
 from .sources import ABSENT, Source, is_url
 
 ErrorKind = Literal[
@@ -41,14 +41,14 @@ MAX_PIXELS = 89_478_485  # above this Pillow itself warns of a decompression bom
 # after the resize: 4096 x 4096, which is 200 MB of fp32 and far more in a model
 MAX_RESIZED_PIXELS = 2**24
 _MAX_MESSAGE_CHARS = 200
-# worth another try: what network file systems and overloaded disks answer for a moment
+# temporary errors of network file systems and overloaded disks
 _TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.ETIMEDOUT, errno.ESTALE, errno.EBUSY})
 _N_TRIES = 3
 _FIRST_WAIT_S = 0.1
 
 
 class ImageError(Exception):
-    """An image has no features; travels as a row, never further than its row.
+    """An image has no features. The error becomes a row of the output and stops no other image.
 
     Attributes:
         kind: one of `ERROR_KINDS`.
@@ -63,7 +63,7 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class RowError:
-    """Why a row has no features.
+    """The error of a row that has no features.
 
     Attributes:
         row: position in the input.
@@ -79,7 +79,7 @@ class RowError:
 
 
 def read_bytes(source: Source) -> bytes:
-    """Reads the encoded image, trying again when the failure may be a passing one.
+    """Reads the encoded image; a failure that may be temporary is tried again.
 
     Raises:
         ImageError: of kind not_found, io, too_many_bytes or truncated.

@@ -1,4 +1,4 @@
-"""The features directory, read back."""
+"""Reading of a features directory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Features:
     redoes a shard whose sha256 differs.
 
     Args:
-        directory: what an extraction wrote to.
+        directory: the output of an extraction.
 
     Attributes:
-        plan: everything that decided the values.
+        plan: the settings that the features were computed with.
         complete: whether every shard is committed.
     """
 
@@ -102,7 +102,7 @@ class Features:
         return list(self._errors())
 
     def describe(self) -> str:
-        """What is in the directory, as some lines of text for a person."""
+        """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""
         plan, model, pixels = self.plan, self.plan["model"], self.plan["preprocessing"]
         counts, speed = totals(self._commits), self._images_per_s()
         state = "complete" if self.complete else "not finished, the same command again goes on"
@@ -160,7 +160,7 @@ def open_features(directory: str | os.PathLike[str]) -> Features:
     """Opens a features directory for reading.
 
     Args:
-        directory: what `fastbb extract` or `fastbb.extract` wrote to, finished or not.
+        directory: the output of `fastbb extract` or `fastbb.extract`, finished or not.
 
     Raises:
         FileNotFoundError: it is no features directory.

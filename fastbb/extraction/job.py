@@ -1,4 +1,4 @@
-"""A whole extraction: inputs listed, planned, run shard by shard, resumed where it was left."""
+"""A whole extraction: lists the inputs, plans, runs shard by shard, and resumes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ErrorBudgetError(ExtractionError):
 
 @dataclass(frozen=True)
 class Report:
-    """What an extraction did.
+    """The outcome of an extraction.
 
     Attributes:
         directory: the features directory.
@@ -73,7 +73,7 @@ class Report:
 
 
 class _Progress:
-    """What is being done, on stderr: a bar on a terminal, else a line now and then."""
+    """Progress on stderr: a bar on a terminal, else a line now and then."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -145,7 +145,7 @@ def extract(
     A directory below an input that cannot be read is passed over and named in the report.
 
     Args:
-        model: whatever `AutoBackbone.from_pretrained` takes.
+        model: argument of `AutoBackbone.from_pretrained`.
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
         out: the features directory; `open_features` reads it.
         features: see `FeatureExtractor`, as are out_indices, precision, device, batch_size, size.

@@ -40,16 +40,16 @@ _FILTER: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 # reentrant: the garbage collector may end an abandoned run inside of it
 _lock = threading.RLock()
 _n_runs = 0
-_state = object()  # another one after every change that was found
+_state = object()  # a new token after every change that was found
 _before: list[Any] = []  # the program's values, in the order of `_PRESENT`
 _filter_lists: list[Any] = []  # `warnings.catch_warnings` exchanges the list
 
 
 @contextlib.contextmanager
 def fixed_settings() -> Iterator[None]:
-    """Fixes the settings until every such context has ended, then gives the program's back.
+    """Fixes the settings until every such context has ended, then restores the program's.
 
-    Those are what it set last, be it meanwhile.
+    The values restored are those that the program set last, also while the settings were fixed.
     """
     global _n_runs
     with _lock:
@@ -72,12 +72,14 @@ def fix_settings() -> object:
     Takes no lock: a thread that holds it may wait for one that calls this.
 
     Returns:
-        An object that is another one after a setting was found changed.
+        A token; it is a new object whenever a setting was found changed.
     """
     global _state
     for index, (module, name, value) in enumerate(_PRESENT):
         if (found := getattr(module, name)) != value:
-            _state = object()  # first: who sees the setting mended must see this as well
+            _state = (
+                object()
+            )  # first: a thread that sees the setting restored must see this as well
             _before[index] = found
             setattr(module, name, value)
     filters: Any = warnings.filters
@@ -90,7 +92,7 @@ def fix_settings() -> object:
 
 
 def _give_back() -> None:
-    fix_settings()  # takes note of what the program has set since the last image
+    fix_settings()  # notes the values that the program has set since the last image
     for (module, name, _), value in zip(_PRESENT, _before):
         setattr(module, name, value)
     for filters in [*_filter_lists, warnings.filters]:

@@ -1,4 +1,4 @@
-"""Images through a backbone: decode threads -> bounded look-ahead -> batch -> features.
+"""Feature extraction: decode threads -> bounded look-ahead -> batch -> features.
 
 An image that fails leaves a zero image in its place in the batch and its row is dropped after the
 forward pass, batches never cross shards, and the last one is padded. So the neighbours of a row are
@@ -95,7 +95,7 @@ class FeatureExtractor:
         """Loads the model.
 
         Args:
-            model: whatever `AutoBackbone.from_pretrained` takes.
+            model: argument of `AutoBackbone.from_pretrained`.
             features: "pooled", the fp32 spatial mean [C] of the last requested map; "maps", every
                 requested map [C, h, w] as "maps.<stage>", in the precision.
             out_indices: the requested maps; default: the model's own choice.
@@ -253,7 +253,7 @@ class FeatureExtractor:
         }
 
     def settings(self) -> dict[str, Any]:
-        """Everything about this extractor that decides the values, as what JSON can hold."""
+        """Returns everything about this extractor that decides the values, in JSON types."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
@@ -311,7 +311,7 @@ class FeatureExtractor:
                 pool.shutdown(cancel_futures=True)
 
     def _load(self, row: Row) -> Tensor | ImageError:
-        """fp32 [3, H, W] of an image, or why there is none, whatever the program sets meanwhile."""
+        """Returns fp32 [3, H, W] of an image or its error, whatever Pillow's settings are."""
         while True:
             before = fix_settings()
             loaded = self._load_once(row)
@@ -427,14 +427,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def n_decode_threads(device: torch.device) -> int:
-    """How many threads decode images for a model on this device."""
+    """Returns how many threads decode images for a model on this device."""
     n_cores = len(os.sched_getaffinity(0))
     # on the CPU the model needs the cores, and takes far longer per image than decoding
     return min(16, n_cores) if device.type == "cuda" else max(1, min(8, n_cores // 2))
 
 
 def chunked(rows: Iterable[Row], n: int) -> Iterator[list[Row]]:
-    """Lists of n rows, the last one maybe shorter."""
+    """Yields lists of n rows; the last one may be shorter."""
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, n)):
         yield chunk

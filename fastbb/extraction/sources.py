@@ -1,4 +1,4 @@
-"""What is to be extracted: every INPUT becomes an ordered sequence of `Source` rows.
+"""Inputs of an extraction: every INPUT becomes an ordered sequence of `Source` rows.
 
 Nothing is opened here but directories, lists and the headers of archives; a file that is not
 there, or is no image, becomes a failed row later. A directory that cannot be read is passed over
@@ -20,13 +20,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 
+from ..images.formats import has_image_suffix
+
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
-_READ = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp")
-_READ += (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif")
-# listed all the same, so that such a picture is a failed row instead of being passed over
-_NOT_READ = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga")
-_NOT_READ += (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
-IMAGE_SUFFIXES = frozenset(_READ + _NOT_READ)
 # errors that say that nothing is there
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _UNREADABLE = "unreadable directories"
@@ -59,12 +55,12 @@ class Source:
 
 
 def is_url(text: str) -> bool:
-    """Whether `text` is an address rather than a path."""
+    """Returns whether `text` is a URL rather than a path."""
     return _URL.match(text) is not None
 
 
 def redact(text: str) -> str:
-    """`text` without the parts of an address that carry credentials: user, query, fragment."""
+    """Returns `text` without the parts of a URL that carry credentials: user, query, fragment."""
     if not is_url(text):
         return text
     scheme, _, rest = text.partition("://")
@@ -73,7 +69,7 @@ def redact(text: str) -> str:
 
 
 def source_at(path: str | os.PathLike[str]) -> Source:
-    """The image at a path as given; an address, which reading will refuse, loses its secrets."""
+    """Returns the image at a path. A URL loses its credentials here, and reading refuses it."""
     text = os.fsdecode(path)
     if is_url(text):
         return Source(redact(text), redact(text))
@@ -130,12 +126,12 @@ def list_sources(
 
 
 def first_few(texts: Sequence[str]) -> str:
-    """Some texts in one line, the first of them if there are many."""
+    """Joins texts in one line; of many texts only the first ones."""
     return ", ".join([*texts[:_N_SHOWN], *(["..."] if len(texts) > _N_SHOWN else [])])
 
 
 def archive_states(inputs: Iterable[str]) -> dict[str, dict[str, int]]:
-    """Size and time of change of the archives among the inputs, by absolute path.
+    """Returns size and modification time of the archives among the inputs, by absolute path.
 
     Rows of an archive are places in it, so they mean nothing in another one of the same name.
     """
@@ -248,7 +244,7 @@ def _walk(
                 skipped["symbolic links"] += 1
             elif is_directory:
                 children.append(child + "/")
-            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
+            elif has_image_suffix(entry.name):
                 children.append(child)
             else:
                 skipped["files without an image suffix"] += 1
@@ -293,9 +289,7 @@ def _read_tar(path: str, skipped: Counter[str]) -> Iterator[Source]:
                 name = member.name.removeprefix("./")
                 if not member.isreg() or member.issparse():
                     skipped["members that are no plain file"] += not member.isdir()
-                elif PurePath(name).suffix.lower() not in IMAGE_SUFFIXES or PurePath(
-                    name
-                ).name.startswith("."):
+                elif not has_image_suffix(name) or PurePath(name).name.startswith("."):
                     skipped["files without an image suffix"] += 1
                 else:
                     yield Source(name, path, member.offset_data, member.size)

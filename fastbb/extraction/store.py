@@ -1,6 +1,6 @@
 """The features directory, format 2, written shard by shard.
 
-    plan.json                   what decides the values; its sha256 is the identity of the run
+    plan.json                   settings that decide the values; its sha256 identifies the run
     rows/rows-*.jsonl           the frozen input list, one file per shard
     shards/features-*.safetensors   row_id int64 [n] and the features; failed rows are absent
     shards/index-*.jsonl        every row of the shard, ok or failed
@@ -35,12 +35,11 @@ from torch import Tensor
 from .sources import Source
 
 FORMAT = 2
-# what the first start found: the list of the inputs, and the mode that was fastest. A resumed run
-# takes them as they are
+# fields that the first start fills: the list of inputs and the mode; a resumed run keeps them
 _FROZEN_FIELDS = ("rows", "rows_sha256", "runs")
-# and the directories that it could not read, where there were some
+# the same for directories that could not be read; absent where there were none
 _UNREADABLE_FIELD = "unreadable_directories"
-# what is read from a plan again, beside the frozen fields
+# fields that are read back from a plan, besides the frozen ones
 _READ_FIELDS = frozenset(
     {"shard_rows", "batch_size", "precision", "device", "versions.torch", "versions.fastbb"}
     | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
@@ -60,7 +59,7 @@ class ExtractionError(RuntimeError):
     """An extraction cannot go on; what is committed stays.
 
     Attributes:
-        exit_code: what the command line exits with.
+        exit_code: of the command line.
     """
 
     exit_code: ClassVar[int] = 70
@@ -85,7 +84,7 @@ class OutputError(ExtractionError):
 
 
 def canonical_json(value: object) -> bytes:
-    """One line of JSON that is the same for equal values: sorted keys, ASCII, no spaces."""
+    """Returns one line of JSON that is equal for equal values: sorted keys, ASCII, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return text.encode("ascii") + b"\n"
 
@@ -235,7 +234,7 @@ class FeatureWriter:
         return len(self.plan["rows_sha256"])
 
     def rows(self, shard: int) -> list[Source]:
-        """The frozen rows of a shard, in order.
+        """Returns the frozen rows of a shard, in order.
 
         Raises:
             PlanMismatchError: the list is not the one that the plan was made for.
@@ -251,7 +250,7 @@ class FeatureWriter:
         return [Source(**{k: v for k, v in row.items() if k != "row"}) for row in rows]
 
     def committed(self, shard: int) -> dict[str, Any] | None:
-        """The commit of a shard, or None if it has no valid one and is to be done.
+        """Returns the commit of a shard, or None if the shard has no valid one and is to be done.
 
         The files of the shard are read and compared with the commit's sha256.
         """
@@ -353,7 +352,7 @@ def totals(commits: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
 
 
 def file_name(what: str, shard: int) -> str:
-    """Path of a file of a shard, relative to the features directory."""
+    """Returns the path of a file of a shard, relative to the features directory."""
     directory, suffix = {
         "rows": ("rows", "jsonl"),
         "features": ("shards", "safetensors"),
@@ -364,7 +363,7 @@ def file_name(what: str, shard: int) -> str:
 
 
 def is_started(directory: Path) -> bool:
-    """Whether a plan was made in the directory.
+    """Returns whether a plan was made in the directory.
 
     Raises:
         OutputError: the directory cannot be entered.
@@ -397,7 +396,7 @@ def read_plan(path: Path) -> dict[str, Any]:
 
 
 def read_commit(directory: Path, shard: int, plan_sha256: str) -> dict[str, Any] | None:
-    """The commit of a shard; None if there is none, or it is damaged or of another plan.
+    """Reads the commit of a shard; None if there is none, or it is damaged or of another plan.
 
     Of the files it names only the sizes are compared.
     """

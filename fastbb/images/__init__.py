@@ -1,1 +1,1 @@
-"""From image files to pixels, as the reference processors compute them."""
+"""Image processing: from files to the pixels that the reference processors compute."""

@@ -1,4 +1,4 @@
-"""Any picture to 8-bit RGB, by one written rule per mode.
+"""Conversion of images of any mode to 8-bit RGB, by one written rule per mode.
 
 The libraries whose pixels fastbb reproduces define what happens to 8-bit RGB; for other modes they
 raise, saturate or read the numbers of another colour space as RGB. `to_rgb` settles each mode once:
@@ -69,7 +69,7 @@ def to_rgb(image: Image.Image, *, alpha: AlphaRule = "white") -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray, *, alpha: AlphaRule = "white") -> np.ndarray:
-    """Brings an array to three channels, last; values and dtype stay what they are.
+    """Brings an array to three channels, last; values and dtype stay.
 
     Args:
         array: [H, W], [H, W, C] or [C, H, W] with C 1, 3 or 4, whole or float numbers. Where both

@@ -1,9 +1,8 @@
-"""Images in, exactly the reference's pixel values out.
+"""Image processors: images in, exactly the reference's pixel values out.
 
 The reference is the library that a checkpoint comes from: transformers' PIL backend (`hf`) or
 timm's evaluation transform (`timm`). For 8-bit RGB the result is bit-identical to it;
-`fastbb.image_modes` says how everything else becomes 8-bit RGB, `fastbb.image_spec` what decides a
-pixel.
+`modes` converts all other images to 8-bit RGB; `spec` holds everything that decides a pixel.
 
 An image goes: resize (Pillow) -> centre crop -> rescale and normalise -> pad. Resizing leaves 8-bit
 values, so the arithmetic has 256 possible results per channel: they are computed once, with the
@@ -28,31 +27,16 @@ from ..backbone.hub import (
     read_json,
     timm_pretrained_cfg,
 )
+from .formats import readable_formats
 from .modes import array_to_rgb, to_rgb
-from .spec import (
-    RESAMPLE,
-    ImageProcessorSpec,
-    config_from_spec,
-    spec_from_config,
-    spec_from_timm,
-)
+from .spec import RESAMPLE, ImageProcessorSpec
+from .spec_readers import config_from_spec, spec_from_config, spec_from_timm
 
 CONFIG_NAME = "preprocessor_config.json"
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-
-
-def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the file formats that are opened, as far as this Pillow knows them.
-
-    Files may come from anywhere, and of Pillow's other formats some start programs (EPS) and most
-    are hardly tested.
-    """
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 class BatchFeature(dict[str, Any]):
-    """What a processor returns: a dict for `model(**inputs)`, entries also as attributes."""
+    """A processed batch: a dict for `model(**inputs)`, entries also as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -78,7 +62,7 @@ class ImageProcessor:
     """Turns images into a model's input, by a spec.
 
     Args:
-        spec: what decides every pixel.
+        spec: everything that decides a pixel.
     """
 
     def __init__(self, spec: ImageProcessorSpec) -> None:

@@ -1,289 +1,364 @@
-"""What this machine can run, and what to do where it cannot: `fastbb doctor`."""
+"""`fastbb doctor`: examines this machine, and says what to do where it cannot run something.
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+Each topic is one function: it looks, judges, and adds a row to the table and values to the JSON.
+torch, triton, Pillow and packaging are imported inside them: one that is broken is a problem too.
+"""
 
-from .facts import Facts, Package, Results, gather_facts
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import textwrap
+import warnings
+from contextlib import suppress
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import facts
+
+if TYPE_CHECKING:
+    from fastbb_kernels.machine import Machine
 
 _MIN_FREE_BYTES = 2**20
+_PYTORCH = "https://pytorch.org/get-started/locally"
+# flag in /proc/cpuinfo -> its usual name, the newest last
+_INSTRUCTIONS = {
+    "asimd": "NEON",
+    "sve": "SVE",
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "bf16": "BF16",
+    "avx512_bf16": "AVX-512 BF16",
+    "amx_bf16": "AMX BF16",
+}
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that could be better.
-
-    Attributes:
-        what: it is, a sentence.
-        remedy: what to do about it.
-    """
+class Finding(NamedTuple):
+    """A sentence about something that could be better, and what to do about it."""
 
     what: str
     remedy: str
 
 
-@dataclass(frozen=True)
 class Doctor:
-    """What `doctor` found; prints problems first.
+    """Findings of an examination; prints problems first, then hints, then a table.
 
     Attributes:
-        facts: of the machine.
-        problems: what is wrong or impossible here.
-        hints: what would help, and works without.
+        problems: things that are wrong or impossible here.
+        hints: improvements; everything works without them.
+        facts: values that were seen, for JSON.
     """
 
-    facts: Facts
-    problems: tuple[Finding, ...]
-    hints: tuple[Finding, ...]
+    def __init__(self) -> None:
+        self.problems: list[Finding] = []
+        self.hints: list[Finding] = []
+        self.facts: dict[str, Any] = {"gpus": [], "cpu": None, "cache": None, "errors": []}
+        self._rows: list[tuple[str, str]] = []
 
-    @classmethod
-    def of(cls, facts: Facts) -> "Doctor":
-        """Judges facts; asks the machine nothing."""
-        return cls(facts, tuple(_problems(facts)), tuple(_hints(facts)))
+    def problem(self, what: str, remedy: str) -> None:
+        """Adds a problem; the same one of alike GPUs counts once."""
+        if (found := Finding(what, remedy)) not in self.problems:
+            self.problems.append(found)
+
+    def hint(self, what: str, remedy: str) -> None:
+        """Adds a hint; the same one of alike GPUs counts once."""
+        if (found := Finding(what, remedy)) not in self.hints:
+            self.hints.append(found)
+
+    def row(self, title: str, text: str) -> None:
+        """Adds a line to the table."""
+        self._rows.append((title, text))
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON has it: problems, hints and the facts."""
-        values = json.loads(json.dumps(asdict(self)))
-        return {"problems": values["problems"], "hints": values["hints"], **values["facts"]}
+        """Returns problems, hints and facts, for JSON."""
+        kinds = {"problems": self.problems, "hints": self.hints}
+        return {name: [f._asdict() for f in found] for name, found in kinds.items()} | self.facts
 
     def __str__(self) -> str:
-        lines = [f"{_count(self.problems, 'problem')}, {_count(self.hints, 'hint')}"]
+        counts, lines = [], []
         for kind, findings in (("problem", self.problems), ("hint", self.hints)):
-            for finding in findings:
-                lines += [f"{kind}: {finding.what}", f"    {finding.remedy}"]
-        rows = list(_rows(self.facts))
-        width = max(len(title) for title, _ in rows)
-        return "\n".join([*lines, "", *(f"{title:{width}}  {text}" for title, text in rows)])
+            counts.append(f"{len(findings) or 'no'} {kind}{'' if len(findings) == 1 else 's'}")
+            for what, remedy in findings:
+                lines += [f"{kind}: {what}", f"    {remedy}"]
+        width = max(len(title) for title, _ in self._rows)
+        rows = (f"{title:{width}}  {text}" for title, text in self._rows)
+        return "\n".join([", ".join(counts), *lines, "", *rows])
 
 
 def doctor() -> Doctor:
-    """Looks at this machine; takes a second, computes nothing and raises nothing."""
-    return Doctor.of(gather_facts())
+    """Examines this machine; takes a second, computes nothing and raises nothing."""
+    found = Doctor()
+    has_torch = _versions(found)
+    for topic in (_packages, *((_gpus, _cpu) if has_torch else ()), _compilers, _caches, _images):
+        try:
+            topic(found)
+        except Exception as error:  # whatever a broken package raises
+            problem = f"{topic.__name__.lstrip('_')} cannot be examined: {_in_a_line(error)}"
+            found.problem(problem, "reinstall fastbb and the packages that it needs")
+            found.facts["errors"].append(problem)
+    return found
 
 
-def _problems(facts: Facts) -> Iterator[Finding]:
-    if facts.torch.error is not None:
-        yield Finding(
-            f"torch cannot be imported: {facts.torch.error}",
+def _versions(found: Doctor) -> bool:
+    """Shows the versions of fastbb and torch; returns whether torch can be imported."""
+    system = f"{platform.system()} {platform.machine()}"
+    fastbb, python = facts.installed_version("fastbb") or "from source", platform.python_version()
+    found.row("fastbb", f"{fastbb}, Python {python} on {system}")
+    found.facts |= {"python": python, "system": system, "fastbb": fastbb}
+    version, build, problem = facts.installed_version("torch") or "", "", None
+    try:
+        import torch
+
+        version, cuda, hip = str(torch.__version__), torch.version.cuda, torch.version.hip
+        build = f"ROCm {hip}" if hip else f"CUDA {cuda}" if cuda else "CPU"
+    except Exception as error:  # whatever a broken torch raises
+        problem = _in_a_line(error)
+        found.problem(
+            f"torch cannot be imported: {problem}",
             "reinstall it: pip install --force-reinstall torch",
         )
-    for error in facts.errors:
-        yield Finding(
-            f"fastbb's own kernels cannot be looked at: {error}",
-            "reinstall fastbb, torch and triton",
-        )
-    for package in facts.packages:
-        if package.extra is None and (package.version is None or package.is_old):
-            yield _package_problem(package)
-    yield from _gpu_problems(facts)
-    for name, results in _all_results(facts):
-        for op, problem in results.ops.items():
-            if problem is not None:
-                yield Finding(
-                    f"{op} failed its check on {name}: {problem}",
-                    "PyTorch's own ops run instead, correct and slower; upgrade the driver, torch "
-                    "or triton, or try it again with `fastbb check --again`",
-                )
-    yield from _cpu_problems(facts)
-    cache = facts.cache
-    if cache is not None and not cache.writable:
-        yield Finding(
-            f"{cache.path} cannot be written: every process checks and measures again",
-            "make it writable, or set XDG_CACHE_HOME to a directory that is",
-        )
-    elif cache is not None and cache.free_bytes is not None and cache.free_bytes < _MIN_FREE_BYTES:
-        yield Finding(
-            f"the disk of {cache.path} is full: every process checks and measures again",
-            "free some space, or set XDG_CACHE_HOME to a directory on another disk",
-        )
+    found.row("torch", f"{version} for {build}" if build else "-")
+    found.facts["torch"] = {"version": version, "build": build, "error": problem}
+    return problem is None
 
 
-def _package_problem(package: Package) -> Finding:
-    wanted = f"{package.name}>={package.wanted}" if package.wanted else package.name
-    if package.version is None:
-        what = f"{package.name} is not installed"
-    else:
-        what = f"{package.name} {package.version} is too old, {package.wanted} or later is needed"
-    return Finding(what, f"pip install --upgrade '{wanted}'")
-
-
-def _gpu_problems(facts: Facts) -> Iterator[Finding]:
-    torch = facts.torch
-    # a program alone proves no GPU; `_hints` says it
-    there_is_one = bool(facts.gpu_sign) and not facts.gpu_sign.startswith("nvidia-smi")
-    if facts.gpus_hidden_by:
-        return
-    if torch.error is None and there_is_one and not facts.gpus:
-        if torch.build == "CPU":
-            yield Finding(
-                f"there is a GPU ({facts.gpu_sign}), but torch {torch.version} is a build for CPUs",
-                "install the build for your GPU: https://pytorch.org/get-started/locally",
-            )
+def _packages(found: Doctor) -> None:
+    packages = facts.needed_packages()
+    found.facts["packages"] = [package._asdict() for package in packages]
+    for name, version, wanted, extra in (package for package in packages if package.is_old):
+        remedy = f"pip install --upgrade '{name}{wanted}'"
+        if extra is None:
+            found.problem(f"{name} {version} is too old, {name}{wanted} is needed", remedy)
         else:
-            said = "; ".join(facts.gpu_messages) or "it says nothing about why"
-            yield Finding(
-                f"there is a GPU ({facts.gpu_sign}), but torch, built for {torch.build}, cannot "
-                f"use it: {said}",
-                "upgrade the driver or install a torch for an older one; in a container pass the "
-                "GPU on (docker run --gpus all)",
-            )
-    elif facts.gpus:
-        for message in facts.gpu_messages:
-            yield Finding(
-                f"torch says about the GPUs: {message}",
-                "install a torch built for them: https://pytorch.org/get-started/locally",
-            )
-    if facts.gpus and (facts.compilers.c is None or not facts.compilers.python_header):
-        missing = "a C compiler" if facts.compilers.c is None else "Python.h"
-        yield Finding(
-            f"Triton needs {missing} to start kernels, and there is none",
-            _install("gcc" if facts.compilers.c is None else "python3-dev"),
-        )
+            found.hint(f"{name} {version} is too old for the extra '{extra}'", remedy)
+    for name, version, wanted, extra in packages:
+        if version is None and extra is None:
+            found.problem(f"{name} is not installed", f"pip install '{name}{wanted}'")
+    for extra, group in groupby(packages, lambda package: package.extra):
+        shown = [f"{p.name} {p.version or 'missing'}" for p in group if p.name != "torch"]
+        found.row("needs" if extra is None else f"extra {extra}", ", ".join(shown))
 
 
-def _cpu_problems(facts: Facts) -> Iterator[Finding]:
-    cpu, compilers = facts.cpu, facts.compilers
-    if cpu.threads is not None and cpu.threads > cpu.usable_cores:
-        yield Finding(
-            f"torch uses {cpu.threads} threads, but this process may use {cpu.usable_cores} "
-            f"{'core' if cpu.usable_cores == 1 else 'cores'}: they wait for each other",
-            f"set OMP_NUM_THREADS={cpu.usable_cores} before Python starts, or call "
-            f"torch.set_num_threads({cpu.usable_cores})",
-        )
-    if compilers.cpp is None:
-        yield Finding(
-            "there is no C++ compiler: torch.compile cannot run on the CPU (mode 'compile')",
-            _install("g++") + "; or set CXX to the compiler",
-        )
-    elif not compilers.python_header:
-        yield Finding(
-            "there is no Python.h: torch.compile cannot run on the CPU (mode 'compile')",
-            _install("python3-dev"),
-        )
+def _gpus(found: Doctor) -> None:
+    import torch
 
-
-def _hints(facts: Facts) -> Iterator[Finding]:
-    for package in facts.packages:
-        if package.extra is not None and package.is_old:
-            yield Finding(
-                f"{package.name} {package.version} is older than the extra '{package.extra}' wants",
-                f"pip install --upgrade '{package.name}>={package.wanted}'",
-            )
-    program_only = facts.gpu_sign.startswith("nvidia-smi") and not facts.gpus_hidden_by
-    if program_only and not facts.gpus and facts.torch.error is None:
-        yield Finding(
-            f"{facts.gpu_sign}, but torch {facts.torch.version} ({facts.torch.build}) sees no GPU",
+    sign, hidden_by, build = facts.gpu_sign(), facts.gpus_hidden_by(), found.facts["torch"]["build"]
+    is_only_a_program = sign.startswith("nvidia-smi")  # which proves no GPU
+    gpus: list[dict[str, Any]] = []
+    said: list[object] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if torch.cuda.is_available():
+                gpus += [_gpu(found, index) for index in range(torch.cuda.device_count())]
+            elif sign and not hidden_by and build != "CPU":
+                torch.cuda.init()  # says why
+        except Exception as error:  # a driver's words
+            said.append(error)
+    messages = list(dict.fromkeys(map(_in_a_line, [*said, *(w.message for w in caught)])))
+    found.facts |= {"gpus": gpus, "gpu_sign": sign}
+    found.facts |= {"gpu_messages": messages, "gpus_hidden_by": hidden_by}
+    if not gpus:
+        why = f"hidden by {hidden_by}" if hidden_by else "none"
+        found.row("GPU", f"{why}: everything runs on the CPU")
+    if hidden_by:
+        return
+    for message in messages if gpus else ():
+        found.problem(
+            f"torch says about the GPUs: {message}", f"install a torch built for them: {_PYTORCH}"
+        )
+    if gpus or not sign:
+        return
+    if is_only_a_program:
+        found.hint(
+            f"{sign}, but torch {torch.__version__} ({build}) sees no GPU",
             "if there is one: a torch built for CUDA and a driver that is new enough",
         )
-    for gpu in facts.gpus:
-        from fastbb_kernels.supported_gpus import gpu_problem, named  # torch can be imported here
+    elif build == "CPU":
+        found.problem(
+            f"there is a GPU ({sign}), but torch {torch.__version__} is a build for CPUs",
+            f"install the build for your GPU: {_PYTORCH}",
+        )
+    else:
+        found.problem(
+            f"there is a GPU ({sign}), but torch, built for {build}, cannot use it: "
+            f"{'; '.join(messages) or 'it says nothing about why'}",
+            "upgrade the driver or install a torch for an older one; in a container pass the GPU "
+            "on (docker run --gpus all)",
+        )
 
-        problem = gpu_problem(named(gpu.capability))
-        if problem is not None:
-            yield Finding(
-                f"{gpu.name}: no kernel of ours runs on it: {problem}",
-                "mode='compile' needs no kernels of ours",
-            )
-    cpu = facts.cpu
-    if cpu.threads is not None and 2 * cpu.threads < cpu.usable_cores:
-        yield Finding(
-            f"torch uses {cpu.threads} of {cpu.usable_cores} cores",
-            "unless that is meant: unset OMP_NUM_THREADS, or call "
-            f"torch.set_num_threads({cpu.usable_cores})",
+
+def _gpu(found: Doctor, index: int) -> dict[str, Any]:
+    import torch
+
+    from fastbb_kernels.machine import Machine
+    from fastbb_kernels.supported_gpus import gpu_problem, named
+
+    device = torch.device("cuda", index)
+    machine, memory = Machine.of(device), torch.cuda.get_device_properties(device).total_memory
+    name, capability, driver = machine.device, machine.capability, machine.driver
+    found.row("GPU", f"{name}: {capability}, {_gib(memory)}, driver {driver or 'unknown'}")
+    if (problem := gpu_problem(named(capability))) is not None:
+        found.hint(
+            f"{name}: no kernel of ours runs on it: {problem}",
+            "mode='compile' needs no kernels of ours",
         )
-    if facts.huge_pages == "madvise" and not facts.asks_for_huge_pages and not facts.gpus:
-        yield Finding(
-            "large pages are given to programs that ask for them, and torch does not ask",
-            "set THP_MEM_ALLOC_ENABLE=1 before Python starts: large CPU tensors get cheaper",
-        )
-    if cpu.has_bf16 is False and not facts.gpus:
-        yield Finding(
+    values = {"name": name, "capability": capability, "memory_bytes": memory, "driver": driver}
+    return {**values, "results": _results(found, machine)}
+
+
+def _cpu(found: Doctor) -> None:
+    import torch
+
+    from fastbb_kernels.machine import Machine, cpu_flags
+
+    from ..engine.cpu import has_arithmetic
+
+    cores, threads, has_gpus = facts.usable_cores(), torch.get_num_threads(), found.facts["gpus"]
+    machine, flags = Machine.of(torch.device("cpu")), cpu_flags()
+    instructions = [name for flag, name in _INSTRUCTIONS.items() if flag in flags]
+    has_bf16 = has_arithmetic(torch.bfloat16) if flags else None
+    known = ", ".join(instructions) or "unknown instructions"
+    found.row("CPU", f"{machine.device}: {known}; torch uses {machine.capability}")
+    found.row("", f"{cores} usable cores, {threads} threads in torch")
+    if has_bf16 is not None:
+        found.row("", "bf16 instructions" if has_bf16 else "no bf16 instructions")
+    if has_bf16 is False and not has_gpus:
+        found.hint(
             "this CPU has no bf16 instructions: bf16 is slower than fp32 in eager PyTorch here",
             "stay in fp32 on it, or call model.prepare(), which then computes in fp32",
         )
-    for name, is_read in facts.image_formats.items():
-        if not is_read:
-            yield Finding(
-                f"Pillow was built without {name}", "pip install --upgrade pillow, from a wheel"
+    if threads > cores:
+        found.problem(
+            f"torch uses {threads} threads, but this process may use {cores} "
+            f"{'core' if cores == 1 else 'cores'}: they wait for each other",
+            f"set OMP_NUM_THREADS={cores} before Python starts, or call "
+            f"torch.set_num_threads({cores})",
+        )
+    elif 2 * threads < cores:
+        found.hint(
+            f"torch uses {threads} of {cores} cores",
+            f"unless that is meant: unset OMP_NUM_THREADS, or call torch.set_num_threads({cores})",
+        )
+    pages = re.search(r"\[(\w+)\]", facts.read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    huge_pages = pages[1] if pages else ""
+    asks = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") not in ("", "0")
+    if huge_pages == "madvise" and not asks and not has_gpus:
+        found.hint(
+            "large pages are given to programs that ask for them, and torch does not ask",
+            "set THP_MEM_ALLOC_ENABLE=1 before Python starts: large CPU tensors get cheaper",
+        )
+    values = {"name": machine.device, "capability": machine.capability, "has_bf16": has_bf16}
+    values |= {"instructions": instructions, "usable_cores": cores, "threads": threads}
+    found.facts["cpu"] = {**values, "results": _results(found, machine)}
+    found.facts |= {"huge_pages": huge_pages, "asks_for_huge_pages": asks}
+
+
+def _results(found: Doctor, machine: "Machine") -> dict[str, Any]:
+    """Tells what earlier runs found on a device; an entry of another form is passed over."""
+    from fastbb_kernels.result_cache import ResultCache
+
+    cache = ResultCache(machine)
+    ops: dict[str, str | None] = {}
+    by_dtype: dict[str, dict[str, list[str]]] = {}
+    for key, value in sorted(cache.items("self_check").items()):
+        problem = value.get("problem", 0) if isinstance(value, dict) else 0
+        if problem is not None and not isinstance(problem, str):
+            continue
+        op, _, dtype = key.replace("/torch.", " ").replace("/", " ").partition(" ")
+        ops[f"{op} {dtype}"] = problem
+        outcomes = by_dtype.setdefault(dtype, {"failed": [], "passed": []})
+        outcomes["passed" if problem is None else "failed"].append(op)
+        if problem is not None:
+            found.problem(
+                f"{op} {dtype} failed its check on {machine.device}: {problem}",
+                "PyTorch's own ops run instead, correct and slower; upgrade the driver, torch or "
+                "triton, or try it again with `fastbb check --again`",
             )
-    for name, results in _all_results(facts):
-        for note in results.notes:
-            yield Finding(f"{name}: {note}", "nothing to do: what it held is found out again")
+    for dtype, outcomes in by_dtype.items():
+        texts = (f"{name}: {', '.join(ops)}" for name, ops in outcomes.items() if ops)
+        found.row(f"  {dtype}", "; ".join(texts))
+    if not ops and machine.threads == "":  # a GPU
+        found.row("  ops", "not checked yet: each is at its first launch, or all by `fastbb check`")
+    entries = cache.items("tuned").items()
+    tuned = {k: str(v["winner"]) for k, v in entries if isinstance(v, dict) and "winner" in v}
+    for model, winner in sorted(tuned.items()):
+        found.row("  tuned", f"{model}: {winner}")
+    if not tuned:
+        found.row("  tuned", "no model yet: `fastbb tune MODEL`")
+    for note in cache.notes:
+        found.hint(f"{machine.device}: {note}", "nothing to do: what it held is found out again")
+    return {"path": str(cache.path), "ops": ops, "tuned": tuned, "notes": cache.notes}
 
 
-def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Titles and texts of the table below the findings."""
-    yield "fastbb", f"{facts.fastbb}, Python {facts.python} on {facts.system}"
-    yield "torch", f"{facts.torch.version} for {facts.torch.build}" if facts.torch.build else "-"
-    needed = [p for p in facts.packages if p.extra is None and p.name != "torch"]
-    yield "needs", ", ".join(map(_shown, needed))
-    extras: dict[str, list[Package]] = {}
-    for package in facts.packages:
-        if package.extra is not None:
-            extras.setdefault(package.extra, []).append(package)
-    for extra, packages in extras.items():
-        yield f"extra {extra}", ", ".join(map(_shown, packages))
-    read = [name for name, is_read in facts.image_formats.items() if is_read]
-    yield "images", ", ".join(read) or "-"
-    cpu = facts.cpu
-    instructions = ", ".join(cpu.instructions) or "unknown instructions"
-    yield "CPU", f"{cpu.name}: {instructions}; torch uses {cpu.capability or 'unknown'}"
-    yield "", f"{cpu.usable_cores} usable cores, {cpu.threads or '?'} threads in torch"
-    if cpu.has_bf16 is not None:
-        yield "", "bf16 instructions" if cpu.has_bf16 else "no bf16 instructions"
-    compilers = facts.compilers
-    header = "Python.h" if compilers.python_header else "no Python.h"
-    yield "compilers", f"C++ {compilers.cpp or 'none'}, C {compilers.c or 'none'}, {header}"
-    if cpu.results is not None:
-        yield from _result_rows(cpu.results, is_gpu=False)
-    if not facts.gpus:
-        why = f"hidden by {facts.gpus_hidden_by}" if facts.gpus_hidden_by else "none"
-        yield "GPU", f"{why}: everything runs on the CPU"
-    for gpu in facts.gpus:
-        driver = f"driver {gpu.driver}" if gpu.driver else "driver unknown"
-        yield "GPU", f"{gpu.name}: {gpu.capability}, {_gib(gpu.memory_bytes)}, {driver}"
-        yield from _result_rows(gpu.results, is_gpu=True)
-    if facts.cache is not None:
-        free = facts.cache.free_bytes
-        space = "" if free is None else f", {_gib(free)} free"
-        yield "cache", facts.cache.path + space
+def _compilers(found: Doctor) -> None:
+    # as torch._inductor and Triton look for them; importing those would take seconds
+    cpp = shutil.which(os.environ.get("CXX") or "g++")
+    c = shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")
+    header = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+    found.facts["compilers"] = {"cpp": cpp, "c": c, "python_header": header}
+    has_header = "Python.h" if header else "no Python.h"
+    found.row("compilers", f"C++ {cpp or 'none'}, C {c or 'none'}, {has_header}")
+    compile_fails = "torch.compile cannot run on the CPU (mode 'compile')"
+    has_gpus = bool(found.facts["gpus"])
+    for is_there, tool, result, package in (
+        (cpp, "C++ compiler", compile_fails, "g++; or set CXX to the compiler"),
+        (c or not has_gpus, "C compiler", "Triton cannot start kernels", "gcc"),
+        (
+            header,
+            "Python.h",
+            compile_fails + has_gpus * ", nor Triton start kernels",
+            "python3-dev",
+        ),
+    ):
+        if not is_there:
+            remedy = f"install it, on Debian and Ubuntu: apt install {package}"
+            found.problem(f"there is no {tool}: {result}", remedy)
 
 
-def _result_rows(results: Results, is_gpu: bool) -> Iterator[tuple[str, str]]:
-    by_dtype: dict[str, dict[bool, list[str]]] = {}
-    for name, problem in sorted(results.ops.items()):
-        op, _, dtype = name.partition(" ")
-        by_dtype.setdefault(dtype, {True: [], False: []})[problem is None].append(op)
-    for dtype, ops in by_dtype.items():
-        failed = f"failed: {', '.join(ops[False])}; " if ops[False] else ""
-        yield f"  {dtype}", f"{failed}passed: {', '.join(ops[True]) or 'none'}"
-    if is_gpu and not results.ops:
-        yield "  ops", "not checked yet: each is at its first launch, or all by `fastbb check`"
-    for model, winner in sorted(results.tuned.items()):
-        yield "  tuned", f"{model}: {winner}"
-    if not results.tuned:
-        yield "  tuned", "no model yet: `fastbb tune MODEL`"
+def _caches(found: Doctor) -> None:
+    caches = {}
+    if cpu := found.facts["cpu"]:
+        path, result = cpu["results"]["path"], "every process checks and measures again"
+        caches["cache"] = (os.path.dirname(path), "XDG_CACHE_HOME", result)
+    with suppress(Exception):  # a missing or broken Triton is told elsewhere
+        from triton import knobs
+
+        caches["triton_cache"] = (knobs.cache.dir, "TRITON_CACHE_DIR", "no kernel can be compiled")
+    for key, (path, variable, result) in caches.items():
+        state = found.facts[key] = facts.directory_state(path)
+        problem, free = state["problem"], state["free_bytes"]
+        title = "cache" if key == "cache" else "Triton's cache"
+        found.row(title, path if free is None else f"{path}, {_gib(free)} free")
+        if key == "triton_cache" and not found.facts["gpus"]:
+            continue  # kernels run on GPUs only
+        if free is not None and free < _MIN_FREE_BYTES:
+            found.problem(
+                f"the disk of {path} is full: {result}",
+                f"free some space, or set {variable} to a directory on another disk",
+            )
+        elif problem is not None:
+            found.problem(
+                f"{path} cannot be written ({problem}): {result}",
+                f"make it writable, or set {variable} to a directory that is",
+            )
 
 
-def _all_results(facts: Facts) -> Iterator[tuple[str, Results]]:
-    """Results by device name; of several alike GPUs, which share them, once."""
-    found = {gpu.results.path: (gpu.name, gpu.results) for gpu in facts.gpus}
-    if facts.cpu.results is not None:
-        found[facts.cpu.results.path] = (facts.cpu.name, facts.cpu.results)
-    yield from found.values()
+def _images(found: Doctor) -> None:
+    from PIL import features
+
+    from ..images.formats import pillow_support
+
+    formats = {**pillow_support(), "JPEG by libjpeg-turbo": features.check("libjpeg_turbo")}
+    found.facts["image_formats"] = formats
+    found.row("images", ", ".join(name for name, is_read in formats.items() if is_read))
+    for name in (name for name, is_read in formats.items() if not is_read):
+        found.hint(f"Pillow was built without {name}", "pip install --upgrade pillow, from a wheel")
 
 
-def _shown(package: Package) -> str:
-    return f"{package.name} {package.version or 'missing'}"
-
-
-def _install(package: str) -> str:
-    return f"install it, on Debian and Ubuntu: apt install {package}"
-
-
-def _count(findings: tuple[Finding, ...], noun: str) -> str:
-    return f"{len(findings) or 'no'} {noun}{'' if len(findings) == 1 else 's'}"
+def _in_a_line(error: object) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 def _gib(n_bytes: int) -> str:

@@ -12,6 +12,7 @@ from fastbb_kernels import use_impl
 
 from ..backbone.base import Backbone
 from ..backbone.registry import TransformersModel, Upstream, family_of
+from ..engine.measuring import describe
 
 _STAGE_NORMS = "hidden_states_norms."
 # only maps, whatever the user's configuration asks for besides
@@ -41,8 +42,7 @@ def upstream_of(backbone: Backbone) -> tuple[Upstream, str | None]:
                 named = _of_transformers(backbone, named)
             return named, None
         except Exception as error:  # whatever a missing library, or another version of it, raises
-            first_line = str(error).partition("\n")[0]
-            return _ours(backbone), f"{type(error).__name__}: {first_line}"
+            return _ours(backbone), describe(error)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Contact sheets: an image beside a picture of what each stage of a backbone makes of it.
+"""Contact sheets: an image beside a picture of each of a backbone's feature maps.
 
 The channels of a feature map are projected on the map's three main directions (PCA), which become
 lightness and two opposed pairs of hues; a cell of the map is a square of the picture.
@@ -27,7 +27,7 @@ _TITLE_PX = 22
 _LABEL_PX = 18
 _MAX_COLUMNS = 6
 
-# sizes of `view`: what fills a tile at a stride of 4, and a multiple of the usual deepest stride
+# sizes of `view`: a map at a stride of 4 fills a tile; a multiple of the usual deepest stride
 _LONG_EDGE_PX = 448
 _STRIDE_PX = 32
 
@@ -88,7 +88,7 @@ def view(
 
     Args:
         image_path: a picture in a format that extraction reads, within its limits.
-        model: what `AutoBackbone.from_pretrained` takes.
+        model: argument of `AutoBackbone.from_pretrained`.
         out_path: file to write; its suffix decides the format.
         size: (H, W) in pixels that the model sees. Default: the image's own shape with a longest
             edge of 448, or what a smaller image has, but not less than the model's own size.

@@ -73,7 +73,9 @@ class ResNetConfig(BackboneConfig):
         self.embedding_size = check_integer("embedding_size", embedding_size)
         self.depths = check_integers("depths", depths)
         self.hidden_sizes = check_integers("hidden_sizes", hidden_sizes, len(self.depths))
-        self.layer_type = check_choice("layer_type", layer_type, ("basic", "bottleneck"))
+        if layer_type not in ("basic", "bottleneck"):  # in transformers' words
+            raise ValueError(f"layer_type={layer_type} is not one of basic,bottleneck")
+        self.layer_type = layer_type
         self.hidden_act = check_choice("hidden_act", hidden_act, list(ACTIVATIONS))
         self.downsample_in_first_stage = check_boolean(
             "downsample_in_first_stage", downsample_in_first_stage

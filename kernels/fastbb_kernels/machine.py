@@ -54,7 +54,7 @@ class Machine:
             raise ValueError(f"Machine: wanted a cpu or a cuda device, got {device}")
         is_gpu = device.type == "cuda"
         return cls(
-            device=torch.cuda.get_device_name(device) if is_gpu else _cpu_name(),
+            device=torch.cuda.get_device_name(device) if is_gpu else cpu_name(),
             capability=_gpu_capability(device) if is_gpu else _cpu_capability(),
             driver=_driver() if is_gpu else "",
             torch=str(torch.__version__),
@@ -96,6 +96,24 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
     return found
 
 
+def cpu_name() -> str:
+    """Model of the CPU as Linux names it, elsewhere what Python knows of it."""
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of the CPU under Linux's names for them; empty where it reports none."""
+    info = _cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())  # x86, Arm
+
+
+def _cpu_info() -> dict[str, str]:
+    """Entries of /proc/cpuinfo for the first processor."""
+    lines = [line.partition(":") for line in _read(_CPU_INFO).splitlines()]
+    return {name.strip(): value.strip() for name, _, value in reversed(lines)}
+
+
 @cache
 def kernels_digest() -> str:
     """A digest of the sources that a result depends on, as they were when first asked for."""
@@ -114,14 +132,6 @@ def _gpu_capability(device: torch.device) -> str:
 
 def _cpu_capability() -> str:
     return str(torch.backends.cpu.get_cpu_capability())
-
-
-def _cpu_name() -> str:
-    for line in _read(_CPU_INFO).splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def _driver() -> str:

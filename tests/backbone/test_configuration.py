@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from fastbb import AutoConfig, BackboneConfigMixin, ResNetConfig, SwinConfig, TimmBackboneConfig
+from fastbb.backbone.configuration import check_choice
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,6 +205,14 @@ def test_wrong_fields_are_named(config: Any, arguments: dict[str, Any]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=name):
         config(**arguments)
+
+
+@pytest.mark.parametrize("value", [1, 0, None, "Auto", ["auto"], torch.ones(2)], ids=str)
+def test_a_choice_is_compared_with_its_type(value: Any) -> None:
+    choices = ("auto", True, False)
+    assert [check_choice("graph", choice, choices) for choice in choices] == list(choices)
+    with pytest.raises(ValueError, match="graph must be one of 'auto', True, False, got"):
+        check_choice("graph", value, choices)
 
 
 def test_layer_type_has_upstreams_message() -> None:

@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from fastbb.engine import cpu
 from fastbb.engine.compiled import compile_maps, in_chunks, local_inductor_options, own_code
 from fastbb.engine.computation import BackboneMaps
-from fastbb.engine.cpu import cpu_flags, even_part, has_arithmetic, largest_tensor
+from fastbb.engine.cpu import even_part, has_arithmetic, largest_tensor
+from fastbb_kernels import machine
 
 N = 4
 
@@ -143,15 +144,15 @@ def test_results_without_tensors_count_nothing() -> None:
 def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Puts a text, or nothing, in the place of what the kernel reports."""
     file = tmp_path / "cpuinfo"
-    monkeypatch.setattr(cpu, "Path", lambda name: {"/proc/cpuinfo": file}[name])
+    monkeypatch.setattr(machine, "_CPU_INFO", file)
 
     def report(text: str) -> None:
         file.write_text(text)
-        cpu_flags.cache_clear()
+        machine.cpu_flags.cache_clear()
 
-    cpu_flags.cache_clear()
+    machine.cpu_flags.cache_clear()
     yield report
-    cpu_flags.cache_clear()
+    machine.cpu_flags.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_arithmetic_is_what_the_flags_say(
 
 
 def test_where_nothing_is_reported_nothing_is_assumed(cpuinfo: Any) -> None:
-    assert cpu_flags() == frozenset()
+    assert machine.cpu_flags() == frozenset()
     assert not has_arithmetic(torch.bfloat16) and has_arithmetic(torch.float32)
 
 

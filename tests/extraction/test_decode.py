@@ -94,7 +94,7 @@ BAD_NAMES = list(bad_files(lambda *_, **__: bytes(100)))
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_bad_file_has_a_kind_and_a_message(
+def test_a_bad_file_has_an_error_kind_and_a_message(
     tmp_path: Path, encoded: Callable[..., bytes], name: str
 ) -> None:
     data, kind, message = bad_files(encoded)[name]
@@ -114,7 +114,7 @@ def test_a_bomb_is_refused_before_its_pixels_are_touched(monkeypatch: pytest.Mon
     assert not loaded
 
 
-def test_pillows_bomb_warning_as_an_error_is_a_row() -> None:
+def test_the_bomb_warning_raised_as_an_error_is_an_image_error() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with pytest.raises(ImageError) as caught:
@@ -139,7 +139,7 @@ def test_too_many_bytes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert caught.value.kind == "too_many_bytes"
 
 
-def test_places_that_hold_no_file(tmp_path: Path) -> None:
+def test_paths_without_a_regular_file_have_an_error_kind(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "directory.jpg").mkdir()
     (tmp_path / "file").write_bytes(b"x")
@@ -186,7 +186,7 @@ def test_member_of_an_archive_is_read_in_place(tmp_path: Path) -> None:
     ],
     ids=["EIO twice", "ESTALE once", "ETIMEDOUT for ever", "EACCES", "ENOENT"],
 )
-def test_passing_failures_are_tried_again(
+def test_temporary_failures_are_tried_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: int,

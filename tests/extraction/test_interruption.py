@@ -57,7 +57,7 @@ class Killer:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_raises_and_leaves_its_code(number: signal.Signals, code: int) -> None:
+def test_a_signal_raises_and_sets_the_exit_code(number: signal.Signals, code: int) -> None:
     with ending_on_signals():
         assert interruption_code() is None
         check_interrupted()
@@ -70,7 +70,7 @@ def test_a_signal_raises_and_leaves_its_code(number: signal.Signals, code: int) 
     check_interrupted()
 
 
-def test_what_was_there_is_there_again() -> None:
+def test_handlers_and_timers_are_restored() -> None:
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
     before = [signal.getsignal(name) for name in names], sys.unraisablehook
     with ending_on_signals():
@@ -83,7 +83,7 @@ def test_what_was_there_is_there_again() -> None:
 
 
 @pytest.mark.parametrize("place", ["__del__", "weakref callback"])
-def test_what_python_swallows_is_raised_again(place: str, capsys: Any) -> None:
+def test_an_interruption_that_python_swallows_is_raised_again(place: str, capsys: Any) -> None:
     with ending_on_signals():
         killer = Killer() if place == "__del__" else type("Plain", (), {})()
         _reference = weakref.ref(killer, lambda _: send()) if place != "__del__" else None
@@ -96,7 +96,7 @@ def test_what_python_swallows_is_raised_again(place: str, capsys: Any) -> None:
     assert "Interrupted" not in capsys.readouterr().err
 
 
-def test_cleaning_up_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finally_block_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interruption, "_AGAIN_S", 0.01)
     cleaned = []
     with ending_on_signals(), pytest.raises(Interrupted):
@@ -209,7 +209,7 @@ PLACES: dict[str, tuple[Any, str, Callable[[], None]]] = {
 
 
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_an_interruption_is_never_something_else(
+def test_an_interruption_anywhere_exits_with_130_and_resumes(
     place: tuple[Any, str, Callable[[], None]],
     extract: Callable[..., Result],
     tmp_path: Path,
@@ -228,7 +228,9 @@ def test_an_interruption_is_never_something_else(
     assert resumed.exit_code == 0 and "6 of 6 images have features" in resumed.stdout
 
 
-def test_terminated_is_143(extract: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_exits_with_143(
+    extract: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = once(pipeline.FeatureExtractor._batch, lambda: swallowed(signal.SIGTERM))
     monkeypatch.setattr(pipeline.FeatureExtractor, "_batch", batch)
     assert extract().exit_code == 143
@@ -281,7 +283,7 @@ def test_a_second_signal_ends_even_a_long_call() -> None:
 
 
 @pytest.mark.parametrize(("mode", "n"), [("eager", 10), ("compile", 2)])
-def test_random_moments(mode: str, n: int, tmp_path: Path) -> None:
+def test_runs_interrupted_at_random_moments_resume(mode: str, n: int, tmp_path: Path) -> None:
     outcome = Interrupts(tmp_path, mode, n_images=400).check(n)
     assert not outcome.problems, str(outcome)
     assert outcome.n_interrupted > n // 2, str(outcome)

@@ -64,7 +64,7 @@ def test_paths_may_be_bytes(model: Path, make_images: Callable[..., Path], tmp_p
         extract(model, [7], tmp_path / "b")  # type: ignore[list-item]
 
 
-def test_nothing_is_made_for_a_wrong_input(model: Path, tmp_path: Path) -> None:
+def test_a_wrong_input_makes_no_output_directory(model: Path, tmp_path: Path) -> None:
     for inputs in ([], [tmp_path / "nowhere"], [tmp_path, tmp_path / "nowhere"]):
         with pytest.raises(InputError):
             extract(model, inputs, tmp_path / "out")
@@ -135,7 +135,7 @@ def test_a_shard_of_maps_has_fewer_rows_by_default(
     assert open_features(tmp_path / "pooled").plan["shard_rows"] == 448
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+def test_progress_without_a_terminal_is_a_line_now_and_then(
     model: Path,
     make_images: Callable[..., Path],
     tmp_path: Path,
@@ -173,7 +173,7 @@ def test_progress_is_a_bar_on_a_terminal(
     assert "3/3" in terminal.getvalue() and "images/s" in terminal.getvalue()
 
 
-def test_timings_are_logged_apart(
+def test_timings_are_logged_in_run_jsonl(
     model: Path, make_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     extract(model, make_images(5), tmp_path / "out", shard_rows=3)

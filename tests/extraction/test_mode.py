@@ -40,7 +40,7 @@ def test_few_images_run_eager(
     assert "fp32 on cpu (eager)" in features.describe() and not compiled_for
 
 
-def test_what_auto_chose_is_taken_by_a_resumed_run(
+def test_a_resumed_run_takes_the_mode_that_auto_chose(
     run: Callable[..., Report],
     model: Path,
     images: Path,
@@ -83,7 +83,7 @@ def test_many_images_are_measured(
     assert row.what == "4x32x32" and "the fastest that passed its check" in row.why
 
 
-def test_images_of_many_shapes_run_op_by_op(
+def test_images_of_many_shapes_run_eager(
     aspect_model: Path, images: Path, tmp_path: Path, compiled_for: list[tuple[int, ...]]
 ) -> None:
     extract(aspect_model, images, tmp_path / "out")
@@ -100,7 +100,7 @@ def test_another_mode_is_another_plan(run: Callable[..., Report]) -> None:
     ("mode", "message"),
     [("triton", "needs a CUDA or ROCm device"), ("fast", "is not one of 'auto', 'eager'")],
 )
-def test_a_mode_that_is_impossible(
+def test_an_impossible_mode_is_refused(
     mode: str, message: str, model: Path, images: Path, tmp_path: Path
 ) -> None:
     arguments = ["extract", str(images), "--out", str(tmp_path / "out"), "--model", str(model)]

@@ -35,7 +35,7 @@ def everything(directory: Path) -> dict[str, bytes]:
         *("shards/photo.jpg", "rows/rows-1.jsonl.bak", ".git"),
     ],
 )
-def test_files_of_somebody_else_are_left_alone(run: Run, tmp_path: Path, name: str) -> None:
+def test_files_of_others_are_refused_unchanged(run: Run, tmp_path: Path, name: str) -> None:
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("x")
@@ -49,7 +49,7 @@ def test_files_of_somebody_else_are_left_alone(run: Run, tmp_path: Path, name: s
     ["{}", "null", "{", '{"format":9}', '{"format":2,"rows":1,"rows_sha256":[]}'],
     ids=["empty", "null", "cut", "later format", "few fields"],
 )
-def test_a_plan_of_something_else_is_left_alone(run: Run, tmp_path: Path, plan: str) -> None:
+def test_a_plan_of_another_format_is_refused_unchanged(run: Run, tmp_path: Path, plan: str) -> None:
     out = tmp_path / "out"
     (out / "notes.tmp-1").mkdir(parents=True)
     (out / "notes.tmp-1" / "a.tmp-2").write_text("x")
@@ -121,7 +121,7 @@ def test_every_field_that_is_shown_is_required(run: Run, tmp_path: Path) -> None
         inner[name] = value
 
 
-def test_damaged_timings_are_passed_over(run: Run, tmp_path: Path) -> None:
+def test_damaged_timings_are_ignored(run: Run, tmp_path: Path) -> None:
     run()
     with open(tmp_path / "out" / "run.jsonl", "a") as file:
         file.write('null\n{}\n{"event":"shard"}\n{"eve')
@@ -129,7 +129,9 @@ def test_damaged_timings_are_passed_over(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["features-00001.safetensors", "index-00001.jsonl"])
-def test_a_flipped_bit_is_done_again(run: Run, tmp_path: Path, tree: Tree, name: str) -> None:
+def test_a_shard_with_a_flipped_bit_is_computed_again(
+    run: Run, tmp_path: Path, tree: Tree, name: str
+) -> None:
     run()
     before = tree(tmp_path / "out")
     path = tmp_path / "out" / "shards" / name
@@ -139,7 +141,7 @@ def test_a_flipped_bit_is_done_again(run: Run, tmp_path: Path, tree: Tree, name:
     assert run().resumed_rows == 6 and tree(tmp_path / "out") == before
 
 
-def test_a_directory_that_cannot_be_entered(
+def test_a_directory_that_cannot_be_entered_is_an_output_error(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def denied(path: Path) -> bool:
@@ -150,13 +152,13 @@ def test_a_directory_that_cannot_be_entered(
         run()
 
 
-def test_a_budget_counts_what_earlier_runs_left(run: Run, tmp_path: Path) -> None:
+def test_the_error_budget_counts_failures_of_earlier_runs(run: Run, tmp_path: Path) -> None:
     assert run().errors == {"unsupported_format": 1}
     with pytest.raises(ErrorBudgetError, match="stopped: 1 of 10 images failed"):
         run(max_error_rate=0)
 
 
-def test_a_long_list_that_differs_says_where(model: Path, tmp_path: Path) -> None:
+def test_the_first_difference_of_long_lists_is_named(model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"shard_rows": 1, "inputs": [f"/photos/{i:05d}" for i in range(99)]}
     with pytest.raises(PlanMismatchError) as caught:
         store._check_plan(tmp_path, {**settings, "inputs": settings["inputs"][:7]}, settings)
@@ -166,7 +168,7 @@ def test_a_long_list_that_differs_says_where(model: Path, tmp_path: Path) -> Non
     )
 
 
-def test_another_precision_is_named_before_its_weights(run: Run, tmp_path: Path) -> None:
+def test_another_precision_is_named_before_other_weights(run: Run, tmp_path: Path) -> None:
     run()
     with pytest.raises(PlanMismatchError, match="another plan; precision: 'fp32' there, 'bf16'"):
         run(precision="bf16")

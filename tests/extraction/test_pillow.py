@@ -129,7 +129,7 @@ def extractor(model: Path) -> FeatureExtractor:
     return FeatureExtractor(model, batch_size=1)
 
 
-def test_what_the_program_set_before_decides_no_row(
+def test_settings_of_before_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path]
 ) -> None:
     expected = rows(extractor.stream(files))
@@ -146,7 +146,7 @@ def test_what_the_program_set_before_decides_no_row(
 
 
 @pytest.mark.parametrize("index", range(len(CHANGED)), ids=[name for _, name, _ in CHANGED])
-def test_what_the_program_sets_between_two_batches_decides_no_row(
+def test_settings_between_batches_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path], index: int
 ) -> None:
     expected = rows(extractor.stream(files))
@@ -163,7 +163,7 @@ def test_what_the_program_sets_between_two_batches_decides_no_row(
     assert settings() == kept  # what the program set last is not lost
 
 
-def test_what_the_program_sets_while_an_image_is_decoded_decides_no_row(
+def test_settings_during_decoding_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = rows(extractor.stream(files))
@@ -180,7 +180,7 @@ def test_what_the_program_sets_while_an_image_is_decoded_decides_no_row(
     assert len(n_decoded) == 2 * len(files)
 
 
-def test_a_setting_that_another_thread_put_back_counts_as_changed() -> None:
+def test_a_setting_restored_by_another_thread_counts_as_changed() -> None:
     with fixed_settings():
         before = fix_settings()
         assert fix_settings() is before
@@ -190,7 +190,7 @@ def test_a_setting_that_another_thread_put_back_counts_as_changed() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_warnings_as_errors_decide_no_row(
+def test_warnings_as_errors_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path], when: str
 ) -> None:
     expected = rows(extractor.stream(files))
@@ -210,7 +210,7 @@ def test_warnings_as_errors_decide_no_row(
             Image.open(next(path for path in files if path.name == "big-header.png"))
 
 
-def test_pillows_warnings_are_ignored_until_the_run_ends_in_whatever_context() -> None:
+def test_pillow_warnings_are_ignored_in_any_context_until_the_run_ends() -> None:
     before = list(warnings.filters)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -226,7 +226,7 @@ def test_pillows_warnings_are_ignored_until_the_run_ends_in_whatever_context() -
     assert list(warnings.filters) == before
 
 
-def test_the_programs_settings_are_back_however_a_run_ends(
+def test_settings_are_restored_however_a_run_ends(
     extractor: FeatureExtractor, files: list[Path]
 ) -> None:
     change()
@@ -256,7 +256,7 @@ def test_the_programs_settings_are_back_however_a_run_ends(
     assert settings() == PROGRAMS
 
 
-def test_the_last_of_several_runs_gives_the_settings_back(
+def test_the_last_of_several_runs_restores_the_settings(
     extractor: FeatureExtractor, files: list[Path]
 ) -> None:
     change()
@@ -272,7 +272,7 @@ def test_the_last_of_several_runs_gives_the_settings_back(
     assert settings() == PROGRAMS
 
 
-def test_runs_in_several_threads(model: Path, files: list[Path]) -> None:
+def test_runs_in_several_threads_compute_the_same(model: Path, files: list[Path]) -> None:
     expected = rows(FeatureExtractor(model, batch_size=1).stream(files))
     change()
     found: list[Any] = []
@@ -291,7 +291,7 @@ def test_runs_in_several_threads(model: Path, files: list[Path]) -> None:
     assert settings() == PROGRAMS
 
 
-def test_an_extraction_stores_the_same_whatever_the_program_set(
+def test_an_extraction_stores_the_same_under_any_settings(
     model: Path, files: list[Path], tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {"max_error_rate": 1}

@@ -40,7 +40,7 @@ def test_pooled_is_the_mean_of_the_last_requested_map(
     assert features["pooled"].dtype == torch.float32 and not features["pooled"].requires_grad
 
 
-def test_images_may_be_anything_that_holds_one(
+def test_images_may_be_of_any_supported_type(
     model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
     path = tmp_path / "a.png"
@@ -117,7 +117,7 @@ def test_device_zero_is_the_first_gpu_and_never_the_cpu(
         FeatureExtractor(model, device=0)  # type: ignore[arg-type]
 
 
-def test_one_path_is_no_stream(model: Path, make_images: Callable[..., Path]) -> None:
+def test_stream_refuses_a_single_path(model: Path, make_images: Callable[..., Path]) -> None:
     ex = FeatureExtractor(model)
     path = make_images(1) / "00000.png"
     for one in (path, str(path), bytes(path)):
@@ -180,7 +180,7 @@ def test_every_row_has_the_features_of_its_own_file(
         same(alone(path)["pooled"][0], row)
 
 
-def test_images_of_their_own_shape_run_alone(
+def test_images_that_keep_their_aspect_ratio_run_alone(
     aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
     root = tmp_path / "images"
@@ -196,7 +196,7 @@ def test_images_of_their_own_shape_run_alone(
         same(last.mean((2, 3))[0], row)
 
 
-def test_maps_of_images_of_their_own_shape_need_a_size(aspect_model: Path) -> None:
+def test_maps_need_a_size_where_images_keep_their_aspect_ratio(aspect_model: Path) -> None:
     with pytest.raises(ValueError, match="maps differ in size.*--size HxW"):
         FeatureExtractor(aspect_model, ("maps",))
     ex = FeatureExtractor(aspect_model, ("maps",), size=(48, 64))
@@ -218,7 +218,7 @@ def test_maps_of_images_of_their_own_shape_need_a_size(aspect_model: Path) -> No
     ],
     ids=["gpu memory", "cpu memory", "size"],
 )
-def test_an_image_too_much_for_the_model_is_a_row(
+def test_an_image_too_large_for_the_model_is_a_failed_row(
     aspect_model: Path, make_images: Callable[..., Path], error: Exception, kind: str
 ) -> None:
     ex = FeatureExtractor(aspect_model)
@@ -236,7 +236,7 @@ def test_an_image_too_much_for_the_model_is_a_row(
     assert [[e.kind for e in batch.errors] for batch in batches] == [[], [kind], []]
 
 
-def test_a_batch_too_much_for_the_memory_asks_for_a_smaller_one(
+def test_a_batch_too_large_for_the_memory_asks_for_a_smaller_one(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
     ex = FeatureExtractor(model, batch_size=2)
@@ -249,7 +249,7 @@ def test_a_batch_too_much_for_the_memory_asks_for_a_smaller_one(
         list(ex.stream(sorted(make_images(3).iterdir())))
 
 
-def test_an_image_that_the_processor_refuses_is_a_row(
+def test_an_image_that_the_processor_refuses_is_a_failed_row(
     aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
     # one pixel high and resized to its own shape: nothing is left
@@ -276,7 +276,7 @@ def test_a_thin_image_is_refused_before_it_is_stretched(
     assert ex.settings()["limits"]["resized_pixels"] == 2**24
 
 
-def test_features_that_are_not_finite_are_a_row(
+def test_features_that_are_not_finite_are_a_failed_row(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
     ex = FeatureExtractor(model, batch_size=3)

@@ -116,7 +116,7 @@ def test_file_name_column_of_image_folders_is_read(tmp_path: Path) -> None:
     assert ids(tmp_path / "metadata.csv") == ["a.jpg"]
 
 
-def test_a_line_of_text_is_a_path_as_it_stands(tmp_path: Path) -> None:
+def test_a_line_of_text_is_a_path_unchanged(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("# a.jpg\n b .jpg \n\npipe:x.jpg\n")
     assert ids(tmp_path / "list.txt") == ["# a.jpg", " b .jpg ", "pipe:x.jpg"]
 
@@ -128,7 +128,7 @@ def test_a_line_of_text_is_a_path_as_it_stands(tmp_path: Path) -> None:
         ("list.jsonl", '{"id": "", "path": "a.jpg"}\n{"id": null, "path": "b.jpg"}\n'),
     ],
 )
-def test_an_empty_id_is_none(tmp_path: Path, name: str, text: str) -> None:
+def test_an_empty_id_counts_as_missing(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     assert ids(tmp_path / name) == ["a.jpg", "b.jpg"]
 
@@ -146,11 +146,11 @@ SECRET_URL = "https://user:pa55@host.org:8080/a/b.jpg?X-Signature=s3cret&x=1#fra
         ("a/b?c@d.jpg", "a/b?c@d.jpg"),
     ],
 )
-def test_redact_drops_what_carries_credentials(text: str, expected: str) -> None:
+def test_redact_removes_credentials(text: str, expected: str) -> None:
     assert redact(text) == expected
 
 
-def test_addresses_in_a_list_are_rows_without_their_credentials(tmp_path: Path) -> None:
+def test_urls_in_a_list_become_rows_without_their_credentials(tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text(f"{SECRET_URL}\na.jpg\n")
     listed = list(list_sources([path], Counter()))

@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def test_what_is_on_disk(
+def test_files_of_a_finished_directory(
     run: Callable[..., Report], images: Path, tmp_path: Path, tree: Tree
 ) -> None:
     run()
@@ -117,7 +117,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_shard_without_a_valid_commit_is_done_again(
+def test_a_shard_without_a_valid_commit_is_computed_again(
     run: Callable[..., Report], tmp_path: Path, tree: Tree, damage: str
 ) -> None:
     run()
@@ -208,7 +208,7 @@ def test_a_changed_list_of_rows_is_refused(run: Callable[..., Report], tmp_path:
         run()
 
 
-def test_a_directory_of_something_else_is_left_alone(
+def test_a_directory_with_other_files_is_refused_unchanged(
     run: Callable[..., Report], tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -218,14 +218,14 @@ def test_a_directory_of_something_else_is_left_alone(
     assert os.listdir(tmp_path / "out") == ["thesis.tex"]
 
 
-def test_one_writer_at_a_time(run: Callable[..., Report], tmp_path: Path) -> None:
+def test_a_second_writer_is_refused(run: Callable[..., Report], tmp_path: Path) -> None:
     with FeatureWriter(tmp_path / "out"), pytest.raises(OutputLockedError, match="another process"):
         run()
     assert run().ok == 9
 
 
 @pytest.mark.parametrize("out", ["file/out", "file", "/proc/self/out", "/dev/null/out"])
-def test_a_place_that_cannot_be_written(
+def test_an_output_that_cannot_be_written_is_an_output_error(
     run: Callable[..., Report], tmp_path: Path, out: str
 ) -> None:
     (tmp_path / "file").write_text("x")
@@ -255,7 +255,7 @@ class Broken(BaseException):
 
 
 @pytest.mark.parametrize("point", ["fsync", "replace", "after"])
-def test_whatever_write_fails_the_next_run_completes_the_same_tree(
+def test_after_any_failed_write_the_next_run_completes_the_same_tree(
     run: Callable[..., Report],
     tmp_path: Path,
     tree: Tree,
@@ -294,7 +294,7 @@ def test_whatever_write_fails_the_next_run_completes_the_same_tree(
         assert tree(out) == whole
 
 
-def test_what_a_run_left_that_died_while_listing_is_not_kept(
+def test_rows_of_a_run_killed_while_listing_are_removed(
     run: Callable[..., Report], tmp_path: Path, tree: Tree
 ) -> None:
     run(tmp_path / "whole")
@@ -319,7 +319,9 @@ def test_an_unfinished_directory_shows_its_committed_shards(
     assert "not finished" in part.describe() and "6 of 10" in part.describe()
 
 
-def test_features_shard_by_shard(run: Callable[..., Report], tmp_path: Path) -> None:
+def test_iter_shards_yields_what_indexing_returns(
+    run: Callable[..., Report], tmp_path: Path
+) -> None:
     run(features=("pooled", "maps"), out_indices=(0, 2))
     features = open_features(tmp_path / "out")
     assert features.names == ("maps.stage2", "maps.stem", "pooled")
@@ -332,7 +334,7 @@ def test_features_shard_by_shard(run: Callable[..., Report], tmp_path: Path) -> 
         features["maps.stage9"]
 
 
-def test_no_features_and_features_of_a_later_version(
+def test_a_missing_directory_and_a_later_format_are_refused(
     run: Callable[..., Report], tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError, match="no features directory"):

@@ -74,7 +74,7 @@ def test_a_directory_that_cannot_be_read_is_named_and_the_others_are_listed(
     ]
 
 
-def test_an_entry_that_cannot_be_looked_at_is_named_where_it_is_asked_for(
+def test_an_entry_without_permission_is_named_if_it_matches(
     root: Path, deny: Callable[..., None]
 ) -> None:
     (root / ".hidden").mkdir()
@@ -93,7 +93,7 @@ def test_an_entry_that_cannot_be_looked_at_is_named_where_it_is_asked_for(
 @pytest.mark.parametrize(
     ("name", "pattern"), [(".", ""), (".", "/*.png"), ("a/locked", "/a/locked/*.png")]
 )
-def test_an_input_of_which_nothing_is_left_is_an_error(
+def test_an_input_without_a_readable_directory_is_an_error(
     root: Path, deny: Callable[..., None], model: Path, tmp_path: Path, name: str, pattern: str
 ) -> None:
     deny(root, {name: errno.EACCES})
@@ -109,7 +109,7 @@ def test_an_input_of_which_nothing_is_left_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["closed/a.jpg", "closed/images", "closed/*/a.jpg", "closed/b/*"])
-def test_what_is_below_a_directory_that_one_may_not_enter_is_denied(
+def test_a_path_below_a_directory_without_permission_is_denied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     look, closed = os.stat, tmp_path / "closed"
@@ -130,7 +130,7 @@ def test_what_is_below_a_directory_that_one_may_not_enter_is_denied(
     assert stat.S_ISDIR(look(closed).st_mode)
 
 
-def test_the_report_names_them_and_the_command_exits_with_1(
+def test_unreadable_directories_are_reported_and_exit_with_1(
     root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
 ) -> None:
     deny(root, DENIED)
@@ -145,7 +145,7 @@ def test_the_report_names_them_and_the_command_exits_with_1(
     assert f"not read  2 directories: {named}" in open_features(tmp_path / "out").describe()
 
 
-def test_a_resumed_run_takes_the_frozen_list_and_still_says_what_is_missing(
+def test_a_resumed_run_keeps_the_list_and_reports_unreadable_directories(
     root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
 ) -> None:
     deny(root, DENIED)
@@ -159,7 +159,7 @@ def test_a_resumed_run_takes_the_frozen_list_and_still_says_what_is_missing(
     assert "unreadable_directories" not in open_features(tmp_path / "other").plan
 
 
-def test_of_many_the_first_are_shown(
+def test_only_the_first_of_many_directories_are_shown(
     root: Path, deny: Callable[..., None], model: Path, tmp_path: Path
 ) -> None:
     names = [f"d{i}" for i in range(9)]

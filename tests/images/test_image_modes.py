@@ -54,12 +54,12 @@ def upstream_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB", "RGBX", "F"])
-def test_opaque_modes_are_pillows_conversion(mode: str) -> None:
+def test_opaque_modes_equal_pillow(mode: str) -> None:
     image = picture(mode)
     assert_same(to_rgb(image), image.convert("RGB"))
 
 
-def test_lab_is_no_picture_with_alpha() -> None:
+def test_the_a_of_lab_is_not_alpha() -> None:
     image = picture("LAB")
     upstream = upstream_rgb(image)
     assert (upstream == 255).all()  # its bands are L, A, B, and upstream takes the A for alpha
@@ -125,7 +125,7 @@ def transparent(mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ALPHA + TRANSPARENT)
-def test_white_is_transformers_rule(mode: str) -> None:
+def test_alpha_on_white_equals_transformers(mode: str) -> None:
     image = transparent(mode)
     expected = upstream_rgb(image)
     assert_same(to_rgb(image, alpha="white"), expected)
@@ -133,7 +133,7 @@ def test_white_is_transformers_rule(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ALPHA + TRANSPARENT)
-def test_drop_is_pillows_conversion(mode: str) -> None:
+def test_dropped_alpha_equals_pillow(mode: str) -> None:
     image = transparent(mode)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow's "should be converted to RGBA" must not appear
@@ -151,7 +151,7 @@ def test_transparent_red_is_white_or_red() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
 @pytest.mark.parametrize("alpha", ["white", "drop"])
-def test_premultiplied_modes_are_the_straight_ones(mode: str, alpha) -> None:
+def test_premultiplied_modes_equal_straight_ones(mode: str, alpha) -> None:
     image = picture(mode)
     assert_same(to_rgb(image, alpha=alpha), to_rgb(image.convert(mode.upper()), alpha=alpha))
 
@@ -206,6 +206,6 @@ def test_gray_arrays_and_dropped_alpha() -> None:
     ],
     ids=["2-channels", "1d", "5d", "bool", "complex", "rgba-range", "rgba-nan"],
 )
-def test_arrays_that_are_no_pictures(array: np.ndarray, message: str) -> None:
+def test_arrays_that_are_no_images_are_refused(array: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         array_to_rgb(array)

@@ -18,7 +18,7 @@ from timm.data.config import resolve_data_config
 from timm.data.transforms_factory import create_transform
 
 from fastbb.images.processor import AutoImageProcessor, ImageProcessor, ImageProcessorSpec
-from fastbb.images.spec import spec_from_config, spec_from_timm
+from fastbb.images.spec_readers import spec_from_config, spec_from_timm
 
 SIZES = [(1, 1), (1, 9), (11, 1), (2, 97), (23, 24), (32, 32), (61, 37), (64, 64), (101, 99)]
 VIT = {"image_processor_type": "ViTImageProcessor", "size": 32}
@@ -52,7 +52,7 @@ def png(image: Image.Image, **options) -> bytes:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("input_size", [(32, 32), (31, 48), (57, 20)], ids=str)
 @pytest.mark.parametrize("crop_pct", [0.875, 0.95, 1.0])
-def test_pixels_are_timms(crop_mode, interpolation, input_size, crop_pct) -> None:
+def test_pixels_equal_timm(crop_mode, interpolation, input_size, crop_pct) -> None:
     if crop_mode == "center" and input_size[0] != input_size[1]:
         # timm before passes no interpolation on, so that bicubic becomes bilinear
         pytest.importorskip("timm", minversion="1.0.31")
@@ -86,7 +86,7 @@ def test_pixels_are_timms(crop_mode, interpolation, input_size, crop_pct) -> Non
         "deepseek_vit_412m.deepseek_v4_flash_vision_exp",  # bicubic, border
     ],
 )
-def test_pixels_of_a_timm_name_are_timms(name: str) -> None:
+def test_pixels_of_a_timm_name_equal_timm(name: str) -> None:
     if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
         pytest.skip(f"timm {timm.__version__} has no such model")
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
@@ -301,7 +301,7 @@ def test_formats_outside_the_list_are_not_opened(tmp_path: Path, format: str) ->
             processor_for(VIT)(image)
 
 
-def test_other_refusals() -> None:
+def test_other_wrong_arguments_are_refused() -> None:
     keeps_aspect = processor_for({**BIT, "do_center_crop": False})
     with pytest.raises(ValueError, match="2 sizes make no batch.*pass one at a time"):
         keeps_aspect([picture(10, 20), picture(20, 10)])
@@ -324,7 +324,7 @@ def test_other_refusals() -> None:
         ImageProcessor(unnamed).save_pretrained("unused")
 
 
-def test_a_directory_without_preprocessing_says_so(tmp_path: Path) -> None:
+def test_a_directory_without_preprocessing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "swin"}')
     with pytest.raises(OSError, match=r"no preprocessor_config\.json and is not a timm model"):
         AutoImageProcessor.from_pretrained(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastbb.images.processor import AutoImageProcessor
-from fastbb.images.spec import spec_from_config
+from fastbb.images.spec_readers import spec_from_config
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -85,7 +85,7 @@ def assert_same(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
-def test_pixels_are_transformers(name: str, tmp_path: Path) -> None:
+def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name])
     images = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
     for image in images:
@@ -109,7 +109,7 @@ TYPES = sorted({spec_from_config(config).image_processor_type for config in HUB_
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_class_defaults(name: str, tmp_path: Path) -> None:
+def test_class_defaults_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name})
     images = [picture(48, 64), picture(30, 20)]
     images[1].info["transparency"] = images[1].getpixel((10, 15))  # white where it converts
@@ -155,7 +155,7 @@ def random_config(rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_files(seed: int, tmp_path: Path) -> None:
+def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> None:
     rng = random.Random(seed)
     compared = 0
     for number in range(100):
@@ -257,7 +257,7 @@ def test_images_in_memory_are_taken_as_upstream_takes_them(kind: str, tmp_path: 
     ],
     ids=str,
 )
-def test_overrides(name: str, overrides: dict, tmp_path: Path) -> None:
+def test_overrides_equal_transformers(name: str, overrides: dict, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name], **overrides)
     assert_same(ours(picture(50, 70)), theirs(picture(50, 70), return_tensors="pt"))
 

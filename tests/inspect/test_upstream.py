@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from reference_models import hf_pair, hf_resnet, hf_swin, images
 
 from fastbb.backbone.registry import family_of
@@ -22,9 +23,10 @@ def test_without_transformers_it_falls_back_and_says_so(monkeypatch: pytest.Monk
             (note,) = report.notes
             assert note.startswith("the reference is our own: ModuleNotFoundError")
             assert f"note: {note}" in str(report)
-            own = pair.ours.feature_map
-            monkeypatch.setattr(pair.ours, "feature_map", lambda stage, x: 1.001 * own(stage, x))
-            assert not verify(pair.ours, inputs=images(64, 64)).passed
+            with torch.no_grad():
+                first = next(p for p in pair.upstream.parameters() if p.is_floating_point())
+                first.mul_(1.001)
+            assert not verify(pair.ours, pair.upstream, images(64, 64)).passed
 
 
 def test_a_family_that_names_no_upstream_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

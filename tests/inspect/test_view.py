@@ -85,7 +85,7 @@ def test_captions_and_title_are_drawn() -> None:
         pytest.param(lambda x: x.requires_grad_(), id="with-gradient"),
     ],
 )
-def test_picture_depends_on_the_features_only_up_to_what_pca_leaves_open(change) -> None:
+def test_a_picture_does_not_depend_on_sign_scale_offset_or_dtype(change) -> None:
     image = half_and_half(0, 255)
     (maps,) = random_maps((1, 8, 12, 16))
     before = contact_sheet(image, [maps], ["stage1"])
@@ -106,7 +106,7 @@ def test_bfloat16_maps_are_drawn() -> None:
     assert n_colours(tiles(sheet, 1, 2, (336, 252))[0][1]) == 48
 
 
-def test_many_stages_go_on_below() -> None:
+def test_many_stages_are_drawn_in_several_lines() -> None:
     image = half_and_half(0, 255)
     maps = random_maps(*[(1, 8, 3, 4)] * 7)
     sheet = contact_sheet(image, maps, [f"stage{i}" for i in range(7)])
