@@ -87,7 +87,7 @@ def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
     infer(model)
     replacement = replacement_of(model)
     assert replacement is not None
-    fast: Any = replacement.fast
+    fast: Any = replacement.ours
     before = fast.engine()
     nn.Sequential(model, nn.Identity())
     infer(model)
@@ -98,7 +98,7 @@ def test_forms_of_calls_keep_their_own_copies() -> None:
     model, _, _ = accelerated(timm_resnet, precision="bf16")
     replacement = replacement_of(model)
     assert replacement is not None
-    fast: Any = replacement.fast
+    fast: Any = replacement.ours
     infer(model)
     copies = [fast.engine(), fast.engine(some_option=False), fast.engine()]
     assert copies[0] is copies[2] is not copies[1]
