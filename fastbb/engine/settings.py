@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it measures and remembers with."""
+"""Settings of an engine, and the tools with which it measures and remembers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class EngineWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Settings:
-    """What `prepare` was asked for."""
+    """Arguments of `prepare`, checked."""
 
     mode: Mode = "auto"
     precision: Precision | None = None
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass
 class Tools:
-    """What an engine measures and remembers with; tests put their own here.
+    """Tools with which an engine measures and remembers; tests replace them.
 
     Attributes:
         clock: times a call; default: the wall clock around the device's work.

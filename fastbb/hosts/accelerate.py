@@ -65,7 +65,7 @@ class LeftAlone:
 
 
 class AccelerateReport:
-    """What `accelerate` did, and what runs since; prints as a table.
+    """The modules that `accelerate` replaced or left alone, and what runs since; prints as a table.
 
     Attributes:
         replaced: modules with our forward, outer ones first.
@@ -314,7 +314,7 @@ def _known_class(module: nn.Module) -> tuple[str | None, type[ModuleForward] | N
 
 
 def _changes(cls: type, path: str) -> str | None:
-    """What a class computes otherwise than the one above it that we know, or None."""
+    """Name of the first method that a class overrides of the known class above it, or None."""
     for part in cls.__mro__:
         if full_name(part) == path:
             return None
@@ -326,7 +326,7 @@ def _changes(cls: type, path: str) -> str | None:
 
 
 def _state(replacement: Replacement) -> tuple[str, str]:
-    """What runs of a replacement now, and why."""
+    """The forward of a replaced module that runs now, and the reason."""
     if replacement.off is not None:
         return "upstream", replacement.off
     choices = list(replacement.choices.values())

@@ -137,7 +137,7 @@ class Replacement(OwnForward):
         return self._ours
 
     def _made(self) -> ModuleForward:
-        """What computes ours, of the module as it is now.
+        """Makes our forward, from the module as it is now.
 
         Raises:
             Refused: whatever is odd about the module; upstream may run it all the same.
@@ -165,7 +165,7 @@ class Replacement(OwnForward):
                 setattr(self.module, name, getattr(self, name))
 
     def _method(self, name: str) -> Callable[..., Any]:
-        """What stands over a method of the module, with the signature of that."""
+        """A method to put over one of the module, with its signature."""
 
         @wraps(getattr(type(self.module), name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -218,7 +218,7 @@ class Replacement(OwnForward):
     # --- what runs
 
     def upstream(self, method: str, args: Any, kwargs: Any) -> Any:
-        """What the module's own method returns."""
+        """The result of the module's own method."""
         return getattr(type(self.module), method)(self.module, *args, **kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
