@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._window_geometry import WindowGeometry
 from .case import Case, Random
-from .ops.window_attention import WindowGeometry
 
 # more channels and larger windows are for the separate ops
 BLOCK_CHANNELS, BLOCK_WINDOW = 256, 8
