@@ -76,57 +76,50 @@ class CustomOp(Generic[_Call]):
             gpu: runs on GPUs; default: a `Launch` of `call_type.launch`.
         """
         hints = get_type_hints(call_type)
-        nested = [i for i, hint in enumerate(hints.values()) if _is_named_tuple(hint)]
-        assert len(nested) <= 1
-        self._nested: int | None = nested[0] if nested else None
-        self._nested_type: Any = list(hints.values())[nested[0]] if nested else None
-        named_tuple: Any = call_type
-        self._make: Callable[[Sequence[Any]], _Call] = named_tuple._make
-        signature = inspect.Signature(
-            [
-                inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=hint)
-                for name, hint in _flat_hints(hints)
-            ],
-            return_annotation=Tensor,
-        )
+        self._make: Callable[[Sequence[Any]], _Call] = getattr(call_type, "_make")  # noqa: B009
+        nested = [(i, kind) for i, kind in enumerate(hints.values()) if _is_named_tuple(kind)]
+        self._nested: tuple[int, Any] | None = nested[0] if nested else None
+        assert len(nested) <= 1, "more nested named tuples would take a loop in every call"
+        call_of = self._call_of_flat if self._nested else self._make
 
         def eager(*args: Any) -> Tensor:
-            call = self.call_of(args)
+            call = call_of(args)
             y, empty = call.eager(), call.empty_result()
             # the result has the strides of the fake and of the kernel
             return y if y.stride() == empty.stride() else empty.copy_(y)
 
         def launch(*args: Any) -> Tensor:
-            return self.call_of(args).launch()
+            return call_of(args).launch()
 
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature(
+            [inspect.Parameter(name, kind, annotation=hint) for name, hint in _flat_hints(hints)],
+            return_annotation=Tensor,
+        )
         eager.__signature__ = launch.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
         self.eager = eager
         self.gpu = Launch(name, launch, eager) if gpu is None else gpu
         custom_op = torch.library.custom_op(f"fastbb::{name}", eager, mutates_args=())
-        custom_op.register_fake(lambda *args: self.call_of(args).empty_result())
-        custom_op.register_kernel("cuda")(lambda *args: self.gpu(*args))
+        custom_op.register_fake(lambda *args: call_of(args).empty_result())
+        custom_op.register_kernel("cuda")(self.gpu)
         self.overload: OpOverload[..., Any] = getattr(torch.ops.fastbb, name).default
 
     def __call__(self, call: _Call) -> Tensor:
         """Runs a call on its device: a GPU, or one that is pretended."""
-        args = self.args_of(call)
+        args: Any = call
+        if self._nested:
+            i, _ = self._nested
+            args = *args[:i], *args[i], *args[i + 1 :]
         return self.gpu(*args) if launches_directly() else self.overload(*args)
 
-    def args_of(self, call: _Call) -> Sequence[Any]:
-        """The arguments of the custom op for a call."""
-        fields: Any = call
-        i = self._nested
-        return fields if i is None else (*fields[:i], *fields[i], *fields[i + 1 :])
-
-    def call_of(self, args: Sequence[Any]) -> _Call:
-        """The call that has these arguments of the custom op."""
-        i = self._nested
-        if i is None:
-            return self._make(args)
-        end = i + len(self._nested_type._fields)
+    def _call_of_flat(self, args: Sequence[Any]) -> _Call:
+        """The call of arguments among which are the fields of a nested named tuple."""
+        assert self._nested
+        i, kind = self._nested
+        end = i + len(kind._fields)
         # the dispatcher of torch makes lists of tuples
-        nested = [tuple(v) if type(v) is list else v for v in args[i:end]]
-        return self._make((*args[:i], self._nested_type(*nested), *args[end:]))
+        nested = kind._make(tuple(v) if type(v) is list else v for v in args[i:end])
+        return self._make((*args[:i], nested, *args[end:]))
 
 
 class Op(Generic[_Call]):
