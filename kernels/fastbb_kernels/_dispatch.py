@@ -261,7 +261,10 @@ def input_precision(dtype: torch.dtype) -> Fp32Precision:
 
 
 def launches_directly() -> bool:
-    """Whether ops call their launcher themselves instead of the dispatcher's kernel of a device."""
+    """Whether a GPU is pretended, so that torch's dispatcher would not launch for its tensors.
+
+    For `CustomOp` and the harness; others ask `launches_on`.
+    """
     return _pretending
 
 
