@@ -79,21 +79,21 @@ REAL_INPUTS: tuple[tuple[tuple[int, int], tuple[int, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Family:
-    """The calls of a family of models: `FAMILY` in `<family>_cases.py`, which `cases.py` finds.
+    """The calls of a family of models, or of one op: `FAMILY` in a file `<name>_cases.py`.
 
     Attributes:
-        models: their names.
+        small: makes twins of the calls with few pixels and channels, for the interpreter.
+        models: names of the models.
         model_cases: makes every distinct call of one forward, from the name of a model, an image
             size of `REAL_INPUTS` and a batch.
         checked_models: names of the models that every run of the tests compiles.
-        small: makes twins of the calls with few pixels and channels, for the interpreter.
         more_checked: makes further calls that every run compiles.
         more_real: makes further calls at a batch.
     """
 
-    models: tuple[str, ...]
-    model_cases: Callable[[str, tuple[int, int], int], Iterable[Case]]
-    checked_models: tuple[str, ...]
     small: Callable[[], Iterable[Case]]
+    models: tuple[str, ...] = ()
+    model_cases: Callable[[str, tuple[int, int], int], Iterable[Case]] = lambda *_: ()
+    checked_models: tuple[str, ...] = ()
     more_checked: Callable[[], Iterable[Case]] = tuple
     more_real: Callable[[int], Iterable[Case]] = lambda batch: ()

@@ -263,10 +263,10 @@ def _small_cases() -> Iterator[Case]:
 
 
 FAMILY = Family(
+    small=_small_cases,
     models=tuple(RESNETS),
     model_cases=_model_cases,
     checked_models=("resnet50",),
-    small=_small_cases,
     more_checked=_more_checked,
     more_real=lambda batch: mobile_cases(MOBILE, batch),
 )

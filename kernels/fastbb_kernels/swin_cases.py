@@ -219,8 +219,8 @@ def _small_cases() -> Iterator[Case]:
 
 
 FAMILY = Family(
+    small=_small_cases,
     models=tuple(SWINS),
     model_cases=_model_cases,
     checked_models=("swin_t", "swin_b"),
-    small=_small_cases,
 )
