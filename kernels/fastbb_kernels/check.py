@@ -143,7 +143,7 @@ def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
     problem = accuracy_problem(got, op.eager(**arguments), op.eager(**in_float64(arguments)))
     expected = op.n_bytes(**arguments)
     if problem is None and traced.unique_bytes != expected:
-        problem = f"touches {traced.unique_bytes} distinct bytes, {op.name}_n_bytes says {expected}"
+        problem = f"touches {traced.unique_bytes} distinct bytes, n_bytes() says {expected}"
     return Interpreted(problem, traced.unique_bytes, traced.requested_bytes, len(traced.launches))
 
 

@@ -194,20 +194,24 @@ def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
 def test_gpus_of_one_architecture_launch_what_was_measured_on_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One file a GPU model; what a file does not have is the architecture's."""
+    """The file of the README; what a GPU's file does not have is the architecture's."""
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
     h100, h200 = (torch.device("cuda", index) for index in range(2))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
-    sizes = {"n_rows": 100352, "features": 384, "out_features": 96, "dtype": "bfloat16"}
-    measured_there = {"sizes": sizes, "config": [64, 32, 64, 4, 5]}
-    path = write_configs(names[1], {"linear_residual": [measured_there]}, {})
-    assert path.name == "nvidia-h200.json"
-    assert config_path(names[0]).name == "nvidia-h100-80gb-hbm3.json"
+    readme = Path(measured.__file__).parents[1] / "README.md"
+    text = readme.read_text().partition("```json\n")[2].partition("```")[0]
+    assert json.loads(text)["device"] == names[1]
+    for name in names:
+        assert f'`configs/{config_path(name).name}` for "{name}"' in " ".join(
+            readme.read_text().split()
+        )
+    config_path(names[1]).parent.mkdir()
+    config_path(names[1]).write_text(text)
 
     def tile(device: torch.device, features: int = 384) -> tuple[int, int]:
         args = [
             torch.empty(shape, dtype=torch.bfloat16, device="meta")
-            for shape in ((100352, features), (96, features), (96,), (100352, 96))
+            for shape in ((200_704, features), (96, features), (96,), (200_704, 96))
         ]
         with record_launches(90) as recording, torch.no_grad(), configured_as_on(device):
             linear_residual(*args, impl="triton")
@@ -215,5 +219,5 @@ def test_gpus_of_one_architecture_launch_what_was_measured_on_each(
         return launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"]
 
     usual = (128, 128)
-    assert tile(h200) == (64, 32) and tile(h100) == usual
+    assert tile(h200) == (128, 64) and tile(h100) == usual
     assert tile(h200, features=192) == usual
