@@ -20,11 +20,6 @@ class WindowGeometry(NamedTuple):
     shift: tuple[int, int] = (0, 0)
     roll_first: bool = False
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of a window."""
-        return self.window[0] * self.window[1]
-
 
 def check_geometry(op: str, geometry: WindowGeometry, bias: Tensor, num_heads: int) -> None:
     """Raises a ValueError unless windows, their position bias and their shift fit together."""

@@ -6,6 +6,7 @@ Bound: memory at Swin's first two stages (read x, write y); at more channels re-
 for every window costs more than it saves, and the separate ops run.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -141,7 +142,7 @@ class SwinAttentionBlock(NamedTuple):
         reason = common_unsupported(self)
         if reason is not None:
             return reason
-        x, n_tokens = self.x, self.geometry.n_tokens
+        x, n_tokens = self.x, math.prod(self.geometry.window)
         if n_tokens > TRITON_MAX_TOKENS:
             return f"needs windows of at most {TRITON_MAX_TOKENS} tokens, got {n_tokens}"
         channels = x.shape[-1]
@@ -170,7 +171,7 @@ class SwinAttentionBlock(NamedTuple):
 
         Of the position bias those columns count that a wide load of the used ones takes along.
         """
-        n_tokens = self.geometry.n_tokens
+        n_tokens = math.prod(self.geometry.window)
         n_bias_cols = min(self.bias.shape[2], -(-n_tokens // 16) * 16)
         parameters = (*self[1:5], self.proj_weight, self.proj_bias)
         n_elements = 2 * self.x.numel() + self.num_heads * n_tokens * n_bias_cols

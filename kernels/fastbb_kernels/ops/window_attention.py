@@ -6,6 +6,7 @@ Bound: memory (read qkv, write the output); everything between is address arithm
 Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ class WindowAttention(NamedTuple):
         return _unwindow(windows, self.qkv.shape[1], self.qkv.shape[2], self.geometry)
 
     def unsupported(self) -> str | None:
-        n_tokens = self.geometry.n_tokens
+        n_tokens = math.prod(self.geometry.window)
         head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
         if self.dropout_p > 0:
             return f"the kernel has no dropout, got dropout_p={self.dropout_p}"
