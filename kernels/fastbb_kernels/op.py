@@ -76,7 +76,8 @@ class CustomOp(Generic[_Call]):
             gpu: runs on GPUs; default: a `Launch` of `call_type.launch`.
         """
         hints = get_type_hints(call_type)
-        self._make: Callable[[Sequence[Any]], _Call] = getattr(call_type, "_make")  # noqa: B009
+        named_tuple: Any = call_type
+        self._make: Callable[[Sequence[Any]], _Call] = named_tuple._make
         nested = [(i, kind) for i, kind in enumerate(hints.values()) if _is_named_tuple(kind)]
         self._nested: tuple[int, Any] | None = nested[0] if nested else None
         assert len(nested) <= 1, "more nested named tuples would take a loop in every call"

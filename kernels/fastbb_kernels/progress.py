@@ -1,6 +1,7 @@
 """Shows how far a long run is, and about how long the rest takes."""
 
 import io
+import shutil
 import sys
 from typing import Any, TextIO
 
@@ -24,6 +25,9 @@ class Progress:
         stream = file or sys.stderr
         options: dict[str, Any] = {"total": total, "desc": "starting", "smoothing": 0}
         if stream.isatty():
+            # tqdm shows nothing on a terminal that says it has no lines
+            ncols, nrows = shutil.get_terminal_size()
+            options |= {"ncols": ncols, "nrows": nrows}
             bar = "{bar:20} " + _FORMAT
             self._bar = tqdm(file=stream, bar_format=bar, leave=False, **options)
         else:
