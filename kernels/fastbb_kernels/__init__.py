@@ -2,6 +2,7 @@
 
 from ._activation import ACTIVATIONS
 from ._dispatch import Impl, KernelWarning, use_impl
+from ._window_geometry import WindowGeometry, relative_position_index
 from .ops.bias_act import bias_act
 from .ops.bottleneck_tail import bottleneck_tail
 from .ops.conv1x1_bn_act import conv1x1_bn_act
@@ -17,12 +18,7 @@ from .ops.patch_merging import patch_merging
 from .ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool
 from .ops.swin_attention_block import swin_attention_block
 from .ops.swin_mlp_block import swin_mlp_block
-from .ops.window_attention import (
-    WindowGeometry,
-    relative_position_index,
-    window_attention,
-    window_attention_weights,
-)
+from .ops.window_attention import window_attention, window_attention_weights
 
 __all__ = [
     "ACTIVATIONS",
