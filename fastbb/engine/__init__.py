@@ -1,1 +1,1 @@
-"""Runs whole backbones eager, compiled, by Triton or as CUDA graphs: choice, checks, explanation."""
+"""Runs whole backbones: eager, compiled, by Triton, as CUDA graphs; choice, checks, explanation."""

@@ -1,4 +1,4 @@
-"""The interface of an engine to a native backbone, or to a backbone inside another library's model."""
+"""The interface of an engine to a native backbone, or to one inside another library's model."""
 
 import copy
 import hashlib

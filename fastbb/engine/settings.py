@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import launches_on
 from fastbb_kernels.result_cache import ResultCache
 
 from ..backbone.configuration import check_choice
@@ -54,7 +54,7 @@ class Settings:
             ValueError: they need a GPU, or an NVIDIA one.
         """
         is_gpu = device.type == "cuda"
-        if self.mode.startswith("triton") and not (is_gpu or launches_directly()):
+        if self.mode.startswith("triton") and not launches_on(device):
             raise ValueError(
                 f"mode={self.mode!r} needs a CUDA or ROCm device, the {what} is on {device}; "
                 "move it with .to('cuda'), or take mode='auto'"

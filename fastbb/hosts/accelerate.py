@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import launches_on
 
 from .. import models
 from ..backbone.base import Backbone
@@ -294,7 +294,7 @@ def _closed(module: nn.Module) -> str | None:
 
 
 def _meta(module: nn.Module) -> str | None:
-    if any(parameter.is_meta for parameter in module.parameters()) and not launches_directly():
+    if any(p.is_meta and not launches_on(p.device) for p in module.parameters()):
         return "its weights are on the meta device: load them first"
     return None
 

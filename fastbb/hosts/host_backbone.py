@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import computes_nothing
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
 from ..backbone.base import in_dtype
@@ -145,7 +145,7 @@ class HostBackbone(ModuleForward):
 
     def computed(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
-        if launches_directly():
+        if computes_nothing():
             return self.tensors(pixel_values, **constants)
         engine = self.engine(**constants)
         dtype = dtype_of(engine.module)
@@ -195,7 +195,7 @@ class HostBackbone(ModuleForward):
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
         given = _pixels_and_constants(args, kwargs)
-        if method != "forward" or given is None or launches_directly():
+        if method != "forward" or given is None or computes_nothing():
             return None
         trials = self.engine(**given[1]).trials_of(given[0])
         seconds = {trial.name: trial.seconds for trial in trials if trial.seconds is not None}

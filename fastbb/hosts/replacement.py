@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
 from fastbb_kernels import use_impl
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import computes_nothing, launches_on
 from fastbb_kernels.fp32_precision import fp32_products
 
 from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
@@ -241,7 +241,7 @@ class Replacement(OwnForward):
         self.last_reason = reason
         if reason is not None:
             return self.upstream(method, args, kwargs)
-        if launches_directly():  # the harness, which has nothing to compare with or to time
+        if computes_nothing():  # so there is nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
         form = (method, self.ours.state(), *form_of(args, kwargs))
         choice = self.choices.get(form)
@@ -299,7 +299,7 @@ class Replacement(OwnForward):
         like = next(self._structure.parameters(), None)
         if like is None:
             return "it has no parameters"
-        if like.device.type not in ("cpu", "cuda") and not launches_directly():
+        if like.device.type != "cpu" and not launches_on(like.device):
             return f"it is on the {like.device.type} device"
         if autocasts(like.device.type):
             return "torch.autocast chooses the dtypes: convert the model, or give precision="
