@@ -7,6 +7,7 @@ makes the custom op of torch with its fake, and the launch that is checked, from
 from __future__ import annotations
 
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from . import ops
 from ._dispatch import Arguments, Impl, is_plainly_eager, launches_directly, use_block, use_triton
 from .launching import Launch, typed_argument
 
@@ -216,7 +218,9 @@ def find_op(name: str) -> Op[Any]:
 
 
 def op_names() -> list[str]:
-    """Every op with a Triton kernel."""
+    """Every op with a Triton kernel, whoever imported it."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        import_module(f".ops.{module.name}", __package__)
     return sorted(_ops)
 
 
