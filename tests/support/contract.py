@@ -21,8 +21,10 @@ class BackboneContract:
     """Tests of a native family.
 
     Attributes:
-        UPSTREAM: builders of transformers' tiny models, all stages selected unless told otherwise.
-        PAIRS: builders of pairs, by the library of the weights.
+        UPSTREAM: builders of tiny upstream models. A builder takes `out_indices=`, all stages by
+            default; its model is transformers', or like it: `stage_names`, `save_pretrained`,
+            `output_hidden_states=`, a result with `feature_maps` and `hidden_states`.
+        PAIRS: builders of a `Pair`, by the library of the weights.
     """
 
     UPSTREAM: ClassVar[dict[str, Callable[..., Any]]]
@@ -41,7 +43,9 @@ class BackboneContract:
         upstream, pixels = upstream_of(out_indices=[1]), images(60, 44)
         theirs = upstream(pixels, output_hidden_states=True)
         out = from_hf(upstream)(pixels, output_hidden_states=True)
-        assert len(out.hidden_states) == 5 and out.hidden_states[0].ndim == 4
+        assert (
+            len(out.hidden_states) == len(upstream.stage_names) and out.hidden_states[0].ndim == 4
+        )
         assert_equals_upstream(out.hidden_states, theirs.hidden_states)
         assert_equals_upstream(out.feature_maps, theirs.feature_maps)
 
