@@ -6,15 +6,12 @@ import os
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from fastbb_kernels.accuracy import FP32_REL
 
@@ -29,6 +26,7 @@ from .checkpoint import (
     save_state_dict,
     shapes_only,
 )
+from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
 from .hub import HubOptions, read_config, unwrap_head
 from .output import BackboneOutput
@@ -112,7 +110,7 @@ class BackboneMixin:
         return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
 
 
-class Backbone(BackboneMixin, RemembersDerived):
+class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
     """Base of the families.
 
     A family gives `forward_stages`, `feature_map` and the names of its weights; loading, saving,
@@ -121,7 +119,6 @@ class Backbone(BackboneMixin, RemembersDerived):
 
     config_class: ClassVar[type[BackboneConfig]]
     main_input_name: ClassVar[str] = "pixel_values"
-    supports_gradient_checkpointing: ClassVar[bool] = True
     # patterns of names that a checkpoint may lack, and that it may have in excess
     optional_weights: ClassVar[tuple[str, ...]] = ()
     unused_weights: ClassVar[tuple[str, ...]] = ()
@@ -137,8 +134,6 @@ class Backbone(BackboneMixin, RemembersDerived):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = self.own_config(config)
-        self.gradient_checkpointing = False
-        self._checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
     @abstractmethod
     def forward_stages(
@@ -357,39 +352,6 @@ class Backbone(BackboneMixin, RemembersDerived):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """In training, recomputes blocks in the backward pass instead of keeping activations.
-
-        Args:
-            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
-        """
-        self.gradient_checkpointing = True
-        self._checkpoint_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.gradient_checkpointing
-
-    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Runs a part of the forward pass, checkpointed where that is on."""
-        if self.gradient_checkpointing and self.training:
-            options = self._checkpoint_options
-            if not options["use_reentrant"]:
-                options = {"context_fn": self._recompute_contexts, **options}
-            result = checkpoint(block, *args, **options)
-            assert isinstance(result, Tensor)
-            return result
-        return block(*args)
-
-    def _recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _without_counting(self)
-
     @classmethod
     def from_checkpoint_names(
         cls, state: StateDict, backbone: nn.Module
@@ -576,24 +538,6 @@ def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
         return pixel_values
     is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
     return pixel_values if is_cast and not forced else pixel_values.to(dtype)
-
-
-@contextmanager
-def _without_counting(module: nn.Module) -> Iterator[None]:
-    """Batch norms normalize as in training but leave their running statistics as they are.
-
-    Recomputation sees a batch a second time. The statistics must still be passed to the op, which
-    saves them for the backward as it did in the first forward.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def warn_untrained(names: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..weights.folding import activation_name
 from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
@@ -36,11 +36,6 @@ def activation_of(module: Any) -> str:
     if name is None:
         raise Refused(f"its activation is a {type(module).__name__}")
     return name
-
-
-def run_now(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a function, where nothing is checkpointed."""
-    return function(*args)
 
 
 class Kept(Generic[Value]):

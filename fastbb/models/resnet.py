@@ -191,7 +191,7 @@ class ResNetBackbone(Backbone):
             kept_parts(self, self._parts),
             pixel_values,
             [self.stage_names.index(name) for name in wanted],
-            run_block=self.run_block,
+            run_block=self.block_runner(),
         )
         return dict(zip(wanted, maps))
 

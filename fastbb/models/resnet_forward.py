@@ -1,13 +1,13 @@
 """The forward of ResNets over their parts, whoever owns them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastbb_kernels import ACTIVATIONS
 
-from .parts import run_now
+from ..backbone.checkpointing import BlockRunner
 from .resnet_parts import ResNetBlockParts, ResNetParts, StemLayer
 
 
@@ -16,7 +16,7 @@ def resnet_maps(
     pixel_values: Tensor,
     wanted: Sequence[int],
     *,
-    run_block: Callable[..., Tensor] = run_now,
+    run_block: BlockRunner | None = None,
 ) -> list[Tensor]:
     """Runs the stages up to the last wanted map.
 
@@ -24,7 +24,7 @@ def resnet_maps(
         parts: of the ResNet.
         pixel_values: [B, C, H, W].
         wanted: indices of maps, at least one; 0 is the stem.
-        run_block: calls a function with its arguments, a block; a place for gradient checkpointing.
+        run_block: runs a block with gradient checkpointing, or None.
 
     Returns:
         [B, C', h, w] of each wanted map.
@@ -37,10 +37,12 @@ def resnet_maps(
         x = _pool(parts, x)
     for index, stage in enumerate(parts.stages[:last], start=1):
         for block in stage:
-            if isinstance(block, ResNetBlockParts):
-                x = run_block(residual_block, x, block)
-            else:
+            if not isinstance(block, ResNetBlockParts):
                 x = block(x)
+            elif run_block is None:
+                x = residual_block(x, block)
+            else:
+                x = run_block(residual_block, x, block)
         maps[index] = x
     return [maps[index] for index in wanted]
 

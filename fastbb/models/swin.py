@@ -339,7 +339,7 @@ class SwinBackbone(Backbone):
             training=self.training,
             attentions=attentions,
             interpolate_positions=interpolate_pos_encoding,
-            run_block=self.run_block,
+            run_block=self.block_runner(),
         )
         return dict(zip(wanted, maps))
 

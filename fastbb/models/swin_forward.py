@@ -1,6 +1,6 @@
 """The forward of Swin over its parts, whoever owns them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from fastbb_kernels import (
     window_attention_weights,
 )
 
+from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
-from .parts import run_now
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
     SwinBlockParts,
@@ -41,7 +41,7 @@ def swin_maps(
     training: bool = False,
     attentions: list[Tensor] | None = None,
     interpolate_positions: bool = False,
-    run_block: Callable[..., Tensor] = run_now,
+    run_block: BlockRunner | None = None,
 ) -> list[Tensor]:
     """Runs the stages up to the last wanted map.
 
@@ -52,7 +52,7 @@ def swin_maps(
         training: applies dropout and stochastic depth.
         attentions: gets the attention weights of the last block of each stage, if it is a list.
         interpolate_positions: fits absolute positions to the image.
-        run_block: calls a function of the tokens, a block; a place for gradient checkpointing.
+        run_block: runs a block with gradient checkpointing, or None.
 
     Returns:
         [B, C', h, w] of each wanted map.
@@ -75,7 +75,7 @@ def swin_maps(
         for block in blocks:
             collected = attentions if block is blocks[-1] else None
             run = partial(swin_block, parts=block, training=training, attentions=collected)
-            x = run_block(run, x)
+            x = run(x) if run_block is None else run_block(run, x)
         if index in wanted:
             maps[index] = _map(parts, index, x)
     return [maps[index] for index in wanted]
