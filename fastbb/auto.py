@@ -13,9 +13,9 @@ from . import models  # noqa: F401  # registers the families
 from .backbone.base import Backbone
 from .backbone.checkpoint import StateDict, not_tensors
 from .backbone.configuration import BackboneConfig
-from .backbone.hub import HubOptions
+from .backbone.hub import ConfigFile, HubOptions
 from .backbone.registry import FAMILIES, Family, family_of
-from .models.lookup import config_of, list_backbones, pretrained_config
+from .models.lookup import find_config, list_backbones, pretrained_config
 
 __all__ = ["AutoBackbone", "AutoConfig", "list_backbones"]
 
@@ -110,16 +110,19 @@ class AutoBackbone:
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         name = pretrained_model_name_or_path
-        if use_timm_backbone:
+        given: BackboneConfig | ConfigFile | None = config
+        if config is None and not use_timm_backbone:
+            given = find_config(name, hub)
+        if given is None or use_timm_backbone:
             model_type = "timm_backbone"
-        elif config is not None:
-            model_type = getattr(config, "model_type", type(config).__name__)
+        elif isinstance(given, ConfigFile):
+            model_type = given.backbone.get("model_type")
         else:
-            model_type = config_of(name, hub).get("model_type")
+            model_type = getattr(given, "model_type", type(given).__name__)
         family, _ = family_of(model_type)
         return family.backbone.from_pretrained(
             name,
-            config=config,
+            config=given,
             dtype=dtype,
             device=device,
             revision=revision,

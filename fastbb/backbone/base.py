@@ -28,7 +28,7 @@ from .checkpoint import (
 )
 from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
-from .hub import HubOptions, read_config, unwrap_head
+from .hub import ConfigFile, HubOptions
 from .output import BackboneOutput
 
 if TYPE_CHECKING:
@@ -404,7 +404,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         cls: type[Module],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: BackboneConfig | None = None,
+        config: BackboneConfig | ConfigFile | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -421,7 +421,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         Args:
             pretrained_model_name_or_path: local directory, bundled model or Hub repository, of a
                 backbone or of a model that contains one.
-            config: replaces config.json.
+            config: replaces config.json; or a `ConfigFile`, which is not read again.
             dtype: of the weights; default (or "auto"): that of the checkpoint.
             torch_dtype: transformers' older name of `dtype`.
             device: of the weights; default: CPU.
@@ -441,7 +441,9 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         own: BackboneConfig
         if config is None:
-            values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
+            config = ConfigFile.read(pretrained_model_name_or_path, hub)
+        if isinstance(config, ConfigFile):
+            values = config.backbone
             known = cls.config_classes()
             model_type = values.get("model_type")
             if model_type not in known:

@@ -228,9 +228,16 @@ class TimmSource:
 
 
 def timm_source(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
+    name_or_dir: str | os.PathLike[str],
+    hub: HubOptions = DEFAULT_HUB,
+    config: dict[str, Any] | None = None,
 ) -> TimmSource | None:
     """Resolves a timm name (`resnet50`, `timm/resnet50.a1_in1k`), directory or Hub repository.
+
+    Args:
+        name_or_dir: name or directory.
+        hub: options for the Hub.
+        config: its config.json, if that was read already.
 
     Returns:
         What to build and where its weights are, or None if the name is not timm's.
@@ -245,8 +252,9 @@ def timm_source(
             return registered
         if "/" not in name:
             return None
-    path = find_file(name_or_dir, "config.json", hub)
-    config = read_json(path) if path else {}
+    if config is None:
+        path = find_file(name_or_dir, "config.json", hub)
+        config = read_json(path) if path else {}
     if not is_timm_config(config):
         return None
     # before 2023 timm wrote the pretrained_cfg flat, as transformers' style of config
@@ -306,3 +314,32 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
         "num_channels": config.get("num_channels", 3),
         "backbone_kwargs": kwargs,
     }
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config.json, read once.
+
+    Attributes:
+        values: its values.
+        backbone: the configuration of the backbone that it describes, with a `model_type`.
+    """
+
+    values: dict[str, Any]
+    backbone: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
+    ) -> "ConfigFile":
+        """Reads the file of a directory, bundled model or Hub repository.
+
+        Raises:
+            OSError: there is no such place, or it has no config.json.
+        """
+        values = read_config(name_or_dir, hub)
+        if not is_timm_config(values):
+            return cls(values, unwrap_head(values, hub))
+        model_args = values.get("model_args") or {}
+        backbone = {"backbone": values["architecture"], "backbone_kwargs": model_args}
+        return cls(values, {"model_type": "timm_backbone", **backbone})

@@ -26,7 +26,7 @@ from ..backbone.checkpoint import (
     strip_prefix,
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..backbone.hub import HubOptions, TimmSource, read_config, timm_source, unwrap_head
+from ..backbone.hub import ConfigFile, HubOptions, TimmSource, timm_source
 from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
 from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm, unfold
 from ..weights.watch import is_observed
@@ -318,7 +318,7 @@ class TimmBackbone(Backbone):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: BackboneConfig | None = None,
+        config: BackboneConfig | ConfigFile | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -343,11 +343,14 @@ class TimmBackbone(Backbone):
         """
         name = str(pretrained_model_name_or_path)
         hub = HubOptions(revision, cache_dir, token, local_files_only)
-        source = timm_source(pretrained_model_name_or_path, hub)
+        file = config if isinstance(config, ConfigFile) else None
+        source = timm_source(pretrained_model_name_or_path, hub, file and file.values)
         overrides = _fields(overrides)
         if source is None:
-            if config is None and "backbone_kwargs" in overrides:
-                saved = unwrap_head(read_config(name, hub), hub).get("backbone_kwargs") or {}
+            if config is None:
+                config = file = ConfigFile.read(name, hub)
+            if file is not None and "backbone_kwargs" in overrides:
+                saved = file.backbone.get("backbone_kwargs") or {}
                 overrides["backbone_kwargs"] = {**saved, **overrides["backbone_kwargs"]}
             backbone, info = super().from_pretrained(
                 name,
@@ -363,7 +366,7 @@ class TimmBackbone(Backbone):
             )
             backbone.native = native
         else:
-            if config is None:
+            if config is None or file is not None:
                 kwargs = {**source.model_args, **overrides.pop("backbone_kwargs", {})}
                 own = TimmBackboneConfig(source.architecture, backbone_kwargs=kwargs, **overrides)
             else:
