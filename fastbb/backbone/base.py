@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastbb_kernels.accuracy import FP32_REL
 
 from ..weights.derived import RemembersDerived
-from ..weights.fold import autocasts
+from ..weights.folded_weights import autocasts
 from .checkpoint import (
     LoadingInfo,
     StateDict,

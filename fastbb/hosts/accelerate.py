@@ -17,7 +17,7 @@ from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
 from ..models.parts import Refused
-from ..weights.folding import is_batch_norm
+from ..weights.recognize import is_batch_norm
 from ..weights.watch import statistics_note
 from .libraries import full_name, is_backbone
 from .region import NothingToDo, Region

@@ -16,7 +16,7 @@ from fastbb_kernels import (
 from fastbb_kernels.onednn import packed_conv
 from fastbb_kernels.ops.conv_bn_act import as_pair
 
-from ..weights.fold import (
+from ..weights.folded_weights import (
     folded,
     folded_packed,
     folded_with_shortcut,

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from ..weights.folding import activation_name
+from ..weights.recognize import activation_name
 from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
 
 Value = TypeVar("Value")

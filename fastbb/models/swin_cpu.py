@@ -17,7 +17,7 @@ from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_linear, packed_linear, packs
 
 from ..weights.derived import derive, is_tracing, is_transformed
-from ..weights.fold import autocasts
+from ..weights.folded_weights import autocasts
 from .swin_parts import SwinBlockSpec, SwinBlockWeights
 
 # of the hidden layer of the MLP, the largest tensor of a part: about what a cache keeps

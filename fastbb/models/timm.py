@@ -28,7 +28,9 @@ from ..backbone.checkpoint import (
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..backbone.hub import ConfigFile, HubOptions, TimmSource, timm_source
 from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
-from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm, unfold
+from ..weights.find_norms import FoldedNorm, FoldReport, find_norms
+from ..weights.folded_model import Folding, unfold
+from ..weights.recognize import is_batch_norm
 from ..weights.watch import is_observed
 from .parts import Kept, Refused
 from .timm_loading import create_features, unknown_model

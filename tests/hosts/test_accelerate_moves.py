@@ -16,7 +16,7 @@ from fastbb.engine.measuring import Comparison
 from fastbb.hosts.accelerate import replacement_of
 from fastbb.hosts.replacement import MOVES, Timings
 from fastbb.weights import fold
-from fastbb.weights.folding import is_folded
+from fastbb.weights.folded_model import is_folded
 
 PIXELS = images(64, 64)
 
