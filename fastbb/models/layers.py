@@ -17,7 +17,7 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
     Args:
         x: [B, ...].
         rate: probability of dropping a sample; the others are scaled up.
-        training: False leaves `x` as it is.
+        training: False returns `x` as it is.
     """
     if rate == 0.0 or not training:
         return x
@@ -27,12 +27,12 @@ def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def is_foldable(norm: nn.Module | None) -> bool:
-    """Whether a module is a batch norm, or a frozen one of any library, and nothing else."""
+    """Whether a module is exactly a batch norm, or a frozen one of any library."""
     return type(norm) is nn.BatchNorm2d or type(norm).__name__.endswith("FrozenBatchNorm2d")
 
 
 class ConvNorm(NamedTuple):
-    """A convolution and the batch norm that it feeds."""
+    """A convolution and the batch norm after it."""
 
     conv: nn.Conv2d
     norm: nn.Module
@@ -44,13 +44,13 @@ class ConvNorm(NamedTuple):
         residual: Tensor | None = None,
         hidden: bool = False,
     ) -> Tensor:
-        """Convolves, normalizes, adds the residual, activates; one op in inference.
+        """Convolves, normalizes, adds the residual and activates, in one op in inference.
 
         Args:
             x: [B, C_in, H, W].
             activation: name of the activation, or None.
             residual: [B, C, h, w], added before the activation, or None.
-            hidden: the result only goes into another convolution, see `packed_conv`.
+            hidden: whether only another convolution reads the result, see `packed_conv`.
 
         Returns:
             [B, C, h, w].

@@ -1,4 +1,4 @@
-"""Which model a name means: a directory, a bundled model, timm's, or a repository of the Hub."""
+"""Looks up names: a directory, a bundled model, a timm name or a repository of the Hub."""
 
 import difflib
 import fnmatch
@@ -16,14 +16,14 @@ from ..backbone.registry import family_of
 
 
 def list_backbones(filter: str = "", pretrained: bool = False) -> list[str]:
-    """Names that `AutoBackbone.from_pretrained` takes without asking the Hub what they are.
+    """Names that `AutoBackbone.from_pretrained` accepts without a request to the Hub.
 
     Args:
         filter: shell pattern such as `swin*`; default: all.
         pretrained: only names with weights, timm's with their tags.
 
     Returns:
-        The bundled models, then timm's, sorted. Any Hub repository or directory works beside them.
+        The bundled models, then timm's, sorted. Hub repositories and directories work too.
     """
     import timm
 
@@ -38,8 +38,8 @@ def pretrained_config(
     """Reads the configuration of the backbone behind a name.
 
     Raises:
-        OSError: there is no such model.
-        ValueError: it is of a kind that fastbb has no backbone for.
+        OSError: the model does not exist.
+        ValueError: fastbb has no backbone for this kind of model.
     """
     found = find_config(name_or_dir, hub)
     if found is None:
@@ -58,7 +58,7 @@ def find_config(name_or_dir: str | os.PathLike[str], hub: HubOptions) -> ConfigF
         The file, or None for a name of timm.
 
     Raises:
-        OSError: there is no such model.
+        OSError: the model does not exist.
     """
     name = str(name_or_dir)
     if local_directory(name_or_dir) is not None:

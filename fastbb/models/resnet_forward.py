@@ -1,4 +1,4 @@
-"""The forward of ResNets over their parts, whoever owns them."""
+"""The forward of ResNets, computed from the parts of any owner."""
 
 from collections.abc import Sequence
 
@@ -24,7 +24,7 @@ def resnet_maps(
     """Runs the stages up to the last wanted map.
 
     Args:
-        parts: of the ResNet.
+        parts: parts of the ResNet.
         pixel_values: [B, C, H, W].
         wanted: indices of maps, at least one; 0 is the stem.
         run_block: runs a block with gradient checkpointing, or None.
@@ -69,7 +69,7 @@ def _max_pool(x: Tensor) -> Tensor:
 
 
 def _stem_layer(x: Tensor, pair: ConvNorm, activation: str | None, pools: bool) -> Tensor:
-    """The last layer of a stem, and the pool behind it."""
+    """Runs the last layer of a stem, and the pool after it."""
     conv = pair.conv
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     fuses = shape == _STEM and not runs_packed(conv, x) and runs_folded(conv, pair.norm, x)
@@ -84,7 +84,7 @@ _STEM = ((7, 7), (2, 2), (3, 3), (1, 1), 1)
 
 
 def residual_block(x: Tensor, parts: ResNetBlockParts) -> Tensor:
-    """Basic or bottleneck block: the convolutions with ReLU between them, then the residual.
+    """Runs a basic or bottleneck block: convolutions with ReLU between them, then the residual.
 
     Args:
         x: [B, C, H, W].
@@ -116,7 +116,7 @@ def residual_block(x: Tensor, parts: ResNetBlockParts) -> Tensor:
 def _block_end(
     x: Tensor, last: ConvNorm, residual: Tensor, shortcut: ConvNorm | None, activation: str | None
 ) -> Tensor:
-    """The end of a residual block, `activation(last(x) + shortcut(residual))`.
+    """Computes `activation(last(x) + shortcut(residual))`, the end of a residual block.
 
     Args:
         x: [B, C_in, h, w].
@@ -149,7 +149,7 @@ def _block_end(
 def _bottleneck_tail(
     x: Tensor, middle: ConvNorm, last: ConvNorm, residual: Tensor, activation: str | None
 ) -> Tensor:
-    """The end of a bottleneck block, `activation(last(relu(middle(x))) + residual)`.
+    """Computes `activation(last(relu(middle(x))) + residual)`, the end of a bottleneck block.
 
     Args:
         x: [B, C_in, H, W].
@@ -182,7 +182,7 @@ def _is_1x1(conv: nn.Conv2d, stride: int) -> bool:
 
 
 def _is_square_3x3(conv: nn.Conv2d) -> bool:
-    """Whether `bottleneck_tail` can express a convolution."""
+    """Whether `bottleneck_tail` can compute a convolution."""
     stride, dilation = as_pair(conv.stride)[0], as_pair(conv.dilation)[0]
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     wanted = ((3, 3), (stride, stride), (dilation, dilation), (dilation, dilation), 1)

@@ -1,6 +1,6 @@
-"""Finds out which batch norm of a model belongs to which convolution.
+"""Finds the convolution that each batch norm of a model belongs to.
 
-That is read off the dataflow of a forward pass, not off names or the order of children.
+The analysis uses the dataflow of a forward pass, not names or the order of children.
 """
 
 from collections import Counter
@@ -19,13 +19,13 @@ class FoldedNorm:
     """One batch norm of a model.
 
     Attributes:
-        norm: its name.
-        conv: name of the convolution that it is folded into, or None.
-        activation: name of the activation module after it that is fused too, or None.
-        fused: what is fused as activation, by the name in `ACTIVATIONS`, or None.
+        norm: name of the norm in the model.
+        conv: name of the convolution that the norm is folded into, or None.
+        activation: name of the activation module after the norm that is fused too, or None.
+        fused: name in `ACTIVATIONS` of the fused activation, or None.
         op: op that computes the convolution; None: plain PyTorch.
-        containers: names of modules that return what is between the convolution and the end.
-        refused: why the norm is not folded, or None.
+        containers: names of modules that return a value from inside the fused layers.
+        refused: reason why the norm is not folded, or None.
     """
 
     norm: str
@@ -39,7 +39,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What became of every batch norm that a forward pass of a model runs."""
+    """The result of folding, for every batch norm that a forward pass of a model runs."""
 
     norms: tuple[FoldedNorm, ...]
 
@@ -69,7 +69,7 @@ class FoldReport:
 
 
 def find_norms(model: nn.Module, *args: Any, **kwargs: Any) -> list[FoldedNorm]:
-    """Runs a model once and finds for each batch norm the convolution it can be folded into.
+    """Runs a model once and finds the convolution that each batch norm can be folded into.
 
     Args:
         model: on any device; it runs on the meta device, where nothing is computed.
@@ -77,7 +77,7 @@ def find_norms(model: nn.Module, *args: Any, **kwargs: Any) -> list[FoldedNorm]:
         kwargs: of its forward.
 
     Returns:
-        one entry per batch norm that ran, in their order; `op` and `fused` are not filled in.
+        One entry for each batch norm that ran, in order; `op` and `fused` are None.
     """
     flow = trace_dataflow(model, _is_watched, *args, **kwargs)
     names = {module: name for name, module in model.named_modules()}
@@ -105,21 +105,21 @@ def _containers(
     flow: Dataflow,
     names: dict[nn.Module, str],
 ) -> tuple[str, ...]:
-    """Modules around the convolution or the norm whose result is not yet that of the end."""
+    """Names of modules that return the output of the convolution or norm before the last layer."""
     inner = [] if conv is None else [conv] if activation is None else [conv, norm]
-    # without a module after it, the norm may still hold an activation that gets fused: its end
+    # if no module follows, the norm is the last layer: it may contain the fused activation
     around = [module for part in inner for out in flow.outputs[part] for module in out.containers]
     return tuple(dict.fromkeys(names[module] for module in around))
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Norms, and modules without parts, which are read as a whole; an identity reads nothing."""
+    """Whether a module is a norm or has no children; an identity does not count as a reader."""
     is_leaf = next(module.children(), None) is None
     return is_batch_norm(module) or (is_leaf and not isinstance(module, nn.Identity))
 
 
 def _conv_of(norm: nn.Module, flow: Dataflow) -> tuple[nn.Conv2d | None, str | None]:
-    """The convolution that alone feeds a norm, or why there is none."""
+    """The only convolution that feeds a norm, and the reason if there is none."""
     if getattr(norm, "running_mean", None) is None:
         return None, "it has no running statistics"
     inputs = flow.inputs[norm]
@@ -170,7 +170,10 @@ def _ends_with_its_activation(conv: nn.Module, norm: nn.Module, flow: Dataflow) 
 
 
 def _activation_after(norm: nn.Module, conv: nn.Conv2d, flow: Dataflow) -> nn.Module | None:
-    """The one module that reads a norm and nothing else; whether it is an activation is open."""
+    """The only reader of a norm, if it is a module that reads nothing else.
+
+    The module need not be an activation.
+    """
     if owns_norm(conv, norm):
         return None
     readers = {reader for output in flow.outputs[norm] for reader in output.consumers}
@@ -190,5 +193,5 @@ def _described(readers: Sequence[nn.Module | str]) -> str:
 
 
 def pads_as_tensorflow(conv: nn.Conv2d) -> bool:
-    """timm's Conv2dSame: as much padding as the input needs, more of it at the far sides."""
+    """Whether it is timm's Conv2dSame, whose padding depends on the size of the input."""
     return type(conv).__name__ == "Conv2dSame" and type(conv).__module__.startswith("timm.")

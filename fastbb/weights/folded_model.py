@@ -26,14 +26,14 @@ Result = TypeVar("Result")
 
 
 class Folding:
-    """Folded forwards bound on the modules of a model, which apply where `run` calls it.
+    """Sets folded forwards on the modules of a model, which compute folded only inside `run`.
 
-    Parameters, buffers, hooks and types of modules stay, and a module called on its own computes
-    what it always did. So does the whole model once one of its folded modules was replaced.
+    Parameters, buffers, hooks and types of modules are unchanged. Outside of `run`, every module
+    computes its own forward. So does the whole model after one of its folded modules was replaced.
 
     Args:
-        model: its modules get forwards bound on the instances.
-        norms: what `find_norms` found in it.
+        model: gets the forwards on the instances of its modules.
+        norms: result of `find_norms` for the model.
     """
 
     def __init__(self, model: nn.Module, norms: Iterable[FoldedNorm]) -> None:
@@ -43,7 +43,7 @@ class Folding:
 
     @property
     def report(self) -> FoldReport:
-        """What became of every norm."""
+        """The result of folding for every norm."""
         changes = {name: pair.change() for name, pair in self._pairs.items()}
         return FoldReport(
             tuple(
@@ -55,15 +55,16 @@ class Folding:
         )
 
     def run(self, forward: Callable[..., Result], *args: Any, few: bool = False) -> Result:
-        """`forward(*args)`, a forward of the model, with folded weights where a call allows it.
+        """Returns `forward(*args)`, computed with folded weights where the call allows it.
 
         Args:
-            forward: of the model or of parts of it.
-            args: its arguments.
-            few: it calls few of the modules, and computes from parameters besides.
+            forward: forward of the model or of parts of it.
+            args: arguments of the forward.
+            few: whether the forward calls only a few of the modules, so that folded weights are
+                looked up for the called ones only.
         """
         before = getattr(_running, "weights", None)
-        # for all at once: between convolutions the same look costs several times as much
+        # one look-up for all pairs: between convolutions it costs several times as much
         all_pairs = [] if few else self._pairs.values()
         weights = (
             {pair: pair.weights() for pair in all_pairs} if self._places.are_intact() else None
@@ -75,7 +76,7 @@ class Folding:
             _running.weights = before
 
     def undo(self) -> None:
-        """Gives the modules their own forwards back."""
+        """Restores the forwards of the modules."""
         for module in self._places.modules():
             _release(module)
         self._places.clear()
@@ -117,17 +118,18 @@ class Folding:
         self._places.add(model.get_submodule(parent), child, module)
 
 
-# of the model that this thread is running: weight and bias of each pair, None for one that may not
+# `weights`: weight and bias of each pair of the model that this thread runs; None for a pair that
+# may not use folded ones
 _running = threading.local()
 
 
 def is_folded(module: nn.Module) -> bool:
-    """Whether a `Folding` has bound the forward of this module."""
+    """Whether a `Folding` has set the forward of this module."""
     return isinstance(own_forward(module), _FoldedConv)
 
 
 def unfold(model: nn.Module) -> None:
-    """Takes away forwards that any `Folding` bound, on this module or the one it is a copy of."""
+    """Removes the forwards of any `Folding` from a model, also those that a copy came with."""
     for module in model.modules():
         _release(module)
 
@@ -142,7 +144,7 @@ _TAKEN = ("forward", "_replicate_for_data_parallel")
 
 
 def replica_without(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """What DataParallel runs on another device: the module without what was put over it."""
+    """Makes the replica of a module for DataParallel, without these attributes of the instance."""
     replica = type(module)._replicate_for_data_parallel(module)
     for name in names:
         vars(replica).pop(name, None)
@@ -150,10 +152,11 @@ def replica_without(module: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 class _FoldedConv(OwnForward):
-    """The forwards of a convolution, its norm and its activation, where the first does it all.
+    """The forwards of a convolution, its norm and its activation, which the convolution computes.
 
-    Bound methods of a plain object: a deep copy of the model binds those of the copied modules.
-    The convolution decides and marks its result, so that the others know what they are given.
+    The forwards are bound methods of a plain object, so a deep copy of the model gets forwards of
+    the copied modules. The convolution decides whether a call is folded, and marks its result. By
+    the mark, the norm and the activation know that their part is computed already.
     """
 
     def __init__(
@@ -169,21 +172,21 @@ class _FoldedConv(OwnForward):
         activation = None if fused is None else after or own_activation(norm)
         self._settings = None if activation is None else ModuleSettings(activation)
         self.owns_norm = owns_norm(conv, norm)
-        # whose hooks would see the values of the end
+        # modules whose hooks would see the output of the last layer instead of their own
         self.seen = [conv, norm, *containers] + ([after] if after is not None else [])
         self.op = conv_op(conv.weight.shape, **self._geometry())
 
     def weights(self) -> tuple[Tensor, Tensor] | None:
-        """Weight and bias for the calls of one forward, or None if it may not use folded ones."""
+        """Weight and bias for the calls of one forward, or None if folding is not allowed."""
         if not runs_folded(self.conv, self.norm) or _has_any_global_hook():
             return None
         if any(is_observed(module) for module in self.seen) or self.change() is not None:
             return None
-        # kernels want channels last; elsewhere the model gets the layout it expects
+        # kernels read channels last; on a CPU the model keeps its layout
         return folded(self.conv, self.norm, channels_last=self.conv.weight.is_cuda)
 
     def change(self) -> str | None:
-        """What was changed of the activation that is fused, or None."""
+        """Describes a change of the fused activation, or returns None if there is none."""
         return None if self._settings is None else self._settings.change()
 
     def conv_forward(self, x: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ class _FoldedConv(OwnForward):
         return x
 
     def _made(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling():  # a graph has no marks; its modes are those at its start
+        if torch.compiler.is_compiling():  # a graph has no marks, and its modes do not change
             return self._given() is not None
         return getattr(x, "_folded_by", None) is self
 
@@ -234,13 +237,13 @@ class _FoldedConv(OwnForward):
         return weights[self]
 
     def _takes(self, x: Tensor) -> bool:
-        """Whether the modes are still those at the start of the forward, and the input fits."""
+        """Whether the input fits, and modes have not changed since the start of the forward."""
         if torch.is_grad_enabled() or autocasts(x.device.type):
             return runs_folded(self.conv, self.norm, x)
         return x.dtype == self.conv.weight.dtype
 
     def _rest_of_norm(self, x: Tensor) -> Tensor:
-        """The activation of a BatchNormAct2d, where it is not fused."""
+        """Applies the activation of a BatchNormAct2d if it is not fused."""
         act: Any = own_activation(self.norm)
         return x if act is None or (self.fused and self.after is None) else act(x)
 

@@ -13,14 +13,14 @@ from .folded_weights import FROZEN_EPS, fold_batch_norm
 from .watch import is_observed
 
 # frozen norms have no common class: torchvision, timm, detectron2 and a dozen files of transformers
-# each define one of such a name
+# define their own under one of these names
 _FROZEN = ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 
 
 def is_batch_norm(module: nn.Module | None) -> bool:
     """Whether a module is a 2d batch norm of any library, frozen, synchronized or with activation.
 
-    That it computes what its kind computes is checked by `Folding`.
+    The class decides. `norm_problem` checks that the module computes a batch norm.
     """
     if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         return True
@@ -28,7 +28,7 @@ def is_batch_norm(module: nn.Module | None) -> bool:
 
 
 def own_activation(norm: nn.Module) -> nn.Module | None:
-    """The activation inside a BatchNormAct2d; a converted norm may hold one that it never runs."""
+    """The activation that a BatchNormAct2d runs, or None; a converted norm may not run its own."""
     act = None if type(norm).forward in _PLAIN_FORWARDS else getattr(norm, "act", None)
     return None if isinstance(act, nn.Identity) else act
 
@@ -38,17 +38,17 @@ _PLAIN_FORWARDS = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
 
 @torch.no_grad()
 def norm_problem(norm: Any) -> str | None:
-    """Why a norm cannot be folded, by what it computes, which its class does not always tell."""
+    """Checks by a computation whether a norm can be folded; returns the reason if it cannot."""
     if is_observed(norm):
         return "it has hooks"
     if not isinstance(getattr(norm, "drop", nn.Identity()), nn.Identity):
         return "it drops values at random"
     if type(norm).forward in _PLAIN_FORWARDS or isinstance(norm.running_mean, FakeTensor):
         return None
-    # a copy with values of its own: under those of a new model much looks like a batch norm
+    # a copy with random values: with those of a new model, other functions equal a batch norm
     norm = copy.deepcopy(norm).to_empty(device="cpu").float().eval()
     generator = torch.Generator().manual_seed(0)
-    like: Any = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
+    like: Any = {"device": "cpu", "dtype": torch.float32}  # not torch's defaults, which may differ
     for name, tensor in [*norm.named_parameters(), *norm.named_buffers()]:
         if tensor.is_floating_point():
             low = 0.5 if name == "running_var" else -1.5
@@ -70,9 +70,9 @@ def norm_problem(norm: Any) -> str | None:
 @torch.no_grad()
 @unset_fake_temporarily()
 def activation_name(module: nn.Module | None) -> str | None:
-    """The name in `ACTIVATIONS` of what a module computes, or None.
+    """The name in `ACTIVATIONS` of the function that a module computes, or None.
 
-    Libraries have many classes for the same function, so the function is what is compared.
+    Libraries have many classes for the same function, so outputs are compared and not classes.
     """
     if module is None or isinstance(module, nn.Identity) or is_observed(module):
         return None
@@ -81,7 +81,7 @@ def activation_name(module: nn.Module | None) -> str | None:
     x = torch.linspace(-8, 8, 256, device="cpu", dtype=torch.float32).view(1, 4, 8, 8)
     try:
         got = module(x.clone())
-    except (RuntimeError, ValueError, TypeError):  # not for such a tensor: no activation
+    except (RuntimeError, ValueError, TypeError):  # no activation refuses this tensor
         return None
     if not isinstance(got, Tensor) or got.shape != x.shape:
         return None
