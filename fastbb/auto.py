@@ -1,4 +1,4 @@
-"""One entry for every backbone: a name or directory in, the right family with its weights out."""
+"""One entry point for all backbones: loads a backbone of the right family from a name."""
 
 import enum
 import os
@@ -13,15 +13,15 @@ from . import models  # noqa: F401  # registers the families
 from .backbone.base import Backbone
 from .backbone.checkpoint import StateDict, not_tensors
 from .backbone.configuration import BackboneConfig
-from .backbone.hub import HubOptions
+from .backbone.hub import ConfigFile, HubOptions
 from .backbone.registry import FAMILIES, Family, family_of
-from .models.lookup import config_of, list_backbones, pretrained_config
+from .models.lookup import find_config, list_backbones, pretrained_config
 
 __all__ = ["AutoBackbone", "AutoConfig", "list_backbones"]
 
 
 class AutoConfig:
-    """Chooses the configuration class by `model_type`."""
+    """Loads configurations of every family, chosen by `model_type`."""
 
     @classmethod
     def from_pretrained(
@@ -45,15 +45,15 @@ class AutoConfig:
             overrides: fields of the configuration.
 
         Raises:
-            OSError: there is no such model.
-            ValueError: it is of a kind that fastbb has no backbone for.
+            OSError: the model does not exist.
+            ValueError: fastbb has no backbone for this kind of model.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         return pretrained_config(pretrained_model_name_or_path, hub, **overrides)
 
     @classmethod
     def for_model(cls, model_type: str, **kwargs: Any) -> BackboneConfig:
-        """A configuration of a `model_type` with the given fields."""
+        """Builds a configuration of a `model_type` with the given fields."""
         return family_of(model_type)[1](**kwargs)
 
 
@@ -89,9 +89,9 @@ class AutoBackbone:
 
         Args:
             pretrained_model_name_or_path: `microsoft/swin-tiny-patch4-window7-224`, `resnet50`,
-                `timm/resnet50.a1_in1k`, `./my-model`; the model may be a head around a backbone.
+                `timm/resnet50.a1_in1k`, `./my-model`; may be a model that contains a backbone.
             config: replaces config.json.
-            use_timm_backbone: the name is timm's.
+            use_timm_backbone: whether the name is timm's.
             dtype: of the weights; default (or "auto"): that of the checkpoint.
             device: of the weights; default: CPU.
             revision: branch, tag or commit on the Hub.
@@ -105,21 +105,24 @@ class AutoBackbone:
             The backbone, or (backbone, LoadingInfo).
 
         Raises:
-            OSError: there is no such model, it cannot be had, or its files are corrupt.
-            ValueError: fastbb has no such kind of backbone, or the weights do not fit.
+            OSError: the model does not exist, cannot be downloaded, or its files are corrupt.
+            ValueError: fastbb has no backbone of this kind, or the weights do not fit.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         name = pretrained_model_name_or_path
-        if use_timm_backbone:
+        given: BackboneConfig | ConfigFile | None = config
+        if config is None and not use_timm_backbone:
+            given = find_config(name, hub)
+        if given is None or use_timm_backbone:
             model_type = "timm_backbone"
-        elif config is not None:
-            model_type = getattr(config, "model_type", type(config).__name__)
+        elif isinstance(given, ConfigFile):
+            model_type = given.backbone.get("model_type")
         else:
-            model_type = config_of(name, hub).get("model_type")
+            model_type = getattr(given, "model_type", type(given).__name__)
         family, _ = family_of(model_type)
         return family.backbone.from_pretrained(
             name,
-            config=config,
+            config=given,
             dtype=dtype,
             device=device,
             revision=revision,
@@ -131,7 +134,7 @@ class AutoBackbone:
 
     @classmethod
     def from_config(cls, config: BackboneConfig, **kwargs: Any) -> Backbone:
-        """A backbone with random weights (or timm's, if `use_pretrained_backbone` is set).
+        """Builds a backbone with random weights (timm's if `use_pretrained_backbone` is set).
 
         Args:
             config: of any family.
@@ -158,24 +161,24 @@ class AutoBackbone:
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Backbone:
-        """A backbone with torchvision's weights and semantics, in eval mode.
+        """Builds a backbone with torchvision's weights and semantics, in eval mode.
 
-        Stages have transformers' names: "stem", "stage1" ... ("stem" is a ResNet's after its pool,
-        a Swin's patch embedding). Maps are NCHW in shape.
+        Stages have transformers' names: "stem", "stage1" ... The map of "stem" is a ResNet's after
+        the pool, and a Swin's patch embedding. Maps are NCHW in shape.
 
         Args:
-            name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`: the weights must be that
-                model's. None takes those of a ResNet or Swin of any depths and widths.
-            state_dict: of torchvision's model; or the model itself, or a member of its enum of
-                weights (`ResNet18_Weights.DEFAULT`), which is downloaded.
+            name: `resnet18` ... `resnet152`, `swin_t`, `swin_s`, `swin_b`: the weights must belong
+                to that model. None accepts a ResNet or Swin of any depths and widths.
+            state_dict: state dict of torchvision's model, the model itself, or a member of its enum
+                of weights (`ResNet18_Weights.DEFAULT`), which is downloaded.
             out_features: names of the stages to return.
             out_indices: indices of the stages to return; default: the last.
-            dtype: of the weights; default: theirs.
+            dtype: of the weights; default: that of the given tensors.
             device: of the weights; default: CPU.
 
         Raises:
-            ValueError: fastbb does not know the model, or the tensors are not that model's.
-            TypeError: `state_dict` is none of these.
+            ValueError: fastbb does not have the model, or the tensors are not of that model.
+            TypeError: `state_dict` is of another type.
             OSError: the download failed.
         """
         known = [model for family in FAMILIES for model in family.torchvision_models]
@@ -197,9 +200,9 @@ class AutoBackbone:
 
 
 def _torchvision_state(weights: Any, wanted: Sequence[str]) -> StateDict:
-    """The tensors of torchvision's model, of its state dict or of a member of its enum of weights.
+    """Returns the tensors of torchvision's model, its state dict or a member of its enum.
 
-    torchvision is not imported: its enum is known by its method.
+    torchvision is not imported: the enum is recognized by its method.
     """
     state: Any = weights
     download = getattr(weights, "get_state_dict", None)
@@ -207,13 +210,13 @@ def _torchvision_state(weights: Any, wanted: Sequence[str]) -> StateDict:
         state = weights.state_dict()
     elif isinstance(weights, enum.Enum) and download is not None:
         model = type(weights).__name__.removesuffix("_Weights").lower()
-        if model not in wanted:  # said before the download
+        if model not in wanted:  # raised before the download
             raise ValueError(
                 f"{weights} are the weights of torchvision's {model}, wanted {', '.join(wanted)}"
             )
         try:
             state = download(progress=False, check_hash=True)
-        except Exception as error:  # of the network, the disk or the hash
+        except Exception as error:  # an error of the network, the disk or the hash
             raise OSError(f"the download of torchvision's {weights} failed: {error}") from error
     problem = not_tensors(state)
     if problem:
@@ -230,7 +233,7 @@ def _read_torchvision(
     """The family, configuration and renamed tensors of a torchvision model's weights.
 
     Raises:
-        ValueError: they are not those of the named model, or of no family.
+        ValueError: they are of another model than the named one, or of no family.
     """
     refusals: dict[str, ValueError] = {}
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""The backbone API: what every family shares, by the names transformers 5.23 uses."""
+"""The backbone API that all families share, with the names of transformers 5.23."""
 
 import enum
 import logging
@@ -6,20 +6,17 @@ import os
 import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from fastbb_kernels.accuracy import FP32_REL
 
 from ..weights.derived import RemembersDerived
-from ..weights.fold import autocasts
+from ..weights.folded_weights import autocasts
 from .checkpoint import (
     LoadingInfo,
     StateDict,
@@ -29,8 +26,9 @@ from .checkpoint import (
     save_state_dict,
     shapes_only,
 )
+from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
-from .hub import HubOptions, read_config, unwrap_head
+from .hub import ConfigFile, HubOptions
 from .output import BackboneOutput
 
 if TYPE_CHECKING:
@@ -44,7 +42,7 @@ Module = TypeVar("Module", bound="Backbone")
 
 
 class BackboneType(enum.Enum):
-    """Whose stage names and indices a backbone uses."""
+    """The library whose stage names and indices a backbone uses."""
 
     TIMM = "timm"
     TRANSFORMERS = "transformers"
@@ -90,7 +88,7 @@ class BackboneMixin:
         self.outputs_changed()
 
     def outputs_changed(self) -> None:
-        """Called when other stages were selected on the backbone."""
+        """Reacts to a new selection of stages on the backbone."""
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
@@ -103,7 +101,7 @@ class BackboneMixin:
         return [self.out_feature_channels[name] for name in self.out_features]
 
     def forward_with_filtered_kwargs(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward` without the arguments that this backbone does not take."""
+        """Calls `forward` without the arguments that this backbone does not accept."""
         if not self.has_attentions:
             kwargs.pop("output_attentions", None)
         if self._backbone_type is BackboneType.TIMM:
@@ -112,17 +110,16 @@ class BackboneMixin:
         return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
 
 
-class Backbone(BackboneMixin, RemembersDerived):
+class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
     """Base of the families.
 
-    A family gives `forward_stages`, `feature_map` and the names of its weights; loading, saving,
-    choice of outputs and checks are here.
+    A family implements `forward_stages`, `feature_map` and the names of its weights. This class
+    implements loading, saving, the choice of outputs and the checks of the input.
     """
 
     config_class: ClassVar[type[BackboneConfig]]
     main_input_name: ClassVar[str] = "pixel_values"
-    supports_gradient_checkpointing: ClassVar[bool] = True
-    # patterns of names that a checkpoint may lack, and that it may have in excess
+    # patterns of names that a checkpoint may lack, and of names in it that are not loaded
     optional_weights: ClassVar[tuple[str, ...]] = ()
     unused_weights: ClassVar[tuple[str, ...]] = ()
     # arguments of `forward` that only this family has
@@ -131,14 +128,12 @@ class Backbone(BackboneMixin, RemembersDerived):
     exactness: float = FP32_REL
     # height and width of images where the configuration names none
     usual_size: ClassVar[tuple[int, int]] = (224, 224)
-    # decides how a prepared backbone runs
+    # chooses how a prepared backbone runs; None if it is not prepared
     _engine: "Engine | None" = None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = self.own_config(config)
-        self.gradient_checkpointing = False
-        self._checkpoint_options: dict[str, Any] = {"use_reentrant": False}
 
     @abstractmethod
     def forward_stages(
@@ -153,15 +148,15 @@ class Backbone(BackboneMixin, RemembersDerived):
         Args:
             pixel_values: [B, C, H, W], checked.
             wanted: names of stages, in order of depth.
-            attentions: the attention weights of each stage are appended to it, if it is a list.
+            attentions: list to which the attention weights of each stage are appended, or None.
             kwargs: options of the family.
 
         Returns:
-            [B, C, h, w] for each wanted stage, without the norm of `feature_map`.
+            [B, C, h, w] for each wanted stage, before the norm that `feature_map` applies.
         """
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
-        """What is returned of a stage: [B, C, h, w] to [B, C, h, w]."""
+        """Computes the returned map [B, C, h, w] from the hidden state [B, C, h, w] of a stage."""
         return hidden_state
 
     def forward(
@@ -175,14 +170,14 @@ class Backbone(BackboneMixin, RemembersDerived):
         """Computes feature maps, running no stage beyond the last one asked for.
 
         Args:
-            pixel_values: [B, C, H, W] of any floating dtype, on the device of the weights, to whose
-                dtype they are converted, except under torch.autocast. B may be 0.
-            output_hidden_states: also return every stage, before its norm; a list of indices
-                returns None for the others.
+            pixel_values: [B, C, H, W] of any floating dtype, on the device of the weights. They are
+                converted to the dtype of the weights, except under torch.autocast. B may be 0.
+            output_hidden_states: also return every stage, before its norm; with a list of indices,
+                the other stages are None.
             output_attentions: also return the attention weights of the last block of each stage.
             return_dict: False returns a tuple.
-            kwargs: options of the family; others are ignored, as transformers ignores them
-                (`pixel_mask`, which processors return).
+            kwargs: options of the family. Others are ignored, as in transformers: processors
+                return `pixel_mask`, for example.
 
         Returns:
             BackboneOutput, or a tuple of its values.
@@ -219,12 +214,12 @@ class Backbone(BackboneMixin, RemembersDerived):
         return output if return_dict else output.to_tuple()
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The maps [B, C, h, w] of `out_features`, op by op, of checked pixels [B, C, H, W]."""
+        """Computes the maps [B, C, h, w] of `out_features` op by op, from checked [B, C, H, W]."""
         stages = self.forward_stages(pixel_values, self.out_features)
         return tuple(self.feature_map(name, stages[name]) for name in self.out_features)
 
     def _takes(self, kwargs: dict[str, Any]) -> bool:
-        """Whether one of these arguments changes what the family computes."""
+        """Whether one of these arguments changes the result of the family's forward."""
         return any(kwargs.get(name) for name in self.forward_options)
 
     def _hidden_states(
@@ -243,7 +238,7 @@ class Backbone(BackboneMixin, RemembersDerived):
         return tuple(state if i in keep else None for i, state in enumerate(states))
 
     def _checked(self, pixel_values: Any) -> Tensor:
-        """What `forward` computes from: floating pixels in the dtype of the weights.
+        """Checks the input of `forward` and converts it to the dtype of the weights.
 
         Raises:
             ValueError: the input is not what the backbone takes.
@@ -286,38 +281,38 @@ class Backbone(BackboneMixin, RemembersDerived):
         cuda_graph: bool | str = "auto",
         expected_images: int | None = None,
     ) -> Module:
-        """A backbone that computes the same maps in the fastest way that was checked.
+        """Returns a backbone for inference that computes the same maps in the fastest checked way.
 
-        For inference. Wherever that way cannot be taken (a gradient is needed, changed weights, an
-        error) the eager one is, and `explain()` says why; hidden states and attentions are computed
-        as if it were not prepared. Weights, layers and hooks that change after something was
-        compiled are noticed.
+        The backbone runs eagerly where the fast way cannot be used (a gradient is needed, weights
+        changed, an error occurred), and `explain()` says why. Hidden states and attentions are
+        always computed eagerly. Changes of weights, layers and hooks after a compilation are
+        noticed.
 
         Args:
             mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
                 "eager" is PyTorch op by op, "triton" our kernels, "compile" torch.compile over the
                 whole backbone, "triton+compile" torch.compile around our kernels.
             precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights;
-                default: that of the weights, which are shared. Maps are in the dtype of the
-                weights, pixels may be of any floating dtype.
-            example: pixels [B, C, H, W], or their (B, H, W), to get ready for now. Default: the
-                first pixels that come.
+                the default is the precision of the weights, which are then shared. Maps have the
+                dtype of the weights, pixels may have any floating dtype.
+            example: pixels [B, C, H, W], or their (B, H, W), to prepare for now. Default: the first
+                pixels of a call.
             cuda_graph: replay a recorded graph; "auto": for small batches on a GPU.
-            expected_images: how many are to come. Says whether compiling pays.
+            expected_images: number of images to come; decides whether compiling pays.
 
         Returns:
             A backbone of the same class.
 
         Raises:
-            ValueError: an argument is none of these, this device cannot do it, or the backbone is
-                in training mode.
+            ValueError: an argument has another value, the device does not support it, or the
+                backbone is in training mode.
         """
         from ..engine.prepare import prepare
 
         return prepare(self, mode, precision, example, cuda_graph, expected_images)
 
     def explain(self) -> "Explanation":
-        """Prints and returns what runs for every shape of input so far, and why."""
+        """Prints and returns, for every shape of input so far, how it runs and why."""
         from ..engine.prepare import explain
 
         explanation = explain(self)
@@ -331,11 +326,11 @@ class Backbone(BackboneMixin, RemembersDerived):
 
         Args:
             reference: "auto" is upstream's own model where its library is installed, else our
-                eager one in float64; or a module that returns the same maps.
-            inputs: pixels [B, C, H, W]; default: random ones of the model's size and another.
+                eager model in float64; or a module that returns the same maps.
+            inputs: pixels [B, C, H, W]; default: random ones of the model's size and of another.
 
         Returns:
-            A table of errors and what is allowed; `passed` says whether all is well.
+            A table of measured and allowed errors; `passed` is whether all errors are allowed.
         """
         from ..inspect.verify import verify
 
@@ -357,39 +352,6 @@ class Backbone(BackboneMixin, RemembersDerived):
         """Device of the weights."""
         return next(self.parameters()).device
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """In training, recomputes blocks in the backward pass instead of keeping activations.
-
-        Args:
-            gradient_checkpointing_kwargs: arguments of `torch.utils.checkpoint.checkpoint`.
-        """
-        self.gradient_checkpointing = True
-        self._checkpoint_options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keeps activations again."""
-        self.gradient_checkpointing = False
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.gradient_checkpointing
-
-    def run_block(self, block: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Runs a part of the forward pass, checkpointed where that is on."""
-        if self.gradient_checkpointing and self.training:
-            options = self._checkpoint_options
-            if not options["use_reentrant"]:
-                options = {"context_fn": self._recompute_contexts, **options}
-            result = checkpoint(block, *args, **options)
-            assert isinstance(result, Tensor)
-            return result
-        return block(*args)
-
-    def _recompute_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), _without_counting(self)
-
     @classmethod
     def from_checkpoint_names(
         cls, state: StateDict, backbone: nn.Module
@@ -406,12 +368,12 @@ class Backbone(BackboneMixin, RemembersDerived):
         raise NotImplementedError
 
     def to_checkpoint_names(self) -> StateDict:
-        """The tensors to save, by the names transformers saves them under."""
+        """The tensors to save, by the names of transformers' checkpoints."""
         return self.state_dict()
 
     @classmethod
     def own_config(cls, config: Any) -> Any:
-        """The configuration itself, or transformers' one of the same `model_type` as ours.
+        """Returns a configuration of this family, converted if it is transformers' own.
 
         Raises:
             ValueError: it is another family's.
@@ -428,12 +390,12 @@ class Backbone(BackboneMixin, RemembersDerived):
 
     @classmethod
     def config_classes(cls) -> dict[str, type[BackboneConfig]]:
-        """Configurations by `model_type`; one with other semantics is a subclass with its own."""
+        """Configuration classes by `model_type`; subclasses have other semantics."""
         return {c.model_type: c for c in (cls.config_class, *cls.config_class.__subclasses__())}
 
     @classmethod
     def from_config(cls: type[Module], config: BackboneConfig) -> Module:
-        """A backbone with random weights; the configuration is copied."""
+        """Builds a backbone with random weights; the configuration is copied."""
         own = cls.own_config(config)
         return cls(type(own).from_dict(own.to_dict()))
 
@@ -442,7 +404,7 @@ class Backbone(BackboneMixin, RemembersDerived):
         cls: type[Module],
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: BackboneConfig | None = None,
+        config: BackboneConfig | ConfigFile | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -459,7 +421,7 @@ class Backbone(BackboneMixin, RemembersDerived):
         Args:
             pretrained_model_name_or_path: local directory, bundled model or Hub repository, of a
                 backbone or of a model that contains one.
-            config: replaces config.json.
+            config: replaces config.json; or a `ConfigFile`, which is not read again.
             dtype: of the weights; default (or "auto"): that of the checkpoint.
             torch_dtype: transformers' older name of `dtype`.
             device: of the weights; default: CPU.
@@ -468,18 +430,20 @@ class Backbone(BackboneMixin, RemembersDerived):
             token: access token for the Hub.
             local_files_only: do not ask the Hub.
             output_loading_info: return (backbone, LoadingInfo).
-            attn_implementation: accepted for transformers' sake; fastbb chooses by itself.
+            attn_implementation: accepted for compatibility with transformers and ignored.
             overrides: fields of the configuration, such as `out_indices` or `out_features`.
 
         Raises:
-            OSError: the model is not there, or its files are corrupt.
+            OSError: the model does not exist, or its files are corrupt.
             ValueError: the weights do not fit, or the configuration is another model's.
-            TypeError: an override is no field of the configuration.
+            TypeError: an override is not a field of the configuration.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         own: BackboneConfig
         if config is None:
-            values = unwrap_head(read_config(pretrained_model_name_or_path, hub), hub)
+            config = ConfigFile.read(pretrained_model_name_or_path, hub)
+        if isinstance(config, ConfigFile):
+            values = config.backbone
             known = cls.config_classes()
             model_type = values.get("model_type")
             if model_type not in known:
@@ -543,19 +507,19 @@ class Backbone(BackboneMixin, RemembersDerived):
         return backbone, info
 
     def init_optional_weights(self) -> None:
-        """Gives the weights that a checkpoint may lack their initial values (from meta tensors)."""
+        """Initializes the weights that a checkpoint may lack, which are on the meta device."""
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
-        """Says what of a checkpoint was not used."""
+        """Logs the tensors of a checkpoint that were not used."""
         if info.ignored:
             count = len(info.ignored)
             logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors, which transformers reads with equal outputs.
+        """Writes config.json and model.safetensors, from which transformers computes equal outputs.
 
         Args:
-            save_directory: is made if it does not exist.
+            save_directory: created if it does not exist.
         """
         config = type(self.config).from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
@@ -565,12 +529,13 @@ class Backbone(BackboneMixin, RemembersDerived):
 
 
 def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
-    """Floating pixels in the dtype of the weights, except where torch.autocast chooses it.
+    """Converts floating pixels to the dtype of the weights, unless torch.autocast chooses it.
 
     Args:
-        pixel_values: of any dtype; integers stay as they are. autocast leaves float64 as it is.
+        pixel_values: of any dtype. Integers are returned as they are. autocast does not convert
+            float64.
         dtype: of the weights.
-        forced: a precision was asked for, so that autocast does not choose.
+        forced: a precision was requested, so autocast does not choose.
     """
     if not pixel_values.is_floating_point():
         return pixel_values
@@ -578,26 +543,8 @@ def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
     return pixel_values if is_cast and not forced else pixel_values.to(dtype)
 
 
-@contextmanager
-def _without_counting(module: nn.Module) -> Iterator[None]:
-    """Batch norms normalize as in training but leave their running statistics as they are.
-
-    Recomputation sees a batch a second time. The statistics must still be passed to the op, which
-    saves them for the backward as it did in the first forward.
-    """
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
 def warn_untrained(names: Sequence[str]) -> None:
-    """One warning for stages whose norm the checkpoint did not have."""
+    """Warns once about stages whose norm is missing in the checkpoint."""
     warnings.warn(
         f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
         "with weight 1 and bias 0, as transformers does.",

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors read and written, names matched to a backbone's, strictly."""
+"""Checkpoints: reads and writes weights, and matches their names strictly to a backbone's."""
 
 import errno
 import fnmatch
@@ -18,7 +18,7 @@ from .hub import DEFAULT_HUB, HubOptions, find_file, read_json
 StateDict = dict[str, Tensor]
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# errors that say nothing about what is in a file
+# errors of access, which do not mean that a file is corrupt
 _NO_ACCESS = {
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.EISDIR, errno.EIO, errno.ESTALE),
     *(errno.ENOMEM, errno.EMFILE, errno.ENFILE),
@@ -34,12 +34,12 @@ WEIGHT_FILES = (
 
 @dataclass(frozen=True)
 class LoadingInfo:
-    """What became of the tensors of a checkpoint.
+    """The use of the tensors of a checkpoint.
 
     Attributes:
-        prefix: where in the checkpoint the backbone was found.
-        ignored: names outside the backbone (heads, classifiers) or that it does not need.
-        initialized: optional tensors the checkpoint lacks, left at their initial value.
+        prefix: prefix of the backbone's names in the checkpoint.
+        ignored: names outside the backbone (heads, classifiers), and names that it does not need.
+        initialized: optional tensors that are missing and keep their initial value.
     """
 
     prefix: str = ""
@@ -57,10 +57,10 @@ def read_state_dict(
         hub: options for the Hub.
 
     Returns:
-        Names and tensors, on the CPU, in the dtype they were saved in.
+        Names and tensors, on the CPU, in the dtype of the file.
 
     Raises:
-        OSError: no weights are there, or a file is corrupt or truncated; nothing is half-loaded.
+        OSError: there are no weights, or a file is corrupt or truncated; nothing is loaded partly.
     """
     for filename in WEIGHT_FILES:
         path = find_file(name_or_dir, filename, hub)
@@ -93,19 +93,19 @@ def read_weights_file(path: Path) -> StateDict:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what a reader raises over a damaged file into an OSError of one line.
+    """Turns any error of reading a damaged file into an OSError of one line.
 
-    A file that cannot be read, or not in this memory, may be a good one: nobody is told to delete
-    it.
+    Files that cannot be accessed, or do not fit into memory, may be intact: their errors do not
+    advise to delete them.
     """
     try:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # an unpickler raises whatever the bytes lead it to
+    except Exception as error:  # an unpickler may raise any exception
         if isinstance(error, OSError) and error.errno in _NO_ACCESS:
             raise OSError(f"{path} cannot be read: {error.strerror}") from error
-        if "Unsupported global" in str(error):  # it is whole, and not safe to load
+        if "Unsupported global" in str(error):  # the file is intact, but not safe to load
             raise OSError(
                 f"{path} holds Python objects other than tensors, which are not loaded: save "
                 "model.state_dict() alone"
@@ -118,7 +118,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def not_tensors(loaded: Any) -> str | None:
-    """Why a value is no dictionary of names and tensors, to end an error with; None if it is."""
+    """The end of an error about a value that is no dictionary of tensors; None if it is one."""
     if not isinstance(loaded, Mapping):
         return f"got {type(loaded).__name__}"
     for name, value in loaded.items():
@@ -151,7 +151,7 @@ def _read_shards(name_or_dir: str | os.PathLike[str], index: Path, hub: HubOptio
 
 
 def save_state_dict(state: StateDict, directory: Path) -> None:
-    """Writes model.safetensors as transformers does; a file of that name is replaced at once."""
+    """Writes model.safetensors as transformers does; replaces an existing file atomically."""
     from safetensors.torch import save_file
 
     # save_file refuses tensors that share memory or have gaps
@@ -170,7 +170,7 @@ def save_state_dict(state: StateDict, directory: Path) -> None:
 
 
 def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str:
-    """Finds where in a checkpoint a module's tensors are.
+    """Finds the prefix of a module's tensors in a checkpoint.
 
     Args:
         names: all names of the checkpoint.
@@ -181,7 +181,7 @@ def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str
         The prefix, "" or ending with a dot, under which most of `expected` are.
 
     Raises:
-        ValueError: there is none, or two fit equally well.
+        ValueError: there is no such prefix, or two fit equally well.
     """
     names = set(names)
     anchor = expected[0]
@@ -201,7 +201,7 @@ def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str
 
 
 def strip_prefix(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:
-    """The tensors under a prefix, without it, and the names of the others."""
+    """Returns the tensors under a prefix, which is removed, and the names of the others."""
     inside = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     return inside, sorted(name for name in state if not name.startswith(prefix))
 
@@ -218,21 +218,21 @@ class _NothingToFill(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules made inside have shapes and no memory: their tensors are on the meta device.
+    """Creates modules on the meta device, with shapes and without memory.
 
-    PyTorch fills a meta tensor with normal values by Python code that imports torch._dynamo, which
-    takes longer than loading a model; here that does nothing.
+    PyTorch initializes a meta tensor with normal values by Python code that imports torch._dynamo,
+    which takes longer than loading a model. This context skips that initialization.
     """
     with torch.device("meta"), _NothingToFill():
         yield
 
 
 def check_dtypes(state: Mapping[str, Any], weights: Iterable[str], what: str) -> None:
-    """Refuses weights of a dtype that no backbone computes in: they would be cast to nonsense.
+    """Refuses weights of a dtype that no backbone computes in, because a cast would corrupt them.
 
     Args:
         state: tensors of a checkpoint.
-        weights: names of those that are floating in the model; counters and indices are not.
+        weights: names of the tensors that are floating in the model, unlike counters and indices.
         what: the model, for the error.
 
     Raises:
@@ -257,23 +257,23 @@ def load_strict(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[list[str], list[str]]:
-    """Gives a module the tensors of a state dict, all or none.
+    """Loads the tensors of a state dict into a module, all or none.
 
     Args:
         module: may be on the meta device; its parameters are replaced.
         state: names as in `module.state_dict()`.
         what: the model, for the error.
-        optional: patterns of names that may be missing; those keep their value in `module`.
+        optional: patterns of names that may be missing; they keep their value in `module`.
         unused: patterns of names that the module does not need.
         dtype: floating tensors are converted to it; default: that of the checkpoint.
-        device: where the tensors go; default: CPU.
+        device: of the loaded tensors; default: CPU.
 
     Returns:
         Optional names that were missing, and unused names that were present.
 
     Raises:
-        ValueError: names are missing or unknown, or shapes differ; lists all of them. Or weights
-            are not floating.
+        ValueError: names are missing or unknown or shapes differ (the message lists all of them),
+            or weights are not floating.
     """
     expected = module.state_dict()
     weights = [name for name, tensor in expected.items() if tensor.is_floating_point()]
@@ -320,7 +320,7 @@ def load_strict(
 
 
 def rename(state: StateDict, rule: Callable[[str], str]) -> StateDict:
-    """`state` with every name replaced by `rule(name)`."""
+    """Returns `state` with every name replaced by `rule(name)`."""
     return {rule(name): tensor for name, tensor in state.items()}
 
 
@@ -334,7 +334,7 @@ def _some(names: Sequence[Any], most: int = 20) -> str:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype from a dtype, its name, or "auto" for None."""
+    """Returns the dtype that a dtype or its name means; None for None and "auto"."""
     if dtype is None or dtype == "auto":
         return None
     found = getattr(torch, str(dtype).removeprefix("torch."), None)

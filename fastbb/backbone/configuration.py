@@ -49,7 +49,7 @@ class BackboneConfigMixin:
         self._out_features, self._out_indices = list(out_features), list(out_indices)
 
     def verify_out_features_out_indices(self) -> None:
-        """Raises ValueError if `out_features` and `out_indices` do not fit `stage_names`."""
+        """Raises a ValueError if `out_features` and `out_indices` do not fit `stage_names`."""
         _verify(self.stage_names, self._out_features, self._out_indices)
 
     @property
@@ -137,13 +137,13 @@ _COMMON = ("output_hidden_states", "output_attentions", "return_dict")
 class BackboneConfig(BackboneConfigMixin):
     """Base of the configurations: plain attributes, saved as transformers saves them.
 
-    Fields that a configuration does not know are kept as attributes and written back.
+    Unknown fields are kept as attributes and written back.
     """
 
     model_type: ClassVar[str] = ""
     attribute_map: ClassVar[dict[str, str]] = {}
 
-    # what transformers gives every configuration (_COMMON); written only if set
+    # fields of every configuration in transformers (_COMMON); written only if set
     output_hidden_states: bool = False
     output_attentions: bool = False
     return_dict: bool = True
@@ -159,7 +159,7 @@ class BackboneConfig(BackboneConfigMixin):
         super().__setattr__(self.attribute_map.get(name, name), value)
 
     def __getattr__(self, name: str) -> Any:
-        # only reached where no such attribute exists
+        # Python calls this only if no such attribute exists
         if name in type(self).attribute_map:
             return getattr(self, type(self).attribute_map[name])
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -196,7 +196,7 @@ class BackboneConfig(BackboneConfigMixin):
                 replaces both.
 
         Raises:
-            TypeError: an override is no field of this configuration.
+            TypeError: an override is not a field of this configuration.
         """
         values = dict(config_dict)
         known = {*signature(cls.__init__).parameters, *values, *cls.attribute_map, *_COMMON}
@@ -224,7 +224,7 @@ class BackboneConfig(BackboneConfigMixin):
         """Reads config.json of a directory, bundled model or Hub repository; see `from_dict`.
 
         Raises:
-            OSError: there is no such place, or it has no config.json.
+            OSError: the model does not exist, or it has no config.json.
             ValueError: the file is another model's configuration.
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
@@ -238,13 +238,13 @@ class BackboneConfig(BackboneConfigMixin):
         return cls.from_dict(values, **overrides)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Writes config.json into a directory, which is made if it does not exist."""
+        """Writes config.json into a directory, which is created if it does not exist."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     def _set_stages(self, names: list[str], out_features: Any, out_indices: Any) -> None:
-        """Ends every constructor: names the stages and selects the ones to return."""
+        """Names the stages and selects the ones to return; every constructor ends with it."""
         self.stage_names = names
         self.set_output_features_output_indices(out_features, out_indices)
 
@@ -255,35 +255,38 @@ def hierarchical_stage_names(n_stages: int) -> list[str]:
 
 
 def check_integer(name: str, value: Any, minimum: int = 1) -> int:
-    """`value`, an integer of at least `minimum`."""
+    """Returns a value that is an integer of at least `minimum`, or raises a ValueError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
     return value
 
 
 def check_number(name: str, value: Any) -> float:
-    """`value`, a number."""
+    """Returns a value that is a number, or raises a ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return value
 
 
 def check_boolean(name: str, value: Any) -> bool:
-    """`value`, True or False."""
+    """Returns a value that is True or False, or raises a ValueError."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def check_integers(name: str, value: Any, at_least: int = 1) -> list[int]:
-    """`value` as a list of positive integers; transformers takes more of them than stages too."""
+    """Returns `at_least` or more positive integers as a list, or raises a ValueError.
+
+    transformers accepts more integers than there are stages, so this does too.
+    """
     if not isinstance(value, (list, tuple)) or len(value) < at_least:
         raise ValueError(f"{name} must be a list of {at_least} integers, got {value!r}")
     return [check_integer(name, item) for item in value]
 
 
 def check_size(name: str, value: Any) -> int | list[int]:
-    """`value`, one integer for both sides or two for (height, width)."""
+    """Returns one integer for both sides or two for (height, width), or raises a ValueError."""
     if not isinstance(value, (list, tuple)):
         return check_integer(name, value)
     if len(value) != 2:
@@ -292,10 +295,10 @@ def check_size(name: str, value: Any) -> int | list[int]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Choice]) -> Choice:
-    """Returns a value that is one of `choices`, also in its type: 1 is not True.
+    """Returns a value that equals one of `choices` and has its type: 1 is not True.
 
     Raises:
-        ValueError: it is none of them; `name` names it in the message.
+        ValueError: the value is none of them; the message calls it `name`.
     """
     for choice in choices:
         if isinstance(value, type(choice)) and value == choice:

@@ -1,4 +1,4 @@
-"""Where files come from: a local directory, a bundled model, or a repository of the Hub."""
+"""Files of a model: in a local directory, a bundled model, or a repository of the Hub."""
 
 import json
 import os
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 BUNDLED_DIR = Path(__file__).parents[1] / "assets"
-ANSWER_TIMEOUT_S = 3.0  # whether the Hub has a file; HF_HUB_ETAG_TIMEOUT, where set, holds instead
+ANSWER_TIMEOUT_S = 3.0  # for whether the Hub has a file; HF_HUB_ETAG_TIMEOUT overrides it
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How huggingface_hub is asked; the environment variables it knows hold as always.
+    """Options of requests to the Hub; huggingface_hub's environment variables apply too.
 
     Attributes:
         revision: branch, tag or commit; default: the main branch.
-        cache_dir: where downloads are kept; default: huggingface_hub's cache.
+        cache_dir: directory of downloads; default: huggingface_hub's cache.
         token: access token, True for the stored one, False for none.
-        local_files_only: use only what the cache holds.
+        local_files_only: use only files in the cache.
     """
 
     revision: str | None = None
@@ -37,10 +37,10 @@ def bundled_models() -> list[str]:
 
 
 def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
-    """The directory meant by a name: an existing one, or that of a bundled model.
+    """The directory of a name: an existing directory, or that of a bundled model.
 
     Raises:
-        OSError: the name is empty, or in the home directory of a user that is not known here.
+        OSError: the name is empty, or in the home directory of an unknown user.
     """
     if not os.fspath(name_or_dir):
         raise OSError(
@@ -62,7 +62,7 @@ def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
 def find_file(
     name_or_dir: str | os.PathLike[str], filename: str, hub: HubOptions = DEFAULT_HUB
 ) -> Path | None:
-    """Finds a file of a model, downloading it if need be.
+    """Finds a file of a model and downloads it if necessary.
 
     Args:
         name_or_dir: local directory, bundled model or Hub repository.
@@ -115,7 +115,7 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
     except RevisionNotFoundError as error:
         raise OSError(f"The Hub repository {repo!r} has no revision {hub.revision!r}.") from error
     except (_NoAnswer, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        # of a repository that is known, the file was never fetched
+        # the repository is in the cache, and this file of it was never downloaded
         if _is_cached(repo, "config.json", hub):
             return None
         reason = error if isinstance(error, _NoAnswer) else "offline mode or local_files_only"
@@ -125,23 +125,23 @@ def _find_on_hub(repo: str, filename: str, hub: HubOptions) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
-    except Exception as error:  # also of the HTTP library, which is huggingface_hub's choice
+    except Exception as error:  # errors of the HTTP library too, which huggingface_hub chooses
         raise OSError(f"{wanted}, and asking the Hub for {repo!r} failed: {error}") from error
 
 
 class _NoAnswer(Exception):
-    """The Hub did not say whether it has a file; the message says why."""
+    """The Hub did not answer whether it has a file; the message gives the reason."""
 
 
 def _ask(repo: str, filename: str, hub: HubOptions) -> None:
     """Asks the Hub once whether it has a file.
 
-    hf_hub_download repeats this question for half a minute, too long for a mistyped name without
-    network. What the Hub has is worth repeating, so the download itself keeps its retries.
+    hf_hub_download repeats this request for half a minute, which is too long for a mistyped name
+    without network. The download of an existing file keeps its retries.
 
     Raises:
-        _NoAnswer: it cannot be reached, is too slow or is broken.
-        HfHubHTTPError: it refuses, and says why.
+        _NoAnswer: the Hub cannot be reached, is too slow or is broken.
+        HfHubHTTPError: the Hub refuses; the error has its reason.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -157,7 +157,7 @@ def _ask(repo: str, filename: str, hub: HubOptions) -> None:
         if error.response.status_code < HTTPStatus.INTERNAL_SERVER_ERROR:
             raise
         raise _NoAnswer(f"it answers {error.response.status_code}") from error
-    except Exception as error:  # of the HTTP library, which is huggingface_hub's choice
+    except Exception as error:  # errors of the HTTP library, which huggingface_hub chooses
         reason = str(error) or type(error).__name__
         if "timeout" in type(error).__name__.lower():
             reason = f"no answer within {timeout_s:g} s; HF_HUB_ETAG_TIMEOUT=60 waits longer"
@@ -192,7 +192,7 @@ def read_config(
     """Reads `config.json` of a directory, bundled model or Hub repository.
 
     Raises:
-        OSError: there is no such place, or it has no config.json.
+        OSError: the model does not exist, or it has no config.json.
     """
     path = find_file(name_or_dir, "config.json", hub)
     if path is None:
@@ -210,14 +210,14 @@ def is_timm_config(config: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class TimmSource:
-    """What a timm name stands for.
+    """A timm model with its weights.
 
     Attributes:
-        architecture: timm's name of the architecture, with tag if the name had one.
+        architecture: timm's name of the architecture, with a tag if the name had one.
         pretrained_cfg: timm's description of the weights (input size, mean, classifier ...).
-        model_args: constructor arguments that the checkpoint was made with.
-        weights: directory or Hub repository that holds the weights; None: timm knows a URL at most.
-        weights_file: file name of the weights, or None for the usual ones.
+        model_args: constructor arguments of the saved model.
+        weights: directory or Hub repository of the weights; None: timm has at most a URL.
+        weights_file: file name of the weights, or None for the default names.
     """
 
     architecture: str
@@ -228,15 +228,22 @@ class TimmSource:
 
 
 def timm_source(
-    name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
+    name_or_dir: str | os.PathLike[str],
+    hub: HubOptions = DEFAULT_HUB,
+    config: dict[str, Any] | None = None,
 ) -> TimmSource | None:
     """Resolves a timm name (`resnet50`, `timm/resnet50.a1_in1k`), directory or Hub repository.
 
+    Args:
+        name_or_dir: name or directory.
+        hub: options for the Hub.
+        config: its config.json, if that was read already.
+
     Returns:
-        What to build and where its weights are, or None if the name is not timm's.
+        The model, or None if the name is not timm's.
 
     Raises:
-        OSError: the name means a Hub repository that cannot be had.
+        OSError: the name is that of a Hub repository that cannot be read.
     """
     name = str(name_or_dir)
     if local_directory(name_or_dir) is None:
@@ -245,11 +252,12 @@ def timm_source(
             return registered
         if "/" not in name:
             return None
-    path = find_file(name_or_dir, "config.json", hub)
-    config = read_json(path) if path else {}
+    if config is None:
+        path = find_file(name_or_dir, "config.json", hub)
+        config = read_json(path) if path else {}
     if not is_timm_config(config):
         return None
-    # before 2023 timm wrote the pretrained_cfg flat, as transformers' style of config
+    # before 2023 timm wrote the fields of pretrained_cfg at the top level
     pretrained_cfg = dict(config.get("pretrained_cfg", config))
     for key in ("num_classes", "label_names", "label_descriptions"):
         if key in config:
@@ -294,7 +302,7 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
     if not isinstance(name, str) or config.get("model_type") == "timm_backbone":
         return config
     kwargs = dict(config.get("backbone_kwargs") or {})
-    # before transformers 5 a head named its backbone: on the Hub, or (DETR and relatives) in timm
+    # before transformers 5 a head named its backbone, on the Hub or in timm (DETR and relatives)
     if not config.get("use_timm_backbone", "/" not in name):
         return {**read_config(name, hub), **kwargs}
     kwargs.setdefault("out_indices", [1, 2, 3, 4])
@@ -306,3 +314,32 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
         "num_channels": config.get("num_channels", 3),
         "backbone_kwargs": kwargs,
     }
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A config.json, read once.
+
+    Attributes:
+        values: its values.
+        backbone: the configuration of the backbone that it describes, with a `model_type`.
+    """
+
+    values: dict[str, Any]
+    backbone: dict[str, Any]
+
+    @classmethod
+    def read(
+        cls, name_or_dir: str | os.PathLike[str], hub: HubOptions = DEFAULT_HUB
+    ) -> "ConfigFile":
+        """Reads the file of a directory, bundled model or Hub repository.
+
+        Raises:
+            OSError: the model does not exist, or it has no config.json.
+        """
+        values = read_config(name_or_dir, hub)
+        if not is_timm_config(values):
+            return cls(values, unwrap_head(values, hub))
+        model_args = values.get("model_args") or {}
+        backbone = {"backbone": values["architecture"], "backbone_kwargs": model_args}
+        return cls(values, {"model_type": "timm_backbone", **backbone})

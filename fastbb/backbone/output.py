@@ -1,4 +1,4 @@
-"""What a backbone returns."""
+"""The output of a backbone."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from torch.utils._pytree import register_pytree_node
 
 
 class BackboneOutput(OrderedDict[str, Any]):
-    """What a backbone returns: attributes, dictionary keys or tuple items, as transformers' class.
+    """The output of a backbone, read by attribute, key or tuple index as transformers' class.
 
     Attributes:
         feature_maps: tuple of [B, C, h, w], one for each of `out_features`, in order of depth.
@@ -25,7 +25,7 @@ class BackboneOutput(OrderedDict[str, Any]):
         attentions: tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(feature_maps, Mapping):  # how libraries rebuild a dictionary of tensors
+        if isinstance(feature_maps, Mapping):  # libraries rebuild a dictionary of tensors so
             self.update(feature_maps)
             return
         for name, value in (
@@ -70,7 +70,7 @@ def _unflatten(values: Iterable[Any], names: list[str]) -> BackboneOutput:
     return BackboneOutput(**dict(zip(names, values)))
 
 
-# so that torch.export and functorch see the tensors inside
+# torch.export and functorch need this to see the tensors inside
 register_pytree_node(
     BackboneOutput,
     _flatten,

@@ -1,4 +1,4 @@
-"""The facts that a family of backbones states about itself."""
+"""The registry of families, with the facts that each family states about itself."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ MapsForward = Callable[[Tensor, Sequence[int]], list[Tensor]]
 
 @dataclass(frozen=True)
 class Upstream:
-    """A module that computes the true maps, for `verify`.
+    """A module of upstream that `verify` compares with.
 
     Attributes:
         name: of its library and class, for a report.
-        module: in eval mode; runs only as a copy, because some change when they run.
-        maps: the maps [B, C, h, w] that a copy of the module gives for [B, C, H, W].
+        module: in eval mode; only copies of it run, because some modules change when they run.
+        maps: computes the maps [B, C, h, w] of pixels [B, C, H, W] with a copy of the module.
     """
 
     name: str
@@ -34,9 +34,9 @@ class TransformersModel:
     """transformers' `<name>Backbone`, whose configuration takes the fields of ours.
 
     Attributes:
-        package: that has it and its `<name>Config`.
+        package: module that has the class and its `<name>Config`.
         name: of the model.
-        state: the weights of one of our backbones by the names of that class.
+        state: returns the weights of one of our backbones by the names of that class.
     """
 
     package: str
@@ -51,17 +51,17 @@ class Family:
     Attributes:
         backbone: its class.
         configs: its configurations; each has its own `model_type`.
-        timm_parts: reads the parts of timm's features-only module, so that `maps` computes the same
-            maps; raises `models.parts.Refused` if the module is not exactly of this family.
-        maps: the forward over parts: of parts, pixels [B, C, H, W] and indices of wanted maps.
+        timm_parts: reads the parts of timm's features-only module, from which `maps` computes the
+            same maps; raises `models.parts.Refused` if the module is not exactly of this family.
+        maps: computes the maps from parts, pixels [B, C, H, W] and indices of wanted maps.
         torchvision_models: torchvision's models of this family, with the fields of the
-            configuration by which their weights are known.
-        from_torchvision: configuration and renamed tensors of a torchvision state dict.
-        upstream: the model that one of its backbones is held to by `verify`, with its weights;
-            without it `verify` is an error.
+            configuration that identify their weights.
+        from_torchvision: returns configuration and renamed tensors of a torchvision state dict.
+        upstream: returns the model, with the weights of a backbone, that `verify` compares the
+            backbone with; without it `verify` is an error.
 
-    The class of the backbone states the size of images it is made for (`default_size`) and the
-    error that it is allowed (`exactness`).
+    The class of the backbone states the size of its images (`default_size`) and its allowed error
+    (`exactness`).
     """
 
     backbone: type[Backbone]
@@ -77,7 +77,7 @@ FAMILIES: list[Family] = []
 
 
 def register(family: Family) -> None:
-    """Makes a family known to AutoBackbone, AutoConfig and TimmBackbone."""
+    """Adds a family, which AutoBackbone, AutoConfig and TimmBackbone then use."""
     FAMILIES.append(family)
 
 
@@ -85,7 +85,7 @@ def family_of(model_type: str | None) -> tuple[Family, type[BackboneConfig]]:
     """The family and configuration class of a `model_type`.
 
     Raises:
-        ValueError: no family has it; lists those that exist.
+        ValueError: no family has it; the message lists the supported ones.
     """
     for family in FAMILIES:
         for config in family.configs:

@@ -17,7 +17,7 @@ from ..backbone.base import Backbone
 from ..engine.explanation import table
 from ..engine.settings import Settings
 from ..models.parts import Refused
-from ..weights.folding import is_batch_norm
+from ..weights.recognize import is_batch_norm
 from ..weights.watch import statistics_note
 from .host_backbone import HostBackbone, NothingToDo
 from .libraries import full_name, is_backbone

@@ -24,7 +24,9 @@ from ..engine.measuring import Comparison
 from ..engine.settings import Settings, Tools
 from ..engine.trial import Candidate, Run
 from ..models.parts import Refused
-from ..weights.folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
+from ..weights.find_norms import FoldReport, find_norms
+from ..weights.folded_model import Folding, unfold
+from ..weights.recognize import is_batch_norm
 from ..weights.watch import ModuleStamp
 from .libraries import is_known_part
 from .module_forward import ModuleForward

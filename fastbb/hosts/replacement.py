@@ -30,8 +30,8 @@ from ..engine.measuring import TIE, Comparison, compare, describe, duration, wal
 from ..engine.settings import DTYPES, Settings
 from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
-from ..weights.fold import autocasts
-from ..weights.folding import replica_without, unfold
+from ..weights.folded_model import replica_without, unfold
+from ..weights.folded_weights import autocasts
 from ..weights.watch import (
     ModuleSettings,
     ModuleStructure,

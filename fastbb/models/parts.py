@@ -1,7 +1,7 @@
-"""Parts of a model: its layers as a family's forward reads them, whoever owns them.
+"""Parts of a model: its layers in the form that the forward of a family takes, for any owner.
 
-A builder reads parts off modules once, and raises `Refused` where it does not cover them. They are
-kept with the backbone while its layers stay.
+A builder finds the parts inside the modules of one library, and raises `Refused` for modules that
+it does not cover. The parts are cached for a backbone until its layers change.
 """
 
 import weakref
@@ -9,25 +9,25 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..weights.folding import activation_name
+from ..weights.recognize import activation_name
 from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
 
 Value = TypeVar("Value")
 
 
 class Refused(Exception):
-    """Reason why fastbb does not compute a module."""
+    """A module that fastbb does not compute itself; the message gives the reason."""
 
 
 def activation_of(module: Any) -> str:
-    """The name in `ACTIVATIONS` of what a module computes.
+    """The name in `ACTIVATIONS` of the function that a module computes.
 
     Raises:
-        Refused: it is none of these.
+        Refused: the module computes another function.
     """
-    # torch's own are told by their settings, which a compiler can follow
+    # torch's own classes are recognized by their settings, which a compiler can trace
     if type(module) is nn.ReLU:
         return "relu"
     if type(module) is nn.GELU and module.approximate == "none":
@@ -38,23 +38,18 @@ def activation_of(module: Any) -> str:
     return name
 
 
-def run_now(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Calls a function, where nothing is checkpointed."""
-    return function(*args)
-
-
 class Kept(Generic[Value]):
-    """A value made of the layers inside a backbone, kept with it.
+    """A value computed from the layers of a backbone, cached for it until the layers change.
 
     Args:
         backbone: owner of the layers.
-        value: made of them; it must not hold the backbone itself.
-        read: a module inside whose settings it was made of too, or None.
+        value: must not refer to the backbone itself.
+        read: module inside the backbone if the value depends on its settings too, or None.
     """
 
     def __init__(self, backbone: nn.Module, value: Value, read: nn.Module | None = None) -> None:
         self.value = value
-        # in the place of the backbone, which would never be freed if it were held here
+        # stands for the backbone, which would never be freed if this referred to it
         self._root = nn.Module()
         self._root.training = False
         self._root._modules.update(backbone._modules)
@@ -66,7 +61,7 @@ class Kept(Generic[Value]):
 
     @classmethod
     def of(cls, backbone: nn.Module) -> "Kept[Any] | None":
-        """The one kept with a backbone, if layers, classes and settings are as they were."""
+        """The cached value of a backbone, or None if layers, classes or settings changed."""
         kept = _KEPT.get(backbone)
         return kept if kept is not None and kept._is_current(backbone) else None
 
@@ -79,7 +74,7 @@ class Kept(Generic[Value]):
         )
 
     def is_observed(self) -> bool:
-        """Whether hooks or forwards of others are on the layers now."""
+        """Whether the layers have hooks now, or forwards that other code set."""
         return bool(self._structure.hooks() or self._structure.foreign_forwards())
 
     def trains(self) -> bool:
@@ -91,16 +86,16 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, Kept[Any]] = weakref.WeakKeyDictiona
 
 
 def kept_parts(backbone: nn.Module, build: Callable[[], Value]) -> Value:
-    """Parts of a native backbone, built once and again where its layers changed.
+    """Parts of a native backbone, built once, and again after its layers changed.
 
     Args:
-        backbone: computed from its parameters.
-        build: reads the parts.
+        backbone: owner of the parts.
+        build: builds the parts.
 
     Raises:
         ValueError: see `check_untouched`.
     """
-    if torch.compiler.is_compiling():  # in the graph, which so guards what is read
+    if torch.compiler.is_compiling():  # in the graph, which guards the values that it reads
         check_untouched(backbone)
         return build()
     kept = Kept.of(backbone)
@@ -111,15 +106,15 @@ def kept_parts(backbone: nn.Module, build: Callable[[], Value]) -> Value:
 
 
 def check_untouched(backbone: nn.Module) -> None:
-    """Refuses changes that computing from the parameters would silently pass over.
+    """Refuses changes of modules that a computation from the parameters would silently ignore.
 
     Raises:
-        ValueError: a submodule has forward hooks, or was replaced by one that computes otherwise
+        ValueError: a submodule has forward hooks, or was replaced by one with another forward
             (LoRA, quantized layers).
     """
     for name, module in backbone.named_modules():
         if module is backbone or ".parametrizations." in name:
-            continue  # the weight that is read has passed its parametrizations
+            continue  # the forward reads the weight that parametrizations computed
         if is_observed(module):
             raise ValueError(
                 f"{type(backbone).__name__} computes from its parameters, so the hooks of {name!r} "

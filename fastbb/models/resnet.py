@@ -1,6 +1,6 @@
 """ResNet (He et al. 2015), v1.5 and v1, by the semantics of transformers.
 
-torchvision's and timm's plain ResNets compute the same maps; only names and stems differ.
+torchvision's and timm's plain ResNets compute the same maps, with other names and stem maps.
 Upstream: transformers `models/resnet/modeling_resnet.py`.
 """
 
@@ -41,9 +41,10 @@ class ResNetConfig(BackboneConfig):
         hidden_sizes: channels of each stage.
         depths: blocks per stage.
         layer_type: "basic" (ResNet-18, 34) or "bottleneck" (26, 50, 101, 152).
-        hidden_act: activation of the stem and after each residual; inside blocks it is ReLU.
+        hidden_act: activation of the stem and after each residual; ReLU is used inside blocks.
         downsample_in_first_stage: whether the first stage halves the map too.
-        downsample_in_bottleneck: stride in the first 1x1 convolution (v1), not the 3x3 (v1.5).
+        downsample_in_bottleneck: whether the first 1x1 convolution has the stride (v1), and not the
+            3x3 (v1.5).
         out_features: names of the stages to return.
         out_indices: indices of the stages to return: 0 is the stem, 1 the first stage.
 
@@ -73,7 +74,7 @@ class ResNetConfig(BackboneConfig):
         self.embedding_size = check_integer("embedding_size", embedding_size)
         self.depths = check_integers("depths", depths)
         self.hidden_sizes = check_integers("hidden_sizes", hidden_sizes, len(self.depths))
-        if layer_type not in ("basic", "bottleneck"):  # in transformers' words
+        if layer_type not in ("basic", "bottleneck"):  # the message is transformers'
             raise ValueError(f"layer_type={layer_type} is not one of basic,bottleneck")
         self.layer_type = layer_type
         self.hidden_act = check_choice("hidden_act", hidden_act, list(ACTIVATIONS))
@@ -100,7 +101,7 @@ class _ConvNorm(nn.Module):
 
 
 class _Block(nn.Module):
-    """Basic or bottleneck residual block: the convolutions of `layer`, then `shortcut` added."""
+    """Basic or bottleneck residual block: adds `shortcut` to the convolutions of `layer`."""
 
     def __init__(self, config: ResNetConfig, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -160,12 +161,12 @@ class ResNetBackbone(Backbone):
     config_class = ResNetConfig
     config: ResNetConfig
     has_attentions = False
-    # frozen norms of DETR and its relatives do not count batches
+    # frozen norms, as in DETR and related models, do not count batches
     optional_weights = ("*.num_batches_tracked",)
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__(config)
-        config = self.config  # ours, where transformers' came
+        config = self.config  # converted to ours if it was transformers'
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.embedding_size, *config.hidden_sizes]
         self.embedder = _Embedder(config)
@@ -191,7 +192,7 @@ class ResNetBackbone(Backbone):
             kept_parts(self, self._parts),
             pixel_values,
             [self.stage_names.index(name) for name in wanted],
-            run_block=self.run_block,
+            run_block=self.block_runner(),
         )
         return dict(zip(wanted, maps))
 
@@ -217,7 +218,7 @@ class ResNetBackbone(Backbone):
 
 
 def torchvision_resnet(state: StateDict) -> tuple[ResNetConfig, StateDict]:
-    """Configuration and renamed tensors of a torchvision `resnet18` ... `resnet152` state dict.
+    """Reads configuration and renamed tensors of torchvision's `resnet18` ... `resnet152`.
 
     Raises:
         ValueError: the tensors are not those of such a model.

@@ -1,7 +1,7 @@
-"""A ResNet as its forward reads it, whoever owns the layers, and how the layers of libraries fit.
+"""The parts that the forward of ResNets takes, and builders of them for the models of libraries.
 
-Builders look layers up and check them once; weights, eps and the settings of convolutions are read
-at every call.
+Builders find and check layers once. Weights, eps and the settings of convolutions are read at every
+call.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class ResNetBlockParts:
         pairs: two (basic) or three (bottleneck) convolutions, with ReLU between them.
         shortcut: convolution of the residual, or None.
         activation: name of the last activation.
-        before: modules that the residual passes before the shortcut.
+        before: modules that run on the residual before the shortcut.
         blur: module before the last convolution, or None.
         attention: module between the last convolution and the residual, or None.
     """
@@ -34,7 +34,7 @@ class ResNetBlockParts:
     attention: nn.Module | None = None
 
     def convolutions(self) -> tuple[ConvNorm, ...]:
-        """All of them, the shortcut last."""
+        """All convolutions, the shortcut last."""
         return self.pairs if self.shortcut is None else (*self.pairs, self.shortcut)
 
 
@@ -53,10 +53,10 @@ class ResNetParts:
     """A ResNet.
 
     Attributes:
-        stem: layers before the pool; modules where the ops do not cover them.
-        stages: blocks of each stage; modules where the ops do not cover them.
-        pool: of the stem; None: 3x3 by stride 2, behind a `StemLayer`.
-        pools_stem_map: whether map 0 is behind the pool (transformers) or before it (timm).
+        stem: layers before the pool; the modules themselves if the ops do not cover them.
+        stages: blocks of each stage; the modules themselves if the ops do not cover them.
+        pool: of the stem; None: 3x3 by stride 2, after a `StemLayer`.
+        pools_stem_map: whether map 0 is after the pool (transformers) or before it (timm).
     """
 
     stem: tuple[StemLayer | nn.Module, ...]
@@ -72,13 +72,13 @@ def transformers_block(block: Any) -> ResNetBlockParts:
     """Reads a ResNetBasicLayer, a ResNetBottleNeckLayer, or RT-DETR's.
 
     Raises:
-        Refused: by this and the other builders, where they do not cover a module.
+        Refused: the ops do not cover the module. The other builders raise it too.
     """
     if not isinstance(block.layer[-1].activation, nn.Identity):
         raise Refused("it activates before the residual is added")
     parts: list[Any]
     parts = list(block.shortcut) if type(block.shortcut) is nn.Sequential else [block.shortcut]
-    *before, last = parts  # RT-DETR's may pool before it
+    *before, last = parts  # RT-DETR may pool before the shortcut
     shortcut = None
     if not isinstance(last, nn.Identity):
         if not hasattr(last, "convolution"):
@@ -96,7 +96,7 @@ def transformers_block(block: Any) -> ResNetBlockParts:
 
 
 def torchvision_block(block: Any) -> ResNetBlockParts:
-    """Reads torchvision's BasicBlock or Bottleneck, dilated and grouped ones too."""
+    """Reads torchvision's BasicBlock or Bottleneck, also dilated and grouped ones."""
     shortcut: Any = block.downsample
     if shortcut is not None:
         if type(shortcut) is not nn.Sequential or len(shortcut) != 2:
@@ -111,8 +111,8 @@ def torchvision_block(block: Any) -> ResNetBlockParts:
 def timm_block(block: Any) -> ResNetBlockParts:
     """Reads timm's BasicBlock or Bottleneck.
 
-    Channel attention, blur pools and the average pool before a shortcut run as timm's modules. In
-    inference, where this is for, stochastic depth and drop block do nothing.
+    Channel attention, blur pools and the average pool before a shortcut run as timm's modules. The
+    parts are for inference, where stochastic depth and drop block do nothing.
     """
     from timm.models.resnet import BasicBlock, Bottleneck
 
@@ -143,7 +143,7 @@ def _numbered(block: Any, numbers: tuple[int, ...]) -> tuple[ConvNorm, ...]:
 
 
 def _checked(parts: ResNetBlockParts, inner: list[nn.Module]) -> ResNetBlockParts:
-    """The parts of a block, if its layers and the activations between them are the usual ones."""
+    """Returns the parts of a block if its layers and inner activations are the usual ones."""
     if not all(map(is_plain, parts.convolutions())):
         raise Refused("it is not of convolutions and batch norms")
     if any(activation_of(act) != "relu" for act in inner):
@@ -168,7 +168,7 @@ def transformers_parts(backbone: Any) -> ResNetParts:
 
 
 def timm_parts(features: nn.Module) -> ResNetParts:
-    """Reads timm's features-only ResNet; blocks and stems without ops of ours stay modules."""
+    """Reads timm's features-only ResNet; blocks and stems that no op covers stay modules."""
     parts = dict(features.named_children())
     stem = [parts.pop(name, None) for name in ("conv1", "bn1", "act1", "maxpool")]
     if None in stem or not all(type(stage) is nn.Sequential for stage in parts.values()):
@@ -189,12 +189,12 @@ def _timm_block(block: nn.Module) -> ResNetBlockParts | nn.Module:
 
 
 def pools_by_2(pool: nn.Module) -> bool:
-    """Whether a pool is the one of `stem_conv_bn_relu_pool`."""
+    """Whether a module computes the pool of `stem_conv_bn_relu_pool`."""
     if type(pool) is not nn.MaxPool2d or pool.ceil_mode or pool.return_indices:
         return False
     return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (3, 2, 1, 1)
 
 
 def is_plain(pair: ConvNorm) -> bool:
-    """Whether it is torch's convolution and a batch norm, frozen or not, and nothing else."""
+    """Whether it is exactly torch's convolution and a batch norm, frozen or not."""
     return type(pair.conv) is nn.Conv2d and is_foldable(pair.norm)

@@ -1,4 +1,4 @@
-"""Swin Transformer (Liu et al. 2021) by the semantics of transformers, torchvision and timm.
+"""Swin Transformer (Liu et al. 2021) with the semantics of transformers, torchvision and timm.
 
 Upstream: transformers `models/swin/` and `models/maskformer/modeling_maskformer_swin.py`,
 torchvision and timm `models/swin_transformer.py`.
@@ -50,10 +50,10 @@ class SwinConfig(BackboneConfig):
     """Configuration of a Swin backbone: transformers' fields and defaults.
 
     Args:
-        image_size: pixels, one number or (height, width); only sizes the absolute embeddings.
+        image_size: pixels, one number or (height, width); only for the size of absolute embeddings.
         patch_size: pixels per patch, one number or (height, width).
         num_channels: channels of the input.
-        embed_dim: channels of the first stage; each following stage doubles them.
+        embed_dim: channels of the first stage; each further stage doubles them.
         depths: blocks per stage.
         num_heads: attention heads per stage.
         window_size: tokens per side of a window.
@@ -61,10 +61,10 @@ class SwinConfig(BackboneConfig):
         qkv_bias: whether queries, keys and values have a bias.
         hidden_dropout_prob: dropout of embeddings, attention output and MLP output.
         attention_probs_dropout_prob: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block; earlier ones have linearly less.
+        drop_path_rate: stochastic depth of the last block; the rate grows linearly with depth.
         hidden_act: activation of the MLP.
-        use_absolute_embeddings: whether positions are embedded absolutely too.
-        initializer_range: standard deviation of fresh weights.
+        use_absolute_embeddings: whether there are absolute position embeddings too.
+        initializer_range: standard deviation of initial weights.
         layer_norm_eps: of the norms inside blocks; the other norms use 1e-5.
         encoder_stride: kept for transformers' masked-image head.
         out_features: names of the stages to return.
@@ -132,7 +132,7 @@ class SwinConfig(BackboneConfig):
                     f"num_heads must divide the channels of each stage, got {heads} heads for "
                     f"{self.stage_channels(stage)} channels in stage{stage + 1}"
                 )
-        # derived, written for transformers' sake
+        # derived fields, which transformers reads
         self.num_layers = len(self.depths)
         self.hidden_size = self.stage_channels(len(self.depths) - 1)
         self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
@@ -143,7 +143,7 @@ class SwinConfig(BackboneConfig):
 
 
 class MaskFormerSwinConfig(SwinConfig):
-    """A Swin saved by MaskFormer: the same maths under other names, and no stem map."""
+    """Configuration of a Swin saved by MaskFormer: other names of weights, no stem map."""
 
     model_type: ClassVar[str] = "maskformer-swin"
 
@@ -158,7 +158,10 @@ class MaskFormerSwinConfig(SwinConfig):
 
 
 class TorchvisionSwinConfig(SwinConfig):
-    """A Swin with torchvision's semantics, under a type that transformers does not load wrongly."""
+    """Configuration of a Swin with torchvision's semantics.
+
+    transformers does not know the `model_type`, so it cannot load the weights wrongly.
+    """
 
     model_type: ClassVar[str] = "fastbb-torchvision-swin"
 
@@ -258,17 +261,17 @@ class _Swin(nn.Module):
         super().__init__()
         self.embeddings = _Embeddings(config)
         self.encoder = _Encoder(config)
-        # no feature map passes it; checkpoints have it, so it is kept and saved
+        # no feature map is computed with it; it is kept because checkpoints have it
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class SwinBackbone(Backbone):
-    """Swin with transformers' parameter names; any image size after any other.
+    """Swin with transformers' parameter names. Calls may have images of different sizes.
 
-    The configuration decides whose semantics hold: `SwinConfig` and `MaskFormerSwinConfig`
-    transformers' (windows always shift, a layer norm on every returned map, odd sizes padded),
-    `TorchvisionSwinConfig` torchvision's (no shift along an axis that one window covers, no norm,
-    pixels beyond the last whole patch dropped).
+    The configuration decides the semantics. `SwinConfig` and `MaskFormerSwinConfig` have
+    transformers': windows always shift, every returned map has a layer norm, odd sizes are padded.
+    `TorchvisionSwinConfig` has torchvision's: no shift along an axis that one window covers, no
+    norm, pixels beyond the last whole patch are dropped.
 
     Stages: "stem" (the patch embedding), "stage1", ... Channels C, C, 2C, 4C, 8C; strides 4, 4, 8,
     16, 32 for patches of 4.
@@ -282,13 +285,13 @@ class SwinBackbone(Backbone):
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__(config)
-        config = self.config  # ours, where transformers' came
+        config = self.config  # converted to ours if it was transformers'
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.embed_dim] + [
             config.stage_channels(stage) for stage in range(len(config.depths))
         ]
         self.swin = _Swin(config)
-        # one for every stage, so that `out_indices` may change; only the selected ones are saved
+        # all stages have a norm, as `out_indices` may change; those of selected stages are saved
         is_normed = not isinstance(config, TorchvisionSwinConfig)
         normed = self.out_feature_channels if is_normed else {}
         self.hidden_states_norms = nn.ModuleDict(
@@ -300,7 +303,7 @@ class SwinBackbone(Backbone):
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Takes what transformers holds in memory: the norms of selected stages only."""
+        """Accepts state dicts of transformers' modules, with the norms of selected stages only."""
         own = self.state_dict()
         untrained = set()
         for name in own:
@@ -339,7 +342,7 @@ class SwinBackbone(Backbone):
             training=self.training,
             attentions=attentions,
             interpolate_positions=interpolate_pos_encoding,
-            run_block=self.run_block,
+            run_block=self.block_runner(),
         )
         return dict(zip(wanted, maps))
 
@@ -349,7 +352,7 @@ class SwinBackbone(Backbone):
         return normed_map(hidden_state.permute(0, 2, 3, 1), self.hidden_states_norms[stage])
 
     def _parts(self) -> SwinParts:
-        """All layers but the norms of maps, which hidden states do not pass."""
+        """All layers except the norms of maps, which are not applied to hidden states."""
         embeddings, stages = self.swin.embeddings, list(self.swin.encoder.layers)
         projection = embeddings.patch_embeddings.projection
         assert isinstance(projection, nn.Conv2d)
@@ -360,7 +363,7 @@ class SwinBackbone(Backbone):
             positions=None if embeddings.position_embeddings is None else embeddings,
             dropout=self.config.hidden_dropout_prob,
         )
-        # in transformers' names a merging belongs to the stage before it
+        # transformers' names put a merging into the stage before it
         mergings: list[Any] = [None, *(stage.downsample for stage in stages)]
         return SwinParts(
             embedding,
@@ -379,7 +382,7 @@ class SwinBackbone(Backbone):
     def init_optional_weights(self) -> None:
         for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
             assert isinstance(module, nn.LayerNorm)
-            # not by to_empty: that of a meta tensor imports sympy
+            # not by to_empty, which imports sympy for a meta tensor
             module.weight = nn.Parameter(torch.ones(module.normalized_shape))
             module.bias = nn.Parameter(torch.zeros(module.normalized_shape))
 
@@ -402,7 +405,7 @@ class SwinBackbone(Backbone):
         found = rename(found, lambda name: name.removeprefix("swin."))
         norms = {name: t for name, t in found.items() if name.startswith("hidden_states_norms.")}
         if prefix.endswith(("swin.", "model.")):
-            # the norms stand beside the model that computes what they normalize
+            # the norms are next to the model whose maps they normalize
             parent = re.sub(r"(swin|model)\.$", "", prefix)
             beside = [n for n in outside if n.startswith(f"{parent}hidden_states_norms.")]
             norms |= {name.removeprefix(parent): state[name] for name in beside}
@@ -477,7 +480,7 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def torchvision_swin(state: StateDict) -> tuple[TorchvisionSwinConfig, StateDict]:
-    """Configuration and renamed tensors of a torchvision Swin v1."""
+    """Reads configuration and renamed tensors of a torchvision Swin v1."""
     fields, renamed = torchvision_fields(state)
     return TorchvisionSwinConfig(**fields), renamed
 

@@ -1,8 +1,9 @@
-"""A Swin block on a CPU, some windows at a time, so that all between its ends stays in the cache.
+"""A Swin block on a CPU, computed a few windows at a time, so that intermediates stay in the cache.
 
-Per part: gather the tokens of the windows, norm, qkv, attention, projection, MLP, and put the
-result where the tokens came from. Shift, padding and windows are in the indices; the products take
-packed weights. Large maps so cross memory twice per block instead of some thirty times.
+For each part of the windows: gather the tokens, compute norm, qkv, attention, projection and MLP,
+and scatter the result to the places of the tokens. Shift, padding and windows are in the indices;
+the matrix products take packed weights. So large maps are read and written once per block instead
+of about fifteen times.
 """
 
 from functools import lru_cache
@@ -17,10 +18,10 @@ from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import pack_linear, packed_linear, packs
 
 from ..weights.derived import derive, is_tracing, is_transformed
-from ..weights.fold import autocasts
+from ..weights.folded_weights import autocasts
 from .swin_parts import SwinBlockSpec, SwinBlockWeights
 
-# of the hidden layer of the MLP, the largest tensor of a part: about what a cache keeps
+# size of the MLP's hidden layer, the largest tensor of a part; about the size of a cache
 PART_BYTES = 8 * 2**20
 
 
@@ -28,11 +29,12 @@ class Part(NamedTuple):
     """Some windows of a batch, n of N tokens each.
 
     Attributes:
-        tokens: [n * N], rows of the tokens of the batch; of padding any.
-        padding: [n * N, 1], where there is some; None if there is none.
-        kept: [k], positions in `tokens` that are no padding; None if all are.
+        tokens: [n * N], rows of the tokens in the batch; any row for padding.
+        padding: [n * N, 1], whether a token is padding; None if no token is.
+        kept: [k], positions in `tokens` that are not padding; None if no token is padding.
         rows: [k], `tokens` without padding.
-        apart: [n, 1, N, N], 0 or -100 where two tokens are of different regions; None if none are.
+        apart: [n, 1, N, N], -100 where two tokens are in different regions, else 0; None if all
+            tokens of each window are in one region.
     """
 
     tokens: Tensor
@@ -43,7 +45,7 @@ class Part(NamedTuple):
 
 
 def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
-    """Whether `swin_block_on_cpu` may compute a block of this call, in inference."""
+    """Whether `swin_block_on_cpu` may compute a block in this call; in inference only."""
     if is_tracing() or weights.owner is None or type(x) is not Tensor or is_transformed(x):
         return False
     if not is_plainly_eager(x, None) or x.device.type != "cpu" or not x.numel():
@@ -52,7 +54,7 @@ def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
         return False
     fc1 = weights.fc1_weight
     if autocasts("cpu") or fc1.dtype != x.dtype or fc1.is_inference():
-        return False  # of inference tensors nothing could be remembered
+        return False  # tensors derived from inference tensors could not be cached
     return not torch.is_grad_enabled() or not (
         x.requires_grad or any(w.requires_grad for w in weights.tensors())
     )
@@ -61,13 +63,13 @@ def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
 def swin_block_on_cpu(
     x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights, geometry: WindowGeometry
 ) -> Tensor:
-    """`swin_block` in inference; see `runs_on_cpu`.
+    """Computes `swin_block` in inference; see `runs_on_cpu`.
 
     Args:
         x: [B, H, W, C].
         spec: semantics of the block.
-        weights: its tensors.
-        geometry: windows of this size of map.
+        weights: tensors of the block.
+        geometry: windows for this size of map.
 
     Returns:
         [B, H, W, C].
@@ -111,7 +113,7 @@ def _block(
     weights: SwinBlockWeights,
     packed: _Packed,
 ) -> Tensor:
-    """The block of the tokens [n * N, C] of some windows; [k, C], without padding."""
+    """Computes the block for tokens [n * N, C] of some windows; returns [k, C], no padding."""
     C = x.shape[1:]
     y = F.layer_norm(x, C, weights.norm1_weight, weights.norm1_bias, weights.norm1_eps)
     if part.padding is not None:
@@ -127,9 +129,9 @@ def _block(
 
 
 def _attend(qkv: Tensor, bias: Tensor, apart: Tensor | None, num_heads: int) -> Tensor:
-    """Attention within windows: [n * N, 3C] to [n * N, C].
+    """Computes attention within windows, [n * N, 3C] to [n * N, C].
 
-    Two batched products: PyTorch's attention for CPUs is made for long sequences.
+    It uses two batched products, because PyTorch's attention for CPUs is for long sequences.
     """
     n_tokens = bias.shape[1]
     head_dim = qkv.shape[1] // (3 * num_heads)
@@ -147,7 +149,7 @@ def _attend(qkv: Tensor, bias: Tensor, apart: Tensor | None, num_heads: int) -> 
 
 @lru_cache(maxsize=64)
 def _parts(B: int, H: int, W: int, geometry: WindowGeometry, n_windows: int) -> list[Part]:
-    """The windows of a batch in parts of at most `n_windows`, about equally large.
+    """Divides the windows of a batch into parts of at most `n_windows`, of about equal size.
 
     Windows with more than one region come last, so that few parts need `apart`.
     """
@@ -191,7 +193,7 @@ def _part(tokens: Tensor, padding: Tensor, regions: Tensor) -> Part:
 
 
 def _axis(size: int, window: int, shift: int, roll_first: bool) -> tuple[Tensor, Tensor]:
-    """Source position, -1 for padding, and region of each position of a rolled and padded axis."""
+    """Source (-1 for padding) and region of each position of a rolled and padded axis."""
     padded = -(-size // window) * window
     position = torch.arange(padded)
     rolled = (position + shift) % (size if roll_first else padded)

@@ -1,6 +1,6 @@
-"""The forward of Swin over its parts, whoever owns them."""
+"""The forward of Swin, computed from the parts of any owner."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,8 @@ from fastbb_kernels import (
     window_attention_weights,
 )
 
+from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
-from .parts import run_now
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
     SwinBlockParts,
@@ -41,18 +41,18 @@ def swin_maps(
     training: bool = False,
     attentions: list[Tensor] | None = None,
     interpolate_positions: bool = False,
-    run_block: Callable[..., Tensor] = run_now,
+    run_block: BlockRunner | None = None,
 ) -> list[Tensor]:
     """Runs the stages up to the last wanted map.
 
     Args:
-        parts: of the Swin.
+        parts: parts of the Swin.
         pixel_values: [B, C, H, W].
         wanted: indices of maps, at least one.
         training: applies dropout and stochastic depth.
-        attentions: gets the attention weights of the last block of each stage, if it is a list.
-        interpolate_positions: fits absolute positions to the image.
-        run_block: calls a function of the tokens, a block; a place for gradient checkpointing.
+        attentions: list to append the attention weights of each stage's last block to, or None.
+        interpolate_positions: interpolates absolute positions to the size of the image.
+        run_block: runs a block with gradient checkpointing, or None.
 
     Returns:
         [B, C', h, w] of each wanted map.
@@ -75,14 +75,14 @@ def swin_maps(
         for block in blocks:
             collected = attentions if block is blocks[-1] else None
             run = partial(swin_block, parts=block, training=training, attentions=collected)
-            x = run_block(run, x)
+            x = run(x) if run_block is None else run_block(run, x)
         if index in wanted:
             maps[index] = _map(parts, index, x)
     return [maps[index] for index in wanted]
 
 
 def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpolate: bool) -> Tensor:
-    """Tokens [B, h, w, C] of the patches."""
+    """Embeds patches as tokens [B, h, w, C]."""
     projection, norm = parts.projection, parts.norm
     height, width = pixel_values.shape[2:]
     h, w = projection.kernel_size
@@ -105,7 +105,7 @@ def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpola
             eps=norm.eps,
             ceil_mode=parts.ragged == "pad",
         )
-    else:  # its stride or padding was changed
+    else:  # the stride or padding was changed
         if parts.ragged == "pad":
             pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
         x = norm(projection(pixel_values).permute(0, 2, 3, 1))
@@ -134,20 +134,20 @@ def _positions(positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
 
 
 def _map(parts: SwinParts, index: int, x: Tensor) -> Tensor:
-    """A returned map [B, C, h, w] of tokens [B, h, w, C]."""
+    """The returned map [B, C, h, w] of tokens [B, h, w, C]."""
     return normed_map(x, parts.norms[index]) if parts.norms else x.permute(0, 3, 1, 2)
 
 
 def normed_map(x: Tensor, norm: Any) -> Tensor:
-    """Layer norm of tokens [B, h, w, C], as a map [B, C, h, w]."""
+    """Normalizes tokens [B, h, w, C] and returns them as a map [B, C, h, w]."""
     return layer_norm_nchw(x, norm.weight, norm.bias, eps=norm.eps)
 
 
 def merge_patches(x: Tensor, merging: Any) -> Tensor:
-    """[B, H, W, C] -> [B, h, w, 2C], by a module with `norm` and `reduction`."""
+    """Merges patches, [B, H, W, C] to [B, h, w, 2C], by a module with `norm` and `reduction`."""
     norm, reduction = merging.norm, merging.reduction
     x = patch_merging(x, norm.weight, norm.bias, reduction.weight, eps=norm.eps)
-    bias = reduction.bias  # which no published Swin has
+    bias = reduction.bias  # no published Swin has one
     return x if bias is None else x + bias
 
 
@@ -157,20 +157,20 @@ def swin_block(
     training: bool = False,
     attentions: list[Tensor] | None = None,
 ) -> Tensor:
-    """One block: window attention and MLP, each with its norm and residual.
+    """Runs a block: window attention and MLP, each with a norm and a residual.
 
     Args:
         x: [B, H, W, C].
         parts: of the block.
         training: applies dropout and stochastic depth.
-        attentions: gets the attention weights appended, if it is a list.
+        attentions: list to append the attention weights to, or None.
 
     Returns:
         [B, H, W, C].
     """
     spec, weights = parts.spec(), parts.weights()
     geometry = spec.geometry_for(x.shape[1], x.shape[2])
-    # what a block op cannot do inside: drop at random, hand out the attention weights
+    # the block ops have no dropout and do not return attention weights
     random_attention = training and any((spec.attention_dropout, spec.dropout, spec.drop_path))
     random_mlp = training and any((spec.dropout, spec.mlp_drop_path))
     if attentions is None and not (random_attention or random_mlp) and runs_on_cpu(x, weights):
@@ -225,7 +225,7 @@ def _attention_half(
     training: bool,
     attentions: list[Tensor] | None,
 ) -> Tensor:
-    """The attention half where something happens inside it, or its weights are wanted."""
+    """Runs the attention half op by op, with dropout inside, or to return its weights."""
     qkv = layer_norm_linear(
         x,
         weights.norm1_weight,

@@ -1,4 +1,4 @@
-"""Names of Swin's weights elsewhere: in transformers' files and torchvision's tensors."""
+"""Names of Swin's weights in transformers' files and in torchvision's state dicts."""
 
 import re
 from typing import Any
@@ -25,6 +25,7 @@ _RENAMES = (
 
 
 def in_memory_name(name: str) -> str:
+    """The name in memory of a tensor with any of transformers' names."""
     for old, new in _RENAMES:
         if f".{old}" in name:
             return name.replace(f".{old}", f".{new}")
@@ -32,6 +33,7 @@ def in_memory_name(name: str) -> str:
 
 
 def legacy_name(name: str) -> str:
+    """The name on disk, apart from the prefix, of a tensor with a name in memory."""
     for old, new in _RENAMES:
         if f".{new}" in name:
             return name.replace(f".{new}", f".{old}")
@@ -39,19 +41,20 @@ def legacy_name(name: str) -> str:
 
 
 def on_disk_name(name: str) -> str:
-    # transformers drops the prefix of embeddings and encoder, and keeps that of the last norm
+    """The name that transformers writes for a tensor with a name in memory."""
+    # transformers removes the prefix of embeddings and encoder, and keeps that of the last norm
     return legacy_name(re.sub(r"^swin\.(?=embeddings|encoder)", "", name))
 
 
 def stage_norm_name(name: str) -> str:
-    # MaskFormer numbers its norms from the first stage
+    """The name by stage of a norm that MaskFormer numbers from the first stage."""
     return re.sub(
         r"^hidden_states_norms\.(\d+)", lambda m: f"hidden_states_norms.stage{int(m[1]) + 1}", name
     )
 
 
 def torchvision_fields(state: StateDict) -> tuple[dict[str, Any], StateDict]:
-    """Fields of the configuration and renamed tensors of torchvision's `swin_t`, `_s` or `_b`.
+    """Reads configuration fields and renamed tensors of torchvision's `swin_t`, `_s` or `_b`.
 
     Raises:
         ValueError: the tensors are not those of such a model.
@@ -94,7 +97,7 @@ _TORCHVISION_BLOCK = {
 
 
 def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """transformers' in-memory names of a torchvision tensor; several for a fused one."""
+    """A torchvision tensor by transformers' names in memory; fused ones are split."""
     if not name.startswith("features."):
         return [(re.sub(r"^norm\.", "swin.layernorm.", name), tensor)]
     _, first, rest = name.split(".", 2)
@@ -117,7 +120,7 @@ def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def torchvision_upstream(backbone: Any) -> Upstream:
-    """torchvision's SwinTransformer with the weights of a backbone of its semantics.
+    """Builds torchvision's SwinTransformer with the weights of a backbone of its semantics.
 
     Raises:
         ValueError: torchvision has no such Swin.
@@ -137,7 +140,7 @@ def torchvision_upstream(backbone: Any) -> Upstream:
         mlp_ratio=config.mlp_ratio,
         num_classes=1,
     )
-    # our tensors back into theirs, by the views that loading from them takes
+    # copies our tensors through the renamed views of theirs
     own, (_, views) = backbone.state_dict(), torchvision_fields(module.state_dict())
     with torch.no_grad():
         for name, view in views.items():

@@ -1,6 +1,6 @@
-"""A Swin as its forward reads it, whoever owns the layers, and how the layers of each library fit.
+"""The parts that the forward of Swin takes, and builders of them for the models of libraries.
 
-Builders look layers up and check them once. Tensors, eps and the windows of transformers may change
+Builders find and check layers once. Tensors, eps and the windows of transformers' blocks may change
 while a model runs, so they are read at every call.
 """
 
@@ -26,10 +26,10 @@ class SwinBlockSpec:
     Attributes:
         num_heads: attention heads.
         geometry: windows, shift, and whether the roll comes before the padding (timm).
-        clamp_shift: do not shift along an axis that one window covers (torchvision, at run time).
+        clamp_shift: whether an axis that one window covers is not shifted (torchvision).
         activation: of the MLP.
         drop_path: stochastic depth of the attention branch.
-        mlp_drop_path: stochastic depth of the MLP branch (transformers has none there).
+        mlp_drop_path: stochastic depth of the MLP branch (0 in transformers).
         dropout: of both branches.
         attention_dropout: of the attention weights.
     """
@@ -44,7 +44,7 @@ class SwinBlockSpec:
     attention_dropout: float = 0.0
 
     def geometry_for(self, height: int, width: int) -> WindowGeometry:
-        """The windows of a map of height x width tokens."""
+        """Windows and shift for a map of height x width tokens."""
         if not self.clamp_shift:
             return self.geometry
         (h, w), (shift_h, shift_w), roll_first = self.geometry
@@ -54,7 +54,7 @@ class SwinBlockSpec:
 
 
 class SwinBlockWeights(NamedTuple):
-    """Tensors of a block and eps of its norms, as they are at one call.
+    """Tensors of a block and eps of its norms, read for one call.
 
     C channels, N tokens per window, P >= N, F hidden channels.
     """
@@ -74,10 +74,10 @@ class SwinBlockWeights(NamedTuple):
     fc1_bias: Tensor  # [F]
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor  # [C]
-    owner: nn.Module | None = None  # what is computed from them is remembered with it
+    owner: nn.Module | None = None  # derived tensors are cached for it
 
     def tensors(self) -> list[Tensor]:
-        """All of them that there are."""
+        """All tensors that are not None."""
         return [value for value in self if isinstance(value, Tensor)]
 
 
@@ -86,16 +86,16 @@ class SwinBlockParts:
     """The layers of a block.
 
     Attributes:
-        owner: the block, with which fused weights are remembered.
+        owner: the block; fused weights are cached for it.
         norms: before the attention and the MLP.
         projections: to queries, keys and values, in three layers or in one.
         proj: after the attention.
         fc1: first layer of the MLP.
         fc2: second layer of the MLP.
         bias: module with `relative_position_bias_table` [(2h - 1) * (2w - 1), num_heads].
-        semantics: of the block as it was built.
-        has_index: whether `bias` has its own `relative_position_index`, the row of the table of
-            each pair of tokens.
+        semantics: semantics of the block when it was built.
+        has_index: whether `bias` has its own `relative_position_index`, which gives the row of the
+            table for each pair of tokens.
     """
 
     owner: nn.Module
@@ -109,11 +109,11 @@ class SwinBlockParts:
     has_index: bool = True
 
     def spec(self) -> SwinBlockSpec:
-        """Semantics of this call."""
+        """Reads the semantics for a call."""
         return self.semantics
 
     def weights(self) -> SwinBlockWeights:
-        """Tensors of this call; fused ones are remembered."""
+        """Reads the tensors for a call; fused ones are cached."""
         window = self.spec().geometry.window
         table = self.bias.relative_position_bias_table
         index = (self.bias.relative_position_index,) if self.has_index else ()
@@ -161,7 +161,7 @@ class SwinBlockParts:
         )
 
     def misfit(self) -> str | None:
-        """Why table and index of the bias are not those of the window, or None."""
+        """The reason why table or index of the bias do not fit the window, or None."""
         height, width = self.spec().geometry.window
         if self.bias.relative_position_bias_table.shape[0] != (2 * height - 1) * (2 * width - 1):
             return f"its bias table is not for windows of {height}x{width}"
@@ -171,9 +171,9 @@ class SwinBlockParts:
 
 
 class SwinStage(NamedTuple):
-    """A stage: a patch merging on entry, or None, and blocks.
+    """A stage: a patch merging or None, then blocks.
 
-    A merging has `norm` and `reduction`, as all libraries name them.
+    A merging has `norm` and `reduction`, which is how all libraries name them.
     """
 
     downsample: nn.Module | None
@@ -205,7 +205,7 @@ class SwinParts:
     Attributes:
         embedding: of patches.
         stages: in order of depth.
-        norms: of returned maps, by index; empty where maps are returned as they are.
+        norms: of returned maps, by index; empty if maps are returned without a norm.
         has_stem: whether map 0 is the embedding; otherwise it is the first stage.
     """
 
@@ -216,7 +216,7 @@ class SwinParts:
 
 
 def cuts_patches(projection: nn.Conv2d) -> bool:
-    """Whether a convolution sees every patch once and nothing else, as `patch_embed` does."""
+    """Whether a convolution computes non-overlapping patches without padding, as `patch_embed`."""
     settings = (
         projection.stride,
         projection.padding,
@@ -230,7 +230,7 @@ def cuts_patches(projection: nn.Conv2d) -> bool:
 def relative_position_bias(
     table: Tensor, window: tuple[int, int], index: Tensor | None = None
 ) -> Tensor:
-    """Bias of the attention scores of a window, from the table of its relative positions.
+    """Computes the bias of the attention scores of a window from the table of relative positions.
 
     Args:
         table: [(2h - 1) * (2w - 1), num_heads].
@@ -252,7 +252,7 @@ def relative_position_bias(
 def _attention_tensors(
     window: tuple[int, int], n_index: int, table: Tensor, *tensors: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Weight and bias of q, k and v in one, and the relative position bias.
+    """Fuses weights and biases of q, k and v, and computes the relative position bias.
 
     Args:
         window: (h, w).
@@ -270,7 +270,7 @@ def _attention_tensors(
 
 
 class _TransformersBlock(SwinBlockParts):
-    """A block whose own forward may change its window and shift."""
+    """A block of transformers, whose own forward may change its window and shift."""
 
     def spec(self) -> SwinBlockSpec:
         geometry, spec = _transformers_geometry(self.owner), self.semantics
@@ -286,7 +286,7 @@ def transformers_block(block: Any) -> SwinBlockParts:
     """Reads a SwinLayer.
 
     Raises:
-        Refused: by this and the other builders, where they do not cover a module.
+        Refused: the ops do not cover the module. The other builders raise it too.
     """
     attention = block.attention
     return _checked(
@@ -336,7 +336,7 @@ def timm_block(block: Any) -> SwinBlockParts:
 
 
 def torchvision_block(block: Any) -> SwinBlockParts:
-    """Reads torchvision's SwinTransformerBlock, which does not shift what one window covers."""
+    """Reads torchvision's SwinTransformerBlock, which does not shift an axis of one window."""
     attention, mlp = block.attn, block.mlp
     return _checked(
         block,
@@ -364,18 +364,18 @@ def _checked(
     clamp_shift: bool = False,
     make: type[SwinBlockParts] = SwinBlockParts,
 ) -> SwinBlockParts:
-    """Parts of a block whose layers compute what the ops compute.
+    """Builds the parts of a block after a check that the ops cover its layers.
 
     Args:
         block: their owner.
-        norms: see `SwinBlockParts`, as all without a line here.
+        norms: see `SwinBlockParts`.
         projections: one or three.
         linears: `proj`, `fc1` and `fc2`.
         bias: owner of table and index.
         activation: of the MLP.
         num_heads: attention heads.
         geometry: windows and shift.
-        scale: factor of the scores, or None where it follows from the size of the heads.
+        scale: factor of the scores, or None if it follows from the size of the heads.
         clamp_shift: see `SwinBlockSpec`.
         make: class of the parts.
     """
@@ -397,7 +397,7 @@ def _checked(
 
 
 def check_merging(merging: Any) -> None:
-    """Refuses a patch merging, of any library, that `merge_patches` does not cover."""
+    """Raises `Refused` for a patch merging that `merge_patches` does not cover."""
     if type(merging.norm) is not nn.LayerNorm:
         raise Refused(f"its norm is a {type(merging.norm).__name__}")
     if type(merging.reduction) is not nn.Linear:
@@ -411,7 +411,7 @@ def transformers_parts(backbone: Any) -> SwinParts:
     if isinstance(norms, nn.ModuleDict):
         names = list(backbone.stage_names)
         read, norms = transformers_block, {names.index(name): norms[name] for name in norms}
-    else:  # MaskFormer's, of stages only
+    else:  # MaskFormer's list has no norm of the stem
         read, norms = maskformer_block, dict(enumerate(norms, start=1))
     embeddings, stages = swin.embeddings, list(swin.encoder.layers)
     projection = embeddings.patch_embeddings.projection
@@ -436,7 +436,7 @@ def transformers_parts(backbone: Any) -> SwinParts:
 def timm_parts(features: nn.Module) -> SwinParts:
     """Reads timm's features-only Swin.
 
-    Windows and shifts are those of the size that the model was built for.
+    Windows and shifts are those for the image size that the model was built with.
     """
     from timm.layers.mlp import Mlp
     from timm.models.swin_transformer import (

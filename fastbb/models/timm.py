@@ -26,9 +26,11 @@ from ..backbone.checkpoint import (
     strip_prefix,
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..backbone.hub import HubOptions, TimmSource, read_config, timm_source, unwrap_head
+from ..backbone.hub import ConfigFile, HubOptions, TimmSource, timm_source
 from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
-from ..weights.folding import FoldedNorm, Folding, FoldReport, find_norms, is_batch_norm, unfold
+from ..weights.find_norms import FoldedNorm, FoldReport, find_norms
+from ..weights.folded_model import Folding, unfold
+from ..weights.recognize import is_batch_norm
 from ..weights.watch import is_observed
 from .parts import Kept, Refused
 from .timm_loading import create_features, unknown_model
@@ -41,13 +43,13 @@ class TimmBackboneConfig(BackboneConfig):
     feature (for a ResNet the stem before the pool, for a Swin the first stage).
 
     Args:
-        backbone: timm's name of the architecture, with a tag where weights are wanted.
+        backbone: timm's name of the architecture, with a tag if weights are wanted.
         num_channels: channels of the input.
-        features_only: must be True; kept for transformers' sake.
+        features_only: must be True; exists for compatibility with transformers.
         use_pretrained_backbone: load timm's weights when the backbone is built.
         freeze_batch_norm_2d: replace batch norms by frozen ones.
         output_stride: stride of the last map, for models that can dilate.
-        img_size: size the model is built for, for models that have one.
+        img_size: image size that the model is built with, for models that need one.
         backbone_kwargs: further arguments of `timm.create_model`.
         out_features: names of the stages to return.
         out_indices: indices of the stages to return; default: the last.
@@ -91,7 +93,7 @@ class TimmBackboneConfig(BackboneConfig):
             None if output_stride is None else check_integer("output_stride", output_stride)
         )
         self.img_size = None if img_size is None else check_size("img_size", img_size)
-        # what has a field of its own is kept there
+        # arguments with a field of their own are moved to it
         self.backbone_kwargs = dict(backbone_kwargs or {})
         self.num_channels = self.backbone_kwargs.pop("in_chans", self.num_channels)
         self.output_stride = self.backbone_kwargs.pop("output_stride", self.output_stride)
@@ -107,7 +109,7 @@ class TimmBackboneConfig(BackboneConfig):
         if self.stage_names is not None:
             super().set_output_features_output_indices(out_features, out_indices)
             return
-        # nobody knows the stages yet: kept as they are, checked when the model is built
+        # the stages are not known yet: the values are checked when the model is built
         if out_indices is not None and not isinstance(out_indices, (list, tuple)):
             raise ValueError(f"out_indices must be a list, got {type(out_indices)}")
         if out_features is not None and not isinstance(out_features, list):
@@ -121,17 +123,17 @@ class TimmBackboneConfig(BackboneConfig):
 class TimmBackbone(Backbone):
     """A timm model behind the backbone API; maps are always NCHW in shape.
 
-    Its state dict is timm's features-only module under `_backbone.`. In inference, batch norms are
-    folded into convolutions (`fold_report` says which), and where a native family computes the same
-    maps (Swin, ResNets) it computes from timm's parameters.
+    The state dict is that of timm's features-only module under `_backbone.`. In inference, batch
+    norms are folded into convolutions (see `fold_report`), and if a native family computes the same
+    maps (Swin, ResNets), its forward runs on timm's parameters.
 
     Args:
         config: names the model.
-        native: False always runs timm's own forward, nothing folded.
+        native: False always runs timm's own forward, without folding.
 
     Raises:
-        ValueError: timm has no such model, or does not take an option; lists close names.
-        OSError: `use_pretrained_backbone` is set and the weights cannot be had.
+        ValueError: timm does not have the model or an option of it; lists close names.
+        OSError: `use_pretrained_backbone` is set and the weights cannot be loaded.
     """
 
     config_class = TimmBackboneConfig
@@ -142,7 +144,7 @@ class TimmBackbone(Backbone):
 
     def __init__(self, config: TimmBackboneConfig, *, native: bool = True) -> None:
         super().__init__(config)
-        config = self.config  # ours, where transformers' came
+        config = self.config  # converted to ours if it was transformers'
         if config.backbone is None:
             raise ValueError(
                 "backbone is not set in the config. Please set it to a timm model name."
@@ -178,7 +180,7 @@ class TimmBackbone(Backbone):
         feature_info: Any = self._backbone.feature_info
         info: list[dict[str, Any]] = feature_info.info
         names = [stage["module"] for stage in info]
-        # a few models (crossvit) name two stages alike
+        # a few models (crossvit) have two stages of one name
         self.stage_names = [
             f"{name}@{i}" if name in names[:i] else name for i, name in enumerate(names)
         ]
@@ -190,7 +192,7 @@ class TimmBackbone(Backbone):
 
     @property
     def native(self) -> bool:
-        """Whether inference may run our ops instead of timm's modules."""
+        """Whether inference may run fastbb's ops instead of timm's modules."""
         return self._native
 
     @native.setter
@@ -207,7 +209,7 @@ class TimmBackbone(Backbone):
 
     @property
     def exactness(self) -> float:  # type: ignore[override]  # follows the model
-        """Allowed error in fp32: that of native families, or of any model with folded norms."""
+        """Allowed error in fp32: that of native families, or that of models with folded norms."""
         return FP32_REL_FOLDED if self.native_forward() is None else FP32_REL
 
     @property
@@ -219,7 +221,7 @@ class TimmBackbone(Backbone):
 
     @property
     def fold_report(self) -> FoldReport:
-        """What became of every batch norm: folded into which convolution, or refused and why."""
+        """The convolution that each batch norm is folded into, or the reason why it is not."""
         return self._folding.report
 
     def forward_stages(
@@ -246,7 +248,7 @@ class TimmBackbone(Backbone):
             return dict(zip(wanted, maps))
         try:
             maps = self._folding.run(self._timm_forward, pixel_values, indices)
-        except AssertionError as error:  # how timm refuses an input
+        except AssertionError as error:  # timm refuses an input so
             raise ValueError(
                 f"timm's {self.config.backbone!r} does not take pixel_values of shape "
                 f"{list(pixel_values.shape)}: {error}"
@@ -254,8 +256,8 @@ class TimmBackbone(Backbone):
         return dict(zip(wanted, maps))
 
     def native_forward(self) -> MapsForward | None:
-        """The forward of a native family over timm's layers, or None."""
-        if torch.compiler.is_compiling():  # in the graph, which so guards what is read
+        """The forward of a native family on timm's layers, or None."""
+        if torch.compiler.is_compiling():  # in the graph, which guards the values that it reads
             modules = self._backbone.modules()
             if any(is_observed(module) or module.training for module in modules):
                 return None
@@ -270,7 +272,7 @@ class TimmBackbone(Backbone):
         return None if kept.is_observed() or kept.trains() else kept.value
 
     def _timm_forward(self, pixel_values: Tensor, indices: list[int]) -> list[Tensor]:
-        """timm's forward up to the last of `indices`; the maps of all of them."""
+        """Runs timm's forward up to the last of `indices` and returns their maps."""
         from timm.models._features import FeatureGetterNet, FeatureListNet
 
         backbone = self._backbone
@@ -318,7 +320,7 @@ class TimmBackbone(Backbone):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        config: BackboneConfig | None = None,
+        config: BackboneConfig | ConfigFile | None = None,
         dtype: torch.dtype | str | None = None,
         torch_dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
@@ -331,7 +333,7 @@ class TimmBackbone(Backbone):
         native: bool = True,
         **overrides: Any,
     ) -> Any:
-        """Loads a timm model by name, from a timm repository or directory, or as saved by fastbb.
+        """Loads a timm model by name, from timm's format, or from a directory saved by fastbb.
 
         Args:
             pretrained_model_name_or_path: `resnet50`, `resnet50.a1_in1k`, `timm/resnet50.a1_in1k`,
@@ -343,11 +345,14 @@ class TimmBackbone(Backbone):
         """
         name = str(pretrained_model_name_or_path)
         hub = HubOptions(revision, cache_dir, token, local_files_only)
-        source = timm_source(pretrained_model_name_or_path, hub)
+        file = config if isinstance(config, ConfigFile) else None
+        source = timm_source(pretrained_model_name_or_path, hub, file and file.values)
         overrides = _fields(overrides)
         if source is None:
-            if config is None and "backbone_kwargs" in overrides:
-                saved = unwrap_head(read_config(name, hub), hub).get("backbone_kwargs") or {}
+            if config is None:
+                config = file = ConfigFile.read(name, hub)
+            if file is not None and "backbone_kwargs" in overrides:
+                saved = file.backbone.get("backbone_kwargs") or {}
                 overrides["backbone_kwargs"] = {**saved, **overrides["backbone_kwargs"]}
             backbone, info = super().from_pretrained(
                 name,
@@ -363,7 +368,7 @@ class TimmBackbone(Backbone):
             )
             backbone.native = native
         else:
-            if config is None:
+            if config is None or file is not None:
                 kwargs = {**source.model_args, **overrides.pop("backbone_kwargs", {})}
                 own = TimmBackboneConfig(source.architecture, backbone_kwargs=kwargs, **overrides)
             else:
@@ -386,7 +391,7 @@ class TimmBackbone(Backbone):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> tuple["TimmBackbone", LoadingInfo]:
-        # not on the meta device: timm's buffers that are not saved would stay there
+        # not on the meta device, where timm's buffers that are not saved would stay
         assert isinstance(config, TimmBackboneConfig)
         config.use_pretrained_backbone = False
         backbone = cls(config)
@@ -396,7 +401,7 @@ class TimmBackbone(Backbone):
         last_stage = max((i % len(backbone.stage_names) for i in backbone.out_indices), default=0)
         needed = [key for key in expected if not key.endswith("num_batches_tracked")]
         if not found.keys() >= set(needed) and last_stage < backbone._built[-1]:
-            # transformers saves no stage behind the last selected one
+            # transformers does not save the stages after the last selected one
             backbone._init_from(config, None, HubOptions(), True, last_stage)
         initialized, unused = load_strict(
             backbone._backbone,
@@ -408,14 +413,14 @@ class TimmBackbone(Backbone):
             device=device,
         )
         info = LoadingInfo(prefix, sorted(outside + unused), initialized)
-        # also the buffers that are not saved
+        # moves the buffers that are not saved too
         backbone = backbone.to(device=device, dtype=backbone.dtype).eval()
         backbone.report_loading(name, info)
         return backbone, info
 
 
 def _find_norms(backbone: nn.Module, channels: int, size: tuple[int, int]) -> list[FoldedNorm]:
-    """The batch norms of a timm model, and which convolution each belongs to."""
+    """Finds the convolution of each batch norm of a timm model."""
     parameters = list(backbone.parameters())
     if not parameters or not any(is_batch_norm(module) for module in backbone.modules()):
         return []
@@ -424,14 +429,14 @@ def _find_norms(backbone: nn.Module, channels: int, size: tuple[int, int]) -> li
     pixels = torch.empty(shape, dtype=like.dtype, device=like.device)
     try:
         return find_norms(backbone, pixels)
-    except Exception as error:  # whatever a model does on the meta device, it still runs elsewhere
+    except Exception as error:  # the model may fail on the meta device and run elsewhere
         reason = f"the model does not run on the meta device: {error}"
         names = [name for name, module in backbone.named_modules() if is_batch_norm(module)]
         return [FoldedNorm(name, refused=reason) for name in names]
 
 
 def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Overrides as fields of the configuration; the others become `backbone_kwargs`, for timm."""
+    """Moves overrides that are not fields of the configuration into `backbone_kwargs`."""
     known = signature(TimmBackboneConfig.__init__).parameters.keys() - {"unknown"}
     fields = {name: value for name, value in overrides.items() if name in known}
     kwargs = {name: value for name, value in overrides.items() if name not in known}
@@ -441,7 +446,7 @@ def _fields(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _native_forward(features: nn.Module) -> MapsForward | None:
-    """The forward of the native family that a features-only module is of, or None."""
+    """The forward of the native family that covers a features-only module, or None."""
     for family in FAMILIES:
         if family.timm_parts is None or family.maps is None:
             continue
@@ -453,7 +458,7 @@ def _native_forward(features: nn.Module) -> MapsForward | None:
 
 
 def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
-    """timm's FeatureListNet up to stage `last`."""
+    """Runs timm's FeatureListNet up to stage `last`."""
     maps: list[Tensor] = []
     return_layers: dict[str, str] = backbone.return_layers  # type: ignore[assignment]
     for name, module in backbone.named_children():

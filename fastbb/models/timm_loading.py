@@ -1,4 +1,4 @@
-"""Building timm's features-only modules, and loading timm's weights into them."""
+"""Builds timm's features-only modules and loads timm's weights into them."""
 
 import difflib
 import logging
@@ -32,14 +32,14 @@ def create_features(
     hub: HubOptions,
     last_stage: int | None = None,
 ) -> nn.Module:
-    """timm's features-only module up to a stage (default: the last), for any size timm can.
+    """Builds timm's features-only module up to a stage, for all image sizes that timm supports.
 
     Args:
         name: of the architecture.
-        kwargs: of `timm.create_model`; None where it has a default.
-        source: of the weights; None leaves them random.
-        hub: how they are fetched.
-        last_stage: index of the last stage to build.
+        kwargs: of `timm.create_model`; None selects timm's default.
+        source: of the weights; None: random weights.
+        hub: options for downloads.
+        last_stage: index of the last stage to build; default: the last of the model.
 
     Raises:
         ValueError: timm has no such model, or cannot build it with these arguments.
@@ -77,9 +77,9 @@ def create_features(
 
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """A whole timm model without memory, and the arguments that give it dynamic image sizes."""
+    """Builds a timm model without memory, and returns it with arguments for any image size."""
     any_size = {"dynamic_img_size": True, "strict_img_size": False}
-    # both, because timm's Swin before 1.0.31 takes either and passes over the first
+    # both first, because timm's Swin before 1.0.31 accepts either and ignores the first
     for names in (tuple(any_size), ("dynamic_img_size",), ("strict_img_size",), ()):
         dynamic = {key: any_size[key] for key in names}
         try:
@@ -93,7 +93,7 @@ def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]
 
 
 def _without_memory(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    """A timm model on the meta device, or a real one where timm computes with its tensors."""
+    """Builds a timm model on the meta device, or on the CPU if timm computes with its tensors."""
     import timm
 
     try:
@@ -109,7 +109,7 @@ def _without_memory(name: str, kwargs: dict[str, Any]) -> nn.Module:
 def _pretrained_arguments(
     source: TimmSource | None, hub: HubOptions, model: nn.Module
 ) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that load the weights of a source into such a model."""
+    """Arguments of `timm.create_model` that load the weights of a source into a model."""
     if source is None:
         return {"pretrained": False}
     from timm.models import PretrainedCfg
@@ -118,15 +118,15 @@ def _pretrained_arguments(
     cfg = {key: value for key, value in source.pretrained_cfg.items() if key in known}
     arguments: dict[str, Any] = {"pretrained": True, "pretrained_cfg": cfg}
     if not source.weights or cfg.get("custom_load"):
-        return {**arguments, "cache_dir": hub.cache_dir}  # timm fetches it from its URL
+        return {**arguments, "cache_dir": hub.cache_dir}  # timm downloads the file from its URL
     names = (source.weights_file,) if source.weights_file else TIMM_WEIGHT_FILES
     path = next((p for p in (find_file(source.weights, n, hub) for n in names) if p), None)
     if path is None:
         raise OSError(f"{source.weights!r} has no weights: wanted one of {', '.join(names)}")
-    # handed over in memory: the highest priority of timm's places to load from
+    # timm prefers a state dict in memory to all its other sources
     state = _read(path)
     weights = {name for name, t in model.state_dict().items() if t.is_floating_point()}
-    # by the names of older checkpoints too, which timm renames
+    # also the names of older checkpoints, which timm renames
     weights |= {name for name in state if name.endswith((".weight", ".bias"))}
     check_dtypes(state, weights, str(path))
     cfg |= {"state_dict": state, "source": None}
@@ -139,16 +139,16 @@ def _read(path: Path) -> dict[str, Any]:
     with reading(path):
         try:
             return load_state_dict(str(path), weights_only=True)
-        except AttributeError:  # how timm meets what is no dictionary by names
+        except AttributeError:  # timm's error for a value that is no dictionary of names
             pass
     return read_weights_file(path)
 
 
 @contextmanager
 def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
-    """Blames what is no tensor in a state dict, if there is any, for timm's failure to load it.
+    """Explains timm's failure to load a state dict by a value in it that is no tensor, if any.
 
-    Not before: timm unwraps and passes over more than its own formats.
+    The values are not checked before, because timm unwraps and skips more than its own formats.
     """
     try:
         yield
@@ -164,12 +164,12 @@ def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
-    """Raises if timm leaves a tensor at its random value; timm itself only logs it."""
+    """Raises an OSError if timm leaves a tensor at its random value, which timm only logs."""
     log = logging.getLogger("timm.models._builder")
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    _LOADING.acquire()  # the logger is the process's: one load at a time
+    _LOADING.acquire()  # the logger is global, so one model loads at a time
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -202,7 +202,7 @@ def _is_head(key: str, name: str) -> bool:
 
 
 def unknown_model(name: str) -> str:
-    """The message for a name that timm does not have, with close ones."""
+    """The message for a name that timm does not have, with close names."""
     import timm
 
     known = timm.list_models() + timm.list_pretrained()

@@ -1,4 +1,4 @@
-"""Who reads what a module wrote: recorded during one forward pass, by the identity of tensors."""
+"""Records which module reads the output of which, in one forward pass, by tensor identity."""
 
 import gc
 from collections import defaultdict
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 RESULT = "the result of the model"
 
-# what looks at a tensor without reading its elements
+# functions and properties that do not read the elements of a tensor
 _LOOKS = {"dim", "size", "numel", "stride", "is_contiguous", "is_floating_point", "__len__"}
 _PROPERTIES = {"shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_meta", "requires_grad"}
 
@@ -27,12 +27,12 @@ class Output:
     """A tensor that a module made in one call.
 
     Attributes:
-        producer: the module; in a convolution that does more, `conv2d` and then the names of other
-            functions.
-        consumers: what read the tensor, in order: watched modules, names of functions outside
-            them, `RESULT`.
-        inside: of the consumers those that are part of the convolution around `producer`.
-        containers: modules that returned this very tensor, not watched themselves.
+        producer: the module. In a convolution that does more than convolve, the convolution is the
+            producer of the output of `conv2d`, and the names of other functions of theirs.
+        consumers: the readers of the tensor, in order: watched modules, names of functions outside
+            of them, `RESULT`.
+        inside: the consumers inside the convolution that contains `producer`.
+        containers: unwatched modules that returned this tensor.
     """
 
     producer: nn.Module | str
@@ -45,12 +45,12 @@ class Dataflow:
     """Inputs and outputs of watched modules, call by call.
 
     Attributes:
-        inputs: of each module and call, the output that it read, None where no module wrote it.
-        outputs: of each module and call.
-        returned: of each convolution and call, what it returned, None where no module wrote it.
-        own_weights: of each convolution and call, whether it convolved with its own weight.
-        only_convolves: of each convolution and call, whether it called `conv2d` with its own input
-            and arguments.
+        inputs: for each call of a module, the output that it read, None if no module wrote it.
+        outputs: for each call of a module, its output.
+        returned: for each call of a convolution, the returned output, None if no module wrote it.
+        own_weights: for each call of a convolution, whether it convolved with its own weight.
+        only_convolves: for each call of a convolution, whether it called `conv2d` with its own
+            input and arguments.
         by_keyword: modules that were called with keyword arguments.
     """
 
@@ -66,13 +66,13 @@ class Dataflow:
 def trace_dataflow(
     model: nn.Module, watched: Callable[[nn.Module], bool], *args: Any, **kwargs: Any
 ) -> Dataflow:
-    """Runs `model(*args, **kwargs)` in eval mode and records what reads what.
+    """Runs `model(*args, **kwargs)` in eval mode and records the dataflow between modules.
 
-    Its tensors are on the meta device meanwhile, so nothing is computed.
+    The tensors of the call are on the meta device, so nothing is computed.
 
     Args:
-        model: unchanged afterwards, its modes (training, eval) included.
-        watched: picks modules that count as one reader, whatever they do inside. Convolutions
+        model: is unchanged afterwards, including its modes (training, eval).
+        watched: chooses modules that count as one reader, whatever they do inside. Convolutions
             (nn.Conv2d) are always watched.
         args: of the forward.
         kwargs: of the forward.
@@ -97,7 +97,7 @@ def trace_dataflow(
         finally:
             for module, training in modes:
                 module.training = training
-    # what is still there was returned, in whatever container, or kept
+    # tensors that still exist were returned, in any container, or kept by the model
     if recorder.alive() - set(recorder.written(result)):
         gc.collect()
     for output in recorder.alive():
@@ -124,7 +124,7 @@ class _Recorder(TorchFunctionMode):
             after.remove()
 
     def written(self, *values: Any) -> list[Output]:
-        """The outputs among tensors, of those that a watched module wrote."""
+        """The outputs of watched modules among the tensors in `values`."""
         leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
         return [self._writers[leaf] for leaf in leaves if leaf in self._writers]
 
@@ -177,7 +177,7 @@ class _Recorder(TorchFunctionMode):
         module = self._within[-1] if self._within else None
         read = [] if _only_looks(func) else self.written(args, kwargs)
         for output in read:
-            # what comes into a module was read by it, not by what it does inside
+            # the module is the reader of its inputs, not the functions inside it
             if module is None or module not in output.consumers:
                 output.consumers.append(_name(func))
         result = func(*args, **kwargs)

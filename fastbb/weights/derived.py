@@ -1,6 +1,6 @@
-"""Tensors computed from parameters (fused, padded, folded), remembered while the parameters stay.
+"""Derived tensors: computed from parameters (fused, padded, folded) and cached until these change.
 
-They stand beside the modules, not in them: no state dict, copy or pickle of a module has them.
+The cache is outside the modules, so state dicts, copies and pickles do not contain it.
 """
 
 import threading
@@ -36,33 +36,32 @@ def derive(
     constants: Hashable = None,
     statistics: Sequence[int] = (),
 ) -> Derived:
-    """`compute(*sources)`, remembered where no gradient is needed and nothing is traced.
+    """Returns `compute(*sources)`, cached unless a gradient is needed or the call is traced.
 
-    It is computed again when a source is another object, lies elsewhere, or has another dtype,
-    device or version; and after whatever may change parameters without a trace in them: a step of
-    any optimizer (fused ones move no version), a layer put back (LoRA merged into it moves none
-    either), a call that needs a gradient, `forget_derived`.
-    What a parametrization puts in place of a parameter lives for one call, and what is computed
-    from it is not remembered.
+    The result is computed again if a source is another object or has another address, dtype, device
+    or version. It is also computed again after events that may change parameters without a new
+    version: a step of any optimizer (fused ones do not change versions), a layer put into a module
+    (merging LoRA into a layer does not change versions either), a call that needs a gradient, and
+    `forget_derived`. A tensor that a parametrization computes lives for one call, so results
+    derived from it are not cached.
 
     Args:
         owner: module that the result belongs to; the result does not outlive it.
-        name: of the result; a new one replaces the old one of this name.
+        name: key of the result; a new result replaces the old one of this name.
         compute: depends on sources and constants only, and is the same at every call with this
-            name. Derive together what has the same owner: to look at the sources is what a call
-            costs.
+            name. Derive tensors of one owner together, because every call compares the sources.
         sources: parameters and buffers of any shape.
-        constants: what else the result depends on.
-        statistics: positions of the sources that batch norm moves without a new version. On a CPU
-            their values are compared at every call. On a GPU that would wait for it: there the
-            count of batches, which has a version, is a source too, and `F.batch_norm` on a module's
-            buffers, which counts none, needs `refresh`.
+        constants: other values that the result depends on.
+        statistics: positions of the sources that batch norm changes without a new version. On a
+            CPU, every call compares their values. On a GPU the comparison would synchronize, so
+            the count of batches, which has a version, is a source instead; `F.batch_norm` on the
+            buffers of a module does not count, and needs `refresh`.
 
     Returns:
-        What `compute` returns. Calls share the tensors: nothing may write into them.
+        The result of `compute`. Calls share the tensors, so nothing may write into them.
     """
     if is_tracing():
-        return compute(*sources)  # in the graph, which so follows the parameters
+        return compute(*sources)  # part of the graph, so it follows the parameters
     weights = _DERIVED.get(owner)
     if weights is None:
         weights = _start_deriving(owner)
@@ -71,10 +70,11 @@ def derive(
 
 @contextmanager
 def holding_derived() -> Iterator[list[tuple[Tensor | None, ...]]]:
-    """Hands out what was remembered and used inside the block, for a CUDA graph to keep alive.
+    """Lists the cached tensors that are used inside the block, so that a CUDA graph keeps them.
 
-    Only inside it does a graph that is being captured read remembered tensors, instead of computing
-    them anew in every replay. Whoever replays the graph watches the weights (`ModuleStamp`).
+    A graph that is captured inside the block reads cached tensors. A graph that is captured
+    elsewhere computes them again in every replay. The owner of the graph has to watch the weights
+    with a `ModuleStamp`.
     """
     global _held
     before, _held = _held, []
@@ -85,12 +85,12 @@ def holding_derived() -> Iterator[list[tuple[Tensor | None, ...]]]:
 
 
 def is_tracing() -> bool:
-    """Whether calls are being recorded into a graph, by torch.compile, torch.export or others."""
+    """Whether calls are recorded into a graph, by torch.compile, torch.export or another tracer."""
     return torch.compiler.is_compiling() or torch._C._is_tracing() or get_proxy_mode() is not None
 
 
 def forget_derived(root: nn.Module) -> None:
-    """Frees what was computed from the parameters of a module and of all modules inside it."""
+    """Frees the derived tensors of a module and of all modules inside it."""
     for module in root.modules():
         weights = _DERIVED.get(module)
         if weights is not None:
@@ -98,16 +98,16 @@ def forget_derived(root: nn.Module) -> None:
 
 
 class RemembersDerived(nn.Module):
-    """A module that forgets what was derived inside it whenever its parameters may change."""
+    """A module that frees the derived tensors inside it whenever its parameters may change."""
 
     def refresh(self) -> None:
-        """Forgets and frees what inference computed from the weights and remembers.
+        """Frees the tensors that inference computed from the weights and cached.
 
-        In inference a backbone remembers tensors made of its weights, such as fused projections.
-        Optimizer steps, in-place operations, `load_state_dict`, `to`, `train` and new parameters
-        are followed. Call this after a change that torch does not record: through `.data`
+        In inference a backbone caches tensors computed from its weights, such as fused projections.
+        It notices optimizer steps, in-place operations, `load_state_dict`, `to`, `train` and new
+        parameters. Call this method after a change that torch does not record: through `.data`
         (`p.data.mul_(2)`, `p.data = q`), a NumPy view, or another process that shares the memory;
-        and on a GPU after running statistics were moved by `F.batch_norm` instead of their module.
+        and on a GPU after `F.batch_norm` was called on running statistics without their module.
         """
         forget_derived(self)
         note_written(self.parameters())
@@ -121,13 +121,13 @@ class RemembersDerived(nn.Module):
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # not load_state_dict: a module around this one does not call it
+        # not load_state_dict, which a module around this one does not call
         forget_derived(self)
         super()._load_from_state_dict(*args, **kwargs)
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether a call with a tensor is that of a transform: vmap, jvp, forward-mode derivatives."""
+    """Whether a tensor is inside a transform: vmap, jvp or forward-mode differentiation."""
     return is_functorch_wrapped_tensor(x) or forward_ad._current_level >= 0
 
 
@@ -141,7 +141,7 @@ class _Entry(NamedTuple):
     value: tuple[Tensor | None, ...]
 
     def is_of(self, sources: tuple[Tensor, ...], constants: Hashable) -> bool:
-        """Whether nothing has changed since; every inference asks this for every layer."""
+        """Whether nothing has changed since; every inference checks this for every layer."""
         if constants != self.constants or len(sources) != len(self.sources):
             return False
         for source, (ref, address, version, dtype, device) in zip(sources, self.sources):
@@ -157,7 +157,7 @@ class _Entry(NamedTuple):
 
 
 class _DerivedWeights:
-    """What was computed from the parameters of one module, by name, for any number of threads."""
+    """The derived tensors of one module, by name. Thread-safe."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
@@ -210,7 +210,8 @@ class _DerivedWeights:
 
     def clear(self) -> None:
         with self._lock:
-            self._n_cleared += 1  # also what another thread is computing now will be out of date
+            # outdates the result that another thread may be computing now too
+            self._n_cleared += 1
             self._entries.clear()
 
     def _refs(self, name: str, sources: tuple[Tensor, ...]) -> list[weakref.ref[Tensor]]:
@@ -237,13 +238,13 @@ def _start_deriving(module: nn.Module) -> _DerivedWeights:
 
 
 def _may_step(source: Tensor) -> bool:
-    """Whether an optimizer may have written a tensor since; a frozen one it passes over."""
+    """Whether an optimizer may have written a tensor; optimizers skip frozen tensors."""
     return source.requires_grad or source.grad is not None
 
 
 def _can_be_followed(source: Tensor) -> bool:
-    """Whether it is a parameter or a buffer whose changes show in its version."""
-    if source.is_inference():  # without a version
+    """Whether a tensor is a parameter or a buffer whose version shows changes."""
+    if source.is_inference():  # has no version
         return False
     # fake, distributed and quantized tensors are of other types
     if type(source) is nn.Parameter:

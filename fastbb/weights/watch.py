@@ -1,12 +1,14 @@
-"""Has this changed? Settings, layers, hooks and weights of modules, as they were.
+"""Detects changes of modules: of their settings, layers, hooks and weights.
 
-Whoever reads a module once, and uses what it read at later calls, asks one of these before each:
+Code that reads a module once, and uses the values at later calls, asks one of these classes before
+each call whether the module is still the same:
 
-* `ModuleSettings`: plain attributes, for what was made of them (a scale, a fused activation).
-* `ModuleStructure`: layers, hooks and forwards, for what computes from the parameters alone.
-* `Places`: a few modules that have to be where they were found.
-* `ModuleStamp`: all of that and the weights, for what has them baked in: a compiled artefact, a
-  CUDA graph, a converted copy.
+* `ModuleSettings` watches plain attributes, for values computed from them (a scale, a fused
+  activation).
+* `ModuleStructure` watches layers, hooks and forwards, for code that computes from the parameters.
+* `Places` watches that a few modules stay at their places in a model.
+* `ModuleStamp` watches all of these and the weights, for artefacts that contain the weights: a
+  compiled model, a CUDA graph, a converted copy.
 """
 
 import itertools
@@ -35,16 +37,17 @@ _PLAIN = (*_NUMBERS, FunctionType, BuiltinFunctionType, partial, type)
 
 
 class ModuleSettings:
-    """The settings of a module and of all inside it, as they were when something was made of them.
+    """A record of the settings of a module and of all modules inside it, to detect changes.
 
-    A setting is an attribute that is no tensor: eps, a stride, a window, the scale of an attention,
-    an activation and its arguments; the class, and which parameters there are. A module's own
-    forward reads them at every call. Whoever reads them once asks here before it uses what it made
-    of them.
+    Settings are the class, the presence of parameters, and the attributes that are not tensors:
+    eps, a stride, a window, the scale of an attention, an activation and its arguments. A module's
+    own forward reads them at every call. Code that reads them once calls `change` before it uses
+    values computed from them.
 
     Args:
-        module: with everything inside.
-        ignored: names of attributes that are not settings, because they are read at every call.
+        module: is watched with all modules inside it.
+        ignored: names of attributes that do not count as settings, because they are read at every
+            call.
     """
 
     def __init__(self, module: nn.Module, ignored: Collection[str] = ()) -> None:
@@ -61,13 +64,13 @@ class ModuleSettings:
         ]
         own = [entry for entry in zip(self._keys, self._parts, self._values) if entry[0]]
         self._readers = [(itemgetter(*keys), part) for keys, part, _ in own]
-        # what an itemgetter of one key returns is no tuple
+        # an itemgetter of one key returns no tuple
         self._read = [tuple(values) if len(values) > 1 else values[0] for _, _, values in own]
 
     def change(self) -> str | None:
-        """What differs now, in words, or None."""
-        # every inference asks this; a comparison of tuples looks at identities first. A compiler
-        # follows the words instead, and so guards every setting
+        """Describes the first difference, or returns None if there is none."""
+        # fast path, because every inference asks this: comparing tuples compares identities first.
+        # A compiler traces the loop below instead, and so guards every setting
         if not torch.compiler.is_compiling() and self._is_same():
             return None
         parts = zip(self._names, self._parts, self._classes, self._keys, self._values)
@@ -90,14 +93,14 @@ class ModuleSettings:
             return False
         try:
             return [read(part.__dict__) for read, part in self._readers] == self._read
-        except Exception:  # deleted, or a tensor now, which is neither equal nor not
+        except Exception:  # an attribute was deleted, or is a tensor now, which has no truth value
             return False
 
 
 def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
     if name.startswith("_") or name == "training":
         return False
-    # a method that was put over the class's own is watched elsewhere
+    # `ModuleStamp` and others watch methods that replace those of the class
     return not callable(getattr(type(module), name, None)) and _is_plain_value(value)
 
 
@@ -108,47 +111,47 @@ def _is_plain_value(value: Any) -> bool:
 
 
 def _kept(values: Any) -> Any:
-    """A copy of what may be changed in place."""
+    """Copies lists, which may be changed in place."""
     if isinstance(values, list):
         return [_kept(value) for value in values]
     return tuple(map(_kept, values)) if type(values) is tuple else values
 
 
 class OwnForward:
-    """Base of objects whose bound methods fastbb puts over the forward of a module."""
+    """Base of objects with a bound method that fastbb sets as the forward of a module."""
 
 
 def own_forward(module: nn.Module) -> OwnForward | None:
-    """The object of ours whose method stands over the forward of a module, or None."""
+    """The `OwnForward` whose method is set as the forward of a module, or None."""
     forward = vars(module).get("forward")
-    # Dynamo of torch 2.11 finds no __self__ by getattr() with a default
+    # not getattr() with a default, by which Dynamo of torch 2.11 finds no __self__
     owner = forward.__self__ if isinstance(forward, MethodType) else None
     return owner if isinstance(owner, OwnForward) else None
 
 
 def has_foreign_forward(module: nn.Module) -> bool:
-    """Whether somebody else put something over the forward of a module."""
+    """Whether code other than fastbb set a forward on the instance of a module."""
     return "forward" in vars(module) and own_forward(module) is None
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether something wants to see or change the values that pass a module, or replaced it."""
+    """Whether a module has hooks, or a forward that other code set on the instance."""
     return any(getattr(module, name) for name in _HOOKS) or has_foreign_forward(module)
 
 
 class ModuleStructure:
-    """The layers inside a module as they were when something was read off them.
+    """A record of the layers inside a module, to detect replaced layers, hooks and forwards.
 
-    Hooks and forwards of the module itself run around what is computed from its parameters, so
-    they are not looked at.
+    Hooks and forwards of the module itself run in any case, around the computation from its
+    parameters, so they are not watched.
 
     Args:
-        module: with everything inside.
+        module: is watched with all modules inside it.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
-        # the dictionaries of a module are looked into, which costs less than walking the tree
+        # comparing the dictionaries of modules costs less than walking the tree
         self._layers = [(m._modules, dict(m._modules)) for m in self.modules]
         self._classes = list(map(type, self.modules))
         self._inside = self.modules[1:]
@@ -164,61 +167,61 @@ class ModuleStructure:
         return any(m.training for m in self.modules)
 
     def is_intact(self) -> bool:
-        """Whether every layer still is where it was, and of its class."""
+        """Whether every layer has its place and its class as before."""
         return list(map(type, self.modules)) == self._classes and all(
             now == then for now, then in self._layers
         )
 
     def hooks(self) -> list[Any]:
-        """Hooks of the layers inside."""
+        """The hooks of the layers inside the module."""
         if not any(self._hooks):
             return []
         return [hook for hooks in self._hooks for hook in hooks.values()]
 
     def foreign_forwards(self) -> list[nn.Module]:
-        """Layers inside over whose forward somebody else put something."""
-        bound = [m for m in self._inside if "forward" in m.__dict__]  # few: most need no call
+        """The layers inside on which other code set a forward."""
+        bound = [m for m in self._inside if "forward" in m.__dict__]  # saves a call for most layers
         return [m for m in bound if has_foreign_forward(m)]
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that there is now."""
+        """The current parameters."""
         values = itertools.chain.from_iterable(owner.values() for owner in self._owners)
         return (parameter for parameter in values if parameter is not None)
 
 
 class Places:
-    """Modules of a model that have to stay where they were found."""
+    """A record of the places of some modules in a model, to detect their replacement."""
 
     def __init__(self) -> None:
         self._found: list[tuple[nn.Module, str, nn.Module]] = []
 
     def add(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Remembers that `parent` has `module` by this name."""
+        """Adds a module, which `parent` has under `name`."""
         self._found.append((parent, name, module))
 
     def modules(self) -> list[nn.Module]:
-        """The modules, in the order in which they were added."""
+        """Returns the modules, in the order in which they were added."""
         return [module for _, _, module in self._found]
 
     def clear(self) -> None:
-        """Forgets them."""
+        """Removes all modules."""
         self._found.clear()
 
     def are_intact(self) -> bool:
-        """Whether each module still is where it was found."""
+        """Whether each module is still at its place."""
         return all(parent._modules.get(name) is module for parent, name, module in self._found)
 
 
 class Statistics:
-    """The running statistics of batch norms as they were, where comparing values costs little.
+    """A copy of running statistics on a CPU, to detect changes of their values.
 
     Args:
-        tensors: buffers [C]; those on a GPU are taken for unchanged. Whoever asks keeps them, or
-            knows that they are there.
+        tensors: buffers [C]; buffers on a GPU count as unchanged. The caller keeps the tensors
+            alive as long as it calls `are_current`.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        # what is in memory: to compare tensors takes six times as long
+        # compares raw memory, because comparing tensors takes six times as long
         self._memory = [
             (c_char * _span(tensor)).from_address(tensor.data_ptr())
             for tensor in tensors
@@ -227,7 +230,7 @@ class Statistics:
         self._bytes = self._read()
 
     def are_current(self) -> bool:
-        """Whether all have the values that they had. Ask only where none has moved in memory."""
+        """Whether all values are unchanged. Call it only if no tensor has moved in memory."""
         return self._read() == self._bytes
 
     def _read(self) -> list[bytes]:
@@ -235,7 +238,7 @@ class Statistics:
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes from the first element of a tensor to the end of its last."""
+    """Number of bytes from the first element of a tensor to the end of the last."""
     if not tensor.numel():
         return 0
     steps = ((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
@@ -249,7 +252,7 @@ def statistics_of(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 
 def statistics_note(module: nn.Module) -> str | None:
-    """A sentence about running statistics whose changes are not noticed, or None."""
+    """A note for reports about running statistics whose changes are not noticed, or None."""
     if any(tensor.is_cuda for tensor in statistics_of(module.modules())):
         return (
             "running statistics that F.batch_norm moved, without their module, are not noticed on "
@@ -259,14 +262,14 @@ def statistics_note(module: nn.Module) -> str | None:
 
 
 class ModuleStamp:
-    """A module as it was when something was baked: a compiled artefact, a CUDA graph, a copy.
+    """A record of a module for an artefact made from it: a compiled model, a CUDA graph, a copy.
 
-    Asked before every use of what was baked. It notices weights that were written, moved or
-    replaced, settings (see `ModuleSettings`) that were changed, layers that were replaced, modes
-    that were switched, and hooks of layers that came or went.
+    Call `is_current` before every use of the artefact. It notices weights that were written, moved
+    or replaced, changed settings (see `ModuleSettings`), replaced layers, switched modes, and hooks
+    of layers that were added or removed.
 
     Args:
-        module: with everything inside.
+        module: is watched with all modules inside it.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -290,7 +293,7 @@ class ModuleStamp:
         _STAMPS.add(self)
 
     def is_current(self) -> bool:
-        """Whether nothing has changed since."""
+        """Whether nothing has changed since the record was made."""
         return (
             not self._is_written
             and self._read_hooks() == self._hook_ids
@@ -306,31 +309,32 @@ class ModuleStamp:
         )
 
     def note_written(self, tensors: Iterable[Tensor]) -> None:
-        """Notes tensors that were written without a trace in them."""
+        """Makes the record out of date if it has one of these tensors, which were written."""
         self._is_written = self._is_written or any(id(tensor) in self._ids for tensor in tensors)
 
     def _read(self) -> tuple[list[int], list[int]]:
-        # another dtype or device is another address
+        # a new dtype or device gives a new address
         return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
 
     def _read_modes(self) -> list[Any]:
-        """Whether each module trains, and the forward that was put over its own."""
+        """The mode of each module, and the forward that is set on its instance."""
         return [(m.training, m.__dict__.get("forward")) for m in self._structure.modules]
 
     def _read_hooks(self) -> list[int]:
         return list(itertools.chain.from_iterable(self._forward_hooks))
 
 
-# --- writes that leave no trace in a tensor
+# --- writes that do not change the version of a tensor
 
 
 class _Untraced:
-    """Events after which weights may differ although no tensor shows it.
+    """Events after which weights may differ although their versions are the same.
 
     Attributes:
-        last_step: another object after each step of any optimizer (fused ones move no version).
-        last_layer: another object after a layer was put into a followed module (LoRA merged into
-            the layer that it stood around moves no version either).
+        last_step: a new object after each step of any optimizer (fused ones do not change
+            versions).
+        last_layer: a new object after a layer was put into a followed module (merging LoRA into
+            the layer that it wraps does not change versions either).
     """
 
     def __init__(self) -> None:
@@ -347,21 +351,21 @@ _STAMPS: weakref.WeakSet[ModuleStamp] = weakref.WeakSet()
 
 
 def note_written(tensors: Iterable[Tensor]) -> None:
-    """Makes whatever was baked from these tensors out of date, see `ModuleStamp`."""
+    """Makes every `ModuleStamp` of a module with one of these tensors out of date."""
     tensors = list(tensors)
     for stamp in list(_STAMPS):
         stamp.note_written(tensors)
 
 
 def follow_optimizers() -> None:
-    """Notes the steps of all optimizers from now on."""
+    """Starts to watch the steps of all optimizers."""
     with untraced.lock:
         if untraced.step_hook is None:
             untraced.step_hook = register_optimizer_step_post_hook(_note_step)
 
 
 def follow_layers(modules: Iterable[nn.Module]) -> None:
-    """Notes layers that are put into these modules from now on."""
+    """Starts to watch layers that are put into these modules."""
     with untraced.lock:
         untraced.followed.update(modules)
         if untraced.layer_hook is None:
@@ -369,7 +373,7 @@ def follow_layers(modules: Iterable[nn.Module]) -> None:
 
 
 def _note_layer(parent: nn.Module, name: str, layer: nn.Module | None) -> None:
-    if parent in untraced.followed:  # not a module that a backbone is put into
+    if parent in untraced.followed:  # a module around a backbone is not followed
         untraced.last_layer = object()
         if _STAMPS and layer is not None:
             note_written(layer.parameters())
@@ -382,5 +386,5 @@ def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def is_plain_tensor(value: Tensor) -> bool:
-    """Whether a tensor outlives the mode or the torch.func transform that it was computed in."""
+    """Whether a tensor may outlive the mode or the torch.func transform that computed it."""
     return type(value) is Tensor and not is_functorch_wrapped_tensor(value)

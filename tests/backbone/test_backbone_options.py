@@ -1,10 +1,12 @@
 """Options of backbones: what the configuration switches on, checkpointing, dtypes, copies."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from reference_models import gradients, randomize_, saved_bytes, torchvision_resnet
+from tolerance import assert_equal_gradients
 
 from fastbb import (
     AutoBackbone,
@@ -81,6 +83,29 @@ def test_gradient_checkpointing_takes_torchs_arguments():
     backbone.gradient_checkpointing_enable()
     pixels = PIXELS.detach().requires_grad_()
     assert torch.autograd.grad(backbone(pixels).feature_maps[0].sum(), [pixels])[0].any()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SwinBackbone(SwinConfig(**SWIN, drop_path_rate=0.0)),
+        lambda: ResNetBackbone(ResNetConfig(**RESNET)),
+    ],
+    ids=["swin", "resnet"],
+)
+def test_gradient_checkpointing_compiles(make):
+    torch._dynamo.reset()
+    plain = randomize_(make()).double().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    # a backend that recomputes in the backward what is checkpointed
+    compiled = torch.compile(checkpointed, backend="aot_eager_decomp_partition", fullgraph=True)
+    pixels = PIXELS.detach().double()
+    got = gradients(compiled, pixels)
+    want = gradients(plain, pixels)
+    assert_equal_gradients({name.removeprefix("_orig_mod."): g for name, g in got.items()}, want)
+    for (name, buffer), ours in zip(plain.named_buffers(), checkpointed.buffers()):
+        assert torch.allclose(ours, buffer), name  # a batch is counted once
 
 
 def test_configurations_are_copied_where_they_are_taken(tmp_path):

@@ -4,10 +4,19 @@ import json
 from http import HTTPStatus
 
 import pytest
+import timm
 from hub_server import _Handler, _Refusal
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
-from fastbb import AutoBackbone, AutoConfig, ResNetBackbone, ResNetConfig
+from fastbb import (
+    AutoBackbone,
+    AutoConfig,
+    ResNetBackbone,
+    ResNetConfig,
+    TimmBackbone,
+    TimmBackboneConfig,
+)
 from fastbb.backbone.hub import HubOptions, find_file, read_json, timm_source
 
 RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}
@@ -85,6 +94,46 @@ def test_every_argument_reaches_the_weights(hub, tmp_path):
     AutoBackbone.from_pretrained(REPO, **at, local_files_only=True)
     assert AutoConfig.from_pretrained(REPO, **at, local_files_only=True).depths == [1, 1]
     assert not hub.requests
+
+
+def save_timm_format(folder):
+    write_config(folder, {"architecture": "test_resnet", "num_classes": 10})
+    weights = timm.create_model("test_resnet", num_classes=10).state_dict()
+    save_file(weights, folder / "model.safetensors")
+
+
+def save_timm_backbone(folder):
+    TimmBackbone(TimmBackboneConfig("test_resnet")).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [save_resnet, save_timm_format, save_timm_backbone])
+def test_the_configuration_is_asked_for_and_read_once(hub, tmp_path, monkeypatch, save):
+    save(tmp_path / "model")
+    hub.add_repo(REPO, tmp_path / "model")
+    read = []
+    monkeypatch.setattr(
+        "fastbb.backbone.hub.read_json", lambda path: read.append(path) or read_json(path)
+    )
+    for first in (True, False):
+        read.clear()
+        hub.requests.clear()
+        AutoBackbone.from_pretrained(REPO)
+        assert [path.name for path in read] == ["config.json"]
+        asked = [r.method for r in hub.requests if r.path.endswith("/config.json")]
+        assert asked == (["HEAD", "HEAD", "GET"] if first else ["HEAD"])
+
+
+def test_the_backbone_that_a_head_names_is_read_once(hub, tmp_path):
+    hub.add_repo("acme/backbone", save_resnet(tmp_path / "backbone"))
+    head = save_resnet(tmp_path / "head")
+    names = {"model_type": "maskformer", "backbone": "acme/backbone", "use_timm_backbone": False}
+    hub.add_repo("acme/head", write_config(head, names))
+    AutoBackbone.from_pretrained("acme/head")
+    asked = [r.path for r in hub.requests if r.path.endswith("/config.json") and r.method == "GET"]
+    assert len(asked) == 2
+    hub.requests.clear()
+    AutoBackbone.from_pretrained("acme/head")
+    assert len([r for r in hub.requests if r.path.endswith("/config.json")]) == 2
 
 
 def test_a_repository_without_owner(hub, tmp_path):

@@ -15,8 +15,8 @@ import fastbb
 from fastbb.engine.measuring import Comparison
 from fastbb.hosts.accelerate import replacement_of
 from fastbb.hosts.replacement import MOVES, Timings
-from fastbb.weights import fold
-from fastbb.weights.folding import is_folded
+from fastbb.weights import folded_weights
+from fastbb.weights.folded_model import is_folded
 
 PIXELS = images(64, 64)
 
@@ -110,13 +110,13 @@ def test_weights_are_packed_for_two_shapes(monkeypatch: pytest.MonkeyPatch) -> N
     for pixels in shapes:
         infer(model, pixels)
     packs: list[Tensor] = []
-    own = fold.pack_conv
+    own = folded_weights.pack_conv
 
     def recorded(weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         packs.append(weight)
         return own(weight, *args, **kwargs)
 
-    monkeypatch.setattr(fold, "pack_conv", recorded)
+    monkeypatch.setattr(folded_weights, "pack_conv", recorded)
     for pixels in (*shapes, *shapes):
         assert_equals_upstream(infer(model, pixels), infer(twin, pixels))
     assert not packs

@@ -8,7 +8,7 @@ import torch
 from reference_models import from_timm, images, timm_features, timm_maps
 from tolerance import assert_equals_upstream
 
-from fastbb.weights.folding import is_batch_norm
+from fastbb.weights.recognize import is_batch_norm
 
 # the smallest architecture of each of timm's modules that has batch norms, without those above
 # 20 M parameters, and variants that differ in what matters here

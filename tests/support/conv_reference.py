@@ -1,6 +1,6 @@
 """Upstream's convolution and batch norm for the tests of ops, and the textbook way to fold them.
 
-The ops are tested without fastbb, so this is not `fastbb.weights.fold`.
+The ops are tested without fastbb, so this is not `fastbb.weights.folded_weights`.
 """
 
 import copy

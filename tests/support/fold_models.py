@@ -7,7 +7,8 @@ from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 
-from fastbb.weights.folding import Folding, FoldReport, find_norms, is_folded
+from fastbb.weights.find_norms import FoldReport, find_norms
+from fastbb.weights.folded_model import Folding, is_folded
 
 PIXELS = images(13, 10, channels=6).double()
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import FrozenBatchNorm2d
 
-from fastbb.weights.folding import activation_name, is_folded
+from fastbb.weights.folded_model import is_folded
+from fastbb.weights.recognize import activation_name
 from fastbb_kernels import ACTIVATIONS
 
 

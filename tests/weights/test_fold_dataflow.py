@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from fastbb.weights.folding import find_norms
+from fastbb.weights.find_norms import find_norms
 
 
 class Wired(nn.Module):

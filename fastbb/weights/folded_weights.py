@@ -1,8 +1,8 @@
-"""A batch norm folded into the convolution before it: how, and when a call may use it.
+"""The weights of a convolution with its batch norm folded in, and the rule when calls may use them.
 
-In inference a batch norm is an affine map of each channel, so it can be part of the weights of the
-convolution that feeds it. Neither parameters nor the state dict change: folded weights are derived
-values, computed in float64, cast once, and made again when a source changes.
+In inference a batch norm is an affine map of each channel, so it can be merged into the weights of
+the convolution that feeds it. Parameters and state dict do not change: folded weights are derived
+tensors, computed in float64, cast once, and computed again when a source changes.
 """
 
 import threading
@@ -34,7 +34,7 @@ def fold_batch_norm(
     norm_bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that computes `batch_norm(conv2d(x))`, in float64.
+    """Computes weight and bias of the convolution that equals `batch_norm(conv2d(x))`, in float64.
 
     Args:
         weight: [C, C_in / groups, kh, kw].
@@ -59,13 +59,13 @@ def fold_batch_norm(
 
 
 def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `norm(conv(x))`, remembered.
+    """Weight and bias of `norm(conv(x))`, cached.
 
     Args:
         conv: convolution.
         norm: batch norm with running statistics.
-        channels_last: the memory of the weight, and of what PyTorch computes from it; kernels read
-            it wide so. False keeps that of `conv`.
+        channels_last: layout of the weight, which PyTorch also gives the output; kernels read wide
+            rows in it. False keeps the layout of `conv`.
     """
     eps, sources, present = _sources(conv, norm)
 
@@ -78,10 +78,10 @@ def folded(conv: nn.Conv2d, norm: nn.Module, channels_last: bool = True) -> tupl
 
 
 def folded_packed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of `norm(conv(x))` for `packed_conv`, remembered for two shapes of x.
+    """Weight and bias of `norm(conv(x))` for `packed_conv`, cached for two shapes of x.
 
-    The layout depends on the shape. To make it anew costs what PyTorch's convolution, which does so
-    in every call, costs as well.
+    The layout depends on the shape. Packing again costs as much as in PyTorch's own convolution,
+    which packs in every call.
     """
     weight, bias = folded(conv, norm)
     shape = tuple(x.shape)
@@ -102,7 +102,7 @@ _slots_lock = threading.Lock()
 
 
 def _slot(conv: nn.Conv2d, shape: tuple[int, ...]) -> int:
-    """Where weights packed for a shape are remembered; the one used longest ago makes way."""
+    """The slot of the weights packed for a shape; replaces the least recently used shape."""
     with _slots_lock:
         slots = _slots.setdefault(conv, OrderedDict())
         if shape not in slots:
@@ -112,7 +112,7 @@ def _slot(conv: nn.Conv2d, shape: tuple[int, ...]) -> int:
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """Stride, padding, dilation and groups, as the convolutions of the kernels take them."""
+    """Stride, padding, dilation and groups, as keyword arguments of the convolution ops."""
     return {
         "stride": conv.stride,
         "padding": conv.padding,
@@ -122,7 +122,7 @@ def geometry(conv: nn.Conv2d) -> dict[str, Any]:
 
 
 def runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
-    """Whether a call that may use folded weights may use packed ones: it runs on a CPU, eager."""
+    """Whether a call that may use folded weights may use packed ones: it is eager, on a CPU."""
     if is_tracing() or not is_plainly_eager(x, None) or x.device.type != "cpu":
         return False
     if type(x) is not Tensor or is_transformed(x) or not x.numel():
@@ -133,7 +133,7 @@ def runs_packed(conv: nn.Conv2d, x: Tensor) -> bool:
 def folded_with_shortcut(
     conv: nn.Conv2d, norm: nn.Module, shortcut: nn.Conv2d, shortcut_norm: nn.Module
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Both weights, and the one bias, of `norm(conv(x)) + shortcut_norm(shortcut(y))`."""
+    """Both weights and the common bias of `norm(conv(x)) + shortcut_norm(shortcut(y))`, cached."""
     eps, sources, present = _sources(conv, norm)
     other_eps, others, other_present = _sources(shortcut, shortcut_norm)
 
@@ -152,8 +152,8 @@ def folded_with_shortcut(
 
 
 def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[bool, ...]]:
-    """eps, the tensors that a folded weight is computed from, and which of seven are there."""
-    # the count is a source because it has a version where statistics have none, see `derive`
+    """eps, the tensors that a folded weight is computed from, and which of seven are present."""
+    # the count is a source because its version changes with the statistics, see `derive`
     found = [_tensor(norm, name) for name in _NORM_TENSORS]
     found += [_tensor(conv, "weight"), _tensor(conv, "bias")]
     present = tuple([tensor is not None for tensor in found])
@@ -162,11 +162,11 @@ def _sources(conv: nn.Conv2d, norm: Any) -> tuple[float, list[Tensor], tuple[boo
 
 
 _NORM_TENSORS = (*STATISTICS, "weight", "bias", "num_batches_tracked")
-_STATISTICS = range(len(STATISTICS))  # positions in what `_sources` returns, which has both
+_STATISTICS = range(len(STATISTICS))  # positions in the tensors of `_sources`
 
 
 def _tensor(module: Any, name: str) -> Tensor | None:
-    """`module.name`, None if it has none; nn.Module's own look-up is most of a call's overhead."""
+    """`getattr(module, name, None)`, without nn.Module's look-up, most of a call's overhead."""
     if name in module._parameters:
         return module._parameters[name]
     if name in module._buffers:
@@ -188,7 +188,7 @@ def _as_weight(weight: Tensor, conv: nn.Conv2d, channels_last: bool = True) -> T
     weight = weight.to(conv.weight.dtype)
     if not channels_last:
         return weight.to(memory_format=suggest_memory_format(conv.weight))
-    if weight.shape[1] == 1:  # depthwise: one channel per filter, so those of the output
+    if weight.shape[1] == 1:  # depthwise: the output's channels come last
         return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     return weight.contiguous(memory_format=torch.channels_last)
 
@@ -196,10 +196,13 @@ def _as_weight(weight: Tensor, conv: nn.Conv2d, channels_last: bool = True) -> T
 def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor | None = None) -> bool:
     """Whether a call may use folded weights: it needs no gradient and no statistics of the batch.
 
-    Without an input: whether calls with some input may.
+    The mode of the norm decides and not that of the model, because frozen norms stay in eval mode.
+    A call that needs a gradient frees folded weights, because the parameters are about to change.
 
-    The mode of the norm decides, not that of the model: frozen ones stay in eval. A call that needs
-    a gradient forgets what was folded: the parameters are about to change.
+    Args:
+        conv: convolution.
+        norm: batch norm.
+        x: input of the call; None: whether calls with some input may use folded weights.
     """
     if _tensor(norm, "running_mean") is None or conv.padding_mode != "zeros":
         return False
@@ -210,7 +213,7 @@ def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor | None = None) -> bool:
     weight = conv.weight
     tracing = is_tracing()
     if tracing and not weight.is_cuda:
-        return False  # a compiler fuses the norm, and would fold anew in every call
+        return False  # a compiler fuses the norm itself, and would fold again in every call
     if torch.is_grad_enabled():
         tensors = (x, weight, conv.bias, norm.weight, norm.bias)
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
@@ -218,13 +221,13 @@ def runs_folded(conv: nn.Conv2d, norm: Any, x: Tensor | None = None) -> bool:
                 forget_derived(conv)
             return False
     if not tracing and (type(weight) is not nn.Parameter or weight.is_inference()):
-        return False  # it could not be remembered, and folding costs more than it saves
+        return False  # folded weights could not be cached, and folding costs more than it saves
     if autocasts(weight.device.type):
         return False
     return x is None or x.dtype == weight.dtype
 
 
 def autocasts(device_type: str) -> bool:
-    """Whether torch.autocast chooses the dtypes on a kind of device."""
-    # of the devices without autocast some would raise
+    """Whether torch.autocast chooses the dtypes on a type of device."""
+    # is_autocast_enabled raises for some devices without autocast
     return device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type)
