@@ -1,14 +1,16 @@
 """A prepared backbone computes with the weights, layers and hooks that it has now."""
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretended_device import MANY, Compiler, Device, explained, install, no_warning
-from reference_models import from_hf, hf_resnet, hf_swin, images, timm_pair
+from engine_rig import PIXELS, resnet_pair, swin_pair
+from pretended_device import MANY, Compiler, Device, explained, no_warning
+from reference_models import images, timm_pair
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -18,16 +20,16 @@ from fastbb.engine.settings import EngineWarning
 from fastbb.weights.derived import derive, holding_derived
 from fastbb.weights.watch import _STAMPS, ModuleStamp
 
-PIXELS = images(64, 64)
+pytestmark = pytest.mark.usefixtures("compiler")
 CHANGED = "weights, settings, layers or hooks changed since they were compiled, so it runs eager"
 
 
 def resnet() -> Any:
-    return from_hf(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
+    return resnet_pair().ours
 
 
 def swin() -> Any:
-    return from_hf(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
+    return swin_pair().ours
 
 
 @pytest.fixture(params=[resnet, swin], ids=["resnet", "swin"])
@@ -35,17 +37,13 @@ def backbone(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    return install(Compiler(), monkeypatch)
-
-
-def upstream_of(backbone: Any, folder: Path) -> Any:
+def upstream_of(backbone: Any) -> Any:
     """transformers' model with the weights of ours, as they are now."""
     import transformers
 
-    backbone.save_pretrained(folder)
-    return getattr(transformers, type(backbone).__name__).from_pretrained(folder).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.save_pretrained(folder)
+        return getattr(transformers, type(backbone).__name__).from_pretrained(folder).eval()
 
 
 @torch.no_grad()
@@ -130,20 +128,20 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 @pytest.mark.parametrize("of_original", [False, True], ids=["prepared", "original"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_weights_that_changed_are_computed_with(
-    change: Callable[[Any], None], of_original: bool, backbone: Any, tmp_path: Path, capsys: Any
+    change: Callable[[Any], None], of_original: bool, backbone: Any
 ) -> None:
     """Also where the backbone is changed that was prepared: they share their weights."""
     prepared = backbone.prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(backbone if of_original else prepared)
-    want = maps_of(upstream_of(prepared, tmp_path))
+    want = maps_of(upstream_of(prepared))
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared)
     assert len(warned) == 1 and not torch.equal(got[-1], before[-1])
     assert_equals_upstream(got, want)
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
-    assert explained(prepared, capsys).rows[-1].why.startswith(CHANGED)
+    assert explained(prepared).rows[-1].why.startswith(CHANGED)
 
 
 def statistics_in_place(backbone: Any) -> None:
@@ -166,16 +164,14 @@ def statistics_of_training(backbone: Any) -> None:
 @pytest.mark.parametrize(
     "change", [statistics_in_place, statistics_through_data, statistics_of_training]
 )
-def test_statistics_that_changed_are_computed_with(
-    change: Callable[[Any], None], tmp_path: Path
-) -> None:
+def test_statistics_that_changed_are_computed_with(change: Callable[[Any], None]) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(prepared)
     with pytest.warns(EngineWarning, match=CHANGED):
         got = maps_of(prepared)
     assert not torch.equal(got[-1], before[-1])
-    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path)))
+    assert_equals_upstream(got, maps_of(upstream_of(prepared)))
 
 
 def twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -247,13 +243,13 @@ def test_a_hook_that_a_family_refuses_is_refused(backbone: Any) -> None:
 
 
 @torch.no_grad()
-def test_layers_that_train_elsewhere_train_here(backbone: Any, capsys: Any) -> None:
+def test_layers_that_train_elsewhere_train_here(backbone: Any) -> None:
     """The layers are those of the backbone that was prepared."""
     prepared = backbone.prepare("compile")
     before = maps_of(prepared)
     backbone.train()
     maps_of(prepared)
-    assert "in training mode: call .eval()" in explained(prepared, capsys).rows[-1].why
+    assert "in training mode: call .eval()" in explained(prepared).rows[-1].why
     with pytest.raises(ValueError, match="training"):
         prepared.prepare("compile")
     backbone.eval()
@@ -278,25 +274,22 @@ def test_another_precision_afterwards_is_a_change() -> None:
         assert maps_of(prepared, PIXELS.half())[0].dtype == torch.float16
 
 
-def test_what_was_not_compiled_follows_changes_without_a_word(
-    backbone: Any, tmp_path: Path
-) -> None:
+def test_what_was_not_compiled_follows_changes_without_a_word(backbone: Any) -> None:
     prepared = backbone.prepare("eager", example=PIXELS)
-    for index, change in enumerate(CHANGES.values()):
+    for change in CHANGES.values():
         change(prepared)
         with no_warning():
             got = maps_of(prepared)
-        assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / str(index))))
+        assert_equals_upstream(got, maps_of(upstream_of(prepared)))
 
 
 def test_a_change_before_anything_was_compiled_is_none(compiler: Compiler, tmp_path: Path) -> None:
     """The first shape ran eager, and only for the second one something is compiled."""
-    device = Device()
-    tools = device.tools(tmp_path)
+    tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
     maps_of(prepared, PIXELS[:0])
     in_place(prepared)
-    want = maps_of(upstream_of(prepared, tmp_path / "model"))
+    want = maps_of(upstream_of(prepared))
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
         assert_equals_upstream(maps_of(prepared), want)
@@ -307,38 +300,35 @@ def test_a_change_before_anything_was_compiled_is_none(compiler: Compiler, tmp_p
 def test_after_a_change_nothing_is_compiled_for_other_shapes(
     size: tuple[int, int], compiler: Compiler, tmp_path: Path
 ) -> None:
-    device = Device()
-    tools = device.tools(tmp_path)
+    tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", example=PIXELS, expected_images=MANY, tools=tools)
     in_place(prepared)
     pixels = images(*size, batch=3)
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared, pixels)
     assert len(warned) == 1 and len(compiler.compiled) == 1
-    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / "model"), pixels))
+    assert_equals_upstream(got, maps_of(upstream_of(prepared), pixels))
 
 
-def test_prepared_again_it_is_compiled_with_the_weights_of_now(
-    compiler: Compiler, tmp_path: Path
-) -> None:
+def test_prepared_again_it_is_compiled_with_the_weights_of_now(compiler: Compiler) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     in_place(prepared)
     again = prepared.prepare("compile", example=PIXELS)
     with no_warning():
-        assert_equals_upstream(maps_of(again), maps_of(upstream_of(again, tmp_path)))
+        assert_equals_upstream(maps_of(again), maps_of(upstream_of(again)))
     assert len(compiler.compiled) == 2
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_the_copy_in_fp32_of_a_cpu_without_the_dtype_follows(
-    change: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
     prepared = resnet().prepare("eager", "bf16")
     maps_of(prepared)
     with torch.inference_mode(False):
         change(prepared)
-    upstream = upstream_of(prepared, tmp_path).float()
+    upstream = upstream_of(prepared).float()
     want = [x.bfloat16() for x in maps_of(upstream, PIXELS.bfloat16().float())]
     got = maps_of(prepared, PIXELS)
     for ours, theirs in zip(got, want):  # rounded once, from what is within fp32's tolerance

@@ -303,7 +303,7 @@ def test_a_compiled_backbone_falls_back(
     with pytest.warns(EngineWarning, match="settings, layers or hooks changed"), torch.no_grad():
         got = prepared(pixels).feature_maps
     assert_equals_upstream(got, pair.maps(pixels))
-    assert "changed since they were compiled" in explained(prepared, capsys).rows[-1].why
+    assert "changed since they were compiled" in explained(prepared).rows[-1].why
 
 
 def test_a_fused_activation_that_changes_is_reported() -> None:

@@ -2,7 +2,8 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +99,17 @@ class Compiler:
     """In the place of `compile_maps`: bakes a copy of a backbone.
 
     Attributes:
+        device: runs what is compiled; None: the time of a call is not said.
+        seconds: duration of a compiled call on the device.
         compiled: shapes of the examples, in order.
-        impls: with which implementation of ops.
-        error: is raised instead, if there is one.
-        spoil: what is done to the maps.
+        impls: implementations of the ops, in order.
+        error: raised instead of compiling, if there is one.
+        spoil: changes the maps.
     """
 
-    def __init__(self, device: Device | None = None, seconds: float = 0.5) -> None:
-        """
-        Args:
-            device: where what is compiled runs.
-            seconds: that a call of it takes there.
-        """
-        self._device = device
-        self._seconds = seconds
+    def __init__(self) -> None:
+        self.device: Device | None = None
+        self.seconds = 0.5
         self.compiled: list[tuple[int, ...]] = []
         self.impls: list[Impl] = []
         self.error: Exception | None = None
@@ -134,8 +132,8 @@ class Compiler:
         run = baked(computation)
 
         def compiled(pixel_values: Tensor) -> tuple[Tensor, ...]:
-            if self._device is not None:
-                self._device.say(self._seconds)
+            if self.device is not None:
+                self.device.say(self.seconds)
             return tuple(self.spoil(x) for x in run(pixel_values))
 
         return compiled
@@ -147,17 +145,17 @@ def install(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return compiler
 
 
-def explained(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Explanation:
-    """What `explain()` returns, which is what it prints."""
-    capsys.readouterr()
-    explanation = backbone.explain()
-    assert capsys.readouterr().out == f"{explanation}\n"
+def explained(backbone: Backbone) -> Explanation:
+    """Returns what `explain()` returns, which must be what it prints."""
+    with redirect_stdout(StringIO()) as printed:
+        explanation = backbone.explain()
+    assert printed.getvalue() == f"{explanation}\n"
     return explanation
 
 
-def only_row(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Row:
+def only_row(backbone: Backbone) -> Row:
     """The one row of an explanation."""
-    (row,) = explained(backbone, capsys).rows
+    (row,) = explained(backbone).rows
     return row
 
 
