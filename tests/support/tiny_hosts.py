@@ -3,15 +3,20 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastbb import AccelerateReport
+from fastbb import AccelerateReport, accelerate
 from fastbb.hosts.replacement import replacement_of
 
+# for `pytestmark`: tests in which ours is never wrong, and never falls back with a warning
+NO_ACCELERATE_WARNING = pytest.mark.filterwarnings(
+    "error::fastbb.hosts.accelerate.AccelerateWarning"
+)
 PIXELS = images(32, 32)
 HEAD = 1e-4  # allowed of a result that has passed a head
 SWIN: dict[str, Any] = {
@@ -75,6 +80,12 @@ HOSTS: dict[str, Callable[..., Any]] = {
         *(resnet_backbone, timm_resnet, torchvision_swin),
     )
 }
+
+
+def accelerated(make: Callable[[], Any], **options: Any) -> tuple[Any, Any, AccelerateReport]:
+    """A host, upstream's model with the same weights, and the report."""
+    model, twin = make(), make()
+    return model, twin, accelerate(model, **{"mode": "eager", **options})
 
 
 def twin_of(make: Callable[[], Any], model: Any) -> Any:
