@@ -71,7 +71,7 @@ def test_auto_compiles_for_many_images(rig: EngineRig) -> None:
     assert rig.compiler.compiled == [(1, 3, 64, 64)] and rig.compiler.impls == ["eager"]
 
 
-def test_auto_keeps_eager_where_what_was_compiled_is_no_faster(rig: EngineRig) -> None:
+def test_auto_keeps_eager_if_compiling_is_no_faster(rig: EngineRig) -> None:
     rig.compiler.seconds = 0.99 * CALL_S
     backbone = rig.prepare(expected_images=ENOUGH)
     rig.assert_right(backbone, ONE)
@@ -80,9 +80,7 @@ def test_auto_keeps_eager_where_what_was_compiled_is_no_faster(rig: EngineRig) -
 
 
 @pytest.mark.parametrize("expected", [None, 100, ENOUGH])
-def test_who_asks_for_compiling_gets_it_and_hears_where_it_is_wasted(
-    expected: int | None, rig: EngineRig
-) -> None:
+def test_compile_mode_warns_when_it_does_not_pay(expected: int | None, rig: EngineRig) -> None:
     backbone = rig.prepare(mode="compile", expected_images=expected)
     if expected == 100:
         wasted = "about 90 s and would save about 3 s on 100 images; mode='auto' would not compile"
@@ -96,7 +94,7 @@ def test_who_asks_for_compiling_gets_it_and_hears_where_it_is_wasted(
 # other batches and other sizes than what was compiled for
 
 
-def test_any_number_of_images_runs_by_the_artefact_of_their_size(rig: EngineRig) -> None:
+def test_one_compilation_serves_every_batch_size(rig: EngineRig) -> None:
     backbone = rig.pair.ours.prepare("compile", example=(4, 64, 64))
     for batch in (1, 2, 3, 5, 9):
         rig.assert_right(backbone, images(64, 64, batch))
@@ -141,7 +139,7 @@ def test_the_time_of_a_compilation_is_remembered(rig: EngineRig) -> None:
         ("nan", "map 0 is wrong: error nan"),
     ],
 )
-def test_what_a_compiler_gets_wrong_does_not_run(
+def test_a_compilation_that_fails_or_is_wrong_does_not_run(
     mode: str, fault: str, problem: str, rig: EngineRig
 ) -> None:
     if fault == "raises":
@@ -164,7 +162,7 @@ def test_what_a_compiler_gets_wrong_does_not_run(
 # shapes on a GPU
 
 
-def test_a_second_shape_is_measured_when_it_came_often(rig: EngineRig) -> None:
+def test_a_second_shape_is_measured_after_several_calls(rig: EngineRig) -> None:
     one = rig.candidate()
     with gpu(), no_warning():
         backbone = rig.prepare(one)
@@ -182,7 +180,7 @@ def test_a_second_shape_is_measured_when_it_came_often(rig: EngineRig) -> None:
         assert rig.device.n_timed == n_timed
 
 
-def test_a_shape_runs_what_won_for_the_one_most_like_it(
+def test_a_shape_runs_the_winner_of_the_most_similar_shape(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "SEEN_BEFORE_TUNED", 1)
@@ -196,7 +194,7 @@ def test_a_shape_runs_what_won_for_the_one_most_like_it(
     assert whys["2x32x32"] == "what won for 2x64x64"
 
 
-def test_only_so_many_shapes_are_measured_and_remembered(
+def test_the_number_of_measured_and_remembered_shapes_is_limited(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choose, "SEEN_BEFORE_TUNED", 1)

@@ -154,7 +154,7 @@ def test_a_faulty_candidate_is_off_and_the_fastest_right_one_runs(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_where_all_but_eager_is_faulty_eager_runs(fault: str, rig: EngineRig) -> None:
+def test_eager_runs_if_all_others_are_faulty(fault: str, rig: EngineRig) -> None:
     make, problem = FAULTS[fault]
     one = rig.candidate("faulty", 0.001, lambda: make(baked(rig.pair.ours)))
     with gpu(stem_conv_bn_relu_pool=broken.crashing("")):
@@ -172,7 +172,7 @@ def test_where_all_but_eager_is_faulty_eager_runs(fault: str, rig: EngineRig) ->
 
 
 @pytest.mark.parametrize("kernel", ["wrong", "nan", "crashing", "out_of_memory", "other_shape"])
-def test_an_own_way_is_held_to_the_truth_as_others_are(kernel: str, rig: EngineRig) -> None:
+def test_a_faulty_kernel_turns_mode_triton_off(kernel: str, rig: EngineRig) -> None:
     op = "conv3x3_bn_act"
     with gpu(**{op: getattr(broken, kernel)(op)}):
         backbone = rig.prepare()
@@ -210,9 +210,7 @@ def test_a_winner_that_fails_later_is_replaced_by_eager(
     assert (row.runs, row.why) == ("eager", "fast failed") and f"fast: {problem}" in row.others
 
 
-def test_a_choice_that_cannot_be_made_leaves_eager(
-    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_choice_that_fails_leaves_eager(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is computed in float64, for which there may be no memory."""
 
     def full(*args: Any) -> Truth:
@@ -255,7 +253,7 @@ def test_ties_go_to_the_simpler(seconds: float, runs: str, rig: EngineRig) -> No
         assert only_row(backbone).runs == runs
 
 
-def test_what_won_is_held_to_the_truth_for_another_shape_too(rig: EngineRig) -> None:
+def test_a_winner_is_verified_for_another_shape(rig: EngineRig) -> None:
     def build() -> Run:
         run, spoil = baked(rig.pair.ours), put(0, off)
         return lambda pixels: run(pixels) if len(pixels) == 8 else spoil(run(pixels))
@@ -330,11 +328,11 @@ def test_a_wrong_kernel_is_off_and_the_other_kernels_run(op: str, swin_rig: Engi
 
 
 @pytest.mark.parametrize("fault", KERNEL_FAULTS)
-def test_where_every_kernel_is_broken_the_maps_are_right(fault: str, swin_rig: EngineRig) -> None:
+def test_the_maps_are_right_with_every_kernel_broken(fault: str, swin_rig: EngineRig) -> None:
     assert_ops_are_off(swin_rig, fault, *SWIN_OPS)
 
 
-def test_without_the_check_a_wrong_kernel_would_be_seen(swin_rig: EngineRig) -> None:
+def test_a_wrong_kernel_without_the_check_changes_the_maps(swin_rig: EngineRig) -> None:
     """What the tests above rest on: each of these ops is used, and these pixels show it."""
     for op in SWIN_OPS:
         with gpu(**{op: broken.wrong(op)}), pytest.raises(AssertionError, match="differs by"):

@@ -59,7 +59,7 @@ def test_a_shape_and_dtype_is_recorded_once() -> None:
     assert len(recorder.recorded) == len(set(recorder.recorded)) == len(pool) == 4
 
 
-def test_the_least_recently_used_graph_goes() -> None:
+def test_the_least_recently_used_graph_is_dropped() -> None:
     recorder = Recorder()
     pool = GraphPool(doubled, max_graphs=2, capture=recorder)
     one, two, three = (torch.ones(n) for n in (1, 2, 3))
@@ -70,7 +70,7 @@ def test_the_least_recently_used_graph_goes() -> None:
     assert len(recorder.recorded) == 4 and len(pool) == 2
 
 
-def test_what_cannot_be_recorded_leaves_nothing() -> None:
+def test_a_failed_recording_leaves_no_graph() -> None:
     def fail(run: Run, pixel_values: Tensor) -> Run:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -153,7 +153,7 @@ def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
     return prepared
 
 
-def test_the_first_shape_is_recorded_and_others_when_they_come_often(
+def test_the_first_shape_is_recorded_at_once_and_others_after_several_calls(
     rig: EngineRig, recording: Graphs
 ) -> None:
     with gpu(), no_warning():
@@ -170,7 +170,7 @@ def test_the_first_shape_is_recorded_and_others_when_they_come_often(
 
 
 @pytest.mark.parametrize("graph", ["auto", True, False], ids=str)
-def test_a_large_batch_is_recorded_only_for_who_asks(
+def test_a_large_batch_is_recorded_only_with_cuda_graph_true(
     graph: Any,
     rig: EngineRig,
     recording: Graphs,
@@ -188,7 +188,7 @@ def test_a_large_batch_is_recorded_only_for_who_asks(
         assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")
 
 
-def test_few_graphs_are_kept(rig: EngineRig, recording: Graphs) -> None:
+def test_the_number_of_graphs_is_limited(rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
         prepared = prepared_with(rig.pair.ours, True)
         batches = [images(32, 32 * n) for n in range(1, graphs.MAX_GRAPHS + 2)]
@@ -230,7 +230,7 @@ def test_a_graph_that_fails_later_is_replaced_by_eager(rig: EngineRig, recording
         assert only_row(prepared).runs == "eager"
 
 
-def test_a_graph_is_measured_as_others_are(rig: EngineRig, recording: Graphs) -> None:
+def test_auto_measures_graphs_too(rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
         prepared = rig.prepare()
         rig.assert_right(prepared, PIXELS, PIXELS)

@@ -91,7 +91,7 @@ def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler) ->
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", *DTYPES])
-def test_the_backbone_that_is_prepared_stays_as_it_was(precision: str | None, pair: Pair) -> None:
+def test_prepare_leaves_the_original_unchanged(precision: str | None, pair: Pair) -> None:
     before = {name: (id(tensor), tensor.clone()) for name, tensor in state(pair.ours).items()}
     prepared = pair.ours.prepare("eager", precision, example=PIXELS)
     assert type(prepared) is type(pair.ours) and prepared is not pair.ours
@@ -198,7 +198,7 @@ def test_an_empty_batch(mode: str, pair: Pair, compiler: Compiler) -> None:
     assert_right(backbone, pair)
 
 
-def test_input_that_is_at_fault_raises_what_it_raises_unprepared() -> None:
+def test_wrong_input_raises_the_error_of_the_unprepared_backbone() -> None:
     pair = swin_pair()
     for pixels in (PIXELS[0], PIXELS[:, :2], PIXELS.to("meta")):
         with pytest.raises(ValueError) as plain:
@@ -224,7 +224,7 @@ def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair) -> None:
     assert reason in explained(backbone).rows[-1].why
 
 
-def test_a_gradient_of_the_pixels_alone_is_one() -> None:
+def test_a_gradient_of_the_pixels_alone_warns_too() -> None:
     pair = resnet_pair()
     backbone = pair.ours.requires_grad_(False).prepare("compile", example=PIXELS)
     found = []
@@ -236,7 +236,7 @@ def test_a_gradient_of_the_pixels_alone_is_one() -> None:
     assert_equals_upstream(*found)
 
 
-def test_in_training_mode_it_trains() -> None:
+def test_training_mode_runs_as_upstream() -> None:
     pair = resnet_pair()
     backbone = pair.ours.prepare("compile", example=PIXELS).train()
     pair.upstream.train()
@@ -248,7 +248,7 @@ def test_in_training_mode_it_trains() -> None:
     assert "in training mode: call .eval()" in str(backbone.explain())
 
 
-def test_under_autocast_it_runs_as_unprepared(pair: Pair) -> None:
+def test_autocast_runs_the_unprepared_forward(pair: Pair) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS)
     with torch.no_grad():
         exact = copy.deepcopy(pair.upstream).double()(PIXELS.double()).feature_maps
@@ -278,7 +278,7 @@ def saved_and_loaded(backbone: Any) -> Any:
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @pytest.mark.parametrize("has_run", [True, False])
-def test_a_copy_is_prepared_by_itself(
+def test_a_copy_is_prepared_independently(
     make_copy: Callable[[Any], Any], has_run: bool, pair: Pair, compiler: Compiler
 ) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS if has_run else None)
@@ -296,7 +296,7 @@ def test_a_copy_is_prepared_by_itself(
         assert not torch.equal(twin(PIXELS).feature_maps[-1], pair.maps(PIXELS)[-1])
 
 
-def test_a_backbone_that_is_prepared_again_forgets_what_it_was(compiler: Compiler) -> None:
+def test_preparing_again_replaces_the_mode(compiler: Compiler) -> None:
     pair = resnet_pair()
     compiled = pair.ours.prepare("compile", example=PIXELS)
     eager = compiled.prepare("eager", example=PIXELS)
@@ -307,7 +307,7 @@ def test_a_backbone_that_is_prepared_again_forgets_what_it_was(compiler: Compile
 # threads
 
 
-def test_threads_share_what_is_compiled(pair: Pair, compiler: Compiler) -> None:
+def test_threads_share_one_compilation(pair: Pair, compiler: Compiler) -> None:
     backbone = pair.ours.prepare("compile")
     pixels = [images(64, 64, batch, seed=batch) for batch in (2, 2, 5, 1)]
     want = [pair.maps(x) for x in pixels]

@@ -53,7 +53,7 @@ def cache_of(rig: EngineRig) -> ResultCache:
 
 
 @pytest.mark.parametrize("n_shapes", [1, 2])
-def test_what_is_remembered_is_not_measured_again(n_shapes: int, rig: EngineRig) -> None:
+def test_a_remembered_choice_is_not_measured_again(n_shapes: int, rig: EngineRig) -> None:
     measure(rig)
     assert rig.compiler.compiled == [(2, 3, 64, 64)] * 2  # both modes that compile were tried
     assert rig.compiler.impls == ["auto", "eager"]
@@ -70,7 +70,7 @@ def test_what_is_remembered_is_not_measured_again(n_shapes: int, rig: EngineRig)
     assert all(row.runs == "fast" and row.why == "what won for 2x64x64" for row in others)
 
 
-def test_a_winner_that_compiles_is_compiled_again_where_that_pays(
+def test_a_remembered_winner_is_compiled_only_if_that_pays(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # this compiler takes no time, which would be remembered
@@ -100,7 +100,7 @@ def test_a_winner_that_compiles_is_compiled_again_where_that_pays(
     assert len(compiled) == 2 and second.device.n_timed == third.device.n_timed == 0
 
 
-def test_other_maps_precisions_and_shapes_are_measured_by_themselves(rig: EngineRig) -> None:
+def test_other_maps_precisions_and_shapes_are_measured_separately(rig: EngineRig) -> None:
     changes: list[dict[str, Any]] = [{}, {"precision": "bf16"}, {"batch": 3}, {"out_indices": [1]}]
     for change in changes:
         for is_known in (False, True):
@@ -156,7 +156,7 @@ FILES: dict[str, tuple[Callable[[EngineRig], None], str]] = {
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_of_no_use_is_measured_anew(file: str, rig: EngineRig) -> None:
+def test_an_unusable_file_is_ignored_and_replaced(file: str, rig: EngineRig) -> None:
     make, note = FILES[file]
     make(rig)
     rig = later_process(rig)
@@ -193,7 +193,7 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_value_of_no_use_is_measured_anew(value: str, rig: EngineRig) -> None:
+def test_an_unusable_value_is_measured_again(value: str, rig: EngineRig) -> None:
     path = measure(rig)
     content = json.loads(path.read_text())
     (key,) = content["results"]["tuned"]
@@ -207,7 +207,7 @@ def test_a_value_of_no_use_is_measured_anew(value: str, rig: EngineRig) -> None:
     assert rig.device.n_timed and row.runs == "fast" and "the fastest that passed" in row.why
 
 
-def test_what_cannot_be_written_is_known_in_this_process(rig: EngineRig) -> None:
+def test_an_unwritable_cache_keeps_results_in_memory(rig: EngineRig) -> None:
     is_file = rig.folder / "file"
     is_file.touch()
     rig = replace(rig, folder=is_file / "folder")
@@ -227,7 +227,7 @@ def test_what_cannot_be_written_is_known_in_this_process(rig: EngineRig) -> None
 # winners that do not win any more
 
 
-def test_a_winner_that_does_not_exist_any_more_is_measured_anew(rig: EngineRig) -> None:
+def test_a_winner_that_is_gone_is_measured_again(rig: EngineRig) -> None:
     measure(rig)
     rig = later_process(rig)
     with gpu(), no_warning():
@@ -249,7 +249,7 @@ def crashing(pair: Pair) -> Run:
 @pytest.mark.parametrize(
     ("build", "problem"), [(wrong, "map 0 is wrong: error"), (crashing, "RuntimeError: no kernel")]
 )
-def test_a_remembered_winner_is_held_to_the_truth(
+def test_a_remembered_winner_is_verified(
     build: Callable[[Pair], Run], problem: str, rig: EngineRig
 ) -> None:
     measure(rig)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 
 @pytest.mark.parametrize("mode", ["eager", "triton", "compile", "triton+compile"])
-def test_on_a_gpu_a_mode_runs_as_it_is_named(mode: str, pair: Pair, compiler: Compiler) -> None:
+def test_each_mode_runs_its_own_way_on_a_gpu(mode: str, pair: Pair, compiler: Compiler) -> None:
     with gpu(), no_warning():
         backbone = prepare(pair.ours, mode)
         assert_right(backbone, pair)
@@ -32,9 +32,7 @@ def test_on_a_gpu_a_mode_runs_as_it_is_named(mode: str, pair: Pair, compiler: Co
     assert compiler.impls == {"compile": ["eager"], "triton+compile": ["auto"]}.get(mode, [])
 
 
-def test_a_cpu_runs_as_many_images_at_once_as_its_memory_stays_cheap_for(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_splits_a_batch_to_limit_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 4 * 16 * 32 * 32  # bytes of an image's first map, that of the convolution
     monkeypatch.setattr(cpu, "KEPT_BYTES", 2 * largest)
     backbone = pair.ours.prepare("eager")
@@ -85,7 +83,7 @@ def flags_of_the_user() -> Iterator[tuple[str, bool]]:
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_flags_are_set_for_a_call_only(
+def test_fp32_flags_are_set_during_a_call_only(
     precision: Any, inside: Any, fails: bool, pair: Pair, flags_of_the_user: tuple[str, bool]
 ) -> None:
     seen = []

@@ -139,7 +139,7 @@ def test_options_of_the_builder() -> None:
     assert {"tf32", "tf32x3", "ieee"} == set(options.allowed_dot_input_precisions), WHERE
 
 
-def test_state_of_what_we_are_given() -> None:
+def test_initial_state_of_tritons_objects() -> None:
     @triton.jit
     def _kernel(x_ptr, N: tl.constexpr):
         pass

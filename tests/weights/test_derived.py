@@ -208,7 +208,9 @@ LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("look_again", LOOKS_AGAIN.values(), ids=LOOKS_AGAIN)
-def test_changes_of_data_are_followed_after(backbone: Any, look_again: Any) -> None:
+def test_changes_through_data_are_followed_after_looking_again(
+    backbone: Any, look_again: Any
+) -> None:
     before = infer(backbone)
     for p in backbone.parameters():
         p.data.lerp_(torch.ones_like(p), 0.5)  # a moving average
@@ -231,7 +233,7 @@ def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) 
 # nothing of it shows
 
 
-def test_the_modules_stay_as_they_were() -> None:
+def test_deriving_leaves_the_modules_unchanged() -> None:
     backbone = hf_swin()
     before = {name: set(vars(module)) for name, module in backbone.named_modules()}
     state, saved = list(backbone.state_dict()), len(pickle.dumps(backbone))
@@ -260,7 +262,7 @@ def test_gradients_are_those_of_a_new_model(backbone: Any) -> None:
     assert_equal_gradients(got, want)
 
 
-def test_what_inference_mode_made_serves_a_gradient(backbone: Any) -> None:
+def test_values_from_inference_mode_allow_a_gradient(backbone: Any) -> None:
     backbone.requires_grad_(False).refresh()
     with torch.inference_mode():
         backbone(PIXELS)
@@ -294,7 +296,7 @@ def under_autocast(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("run", [under_fake_tensors, under_autocast])
-def test_modes_leave_nothing_behind(backbone: Any, run: Any) -> None:
+def test_other_modes_leave_no_derived_values(backbone: Any, run: Any) -> None:
     backbone.requires_grad_(False).refresh()
     run(backbone)
     assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
@@ -369,7 +371,7 @@ def test_a_change_while_it_is_computed_is_followed(linear: nn.Linear, traceless:
     assert not derive(linear, "doubled", doubled, linear.weight)[0].any()
 
 
-def test_the_same_memory_may_be_another_parameter_or_dtype(linear: nn.Linear) -> None:
+def test_reused_memory_is_recognised_as_another_parameter_or_dtype(linear: nn.Linear) -> None:
     old = nn.Parameter(torch.ones(2).half(), requires_grad=False)
     derive(linear, "doubled", doubled, old)
     old.data.zero_()
@@ -379,7 +381,7 @@ def test_the_same_memory_may_be_another_parameter_or_dtype(linear: nn.Linear) ->
     assert derive(linear, "doubled", doubled, new)[0].dtype == torch.bfloat16
 
 
-def test_transforms_are_computed_in_and_leave_nothing_behind(linear: nn.Linear) -> None:
+def test_functional_transforms_leave_no_derived_values(linear: nn.Linear) -> None:
     def run(weight: Tensor, x: Tensor) -> Tensor:
         return (derive(linear, "doubled", doubled, weight)[0] @ x).sum()
 
@@ -390,7 +392,7 @@ def test_transforms_are_computed_in_and_leave_nothing_behind(linear: nn.Linear) 
     assert derive(linear, "doubled", doubled, linear.weight)[0].data_ptr()
 
 
-def test_what_is_remembered_has_no_graph(linear: nn.Linear) -> None:
+def test_derived_values_carry_no_autograd_graph(linear: nn.Linear) -> None:
     linear.requires_grad_(True)
     with torch.inference_mode():
         (value,) = derive(linear, "doubled", doubled, linear.weight)
@@ -422,7 +424,7 @@ def test_memory_is_released_with_its_owner() -> None:
     assert value() is None  # at once, not when cycles are collected
 
 
-def test_optimizers_are_followed_from_the_first_use() -> None:
+def test_the_optimizer_hook_is_registered_at_first_use() -> None:
     if untraced.step_hook is not None:
         untraced.step_hook.remove()
         untraced.step_hook = None
