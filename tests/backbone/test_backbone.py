@@ -1,4 +1,4 @@
-"""BackboneOutput, and backbones as the nn.Modules they are."""
+"""`BackboneOutput`, and backbones as nn.Modules."""
 
 import copy
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Options of backbones: what the configuration switches on, checkpointing, dtypes, copies."""
+"""Options of backbones: defaults of the configuration, checkpointing, dtypes, copies."""
 
 from typing import Any
 

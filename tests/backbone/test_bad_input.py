@@ -1,4 +1,4 @@
-"""Every wrong input of the backbone API gets an error that says what was wanted and what came."""
+"""Wrong input of the backbone API: errors say what was wanted and what came."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""torchvision's weights by name: whose they must be, and every form they come in."""
+"""torchvision's weights: by name, model, state dict and enum."""
 
 from typing import Any
 from urllib.error import URLError

@@ -1,4 +1,4 @@
-"""Names become files: `~`, repositories without some files, errors of the Hub, timm's formats."""
+"""Resolution of names to files: `~`, incomplete repositories, Hub errors, timm's formats."""
 
 import json
 from http import HTTPStatus

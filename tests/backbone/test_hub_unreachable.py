@@ -1,4 +1,4 @@
-"""A Hub that refuses connections, is broken or is slow: one question, an answer within seconds."""
+"""A Hub that refuses connections, is broken or is slow: one request, an error within seconds."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Files whose content no backbone can have: dtypes that are no weights, dictionaries of others."""
+"""Files without usable weights: integer dtypes, nested or foreign dictionaries, broken pickles."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What loading and running a native backbone imports: nothing that compiles."""
+"""Imports of loading and running a native backbone: no compiler."""
 
 import subprocess
 import sys

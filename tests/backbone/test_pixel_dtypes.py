@@ -1,4 +1,4 @@
-"""Pixels of any floating dtype give the maps of pixels in the dtype of the weights."""
+"""Pixels of any floating dtype: maps equal those of pixels in the dtype of the weights."""
 
 from collections.abc import Callable
 from typing import Any

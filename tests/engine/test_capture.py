@@ -1,4 +1,4 @@
-"""Recording and replaying CUDA graphs, on a CUDA that computes on the CPU and knows its streams."""
+"""Recording and replaying CUDA graphs, on a fake CUDA on the CPU that tracks streams."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""What runs for which images: how many are expected, other sizes, shapes that come often."""
+"""Choice of what runs: by expected images, image size, and how often a shape comes."""
 
 import threading
 import time

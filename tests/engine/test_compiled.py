@@ -1,4 +1,4 @@
-"""What torch.compile makes of a backbone, and batches that are cut into what it was made for."""
+"""Backbones compiled by torch.compile, and batches cut into chunks of the compiled size."""
 
 from collections.abc import Callable
 from pathlib import Path

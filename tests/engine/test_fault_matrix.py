@@ -1,4 +1,4 @@
-"""Whatever goes wrong on a GPU, the maps are upstream's, and it is said what happened."""
+"""Faults on a GPU: the maps stay equal to upstream's, and a warning names the fault."""
 
 import re
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Before "auto" runs an op's kernels it asks whether they were checked, and everywhere else not."""
+"""Self-check at dispatch: "auto" asks it before a kernel runs on a GPU, and only there."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""CUDA graphs: few, never aliased, recorded only where that pays, and never of old weights."""
+"""CUDA graphs: limited in number, recorded only if that pays, recorded again for new weights."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""`prepare`: what it takes, what it leaves alone, and where nothing but eager may run."""
+"""`prepare`: its arguments, the unchanged original, and calls that must run eager."""
 
 import copy
 import io

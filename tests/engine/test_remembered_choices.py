@@ -1,4 +1,4 @@
-"""What mode "auto" measured is remembered, and whatever is in its file, the maps are upstream's."""
+"""Measurements of mode "auto" on disk: read again, replaced if unusable, verified before use."""
 
 import json
 from collections.abc import Callable

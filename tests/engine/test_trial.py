@@ -1,4 +1,4 @@
-"""Candidates are held to the truth in every run, timed in turns, and the fastest right one wins."""
+"""Trials: candidates are verified in every run and timed in turns; the fastest right one wins."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""How the ways of the engine compute: on CPUs, on GPUs, and with which global settings."""
+"""Ways of the engine: on CPUs, on GPUs, and under the global settings of fp32."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Budgets: what the file looks like, and that every kind of waste is a sentence."""
+"""Budgets: the file format, and one sentence for each kind of violation."""
 
 import json
 from dataclasses import replace

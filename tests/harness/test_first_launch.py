@@ -1,4 +1,4 @@
-"""Each compiled kernel is tried when it is launched for the first time, by its configuration."""
+"""Check of each compiled kernel, by its configuration, before its first launch counts."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""TF32 is read, set and restored rightly, whatever PyTorch's old and new settings were set."""
+"""Precision of fp32 products: TF32 is read, set and restored by PyTorch's old and new settings."""
 
 import multiprocessing
 import traceback

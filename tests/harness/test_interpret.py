@@ -1,4 +1,4 @@
-"""`interpret()`: the numbers of a GPU, and nothing left behind."""
+"""`interpret()`: results as on a GPU, and everything is restored."""
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 

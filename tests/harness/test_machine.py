@@ -1,4 +1,4 @@
-"""A remembered result is found again on the same machine, and on no other."""
+"""Keys of machines: equal on the same machine, different on any other."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Launches take what was measured on their GPU: this package's configurations, then the cache's."""
+"""Measured launch configurations: those of the package first, then those of the cache."""
 
 import json
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What `interpret` replaces or calls inside Triton is there, and is called as we call it.
+"""Pins of Triton's internals: what `interpret` replaces or calls exists with these signatures.
 
 A failure here after an upgrade of triton says what changed, before other tests fail for reasons
 that are hard to see.

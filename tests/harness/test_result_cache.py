@@ -1,4 +1,4 @@
-"""Results outlive a process, and no file makes a result wrong or a call fail."""
+"""Result cache on disk: results outlive a process, and broken files do no harm."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A kernel that fails on a device is not used there: results are those of the reference."""
+"""Self-check of kernels: a kernel that fails on a device is replaced by its reference there."""
 
 import json
 import warnings

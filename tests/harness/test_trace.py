@@ -1,4 +1,4 @@
-"""`trace()`: bytes as counted by hand, and every wrong access by name. Bugs: test_canaries.py."""
+"""`trace()`: bytes counted by hand, and errors for wrong accesses. Bugs: test_canaries.py."""
 # pyright: reportArgumentType=false, reportCallIssue=false
 # a launch passes plain values for constexpr parameters, and options of the compiler
 

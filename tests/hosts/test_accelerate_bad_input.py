@@ -1,4 +1,4 @@
-"""What `accelerate` is given that it cannot take, or only in part: refused, named, never wrong."""
+"""Arguments that `accelerate` cannot take, or only in part: refused with a reason."""
 
 from collections.abc import Callable
 from typing import Any

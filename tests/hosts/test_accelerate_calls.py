@@ -1,4 +1,4 @@
-"""Calls of an accelerated host: requests, odd inputs, transforms, and ours being wrong or slow."""
+"""Calls of an accelerated host: requests, odd inputs, transforms, wrong or slow replacements."""
 
 import inspect
 import time

@@ -1,4 +1,4 @@
-"""An accelerated host computes with the weights that it has now, however they came there."""
+"""Changes of weights in an accelerated host: the next inference uses the current weights."""
 
 import copy
 from collections.abc import Callable

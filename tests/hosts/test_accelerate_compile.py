@@ -1,4 +1,4 @@
-"""Whole backbones inside hosts run by the engine: compiled, and in another precision."""
+"""Whole backbones inside hosts, run by the engine: compiled, and in another precision."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Hooks, parametrizations, subclasses and forwards of somebody else in accelerated hosts."""
+"""Hooks, parametrizations, subclasses and patched forwards in accelerated hosts."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""An accelerated model that other libraries wrap, move, copy and build into their own."""
+"""Accelerated models that other libraries wrap, move, copy or put into their own."""
 
 from types import MethodType
 from typing import Any

@@ -1,4 +1,4 @@
-"""Mode "auto" of `accelerate`: who measures, how often, and that the faster forward runs."""
+"""Mode "auto" of `accelerate`: measured once, and the faster forward runs."""
 
 from collections.abc import Callable
 from typing import Any

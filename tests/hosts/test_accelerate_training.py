@@ -1,4 +1,4 @@
-"""An accelerated host trains, is copied, saved, compiled and exported as it was before."""
+"""Training, copying, saving, compiling and exporting of an accelerated host: as upstream."""
 
 import copy
 import inspect

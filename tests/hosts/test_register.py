@@ -1,4 +1,4 @@
-"""`register` has transformers build fast backbones into its heads; `unregister` undoes it."""
+"""`register` makes transformers build fast backbones into its heads; `unregister` undoes it."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""An accelerated or prepared model computes with the settings that its modules have now."""
+"""Changes of module settings: accelerated and prepared models use the current settings."""
 
 import copy
 import re

@@ -1,4 +1,4 @@
-"""How many binaries a model needs: batches that vary bring few new ones, whichever came first.
+"""Number of binaries that a model needs: other batch sizes add few, whichever came first.
 
 Models on the meta device, batches 1 to 64 without a gap; nothing compiles. They have two blocks
 per stage instead of up to six: a test holds that the others launch nothing else.

@@ -1,4 +1,4 @@
-"""Parts are read once, kept with their backbone, and read again where its layers changed."""
+"""Parts of backbones: read once, kept with the backbone, read again after layers change."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""ResNet computes what transformers, timm and torchvision compute, whatever the image size."""
+"""ResNet against transformers, timm and torchvision, at any image size."""
 
 import copy
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Swin computes what transformers, timm and torchvision compute, whatever the image size."""
+"""Swin against transformers, timm and torchvision, at any image size."""
 
 import warnings
 from functools import cache, partial

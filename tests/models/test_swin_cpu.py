@@ -1,4 +1,4 @@
-"""Swin's blocks on a CPU: windows in parts, packed weights, and when neither may be used."""
+"""Swin's blocks on a CPU: windows in parts, packed weights, and calls that use neither."""
 
 from typing import Any
 

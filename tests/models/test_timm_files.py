@@ -1,4 +1,4 @@
-"""TimmBackbone saved, loaded and reconfigured: options, precision and pruned files survive."""
+"""TimmBackbone saved, loaded and reconfigured: options, precision and pruned files."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Upstream's convolution and batch norm for the tests of ops, and the textbook way to fold them.
+"""Reference convolution and batch norm for the tests of ops, and their folding.
 
 The ops are tested without fastbb, so this is not `fastbb.weights.fold`.
 """
@@ -21,7 +21,7 @@ def conv_and_norm(channels: int, out_channels: int, stride: int) -> Any:
 
 
 def folded(conv_and_norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias in float64 of the one convolution that computes the same as the two."""
+    """Folds the norm into the convolution; returns weight and bias in float64."""
     conv, norm = (copy.deepcopy(module).double() for module in conv_and_norm)
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return conv.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale

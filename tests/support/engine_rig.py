@@ -30,7 +30,7 @@ def swin_pair() -> Pair:
 
 @torch.no_grad()
 def assert_right(backbone: Backbone, pair: Pair, *batches: Tensor) -> None:
-    """The maps equal upstream's, of each batch of pixels; default: of `PIXELS`."""
+    """Compares the maps of each batch of pixels with upstream's; default: of `PIXELS`."""
     for pixels in batches or (PIXELS,):
         assert_equals_upstream(backbone(pixels).feature_maps, pair.maps(pixels))
 
@@ -62,12 +62,12 @@ class EngineRig:
         build: Callable[[], Run] | None = None,
         compiles: bool = False,
     ) -> Candidate:
-        """A candidate whose runs take `seconds`; default: it computes the right maps."""
+        """Returns a candidate whose runs take `seconds`; default: with the right maps."""
         build = build or (lambda: baked(self.pair.ours))
         return self.device.candidate(name, seconds, build, compiles)
 
     def prepare(self, *candidates: Candidate, mode: str = "auto", **options: Any) -> Any:
-        """The prepared backbone, with candidates besides the engine's own ways."""
+        """Returns the prepared backbone, with candidates besides the engine's own ways."""
         tools = self.device.tools(self.folder, *candidates, machine=self.machine)
         return prepare(self.pair.ours, mode, tools=tools, **options)
 

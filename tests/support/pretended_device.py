@@ -1,4 +1,4 @@
-"""What an engine meets on a GPU, pretended on a CPU: a device with a clock, and a compiler."""
+"""Pretended GPU for the engine, on a CPU: a device with a clock, and a compiler."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,16 +28,16 @@ MIN_RUNS = 4  # of a candidate that is measured: once by itself, and in three ro
 
 @contextmanager
 def gpu(**launches: Callable[..., Any]) -> Iterator[None]:
-    """CPU tensors count as a GPU's, and kernels compute what they ought to but for `launches`."""
+    """Treats CPU tensors as a GPU's; kernels compute the right results, except `launches`."""
     with launching(**{**{op: custom_op(op) for op in op_names()}, **launches}):
         yield
 
 
 class Device:
-    """A clock by which a call takes as long as what ran in it says.
+    """Device whose clock reports the time that the called code declares.
 
     Attributes:
-        own_s: seconds of a call of what says nothing: the engine's own ways.
+        own_s: seconds of a call that declares no time, as the engine's own ways.
         n_timed: calls that were timed.
     """
 
@@ -53,13 +53,13 @@ class Device:
         return self.own_s if self._said is None else self._said
 
     def say(self, seconds: float) -> None:
-        """What runs now takes as long as that."""
+        """Declares the time of the current call."""
         self._said = seconds
 
     def candidate(
         self, name: str, seconds: float, build: Callable[[], Run], compiles: bool = False
     ) -> Candidate:
-        """A candidate whose runs take some seconds of this clock."""
+        """Returns a candidate whose runs take `seconds` of this clock."""
 
         def timed() -> Run:
             run = build()
@@ -73,7 +73,7 @@ class Device:
         return Candidate(name, timed, compiles)
 
     def tools(self, folder: Path, *candidates: Candidate, machine: Machine = MACHINE) -> Tools:
-        """What measures on this device, in few rounds, and remembers in a folder."""
+        """Returns tools that measure on this device in few rounds, with a cache in `folder`."""
         cache = ResultCache(machine, folder)
         return Tools(self.clock, cache, candidates, budget_s=5.0, progress=silent)
 
@@ -83,7 +83,7 @@ def silent(n_candidates: int) -> Callable[[str], None]:
 
 
 def baked(computation: Computation | Backbone) -> Run:
-    """Eager maps of a backbone as it is now."""
+    """Returns a run with eager maps and copied weights."""
     if isinstance(computation, Backbone):
         computation = BackboneMaps(computation)
     copied = computation.copied()
@@ -96,10 +96,10 @@ def baked(computation: Computation | Backbone) -> Run:
 
 
 class Compiler:
-    """In the place of `compile_maps`: bakes a copy of a backbone.
+    """Replacement of `compile_maps` that bakes a copy of a backbone.
 
     Attributes:
-        device: runs what is compiled; None: the time of a call is not said.
+        device: runs what is compiled; None: calls declare no time.
         seconds: duration of a compiled call on the device.
         compiled: shapes of the examples, in order.
         impls: implementations of the ops, in order.
@@ -140,13 +140,13 @@ class Compiler:
 
 
 def install(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """Puts a compiler in the place of torch's."""
+    """Replaces torch's compiler."""
     monkeypatch.setattr("fastbb.engine.ways.compile_maps", compiler.maps)
     return compiler
 
 
 def explained(backbone: Backbone) -> Explanation:
-    """Returns what `explain()` returns, which must be what it prints."""
+    """Returns the result of `explain()` and checks that it is printed."""
     with redirect_stdout(StringIO()) as printed:
         explanation = backbone.explain()
     assert printed.getvalue() == f"{explanation}\n"

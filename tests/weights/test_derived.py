@@ -1,4 +1,4 @@
-"""What inference remembers of the weights follows every change of them, and never shows."""
+"""Values derived from weights: they follow every change and leave the modules unchanged."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Folding: which norms of which libraries, by which dataflow, and that nothing else changes."""
+"""Folding of batch norms: kinds of norms, convolutions and modes; everything else is unchanged."""
 
 import copy
 import pickle

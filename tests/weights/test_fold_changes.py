@@ -1,4 +1,4 @@
-"""What a folded model does when somebody changes it, looks inside, or calls it in an odd way."""
+"""Folded models that are changed, hooked, inspected or called in unusual ways."""
 
 import copy
 from collections.abc import Callable

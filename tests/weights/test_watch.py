@@ -1,4 +1,4 @@
-"""The parts of what follows changes: `ModuleSettings`, and what decides between two forwards."""
+"""`ModuleSettings`, and the measurement that decides between two forwards."""
 
 import copy
 
