@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb_kernels._dispatch import Architecture as ArchitectureName
 from fastbb_kernels._dispatch import architecture, pretend
-from fastbb_kernels.case import Case
-from fastbb_kernels.cases import MODELS, REAL_INPUTS, model_cases
+from fastbb_kernels.case import REAL_INPUTS, Case
+from fastbb_kernels.cases import MODELS, model_cases
 from fastbb_kernels.check import find_op
 from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
 

@@ -1,1 +1,1 @@
-"""How a whole backbone runs: eager, compiled, Triton, CUDA graph; choice, checks, explanation."""
+"""Runs whole backbones: eager, compiled, by Triton, as CUDA graphs; choice, checks, explanation."""

@@ -27,7 +27,7 @@ _FASTEST = "the fastest that passed its check (ties within 3 % go to the simpler
 
 @dataclass
 class Plan:
-    """How one shape of input runs, and why.
+    """The way in which one shape of input runs, and the reason.
 
     Attributes:
         way: that runs.

@@ -1,4 +1,4 @@
-"""What an engine runs: a native backbone, or a backbone inside somebody else's model."""
+"""The interface of an engine to a native backbone, or to one inside another library's model."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""What decides how a CPU runs a backbone best: its instructions, and where large tensors lie."""
+"""Properties of a CPU that decide how it runs a backbone: instructions, cost of large tensors."""
 
 import time
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def _measure_convolution() -> bool:
 
 
 def even_part(batch: int, n_bytes: float) -> int:
-    """How many images of a batch to run at once so that no tensor outgrows `KEPT_BYTES`.
+    """Number of images of a batch to run at once, so that no tensor outgrows `KEPT_BYTES`.
 
     Args:
         batch: images.

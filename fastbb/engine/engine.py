@@ -208,7 +208,7 @@ class Engine:
     # --- what to run
 
     def _plan(self, pixel_values: Tensor) -> Plan:
-        """How pixels of this shape run; decided once, or once more when the shape came often."""
+        """The plan for pixels of this shape; made once, and once more when the shape came often."""
         key = tuple(pixel_values.shape)
         plan = self._plans.get(key)
         if plan is not None and plan.n_left is None:

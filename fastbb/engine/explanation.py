@@ -1,4 +1,4 @@
-"""What runs, why, and what else was tried, as a table."""
+"""A table of the ways that run, the reasons, and the alternatives that were tried."""
 
 import textwrap
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain()` returns; prints as a table.
+    """The result of `explain()`; prints as a table.
 
     Attributes:
         title: the backbone, its precision and device, the mode that was asked for.

@@ -30,7 +30,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interruption_code() -> int | None:
-    """What to exit with, 130 after SIGINT and 143 after SIGTERM; None if no signal came."""
+    """Exit code: 130 after SIGINT, 143 after SIGTERM, None if no signal came."""
     return 128 + _received if _received else None
 
 

@@ -1,4 +1,4 @@
-"""What an engine is asked for, and what it measures and remembers with."""
+"""Settings of an engine, and the tools with which it measures and remembers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import launches_on
 from fastbb_kernels.result_cache import ResultCache
 
 from ..backbone.configuration import check_choice
@@ -24,7 +24,7 @@ class EngineWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Settings:
-    """What `prepare` was asked for."""
+    """Arguments of `prepare`, checked."""
 
     mode: Mode = "auto"
     precision: Precision | None = None
@@ -54,7 +54,7 @@ class Settings:
             ValueError: they need a GPU, or an NVIDIA one.
         """
         is_gpu = device.type == "cuda"
-        if self.mode.startswith("triton") and not (is_gpu or launches_directly()):
+        if self.mode.startswith("triton") and not launches_on(device):
             raise ValueError(
                 f"mode={self.mode!r} needs a CUDA or ROCm device, the {what} is on {device}; "
                 "move it with .to('cuda'), or take mode='auto'"
@@ -69,7 +69,7 @@ class Settings:
 
 @dataclass
 class Tools:
-    """What an engine measures and remembers with; tests put their own here.
+    """Tools with which an engine measures and remembers; tests replace them.
 
     Attributes:
         clock: times a call; default: the wall clock around the device's work.

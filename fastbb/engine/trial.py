@@ -43,7 +43,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a candidate.
+    """Outcome of trying a candidate.
 
     Attributes:
         name: of the candidate.

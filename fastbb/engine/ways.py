@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastbb_kernels import Impl, use_impl
-from fastbb_kernels._dispatch import gpu_unsupported, launches_directly
+from fastbb_kernels._dispatch import gpu_unsupported, launches_on
 
 from ..weights.watch import ModuleStamp
 from .compiled import compile_maps, in_chunks
@@ -194,9 +194,8 @@ class Ways:
     def _arithmetic_computation(self) -> Computation:
         """The computation, or where the CPU does not multiply in its dtype a copy in fp32."""
         own = self._computation
-        if device_of(own.module).type != "cpu" or launches_directly():
-            return own
-        if has_arithmetic(dtype_of(own.module)):
+        device = device_of(own.module)
+        if device.type != "cpu" or launches_on(device) or has_arithmetic(dtype_of(own.module)):
             return own
         with self._lock:
             if self._wide is None or not self._wide[1].is_current():
@@ -227,4 +226,4 @@ def bakes(name: str) -> bool:
 
 def on_gpu(pixel_values: Tensor) -> bool:
     """Whether pixels are on a GPU, or on one that is pretended."""
-    return pixel_values.is_cuda or launches_directly()
+    return launches_on(pixel_values.device)

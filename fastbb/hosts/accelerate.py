@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import launches_on
 
 from .. import models
 from ..backbone.base import Backbone
@@ -19,26 +19,25 @@ from ..engine.settings import Settings
 from ..models.parts import Refused
 from ..weights.folding import is_batch_norm
 from ..weights.watch import statistics_note
+from .host_backbone import HostBackbone, NothingToDo
 from .libraries import full_name, is_backbone
-from .region import NothingToDo, Region
+from .module_forward import ModuleForward
 from .replacement import (
     MOVES,
     AccelerateWarning,
-    Fast,
-    HowToRun,
     Replacement,
     Timings,
     replacement_of,
 )
 
 
-def _replaced() -> dict[str, type[Fast]]:
+def _replaced() -> dict[str, type[ModuleForward]]:
     """Full names of upstream's classes, and what computes the same in their place.
 
     A family has them in the file of its name in this folder.
     """
     families = {module.name for module in pkgutil.iter_modules(models.__path__)}
-    found: dict[str, type[Fast]] = {}
+    found: dict[str, type[ModuleForward]] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if module.name in families:
             found |= import_module(f".{module.name}", __package__).REPLACED
@@ -66,7 +65,7 @@ class LeftAlone:
 
 
 class AccelerateReport:
-    """What `accelerate` did, and what runs since; prints as a table.
+    """The modules that `accelerate` replaced or left alone, and what runs since; prints as a table.
 
     Attributes:
         replaced: modules with our forward, outer ones first.
@@ -76,14 +75,14 @@ class AccelerateReport:
     def __init__(
         self,
         model: nn.Module,
-        how: HowToRun,
+        settings: Settings,
         replaced: Sequence[Replacement],
         left_alone: Sequence[LeftAlone],
     ) -> None:
         self._model = model
-        self._title = f"{type(model).__name__}, mode {how.mode}"
-        if how.precision is not None:
-            self._title += f", precision {how.precision}"
+        self._title = f"{type(model).__name__}, mode {settings.mode}"
+        if settings.precision is not None:
+            self._title += f", precision {settings.precision}"
         self.replaced = list(replaced)
         self.left_alone = list(left_alone)
 
@@ -102,8 +101,10 @@ class AccelerateReport:
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Name, class, what runs now and why, of every module."""
-        whole = [r.name for r in self.replaced if isinstance(r.fast, Region) and r.is_running_ours]
-        passed_over = [r.name for r in self.replaced if r.name in whole and not r.fast.runs_parts]
+        whole = [
+            r.name for r in self.replaced if isinstance(r.ours, HostBackbone) and r.is_running_ours
+        ]
+        passed_over = [r.name for r in self.replaced if r.name in whole and not r.ours.runs_parts]
         rows = []
         for r in self.replaced:
             runs, why = _state(r)
@@ -175,7 +176,6 @@ def accelerate(
             "of a pipeline give its model (pipe.model)"
         )
     settings = Settings(mode, precision)  # type: ignore[arg-type]  # checks both
-    how = HowToRun(settings.mode, settings.precision)
     settings.check_device(
         next((p.device for p in model.parameters()), torch.device("cpu")), "model"
     )
@@ -194,7 +194,7 @@ def accelerate(
             left_alone.append(LeftAlone(name, was, make))
             continue
         try:
-            replacement = Replacement(module, name, make, how, timings)
+            replacement = Replacement(module, name, make, settings, timings)
         except NothingToDo:
             continue
         except Refused as refused:
@@ -202,10 +202,10 @@ def accelerate(
             continue
         replaced.append(replacement)
         replacement.bind()
-    if precision is not None and not any(isinstance(r.fast, Region) for r in replaced):
+    if precision is not None and not any(isinstance(r.ours, HostBackbone) for r in replaced):
         why = f"precision={precision!r} is for whole backbones, and there is none to replace"
         left_alone.append(LeftAlone("", type(model).__name__, why))
-    report = AccelerateReport(model, how, replaced, left_alone)
+    report = AccelerateReport(model, settings, replaced, left_alone)
     if strict and (left_alone or not replaced):
         restore(model)
         raise ValueError(f"strict=True, and not everything can be accelerated.\n{report}")
@@ -249,8 +249,8 @@ def _chosen(
 
 def _found(
     model: nn.Module, chosen: set[str], replaced: Sequence[Replacement]
-) -> Iterator[tuple[str, nn.Module, type[Fast] | str]]:
-    """Modules of a model that could be accelerated, and how, or why not; outer ones first."""
+) -> Iterator[tuple[str, nn.Module, type[ModuleForward] | str]]:
+    """Modules of a model that could be accelerated, and settings, or why not; outer ones first."""
     closed: list[str] = []  # nothing inside these is looked at
     for name, module in model.named_modules():
         if name not in chosen or any(_is_inside(name, outer) for outer in closed):
@@ -267,10 +267,10 @@ def _found(
             problem = problem or _meta(module) or _patched(module, make)
             yield name, module, problem or make
         elif is_backbone(module) and not any(
-            isinstance(r.fast, Region) and _is_inside(name, r.name) for r in replaced
+            isinstance(r.ours, HostBackbone) and _is_inside(name, r.name) for r in replaced
         ):
             problem = _meta(module) if any(map(is_batch_norm, module.modules())) else None
-            yield name, module, problem or _patched(module, Region) or Region
+            yield name, module, problem or _patched(module, HostBackbone) or HostBackbone
 
 
 def _is_inside(name: str, outer: str) -> bool:
@@ -294,17 +294,17 @@ def _closed(module: nn.Module) -> str | None:
 
 
 def _meta(module: nn.Module) -> str | None:
-    if any(parameter.is_meta for parameter in module.parameters()) and not launches_directly():
+    if any(p.is_meta and not launches_on(p.device) for p in module.parameters()):
         return "its weights are on the meta device: load them first"
     return None
 
 
-def _patched(module: nn.Module, make: type[Fast]) -> str | None:
+def _patched(module: nn.Module, make: type[ModuleForward]) -> str | None:
     methods = [name for name in ("forward", *make.methods, *MOVES) if name in vars(module)]
     return f"something else was put over its {methods[0]}" if methods else None
 
 
-def _known_class(module: nn.Module) -> tuple[str | None, type[Fast] | None]:
+def _known_class(module: nn.Module) -> tuple[str | None, type[ModuleForward] | None]:
     """The class that we know, of the module or the nearest above it, and what computes the same."""
     for cls in type(module).__mro__:
         name = full_name(cls)
@@ -314,7 +314,7 @@ def _known_class(module: nn.Module) -> tuple[str | None, type[Fast] | None]:
 
 
 def _changes(cls: type, path: str) -> str | None:
-    """What a class computes otherwise than the one above it that we know, or None."""
+    """Name of the first method that a class overrides of the known class above it, or None."""
     for part in cls.__mro__:
         if full_name(part) == path:
             return None
@@ -326,7 +326,7 @@ def _changes(cls: type, path: str) -> str | None:
 
 
 def _state(replacement: Replacement) -> tuple[str, str]:
-    """What runs of a replacement now, and why."""
+    """The forward of a replaced module that runs now, and the reason."""
     if replacement.off is not None:
         return "upstream", replacement.off
     choices = list(replacement.choices.values())

@@ -265,7 +265,7 @@ def _hub_options(backbone_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _asked_of(config: Any, default: Any) -> dict[str, Any]:
-    """What a head asks of its default backbone, as fields for another one's configuration."""
+    """Options that a head sets on its default backbone, as fields of another configuration."""
     if default is None:
         return {}
     count = len(default.out_indices)

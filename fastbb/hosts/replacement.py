@@ -1,6 +1,6 @@
 """Our forward in place of that of one module of somebody else's model: bound, checked, undone.
 
-A `Fast` computes what a module of one class computes, from the module's own parameters. A
+A `ModuleForward` computes what a module of one class computes, from the module's own parameters. A
 `Replacement` binds it on the instance and decides at every call whether it may run: the module's
 own forward runs wherever a gradient or a graph is recorded, something inside was changed or is
 watched, the results differ, or ours takes longer.
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_leaves
 
 from fastbb_kernels import use_impl
-from fastbb_kernels._dispatch import launches_directly
-from fastbb_kernels.accuracy import FP32_REL
+from fastbb_kernels._dispatch import computes_nothing, launches_on
 from fastbb_kernels.fp32_precision import fp32_products
 
 from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
-from ..engine.settings import DTYPES
+from ..engine.settings import DTYPES, Settings
 from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
 from ..weights.fold import autocasts
@@ -41,81 +40,11 @@ from ..weights.watch import (
     own_forward,
 )
 from .calls import cast, difference, form_of, format_of, in_formats, is_telling, tensors_in
+from .module_forward import ModuleForward
 
 
 class AccelerateWarning(UserWarning):
     """Part of an accelerated model runs as it did before; results are right all the same."""
-
-
-@dataclass(frozen=True)
-class HowToRun:
-    """What `accelerate` was asked for.
-
-    Attributes:
-        mode: see `Backbone.prepare`; all but "auto" run ours without timing it.
-        precision: of whole backbones.
-    """
-
-    mode: str = "auto"
-    precision: str | None = None
-
-
-class Fast:
-    """What computes the result of one module of a host, from the module's parameters.
-
-    Args:
-        module: of exactly the class that this is written for.
-        how: what was asked for.
-
-    Raises:
-        Refused: the module computes something that is not covered.
-    """
-
-    # methods beside `forward` that hosts call, and that are replaced too
-    methods: ClassVar[tuple[str, ...]] = ()
-    # whether it calls the modules inside, which may be replaced too
-    runs_parts: bool = False
-    # whether it was made of settings of the module, and those that it reads at every call
-    reads_settings: bool = False
-    read_at_every_call: tuple[str, ...] = ()
-    # whether it is made anew where a setting changes, or takes too long to make
-    follows_settings: bool = True
-    # allowed error in fp32, relative to the largest magnitude of a result
-    exactness: ClassVar[float] = FP32_REL
-
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        self.module: Any = module
-        self.how = how
-
-    def likeness(self) -> Hashable:
-        """Modules of a model for which this is equal take equally long on equal inputs."""
-        return type(self.module).__name__
-
-    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why this call is upstream's, or None."""
-        return None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The result of the module's own forward."""
-        raise NotImplementedError
-
-    def comparable(self, result: Any) -> Any:
-        """The part of a result that has to equal upstream's."""
-        return result
-
-    def state(self) -> Hashable:
-        """The settings outside a call's arguments that decide what is returned, as they are now."""
-        return None
-
-    def learn(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
-        """Called with upstream's result, before ours first computes a call of its form."""
-
-    def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
-        """The times of ours and of upstream's, if computing this call has measured them."""
-        return None
-
-    def close(self) -> None:
-        """Takes away what it put on modules."""
 
 
 @dataclass
@@ -134,16 +63,16 @@ class Choice:
 
 
 class Timings:
-    """Times by likeness and form of call, which all modules of a model share."""
+    """Times by timing_key and form of call, which all modules of a model share."""
 
     def __init__(self) -> None:
         self._measured: dict[Hashable, Comparison] = {}
 
     def of(
-        self, likeness: Hashable, form: Hashable, measure: Callable[[], Comparison]
+        self, timing_key: Hashable, form: Hashable, measure: Callable[[], Comparison]
     ) -> Comparison:
-        """The times for modules of this likeness; measured once."""
-        key = (likeness, form)
+        """The times for modules of this timing_key; measured once."""
+        key = (timing_key, form)
         if key not in self._measured:
             self._measured[key] = measure()
         return self._measured[key]
@@ -156,7 +85,7 @@ class Replacement(OwnForward):
         module: of the host.
         name: of the module in the host.
         make: what computes its result.
-        how: what was asked for.
+        settings: mode and precision that were asked for.
         timings: of the host.
 
     Attributes:
@@ -172,17 +101,17 @@ class Replacement(OwnForward):
         self,
         module: nn.Module,
         name: str,
-        make: type[Fast],
-        how: HowToRun,
+        make: type[ModuleForward],
+        settings: Settings,
         timings: Timings,
     ) -> None:
-        self.module, self.name, self.how = module, name, how
+        self.module, self.name, self.settings = module, name, settings
         self.choices: dict[Hashable, Choice] = {}
         self.last_reason: str | None = None
         self.off: str | None = None
         self._make, self._timings = make, timings
-        self._fast: Fast | None = self._made()
-        self._settings = self._read_settings()
+        self._ours: ModuleForward | None = self._made()
+        self._module_settings = self._read_module_settings()
         # at once: what is replaced before the first call has to be noticed
         self._structure: ModuleStructure | None = self._read_structure()
 
@@ -196,26 +125,26 @@ class Replacement(OwnForward):
 
     def __getstate__(self) -> dict[str, Any]:
         new = {"choices": {}, "last_reason": None, "off": None}
-        new |= {"_fast": None, "_structure": None, "_settings": None}
+        new |= {"_ours": None, "_structure": None, "_module_settings": None}
         return {**self.__dict__, **new}
 
     @property
-    def fast(self) -> Fast:
-        if self._fast is None:
+    def ours(self) -> ModuleForward:
+        if self._ours is None:
             with _making:
-                self._fast = self._fast or self._made()
-                self._settings = self._read_settings()
-        return self._fast
+                self._ours = self._ours or self._made()
+                self._module_settings = self._read_module_settings()
+        return self._ours
 
-    def _made(self) -> Fast:
-        """What computes ours, of the module as it is now.
+    def _made(self) -> ModuleForward:
+        """Makes our forward, from the module as it is now.
 
         Raises:
             Refused: whatever is odd about the module; upstream may run it all the same.
         """
         try:
             with upstream_only():
-                return self._make(self.module, self.how)
+                return self._make(self.module, self.settings)
         except Refused:
             raise
         except Exception as error:
@@ -236,7 +165,7 @@ class Replacement(OwnForward):
                 setattr(self.module, name, getattr(self, name))
 
     def _method(self, name: str) -> Callable[..., Any]:
-        """What stands over a method of the module, with the signature of that."""
+        """A method to put over one of the module, with its signature."""
 
         @wraps(getattr(type(self.module), name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -252,8 +181,8 @@ class Replacement(OwnForward):
         for name in ("forward", *self._make.methods, *MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)
-        if self._fast is not None:
-            self._fast.close()
+        if self._ours is not None:
+            self._ours.close()
         else:  # a copy that has not run has what the original put on its modules
             unfold(self.module)
         forget_derived(self.module)
@@ -289,20 +218,20 @@ class Replacement(OwnForward):
     # --- what runs
 
     def upstream(self, method: str, args: Any, kwargs: Any) -> Any:
-        """What the module's own method returns."""
+        """The result of the module's own method."""
         return getattr(type(self.module), method)(self.module, *args, **kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
         # a graph that is recorded is the host's: its compiler fuses what upstream wrote
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
-        if self._settings is not None and self._settings.change() is not None:
+        if self._module_settings is not None and self._module_settings.change() is not None:
             self._follow()
         # what runs ours around this has looked at everything inside it
         outer = _local.running[-1]._structure if _local.running else None
         is_inner = outer is not None and self.module in outer
-        if is_inner and self.off is None and self._fast is not None:
-            look = self._fast.why_not
+        if is_inner and self.off is None and self._ours is not None:
+            look = self._ours.why_not
         else:
             look = self._why_upstream
         try:
@@ -312,9 +241,9 @@ class Replacement(OwnForward):
         self.last_reason = reason
         if reason is not None:
             return self.upstream(method, args, kwargs)
-        if launches_directly():  # the harness, which has nothing to compare with or to time
+        if computes_nothing():  # so there is nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
-        form = (method, self.fast.state(), *form_of(args, kwargs))
+        form = (method, self.ours.state(), *form_of(args, kwargs))
         choice = self.choices.get(form)
         if choice is None:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -334,11 +263,11 @@ class Replacement(OwnForward):
         outermost = not _local.running
         _local.running.append(self)
         try:
-            if outermost and self.how.mode in ("eager", "compile"):
+            if outermost and self.settings.mode in ("eager", "compile"):
                 with use_impl("eager"):
-                    result = getattr(self.fast, method)(*args, **kwargs)
+                    result = getattr(self.ours, method)(*args, **kwargs)
             else:
-                result = getattr(self.fast, method)(*args, **kwargs)
+                result = getattr(self.ours, method)(*args, **kwargs)
         finally:
             _local.running.pop()
         # between parts of one backbone nobody looks at strides
@@ -350,9 +279,9 @@ class Replacement(OwnForward):
         if self._structure is None:  # this is a copy
             with _making:
                 try:
-                    _ = self.fast
+                    _ = self.ours
                 except Refused as refused:  # by what was changed since
-                    self.off, self._settings = str(refused), self._read_settings()
+                    self.off, self._module_settings = str(refused), self._read_module_settings()
                     return self.off
                 self._structure = self._structure or self._read_structure()
         problem = self._why_not_parameters(self._structure)
@@ -370,7 +299,7 @@ class Replacement(OwnForward):
         like = next(self._structure.parameters(), None)
         if like is None:
             return "it has no parameters"
-        if like.device.type not in ("cpu", "cuda") and not launches_directly():
+        if like.device.type != "cpu" and not launches_on(like.device):
             return f"it is on the {like.device.type} device"
         if autocasts(like.device.type):
             return "torch.autocast chooses the dtypes: convert the model, or give precision="
@@ -383,7 +312,7 @@ class Replacement(OwnForward):
                 return f"the input is on {tensor.device}, the weights on {like.device}"
             if tensor.is_floating_point() and tensor.dtype != like.dtype:
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
-        return self.fast.why_not(*args, **kwargs)
+        return self.ours.why_not(*args, **kwargs)
 
     def _why_not_parameters(self, structure: ModuleStructure) -> str | None:
         """Why the parameters inside do not say what the module computes, or None."""
@@ -415,8 +344,8 @@ class Replacement(OwnForward):
         self._trained = [parameter.requires_grad for parameter in structure.parameters()]
         return structure
 
-    def _read_settings(self) -> ModuleSettings | None:
-        made = self._fast or self._make
+    def _read_module_settings(self) -> ModuleSettings | None:
+        made = self._ours or self._make
         if not made.reads_settings:
             return None
         return ModuleSettings(self.module, made.read_at_every_call)
@@ -424,31 +353,33 @@ class Replacement(OwnForward):
     def _follow(self) -> None:
         """Makes ours anew of the settings of now, to be held to upstream's again."""
         with _making:
-            change = self._settings and self._settings.change()
+            change = self._module_settings and self._module_settings.change()
             if change is None:  # another thread was here
                 return
-            fast = self._fast
+            ours = self._ours
             forget_derived(self.module)
             self.choices.clear()
-            if fast is None or fast.follows_settings:
+            if ours is None or ours.follows_settings:
                 try:
-                    if fast is not None:
-                        fast.close()
-                    self._fast, self.off = self._made(), None
+                    if ours is not None:
+                        ours.close()
+                    self._ours, self.off = self._made(), None
                 except Refused as refused:
                     self.off = f"{refused} ({change})"
             else:
                 self.off = f"it was compiled before {change}: call accelerate() again"
-            self._settings = self._read_settings()
+            self._module_settings = self._read_module_settings()
 
     def _decide(self, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
         """Compares ours with upstream's on this input, times both, and returns the result."""
         with upstream_only():
             want = self.upstream(method, args, kwargs)
-        if self._settings is not None:
-            self._settings = self._read_settings()  # what upstream's forward sets is no change
-        self.fast.learn(want, method, args, kwargs)
-        compared = self.fast.comparable
+        if self._module_settings is not None:
+            self._module_settings = (
+                self._read_module_settings()
+            )  # what upstream's forward sets is no change
+        self.ours.learn(want, method, args, kwargs)
+        compared = self.ours.comparable
         if not is_telling(compared(want)):
             return want  # an empty batch or infinite pixels: another call decides
         formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
@@ -460,15 +391,17 @@ class Replacement(OwnForward):
 
         try:
             got = self._run(choice, method, args, kwargs)
-            problem = difference(compared(got), compared(want), truth, self.fast.exactness)
+            problem = difference(compared(got), compared(want), truth, self.ours.exactness)
         except Exception as error:  # whatever ours does, upstream's result is there
             problem = describe(error)
         if problem is not None:
             self._turn_off(problem)
             return want
-        if self.how.mode == "auto":
-            times = self.fast.measured(method, args, kwargs) or self._timings.of(
-                self.fast.likeness(), form, lambda: self._time(choice, method, args, kwargs)
+        if self.settings.mode == "auto":
+            times = self.ours.measured(method, args, kwargs) or self._timings.of(
+                self.ours.timing_key(),
+                form,
+                lambda: self._time(choice, method, args, kwargs),
             )
             choice.ours = times.ratio <= 1 + TIE
             choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
@@ -485,7 +418,7 @@ class Replacement(OwnForward):
                 return own(twin.to(dtype), *cast(args, dtype), **cast(kwargs, dtype))
 
         exact = upstream(torch.float64)
-        precision = self.how.precision
+        precision = self.settings.precision
         if precision in ("bf16", "fp16"):
             return upstream(DTYPES[precision]), exact
         if precision == "tf32":
@@ -549,7 +482,7 @@ def upstream_only() -> Iterator[None]:
 def _is_capturing(hook: Any) -> bool:
     """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
 
-    The arguments say whether they are, see `Fast.why_not`.
+    The arguments say whether they are, see `ModuleForward.why_not`.
     """
     is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
     return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..engine.settings import Settings
 from ..models.resnet_forward import residual_block, resnet_maps
 from ..models.resnet_parts import (
     ResNetBlockParts,
@@ -13,22 +14,22 @@ from ..models.resnet_parts import (
     transformers_block,
     transformers_parts,
 )
-from .region import TransformersRegion, check_parts
-from .replacement import Fast, HowToRun
+from .host_backbone import TransformersHostBackbone, check_parts
+from .module_forward import ModuleForward
 
 
-class _ResNetBlock(Fast):
+class _ResNetBlock(ModuleForward):
     """A residual block: [B, C, H, W] to [B, C', h, w]."""
 
     reads_settings = True
     read: ClassVar[Callable[[Any], ResNetBlockParts]]
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         check_parts(module)
         self._parts = type(self).read(module)
 
-    def likeness(self) -> Hashable:
+    def timing_key(self) -> Hashable:
         strides = (pair.conv.stride for pair in self._parts.convolutions())
         shapes = (parameter.shape for parameter in self.module.parameters())
         return type(self).__name__, *strides, *shapes
@@ -55,13 +56,13 @@ class TimmResNetBlock(_ResNetBlock):
     read = staticmethod(timm_block)
 
 
-class TransformersResNet(TransformersRegion):
+class TransformersResNet(TransformersHostBackbone):
     """ResNetBackbone and RT-DETR's."""
 
     reads_settings = True
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         check_parts(module)
         self._parts = transformers_parts(module)
 
@@ -73,7 +74,7 @@ class TransformersResNet(TransformersRegion):
 
 _TRANSFORMERS, _TIMM = "transformers.models", "timm.models.resnet"
 _TORCHVISION = "torchvision.models.resnet"
-REPLACED: dict[str, type[Fast]] = {
+REPLACED: dict[str, type[ModuleForward]] = {
     f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBackbone": TransformersResNet,
     f"{_TRANSFORMERS}.rt_detr.modeling_rt_detr_resnet.RTDetrResNetBackbone": TransformersResNet,
     f"{_TRANSFORMERS}.resnet.modeling_resnet.ResNetBasicLayer": TransformersResNetBlock,

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..engine.settings import Settings
 from ..models.swin_forward import merge_patches, swin_block, swin_maps
 from ..models.swin_parts import (
     SwinBlockParts,
@@ -15,22 +16,22 @@ from ..models.swin_parts import (
     transformers_block,
     transformers_parts,
 )
-from .region import TransformersRegion, check_parts
-from .replacement import Fast, HowToRun
+from .host_backbone import TransformersHostBackbone, check_parts
+from .module_forward import ModuleForward
 
 
-class _SwinBlock(Fast):
+class _SwinBlock(ModuleForward):
     """A block of any library: [B, H, W, C] to the same."""
 
     reads_settings = True
     read: ClassVar[Callable[[Any], SwinBlockParts]]
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         check_parts(module)
         self._parts = type(self).read(module)
 
-    def likeness(self) -> Hashable:
+    def timing_key(self) -> Hashable:
         parts, spec = self._parts, self._parts.spec()
         return type(self).__name__, parts.proj.out_features, spec.num_heads, spec.geometry
 
@@ -109,17 +110,17 @@ class MaskFormerSwinBlock(TransformersSwinBlock):
         return (self.apply(x, input_dimensions),)
 
 
-class Merging(Fast):
+class Merging(ModuleForward):
     """Patch merging of timm and torchvision: [B, H, W, C] to [B, h, w, 2C]."""
 
     reads_settings = True
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         check_parts(module)
         check_merging(module)
 
-    def likeness(self) -> Hashable:
+    def timing_key(self) -> Hashable:
         return type(self).__name__, self.module.reduction.in_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,14 +136,14 @@ class TransformersMerging(Merging):
         return super().forward(tokens).flatten(1, 2)
 
 
-class TransformersSwin(TransformersRegion):
+class TransformersSwin(TransformersHostBackbone):
     """SwinBackbone and MaskFormerSwinBackbone."""
 
     reads_settings = True
     read_at_every_call = TransformersSwinBlock.read_at_every_call
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         check_parts(module)
         self._parts = transformers_parts(module)
 
@@ -171,7 +172,7 @@ class TransformersSwin(TransformersRegion):
 
 _TRANSFORMERS, _TIMM = "transformers.models", "timm.models.swin_transformer"
 _TORCHVISION = "torchvision.models.swin_transformer"
-REPLACED: dict[str, type[Fast]] = {
+REPLACED: dict[str, type[ModuleForward]] = {
     f"{_TRANSFORMERS}.swin.modeling_swin.SwinBackbone": TransformersSwin,
     f"{_TRANSFORMERS}.swin.modeling_swin.SwinLayer": TransformersSwinBlock,
     f"{_TRANSFORMERS}.swin.modeling_swin.SwinPatchMerging": TransformersMerging,

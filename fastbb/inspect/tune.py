@@ -23,7 +23,7 @@ BUDGET_S = 180.0
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured for one shape of input.
+    """Measurements of one shape of input.
 
     Attributes:
         precision: "fp32", "tf32", "bf16" or "fp16".
@@ -103,6 +103,6 @@ def _tuned(backbone: Backbone, precision: str, shape: tuple[int, int, int], tool
 
 
 def remembered_in(device: str | None = None) -> str:
-    """Where the results are kept, and why they may not be, a line each."""
+    """The file in which results are kept, after reasons why it may not be, a line each."""
     cache = ResultCache(Machine.of(find_device(device)))
     return "\n".join([*cache.notes, f"remembered in {cache.path}"])

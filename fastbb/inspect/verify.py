@@ -56,7 +56,7 @@ class VerifiedMap:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found; prints as a table.
+    """Result of `verify`; prints as a table.
 
     Attributes:
         backbone: what was verified: class, dtype and device.

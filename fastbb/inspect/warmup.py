@@ -33,7 +33,7 @@ Progress = Callable[[int], Callable[[Compiled], None]]
 
 @dataclass(frozen=True)
 class Warmth:
-    """What was compiled, and what ran.
+    """Outcome of a warm-up: binaries that were compiled, batches that ran.
 
     Attributes:
         arch: what was compiled for.
@@ -52,7 +52,7 @@ class Warmth:
 
     @property
     def problems(self) -> list[str]:
-        """What did not compile or run, a sentence each."""
+        """Sentences on what did not compile or run."""
         failed = [f"{c.kernel}: {c.problem}" for c in self.compiled if c.problem is not None]
         wrong = [f"batch {batch}: {problem}" for batch, _, problem in self.forwards if problem]
         return list(dict.fromkeys(failed + wrong))

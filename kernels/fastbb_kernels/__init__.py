@@ -1,7 +1,11 @@
 """Ops of vision backbones. `__all__` is the promise; each op is one file in `ops/`."""
 
+from typing import TYPE_CHECKING
+
 from ._activation import ACTIVATIONS
 from ._dispatch import Impl, KernelWarning, use_impl
+from ._window_geometry import WindowGeometry, relative_position_index
+from .op import find_op, op_names
 from .ops.bias_act import bias_act
 from .ops.bottleneck_tail import bottleneck_tail
 from .ops.conv1x1_bn_act import conv1x1_bn_act
@@ -17,12 +21,7 @@ from .ops.patch_merging import patch_merging
 from .ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool
 from .ops.swin_attention_block import swin_attention_block
 from .ops.swin_mlp_block import swin_mlp_block
-from .ops.window_attention import (
-    WindowGeometry,
-    relative_position_index,
-    window_attention,
-    window_attention_weights,
-)
+from .ops.window_attention import window_attention, window_attention_weights
 
 __all__ = [
     "ACTIVATIONS",
@@ -50,3 +49,12 @@ __all__ = [
     "window_attention",
     "window_attention_weights",
 ]
+
+
+if not TYPE_CHECKING:  # type checkers know the names above, and an op in its own module
+
+    def __getattr__(name):
+        """An op of `ops/` that has no line above."""
+        if name in op_names():
+            return find_op(name).call
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

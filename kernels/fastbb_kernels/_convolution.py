@@ -41,15 +41,14 @@ def finish(y: Tensor, activation: Activation, residual: Tensor | None = None) ->
 
 def check_convolution(
     op: str,
+    kernel: int,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    *,
-    kernel: int,
-    stride: int = 1,
-    dilation: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
+    stride: int,
+    dilation: int,
+    residual: Tensor | None,
+    activation: Activation,
 ) -> None:
     """Holds the arguments of a convolution with square kernels against each other.
 

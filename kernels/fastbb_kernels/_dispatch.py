@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, local
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,17 @@ _gpus: dict[torch.device, tuple[Architecture, str | None]] = {}
 _installed_check: "SelfCheck | None" = None
 _own_check: "SelfCheck | None" = None
 _own_check_lock = Lock()
+
+
+class Arguments(Protocol):
+    """A named tuple."""
+
+    @property
+    def _fields(self) -> tuple[str, ...]: ...
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
 
 
 class KernelWarning(RuntimeWarning):
@@ -110,11 +121,11 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -
     """
     impl = chosen_impl(op, impl)
     if impl == "triton":
-        reason = unsupported or _problem(op, x, warn=False)
+        reason = unsupported or _checked(op, x.device, x.dtype, False)
         if reason:
             raise NotImplementedError(f"{op}: impl='triton' cannot run this call: {reason}")
         return True
-    return impl == "auto" and unsupported is None and _problem(op, x) is None
+    return impl == "auto" and unsupported is None and _checked(op, x.device, x.dtype, True) is None
 
 
 def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -> bool:
@@ -125,7 +136,7 @@ def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) ->
     where they cannot run it either.
     """
     if impl is None and op not in _per_op and _default == "triton":
-        return unsupported is None and _problem(op, x, warn=False) is None
+        return unsupported is None and _checked(op, x.device, x.dtype, False) is None
     return use_triton(op, impl, unsupported, x)
 
 
@@ -187,18 +198,15 @@ def use_check(check: "SelfCheck") -> Iterator[None]:
         _installed_check = before
 
 
-def _problem(op: str, x: Tensor, warn: bool = True) -> str | None:
-    """Why the kernels of an op are off for tensors like `x`, or None.
+def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
+    """Why the kernels of an op are off for such tensors, or None.
 
     Args:
         op: its name.
-        x: a tensor of the call.
+        device: of the tensors.
+        dtype: of the tensors.
         warn: once, of what is off.
     """
-    return _checked(op, x.device, x.dtype, warn)
-
-
-def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
     check = current_check()
     if check is None:
         return None
@@ -209,28 +217,37 @@ def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> s
 _checked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def common_unsupported(x: Tensor, **others: Tensor | None) -> str | None:
-    """Why no forward-only kernel can take these tensors, or None.
+def common_unsupported(call: Arguments, first: int = 0) -> str | None:
+    """Why no forward-only kernel can take the tensors of a call, or None.
 
     Args:
-        x: the main input, of any shape.
-        others: the other tensors of the call by their names; all are to be like `x`.
+        call: of an op.
+        first: position of the argument that all tensors behind it are to be like; those before it
+            are not looked at.
     """
+    arguments = call[first:] if first else call
+    x = arguments[0]
     if not (x.is_cuda or _pretending):
         return f"needs a CUDA or ROCm device, got {x.device}"
-    if (problem := gpu_unsupported(x.device)) is not None:
+    device, dtype = x.device, x.dtype
+    if (problem := gpu_unsupported(device)) is not None:
         return problem
-    if x.dtype not in TRITON_DTYPES:
-        return f"needs fp32, fp16 or bf16, got {x.dtype}"
-    tensors = {name: tensor for name, tensor in others.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            return f"needs all tensors on {x.device}, got {name} on {tensor.device}"
-        if tensor.dtype != x.dtype:
-            return f"needs all tensors in {x.dtype}, got {name} in {tensor.dtype}"
-    if x.is_cuda and torch.is_autocast_enabled(x.device.type):
+    if dtype not in TRITON_DTYPES:
+        return f"needs fp32, fp16 or bf16, got {dtype}"
+    needs_grad = False
+    for index, tensor in enumerate(arguments):
+        if tensor is None or not isinstance(tensor, Tensor):
+            continue
+        if tensor.device != device:
+            name = call._fields[first + index]
+            return f"needs all tensors on {device}, got {name} on {tensor.device}"
+        if tensor.dtype != dtype:
+            name = call._fields[first + index]
+            return f"needs all tensors in {dtype}, got {name} in {tensor.dtype}"
+        needs_grad = needs_grad or tensor.requires_grad
+    if x.is_cuda and torch.is_autocast_enabled(device.type):
         return "under torch.autocast the dtypes are autocast's choice; cast the model instead"
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors.values())):
+    if needs_grad and torch.is_grad_enabled():
         return (
             "the kernel has no backward and a gradient is needed; use torch.no_grad(), "
             "or impl='eager' to train"
@@ -244,8 +261,21 @@ def input_precision(dtype: torch.dtype) -> Fp32Precision:
 
 
 def launches_directly() -> bool:
-    """Whether ops call their launcher themselves instead of the dispatcher's kernel of a device."""
+    """Whether a GPU is pretended, so that torch's dispatcher would not launch for its tensors.
+
+    For `CustomOp` and the harness; others ask `launches_on`.
+    """
     return _pretending
+
+
+def launches_on(device: torch.device) -> bool:
+    """Whether our kernels launch for tensors on this device: a GPU, or a pretended one."""
+    return device.type == "cuda" or _pretending
+
+
+def computes_nothing() -> bool:
+    """Whether launches are for a pretended GPU that does not run them, unlike the interpreter."""
+    return _pretended is not None
 
 
 def architecture(device: torch.device) -> Architecture | None:

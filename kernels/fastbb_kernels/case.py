@@ -1,7 +1,7 @@
-"""One call of an op, and the random tensors that it is made with."""
+"""One call of an op, the random tensors that it is made with, and the calls of model families."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,3 +67,33 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+# image size (height, width) and batches; the first batch is that of the ledger
+REAL_INPUTS: tuple[tuple[tuple[int, int], tuple[int, ...]], ...] = (
+    ((224, 224), (64, 8, 1)),
+    ((384, 384), (8, 64, 1)),
+    ((800, 1088), (8, 64, 1)),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The calls of a family of models, or of one op: `FAMILY` in a file `<name>_cases.py`.
+
+    Attributes:
+        small: makes twins of the calls with few pixels and channels, for the interpreter.
+        models: names of the models.
+        model_cases: makes every distinct call of one forward, from the name of a model, an image
+            size of `REAL_INPUTS` and a batch.
+        checked_models: names of the models that every run of the tests compiles.
+        more_checked: makes further calls that every run compiles.
+        more_real: makes further calls at a batch.
+    """
+
+    small: Callable[[], Iterable[Case]]
+    models: tuple[str, ...] = ()
+    model_cases: Callable[[str, tuple[int, int], int], Iterable[Case]] = lambda *_: ()
+    checked_models: tuple[str, ...] = ()
+    more_checked: Callable[[], Iterable[Case]] = tuple
+    more_real: Callable[[int], Iterable[Case]] = lambda batch: ()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,7 @@ from .cases import checked_cases, model_cases, real_cases, small_cases
 from .comparison import case_problem
 from .launching import FEW_IMAGES, Launch, forced, noting
 from .op import DTYPE_NAMES, find_op, in_float64, op_names
+from .progress import Progress
 from .recorder import Recording
 from .testing import fake_gpu, record_launches, trace
 from .testing.budget import (
@@ -40,6 +42,10 @@ from .testing.budget import (
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
 # where a check compiles dtypes other than bf16
 OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
+# about how much longer than a run in the interpreter it takes to compile a case
+COMPILE_WEIGHT = 10
+
+_Check = Callable[[Case, torch.dtype], str | None]
 
 
 def check_registration(case: Case, dtype: torch.dtype) -> None:
@@ -56,9 +62,8 @@ def launch_of(
     case: Case, device: str, dtype: torch.dtype, arch: Architecture | None = None
 ) -> tuple[Launch, tuple[Any, ...]]:
     """What the custom op of a case runs on GPUs, and the arguments that it is given."""
-    op = find_op(case.op)
-    module, mocked = sys.modules[op.call.__module__], mock.Mock()
-    with mock.patch.object(module, "_launch", mocked), pretend(arch), torch.no_grad():
+    op, mocked = find_op(case.op), mock.Mock()
+    with mock.patch.object(op.kernel, "gpu", mocked), pretend(arch), torch.no_grad():
         op.call(**case.arguments(device, dtype), impl="triton")
     (call,) = mocked.call_args_list
     return op.launch, call.args
@@ -138,7 +143,7 @@ def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
     problem = accuracy_problem(got, op.eager(**arguments), op.eager(**in_float64(arguments)))
     expected = op.n_bytes(**arguments)
     if problem is None and traced.unique_bytes != expected:
-        problem = f"touches {traced.unique_bytes} distinct bytes, {op.name}_n_bytes says {expected}"
+        problem = f"touches {traced.unique_bytes} distinct bytes, n_bytes() says {expected}"
     return Interpreted(problem, traced.unique_bytes, traced.requested_bytes, len(traced.launches))
 
 
@@ -217,13 +222,80 @@ class Report:
     notes: list[str]
 
 
-def check_op(
-    name: str, archs: Sequence[Architecture], dtypes: Sequence[torch.dtype], device: str | None
-) -> Report:
-    """Takes an op up the rungs; each runs whatever the one before found."""
+@dataclass(frozen=True)
+class Plan:
+    """What to run of one op.
+
+    Attributes:
+        op: its name.
+        small: twins for the interpreter and the device.
+        dtypes: of the twins.
+        compiled: real cases to compile.
+        archs: the architectures to compile for.
+        device: the GPU to run on, or None.
+        real: real cases that run on it.
+    """
+
+    op: str
+    small: Sequence[Case]
+    dtypes: Sequence[torch.dtype]
+    compiled: Sequence[Case]
+    archs: Sequence[Architecture]
+    device: str | None
+    real: Sequence[Case]
+
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        archs: Sequence[Architecture],
+        dtypes: Sequence[torch.dtype],
+        device: str | None,
+        quick: bool = False,
+    ) -> "Plan":
+        """Everything for an op, or with `quick` only one real case."""
+        compiled = distinct_cases()[op]
+        if quick:
+            compiled = [case for case in compiled if _is_compiled(case, archs[0], dtypes[0])][:1]
+        real = real_cases() if device is not None and not quick else []
+        real = [case for case in real if case.op == op and case.name.startswith(ON_DEVICE)]
+        small = [case for case in small_cases() if case.op == op]
+        return cls(op, small, dtypes, compiled, archs, device, real)
+
+    def dtypes_on(self, arch: Architecture) -> list[torch.dtype]:
+        """The dtypes that are compiled for an architecture."""
+        return [dtype for dtype in self.dtypes if dtype in compiled_dtypes(arch)]
+
+    @property
+    def weight(self) -> int:
+        """About how long it takes: a case in the interpreter is 1."""
+        n_runs = len(self.small[:2]) + len(self.small) * len(self.dtypes)
+        if self.device is not None:
+            n_runs += (len(self.small) + len(self.real)) * len(self.dtypes)
+        n_binaries = sum(len(self.compiled) * len(self.dtypes_on(arch)) for arch in self.archs)
+        return n_runs + COMPILE_WEIGHT * n_binaries
+
+
+def _is_compiled(case: Case, arch: Architecture, dtype: torch.dtype) -> bool:
+    return bool(_recording(case, case.arguments("meta", dtype), arch).launches)
+
+
+def check_op(plan: Plan, progress: Callable[[int], None] = lambda weight: None) -> Report:
+    """Takes an op up the rungs; each runs whatever the one before found.
+
+    Args:
+        plan: what to run.
+        progress: is told the weight of each step that has run.
+    """
     cells: dict[str, str] = {}
     problems: list[str] = []
     notes: list[str] = []
+    dtypes = plan.dtypes
+
+    def attempt(case: Case, dtype: torch.dtype, check: _Check, weight: int = 1) -> str | None:
+        outcome = _attempt(case, dtype, check)
+        progress(weight)
+        return outcome
 
     def rung(column: str, checks: Iterator[str | None]) -> None:
         outcomes = list(checks)
@@ -231,33 +303,30 @@ def check_op(
         cells[column] = f"{len(found)} of {len(outcomes)} wrong" if found else f"{len(outcomes)} ok"
         problems.extend(found)
 
-    small = [case for case in small_cases() if case.op == name]
-    rung("opcheck", (_attempt(case, dtypes[0], check_registration) for case in small[:2]))
+    rung("opcheck", (attempt(case, dtypes[0], check_registration) for case in plan.small[:2]))
     rung(
         "interpreter",
-        (_attempt(case, dtype, _interpreted_problem) for case in small for dtype in dtypes),
+        (attempt(case, dtype, _interpreted_problem) for case in plan.small for dtype in dtypes),
     )
-    committed = read_budget(name)
-    cases = distinct_cases()[name]
-    for arch in archs:
+    committed = read_budget(plan.op)
+    for arch in plan.archs:
         costs: dict[str, CaseCost] = {}
         compile_case = partial(_compile, arch=arch, costs=costs)
-        dtypes_there = [dtype for dtype in dtypes if dtype in compiled_dtypes(arch)]
-        attempts = [_attempt(case, dtype, compile_case) for case in cases for dtype in dtypes_there]
-        failed = [attempt for attempt in attempts if attempt]
-        measured = Budget(name, source_hash(name), costs)
-        found = failed + violations(measured, committed)
+        attempts = [
+            attempt(case, dtype, compile_case, COMPILE_WEIGHT)
+            for case in plan.compiled
+            for dtype in plan.dtypes_on(arch)
+        ]
+        measured = Budget(plan.op, source_hash(plan.op), costs)
+        found = [outcome for outcome in attempts if outcome] + violations(measured, committed)
         cells[str(arch)] = f"{len(found)} wrong" if found else f"{len(costs)} ok" if costs else "-"
         problems.extend(found)
         notes.extend(unenforced(measured, committed))
-    if device is not None:
-        real = [
-            case for case in real_cases() if case.op == name and case.name.startswith(ON_DEVICE)
-        ]
-        check = partial(case_problem, device=torch.device(device), impl="triton")
-        on_device = (_attempt(case, dtype, check) for case in small + real for dtype in dtypes)
-        rung(device, on_device)
-    return Report(name, cells, problems, notes)
+    if plan.device is not None:
+        check = partial(case_problem, device=torch.device(plan.device), impl="triton")
+        cases = [*plan.small, *plan.real]
+        rung(plan.device, (attempt(case, dtype, check) for case in cases for dtype in dtypes))
+    return Report(plan.op, cells, problems, notes)
 
 
 def _compile(
@@ -271,9 +340,7 @@ def _interpreted_problem(case: Case, dtype: torch.dtype) -> str | None:
     return check_interpreted(case, dtype).problem
 
 
-def _attempt(
-    case: Case, dtype: torch.dtype, check: Callable[[Case, torch.dtype], str | None]
-) -> str | None:
+def _attempt(case: Case, dtype: torch.dtype, check: _Check) -> str | None:
     """The problem that a check returns or raises, with the case it is about."""
     try:
         problem = check(case, dtype)
@@ -282,7 +349,7 @@ def _attempt(
     return problem and f"{case.op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
 
 
-def rewrite_budget(name: str, everything: bool) -> None:
+def rewrite_budget(name: str, everything: bool) -> Path:
     """Measures an op and rewrites its budget.
 
     Args:
@@ -299,7 +366,7 @@ def rewrite_budget(name: str, everything: bool) -> None:
         if case.op == name:
             key = f"{case}-{DTYPE_NAMES[torch.bfloat16]}"
             costs[key] = traced_cost(check_interpreted(case, torch.bfloat16))
-    print(write_budget(name, costs))
+    return write_budget(name, costs)
 
 
 def format_table(reports: Sequence[Report]) -> str:
@@ -329,6 +396,17 @@ def report_first_launches(archs: Sequence[Architecture], dtypes: Sequence[torch.
     return int(not is_well)
 
 
+def run_plans(plans: Sequence[Plan]) -> list[Report]:
+    """Checks ops one after the other, and shows how far it is."""
+    progress = Progress(sum(plan.weight for plan in plans))
+    reports = []
+    for plan in plans:
+        progress.begin(plan.op)
+        reports.append(check_op(plan, progress.step))
+    progress.close()
+    return reports
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 0 all is well, 1 something is not."""
     parser = argparse.ArgumentParser(prog="python -m fastbb_kernels.check", description=__doc__)
@@ -337,6 +415,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--op", action="append", choices=op_names(), help="default: all")
     parser.add_argument("--arch", action="append", choices=list(archs), help="default: all")
     parser.add_argument("--dtype", action="append", choices=list(dtypes), help="default: all")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="about a minute instead of half an hour: bf16 and sm_90 only (unless --dtype and "
+        "--arch name others), and of the real cases one for each op",
+    )
     parser.add_argument(
         "--write-budgets", action="store_true", help="measure, and rewrite the budgets"
     )
@@ -355,20 +439,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = options.op or op_names()
     if options.write_budgets:
         for name in names:
-            rewrite_budget(name, options.everything)
+            print(rewrite_budget(name, options.everything), flush=True)
         return 0
     if options.first_launches:
         chosen = [dtypes[dtype] for dtype in options.dtype or ["bf16"]]
         return report_first_launches([archs[arch] for arch in options.arch or archs], chosen)
-    reports = [
-        check_op(
+    default_archs = ["90"] if options.quick else list(archs)
+    default_dtypes = ["bf16"] if options.quick else list(dtypes)
+    plans = [
+        Plan.of(
             name,
-            [archs[arch] for arch in options.arch or archs],
-            [dtypes[dtype] for dtype in options.dtype or dtypes],
+            [archs[arch] for arch in options.arch or default_archs],
+            [dtypes[dtype] for dtype in options.dtype or default_dtypes],
             "cuda" if torch.cuda.is_available() else None,
+            options.quick,
         )
         for name in names
     ]
+    reports = run_plans(plans)
     print(format_table(reports))
     for report in reports:
         print(*report.problems, sep="\n", end="\n" if report.problems else "")

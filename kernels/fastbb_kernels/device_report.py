@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._dispatch import KernelWarning, launches_directly
+from ._dispatch import KernelWarning, launches_on
 from .machine import find_device
 from .op import DTYPE_NAMES, op_names
 from .self_check import current
@@ -68,7 +68,7 @@ def check_ops(
                 raise ValueError(f"{kind}: wanted one of {', '.join(known)}, got {name!r}")
     found = find_device(device)
     check = current()
-    if check is None or (found.type == "cpu" and not launches_directly()):
+    if check is None or not launches_on(found):
         return DeviceReport("", {}, (), _WITHOUT_A_GPU.format(device=found))
     outcomes = {}
     with warnings.catch_warnings():

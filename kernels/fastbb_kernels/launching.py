@@ -9,18 +9,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch._subclasses import FakeTensor
 
 from ._dispatch import architecture, current_check
 from .measured import unforced_config
 
 _Config = TypeVar("_Config", bound=tuple[Any, ...])
-_P = ParamSpec("_P")
 
 # the arguments of ops that have images, or rows, along their first dimension
 _BATCHED = ("x", "qkv", "pixel_values", "residual", "shortcut")
@@ -123,6 +121,12 @@ def chosen_config(
     return config
 
 
+def typed_argument(names: Sequence[str]) -> int:
+    """The position of the argument whose dtype a call counts as."""
+    # a stem's pixels may be integers
+    return names.index("weight") if "weight" in names else 0
+
+
 class Launch:
     """What an op runs on GPUs: its launcher, whose binaries are checked when they are new.
 
@@ -143,8 +147,7 @@ class Launch:
         self.run = run
         self.eager = eager
         self.names = tuple(inspect.signature(run).parameters)
-        # a stem's pixels may be integers
-        self._typed = self.names.index("weight") if "weight" in self.names else 0
+        self._typed = typed_argument(self.names)
 
     def __call__(self, *args: Any) -> Tensor:
         check = current_check()
@@ -179,18 +182,6 @@ class Launch:
             value[[0, last]] if isinstance(value, Tensor) and name in _BATCHED else value
             for name, value in zip(self.names, args)
         )
-
-
-def launches(custom_op: CustomOpDef) -> Callable[[Callable[_P, Tensor]], Launch]:
-    """Makes a launcher what a custom op runs on GPUs."""
-
-    def register(run: Callable[_P, Tensor]) -> Launch:
-        name = custom_op._qualname.partition("::")[2]
-        launch = Launch(name, run, eager=custom_op._init_fn)
-        custom_op.register_kernel("cuda")(launch.__call__)
-        return launch
-
-    return register
 
 
 def _alike(

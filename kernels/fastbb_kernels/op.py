@@ -1,64 +1,242 @@
-"""The parts of an op, by its name."""
+"""An op: its call, declared once, and what is derived from that.
 
-from collections.abc import Callable
-from dataclasses import dataclass
+`ops/<op>.py` declares the call as a named tuple of its arguments with the methods of `Call`. `Op`
+makes the custom op of torch with its fake, and the launch that is checked, from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from .cases import small_cases
-from .launching import Launch
+from . import ops
+from ._dispatch import Arguments, Impl, is_plainly_eager, launches_directly, use_block, use_triton
+from .launching import Launch, typed_argument
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
-@dataclass(frozen=True)
-class Op:
-    """The parts of an op, which all take the same arguments.
+class Call(Arguments, Protocol):
+    """One call of an op: a named tuple of its arguments.
+
+    The fields are arguments of the public function, and without their defaults the arguments of
+    the custom op, where the fields of a nested named tuple stand in its place.
+    """
+
+    def check(self) -> None:
+        """Raises a ValueError if the arguments do not fit together."""
+        ...
+
+    def eager(self) -> Tensor:
+        """Computes the call with PyTorch's own ops, in any dtype: the fallback and reference."""
+        ...
+
+    def unsupported(self) -> str | None:
+        """Returns why the kernel cannot run this call, or None."""
+        ...
+
+    def n_bytes(self) -> int:
+        """Returns the least traffic: each input read once, the output written once."""
+        ...
+
+    def empty_result(self) -> Tensor:
+        """Allocates the result, with the strides that the kernel gives it."""
+        ...
+
+    def launch(self) -> Tensor:
+        """Launches the kernel."""
+        ...
+
+
+_Call = TypeVar("_Call", bound=Call)
+
+
+class CustomOp(Generic[_Call]):
+    """A custom op of torch that takes the fields of a call.
+
+    Attributes:
+        overload: what torch.compile and torch.export see.
+        eager: computes the result with PyTorch's own ops, from the arguments of the custom op.
+        gpu: computes it on GPUs, from the same arguments.
+    """
+
+    def __init__(
+        self, name: str, call_type: type[_Call], gpu: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Registers the custom op.
+
+        Args:
+            name: of the op, without a namespace.
+            call_type: declares the arguments.
+            gpu: runs on GPUs; default: a `Launch` of `call_type.launch`.
+        """
+        hints = get_type_hints(call_type)
+        named_tuple: Any = call_type
+        self._make: Callable[[Sequence[Any]], _Call] = named_tuple._make
+        nested = [(i, kind) for i, kind in enumerate(hints.values()) if _is_named_tuple(kind)]
+        self._nested: tuple[int, Any] | None = nested[0] if nested else None
+        assert len(nested) <= 1, "more nested named tuples would take a loop in every call"
+        call_of = self._call_of_flat if self._nested else self._make
+
+        def eager(*args: Any) -> Tensor:
+            call = call_of(args)
+            y, empty = call.eager(), call.empty_result()
+            # the result has the strides of the fake and of the kernel
+            return y if y.stride() == empty.stride() else empty.copy_(y)
+
+        def launch(*args: Any) -> Tensor:
+            return call_of(args).launch()
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        signature = inspect.Signature(
+            [inspect.Parameter(name, kind, annotation=hint) for name, hint in _flat_hints(hints)],
+            return_annotation=Tensor,
+        )
+        eager.__signature__ = launch.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        self.eager = eager
+        self.gpu = Launch(name, launch, eager) if gpu is None else gpu
+        custom_op = torch.library.custom_op(f"fastbb::{name}", eager, mutates_args=())
+        custom_op.register_fake(lambda *args: call_of(args).empty_result())
+        custom_op.register_kernel("cuda")(self.gpu)
+        self.overload: OpOverload[..., Any] = getattr(torch.ops.fastbb, name).default
+
+    def __call__(self, call: _Call) -> Tensor:
+        """Runs a call on its device: a GPU, or one that is pretended."""
+        args: Any = call
+        if self._nested:
+            i, _ = self._nested
+            args = *args[:i], *args[i], *args[i + 1 :]
+        return self.gpu(*args) if launches_directly() else self.overload(*args)
+
+    def _call_of_flat(self, args: Sequence[Any]) -> _Call:
+        """The call of arguments among which are the fields of a nested named tuple."""
+        assert self._nested
+        i, kind = self._nested
+        end = i + len(kind._fields)
+        # the dispatcher of torch makes lists of tuples
+        nested = kind._make(tuple(v) if type(v) is list else v for v in args[i:end])
+        return self._make((*args[:i], nested, *args[end:]))
+
+
+class Op(Generic[_Call]):
+    """An op with a Triton kernel, as `ops/<op>.py` defines it.
 
     Attributes:
         name: in `fastbb_kernels`.
-        call: the public function.
-        eager: the reference.
-        unsupported: why Triton cannot run a call, or None.
-        n_bytes: least bytes of a call.
-        custom_op: what the dispatcher of torch knows.
-        launch: what it runs on GPUs.
+        kernel: the custom op, which launches the kernel.
         is_block: where its own kernel does not run, the ops that it is made of do.
     """
 
-    name: str
-    call: Callable[..., Tensor]
-    eager: Callable[..., Tensor]
-    unsupported: Callable[..., str | None]
-    n_bytes: Callable[..., int]
-    custom_op: Any
-    launch: Launch
-    is_block: bool
+    def __init__(self, name: str, call_type: type[_Call], *, is_block: bool = False) -> None:
+        """Registers the custom op.
+
+        Args:
+            name: of the public function, and of the module in `ops/`.
+            call_type: declares the call.
+            is_block: where its own kernel does not run, the ops that it is made of do.
+        """
+        self.name = name
+        self.kernel = CustomOp(name, call_type)
+        self.is_block = is_block
+        self._call_type: Any = call_type
+        self._typed = typed_argument(self._call_type._fields)
+        _ops[name] = self
+
+    def __call__(self, call: _Call, impl: Impl | None) -> Tensor:
+        """Checks a call, and runs it by the kernel or by PyTorch's own ops.
+
+        Args:
+            call: of the op.
+            impl: what the caller asked for; None: what `use_impl` set.
+
+        Raises:
+            ValueError: arguments do not fit together, or there is no such implementation.
+            NotImplementedError: "triton" was asked for and cannot run; the message says why.
+        """
+        call.check()
+        return self.kernel(call) if self.takes(call, impl) else call.eager()
+
+    def takes(self, call: _Call, impl: Impl | None) -> bool:
+        """Whether the kernel runs a call; raises as `__call__`."""
+        x = call[self._typed]
+        if impl is None and is_plainly_eager(x, None):
+            return False
+        choose = use_block if self.is_block else use_triton
+        return choose(self.name, impl, call.unsupported(), x)
+
+    @property
+    def call(self) -> Callable[..., Tensor]:
+        """The public function."""
+        return getattr(import_module(f".ops.{self.name}", __package__), self.name)
+
+    # what follows takes the arguments of the public function, but `impl`
+
+    def bind(self, *args: Any, **options: Any) -> Call:
+        """The call that the public function makes of its arguments."""
+        bound = inspect.signature(self.call).bind(*args, **options)
+        bound.apply_defaults()
+        return self._call_type(*(bound.arguments[name] for name in self._call_type._fields))
+
+    def eager(self, *args: Any, **options: Any) -> Tensor:
+        """The reference."""
+        return self.bind(*args, **options).eager()
+
+    def unsupported(self, *args: Any, **options: Any) -> str | None:
+        """Why the kernel cannot run a call, or None."""
+        return self.bind(*args, **options).unsupported()
+
+    def n_bytes(self, *args: Any, **options: Any) -> int:
+        """Least bytes of a call."""
+        return self.bind(*args, **options).n_bytes()
+
+    @property
+    def launch(self) -> Launch:
+        """The launch of the kernel, whose binaries are checked."""
+        assert isinstance(self.kernel.gpu, Launch)
+        return self.kernel.gpu
+
+    @property
+    def custom_op(self) -> OpOverload[..., Any]:
+        """What the dispatcher of torch knows."""
+        return self.kernel.overload
 
 
-def find_op(name: str) -> Op:
-    """The parts of the op `name`."""
-    module = import_module(f".ops.{name}", __package__)
-    return Op(
-        name,
-        call=getattr(module, name),
-        eager=getattr(module, f"{name}_eager"),
-        unsupported=getattr(module, f"{name}_unsupported"),
-        n_bytes=getattr(module, f"{name}_n_bytes"),
-        custom_op=getattr(torch.ops.fastbb, name).default,
-        launch=module._launch,
-        is_block=hasattr(module, "use_block"),
-    )
+_ops: dict[str, Op[Any]] = {}
+
+
+def find_op(name: str) -> Op[Any]:
+    """The op of that name."""
+    import_module(f".ops.{name}", __package__)
+    return _ops[name]
 
 
 def op_names() -> list[str]:
-    """Every op with a Triton kernel."""
-    return list(dict.fromkeys(case.op for case in small_cases()))
+    """Every op with a Triton kernel, whoever imported it."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        import_module(f".ops.{module.name}", __package__)
+    return sorted(_ops)
 
 
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same call with every tensor in float64."""
     return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+
+
+def _flat_hints(hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and types of the arguments of a custom op."""
+    for name, hint in hints.items():
+        if _is_named_tuple(hint):
+            yield from _flat_hints(get_type_hints(hint))
+        else:
+            yield name, Sequence[int] if hint == tuple[int, int] else hint
+
+
+def _is_named_tuple(hint: Any) -> bool:
+    return isinstance(hint, type) and hasattr(hint, "_fields")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .case import Case, Random
+from .case import Case, Family, Random
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -238,3 +238,35 @@ def _tail(x: _Shape, outputs: int) -> _Make:
         }
 
     return make
+
+
+def _model_cases(model: str, size: tuple[int, int], batch: int) -> Iterator[Case]:
+    return resnet_cases(RESNETS[model], size, batch)
+
+
+def _more_checked() -> Iterator[Case]:
+    # a 3x3 with a residual and a strided 1x1, which ResNet-50 has not
+    yield from _model_cases("resnet18", (224, 224), 64)
+    yield from epilogue_cases("resnet50-224-b64-stage1", (64, 64, 56, 56))
+    yield from mobile_cases(MOBILE, 64)
+
+
+def _small_cases() -> Iterator[Case]:
+    # odd maps at every stride; tails of the width that has a kernel
+    yield from resnet_cases(ResNetShape("basic", "basic", (2, 1), 16), (37, 50), 2)
+    yield from resnet_cases(ResNetShape("bottleneck", "bottleneck", (2, 2), 16), (45, 38), 2)
+    yield from resnet_cases(ResNetShape("tail", "bottleneck", (2,), 64), (29, 26), 1)
+    yield from stem_cases((19, 25), 2, "small")
+    yield from epilogue_cases("small", (2, 24, 7, 5))
+    mobile = (Depthwise(24, 9, 3, 1, "silu"), Depthwise(40, 11, 5, 2, "hardswish"))
+    yield from mobile_cases(mobile, 2, "small")
+
+
+FAMILY = Family(
+    small=_small_cases,
+    models=tuple(RESNETS),
+    model_cases=_model_cases,
+    checked_models=("resnet50",),
+    more_checked=_more_checked,
+    more_real=lambda batch: mobile_cases(MOBILE, batch),
+)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .case import Case, Random
-from .ops.window_attention import WindowGeometry
+from ._window_geometry import WindowGeometry
+from .case import Case, Family, Random
 
 # more channels and larger windows are for the separate ops
 BLOCK_CHANNELS, BLOCK_WINDOW = 256, 8
@@ -34,6 +34,9 @@ SWINS = {
         SwinShape("swin_l", 192, (2, 2, 18, 2), (6, 12, 24, 48)),
     )
 }
+
+# tokens per side of a window, by image size
+WINDOWS = {(224, 224): 7, (384, 384): 12, (800, 1088): 7}
 
 
 def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int) -> Iterator[Case]:
@@ -201,3 +204,23 @@ def _position_bias(random: Random, heads: int, geometry: WindowGeometry) -> Tens
     """[heads, N, P], the columns padded as the models prepare them."""
     n_tokens = math.prod(geometry.window)
     return random.normal(heads, n_tokens, -(-n_tokens // 16) * 16)
+
+
+def _model_cases(model: str, size: tuple[int, int], batch: int) -> Iterator[Case]:
+    return swin_cases(SWINS[model], size, WINDOWS[size], batch)
+
+
+def _small_cases() -> Iterator[Case]:
+    # whole windows; padded ones and odd maps to merge; window 12; a map below the window
+    yield from swin_cases(SwinShape("whole", 32, (2, 2), (1, 2)), (56, 56), 7, 1)
+    yield from swin_cases(SwinShape("padded", 32, (2, 2), (2, 1)), (37, 50), 7, 2)
+    yield from swin_cases(SwinShape("window12", 32, (2,), (1,)), (48, 60), 12, 1)
+    yield from swin_cases(SwinShape("below", 32, (2,), (2,)), (14, 21), 7, 3)
+
+
+FAMILY = Family(
+    small=_small_cases,
+    models=tuple(SWINS),
+    model_cases=_model_cases,
+    checked_models=("swin_t", "swin_b"),
+)

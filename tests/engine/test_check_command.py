@@ -35,7 +35,7 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--op", "patch_mergin"), "op: wanted one of patch_embed, .*, got 'patch_mergin'"),
+        (("--op", "patch_mergin"), "op: wanted one of bias_act, .*, got 'patch_mergin'"),
         (("--dtype", "fp64"), "'fp64' is not one of 'fp32', 'fp16', 'bf16'"),
         (("--device", "gpu"), "device: wanted cpu, cuda or cuda:N, got 'gpu'"),
         (("--device", "meta"), "device: wanted cpu, cuda or cuda:N, got 'meta'"),

@@ -102,7 +102,7 @@ def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
     """Where the block has no kernel its parts run, each with its own check."""
     check = self_check(tmp_path)
     launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
-    without_kernel = mock.patch.dict(swin_mlp_block.__globals__, use_block=lambda *args: False)
+    without_kernel = mock.patch("fastbb_kernels.op.use_block", lambda *args: False)
     arguments = block_arguments()
     with launching(**launches), use(check), without_kernel:
         with pytest.warns(KernelWarning, match=f"{PARTS[0]} is off") as warned:
@@ -255,7 +255,7 @@ def test_the_check_is_asked_while_a_compiler_traces(is_right: bool, tmp_path: Pa
         launching(),
         use(self_check(tmp_path)),
         # as on a GPU, where the dispatcher of torch launches
-        mock.patch.dict(layer_norm_nchw.__globals__, launches_directly=lambda: False),
+        mock.patch("fastbb_kernels.op.launches_directly", lambda: False),
     ):
         compiled = torch.compile(Norm(), fullgraph=True, backend=backend)
         with nullcontext() if is_right else pytest.warns(KernelWarning, match="is off"):

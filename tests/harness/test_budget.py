@@ -331,6 +331,26 @@ def test_the_source_hash_follows_the_files_of_its_op(
     assert {op for op in before if source_hash(op) != before[op]} == ops
 
 
+def test_the_source_hash_follows_the_configurations_of_its_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured for one op leaves the budgets of the others alone."""
+    monkeypatch.setattr(budget_module, "_PACKAGE", tmp_path)
+    paths = package(tmp_path)
+    for op in ("gemm", "norm"):
+        path = paths[f"triton_kernels/{op}.py"]
+        path.write_text(path.read_text() + f'config = chosen_config(\n    "{op}", launch_config)\n')
+    configs = tmp_path / "configs"
+    configs.mkdir()
+    before = {op: source_hash(op) for op in ("gemm", "norm")}
+    for gpu in ("nvidia-h100", "nvidia-h200"):
+        entries = [{"sizes": {"n_rows": 8}, "config": [64]}]
+        (configs / f"{gpu}.json").write_text(json.dumps({"configs": {"gemm": entries}}))
+        after = {op: source_hash(op) for op in ("gemm", "norm")}
+        assert after["gemm"] != before["gemm"] and after["norm"] == before["norm"]
+        before = after
+
+
 def test_the_source_hash_follows_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     before = source_hash(OP)
     monkeypatch.setattr("triton.__version__", "0.0")

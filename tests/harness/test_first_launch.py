@@ -190,12 +190,12 @@ def test_few_images_have_the_strides_and_the_alignment_of_all() -> None:
     memory = torch.zeros(8 * 4 * 4 * 96 + 3)
     qkv = memory[3:].view(8, 4, 4, 96).transpose(1, 2)
     bias = torch.zeros(1, 16, 16)
-    few = launch.alike((qkv, bias, None, (4, 4), (0, 0), False), FEW_IMAGES, seed=0)
+    few = launch.alike((qkv, bias, None, 1, (4, 4), (0, 0), False, 0.0), FEW_IMAGES, seed=0)
     assert few[0].shape == (FEW_IMAGES, 4, 4, 96) and few[0].stride() == qkv.stride()
     assert few[0].data_ptr() % 16 == qkv.data_ptr() % 16 == 12
-    assert few[1].shape == bias.shape and few[2:] == (None, (4, 4), (0, 0), False)
+    assert few[1].shape == bias.shape and few[2:] == (None, 1, (4, 4), (0, 0), False, 0.0)
     assert 0.9 < few[0].std() < 1.1 and few[0].unique().numel() > 1000
-    again = launch.alike((qkv, bias, None, (4, 4), (0, 0), False), FEW_IMAGES, seed=0)
+    again = launch.alike((qkv, bias, None, 1, (4, 4), (0, 0), False, 0.0), FEW_IMAGES, seed=0)
     assert torch.equal(few[0], again[0])
     assert launch.alike((qkv, bias), None, seed=0)[0].shape == qkv.shape
 

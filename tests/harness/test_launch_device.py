@@ -93,3 +93,10 @@ def test_a_launch_that_fails_leaves_the_current_device(
 def test_the_tests_above_launch_as_on_a_gpu() -> None:
     """As on a GPU, or the tests above would show nothing."""
     assert not _dispatch.launches_directly()
+
+
+def test_kernels_launch_on_gpus_and_on_pretended_ones() -> None:
+    devices = [torch.device(name) for name in ("cuda:1", "cpu", "meta")]
+    assert [_dispatch.launches_on(device) for device in devices] == [True, False, False]
+    with _dispatch.pretend(90):
+        assert all(_dispatch.launches_on(device) for device in devices)

@@ -1,35 +1,25 @@
 """Measured launch configurations: those of the package first, then those of the cache."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 from broken_kernels import self_check
 
-from fastbb_kernels import _dispatch, launching, measured
+from fastbb_kernels import _dispatch, launching, linear_residual, measured
 from fastbb_kernels._dispatch import pretend
+from fastbb_kernels.cases import checked_cases
 from fastbb_kernels.launching import chosen_config, configured_as_on, forced
 from fastbb_kernels.measured import SECTION, config_path, write_configs
+from fastbb_kernels.op import find_op, op_names
 from fastbb_kernels.self_check import SelfCheck, use
-from fastbb_kernels.triton_kernels import (
-    bottleneck_tail,
-    conv1x1_bn_act,
-    conv3x3_bn_act,
-    depthwise_conv_bn_act,
-    layer_norm_linear,
-    layer_norm_nchw,
-    linear_residual,
-    patch_embed,
-    stem_conv_bn_relu_pool,
-    swin_attention_block,
-    swin_mlp_block,
-    window_attention,
-)
+from fastbb_kernels.testing import record_launches
 
 CUDA = torch.device("cuda:1")
 TABLE = "tiles"
@@ -180,36 +170,54 @@ def test_a_cached_config_is_used_there_too(check: SelfCheck) -> None:
     assert chosen(1000).tile.rows == 16
 
 
-SIZES: dict[Any, tuple[Any, ...]] = {
-    bottleneck_tail: (3136, 64),
-    conv1x1_bn_act: (3136, 64, 256, True, torch.bfloat16, False),
-    conv3x3_bn_act: (3136, 64, 64, torch.bfloat16),
-    depthwise_conv_bn_act: (96, torch.bfloat16),
-    layer_norm_linear: (3136, 96, 288, torch.bfloat16, False),
-    layer_norm_nchw: (3136, 96),
-    linear_residual: (3136, 384, 96, torch.bfloat16),
-    patch_embed: (48, 96, torch.bfloat16),
-    stem_conv_bn_relu_pool: (3, 64, torch.bfloat16, torch.bfloat16, "relu"),
-    swin_attention_block: (96,),
-    swin_mlp_block: (3136, 96),
-    window_attention: (49, 32, torch.bfloat16),
-}
-
-
-@pytest.mark.parametrize("module", SIZES, ids=lambda module: module.__name__.rpartition(".")[2])
-def test_every_configuration_survives_json(module: Any, check: SelfCheck) -> None:
+@pytest.mark.parametrize("op", op_names())
+def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
     """What a sweep writes is what a launch reads."""
-    usual = module.launch_config(*SIZES[module], 90)
-    names = module.launch_config.__annotations__
-    sizes = measured.plain_sizes(dict(zip(names, SIZES[module])))
-    check.cache(CUDA).put(SECTION, TABLE, [{"sizes": sizes, "config": usual}])
-    seen = []
+    case = next(case for case in checked_cases() if case.op == op)
+    with (
+        record_launches(90),
+        torch.no_grad(),
+        mock.patch.object(launching, "unforced_config", wraps=measured.unforced_config) as asked,
+    ):
+        find_op(op).call(**case.arguments("meta", torch.bfloat16), impl="triton")
+    assert asked.called
+    for (table, launch_config, _, arch, sizes), _ in asked.call_args_list:
+        usual = launch_config(*sizes, arch)
+        named = dict(zip(inspect.signature(launch_config).parameters, sizes))
+        entry = {"sizes": measured.plain_sizes(named), "config": usual}
+        check.cache(CUDA).put(SECTION, table, [entry])
+        forget()
+        config = measured.unforced_config(table, launch_config, CUDA, arch, sizes)
+        assert config == usual and config is not usual and type(config) is type(usual)
 
-    @wraps(module.launch_config)
-    def other(*args: Any) -> Any:
-        seen.append(args)
-        return usual
 
-    config = chosen_config(TABLE, other, CUDA, *SIZES[module])
-    assert config == usual and config is not usual and type(config) is type(usual)
-    assert seen == [(*SIZES[module], 90)]
+def test_gpus_of_one_architecture_launch_what_was_measured_on_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The file of the README; what a GPU's file does not have is the architecture's."""
+    names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
+    h100, h200 = (torch.device("cuda", index) for index in range(2))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+    readme = Path(measured.__file__).parents[1] / "README.md"
+    text = readme.read_text().partition("```json\n")[2].partition("```")[0]
+    assert json.loads(text)["device"] == names[1]
+    for name in names:
+        assert f'`configs/{config_path(name).name}` for "{name}"' in " ".join(
+            readme.read_text().split()
+        )
+    config_path(names[1]).parent.mkdir()
+    config_path(names[1]).write_text(text)
+
+    def tile(device: torch.device, features: int = 384) -> tuple[int, int]:
+        args = [
+            torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            for shape in ((200_704, features), (96, features), (96,), (200_704, 96))
+        ]
+        with record_launches(90) as recording, torch.no_grad(), configured_as_on(device):
+            linear_residual(*args, impl="triton")
+        (launch,) = recording.launches
+        return launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"]
+
+    usual = (128, 128)
+    assert tile(h200) == (128, 64) and tile(h100) == usual
+    assert tile(h200, features=192) == usual

@@ -12,8 +12,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbb_kernels import _dispatch, use_impl
-from fastbb_kernels.ops.linear_residual import linear_residual, linear_residual_n_bytes
+from fastbb_kernels import _dispatch, linear_residual, use_impl
+from fastbb_kernels.op import find_op
 from fastbb_kernels.recorder import TensorArgument, record_launches
 
 
@@ -142,7 +142,7 @@ def test_a_public_op_records_its_launch_and_its_bytes() -> None:
         y = linear_residual(x, weight, bias, residual)
     assert y.shape == residual.shape
     assert [launch.name for launch in recording.launches] == ["_linear_residual_fwd_kernel"]
-    assert recording.n_bytes == linear_residual_n_bytes(x, weight, bias, residual)
+    assert recording.n_bytes == find_op("linear_residual").n_bytes(x, weight, bias, residual)
 
 
 @pytest.mark.parametrize("arch", [80, "gfx942"], ids=str)

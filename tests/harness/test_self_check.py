@@ -28,6 +28,8 @@ from fastbb_kernels.case import Case
 from fastbb_kernels.cases import small_cases
 from fastbb_kernels.comparison import case_problem
 from fastbb_kernels.fp32_precision import fp32_products
+from fastbb_kernels.op import find_op
+from fastbb_kernels.ops.patch_merging import PatchMerging
 from fastbb_kernels.self_check import SECTION, SelfCheck, use
 
 OP = "patch_merging"
@@ -255,20 +257,20 @@ def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> N
     def off_by(error: float, y: Tensor) -> Tensor:
         return y + error * y.abs().max() if y.dtype == torch.float32 else y
 
-    exact = patch_merging.__globals__["patch_merging_eager"]
+    exact = PatchMerging.eager
 
     def problem(eager_error: float, error: float) -> str | None:
-        with mock.patch.dict(
-            patch_merging.__globals__,
-            patch_merging_eager=lambda *a, **k: off_by(eager_error, exact(*a, **k)),
+        with mock.patch.object(
+            PatchMerging, "eager", lambda call: off_by(eager_error, exact(call))
         ):
             return case_problem(
                 CASES[0],
                 torch.float32,
                 CPU,
-                run_case=lambda case, arguments, impl: off_by(error, exact(**arguments)),
+                run_case=lambda case, arguments, impl: off_by(error, exact(bind(**arguments))),
             )
 
+    bind: Any = find_op(OP).bind
     with launching(patch_merging=custom_op(OP)):
         assert problem(0, 5e-6) is None and problem(0, 2e-5) is not None
         assert problem(1e-3, 1.9e-3) is None and problem(1e-3, 2.1e-3) is not None

@@ -17,7 +17,7 @@ PIXELS = images(32, 32)
 def engine_of(model: Any) -> Any:
     replacement = replacement_of(model)
     assert replacement is not None
-    fast: Any = replacement.fast
+    fast: Any = replacement.ours
     return fast.engine()
 
 

@@ -81,7 +81,7 @@ def test_a_backbone_in_a_new_parent_keeps_its_engine() -> None:
     infer(model)
     replacement = replacement_of(model)
     assert replacement is not None
-    fast: Any = replacement.fast
+    fast: Any = replacement.ours
     before = fast.engine()
     nn.Sequential(model, nn.Identity())
     infer(model)
@@ -92,7 +92,7 @@ def test_each_form_of_call_keeps_its_own_engine() -> None:
     model, _, _ = accelerated(timm_resnet, precision="bf16")
     replacement = replacement_of(model)
     assert replacement is not None
-    fast: Any = replacement.fast
+    fast: Any = replacement.ours
     infer(model)
     copies = [fast.engine(), fast.engine(some_option=False), fast.engine()]
     assert copies[0] is copies[2] is not copies[1]

@@ -20,7 +20,7 @@ from tiny_hosts import (
 from fastbb.engine import choose
 from fastbb.engine.measuring import Comparison
 from fastbb.engine.settings import Tools
-from fastbb.hosts import region, replacement
+from fastbb.hosts import host_backbone, replacement
 from fastbb.hosts.replacement import replacement_of
 
 OURS, UPSTREAM = 0.5, 1.0  # seconds by the clock of these tests
@@ -34,7 +34,7 @@ def measuring_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[
 
     def start(ours_s: float) -> list[str]:
         running: list[str] = []
-        own = region.upstream_only
+        own = host_backbone.upstream_only
 
         def upstream_only() -> Any:
             running.append("upstream")
@@ -46,9 +46,9 @@ def measuring_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[
             timed.append("upstream" if running else "ours")
             return UPSTREAM if running else ours_s
 
-        monkeypatch.setattr(region, "upstream_only", upstream_only)
+        monkeypatch.setattr(host_backbone, "upstream_only", upstream_only)
         monkeypatch.setattr(
-            region, "Tools", lambda **options: Tools(**options, clock=clock, progress=silent)
+            host_backbone, "Tools", lambda **options: Tools(**options, clock=clock, progress=silent)
         )
         return timed
 
@@ -101,7 +101,7 @@ def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         pixels = images(size, size)
         assert_close(infer(model, pixels), infer(twin, pixels))
     # blocks of two widths, without a shift and with one, and a merging
-    assert len(timed) == len({r.fast.likeness() for r in report.replaced})
+    assert len(timed) == len({r.ours.timing_key() for r in report.replaced})
 
 
 def test_a_call_with_nan_pixels_decides_nothing() -> None:

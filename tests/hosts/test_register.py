@@ -201,5 +201,5 @@ def test_arguments_of_accelerate_win_over_register(register: None) -> None:
     model(PIXELS)
     replacement = replacement_of(model.backbone)
     assert replacement is not None
-    assert (replacement.how.mode, replacement.how.precision) == ("eager", "fp32")
+    assert (replacement.settings.mode, replacement.settings.precision) == ("eager", "fp32")
     assert type(model.backbone) is transformers.SwinBackbone

@@ -8,11 +8,12 @@ from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, channels_last, nn
 
 from fastbb_kernels import ACTIVATIONS, bias_act
-from fastbb_kernels.ops.bias_act import bias_act_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CUSTOM_OP = torch.ops.fastbb.bias_act.default
+OP = find_op("bias_act")
+CUSTOM_OP = OP.custom_op
 SHAPES = {
     "whole": (2, 64, 8, 8),
     "rows and columns left over": (3, 200, 7, 5),
@@ -44,7 +45,7 @@ def assert_right(x: Tensor, bias: Tensor, residual: Tensor | None, activation: s
         y = bias_act(x, bias, residual=residual, activation=activation, impl="triton")
     assert [launch.kernel for launch in t.launches] == ["_bias_act_fwd_kernel"]
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == bias_act_n_bytes(x, bias, residual=residual)
+    assert t.unique_bytes == OP.n_bytes(x, bias, residual=residual)
     assert y.is_contiguous(memory_format=channels_last) and y.dtype == x.dtype
     wide: Any = [None if tensor is None else tensor.double() for tensor in (x, bias, residual)]
     exact = upstream(*wide, activation=activation)

@@ -12,14 +12,15 @@ from torch import Tensor, channels_last, nn
 from fastbb_kernels import ACTIVATIONS, bottleneck_tail, use_impl
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.bottleneck_tail import bottleneck_tail_eager, bottleneck_tail_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
 from fastbb_kernels.triton_kernels import bottleneck_tail as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
 
 DTYPES = [torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.bottleneck_tail.default
+OP = find_op("bottleneck_tail")
+CUSTOM_OP = OP.custom_op
 
 NAMES = ("x", "weight", "bias", "expand_weight", "expand_bias", "residual")
 
@@ -90,7 +91,7 @@ def run(kwargs: dict[str, Any]) -> Tensor:
         y = bottleneck_tail(**kwargs, impl="triton")
     assert [launch.kernel for launch in t.launches] == ["_bottleneck_tail_fwd_kernel"]
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == bottleneck_tail_n_bytes(**kwargs)
+    assert t.unique_bytes == OP.n_bytes(**kwargs)
     assert y.is_contiguous(memory_format=channels_last)
     return y
 
@@ -218,8 +219,8 @@ def test_compiles_and_exports(custom: bool) -> None:
     shapes = (({0: batch}, None, None, None, None, {0: batch}),)
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
-    assert torch.equal(compiled(*small), bottleneck_tail_eager(*small, stride=2))
-    assert torch.equal(exported(*large), bottleneck_tail_eager(*large, stride=2))
+    assert torch.equal(compiled(*small), OP.eager(*small, stride=2))
+    assert torch.equal(exported(*large), OP.eager(*large, stride=2))
 
 
 def test_custom_op_is_registered_rightly() -> None:

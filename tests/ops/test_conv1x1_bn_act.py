@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastbb_kernels import ACTIVATIONS, conv1x1_bn_act
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.conv1x1_bn_act import conv1x1_bn_act_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import (
     ARCHITECTURES,
     binary_facts,
@@ -27,7 +27,8 @@ from fastbb_kernels.triton_kernels import conv1x1_bn_act as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.conv1x1_bn_act.default
+OP = find_op("conv1x1_bn_act")
+CUSTOM_OP = OP.custom_op
 
 
 def arguments(
@@ -56,7 +57,7 @@ def run(args: dict[str, Any]) -> Tensor:
         y = conv1x1_bn_act(**args, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == conv1x1_bn_act_n_bytes(**args)
+    assert t.unique_bytes == OP.n_bytes(**args)
     assert y.is_contiguous(memory_format=torch.channels_last)
     return y
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastbb_kernels import ACTIVATIONS, conv1x1_dual
 from fastbb_kernels._dispatch import Architecture
-from fastbb_kernels.ops.conv1x1_dual import conv1x1_dual_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import (
     ARCHITECTURES,
     binary_facts,
@@ -25,7 +25,8 @@ from fastbb_kernels.triton_kernels import conv1x1_dual as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.conv1x1_dual.default
+OP = find_op("conv1x1_dual")
+CUSTOM_OP = OP.custom_op
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -61,7 +62,7 @@ def run(args: Tensors, stride: int, activation: str | None = None) -> Tensor:
         y = conv1x1_dual(*args, stride=stride, activation=activation, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == conv1x1_dual_n_bytes(*args, stride=stride)
+    assert t.unique_bytes == OP.n_bytes(*args, stride=stride)
     assert y.is_contiguous(memory_format=torch.channels_last)
     return y
 

@@ -13,14 +13,15 @@ from torch.nn import functional as F
 from fastbb_kernels import ACTIVATIONS, conv3x3_bn_act
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.conv3x3_bn_act import conv3x3_bn_act_eager, conv3x3_bn_act_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import conv3x3_bn_act as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.conv3x3_bn_act.default
+OP = find_op("conv3x3_bn_act")
+CUSTOM_OP = OP.custom_op
 
 
 class Reference:
@@ -90,7 +91,7 @@ def run(kwargs: dict[str, Any]) -> Tensor:
         y = conv3x3_bn_act(**kwargs, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == conv3x3_bn_act_n_bytes(**kwargs)
+    assert t.unique_bytes == OP.n_bytes(**kwargs)
     assert y.is_contiguous(memory_format=channels_last)
     return y
 
@@ -257,7 +258,7 @@ def test_compiles_and_exports(custom: bool, residual: bool) -> None:
     shapes = ({0: batch}, None, None, {0: batch} if residual else None)
     exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
     for model, (x, weight, bias, other) in ((compiled, small), (exported, large)):
-        want = conv3x3_bn_act_eager(x, weight, bias, stride=2, residual=other, activation="relu")
+        want = OP.eager(x, weight, bias, stride=2, residual=other, activation="relu")
         assert torch.equal(model(x, weight, bias, other), want)
 
 

@@ -16,11 +16,13 @@ from torch.testing import assert_close
 
 from fastbb_kernels import KernelWarning, conv3x3_bn_act, use_impl
 from fastbb_kernels.launching import forced
+from fastbb_kernels.op import find_op
 from fastbb_kernels.ops import conv3x3_bn_act as op_module
-from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way, conv3x3_bn_act_eager
+from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way
 from fastbb_kernels.self_check import use
 from fastbb_kernels.testing import record_launches
 
+OP = find_op("conv3x3_bn_act")
 CUSTOM_OP = torch.ops.fastbb.fastest_conv3x3_bn_act.default
 TRITON, EPILOGUE = "conv3x3_bn_act", "bias_act"
 
@@ -43,7 +45,7 @@ def expected(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    return conv3x3_bn_act_eager(
+    return OP.eager(
         x,
         weight,
         bias,
@@ -273,13 +275,13 @@ def test_compiles_and_exports(residual: bool) -> None:
 @pytest.mark.parametrize(
     ("hip", "impl", "activation", "taken"),
     [
-        (None, "auto", "relu", "_fastest_conv3x3_bn_act"),
-        (None, "auto", "silu", "_fastest_conv3x3_bn_act"),
-        (None, "triton", "relu", "_conv3x3_bn_act"),
-        (None, "eager", "relu", "conv3x3_bn_act_eager"),
-        ("7.0", "auto", "relu", "_fastest_conv3x3_bn_act"),
-        ("7.0", "triton", "relu", "_conv3x3_bn_act"),
-        ("7.0", "eager", "relu", "conv3x3_bn_act_eager"),
+        (None, "auto", "relu", "fastest"),
+        (None, "auto", "silu", "fastest"),
+        (None, "triton", "relu", "triton"),
+        (None, "eager", "relu", "eager"),
+        ("7.0", "auto", "relu", "fastest"),
+        ("7.0", "triton", "relu", "triton"),
+        ("7.0", "eager", "relu", "eager"),
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "use_impl"])
@@ -292,11 +294,14 @@ def test_what_runs_on_a_gpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(op_module, "common_unsupported", lambda *_, **__: None)
-    names = ("_fastest_conv3x3_bn_act", "_conv3x3_bn_act", "conv3x3_bn_act_eager", "_launch")
-    ran = {name: mock.Mock() for name in names}
-    for name, function in ran.items():
-        monkeypatch.setattr(op_module, name, function)
+    monkeypatch.setattr(op_module, "common_unsupported", lambda _: None)
+    # as on a GPU, whose tensors these are not
+    monkeypatch.setattr("fastbb_kernels.op.is_plainly_eager", lambda *_: False)
+    monkeypatch.setattr(op_module, "architecture", lambda _: 90)
+    ran = {name: mock.Mock() for name in ("fastest", "triton", "eager")}
+    monkeypatch.setattr(op_module, "_fastest", ran["fastest"])
+    monkeypatch.setattr(OP, "kernel", ran["triton"])
+    monkeypatch.setattr(op_module.Conv3x3BnAct, "eager", ran["eager"])
     x, weight, bias, *_ = arguments(False)
     if by == "argument":
         conv3x3_bn_act(x, weight, bias, activation=activation, impl=impl)

@@ -11,10 +11,7 @@ from torch import Tensor, channels_last, nn
 
 from fastbb_kernels import ACTIVATIONS, depthwise_conv_bn_act
 from fastbb_kernels._dispatch import Architecture
-from fastbb_kernels.ops.depthwise_conv_bn_act import (
-    depthwise_conv_bn_act_eager,
-    depthwise_conv_bn_act_n_bytes,
-)
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import (
     ARCHITECTURES,
     binary_facts,
@@ -28,7 +25,8 @@ from fastbb_kernels.triton_kernels import depthwise_conv_bn_act as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.depthwise_conv_bn_act.default
+OP = find_op("depthwise_conv_bn_act")
+CUSTOM_OP = OP.custom_op
 
 
 class Reference:
@@ -85,7 +83,7 @@ def run(args: dict[str, Any]) -> Tensor:
         y = depthwise_conv_bn_act(**args, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == depthwise_conv_bn_act_n_bytes(**args)
+    assert t.unique_bytes == OP.n_bytes(**args)
     assert y.is_contiguous(memory_format=channels_last)
     return y
 
@@ -191,7 +189,7 @@ def test_images_do_not_see_each_other() -> None:
 def test_nan_and_infinity_stay_in_their_windows() -> None:
     args = some_arguments(1, 8, 9, 9, activation="relu")
     args["x"][0, 2, 4, 4], args["x"][0, 5, 0, 8] = torch.nan, torch.inf
-    got, want = run(args), depthwise_conv_bn_act_eager(**args)
+    got, want = run(args), OP.eager(**args)
     torch.testing.assert_close(got, want, equal_nan=True)
     assert want.isnan().any() and want.isinf().any()
 
@@ -255,8 +253,8 @@ def test_compiles_and_exports(op: Any) -> None:
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = ({0: batch}, None, None)
     exported = torch.export.export(Model(), tensors[0], dynamic_shapes=shapes).module()
-    assert torch.equal(compiled(*tensors[0]), depthwise_conv_bn_act_eager(**small))
-    assert torch.equal(exported(*tensors[1]), depthwise_conv_bn_act_eager(**large))
+    assert torch.equal(compiled(*tensors[0]), OP.eager(**small))
+    assert torch.equal(exported(*tensors[1]), OP.eager(**large))
 
 
 @pytest.mark.parametrize(

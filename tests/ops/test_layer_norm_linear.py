@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastbb_kernels import ACTIVATIONS, layer_norm_linear
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.layer_norm_linear import layer_norm_linear_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
 from fastbb_kernels.triton_kernels import layer_norm_linear as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
@@ -20,7 +20,8 @@ from fastbb_kernels.triton_kernels.layer_norm_linear import LayerNormLinearConfi
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.layer_norm_linear.default
+OP = find_op("layer_norm_linear")
+CUSTOM_OP = OP.custom_op
 
 # not the default, so that a lost eps shows
 EPS = 1e-2
@@ -75,7 +76,7 @@ def run(args: Arguments, activation: str | None = None) -> Tensor:
         y = layer_norm_linear(*args, eps=EPS, activation=activation, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == layer_norm_linear_n_bytes(*args, activation=activation)
+    assert t.unique_bytes == OP.n_bytes(*args, activation=activation)
     assert y.is_contiguous()
     return y
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import layer_norm_nchw
-from fastbb_kernels.ops.layer_norm_nchw import layer_norm_nchw_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels.layer_norm_nchw import launch_config
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.layer_norm_nchw.default
+OP = find_op("layer_norm_nchw")
+CUSTOM_OP = OP.custom_op
 
 # not the default, so that a lost eps shows
 EPS = 1e-2
@@ -41,7 +42,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, eps: float = EPS) -> Tensor:
         y = layer_norm_nchw(x, weight, bias, eps=eps, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == layer_norm_nchw_n_bytes(x, weight, bias)
+    assert t.unique_bytes == OP.n_bytes(x, weight, bias)
     return y
 
 

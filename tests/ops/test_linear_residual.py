@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from fastbb_kernels import linear_residual
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.linear_residual import linear_residual_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import linear_residual as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.linear_residual.default
+OP = find_op("linear_residual")
+CUSTOM_OP = OP.custom_op
 
 Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
@@ -49,7 +50,7 @@ def run(args: Arguments) -> Tensor:
         y = linear_residual(*args, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == linear_residual_n_bytes(*args)
+    assert t.unique_bytes == OP.n_bytes(*args)
     return y
 
 

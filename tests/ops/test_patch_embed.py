@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import patch_embed
-from fastbb_kernels.ops.patch_embed import patch_embed_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import patch_embed as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.patch_embed.default
+OP = find_op("patch_embed")
+CUSTOM_OP = OP.custom_op
 
 # not the default, so that a lost eps shows
 EPS = 1e-2
@@ -69,7 +70,7 @@ def run(args: Arguments, ceil_mode: bool) -> Tensor:
         y = patch_embed(*args, eps=EPS, ceil_mode=ceil_mode, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == patch_embed_n_bytes(*args, ceil_mode=ceil_mode)
+    assert t.unique_bytes == OP.n_bytes(*args, ceil_mode=ceil_mode)
     assert y.is_contiguous()
     return y
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels import patch_merging
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.patch_merging import patch_merging_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import corners, interpret, record_launches, trace
 from fastbb_kernels.triton_kernels import layer_norm_linear as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
@@ -19,7 +19,8 @@ from fastbb_kernels.triton_kernels.layer_norm_linear import LayerNormLinearConfi
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.patch_merging.default
+OP = find_op("patch_merging")
+CUSTOM_OP = OP.custom_op
 
 # not the default, so that a lost eps shows
 EPS = 1e-2
@@ -49,7 +50,7 @@ def run(args: Arguments) -> Tensor:
         y = patch_merging(*args, eps=EPS, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == patch_merging_n_bytes(*args)
+    assert t.unique_bytes == OP.n_bytes(*args)
     assert y.is_contiguous()
     return y
 

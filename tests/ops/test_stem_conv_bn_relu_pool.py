@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastbb_kernels import ACTIVATIONS, stem_conv_bn_relu_pool
 from fastbb_kernels._dispatch import Architecture
-from fastbb_kernels.ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gpu, interpret, trace
 from fastbb_kernels.triton_kernels import stem_conv_bn_relu_pool as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
@@ -21,7 +21,8 @@ from fastbb_kernels.triton_kernels.config import GemmConfig
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
 
-CUSTOM_OP = torch.ops.fastbb.stem_conv_bn_relu_pool.default
+OP = find_op("stem_conv_bn_relu_pool")
+CUSTOM_OP = OP.custom_op
 
 
 class Stem(nn.Module):
@@ -81,7 +82,7 @@ def run(arguments: dict[str, Any]) -> Tensor:
         y = stem_conv_bn_relu_pool(**arguments, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == stem_conv_bn_relu_pool_n_bytes(**arguments)
+    assert t.unique_bytes == OP.n_bytes(**arguments)
     assert y.is_contiguous(memory_format=CHANNELS_LAST)
     return y
 

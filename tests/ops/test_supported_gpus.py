@@ -12,8 +12,9 @@ from torch._subclasses import FakeTensorMode
 from fastbb.engine.prepare import explain
 from fastbb.engine.ways import Ways
 from fastbb_kernels import _dispatch as dispatch
-from fastbb_kernels import linear_residual
 from fastbb_kernels._dispatch import architecture, common_unsupported
+from fastbb_kernels.op import find_op
+from fastbb_kernels.ops.linear_residual import LinearResidual
 from fastbb_kernels.supported_gpus import LAUNCH_TABLES, gpu_problem, named
 from fastbb_kernels.testing import ARCHITECTURES
 
@@ -65,17 +66,17 @@ def arguments() -> Any:
 
 def ran(impl: Any = "auto") -> bool:
     """Whether the kernel was chosen."""
-    name = "_linear_residual"
-    with mock.patch.dict(linear_residual.__globals__, {name: mock.Mock()}), torch.no_grad():
-        linear_residual(*arguments(), impl=impl)
-        return linear_residual.__globals__[name].called
+    op = find_op("linear_residual")
+    with mock.patch.object(op, "kernel") as kernel, torch.no_grad():
+        op.call(*arguments(), impl=impl)
+        return kernel.called
 
 
 @pytest.mark.parametrize("capability", SUPPORTED)
 def test_a_supported_gpu_runs_kernels_by_a_table(gpu: Gpu, capability: str) -> None:
     gpu(capability)
     assert architecture(torch.device("cuda:0")) == SUPPORTED[capability]
-    assert common_unsupported(arguments()[0]) is None and ran() and ran("triton")
+    assert common_unsupported(LinearResidual(*arguments())) is None and ran() and ran("triton")
 
 
 @pytest.mark.parametrize("capability", UNSUPPORTED)
@@ -87,7 +88,7 @@ def test_another_gpu_runs_pytorchs_own_ops(gpu: Gpu, capability: str) -> None:
         f"11.0, 12.0, 12.1, or AMD's gfx90a or gfx942, got {kind}{capability}, where "
         "impl='auto' runs PyTorch's own ops"
     )
-    assert common_unsupported(arguments()[0]) == message
+    assert common_unsupported(LinearResidual(*arguments())) == message
     assert not ran() and not ran("eager")
     with pytest.raises(NotImplementedError, match="linear_residual: .* " + message):
         ran("triton")
@@ -111,7 +112,8 @@ def test_a_device_is_asked_once(gpu: Gpu) -> None:
     for _ in range(3):
         assert ran() and architecture(torch.device("cuda:0")) == 90
     asked.assert_called_once()
-    assert common_unsupported(torch.empty(1, device="cuda:1")) is None and asked.call_count == 2
+    other: Any = (tensor if tensor is None else tensor.to("cuda:1") for tensor in arguments())
+    assert common_unsupported(LinearResidual(*other)) is None and asked.call_count == 2
 
 
 def test_the_current_device_is_not_remembered(gpu: Gpu) -> None:

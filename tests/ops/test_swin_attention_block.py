@@ -14,19 +14,16 @@ from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbb_kernels import WindowGeometry, use_impl
+from fastbb_kernels import WindowGeometry, relative_position_index, use_impl
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.swin_attention_block import (
-    swin_attention_block,
-    swin_attention_block_eager,
-    swin_attention_block_n_bytes,
-)
-from fastbb_kernels.ops.window_attention import relative_position_index
+from fastbb_kernels.op import find_op
+from fastbb_kernels.ops.swin_attention_block import swin_attention_block
 from fastbb_kernels.testing import corners, interpret, record_launches, trace
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.swin_attention_block.default
+OP = find_op("swin_attention_block")
+CUSTOM_OP = OP.custom_op
 
 NAMES = (
     "x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "bias", "proj_weight", "proj_bias",
@@ -106,7 +103,7 @@ def run(kwargs: dict[str, Any]) -> Tensor:
         y = swin_attention_block(**kwargs, impl="triton")
     assert [launch.kernel for launch in t.launches] == ["_swin_attention_block_fwd_kernel"]
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == swin_attention_block_n_bytes(**kwargs)
+    assert t.unique_bytes == OP.n_bytes(**kwargs)
     assert y.is_contiguous()
     return y
 
@@ -159,7 +156,7 @@ def test_any_roll_of_a_padded_map_without_biases() -> None:
     args = arguments(window=(4, 3), shift=(1, 2)) | {"x": x, "qkv_bias": None, "proj_bias": None}
     exact = {name: value.double() if name in NAMES and value is not None else value
              for name, value in args.items()}  # fmt: skip
-    assert_equals_upstream(run(args).double(), swin_attention_block_eager(**exact))
+    assert_equals_upstream(run(args).double(), OP.eager(**exact))
 
 
 def test_a_large_mean_costs_no_digits() -> None:
@@ -172,7 +169,7 @@ def test_eps() -> None:
     args = arguments() | {"x": 1e-2 * torch.randn(1, 7, 7, 32)}
     for eps in (1e-5, 1e-3):
         y = run({**args, "eps": eps})
-        assert_equals_upstream(y, swin_attention_block_eager(**args, eps=eps))
+        assert_equals_upstream(y, OP.eager(**args, eps=eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -225,7 +222,7 @@ def test_compiles_and_exports(custom: bool, biases: bool) -> None:
     class Model(nn.Module):
         def forward(self, *tensors: Tensor | None) -> Tensor:
             if custom:
-                return CUSTOM_OP(*tensors, [7, 7], [3, 3], False, 1e-5)
+                return CUSTOM_OP(*tensors, options["num_heads"], [7, 7], [3, 3], False, 1e-5)
             return swin_attention_block(*tensors, **options)  # type: ignore[arg-type]  # as they come
 
     tensors = [small[name] for name in NAMES]
@@ -235,7 +232,7 @@ def test_compiles_and_exports(custom: bool, biases: bool) -> None:
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     exported = torch.export.export(Model(), tuple(tensors), dynamic_shapes=shapes).module()
     for x in (tensors[0], large):
-        want = swin_attention_block_eager(x, *tensors[1:], **options)
+        want = OP.eager(x, *tensors[1:], **options)
         assert torch.equal(compiled(x, *tensors[1:]), want)
         assert torch.equal(exported(x, *tensors[1:]), want)
 
@@ -249,8 +246,8 @@ def test_custom_op_is_registered_rightly() -> None:
     ):
         geometry = args["geometry"]
         tensors = [args[name] for name in NAMES]
-        torch.library.opcheck(CUSTOM_OP, (*tensors, *geometry, 1e-5))
-        assert CUSTOM_OP(*tensors, *geometry, 1e-5).is_contiguous()
+        torch.library.opcheck(CUSTOM_OP, (*tensors, args["num_heads"], *geometry, 1e-5))
+        assert CUSTOM_OP(*tensors, args["num_heads"], *geometry, 1e-5).is_contiguous()
 
 
 def test_gradients_take_the_eager_path() -> None:

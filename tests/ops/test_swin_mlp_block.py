@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from fastbb_kernels import ACTIVATIONS, swin_mlp_block, use_impl
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.ops.swin_mlp_block import swin_mlp_block_eager, swin_mlp_block_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
 from fastbb_kernels.triton_kernels import swin_mlp_block as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-CUSTOM_OP = torch.ops.fastbb.swin_mlp_block.default
+OP = find_op("swin_mlp_block")
+CUSTOM_OP = OP.custom_op
 
 NAMES = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 
@@ -74,7 +75,7 @@ def run(kwargs: dict[str, Any]) -> Tensor:
     assert [launch.kernel for launch in t.launches] == ["_swin_mlp_block_fwd_kernel"]
     t.assert_written_once("y_ptr")
     tensors = {name: value for name, value in kwargs.items() if name in NAMES}
-    assert t.unique_bytes == swin_mlp_block_n_bytes(**tensors)
+    assert t.unique_bytes == OP.n_bytes(**tensors)
     assert y.is_contiguous()
     return y
 
@@ -117,7 +118,7 @@ def test_few_rows_get_small_tiles(arch: Architecture) -> None:
 def test_activations(name: str | None) -> None:
     args = arguments() | {"activation": name}
     exact = {key: args[key].double() for key in NAMES}
-    y = swin_mlp_block_eager(**exact, activation=name)
+    y = OP.eager(**exact, activation=name)
     assert_equals_upstream(run(args).double(), y)
 
 
@@ -129,7 +130,7 @@ def test_the_default_activation_is_exact_gelu() -> None:
 
 def test_without_biases() -> None:
     args = arguments() | {"fc1_bias": None, "fc2_bias": None}
-    assert_equals_upstream(run(args), swin_mlp_block_eager(**args))
+    assert_equals_upstream(run(args), OP.eager(**args))
 
 
 def test_a_large_mean_costs_no_digits() -> None:
@@ -141,7 +142,7 @@ def test_a_large_mean_costs_no_digits() -> None:
 def test_eps() -> None:
     args = arguments() | {"x": 1e-2 * torch.randn(4, 32)}
     for eps in (1e-5, 1e-3):
-        assert_equals_upstream(run({**args, "eps": eps}), swin_mlp_block_eager(**args, eps=eps))
+        assert_equals_upstream(run({**args, "eps": eps}), OP.eager(**args, eps=eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -200,7 +201,7 @@ def test_compiles_and_exports(custom: bool, biases: bool) -> None:
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     exported = torch.export.export(Model(), tuple(tensors), dynamic_shapes=shapes).module()
     for x in (tensors[0], torch.randn(7, 5, 32)):
-        want = swin_mlp_block_eager(x, *tensors[1:])
+        want = OP.eager(x, *tensors[1:])
         assert torch.equal(compiled(x, *tensors[1:]), want)
         assert torch.equal(exported(x, *tensors[1:]), want)
 

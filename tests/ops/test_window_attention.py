@@ -5,8 +5,13 @@ import torch
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import nn
 
-from fastbb_kernels import WindowGeometry, use_impl, window_attention, window_attention_weights
-from fastbb_kernels.ops.window_attention import relative_position_index
+from fastbb_kernels import (
+    WindowGeometry,
+    relative_position_index,
+    use_impl,
+    window_attention,
+    window_attention_weights,
+)
 
 C, HEADS = 32, 2
 # no padding, padding on one side, on both, smaller than a window, one token

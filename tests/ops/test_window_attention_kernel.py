@@ -8,11 +8,12 @@ from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, nn
 
 from fastbb_kernels import WindowGeometry, window_attention
-from fastbb_kernels.ops.window_attention import window_attention_eager, window_attention_n_bytes
+from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import corners, interpret, record_launches, trace
 from fastbb_kernels.triton_kernels.window_attention import launch_config
 
-CUSTOM_OP = torch.ops.fastbb.window_attention.default
+OP = find_op("window_attention")
+CUSTOM_OP = OP.custom_op
 
 Arguments = tuple[Tensor, Tensor, Tensor | None]
 
@@ -120,12 +121,12 @@ def run(arguments: Arguments, geometry: WindowGeometry) -> Tensor:
         y = window_attention(*arguments, **call, impl="triton")
     assert len(t.launches) == 1
     t.assert_written_once("y_ptr")
-    assert t.unique_bytes == window_attention_n_bytes(*arguments, **call)
+    assert t.unique_bytes == OP.n_bytes(*arguments, **call)
     return y
 
 
 def assert_right(arguments: Arguments, geometry: WindowGeometry) -> None:
-    eager = window_attention_eager(*arguments, num_heads=arguments[1].shape[0], geometry=geometry)
+    eager = OP.eager(*arguments, num_heads=arguments[1].shape[0], geometry=geometry)
     y = run(arguments, geometry)
     assert y.is_contiguous()
     assert_as_accurate_as_eager("y", y, eager, reference(arguments, geometry))
@@ -179,7 +180,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
     }
     bias, pad = rows[..., 3:67].transpose(0, 1), torch.stack([pad, pad * 2], dim=1)[:, 0]
     for name, view in views.items():
-        y = window_attention_eager(view, bias, pad, num_heads=2, geometry=case.geometry)
+        y = OP.eager(view, bias, pad, num_heads=2, geometry=case.geometry)
         with torch.no_grad(), trace() as t:
             got = window_attention(
                 view, bias, pad, num_heads=2, geometry=case.geometry, impl="triton"
@@ -264,11 +265,11 @@ def test_compiles_and_exports(op: str) -> None:
     class Model(nn.Module):
         def forward(self, qkv: Tensor, bias: Tensor, pad: Tensor) -> Tensor:
             if op == "custom":
-                return CUSTOM_OP(qkv, bias, pad, *geometry)
+                return CUSTOM_OP(qkv, bias, pad, 2, *geometry, 0.0)
             return window_attention(qkv, bias, pad, num_heads=2, geometry=geometry)
 
     def eager(*arguments: Any) -> Tensor:
-        return window_attention_eager(*arguments, num_heads=2, geometry=geometry)
+        return OP.eager(*arguments, num_heads=2, geometry=geometry)
 
     small = case.arguments(torch.float32)
     large = case._replace(batch=5).arguments(torch.float32)
@@ -284,8 +285,8 @@ def test_custom_op_is_registered_rightly(roll_first: bool) -> None:
     geometry = WindowGeometry((4, 4), (2, 1), roll_first)
     qkv, bias, pad = Case((5, 9), window=(4, 4), head_dim=16).arguments(torch.float32)
     bias = bias[..., :16]
-    torch.library.opcheck(CUSTOM_OP, (qkv, bias, pad, *geometry))
-    torch.library.opcheck(CUSTOM_OP, (qkv[:, 1:, 1:], bias, None, *geometry))
+    torch.library.opcheck(CUSTOM_OP, (qkv, bias, pad, 2, *geometry, 0.0))
+    torch.library.opcheck(CUSTOM_OP, (qkv[:, 1:, 1:], bias, None, 2, *geometry, 0.0))
 
 
 def test_gradients_take_the_eager_path() -> None:
@@ -294,7 +295,7 @@ def test_gradients_take_the_eager_path() -> None:
     call: dict[str, Any] = {"num_heads": 2, "geometry": case.geometry}
     with interpret():
         got = torch.autograd.grad(window_attention(*arguments, **call).square().sum(), arguments)
-    y = window_attention_eager(*arguments, **call)
+    y = OP.eager(*arguments, **call)
     for ours, theirs in zip(got, torch.autograd.grad(y.square().sum(), arguments)):
         assert torch.equal(ours, theirs)
 

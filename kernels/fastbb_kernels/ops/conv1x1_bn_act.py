@@ -4,14 +4,15 @@ Algorithm: a GEMM over the pixels of channels-last maps; the rest is its epilogu
 Bound: memory (read x and the residual, write y).
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
-from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import Impl, common_unsupported
+from ..op import Op
 
 
 def conv1x1_bn_act(
@@ -47,93 +48,44 @@ def conv1x1_bn_act(
         ValueError: shapes that do not fit together, no stride or an unknown activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    options = {"stride": stride, "residual": residual, "activation": activation}
-    check_convolution("conv1x1_bn_act", x, weight, bias, kernel=1, **options)
-    unsupported = conv1x1_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("conv1x1_bn_act", impl, unsupported, x):
-        run = _launch if launches_directly() else _conv1x1_bn_act
-        return run(x, weight, bias, stride, residual, activation)
-    return conv1x1_bn_act_eager(x, weight, bias, **options)
+    return _op(Conv1x1BnAct(x, weight, bias, stride, residual, activation), impl)
 
 
-def conv1x1_bn_act_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> Tensor:
-    return finish(F.conv2d(x, weight, bias, stride), activation, residual)
+class Conv1x1BnAct(NamedTuple):
+    """A call of `conv1x1_bn_act`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    residual: Tensor | None
+    activation: Activation
+
+    def check(self) -> None:
+        x, weight, bias, stride, residual, activation = self
+        check_convolution("conv1x1_bn_act", 1, x, weight, bias, stride, 1, residual, activation)
+
+    def eager(self) -> Tensor:
+        y = F.conv2d(self.x, self.weight, self.bias, self.stride)
+        return finish(y, self.activation, self.residual)
+
+    def unsupported(self) -> str | None:
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """The pixels that it uses, residual and parameters read once, y written once."""
+        batch, channels, height, width = output_shape(self.x, self.weight, self.stride)
+        maps = self.x.shape[1] + (1 if self.residual is None else 2) * channels
+        n_elements = batch * height * width * maps + self.weight.numel() + channels
+        return self.x.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        return empty_output(self.x, self.weight, self.stride)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.conv1x1_bn_act import launch
+
+        return launch(*self, self.empty_result())
 
 
-def conv1x1_bn_act_unsupported(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    return common_unsupported(x, weight=weight, bias=bias, residual=residual)
-
-
-def conv1x1_bn_act_n_bytes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> int:
-    """Bytes of a call: the pixels that it uses, residual and parameters read once, y written."""
-    batch, channels, height, width = output_shape(x, weight, stride)
-    maps = x.shape[1] + channels + (0 if residual is None else channels)
-    n_elements = batch * height * width * maps + weight.numel() + channels
-    return x.element_size() * n_elements
-
-
-@torch.library.custom_op("fastbb::conv1x1_bn_act", mutates_args=())
-def _conv1x1_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    y = conv1x1_bn_act_eager(
-        x, weight, bias, stride=stride, residual=residual, activation=activation
-    )
-    return empty_output(x, weight, stride).copy_(y)
-
-
-@_conv1x1_bn_act.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    return empty_output(x, weight, stride)
-
-
-@launches(_conv1x1_bn_act)
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    from ..triton_kernels.conv1x1_bn_act import launch
-
-    y = empty_output(x, weight, stride)
-    return launch(x, weight, bias, stride, residual, activation, y)
+_op = Op("conv1x1_bn_act", Conv1x1BnAct)

@@ -6,7 +6,6 @@ Bound: flops from 128 channels on; memory and flops are even at 64.
 """
 
 import math
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +20,13 @@ from .._dispatch import (
     architecture,
     chosen_impl,
     common_unsupported,
+    computes_nothing,
     current_check,
-    launches_directly,
-    use_triton,
 )
 from ..fp32_precision import convolution_precision
-from ..launching import Launch, chosen_config, launches, note_binary
-from .bias_act import _launch as _launch_bias_act
+from ..launching import Launch, chosen_config, note_binary
+from ..op import CustomOp, Op
+from .bias_act import _op as _bias_act
 
 
 def conv3x3_bn_act(
@@ -64,68 +63,55 @@ def conv3x3_bn_act(
         ValueError: shapes that do not fit together, or no such activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    options = {
-        "stride": stride,
-        "dilation": dilation,
-        "residual": residual,
-        "activation": activation,
-    }
-    check_convolution("conv3x3_bn_act", x, weight, bias, kernel=3, **options)
-    unsupported = conv3x3_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("conv3x3_bn_act", impl, unsupported, x):
-        args = x, weight, bias, stride, dilation, residual, activation
-        is_asked_for = chosen_impl("conv3x3_bn_act", impl) == "triton"
-        if launches_directly():  # what a library computes there is not seen
-            is_asked_for |= architecture(x.device) is None
-            return _launch(*args) if is_asked_for else _run_fastest(*args)
-        return _conv3x3_bn_act(*args) if is_asked_for else _fastest_conv3x3_bn_act(*args)
-    return conv3x3_bn_act_eager(x, weight, bias, **options)
+    call = Conv3x3BnAct(x, weight, bias, stride, dilation, residual, activation)
+    call.check()
+    if not _op.takes(call, impl):
+        return call.eager()
+    # what a library computes in the interpreter is not seen
+    is_seen = architecture(x.device) is not None
+    if chosen_impl("conv3x3_bn_act", impl) == "triton" or not is_seen:
+        return _op.kernel(call)
+    return _fastest(call)
 
 
-def conv3x3_bn_act_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> Tensor:
-    y = F.conv2d(x, weight, bias, stride, dilation, dilation)
-    return finish(y, activation, residual)
+class Conv3x3BnAct(NamedTuple):
+    """A call of `conv3x3_bn_act`."""
 
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    dilation: int
+    residual: Tensor | None
+    activation: Activation
 
-def conv3x3_bn_act_unsupported(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    return common_unsupported(x, weight=weight, bias=bias, residual=residual)
+    def check(self) -> None:
+        check_convolution("conv3x3_bn_act", 3, *self)
 
+    def eager(self) -> Tensor:
+        x, weight, bias, stride, dilation, residual, activation = self
+        y = F.conv2d(x, weight, bias, stride, dilation, dilation)
+        return finish(y, activation, residual)
 
-def conv3x3_bn_act_n_bytes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    residual: Tensor | None = None,
-    activation: Activation = None,
-) -> int:
-    """Bytes of a call: what is used of x, the parameters and the residual read once, y written."""
-    batch, channels, height, width = x.shape
-    used = _n_used(height, stride, dilation) * _n_used(width, stride, dilation)
-    maps = (1 if residual is None else 2) * math.prod(output_shape(x, weight, stride))
-    n_elements = batch * channels * used + weight.numel() + bias.numel() + maps
-    return x.element_size() * n_elements
+    def unsupported(self) -> str | None:
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """What is used of x, the parameters and the residual read once, y written once."""
+        x, weight, bias, stride, dilation, residual, _ = self
+        batch, channels, height, width = x.shape
+        used = _n_used(height, stride, dilation) * _n_used(width, stride, dilation)
+        maps = (1 if residual is None else 2) * math.prod(output_shape(x, weight, stride))
+        n_elements = batch * channels * used + weight.numel() + bias.numel() + maps
+        return x.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        return empty_output(self.x, self.weight, self.stride)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.conv3x3_bn_act import launch
+
+        return launch(*self, self.empty_result())
 
 
 def _n_used(size: int, stride: int, dilation: int) -> int:
@@ -133,51 +119,6 @@ def _n_used(size: int, stride: int, dilation: int) -> int:
     centers = range(0, size, stride)
     taps = {center + offset for center in centers for offset in (-dilation, 0, dilation)}
     return len(taps.intersection(range(size)))
-
-
-def _plain_pytorch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    dilation: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    y = conv3x3_bn_act_eager(
-        x, weight, bias, stride=stride, dilation=dilation, residual=residual, activation=activation
-    )
-    return empty_output(x, weight, stride).copy_(y)
-
-
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, stride: int, *_: object) -> Tensor:
-    return empty_output(x, weight, stride)
-
-
-_conv3x3_bn_act = torch.library.custom_op("fastbb::conv3x3_bn_act", _plain_pytorch, mutates_args=())
-_conv3x3_bn_act.register_fake(_fake)
-
-
-@launches(_conv3x3_bn_act)
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    stride: int,
-    dilation: int,
-    residual: Tensor | None,
-    activation: str | None,
-) -> Tensor:
-    from ..triton_kernels.conv3x3_bn_act import launch
-
-    y = empty_output(x, weight, stride)
-    return launch(x, weight, bias, stride, dilation, residual, activation, y)
-
-
-_fastest_conv3x3_bn_act = torch.library.custom_op(
-    "fastbb::fastest_conv3x3_bn_act", _plain_pytorch, mutates_args=()
-)
-_fastest_conv3x3_bn_act.register_fake(_fake)
 
 
 class Conv3x3Way(NamedTuple):
@@ -210,7 +151,6 @@ def usual_way(
     return Conv3x3Way("plain" if isinstance(arch, str) or activation != "relu" else "fused")
 
 
-@_fastest_conv3x3_bn_act.register_kernel("cuda")
 def _run_fastest(
     x: Tensor,
     weight: Tensor,
@@ -218,7 +158,7 @@ def _run_fastest(
     stride: int,
     dilation: int,
     residual: Tensor | None,
-    activation: str | None,
+    activation: Activation,
 ) -> Tensor:
     batch, out_channels, height, width = output_shape(x, weight, stride)
     sizes = (
@@ -227,16 +167,16 @@ def _run_fastest(
     )
     way = chosen_config("conv3x3_way", usual_way, x.device, *sizes).name
     if way == "triton":
-        return _launch(x, weight, bias, stride, dilation, residual, activation)
+        return _op.launch(x, weight, bias, stride, dilation, residual, activation)
     has_z = residual is not None or x.shape == (batch, out_channels, height, width)
     if way == "fused" and activation == "relu" and has_z and _fused_op_may_run():
         check, args = current_check(), (x, weight, bias, stride, dilation, residual)
         if check is None or check.trusts(_choice_of_cudnn(*args), _cudnn, args):
             return _call_cudnn(*args)
-        return _launch(*args, activation)
+        return _op.launch(*args, activation)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     y = F.conv2d(x, weight, None, stride, dilation, dilation)
-    return _launch_bias_act(y, bias, residual, activation)
+    return _bias_act.launch(y, bias, residual, activation)
 
 
 def _fused_op_may_run() -> bool:
@@ -260,7 +200,7 @@ def _call_cudnn(
     note_binary("cuDNN")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
     geometry = [stride] * 2, [dilation] * 2, [dilation] * 2
-    if launches_directly() and architecture(x.device) is not None:  # a GPU that is not there
+    if computes_nothing():
         return empty_output(x, weight, stride)
     z, alpha = (x, 0.0) if residual is None else (residual, 1.0)
     y = torch.ops.aten.cudnn_convolution_add_relu(
@@ -277,8 +217,10 @@ def _choice_of_cudnn(x: Tensor, weight: Tensor, *options: Any) -> tuple[object, 
     return "conv3x3", x.dtype, *flags, *sizes
 
 
+_op = Op("conv3x3_bn_act", Conv3x3BnAct)
+_fastest = CustomOp("fastest_conv3x3_bn_act", Conv3x3BnAct, _run_fastest)
 _cudnn = Launch(
     "cuDNN's fused 3x3 convolution",
     _call_cudnn,
-    eager=partial(_plain_pytorch, activation="relu"),
+    eager=lambda *args: _fastest.eager(*args, "relu"),
 )

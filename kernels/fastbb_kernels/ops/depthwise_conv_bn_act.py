@@ -5,15 +5,15 @@ Bound: memory for 3x3 (read x, write y), instructions from 5x5 on.
 """
 
 import math
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._activation import Activation, check_activation
 from .._convolution import check_positive, check_shape, empty_output, finish, output_shape
-from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import Impl, common_unsupported
+from ..op import Op
 
 # the kernel unrolls a column of taps; larger ones are not checked for spills
 _TRITON_KERNEL_SIZES = (3, 5, 7)
@@ -53,112 +53,74 @@ def depthwise_conv_bn_act(
         ValueError: shapes that do not fit together, or an unknown activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(x, weight, bias, stride, dilation, activation)
-    options = {"stride": stride, "dilation": dilation, "activation": activation}
-    unsupported = depthwise_conv_bn_act_unsupported(x, weight, bias, **options)
-    if use_triton("depthwise_conv_bn_act", impl, unsupported, x):
-        run = _launch if launches_directly() else _depthwise_conv_bn_act
-        return run(x, weight, bias, stride, dilation, activation)
-    return depthwise_conv_bn_act_eager(x, weight, bias, **options)
+    return _op(DepthwiseConvBnAct(x, weight, bias, stride, dilation, activation), impl)
 
 
-def depthwise_conv_bn_act_eager(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    activation: Activation = None,
-) -> Tensor:
-    channels, _, k, _ = weight.shape
-    y = F.conv2d(x, weight, bias, stride, dilation * (k // 2), dilation, groups=channels)
-    return finish(y, activation)
+class DepthwiseConvBnAct(NamedTuple):
+    """A call of `depthwise_conv_bn_act`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+    stride: int
+    dilation: int
+    activation: Activation
+
+    def check(self) -> None:
+        x, weight, bias, stride, dilation, activation = self
+        if (
+            x.ndim != 4
+            or weight.ndim != 4
+            or weight.shape[:2] != (x.shape[1], 1)
+            or weight.shape[2] != weight.shape[3]
+            or weight.shape[2] % 2 == 0
+        ):
+            raise ValueError(
+                "depthwise_conv_bn_act: weight must be [C, 1, k, k], k odd, for x [B, C, H, W], "
+                f"got weight {list(weight.shape)} and x {list(x.shape)}"
+            )
+        check_shape("depthwise_conv_bn_act", "bias", bias, weight.shape[:1])
+        if x.shape[2] < 1 or x.shape[3] < 1:
+            raise ValueError(
+                f"depthwise_conv_bn_act: x must have pixels, got {x.shape[2]}x{x.shape[3]}"
+            )
+        check_positive("depthwise_conv_bn_act", stride=stride, dilation=dilation)
+        check_activation("depthwise_conv_bn_act", activation)
+
+    def eager(self) -> Tensor:
+        x, weight, bias, stride, dilation, activation = self
+        channels, _, k, _ = weight.shape
+        y = F.conv2d(x, weight, bias, stride, dilation * (k // 2), dilation, groups=channels)
+        return finish(y, activation)
+
+    def unsupported(self) -> str | None:
+        if self.weight.shape[2] not in _TRITON_KERNEL_SIZES:
+            return f"needs k in {_TRITON_KERNEL_SIZES}, got {self.weight.shape[2]}"
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """Weight, bias and the pixels under a tap read once, y written once."""
+        batch, channels, *size = self.x.shape
+        reach = self.dilation * (self.weight.shape[2] // 2)
+
+        def n_read(side: int) -> int:
+            taps = range(-reach, reach + 1, self.dilation)
+            read = {center + tap for center in range(0, side, self.stride) for tap in taps}
+            return len(read & set(range(side)))
+
+        n_rows, n_cols = map(n_read, size)
+        n_pixels = batch * n_rows * n_cols
+        n_results = math.prod(output_shape(self.x, self.weight, self.stride))
+        n_elements = n_pixels * channels + n_results + self.weight.numel() + channels
+        return self.x.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        return empty_output(self.x, self.weight, self.stride)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.depthwise_conv_bn_act import launch
+
+        return launch(*self, self.empty_result())
 
 
-def depthwise_conv_bn_act_unsupported(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    activation: Activation = None,
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    if weight.shape[2] not in _TRITON_KERNEL_SIZES:
-        return f"needs k in {_TRITON_KERNEL_SIZES}, got {weight.shape[2]}"
-    return common_unsupported(x, weight=weight, bias=bias)
-
-
-def depthwise_conv_bn_act_n_bytes(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    activation: Activation = None,
-) -> int:
-    """Bytes of a call: weight, bias and the pixels under a tap read once, y written once."""
-    batch, channels, *size = x.shape
-    reach = dilation * (weight.shape[2] // 2)
-
-    def n_read(side: int) -> int:
-        taps = range(-reach, reach + 1, dilation)
-        read = {center + tap for center in range(0, side, stride) for tap in taps}
-        return len(read & set(range(side)))
-
-    n_rows, n_cols = map(n_read, size)
-    n_pixels = batch * n_rows * n_cols
-    n_results = math.prod(output_shape(x, weight, stride))
-    return x.element_size() * (n_pixels * channels + n_results + weight.numel() + channels)
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: Activation
-) -> None:
-    if (
-        x.ndim != 4
-        or weight.ndim != 4
-        or weight.shape[:2] != (x.shape[1], 1)
-        or weight.shape[2] != weight.shape[3]
-        or weight.shape[2] % 2 == 0
-    ):
-        raise ValueError(
-            "depthwise_conv_bn_act: weight must be [C, 1, k, k], k odd, for x [B, C, H, W], "
-            f"got weight {list(weight.shape)} and x {list(x.shape)}"
-        )
-    check_shape("depthwise_conv_bn_act", "bias", bias, weight.shape[:1])
-    if x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(
-            f"depthwise_conv_bn_act: x must have pixels, got {x.shape[2]}x{x.shape[3]}"
-        )
-    check_positive("depthwise_conv_bn_act", stride=stride, dilation=dilation)
-    check_activation("depthwise_conv_bn_act", activation)
-
-
-@torch.library.custom_op("fastbb::depthwise_conv_bn_act", mutates_args=())
-def _depthwise_conv_bn_act(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
-) -> Tensor:
-    y = depthwise_conv_bn_act_eager(
-        x, weight, bias, stride=stride, dilation=dilation, activation=activation
-    )
-    return empty_output(x, weight, stride).copy_(y)
-
-
-@_depthwise_conv_bn_act.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
-) -> Tensor:
-    return empty_output(x, weight, stride)
-
-
-@launches(_depthwise_conv_bn_act)
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, activation: str | None
-) -> Tensor:
-    from ..triton_kernels.depthwise_conv_bn_act import launch
-
-    return launch(x, weight, bias, stride, dilation, activation, empty_output(x, weight, stride))
+_op = Op("depthwise_conv_bn_act", DepthwiseConvBnAct)

@@ -4,12 +4,13 @@ Algorithm: GEMM, bias and residual in one epilogue.
 Bound: memory at Swin's widths (read x and the residual, write y).
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import Impl, common_unsupported
+from ..op import Op
 
 
 def linear_residual(
@@ -36,66 +37,54 @@ def linear_residual(
         ValueError: shapes that do not fit together.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(x, weight, bias, residual)
-    unsupported = linear_residual_unsupported(x, weight, bias, residual)
-    if use_triton("linear_residual", impl, unsupported, x):
-        run = _launch if launches_directly() else _linear_residual
-        return run(x, weight, bias, residual)
-    return linear_residual_eager(x, weight, bias, residual)
+    return _op(LinearResidual(x, weight, bias, residual), impl)
 
 
-def linear_residual_eager(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
-) -> Tensor:
-    return residual + F.linear(x, weight, bias)
+class LinearResidual(NamedTuple):
+    """A call of `linear_residual`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    residual: Tensor
+
+    def check(self) -> None:
+        x, weight, bias, residual = self
+        if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                "linear_residual: weight must be [C_out, C] for x [..., C], "
+                f"got weight {list(weight.shape)} and x {list(x.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"linear_residual: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
+            )
+        if residual.shape != (*x.shape[:-1], weight.shape[0]):
+            raise ValueError(
+                f"linear_residual: residual must be {[*x.shape[:-1], weight.shape[0]]}, "
+                f"got {list(residual.shape)}"
+            )
+
+    def eager(self) -> Tensor:
+        return self.residual + F.linear(self.x, self.weight, self.bias)
+
+    def unsupported(self) -> str | None:
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """x, residual, weight and bias read once, y written once."""
+        n_rows = self.x.numel() // max(self.x.shape[-1], 1)
+        out_features, features = self.weight.shape
+        n_elements = n_rows * (features + 2 * out_features) + out_features * features
+        return self.x.element_size() * (n_elements + (0 if self.bias is None else out_features))
+
+    def empty_result(self) -> Tensor:
+        return self.x.new_empty(self.residual.shape)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.linear_residual import launch
+
+        return launch(*self)
 
 
-def linear_residual_unsupported(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    return common_unsupported(x, weight=weight, bias=bias, residual=residual)
-
-
-def linear_residual_n_bytes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
-) -> int:
-    """Bytes of a call: x, residual, weight and bias read once, y written once."""
-    n_rows = x.numel() // max(x.shape[-1], 1)
-    out_features, features = weight.shape
-    n_elements = n_rows * (features + 2 * out_features) + out_features * features
-    return x.element_size() * (n_elements + (0 if bias is None else out_features))
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            "linear_residual: weight must be [C_out, C] for x [..., C], "
-            f"got weight {list(weight.shape)} and x {list(x.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"linear_residual: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-        )
-    if residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(
-            f"linear_residual: residual must be {[*x.shape[:-1], weight.shape[0]]}, "
-            f"got {list(residual.shape)}"
-        )
-
-
-@torch.library.custom_op("fastbb::linear_residual", mutates_args=())
-def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return linear_residual_eager(x, weight, bias, residual).contiguous()
-
-
-@_linear_residual.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return x.new_empty(residual.shape)
-
-
-@launches(_linear_residual)
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    from ..triton_kernels.linear_residual import launch
-
-    return launch(x, weight, bias, residual)
+_op = Op("linear_residual", LinearResidual)

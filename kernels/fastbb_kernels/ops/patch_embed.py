@@ -4,12 +4,13 @@ Algorithm: every patch is one row of a GEMM; a program holds whole rows and norm
 Bound: memory (read the pixels, write the tokens).
 """
 
-import torch
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import Impl, common_unsupported
+from ..op import Op
 
 # a program holds whole rows in registers
 MAX_CHANNELS = 512
@@ -47,153 +48,90 @@ def patch_embed(
         ValueError: shapes that do not fit together, or no patch in the image.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    tensors = pixel_values, weight, bias, norm_weight, norm_bias
-    _check(*tensors, ceil_mode)
-    unsupported = patch_embed_unsupported(*tensors, eps=eps, ceil_mode=ceil_mode)
-    if use_triton("patch_embed", impl, unsupported, pixel_values):
-        run = _launch if launches_directly() else _patch_embed
-        return run(*tensors, eps, ceil_mode)
-    return patch_embed_eager(*tensors, eps=eps, ceil_mode=ceil_mode)
+    call = PatchEmbed(pixel_values, weight, bias, norm_weight, norm_bias, eps, ceil_mode)
+    return _op(call, impl)
 
 
-def patch_embed_eager(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    ceil_mode: bool = False,
-) -> Tensor:
-    p, q = weight.shape[2:]
-    height, width = pixel_values.shape[2:]
-    # F.pad copies even where it adds nothing
-    if ceil_mode and (height % p or width % q):
-        pixel_values = F.pad(pixel_values, (0, -width % q, 0, -height % p))
-    x = F.conv2d(pixel_values, weight, bias, stride=(p, q)).permute(0, 2, 3, 1)
-    if norm_weight is None:
-        return x
-    return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+class PatchEmbed(NamedTuple):
+    """A call of `patch_embed`."""
 
+    pixel_values: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+    eps: float
+    ceil_mode: bool
 
-def patch_embed_unsupported(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    ceil_mode: bool = False,
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    if weight.shape[0] > MAX_CHANNELS:
-        return f"needs at most {MAX_CHANNELS} output channels, got {weight.shape[0]}"
-    return common_unsupported(
-        pixel_values, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias
-    )
-
-
-def patch_embed_n_bytes(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    ceil_mode: bool = False,
-) -> int:
-    """Bytes of a call: the pixels of patches and the weights read once, tokens written once."""
-    batch, height, width, channels = _output_shape(pixel_values, weight, ceil_mode)
-    p, q = weight.shape[2:]
-    n_rows, n_cols = (
-        min(whole, n_patches * side)
-        for whole, n_patches, side in zip(pixel_values.shape[2:], (height, width), (p, q))
-    )
-    n_elements = batch * (pixel_values.shape[1] * n_rows * n_cols + height * width * channels)
-    parameters = (weight, bias, norm_weight, norm_bias)
-    n_elements += sum(tensor.numel() for tensor in parameters if tensor is not None)
-    return pixel_values.element_size() * n_elements
-
-
-def _output_shape(
-    pixel_values: Tensor, weight: Tensor, ceil_mode: bool
-) -> tuple[int, int, int, int]:
-    batch, _, height, width = pixel_values.shape
-    channels, _, p, q = weight.shape
-    if ceil_mode:
-        return batch, -(-height // p), -(-width // q), channels
-    return batch, height // p, width // q, channels
-
-
-def _check(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    ceil_mode: bool,
-) -> None:
-    if pixel_values.ndim != 4 or weight.ndim != 4 or pixel_values.shape[1] != weight.shape[1]:
-        raise ValueError(
-            "patch_embed: weight must be [C, C_in, p, q] for pixel_values [B, C_in, H, W], "
-            f"got weight {list(weight.shape)} and pixel_values {list(pixel_values.shape)}"
-        )
-    for name, tensor in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if tensor is not None and tensor.shape != weight.shape[:1]:
+    def check(self) -> None:
+        pixel_values, weight, bias, norm_weight, norm_bias, _, ceil_mode = self
+        if pixel_values.ndim != 4 or weight.ndim != 4 or pixel_values.shape[1] != weight.shape[1]:
             raise ValueError(
-                f"patch_embed: {name} must be [{weight.shape[0]}], got {list(tensor.shape)}"
+                "patch_embed: weight must be [C, C_in, p, q] for pixel_values [B, C_in, H, W], "
+                f"got weight {list(weight.shape)} and pixel_values {list(pixel_values.shape)}"
             )
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError("patch_embed: norm_bias needs a norm_weight, got None")
-    p, q = (1, 1) if ceil_mode else weight.shape[2:]
-    height, width = pixel_values.shape[2:]
-    if height < p or width < q:
-        raise ValueError(
-            f"patch_embed: the image must be at least {p}x{q} pixels, got {height}x{width}"
+        for name, tensor in (
+            ("bias", bias),
+            ("norm_weight", norm_weight),
+            ("norm_bias", norm_bias),
+        ):
+            if tensor is not None and tensor.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"patch_embed: {name} must be [{weight.shape[0]}], got {list(tensor.shape)}"
+                )
+        if norm_bias is not None and norm_weight is None:
+            raise ValueError("patch_embed: norm_bias needs a norm_weight, got None")
+        p, q = (1, 1) if ceil_mode else weight.shape[2:]
+        height, width = pixel_values.shape[2:]
+        if height < p or width < q:
+            raise ValueError(
+                f"patch_embed: the image must be at least {p}x{q} pixels, got {height}x{width}"
+            )
+
+    def eager(self) -> Tensor:
+        pixel_values, weight, bias, norm_weight, norm_bias, eps, ceil_mode = self
+        p, q = weight.shape[2:]
+        height, width = pixel_values.shape[2:]
+        # F.pad copies even where it adds nothing
+        if ceil_mode and (height % p or width % q):
+            pixel_values = F.pad(pixel_values, (0, -width % q, 0, -height % p))
+        x = F.conv2d(pixel_values, weight, bias, stride=(p, q)).permute(0, 2, 3, 1)
+        if norm_weight is None:
+            return x
+        return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+
+    def unsupported(self) -> str | None:
+        if self.weight.shape[0] > MAX_CHANNELS:
+            return f"needs at most {MAX_CHANNELS} output channels, got {self.weight.shape[0]}"
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """The pixels of patches and the weights read once, tokens written once."""
+        batch, height, width, channels = self._output_shape()
+        p, q = self.weight.shape[2:]
+        n_rows, n_cols = (
+            min(whole, n_patches * side)
+            for whole, n_patches, side in zip(self.pixel_values.shape[2:], (height, width), (p, q))
         )
+        n_pixels = self.pixel_values.shape[1] * n_rows * n_cols
+        n_elements = batch * (n_pixels + height * width * channels)
+        n_elements += sum(tensor.numel() for tensor in self[1:5] if tensor is not None)
+        return self.pixel_values.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        return self.pixel_values.new_empty(self._output_shape())
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.patch_embed import launch
+
+        return launch(*self[:6], self.empty_result())
+
+    def _output_shape(self) -> tuple[int, int, int, int]:
+        batch, _, height, width = self.pixel_values.shape
+        channels, _, p, q = self.weight.shape
+        if self.ceil_mode:
+            return batch, -(-height // p), -(-width // q), channels
+        return batch, height // p, width // q, channels
 
 
-@torch.library.custom_op("fastbb::patch_embed", mutates_args=())
-def _patch_embed(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    ceil_mode: bool,
-) -> Tensor:
-    tensors = pixel_values, weight, bias, norm_weight, norm_bias
-    return patch_embed_eager(*tensors, eps=eps, ceil_mode=ceil_mode).contiguous()
-
-
-@_patch_embed.register_fake
-def _(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    ceil_mode: bool,
-) -> Tensor:
-    return pixel_values.new_empty(_output_shape(pixel_values, weight, ceil_mode))
-
-
-@launches(_patch_embed)
-def _launch(
-    pixel_values: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    ceil_mode: bool,
-) -> Tensor:
-    from ..triton_kernels.patch_embed import launch
-
-    y = pixel_values.new_empty(_output_shape(pixel_values, weight, ceil_mode))
-    return launch(pixel_values, weight, bias, norm_weight, norm_bias, eps, y)
+_op = Op("patch_embed", PatchEmbed)

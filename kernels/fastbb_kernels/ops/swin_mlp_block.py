@@ -6,21 +6,16 @@ Bound: memory at Swin's first two stages (read x, write y); at more channels re-
 for every block of rows costs more than it saves, and the separate ops run.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .._activation import Activation, check_activation
-from .._dispatch import (
-    Architecture,
-    Impl,
-    architecture,
-    common_unsupported,
-    launches_directly,
-    use_block,
-)
-from ..launching import launches
-from .layer_norm_linear import layer_norm_linear, layer_norm_linear_eager
-from .linear_residual import linear_residual, linear_residual_eager
+from .._dispatch import Architecture, Impl, architecture, common_unsupported
+from ..op import Op
+from .layer_norm_linear import LayerNormLinear, layer_norm_linear
+from .linear_residual import LinearResidual, linear_residual
 
 # most channels that compile without spilling registers
 _MOST_CHANNELS: dict[Architecture, int] = {
@@ -72,188 +67,90 @@ def swin_mlp_block(
         ValueError: shapes that do not fit together, or no such activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    tensors = (x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    _check(*tensors, activation)
-    unsupported = swin_mlp_block_unsupported(*tensors, eps=eps, activation=activation)
-    if use_block("swin_mlp_block", impl, unsupported, x):
-        run = _launch if launches_directly() else _swin_mlp_block
-        return run(*tensors, eps, activation)
-    hidden = layer_norm_linear(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        eps=eps,
-        activation=activation,
-        impl=impl,
+    call = SwinMlpBlock(
+        *(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
+        *(eps, activation),
     )
+    call.check()
+    if _op.takes(call, impl):
+        return _op.kernel(call)
+    hidden = layer_norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
     return linear_residual(hidden, fc2_weight, fc2_bias, x, impl=impl)
 
 
-def swin_mlp_block_eager(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    activation: Activation = "gelu",
-) -> Tensor:
-    hidden = layer_norm_linear_eager(
-        x, norm_weight, norm_bias, fc1_weight, fc1_bias, eps=eps, activation=activation
-    )
-    return linear_residual_eager(hidden, fc2_weight, fc2_bias, x)
+class SwinMlpBlock(NamedTuple):
+    """A call of `swin_mlp_block`."""
 
+    x: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+    eps: float
+    activation: Activation
 
-def swin_mlp_block_unsupported(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    activation: Activation = "gelu",
-) -> str | None:
-    """Why the block's own kernel cannot run this call, or None."""
-    reason = common_unsupported(
-        x,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        fc1_weight=fc1_weight,
-        fc1_bias=fc1_bias,
-        fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias,
-    )
-    if reason is not None:
-        return reason
-    hidden, channels = fc1_weight.shape
-    if channels % 32 or hidden % 64:
-        return (
-            "needs a multiple of 32 channels and of 64 hidden channels, "
-            f"got {channels} and {hidden}"
-        )
-    arch = architecture(x.device)
-    if arch is None:  # the interpreter runs anything
-        return None
-    if x.dtype == torch.float32:
-        return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
-    most = _MOST_CHANNELS.get(arch, 0)
-    if channels > most:
-        return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
-    return None
-
-
-def swin_mlp_block_n_bytes(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    *,
-    eps: float = 1e-5,
-    activation: Activation = "gelu",
-) -> int:
-    """Bytes of a call: x and the parameters read once, y written once."""
-    parameters = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    n_elements = 2 * x.numel()
-    n_elements += sum(parameter.numel() for parameter in parameters if parameter is not None)
-    return x.element_size() * n_elements
-
-
-def _check(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    activation: Activation,
-) -> None:
-    if fc1_weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != fc1_weight.shape[1]:
-        raise ValueError(
-            "swin_mlp_block: fc1_weight must be [F, C] for x [..., C], "
-            f"got fc1_weight {list(fc1_weight.shape)} and x {list(x.shape)}"
-        )
-    F, C = fc1_weight.shape
-    shapes: dict[str, tuple[Tensor | None, list[int]]] = {
-        "norm_weight": (norm_weight, [C]),
-        "norm_bias": (norm_bias, [C]),
-        "fc1_bias": (fc1_bias, [F]),
-        "fc2_weight": (fc2_weight, [C, F]),
-        "fc2_bias": (fc2_bias, [C]),
-    }
-    for name, (tensor, shape) in shapes.items():
-        if tensor is not None and list(tensor.shape) != shape:
+    def check(self) -> None:
+        x, fc1_weight = self.x, self.fc1_weight
+        if fc1_weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != fc1_weight.shape[1]:
             raise ValueError(
-                f"swin_mlp_block: {name} must be {shape} for fc1_weight {[F, C]}, "
-                f"got {list(tensor.shape)}"
+                "swin_mlp_block: fc1_weight must be [F, C] for x [..., C], "
+                f"got fc1_weight {list(fc1_weight.shape)} and x {list(x.shape)}"
             )
-    check_activation("swin_mlp_block", activation)
+        F, C = fc1_weight.shape
+        shapes: dict[str, tuple[Tensor | None, list[int]]] = {
+            "norm_weight": (self.norm_weight, [C]),
+            "norm_bias": (self.norm_bias, [C]),
+            "fc1_bias": (self.fc1_bias, [F]),
+            "fc2_weight": (self.fc2_weight, [C, F]),
+            "fc2_bias": (self.fc2_bias, [C]),
+        }
+        for name, (tensor, shape) in shapes.items():
+            if tensor is not None and list(tensor.shape) != shape:
+                raise ValueError(
+                    f"swin_mlp_block: {name} must be {shape} for fc1_weight {[F, C]}, "
+                    f"got {list(tensor.shape)}"
+                )
+        check_activation("swin_mlp_block", self.activation)
+
+    def eager(self) -> Tensor:
+        hidden = LayerNormLinear(*self[:5], self.eps, self.activation).eager()
+        return LinearResidual(hidden, self.fc2_weight, self.fc2_bias, self.x).eager()
+
+    def unsupported(self) -> str | None:
+        reason = common_unsupported(self)
+        if reason is not None:
+            return reason
+        hidden, channels = self.fc1_weight.shape
+        if channels % 32 or hidden % 64:
+            return (
+                "needs a multiple of 32 channels and of 64 hidden channels, "
+                f"got {channels} and {hidden}"
+            )
+        arch = architecture(self.x.device)
+        if arch is None:  # the interpreter runs anything
+            return None
+        if self.x.dtype == torch.float32:
+            return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
+        most = _MOST_CHANNELS.get(arch, 0)
+        if channels > most:
+            return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
+        return None
+
+    def n_bytes(self) -> int:
+        """x and the parameters read once, y written once."""
+        parameters = (parameter for parameter in self[1:7] if parameter is not None)
+        n_elements = 2 * self.x.numel() + sum(parameter.numel() for parameter in parameters)
+        return self.x.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        return self.x.new_empty(self.x.shape)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.swin_mlp_block import launch
+
+        return launch(*self)
 
 
-@torch.library.custom_op("fastbb::swin_mlp_block", mutates_args=())
-def _swin_mlp_block(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Tensor:
-    y = swin_mlp_block_eager(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        eps=eps,
-        activation=activation,
-    )
-    return y.contiguous()
-
-
-@_swin_mlp_block.register_fake
-def _(x: Tensor, *_: object) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@launches(_swin_mlp_block)
-def _launch(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Tensor:
-    from ..triton_kernels.swin_mlp_block import launch
-
-    return launch(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        eps,
-        activation,
-    )
+_op = Op("swin_mlp_block", SwinMlpBlock, is_block=True)

@@ -6,34 +6,20 @@ Bound: memory (read qkv, write the output); everything between is address arithm
 Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
 """
 
-from collections.abc import Sequence
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._dispatch import Impl, common_unsupported, launches_directly, use_triton
-from ..launching import launches
+from .._dispatch import Impl, common_unsupported
+from .._window_geometry import WindowGeometry, check_geometry
+from ..op import Op
 
 TRITON_MAX_HEAD_DIM = 64
 TRITON_MAX_TOKENS = 256  # of a window
 TRITON_MAX_FP32_TOKENS = 144  # with a head dimension of 64: more fill registers or shared memory
-
-
-class WindowGeometry(NamedTuple):
-    """How a map is cut into windows.
-
-    Attributes:
-        window: tokens per window, (height, width).
-        shift: tokens by which the map is rolled up and left before cutting, (height, width).
-        roll_first: roll before padding, as timm does (timm issue 2438), instead of after it. The
-            two are equal where no padding is needed.
-    """
-
-    window: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
-    roll_first: bool = False
 
 
 def window_attention(
@@ -65,81 +51,8 @@ def window_attention(
         ValueError: shapes that do not fit together.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    _check(qkv, bias, qkv_pad, num_heads, geometry)
-    arguments = {"num_heads": num_heads, "geometry": geometry, "dropout_p": dropout_p}
-    unsupported = window_attention_unsupported(qkv, bias, qkv_pad, **arguments)
-    if use_triton("window_attention", impl, unsupported, qkv):
-        run = _launch if launches_directly() else _window_attention
-        return run(qkv, bias, qkv_pad, *geometry)
-    return window_attention_eager(qkv, bias, qkv_pad, **arguments)
-
-
-def window_attention_eager(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    *,
-    num_heads: int,
-    geometry: WindowGeometry,
-    dropout_p: float = 0.0,
-) -> Tensor:
-    q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
-    mask = _scores_bias(qkv, bias, geometry)
-    # windows with masks of their own count as heads, so that one mask serves the whole batch
-    n_masks = mask.shape[0]
-    split = (q.shape[0] // n_masks, n_masks)
-    q, k, v = (x.unflatten(0, split).flatten(1, 2) for x in (q, k, v))
-    out = _attend(q, k, v, mask.flatten(0, 1).unsqueeze(0), dropout_p)
-    out = out.unflatten(1, (n_masks, num_heads)).flatten(0, 1)
-    return _unwindow(out, qkv.shape[1], qkv.shape[2], geometry)
-
-
-def window_attention_unsupported(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    *,
-    num_heads: int,
-    geometry: WindowGeometry,
-    dropout_p: float = 0.0,
-) -> str | None:
-    """Why Triton cannot run this call, or None."""
-    n_tokens = geometry.window[0] * geometry.window[1]
-    head_dim = qkv.shape[-1] // (3 * num_heads)
-    if dropout_p > 0:
-        return f"the kernel has no dropout, got dropout_p={dropout_p}"
-    if n_tokens > TRITON_MAX_TOKENS:
-        return f"needs windows of at most {TRITON_MAX_TOKENS} tokens, got {n_tokens}"
-    if head_dim > TRITON_MAX_HEAD_DIM:
-        return f"needs a head dimension of at most {TRITON_MAX_HEAD_DIM}, got {head_dim}"
-    if qkv.dtype == torch.float32 and head_dim > 32 and n_tokens > TRITON_MAX_FP32_TOKENS:
-        return (
-            f"in fp32 with a head dimension over 32 needs windows of at most "
-            f"{TRITON_MAX_FP32_TOKENS} tokens, got {n_tokens}"
-        )
-    return common_unsupported(qkv, bias=bias, qkv_pad=qkv_pad)
-
-
-def window_attention_n_bytes(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    *,
-    num_heads: int,
-    geometry: WindowGeometry,
-    dropout_p: float = 0.0,
-) -> int:
-    """Bytes of a call: qkv and bias read once, the output written once.
-
-    Of the bias those columns count that a wide load of the used ones takes along, of `qkv_pad`
-    the keys and values, and nothing where no token is padding.
-    """
-    (h, w), (_, H, W, C3) = geometry.window, qkv.shape
-    n_bias_cols = min(bias.shape[2], -(-(h * w) // 16) * 16)
-    n_elements = qkv.numel() + qkv.numel() // 3 + num_heads * h * w * n_bias_cols
-    if qkv_pad is not None and (H % h or W % w):
-        n_elements += 2 * C3 // 3
-    return qkv.element_size() * n_elements
+    call = WindowAttention(qkv, bias, qkv_pad, num_heads, geometry, dropout_p)
+    return _op(call, impl)
 
 
 def window_attention_weights(
@@ -152,60 +65,99 @@ def window_attention_weights(
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`window_attention` that also returns the attention weights, [B * nW, num_heads, N, N]."""
-    q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    mask = _scores_bias(qkv, bias, geometry)
-    n_masks = mask.shape[0]
-    scores = (scores.unflatten(0, (scores.shape[0] // n_masks, n_masks)) + mask).flatten(0, 1)
+    call = WindowAttention(qkv, bias, qkv_pad, num_heads, geometry, dropout_p)
+    q, k, v, mask = call.by_window()
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + mask
     statistics = torch.promote_types(scores.dtype, torch.float32)
     weights = F.softmax(scores, dim=-1, dtype=statistics).to(v.dtype)
     weights = F.dropout(weights, dropout_p)
-    return _unwindow(weights @ v, qkv.shape[1], qkv.shape[2], geometry), weights
+    return call.as_map(weights @ v), weights.unflatten(1, (-1, num_heads)).flatten(0, 1)
 
 
-def relative_position_index(window: tuple[int, int], device: torch.device) -> Tensor:
-    """Row of the bias table for every pair of tokens of a window.
+class WindowAttention(NamedTuple):
+    """A call of `window_attention`."""
 
-    Args:
-        window: tokens per window, (height, width).
-        device: where the index is wanted.
+    qkv: Tensor
+    bias: Tensor
+    qkv_pad: Tensor | None
+    num_heads: int
+    geometry: WindowGeometry
+    dropout_p: float
 
-    Returns:
-        [N * N] int64 for a table of [(2h - 1) * (2w - 1), num_heads].
-    """
-    h, w = window
-    rows = torch.arange(h, device=device)
-    columns = torch.arange(w, device=device)
-    dh = rows[:, None] - rows[None, :] + h - 1
-    dw = columns[:, None] - columns[None, :] + w - 1
-    index = dh[:, None, :, None] * (2 * w - 1) + dw[None, :, None, :]  # [h, w, h, w]
-    return index.flatten()
+    def check(self) -> None:
+        qkv, bias, qkv_pad, num_heads, geometry, _ = self
+        if num_heads < 1 or qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
+            raise ValueError(
+                "window_attention: qkv must be [B, H, W, 3C] with C divisible by "
+                f"num_heads={num_heads}, got {list(qkv.shape)}"
+            )
+        check_geometry("window_attention", geometry, bias, num_heads)
+        if qkv_pad is not None and qkv_pad.shape != qkv.shape[-1:]:
+            raise ValueError(
+                f"window_attention: qkv_pad must be [{qkv.shape[-1]}], got {list(qkv_pad.shape)}"
+            )
 
+    def eager(self) -> Tensor:
+        return self.as_map(_attend(*self.by_window(), self.dropout_p))
 
-def _check(
-    qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, num_heads: int, geometry: WindowGeometry
-) -> None:
-    (h, w), shift = geometry.window, geometry.shift
-    if num_heads < 1 or qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(
-            "window_attention: qkv must be [B, H, W, 3C] with C divisible by "
-            f"num_heads={num_heads}, got {list(qkv.shape)}"
-        )
-    if h < 1 or w < 1:
-        raise ValueError(f"window_attention: windows must be at least 1x1, got {h}x{w}")
-    if bias.ndim != 3 or bias.shape[:2] != (num_heads, h * w) or bias.shape[2] < h * w:
-        raise ValueError(
-            f"window_attention: bias must be [{num_heads}, {h * w}, at least {h * w}] for "
-            f"{num_heads} heads and a {h}x{w} window, got {list(bias.shape)}"
-        )
-    if qkv_pad is not None and qkv_pad.shape != qkv.shape[-1:]:
-        raise ValueError(
-            f"window_attention: qkv_pad must be [{qkv.shape[-1]}], got {list(qkv_pad.shape)}"
-        )
-    if not (0 <= shift[0] < h and 0 <= shift[1] < w):
-        raise ValueError(
-            f"window_attention: shift must be at least 0 and below the window {h}x{w}, got {shift}"
-        )
+    def by_window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B, M * num_heads, N, head_dim], and what is added to scores.
+
+        The windows of an image that have masks of their own, M of them, count as heads, so that one
+        mask [1, M * num_heads, N, N] serves the whole batch; without a shift M is 1, and B counts
+        the windows.
+        """
+        qkv, bias, qkv_pad, num_heads, geometry, _ = self
+        q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
+        mask = _scores_bias(qkv, bias, geometry)
+        split = (q.shape[0] // mask.shape[0], mask.shape[0])
+        q, k, v = (x.unflatten(0, split).flatten(1, 2) for x in (q, k, v))
+        return q, k, v, mask.flatten(0, 1).unsqueeze(0)
+
+    def as_map(self, attended: Tensor) -> Tensor:
+        """[B, M * num_heads, N, head_dim] -> [B, H, W, C]."""
+        windows = attended.unflatten(1, (-1, self.num_heads)).flatten(0, 1)
+        return _unwindow(windows, self.qkv.shape[1], self.qkv.shape[2], self.geometry)
+
+    def unsupported(self) -> str | None:
+        n_tokens = math.prod(self.geometry.window)
+        head_dim = self.qkv.shape[-1] // (3 * self.num_heads)
+        if self.dropout_p > 0:
+            return f"the kernel has no dropout, got dropout_p={self.dropout_p}"
+        if n_tokens > TRITON_MAX_TOKENS:
+            return f"needs windows of at most {TRITON_MAX_TOKENS} tokens, got {n_tokens}"
+        if head_dim > TRITON_MAX_HEAD_DIM:
+            return f"needs a head dimension of at most {TRITON_MAX_HEAD_DIM}, got {head_dim}"
+        is_large = head_dim > 32 and n_tokens > TRITON_MAX_FP32_TOKENS
+        if is_large and self.qkv.dtype == torch.float32:
+            return (
+                f"in fp32 with a head dimension over 32 needs windows of at most "
+                f"{TRITON_MAX_FP32_TOKENS} tokens, got {n_tokens}"
+            )
+        return common_unsupported(self)
+
+    def n_bytes(self) -> int:
+        """qkv and bias read once, the output written once.
+
+        Of the bias those columns count that a wide load of the used ones takes along, of `qkv_pad`
+        the keys and values, and nothing where no token is padding.
+        """
+        (h, w), (_, H, W, C3) = self.geometry.window, self.qkv.shape
+        n_bias_cols = min(self.bias.shape[2], -(-(h * w) // 16) * 16)
+        n_elements = self.qkv.numel() + self.qkv.numel() // 3
+        n_elements += self.num_heads * h * w * n_bias_cols
+        if self.qkv_pad is not None and (H % h or W % w):
+            n_elements += 2 * C3 // 3
+        return self.qkv.element_size() * n_elements
+
+    def empty_result(self) -> Tensor:
+        B, H, W, qkv_channels = self.qkv.shape
+        return self.qkv.new_empty(B, H, W, qkv_channels // 3)
+
+    def launch(self) -> Tensor:
+        from ..triton_kernels.window_attention import launch
+
+        return launch(self.qkv, self.bias, self.qkv_pad, self.geometry)
 
 
 def _windows(
@@ -307,43 +259,4 @@ def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor
     return (position >= padded - window).long() + (position >= padded - shift).long()
 
 
-@torch.library.custom_op("fastbb::window_attention", mutates_args=())
-def _window_attention(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    roll_first: bool,
-) -> Tensor:
-    geometry = WindowGeometry((window[0], window[1]), (shift[0], shift[1]), roll_first)
-    y = window_attention_eager(qkv, bias, qkv_pad, num_heads=bias.shape[0], geometry=geometry)
-    return y.contiguous()
-
-
-@_window_attention.register_fake
-def _(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    roll_first: bool,
-) -> Tensor:
-    B, H, W, qkv_channels = qkv.shape
-    return qkv.new_empty(B, H, W, qkv_channels // 3)
-
-
-@launches(_window_attention)
-def _launch(
-    qkv: Tensor,
-    bias: Tensor,
-    qkv_pad: Tensor | None,
-    window: Sequence[int],
-    shift: Sequence[int],
-    roll_first: bool,
-) -> Tensor:
-    from ..triton_kernels.window_attention import launch
-
-    geometry = WindowGeometry((window[0], window[1]), (shift[0], shift[1]), roll_first)
-    return launch(qkv, bias, qkv_pad, geometry)
+_op = Op("window_attention", WindowAttention)

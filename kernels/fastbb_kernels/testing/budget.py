@@ -139,7 +139,8 @@ def source_hash(op: str) -> str:
     """A digest of what decides an op's costs: its files, what these share, and Triton's version.
 
     The files are `ops/<op>.py`, `triton_kernels/<op>.py` and the other modules of
-    `triton_kernels` that this imports, directly or not.
+    `triton_kernels` that this imports, directly or not. Of `configs/<GPU>.json` the tables count
+    that these files launch by.
     """
     files, pending = set(), [_PACKAGE / "triton_kernels" / f"{op}.py"]
     while pending:
@@ -149,11 +150,17 @@ def source_hash(op: str) -> str:
         files.add(path)
         pending += [path.parent / f"{name}.py" for name in _siblings(path.read_text())]
     files.add(_PACKAGE / "ops" / f"{op}.py")
-    files.update(_PACKAGE.glob("configs/*.json"))
 
     digest = hashlib.sha256(f"triton {triton.__version__}".encode())
+    tables: set[str] = set()
     for path in sorted(files):
-        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\n".encode() + path.read_bytes())
+        source = path.read_bytes()
+        digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\n".encode() + source)
+        tables.update(re.findall(r'chosen_config\(\s*"(\w+)"', source.decode()))
+    for path in sorted(_PACKAGE.glob("configs/*.json")):
+        measured = json.loads(path.read_text())["configs"]
+        for table in sorted(tables & measured.keys()):
+            digest.update(f"\n{path.name} {table} {json.dumps(measured[table])}".encode())
     return digest.hexdigest()
 
 

@@ -47,7 +47,7 @@ def trace(
         with torch.no_grad(), use_impl("triton"), trace() as t:
             y = linear_residual(x, weight, bias, residual)
         t.assert_written_once()
-        assert t.unique_bytes == linear_residual_n_bytes(...)
+        assert t.unique_bytes == find_op("linear_residual").n_bytes(...)
 
     Args:
         programs: which programs of a launch run, chosen from its grid; default: all. `corners`

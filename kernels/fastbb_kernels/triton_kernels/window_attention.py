@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._dispatch import Architecture, input_precision
+from .._window_geometry import WindowGeometry
 from ..launching import chosen_config
-from ..ops.window_attention import WindowGeometry
 from .kernel import Kernel
 from .window_addressing import has_regions, window_tokens
 

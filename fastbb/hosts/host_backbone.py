@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from fastbb_kernels._dispatch import launches_directly
+from fastbb_kernels._dispatch import computes_nothing
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
 from ..backbone.base import in_dtype
@@ -27,7 +27,8 @@ from ..models.parts import Refused
 from ..weights.folding import Folding, FoldReport, find_norms, is_batch_norm, unfold
 from ..weights.watch import ModuleStamp
 from .libraries import is_known_part
-from .replacement import Fast, HowToRun, replacement_of, upstream_only
+from .module_forward import ModuleForward
+from .replacement import replacement_of, upstream_only
 
 # in a configuration of transformers
 _DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")
@@ -41,63 +42,63 @@ class NothingToDo(Refused):
 
 
 @dataclass(frozen=True)
-class RegionResult:
-    """The tensors that a region returns for pixels: the `Computation` of its engine.
+class HostBackboneMaps:
+    """The tensors that a backbone in a host returns: the `Computation` of its engine.
 
     Attributes:
-        region: computes them.
+        backbone: computes them.
         constants: the other arguments of the call.
     """
 
-    region: "Region"
+    backbone: "HostBackbone"
     constants: dict[str, Any] = field(default_factory=dict)
 
     @property
     def module(self) -> nn.Module:
-        return self.region.module
+        return self.backbone.module
 
     @property
     def outputs(self) -> Hashable:
-        return None  # the region has an engine for each form of a call
+        return None  # the backbone has an engine for each form of a call
 
     @property
     def cache_key(self) -> str:
         shapes = [(name, list(p.shape)) for name, p in self.module.named_parameters()]
-        described = repr((shapes, self.region.state(), sorted(self.constants.items())))
+        described = repr((shapes, self.backbone.state(), sorted(self.constants.items())))
         digest = hashlib.sha256(described.encode()).hexdigest()[:8]
         return f"{type(self.module).__qualname__}-{digest}"
 
     @property
     def exactness(self) -> float:
-        return self.region.exactness
+        return self.backbone.exactness
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return self.region.tensors(pixel_values, **self.constants)
+        return self.backbone.tensors(pixel_values, **self.constants)
 
-    def copied(self) -> "RegionResult":
+    def copied(self) -> "HostBackboneMaps":
         return copy.deepcopy(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "RegionResult":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "HostBackboneMaps":
         host = copy.deepcopy(self.module, memo)
         own = replacement_of(host)
         if own is not None:
             own.unbind()  # the copy is run by whom it was made for
-        return RegionResult(type(self.region)(host, self.region.how), self.constants)
+        return HostBackboneMaps(type(self.backbone)(host, self.backbone.settings), self.constants)
 
 
-class Region(Fast):
+class HostBackbone(ModuleForward):
     """A module of a host that takes pixels: its norms folded, its calls run by the engine."""
 
     methods = ("forward_features", "forward_intermediates")
     folds: ClassVar[bool] = True  # and runs the module's own forward
     exactness = FP32_REL_FOLDED
 
-    def __init__(self, module: nn.Module, how: HowToRun) -> None:
-        super().__init__(module, how)
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        super().__init__(module, settings)
         unfold(module)  # what the copy of a module has from the original
         self._folding = Folding(module, _norms(module) if self.folds else [])
-        compiles = "compile" in how.mode
-        self.runs_parts = self.folds and how.precision is None and not compiles
+        compiles = "compile" in settings.mode
+        self.runs_parts = self.folds and settings.precision is None and not compiles
         # converted copies are watched by stamps of their own
         self.reads_settings = self.reads_settings or compiles
         self.follows_settings = not compiles
@@ -107,7 +108,7 @@ class Region(Fast):
         self._lock = threading.RLock()
         self._specs: dict[Hashable, TreeSpec] = {}
         self._engines: dict[Hashable, tuple[Engine, ModuleStamp | None]] = {}
-        if "compile" not in how.mode and how.precision is None and not self.helps:
+        if "compile" not in settings.mode and settings.precision is None and not self.helps:
             self.close()
             raise NothingToDo("it has nothing of its own to accelerate")
 
@@ -144,11 +145,11 @@ class Region(Fast):
 
     def computed(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
         """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
-        if launches_directly():
+        if computes_nothing():
             return self.tensors(pixel_values, **constants)
         engine = self.engine(**constants)
         dtype = dtype_of(engine.module)
-        tensors = engine(in_dtype(pixel_values, dtype, forced=self.how.precision is not None))
+        tensors = engine(in_dtype(pixel_values, dtype, forced=self.settings.precision is not None))
         return tuple(x.to(pixel_values.dtype) for x in tensors)
 
     def forward_features(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,17 +186,16 @@ class Region(Fast):
                     return engine
             if len(self._engines) >= MAX_PREPARED:
                 self._engines.clear()
-            settings = Settings(self.how.mode, self.how.precision)  # type: ignore[arg-type]  # checked
-            result = in_precision(RegionResult(self, constants), self.how.precision)
+            result = in_precision(HostBackboneMaps(self, constants), self.settings.precision)
             is_copy = result.module is not self.module
             tools = Tools(candidates=self._upstream(constants), budget_s=MEASURING_S)
-            engine = Engine(result, settings, tools)
+            engine = Engine(result, self.settings, tools)
             self._engines[form] = engine, ModuleStamp(self.module) if is_copy else None
             return engine
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
         given = _pixels_and_constants(args, kwargs)
-        if method != "forward" or given is None or launches_directly():
+        if method != "forward" or given is None or computes_nothing():
             return None
         trials = self.engine(**given[1]).trials_of(given[0])
         seconds = {trial.name: trial.seconds for trial in trials if trial.seconds is not None}
@@ -207,7 +207,7 @@ class Region(Fast):
 
     def _upstream(self, constants: dict[str, Any]) -> tuple[Candidate, ...]:
         """Upstream's own forward, for the engine to measure beside its ways."""
-        if self.how.mode != "auto" or self.how.precision is not None:
+        if self.settings.mode != "auto" or self.settings.precision is not None:
             return ()
 
         def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -223,7 +223,7 @@ class Region(Fast):
     def _form(self, constants: dict[str, Any]) -> Hashable:
         return tuple(sorted(constants.items())), self.state()
 
-    def likeness(self) -> Hashable:
+    def timing_key(self) -> Hashable:
         return id(self)
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
@@ -249,7 +249,7 @@ def _pixels_and_constants(args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any
 _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states", "return_dict"}
 
 
-class TransformersRegion(Region):
+class TransformersHostBackbone(HostBackbone):
     """A backbone of transformers that computes no stage beyond the last that is asked for.
 
     Upstream computes everything but the maps. Subclasses give `tensors`, the maps.

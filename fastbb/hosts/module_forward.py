@@ -1,0 +1,72 @@
+"""The forward of one module of somebody else's model, computed by fastbb."""
+
+from collections.abc import Hashable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastbb_kernels.accuracy import FP32_REL
+
+from ..engine.measuring import Comparison
+from ..engine.settings import Settings
+
+
+class ModuleForward:
+    """Computes the result of one module of a host from the module's parameters.
+
+    Subclasses are written for one class of a library each; `REPLACED` in the file of a family maps
+    the full names of those classes to them.
+
+    Args:
+        module: of exactly the class that this is written for.
+        settings: mode and precision that were asked for.
+
+    Raises:
+        Refused: the module computes something that is not covered.
+    """
+
+    # methods beside `forward` that hosts call, and that are replaced too
+    methods: ClassVar[tuple[str, ...]] = ()
+    # whether it calls the modules inside, which may be replaced too
+    runs_parts: bool = False
+    # whether it was made of settings of the module, and those that it reads at every call
+    reads_settings: bool = False
+    read_at_every_call: tuple[str, ...] = ()
+    # whether it is made anew where a setting changes, or takes too long to make
+    follows_settings: bool = True
+    # allowed error in fp32, relative to the largest magnitude of a result
+    exactness: ClassVar[float] = FP32_REL
+
+    def __init__(self, module: nn.Module, settings: Settings) -> None:
+        self.module: Any = module
+        self.settings = settings
+
+    def timing_key(self) -> Hashable:
+        """A key that is equal for modules of a model that take equally long on equal inputs."""
+        return type(self.module).__name__
+
+    def why_not(self, *args: Any, **kwargs: Any) -> str | None:
+        """Why this call is upstream's, or None."""
+        return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The result of the module's own forward."""
+        raise NotImplementedError
+
+    def comparable(self, result: Any) -> Any:
+        """The part of a result that has to equal upstream's."""
+        return result
+
+    def state(self) -> Hashable:
+        """The settings outside a call's arguments that decide what is returned, as they are now."""
+        return None
+
+    def learn(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
+        """Called with upstream's result, before ours first computes a call of its form."""
+
+    def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
+        """The times of ours and of upstream's, if computing this call has measured them."""
+        return None
+
+    def close(self) -> None:
+        """Takes away what it put on modules."""
