@@ -13,7 +13,7 @@ from PIL import Image
 
 __all__ = ["hub"]
 
-pytest.register_assert_rewrite("contract", "tolerance")
+pytest.register_assert_rewrite("contract", "conv_reference", "tolerance")
 
 OPS = Path(__file__).parent / "ops"
 
