@@ -205,7 +205,7 @@ def test_a_large_residual_is_added_last() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_maps_that_are_not_image(dtype: torch.dtype, stride: int) -> None:
+def test_maps_that_are_not_channels_last(dtype: torch.dtype, stride: int) -> None:
     args = arguments((2, 24, 7, 9), 40, stride, True, "relu", dtype)
     wide = torch.randn(2, 70, 20, 20).to(dtype)
     views = (

@@ -178,7 +178,7 @@ def test_both_maps_are_requested_once_for_all_columns_of_a_tile() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_maps_that_are_not_image(dtype: torch.dtype) -> None:
+def test_maps_that_are_not_channels_last(dtype: torch.dtype) -> None:
     args = arguments((2, 24, 7, 9), 40, 32, 2, dtype)
     wide = torch.randn(2, 70, 20, 20).to(dtype)
     weights = torch.randn(24, 99).to(dtype) / 8
