@@ -1,4 +1,4 @@
-"""What holds for every test: seeded, one thread, no network, and no luck with fresh memory."""
+"""Fixtures of every test: seeds, one thread, no network, and NaN in fresh memory."""
 
 import ipaddress
 import socket
