@@ -1,9 +1,9 @@
-"""Our forward in place of that of one module of somebody else's model: bound, checked, undone.
+"""Binds our forward on one module of another library's model, checks it, and undoes it.
 
-A `ModuleForward` computes what a module of one class computes, from the module's own parameters. A
-`Replacement` binds it on the instance and decides at every call whether it may run: the module's
-own forward runs wherever a gradient or a graph is recorded, something inside was changed or is
-watched, the results differ, or ours takes longer.
+A `ModuleForward` computes the result of a module from the module's own parameters. A `Replacement`
+binds it on the instance and decides at every call whether it may run: the module's own forward runs
+wherever a gradient or a graph is recorded, something inside was changed or is watched, the results
+differ, or ours takes longer.
 """
 
 import copy
@@ -63,7 +63,7 @@ class Choice:
 
 
 class Timings:
-    """Times by timing_key and form of call, which all modules of a model share."""
+    """Times by `ModuleForward.timing_key` and form of call, which the modules of a model share."""
 
     def __init__(self) -> None:
         self._measured: dict[Hashable, Comparison] = {}
@@ -71,7 +71,7 @@ class Timings:
     def of(
         self, timing_key: Hashable, form: Hashable, measure: Callable[[], Comparison]
     ) -> Comparison:
-        """The times for modules of this timing_key; measured once."""
+        """The times of modules with this key; measured once."""
         key = (timing_key, form)
         if key not in self._measured:
             self._measured[key] = measure()
@@ -84,12 +84,12 @@ class Replacement(OwnForward):
     Args:
         module: of the host.
         name: of the module in the host.
-        make: what computes its result.
+        make: class that computes its result.
         settings: mode and precision that were asked for.
         timings: of the host.
 
     Attributes:
-        choices: what was decided for each form of call so far.
+        choices: made so far, by form of call.
         last_reason: why the last call went to upstream's forward, or None.
         off: why it will not run again, or None.
 
