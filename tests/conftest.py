@@ -1,4 +1,4 @@
-"""What holds for every test: seeded, one thread, no network, and no luck with fresh memory."""
+"""Fixtures of every test: seeds, one thread, no network, and NaN in fresh memory."""
 
 import ipaddress
 import socket
@@ -13,7 +13,7 @@ from PIL import Image
 
 __all__ = ["hub"]
 
-pytest.register_assert_rewrite("contract", "tolerance")
+pytest.register_assert_rewrite("contract", "conv_reference", "tolerance")
 
 OPS = Path(__file__).parent / "ops"
 

@@ -1,4 +1,4 @@
-"""BackboneOutput, and backbones as the nn.Modules they are."""
+"""`BackboneOutput`, and backbones as nn.Modules."""
 
 import copy
 from collections import OrderedDict
@@ -44,7 +44,7 @@ class TestOutput:
         ],
         ids=["copy", "deepcopy", "rebuilt", "tree_map"],
     )
-    def test_survives_being_rebuilt(self, again):
+    def test_survives_copying_and_rebuilding(self, again):
         rebuilt: Any = again(BackboneOutput(self.maps, attentions=self.maps))
         assert type(rebuilt) is BackboneOutput and isinstance(rebuilt.feature_maps, tuple)
         assert torch.equal(rebuilt.feature_maps[1], self.maps[1])
@@ -157,7 +157,7 @@ def test_saving_writes_nothing_when_the_configuration_is_no_json(tmp_path):
 
 
 @torch.no_grad()
-def test_one_mask_serves_the_whole_batch():
+def test_the_attention_mask_is_not_repeated_for_each_image():
     # a batch must not cost more than its own windows: no copy of the bias per image
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,4 +1,4 @@
-"""Options of backbones: what the configuration switches on, checkpointing, dtypes, copies."""
+"""Options of backbones: defaults of the configuration, checkpointing, dtypes, copies."""
 
 import copy
 from typing import Any
@@ -45,12 +45,12 @@ def test_attentions_are_of_every_stage_whatever_is_returned():
     assert len(swin(out_indices=[0])(PIXELS, output_attentions=True).attentions) == 2
 
 
-def test_images_without_width():
+def test_images_without_width_are_refused():
     with pytest.raises(ValueError, match=r"must have pixels, got shape \[1, 3, 32, 0\]"):
         swin()(torch.zeros(1, 3, 32, 0))
 
 
-def test_autocast_does_not_make_integers_pixels():
+def test_integer_pixels_are_refused_under_autocast():
     with (
         torch.autocast("cpu", torch.bfloat16),
         pytest.raises(ValueError, match=r"torch\.uint8, the weights torch\.float32"),
@@ -58,7 +58,7 @@ def test_autocast_does_not_make_integers_pixels():
         swin()(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 
-def test_gradient_checkpointing_is_of_training_and_can_be_left():
+def test_gradient_checkpointing_acts_in_training_and_can_be_disabled():
     backbone = swin()
     pixels = PIXELS.requires_grad_()
     plain = saved_bytes(backbone.train(), pixels)
@@ -179,7 +179,7 @@ def test_a_saved_directory_loads_as_timm_on_request(tmp_path):
         AutoBackbone.from_pretrained(tmp_path / "swin", use_timm_backbone=True)
 
 
-def test_maskformer_refuses_the_stem_and_stays_as_it_was():
+def test_maskformer_refuses_the_stem_and_stays_unchanged():
     config = MaskFormerSwinConfig(**SWIN, out_indices=[1])
     with pytest.raises(ValueError, match="does not support 'stem'"):
         config.out_indices = [0, 1]

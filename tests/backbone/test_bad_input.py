@@ -1,4 +1,4 @@
-"""Every wrong input of the backbone API gets an error that says what was wanted and what came."""
+"""Wrong input of the backbone API: errors say what was wanted and what came."""
 
 import json
 from typing import Any
@@ -170,7 +170,7 @@ class Twice(nn.Linear):
         return 2 * super().forward(input)
 
 
-def test_changes_that_would_be_passed_over_are_refused():
+def test_changes_that_would_be_ignored_are_refused():
     backbone, pixels = swin(), torch.zeros(1, 3, 32, 32)
     handle = backbone.swin.embeddings.norm.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks of 'swin.embeddings.norm' .*would never run"):

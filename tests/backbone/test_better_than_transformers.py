@@ -1,4 +1,4 @@
-"""Where fastbb differs from transformers 5.23 on purpose: upstream's behaviour, then ours."""
+"""Intended differences from transformers 5.23: upstream's behaviour, then ours."""
 
 import gc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Weights from every kind of file, name and place; and clear refusals of broken ones."""
+"""Weights from every kind of file, name and place; broken ones are refused."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""out_features and out_indices follow transformers' rules and error texts, without its bugs."""
+"""`out_features` and `out_indices`: transformers' rules and error texts, without its bugs."""
 
 import json
 from collections.abc import Callable

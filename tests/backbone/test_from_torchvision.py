@@ -1,4 +1,4 @@
-"""torchvision's weights by name: whose they must be, and every form they come in."""
+"""torchvision's weights: by name, model, state dict and enum."""
 
 from typing import Any
 from urllib.error import URLError
@@ -56,7 +56,7 @@ def test_models_of_other_depths_and_widths_need_no_name(name: str) -> None:
     assert isinstance(AutoBackbone.from_torchvision(None, upstream), family)
 
 
-def test_other_channels_of_the_input_are_no_other_model() -> None:
+def test_a_model_with_one_input_channel_loads() -> None:
     upstream = models.resnet18()
     upstream.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
     backbone = AutoBackbone.from_torchvision("resnet18", upstream).eval()
@@ -65,12 +65,12 @@ def test_other_channels_of_the_input_are_no_other_model() -> None:
 
 @pytest.mark.parametrize("relative", ["wide_resnet50_2", "resnext50_32x4d"])
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", None])
-def test_relatives_are_not_taken_for_a_resnet50(relative: str, name: str | None) -> None:
+def test_wide_and_grouped_resnets_are_refused(relative: str, name: str | None) -> None:
     with pytest.raises(ValueError, match="weights of a wide or grouped ResNet"):
         AutoBackbone.from_torchvision(name, weights_of(relative))
 
 
-def test_a_model_and_its_state_dict_are_the_same() -> None:
+def test_a_model_and_its_state_dict_load_alike() -> None:
     upstream = models.resnet18().eval()
     loaded = [
         AutoBackbone.from_torchvision("resnet18", w) for w in (upstream, upstream.state_dict())

@@ -1,4 +1,4 @@
-"""Names become files: `~`, repositories without some files, errors of the Hub, timm's formats."""
+"""Resolution of names to files: `~`, incomplete repositories, Hub errors, timm's formats."""
 
 import json
 from http import HTTPStatus
@@ -64,7 +64,7 @@ def test_offline_mode_serves_the_cache_only(hub, tmp_path, monkeypatch):
     assert not hub.requests
 
 
-def test_what_the_hub_refuses_is_said_in_words(hub, tmp_path, monkeypatch):
+def test_refusals_of_the_hub_are_explained(hub, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="'a b/c' is neither .* not the name of a Hub repository"):
         AutoBackbone.from_pretrained("a b/c")
     hub.add_repo(REPO, save_resnet(tmp_path / "model"), token="hf_key")
@@ -136,7 +136,7 @@ def test_the_backbone_that_a_head_names_is_read_once(hub, tmp_path):
     assert len([r for r in hub.requests if r.path.endswith("/config.json")]) == 2
 
 
-def test_a_repository_without_owner(hub, tmp_path):
+def test_a_repository_without_owner_loads(hub, tmp_path):
     hub.add_repo("tiny", save_resnet(tmp_path / "model"))
     assert AutoBackbone.from_pretrained("tiny").channels == [32]
 
@@ -147,7 +147,7 @@ def write_config(folder, config):
     return folder
 
 
-def test_configs_of_timm_before_2023_are_flat(tmp_path):
+def test_flat_configs_of_timm_before_2023_load(tmp_path):
     mean = [0.1, 0.2, 0.3]
     flat = {"architecture": "test_resnet", "num_classes": 5, "mean": mean}
     source = timm_source(write_config(tmp_path, flat))

@@ -1,4 +1,4 @@
-"""The loopback Hub against huggingface_hub itself, and against the libraries built on it."""
+"""Tests of the loopback Hub with huggingface_hub and the libraries built on it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A Hub that refuses connections, is broken or is slow: one question, an answer within seconds."""
+"""A Hub that refuses connections, is broken or is slow: one request, an error within seconds."""
 
 import subprocess
 import sys
@@ -57,7 +57,7 @@ def test_a_slow_hub_is_waited_for_once(hub: HubServer, monkeypatch: pytest.Monke
     assert len(questions) == 1
 
 
-def test_the_wait_that_the_user_chose_holds(
+def test_the_timeout_of_the_user_is_kept(
     hub: HubServer, folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add_repo(REPO, folder)
@@ -89,7 +89,7 @@ def test_a_known_repository_is_served_from_the_cache(hub: HubServer, folder) -> 
         assert find_file(REPO, "preprocessor_config.json") is None
 
 
-def test_what_the_cache_holds_is_asked_for_once(hub: HubServer, folder) -> None:
+def test_a_cached_file_costs_one_request(hub: HubServer, folder) -> None:
     hub.add_repo(REPO, folder)
     find_file(REPO, "config.json")
     assert [request.method for request in hub.requests] == ["HEAD", "HEAD", "GET"]
@@ -98,7 +98,7 @@ def test_what_the_cache_holds_is_asked_for_once(hub: HubServer, folder) -> None:
     assert [request.method for request in hub.requests] == ["HEAD"]
 
 
-def test_a_download_that_breaks_off_is_taken_up_again(hub: HubServer, folder) -> None:
+def test_a_broken_download_resumes(hub: HubServer, folder) -> None:
     hub.add_repo(REPO, folder)
     find_file(REPO, "config.json")
     hub.requests.clear()
@@ -109,7 +109,7 @@ def test_a_download_that_breaks_off_is_taken_up_again(hub: HubServer, folder) ->
     assert AutoBackbone.from_pretrained(REPO).channels == [32]
 
 
-def test_a_question_that_fails_once_on_the_way_to_a_download_is_repeated(
+def test_a_request_that_fails_once_before_a_download_is_repeated(
     hub: HubServer, folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub.add_repo(REPO, folder)

@@ -1,4 +1,4 @@
-"""Files whose content no backbone can have: dtypes that are no weights, dictionaries of others."""
+"""Files without usable weights: integer dtypes, nested or foreign dictionaries, broken pickles."""
 
 import json
 from pathlib import Path
@@ -124,7 +124,7 @@ def test_a_bin_of_parameters_loads_as_buffers_and_parameters(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
-def test_nobody_is_told_to_delete_what_cannot_be_read(
+def test_errors_of_unreadable_files_do_not_say_delete_it(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
@@ -150,7 +150,7 @@ def test_every_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
     assert AutoBackbone.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
 
 
-def test_integers_that_belong_or_are_not_needed_stay_allowed() -> None:
+def test_integer_buffers_and_unused_integers_are_allowed() -> None:
     norm = torch.nn.BatchNorm2d(2)
     state: dict[str, Any] = dict(norm.state_dict()) | {"x.position_ids": torch.arange(3)}
     load_strict(norm, state, what="a norm", unused=("*.position_ids",))

@@ -1,4 +1,4 @@
-"""What loading and running a native backbone imports: nothing that compiles."""
+"""Imports of loading and running a native backbone: no compiler."""
 
 import subprocess
 import sys
@@ -42,7 +42,7 @@ def test_loading_and_running_do_not_import_the_compiler(model: str, tmp_path) ->
     assert run.returncode == 0, run.stderr
 
 
-def test_modules_of_shapes_only_have_their_shapes_and_attributes() -> None:
+def test_shapes_only_modules_have_the_usual_shapes_and_attributes() -> None:
     with shapes_only():
         made: Any = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 8, 3), nn.Embedding(5, 2))
         nn.init.normal_(made[0].weight, std=0.02)

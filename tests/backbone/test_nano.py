@@ -1,4 +1,4 @@
-"""The bundled nano backbones: what they know of digits, and upstream's maps for trained weights."""
+"""Bundled nano backbones: accuracy on digits, and upstream's maps for trained weights."""
 
 import hashlib
 import inspect

@@ -1,4 +1,4 @@
-"""Pixels of any floating dtype give the maps of pixels in the dtype of the weights."""
+"""Pixels of any floating dtype: maps equal those of pixels in the dtype of the weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -66,7 +66,9 @@ def test_floating_pixels_are_converted_to_the_dtype_of_the_weights(
 
 @torch.no_grad()
 @pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
-def test_hidden_states_and_attentions_are_converted_for(backbone: Any, prepared: bool) -> None:
+def test_pixels_are_converted_for_hidden_states_and_attentions(
+    backbone: Any, prepared: bool
+) -> None:
     backbone = backbone.prepare("eager") if prepared else backbone
     has_attentions = isinstance(backbone, SwinBackbone)
     asked = {"output_hidden_states": True, "output_attentions": has_attentions}

@@ -1,4 +1,4 @@
-"""Files of weights of every shape: older containers, shards, views; odd dtypes and devices."""
+"""Formats of weight files: older containers, shards, views, unusual dtypes and devices."""
 
 import json
 

@@ -115,7 +115,7 @@ def test_process_an_image_and_extract_a_folder(tmp_path: Path) -> None:
     assert out.endswith("done\n")
 
 
-def test_what_needs_transformers_says_how_to_get_it(tmp_path: Path) -> None:
+def test_names_that_need_transformers_say_how_to_install_it(tmp_path: Path) -> None:
     out = run(
         """
         import fastbb

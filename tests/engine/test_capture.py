@@ -1,4 +1,4 @@
-"""Recording and replaying CUDA graphs, on a CUDA that computes on the CPU and knows its streams."""
+"""Recording and replaying CUDA graphs, on a fake CUDA on the CPU that tracks streams."""
 
 import threading
 import time
@@ -149,14 +149,14 @@ def test_replays_do_not_alias(cuda: Cuda) -> None:
     assert torch.equal(pool(pixels[0])[0], 2 * kept) and torch.equal(pixels[0], kept)
 
 
-def test_runs_before_it_is_recorded_and_never_after(cuda: Cuda) -> None:
+def test_warm_up_runs_before_recording_and_never_after(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     for _ in range(3):
         pool(PIXELS)
     assert cuda.n_runs == graphs._WARM_UP + 1
 
 
-def test_graphs_are_recorded_into_one_memory_and_other_threads_go_on(cuda: Cuda) -> None:
+def test_graphs_share_one_memory_pool_and_do_not_block_threads(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     pool(PIXELS)
     pool(WIDE)
@@ -198,7 +198,7 @@ def test_streams_wait_for_a_recording_that_is_never_replayed(cuda: Cuda) -> None
 
 
 @pytest.mark.parametrize("fault", ["warming up", "replaying"])
-def test_streams_wait_for_what_failed(cuda: Cuda, fault: str) -> None:
+def test_streams_wait_for_a_call_that_failed(cuda: Cuda, fault: str) -> None:
     one, two = Stream(), Stream()
     fails = fault == "warming up"
 
@@ -254,7 +254,7 @@ def test_threads_may_replay_on_streams_of_their_own(cuda: Cuda) -> None:
     assert results == [True] * 6
 
 
-def test_a_graph_that_recorded_nothing_gives_nothing_away(
+def test_a_graph_that_recorded_nothing_returns_nan(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that was captured on another device."""
@@ -263,7 +263,7 @@ def test_a_graph_that_recorded_nothing_gives_nothing_away(
     assert pool(PIXELS)[0].isnan().all()
 
 
-def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:
+def test_a_graph_keeps_its_derived_weights_alive(cuda: Cuda) -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
     values = []
 
@@ -279,7 +279,7 @@ def test_what_a_graph_reads_stays_alive(cuda: Cuda) -> None:
     assert [value.data_ptr() for (value,) in graph.held] == values[:1]
 
 
-def test_two_backbones_record_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbones_do_not_record_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recording begins with a wait for the whole device, which CUDA forbids during another."""
     n_at_once = most_at_once = 0
 

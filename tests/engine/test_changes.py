@@ -1,14 +1,16 @@
 """A prepared backbone computes with the weights, layers and hooks that it has now."""
 
 import copy
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretended_device import MANY, Compiler, Device, explained, install, no_warning
-from reference_models import from_hf, hf_resnet, hf_swin, images, timm_pair
+from engine_rig import PIXELS, resnet_pair, swin_pair
+from pretended_device import MANY, Compiler, Device, explained, no_warning
+from reference_models import images, timm_pair
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -18,16 +20,16 @@ from fastbb.engine.settings import EngineWarning
 from fastbb.weights.derived import derive, holding_derived
 from fastbb.weights.watch import _STAMPS, ModuleStamp
 
-PIXELS = images(64, 64)
+pytestmark = pytest.mark.usefixtures("compiler")
 CHANGED = "weights, settings, layers or hooks changed since they were compiled, so it runs eager"
 
 
 def resnet() -> Any:
-    return from_hf(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
+    return resnet_pair().ours
 
 
 def swin() -> Any:
-    return from_hf(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
+    return swin_pair().ours
 
 
 @pytest.fixture(params=[resnet, swin], ids=["resnet", "swin"])
@@ -35,17 +37,13 @@ def backbone(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    return install(Compiler(), monkeypatch)
-
-
-def upstream_of(backbone: Any, folder: Path) -> Any:
+def upstream_of(backbone: Any) -> Any:
     """transformers' model with the weights of ours, as they are now."""
     import transformers
 
-    backbone.save_pretrained(folder)
-    return getattr(transformers, type(backbone).__name__).from_pretrained(folder).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        backbone.save_pretrained(folder)
+        return getattr(transformers, type(backbone).__name__).from_pretrained(folder).eval()
 
 
 @torch.no_grad()
@@ -129,21 +127,21 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("of_original", [False, True], ids=["prepared", "original"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_weights_that_changed_are_computed_with(
-    change: Callable[[Any], None], of_original: bool, backbone: Any, tmp_path: Path, capsys: Any
+def test_changed_weights_are_used(
+    change: Callable[[Any], None], of_original: bool, backbone: Any
 ) -> None:
     """Also where the backbone is changed that was prepared: they share their weights."""
     prepared = backbone.prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(backbone if of_original else prepared)
-    want = maps_of(upstream_of(prepared, tmp_path))
+    want = maps_of(upstream_of(prepared))
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared)
     assert len(warned) == 1 and not torch.equal(got[-1], before[-1])
     assert_equals_upstream(got, want)
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
-    assert explained(prepared, capsys).rows[-1].why.startswith(CHANGED)
+    assert explained(prepared).rows[-1].why.startswith(CHANGED)
 
 
 def statistics_in_place(backbone: Any) -> None:
@@ -166,16 +164,14 @@ def statistics_of_training(backbone: Any) -> None:
 @pytest.mark.parametrize(
     "change", [statistics_in_place, statistics_through_data, statistics_of_training]
 )
-def test_statistics_that_changed_are_computed_with(
-    change: Callable[[Any], None], tmp_path: Path
-) -> None:
+def test_changed_statistics_are_used(change: Callable[[Any], None]) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(prepared)
     with pytest.warns(EngineWarning, match=CHANGED):
         got = maps_of(prepared)
     assert not torch.equal(got[-1], before[-1])
-    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path)))
+    assert_equals_upstream(got, maps_of(upstream_of(prepared)))
 
 
 def twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -190,7 +186,7 @@ def convolution_of(model: Any) -> nn.Conv2d:
     return next(m for m in model.modules() if isinstance(m, nn.Conv2d))
 
 
-def test_hooks_of_layers_that_come_go_and_are_swapped_are_followed() -> None:
+def test_added_swapped_and_removed_hooks_of_layers_are_followed() -> None:
     """Of a family whose own forward runs, so that its layers may have hooks."""
     pair = timm_pair("test_efficientnet")
     layers = [convolution_of(model) for model in (pair.ours, pair.upstream)]
@@ -227,7 +223,7 @@ def test_hooks_of_layers_that_come_go_and_are_swapped_are_followed() -> None:
         assert not torch.equal(got[-1], before[-1])
 
 
-def test_a_hook_of_the_whole_backbone_runs_around_what_was_compiled(compiler: Compiler) -> None:
+def test_a_hook_of_the_backbone_keeps_the_compiled_run(compiler: Compiler) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     seen: list[Any] = []
     prepared.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -236,7 +232,7 @@ def test_a_hook_of_the_whole_backbone_runs_around_what_was_compiled(compiler: Co
     assert seen == [output] and len(compiler.compiled) == 1
 
 
-def test_a_hook_that_a_family_refuses_is_refused(backbone: Any) -> None:
+def test_a_hook_that_a_family_refuses_raises(backbone: Any) -> None:
     prepared = backbone.prepare("compile", example=PIXELS)
     handle = convolution_of(prepared).register_forward_hook(twice)
     with pytest.warns(EngineWarning), pytest.raises(ValueError, match="remove them, or hook the"):
@@ -247,13 +243,13 @@ def test_a_hook_that_a_family_refuses_is_refused(backbone: Any) -> None:
 
 
 @torch.no_grad()
-def test_layers_that_train_elsewhere_train_here(backbone: Any, capsys: Any) -> None:
+def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) -> None:
     """The layers are those of the backbone that was prepared."""
     prepared = backbone.prepare("compile")
     before = maps_of(prepared)
     backbone.train()
     maps_of(prepared)
-    assert "in training mode: call .eval()" in explained(prepared, capsys).rows[-1].why
+    assert "in training mode: call .eval()" in explained(prepared).rows[-1].why
     with pytest.raises(ValueError, match="training"):
         prepared.prepare("compile")
     backbone.eval()
@@ -261,7 +257,7 @@ def test_layers_that_train_elsewhere_train_here(backbone: Any, capsys: Any) -> N
         assert all(map(torch.equal, maps_of(prepared), before))
 
 
-def test_a_forward_that_was_put_on_a_layer_is_a_change() -> None:
+def test_a_patched_forward_of_a_layer_is_a_change() -> None:
     backbone = resnet()
     stamp = ModuleStamp(backbone)
     layer: Any = backbone.embedder.embedder.convolution
@@ -271,32 +267,29 @@ def test_a_forward_that_was_put_on_a_layer_is_a_change() -> None:
     assert stamp.is_current()
 
 
-def test_another_precision_afterwards_is_a_change() -> None:
+def test_converting_the_dtype_is_a_change() -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     prepared.half()
     with pytest.warns(EngineWarning, match=CHANGED):
         assert maps_of(prepared, PIXELS.half())[0].dtype == torch.float16
 
 
-def test_what_was_not_compiled_follows_changes_without_a_word(
-    backbone: Any, tmp_path: Path
-) -> None:
+def test_eager_follows_changes_without_a_warning(backbone: Any) -> None:
     prepared = backbone.prepare("eager", example=PIXELS)
-    for index, change in enumerate(CHANGES.values()):
+    for change in CHANGES.values():
         change(prepared)
         with no_warning():
             got = maps_of(prepared)
-        assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / str(index))))
+        assert_equals_upstream(got, maps_of(upstream_of(prepared)))
 
 
-def test_a_change_before_anything_was_compiled_is_none(compiler: Compiler, tmp_path: Path) -> None:
+def test_a_change_before_compiling_gives_no_warning(compiler: Compiler, tmp_path: Path) -> None:
     """The first shape ran eager, and only for the second one something is compiled."""
-    device = Device()
-    tools = device.tools(tmp_path)
+    tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
     maps_of(prepared, PIXELS[:0])
     in_place(prepared)
-    want = maps_of(upstream_of(prepared, tmp_path / "model"))
+    want = maps_of(upstream_of(prepared))
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
         assert_equals_upstream(maps_of(prepared), want)
@@ -304,41 +297,38 @@ def test_a_change_before_anything_was_compiled_is_none(compiler: Compiler, tmp_p
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)], ids=str)
-def test_after_a_change_nothing_is_compiled_for_other_shapes(
+def test_no_shape_is_compiled_after_a_change(
     size: tuple[int, int], compiler: Compiler, tmp_path: Path
 ) -> None:
-    device = Device()
-    tools = device.tools(tmp_path)
+    tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", example=PIXELS, expected_images=MANY, tools=tools)
     in_place(prepared)
     pixels = images(*size, batch=3)
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared, pixels)
     assert len(warned) == 1 and len(compiler.compiled) == 1
-    assert_equals_upstream(got, maps_of(upstream_of(prepared, tmp_path / "model"), pixels))
+    assert_equals_upstream(got, maps_of(upstream_of(prepared), pixels))
 
 
-def test_prepared_again_it_is_compiled_with_the_weights_of_now(
-    compiler: Compiler, tmp_path: Path
-) -> None:
+def test_preparing_again_compiles_the_current_weights(compiler: Compiler) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     in_place(prepared)
     again = prepared.prepare("compile", example=PIXELS)
     with no_warning():
-        assert_equals_upstream(maps_of(again), maps_of(upstream_of(again, tmp_path)))
+        assert_equals_upstream(maps_of(again), maps_of(upstream_of(again)))
     assert len(compiler.compiled) == 2
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_copy_in_fp32_of_a_cpu_without_the_dtype_follows(
-    change: Callable[[Any], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_fp32_copy_on_a_cpu_without_the_dtype_follows_changes(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
     prepared = resnet().prepare("eager", "bf16")
     maps_of(prepared)
     with torch.inference_mode(False):
         change(prepared)
-    upstream = upstream_of(prepared, tmp_path).float()
+    upstream = upstream_of(prepared).float()
     want = [x.bfloat16() for x in maps_of(upstream, PIXELS.bfloat16().float())]
     got = maps_of(prepared, PIXELS)
     for ours, theirs in zip(got, want):  # rounded once, from what is within fp32's tolerance
@@ -353,7 +343,7 @@ def layers() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())).eval()
 
 
-def test_a_stamp_of_what_did_not_change_is_current() -> None:
+def test_a_stamp_of_an_unchanged_module_is_current() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     module(PIXELS).sum().backward()
@@ -364,7 +354,7 @@ def test_a_stamp_of_what_did_not_change_is_current() -> None:
     assert stamp.is_current()
 
 
-def test_a_stamp_notices_what_is_inside_a_layer_that_was_added() -> None:
+def test_a_stamp_notices_added_and_nested_layers() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     module.append(nn.Identity())
@@ -375,7 +365,7 @@ def test_a_stamp_notices_what_is_inside_a_layer_that_was_added() -> None:
     assert not stamp.is_current()
 
 
-def test_a_stamp_does_not_outlive_who_holds_it() -> None:
+def test_a_deleted_stamp_is_not_kept_alive() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     del stamp
@@ -383,7 +373,7 @@ def test_a_stamp_does_not_outlive_who_holds_it() -> None:
     assert not any(weight is tensor for stamp in _STAMPS for tensor in stamp._tensors)
 
 
-def test_what_is_held_is_what_was_remembered_and_used() -> None:
+def test_holding_derived_collects_the_values_in_use() -> None:
     module = nn.Linear(3, 2).requires_grad_(False)
 
     def use() -> tuple[Tensor, ...]:

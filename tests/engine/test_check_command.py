@@ -1,4 +1,4 @@
-"""`fastbb check` says of every op and dtype whether its kernel works here."""
+"""Tests of `fastbb check`: its table of ops and dtypes, exit codes and what it remembers."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What torch.compile makes of a backbone, and batches that are cut into what it was made for."""
+"""Backbones compiled by torch.compile, and batches cut into chunks of the compiled size."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +61,7 @@ def numbered(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (15, [4, 4, 4, 4], []),
     ],
 )
-def test_a_rest_is_filled_up_or_runs_otherwise(
+def test_the_last_chunk_is_padded_or_runs_eager(
     batch: int, compiled: list[int], eager: list[int]
 ) -> None:
     run, other = Calls(only=N), Calls()
@@ -72,7 +72,7 @@ def test_a_rest_is_filled_up_or_runs_otherwise(
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(0, [0]), (3, [3]), (4, [4]), (9, [4, 4, 1])])
-def test_what_takes_any_number_takes_the_rest(batch: int, sizes: list[int]) -> None:
+def test_the_last_chunk_may_be_smaller(batch: int, sizes: list[int]) -> None:
     run = Calls()
     maps = in_chunks(run, N)(numbered(batch))
     assert run.sizes == sizes
@@ -81,7 +81,7 @@ def test_what_takes_any_number_takes_the_rest(batch: int, sizes: list[int]) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_filling_up_keeps_dtype_and_pixels(dtype: torch.dtype) -> None:
+def test_padding_keeps_dtype_and_pixels(dtype: torch.dtype) -> None:
     pixels = numbered(3, dtype)
     before = pixels.clone()
     (got, _) = in_chunks(Calls(only=N), N, Calls())(pixels)
@@ -96,7 +96,7 @@ def images_at_once(run: Callable[[Tensor], Any], images: Tensor) -> int:
     return batch if batch < 2 else even_part(batch, largest_tensor(run, images[:1]))
 
 
-def test_images_are_as_many_as_no_tensor_outgrows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_keep_every_tensor_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "KEPT_BYTES", 3 * 1000)
     sizes: list[int] = []
 
@@ -122,7 +122,7 @@ def test_parts_are_about_equal_and_of_at_least_one_image(
     assert images_at_once(lambda x: (x + 1,), torch.ones(batch, 10)) == at_once
 
 
-def test_what_only_the_first_call_makes_does_not_count() -> None:
+def test_tensors_made_in_the_first_call_only_do_not_count() -> None:
     made: list[Tensor] = []
 
     def run(pixel_values: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("", False, False),
     ],
 )
-def test_arithmetic_is_what_the_flags_say(
+def test_arithmetic_follows_the_cpu_flags(
     line: str, bf16: bool, fp16: bool, cpuinfo: Callable[[str], None]
 ) -> None:
     cpuinfo(f"processor : 0\nmodel name : some CPU\n{line}\n\nprocessor : 1\n")
@@ -174,7 +174,7 @@ def test_arithmetic_is_what_the_flags_say(
     assert has_arithmetic(torch.float32) and has_arithmetic(torch.float64)
 
 
-def test_where_nothing_is_reported_nothing_is_assumed(cpuinfo: Any) -> None:
+def test_no_arithmetic_is_assumed_without_cpu_flags(cpuinfo: Any) -> None:
     assert machine.cpu_flags() == frozenset()
     assert not has_arithmetic(torch.bfloat16) and has_arithmetic(torch.float32)
 
@@ -182,7 +182,7 @@ def test_where_nothing_is_reported_nothing_is_assumed(cpuinfo: Any) -> None:
 # the compiler
 
 
-def test_functions_with_code_of_their_own_do_the_same() -> None:
+def test_own_code_copies_a_function_with_its_code_object() -> None:
     def function(x: int, y: int = 2, *, z: int = 3) -> tuple[int, ...]:
         return x, y, z, N
 
@@ -191,7 +191,7 @@ def test_functions_with_code_of_their_own_do_the_same() -> None:
     assert len({function.__code__.__hash__(), id(one.__code__), id(other.__code__)}) == 3
 
 
-def test_options_of_the_compiler_are_set_for_a_block_only() -> None:
+def test_compiler_options_are_restored_after_the_block() -> None:
     from torch._inductor import config
 
     before = config.freezing
@@ -201,7 +201,7 @@ def test_options_of_the_compiler_are_set_for_a_block_only() -> None:
 
 
 @torch.no_grad()
-def test_what_inductor_compiles_equals_upstream_for_every_batch() -> None:
+def test_inductor_equals_upstream_for_every_batch() -> None:
     """Once for one shape; other batches of it are cut, filled up, or left to eager."""
     upstream = hf_resnet(depths=(1,), hidden_sizes=[16], out_indices=[0, 1])
     pair = hf_pair(upstream)

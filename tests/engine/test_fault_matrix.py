@@ -1,29 +1,26 @@
-"""Whatever goes wrong on a GPU, the maps are upstream's, and it is said what happened."""
+"""Faults on a GPU: the maps stay equal to upstream's, and a warning names the fault."""
 
 import re
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import broken_kernels as broken
 import pytest
 import torch
 from broken_kernels import self_check
+from engine_rig import EngineRig, swin_pair
 from pretended_device import (
     MIN_RUNS,
-    Device,
     baked,
     explained,
     gpu,
     no_warning,
     only_row,
 )
-from reference_models import Pair, hf_pair, hf_resnet, hf_swin, images
-from tolerance import assert_equals_upstream
+from reference_models import Pair, images
 from torch import Tensor
 
-from fastbb.backbone.base import Backbone
-from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
 from fastbb.engine.trial import Run
 from fastbb.engine.truth import Truth
@@ -39,20 +36,9 @@ CUDA_FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB
 LOST = "RuntimeError: CUDA error"
 
 
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    """Its weights are not to be changed."""
-    return hf_pair(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
-
-
 @pytest.fixture
-def device() -> Device:
-    return Device()
-
-
-def assert_right(backbone: Backbone, pair: Pair, pixels: Tensor = PIXELS) -> None:
-    with torch.no_grad():
-        assert_equals_upstream(backbone(pixels).feature_maps, pair.maps(pixels))
+def rig(rig: EngineRig) -> EngineRig:
+    return replace(rig, pixels=PIXELS)
 
 
 # what a candidate does to right maps
@@ -145,22 +131,22 @@ FAULTS: dict[str, tuple[Callable[[Run], Run], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_faulty_candidate_is_off_and_the_fastest_right_one_runs(
-    fault: str, pair: Pair, device: Device, tmp_path: Path, capsys: Any
+    fault: str, rig: EngineRig
 ) -> None:
     make, problem = FAULTS[fault]
     candidates = (
-        device.candidate("slow", 2.0, lambda: baked(pair.ours)),
-        device.candidate("faulty", 0.001, lambda: make(baked(pair.ours))),
-        device.candidate("good", 0.5, lambda: baked(pair.ours)),
+        rig.candidate("slow", 2.0),
+        rig.candidate("faulty", 0.001, lambda: make(baked(rig.pair.ours))),
+        rig.candidate("good", 0.5),
     )
     with gpu():
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path, *candidates))
+        backbone = rig.prepare(*candidates)
         with pytest.warns(EngineWarning, match=f"faulty is off: {problem}") as warned:
-            assert_right(backbone, pair)
+            rig.assert_right(backbone)
         assert len(warned) == 1
         with no_warning():
-            assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+            rig.assert_right(backbone)
+        row = only_row(backbone)
     assert (row.what, row.runs) == ("8x64x96", "good")
     assert "the fastest that passed its check" in row.why
     assert re.search(f"slow: 2 s; faulty: {problem}", row.others), row.others
@@ -168,35 +154,31 @@ def test_a_faulty_candidate_is_off_and_the_fastest_right_one_runs(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_where_all_but_eager_is_faulty_eager_runs(
-    fault: str, pair: Pair, device: Device, tmp_path: Path, capsys: Any
-) -> None:
+def test_eager_runs_if_all_others_are_faulty(fault: str, rig: EngineRig) -> None:
     make, problem = FAULTS[fault]
-    one = device.candidate("faulty", 0.001, lambda: make(baked(pair.ours)))
+    one = rig.candidate("faulty", 0.001, lambda: make(baked(rig.pair.ours)))
     with gpu(stem_conv_bn_relu_pool=broken.crashing("")):
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path, one))
+        backbone = rig.prepare(one)
         with pytest.warns(EngineWarning) as warned:
-            assert_right(backbone, pair)
+            rig.assert_right(backbone)
         texts = [str(warning.message) for warning in warned]
         assert "triton is off: ZeroDivisionError: at" in texts[0]
         assert len(texts) == 2 and re.search(f"faulty is off: {problem}", texts[1])
         with no_warning():
-            assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+            rig.assert_right(backbone)
+        row = only_row(backbone)
     assert row.runs == "eager"
     assert re.search(f"triton: ZeroDivisionError: at; faulty: {problem}", row.others), row.others
 
 
 @pytest.mark.parametrize("kernel", ["wrong", "nan", "crashing", "out_of_memory", "other_shape"])
-def test_an_own_way_is_held_to_the_truth_as_others_are(
-    kernel: str, pair: Pair, device: Device, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_faulty_kernel_turns_mode_triton_off(kernel: str, rig: EngineRig) -> None:
     op = "conv3x3_bn_act"
     with gpu(**{op: getattr(broken, kernel)(op)}):
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path))
+        backbone = rig.prepare()
         with pytest.warns(EngineWarning, match="triton is off: "):
-            assert_right(backbone, pair)
-        assert only_row(backbone, capsys).runs == "eager"
+            rig.assert_right(backbone)
+        assert only_row(backbone).runs == "eager"
 
 
 @pytest.mark.parametrize(
@@ -205,33 +187,30 @@ def test_an_own_way_is_held_to_the_truth_as_others_are(
     ids=["crash", "memory"],
 )
 def test_a_winner_that_fails_later_is_replaced_by_eager(
-    error: Exception, problem: str, pair: Pair, device: Device, tmp_path: Path, capsys: Any
+    error: Exception, problem: str, rig: EngineRig
 ) -> None:
     is_broken: list[bool] = []
 
     def build() -> Run:
-        run, fail = baked(pair.ours), fails(error)
+        run, fail = baked(rig.pair.ours), fails(error)
         return lambda pixels: fail(run(pixels)) if is_broken else run(pixels)
 
     with gpu():
-        tools = device.tools(tmp_path, device.candidate("fast", 0.1, build))
-        backbone = prepare(pair.ours, tools=tools)
+        backbone = rig.prepare(rig.candidate(build=build))
         with no_warning():
-            assert_right(backbone, pair)
-        assert only_row(backbone, capsys).runs == "fast"
+            rig.assert_right(backbone)
+        assert only_row(backbone).runs == "fast"
         is_broken.append(True)
         with pytest.warns(EngineWarning, match=f"fast failed, eager runs: {problem}") as warned:
-            assert_right(backbone, pair)
+            rig.assert_right(backbone)
         assert len(warned) == 1
         with no_warning():
-            assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+            rig.assert_right(backbone)
+        row = only_row(backbone)
     assert (row.runs, row.why) == ("eager", "fast failed") and f"fast: {problem}" in row.others
 
 
-def test_a_choice_that_cannot_be_made_leaves_eager(
-    pair: Pair, device: Device, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_choice_that_fails_leaves_eager(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The truth is computed in float64, for which there may be no memory."""
 
     def full(*args: Any) -> Truth:
@@ -240,12 +219,12 @@ def test_a_choice_that_cannot_be_made_leaves_eager(
     monkeypatch.setattr(Truth, "of", full)
     problem = "choosing what runs failed: out of memory: CUDA out of memory"
     with gpu():
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path))
+        backbone = rig.prepare()
         with pytest.warns(EngineWarning, match=f"eager runs, {problem}"):
-            assert_right(backbone, pair)
+            rig.assert_right(backbone)
         with no_warning():
-            assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+            rig.assert_right(backbone)
+        row = only_row(backbone)
     assert row.runs == "eager" and problem in row.why
 
 
@@ -253,14 +232,12 @@ def test_a_choice_that_cannot_be_made_leaves_eager(
 
 
 @pytest.mark.parametrize("order", [(0.9, 0.3, 0.6), (0.3, 0.6, 0.9), (0.9, 0.6, 0.3)], ids=str)
-def test_the_fastest_right_candidate_wins(
-    order: tuple[float, ...], pair: Pair, device: Device, tmp_path: Path, capsys: Any
-) -> None:
-    made = [device.candidate(f"{s} s", s, lambda: baked(pair.ours)) for s in order]
+def test_the_fastest_right_candidate_wins(order: tuple[float, ...], rig: EngineRig) -> None:
+    made = [rig.candidate(f"{s} s", s) for s in order]
     with gpu(), no_warning():
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path, *made))
-        assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+        backbone = rig.prepare(*made)
+        rig.assert_right(backbone)
+        row = only_row(backbone)
     assert row.runs == "0.3 s"
     assert "triton: 1 s" in row.others and "0.9 s: 900 ms" in row.others
 
@@ -268,31 +245,26 @@ def test_the_fastest_right_candidate_wins(
 @pytest.mark.parametrize(
     ("seconds", "runs"), [(1.0, "triton"), (0.975, "triton"), (0.96, "faster")], ids=str
 )
-def test_ties_go_to_the_simpler(
-    seconds: float, runs: str, pair: Pair, device: Device, tmp_path: Path, capsys: Any
-) -> None:
-    one = device.candidate("faster", seconds, lambda: baked(pair.ours))
+def test_ties_go_to_the_simpler(seconds: float, runs: str, rig: EngineRig) -> None:
+    one = rig.candidate("faster", seconds)
     with gpu(), no_warning():
-        backbone = prepare(pair.ours, tools=device.tools(tmp_path, one))
-        assert_right(backbone, pair)
-        assert only_row(backbone, capsys).runs == runs
+        backbone = rig.prepare(one)
+        rig.assert_right(backbone)
+        assert only_row(backbone).runs == runs
 
 
-def test_what_won_is_held_to_the_truth_for_another_shape_too(
-    pair: Pair, device: Device, tmp_path: Path, capsys: Any
-) -> None:
+def test_a_winner_is_verified_for_another_shape(rig: EngineRig) -> None:
     def build() -> Run:
-        run, spoil = baked(pair.ours), put(0, off)
+        run, spoil = baked(rig.pair.ours), put(0, off)
         return lambda pixels: run(pixels) if len(pixels) == 8 else spoil(run(pixels))
 
     with gpu():
-        tools = device.tools(tmp_path, device.candidate("fast", 0.1, build))
-        backbone = prepare(pair.ours, tools=tools)
+        backbone = rig.prepare(rig.candidate(build=build))
         with no_warning():
-            assert_right(backbone, pair)
+            rig.assert_right(backbone)
         with pytest.warns(EngineWarning, match="fast is off, eager runs: map 2 is wrong: error"):
-            assert_right(backbone, pair, PIXELS[:3])
-        first, second = explained(backbone, capsys).rows
+            rig.assert_right(backbone, PIXELS[:3])
+        first, second = explained(backbone).rows
     assert (first.runs, second.runs) == ("fast", "eager")
     assert second.what == "3x64x96" and "fast: map 2 is wrong" in second.others
 
@@ -324,21 +296,24 @@ KERNEL_FAULTS = {
 @pytest.fixture(scope="module")
 def swin() -> Pair:
     """Its weights are not to be changed."""
-    return hf_pair(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
+    return swin_pair()
 
 
-def assert_ops_are_off(
-    swin: Pair, fault: str, ops: tuple[str, ...], folder: Path, capsys: Any
-) -> None:
+@pytest.fixture
+def swin_rig(rig: EngineRig, swin: Pair) -> EngineRig:
+    return replace(rig, pair=swin, pixels=PIXELS[:2])
+
+
+def assert_ops_are_off(rig: EngineRig, fault: str, *ops: str) -> None:
     """The maps equal upstream's, and each broken op is named with its fault, once."""
-    check = self_check(folder)
+    check = self_check(rig.folder)
     with gpu(**{op: getattr(broken, fault)(op) for op in ops}), use_check(check):
-        backbone = prepare(swin.ours, "triton")
+        backbone = rig.pair.ours.prepare("triton")
         with pytest.warns(KernelWarning) as warned:
-            assert_right(backbone, swin, PIXELS[:2])
+            rig.assert_right(backbone)
         with no_warning():
-            assert_right(backbone, swin, PIXELS[:2])
-        assert only_row(backbone, capsys).runs == "triton"
+            rig.assert_right(backbone)
+        assert only_row(backbone).runs == "triton"
         found = {op: problem for (op, _), problem in check.results(broken.CPU).items() if problem}
     assert len(warned) == len(ops)
     for op in ops:
@@ -348,21 +323,17 @@ def assert_ops_are_off(
 
 
 @pytest.mark.parametrize("op", SWIN_OPS)
-def test_a_wrong_kernel_is_off_and_the_other_kernels_run(
-    op: str, swin: Pair, tmp_path: Path, capsys: Any
-) -> None:
-    assert_ops_are_off(swin, "wrong", (op,), tmp_path, capsys)
+def test_a_wrong_kernel_is_off_and_the_other_kernels_run(op: str, swin_rig: EngineRig) -> None:
+    assert_ops_are_off(swin_rig, "wrong", op)
 
 
 @pytest.mark.parametrize("fault", KERNEL_FAULTS)
-def test_where_every_kernel_is_broken_the_maps_are_right(
-    fault: str, swin: Pair, tmp_path: Path, capsys: Any
-) -> None:
-    assert_ops_are_off(swin, fault, SWIN_OPS, tmp_path, capsys)
+def test_the_maps_are_right_with_every_kernel_broken(fault: str, swin_rig: EngineRig) -> None:
+    assert_ops_are_off(swin_rig, fault, *SWIN_OPS)
 
 
-def test_without_the_check_a_wrong_kernel_would_be_seen(swin: Pair) -> None:
+def test_a_wrong_kernel_without_the_check_changes_the_maps(swin_rig: EngineRig) -> None:
     """What the tests above rest on: each of these ops is used, and these pixels show it."""
     for op in SWIN_OPS:
         with gpu(**{op: broken.wrong(op)}), pytest.raises(AssertionError, match="differs by"):
-            assert_right(prepare(swin.ours, "triton"), swin, PIXELS[:2])
+            swin_rig.assert_right(swin_rig.pair.ours.prepare("triton"))

@@ -1,4 +1,4 @@
-"""Graphs whose weights are constants compute what the module computes, and less of it each time."""
+"""Rewrites of exported graphs: constants are folded, and results equal the module's."""
 
 from collections import Counter
 from typing import Any
@@ -70,7 +70,7 @@ class Made(nn.Module):
 
 
 @torch.no_grad()
-def test_what_depends_on_no_input_is_computed_once() -> None:
+def test_constants_are_folded_and_random_numbers_are_not() -> None:
     module, x = Made(), torch.randn(3, 4)
     graph = exported(module, x)
     fold_constants(graph)
@@ -93,7 +93,7 @@ class Written(nn.Module):
 
 
 @torch.no_grad()
-def test_what_is_written_after_it_was_made_is_no_constant() -> None:
+def test_a_constant_that_is_written_in_place_is_refused() -> None:
     graph = exported(Written(), torch.randn(3, 4))
     with pytest.raises(NotImplementedError, match="writes into a constant"):
         fold_constants(graph)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def test_a_mask_of_what_counts() -> None:
+def test_attention_with_a_boolean_mask() -> None:
     module, tensors = Attention(), [torch.randn(2, 3, 9, 8) for _ in range(3)]
     mask = torch.rand(1, 3, 9, 9) > 0.3
     mask[..., 0] = True
@@ -156,7 +156,7 @@ def test_a_mask_of_what_counts() -> None:
     ids=["plain", "scale", "dropout"],
 )
 @torch.no_grad()
-def test_attention_that_is_plain_is_written_out(
+def test_only_plain_attention_becomes_products(
     options: dict[str, Any], is_written_out: bool
 ) -> None:
     module = Attention(**options)

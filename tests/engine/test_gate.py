@@ -1,4 +1,4 @@
-"""Before "auto" runs an op's kernels it asks whether they were checked, and everywhere else not."""
+"""Self-check at dispatch: "auto" asks it before a kernel runs on a GPU, and only there."""
 
 import threading
 import time
@@ -50,7 +50,7 @@ class Unasked(SelfCheck):
 
 
 @pytest.mark.parametrize("op", op_names())
-def test_every_op_asks_with_its_name_device_and_dtype(op: str) -> None:
+def test_every_op_asks_the_check_with_its_name_device_and_dtype(op: str) -> None:
     """The cases of an op run through its public function, where the question is."""
     asked = []
 
@@ -73,7 +73,7 @@ def test_every_op_asks_with_its_name_device_and_dtype(op: str) -> None:
             assert not any(launch.called for launch in launches.values())
 
 
-def test_nobody_asks_on_a_cpu_or_a_pretended_device() -> None:
+def test_the_check_is_not_asked_on_a_cpu_or_a_pretended_device() -> None:
     arguments = norm_arguments()
     with torch.no_grad(), use(Unasked()):
         layer_norm_nchw(*arguments)
@@ -98,7 +98,7 @@ def test_a_machine_with_a_gpu_has_a_check(monkeypatch: pytest.MonkeyPatch) -> No
     assert current() is check
 
 
-def test_a_block_is_not_blamed_for_an_op_that_it_is_made_of(tmp_path: Path) -> None:
+def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
     """Where the block has no kernel its parts run, each with its own check."""
     check = self_check(tmp_path)
     launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
@@ -138,7 +138,7 @@ def test_the_parts_of_a_broken_block_run_by_their_kernels(tmp_path: Path) -> Non
             swin_mlp_block(*arguments)
 
 
-def test_who_insists_gets_the_kernel_unless_it_is_known_to_fail(tmp_path: Path) -> None:
+def test_impl_triton_runs_the_kernel_unless_it_is_known_to_fail(tmp_path: Path) -> None:
     arguments = norm_arguments()
     with launching(layer_norm_nchw=broken.wrong(NORM)) as launches, use(self_check(tmp_path)):
         with pytest.warns(KernelWarning):
@@ -154,7 +154,7 @@ def test_who_insists_gets_the_kernel_unless_it_is_known_to_fail(tmp_path: Path) 
         launches[NORM].assert_not_called()
 
 
-def test_a_device_that_was_full_is_no_reason_to_refuse(tmp_path: Path) -> None:
+def test_out_of_memory_does_not_turn_a_kernel_off(tmp_path: Path) -> None:
     hardware = PretendedHardware()
     hardware.full = True
     arguments = norm_arguments()
@@ -240,7 +240,7 @@ class Norm(nn.Module):
 
 @pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
 @pytest.mark.usefixtures("without_what_was_compiled_before")
-def test_a_compiler_asks_while_it_traces(is_right: bool, tmp_path: Path) -> None:
+def test_the_check_is_asked_while_a_compiler_traces(is_right: bool, tmp_path: Path) -> None:
     """In one graph, and the answer is a constant of it."""
     arguments = norm_arguments()
     if not is_right:

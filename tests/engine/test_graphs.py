@@ -1,16 +1,15 @@
-"""CUDA graphs: few, never aliased, recorded only where that pays, and never of old weights."""
+"""CUDA graphs: limited in number, recorded only if that pays, recorded again for new weights."""
 
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_rig import PIXELS, WIDE, EngineRig, resnet_pair
 from pretended_device import Device, baked, explained, gpu, no_warning, only_row
-from reference_models import from_hf, hf_resnet, images
-from tolerance import assert_equals_upstream
+from reference_models import Pair, images
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
@@ -19,11 +18,9 @@ from fastbb.engine.choose import Chooser
 from fastbb.engine.computation import BackboneMaps, without_engine
 from fastbb.engine.engine import Engine
 from fastbb.engine.graphs import GraphPool
-from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning, Settings
 from fastbb.engine.trial import Run
 
-PIXELS, WIDE = images(64, 64), images(64, 96)
 OFTEN = choose.SEEN_BEFORE_TUNED
 
 
@@ -62,7 +59,7 @@ def test_a_shape_and_dtype_is_recorded_once() -> None:
     assert len(recorder.recorded) == len(set(recorder.recorded)) == len(pool) == 4
 
 
-def test_the_least_recently_used_graph_goes() -> None:
+def test_the_least_recently_used_graph_is_dropped() -> None:
     recorder = Recorder()
     pool = GraphPool(doubled, max_graphs=2, capture=recorder)
     one, two, three = (torch.ones(n) for n in (1, 2, 3))
@@ -73,7 +70,7 @@ def test_the_least_recently_used_graph_goes() -> None:
     assert len(recorder.recorded) == 4 and len(pool) == 2
 
 
-def test_what_cannot_be_recorded_leaves_nothing() -> None:
+def test_a_failed_recording_leaves_no_graph() -> None:
     def fail(run: Run, pixel_values: Tensor) -> Run:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -133,30 +130,20 @@ class Graphs:
 
 
 @pytest.fixture
-def upstream() -> Any:
-    return hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2])
+def pair() -> Pair:
+    """A backbone of this test alone, since weights change."""
+    return resnet_pair()
 
 
 @pytest.fixture
-def backbone(upstream: Any) -> Any:
-    return from_hf(upstream)
-
-
-@pytest.fixture
-def recording(backbone: Any, monkeypatch: pytest.MonkeyPatch) -> Graphs:
+def recording(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     """A GPU that can record graphs."""
-    recording = Graphs(backbone, Device())
+    recording = Graphs(rig.pair.ours, rig.device)
     monkeypatch.setattr(graphs, "_Capture", lambda: recording)
     monkeypatch.setattr(
         Chooser, "_may_capture", lambda self, pixels: self._settings.cuda_graph is not False
     )
     return recording
-
-
-@torch.no_grad()
-def assert_right(backbone: Any, upstream: Any, *batches: Tensor) -> None:
-    for pixels in batches:
-        assert_equals_upstream(backbone(pixels).feature_maps, upstream(pixels).feature_maps)
 
 
 def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
@@ -166,36 +153,34 @@ def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
     return prepared
 
 
-def test_the_first_shape_is_recorded_and_others_when_they_come_often(
-    backbone: Any, upstream: Any, recording: Graphs, capsys: Any
+def test_the_first_shape_is_recorded_at_once_and_others_after_several_calls(
+    rig: EngineRig, recording: Graphs
 ) -> None:
     with gpu(), no_warning():
-        prepared = prepare(backbone, "triton")
-        assert_right(prepared, upstream, PIXELS, PIXELS)
-        assert only_row(prepared, capsys).runs == "triton + CUDA graph"
-        assert_right(prepared, upstream, *[WIDE] * OFTEN)
-        row = explained(prepared, capsys).rows[-1]
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, PIXELS, PIXELS)
+        assert only_row(prepared).runs == "triton + CUDA graph"
+        rig.assert_right(prepared, *[WIDE] * OFTEN)
+        row = explained(prepared).rows[-1]
         assert row.runs == "triton" and "when the shape came more often" in row.why
         assert recording.recorded == [(2, 64)]
-        assert_right(prepared, upstream, WIDE, WIDE)
-        assert explained(prepared, capsys).rows[-1].runs == "triton + CUDA graph"
+        rig.assert_right(prepared, WIDE, WIDE)
+        assert explained(prepared).rows[-1].runs == "triton + CUDA graph"
     assert recording.recorded == [(2, 64), (2, 96)]
 
 
 @pytest.mark.parametrize("graph", ["auto", True, False], ids=str)
-def test_a_large_batch_is_recorded_only_for_who_asks(
+def test_a_large_batch_is_recorded_only_with_cuda_graph_true(
     graph: Any,
-    backbone: Any,
-    upstream: Any,
+    rig: EngineRig,
     recording: Graphs,
-    capsys: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(choose, "SMALL_BATCH_PIXELS", PIXELS[:, 0].numel() - 1)
     with gpu(), no_warning():
-        prepared = prepared_with(backbone, graph)
-        assert_right(prepared, upstream, *[PIXELS] * (OFTEN + 2), WIDE)
-        rows = explained(prepared, capsys).rows
+        prepared = prepared_with(rig.pair.ours, graph)
+        rig.assert_right(prepared, *[PIXELS] * (OFTEN + 2), WIDE)
+        rows = explained(prepared).rows
     if graph is True:
         assert recording.recorded == [(2, 64), (2, 96)]  # at once
     else:
@@ -203,13 +188,13 @@ def test_a_large_batch_is_recorded_only_for_who_asks(
         assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")
 
 
-def test_few_graphs_are_kept(backbone: Any, upstream: Any, recording: Graphs) -> None:
+def test_the_number_of_graphs_is_limited(rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
-        prepared = prepared_with(backbone, True)
+        prepared = prepared_with(rig.pair.ours, True)
         batches = [images(32, 32 * n) for n in range(1, graphs.MAX_GRAPHS + 2)]
-        assert_right(prepared, upstream, *batches, batches[-1])
+        rig.assert_right(prepared, *batches, batches[-1])
         assert len(recording.recorded) == graphs.MAX_GRAPHS + 1
-        assert_right(prepared, upstream, batches[0])
+        rig.assert_right(prepared, batches[0])
     assert recording.recorded[-1] == (2, 32) and len(recording.recorded) == graphs.MAX_GRAPHS + 2
 
 
@@ -218,61 +203,57 @@ def test_few_graphs_are_kept(backbone: Any, upstream: Any, recording: Graphs) ->
     [("raises", "RuntimeError: not permitted"), ("wrong", "map 0 is wrong"), ("nan", "error nan")],
 )
 def test_a_graph_that_fails_is_off(
-    fault: str, problem: str, backbone: Any, upstream: Any, recording: Graphs, capsys: Any
+    fault: str, problem: str, rig: EngineRig, recording: Graphs
 ) -> None:
     recording.error = RuntimeError("not permitted\nat") if fault == "raises" else None
     recording.spoil = lambda x: x * {"wrong": 1.001, "nan": torch.nan}.get(fault, 1)
     with gpu():
-        prepared = prepare(backbone, "triton")
+        prepared = rig.pair.ours.prepare("triton")
         with pytest.warns(
             EngineWarning, match=rf"triton \+ CUDA graph is off, triton runs: .*{problem}"
         ):
-            assert_right(prepared, upstream, PIXELS)
+            rig.assert_right(prepared, PIXELS)
         with no_warning():
-            assert_right(prepared, upstream, *[PIXELS] * (OFTEN + 1))
-        row = only_row(prepared, capsys)
+            rig.assert_right(prepared, *[PIXELS] * (OFTEN + 1))
+        row = only_row(prepared)
     assert row.runs == "triton" and problem in row.others
     assert len(recording.recorded) == 1
 
 
-def test_a_graph_that_fails_later_is_replaced_by_eager(
-    backbone: Any, upstream: Any, recording: Graphs, capsys: Any
-) -> None:
+def test_a_graph_that_fails_later_is_replaced_by_eager(rig: EngineRig, recording: Graphs) -> None:
     with gpu():
-        prepared = prepare(backbone, "triton")
-        assert_right(prepared, upstream, PIXELS)
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, PIXELS)
         recording.broken = RuntimeError("CUDA error")
         with pytest.warns(EngineWarning, match=r"triton \+ CUDA graph failed, eager runs: Runtime"):
-            assert_right(prepared, upstream, PIXELS)
-        assert only_row(prepared, capsys).runs == "eager"
+            rig.assert_right(prepared, PIXELS)
+        assert only_row(prepared).runs == "eager"
 
 
-def test_a_graph_is_measured_as_others_are(
-    backbone: Any, upstream: Any, recording: Graphs, tmp_path: Path, capsys: Any
-) -> None:
+def test_auto_measures_graphs_too(rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
-        prepared = prepare(backbone, tools=recording.device.tools(tmp_path))
-        assert_right(prepared, upstream, PIXELS, PIXELS)
-        row = only_row(prepared, capsys)
+        prepared = rig.prepare()
+        rig.assert_right(prepared, PIXELS, PIXELS)
+        row = only_row(prepared)
         assert row.runs == "triton + CUDA graph"
         assert row.others == "triton: 1 s; eager: 1 s; eager + CUDA graph: 100 ms"
-        assert_right(prepared, upstream, WIDE)
+        rig.assert_right(prepared, WIDE)
         # another shape is not recorded because this one was
-        row = explained(prepared, capsys).rows[-1]
+        row = explained(prepared).rows[-1]
         assert row.runs == "triton" and row.why == "what won for 2x64x64"
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])
 def test_after_a_change_of_weights_it_is_recorded_again(
-    mode: str, backbone: Any, upstream: Any, recording: Graphs, tmp_path: Path, capsys: Any
+    mode: str, rig: EngineRig, recording: Graphs
 ) -> None:
     with gpu(), no_warning():
-        prepared = prepare(backbone, mode, tools=recording.device.tools(tmp_path))
-        assert_right(prepared, upstream, PIXELS)
+        prepared = rig.prepare(mode=mode)
+        rig.assert_right(prepared, PIXELS)
         n_recorded = len(recording.recorded)
-        for model in (backbone, upstream):
+        for model in (rig.pair.ours, rig.pair.upstream):
             for p in model.parameters():
                 p.mul_(0.5)
-        assert_right(prepared, upstream, PIXELS, PIXELS)
-        assert only_row(prepared, capsys).runs == "triton + CUDA graph"
+        rig.assert_right(prepared, PIXELS, PIXELS)
+        assert only_row(prepared).runs == "triton + CUDA graph"
     assert len(recording.recorded) == 2 * n_recorded

@@ -1,4 +1,4 @@
-"""`prepare`: what it takes, what it leaves alone, and where nothing but eager may run."""
+"""`prepare`: its arguments, the unchanged original, and calls that must run eager."""
 
 import copy
 import io
@@ -8,55 +8,30 @@ import re
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_rig import PIXELS, assert_right, resnet_pair, swin_pair
 from pretended_device import (
     Compiler,
     explained,
-    install,
     no_warning,
     only_row,
 )
-from reference_models import Pair, gradients, hf_pair, hf_resnet, hf_swin, images
+from reference_models import Pair, gradients, images
 from tolerance import assert_as_accurate_as_eager, assert_equal_gradients, assert_equals_upstream
 from torch import Tensor
 
 from fastbb.engine.settings import EngineWarning
-from fastbb_kernels import _dispatch
 
-PIXELS = images(64, 64)
+pytestmark = pytest.mark.usefixtures("compiler")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resnet() -> Pair:
-    return hf_pair(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
-
-
-def swin() -> Pair:
-    return hf_pair(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
-
-
-@pytest.fixture(params=[resnet, swin], ids=["resnet", "swin"])
+@pytest.fixture(params=[resnet_pair, swin_pair], ids=["resnet", "swin"])
 def pair(request: pytest.FixtureRequest) -> Pair:
     return request.param()
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    return install(Compiler(), monkeypatch)
-
-
-@torch.no_grad()
-def assert_right(backbone: Any, pair: Pair, pixels: Tensor = PIXELS) -> None:
-    assert_equals_upstream(backbone(pixels).feature_maps, pair.maps(pixels))
 
 
 # arguments
@@ -88,12 +63,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_wrong_argument_is_named(name: str) -> None:
     arguments, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
-        resnet().ours.prepare(**arguments)
+        resnet_pair().ours.prepare(**arguments)
 
 
 def test_a_backbone_in_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the backbone is training: call \.eval\(\) first"):
-        resnet().ours.train().prepare()
+        resnet_pair().ours.train().prepare()
 
 
 @pytest.mark.parametrize(
@@ -101,13 +76,13 @@ def test_a_backbone_in_training_mode_is_refused() -> None:
     [PIXELS, PIXELS.double(), (2, 64, 64), [2, 64, 64]],
     ids=["pixels", "double", "tuple", "list"],
 )
-def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler, capsys: Any) -> None:
+def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler) -> None:
     """Also where a gradient would be recorded."""
-    pair = resnet()
+    pair = resnet_pair()
     with no_warning():
         backbone = pair.ours.prepare("compile", example=example)
         assert compiler.compiled == [(2, 3, 64, 64)]
-        assert only_row(backbone, capsys).runs == "compile, 2 images at once"
+        assert only_row(backbone).runs == "compile, 2 images at once"
         assert_right(backbone, pair)
     assert len(compiler.compiled) == 1
 
@@ -116,7 +91,7 @@ def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler, ca
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", *DTYPES])
-def test_the_backbone_that_is_prepared_stays_as_it_was(precision: str | None, pair: Pair) -> None:
+def test_prepare_leaves_the_original_unchanged(precision: str | None, pair: Pair) -> None:
     before = {name: (id(tensor), tensor.clone()) for name, tensor in state(pair.ours).items()}
     prepared = pair.ours.prepare("eager", precision, example=PIXELS)
     assert type(prepared) is type(pair.ours) and prepared is not pair.ours
@@ -153,7 +128,7 @@ def test_a_lower_precision_is_as_accurate_as_upstreams(
 
 
 def test_a_backbone_in_low_precision_can_be_prepared_in_fp32() -> None:
-    pair = resnet()
+    pair = resnet_pair()
     half = pair.ours.half()
     backbone = half.prepare("eager", "fp32")
     assert (half.dtype, backbone.dtype) == (torch.float16, torch.float32)
@@ -163,13 +138,13 @@ def test_a_backbone_in_low_precision_can_be_prepared_in_fp32() -> None:
 
 def test_weights_converted_in_inference_mode_can_be_trained() -> None:
     with torch.inference_mode():
-        backbone = resnet().ours.prepare("eager", "bf16")
+        backbone = resnet_pair().ours.prepare("eager", "bf16")
     assert not any(p.is_inference() for p in backbone.parameters())
 
 
 @pytest.mark.parametrize("precision", [None, "fp32"])
 def test_pixels_of_another_dtype_are_converted(precision: str | None) -> None:
-    pair = resnet()
+    pair = resnet_pair()
     backbone = pair.ours.prepare("eager", precision)
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
         pixels = PIXELS.to(dtype)
@@ -213,18 +188,18 @@ def test_other_maps_can_be_chosen_afterwards(by: str, pair: Pair, compiler: Comp
 
 @pytest.mark.parametrize("mode", ["auto", "eager", "compile"])
 @torch.no_grad()
-def test_an_empty_batch(mode: str, pair: Pair, compiler: Compiler, capsys: Any) -> None:
+def test_an_empty_batch(mode: str, pair: Pair, compiler: Compiler) -> None:
     backbone = pair.ours.prepare(mode)
     maps = backbone(PIXELS[:0]).feature_maps
     assert_equals_upstream(maps, [x[:0] for x in pair.maps(PIXELS)])  # upstream's Swin takes none
-    row = only_row(backbone, capsys)
+    row = only_row(backbone)
     assert (row.what, row.runs, row.why) == ("0x64x64", "eager", "an empty batch")
     assert not compiler.compiled
     assert_right(backbone, pair)
 
 
-def test_input_that_is_at_fault_raises_what_it_raises_unprepared() -> None:
-    pair = swin()
+def test_wrong_input_raises_the_error_of_the_unprepared_backbone() -> None:
+    pair = swin_pair()
     for pixels in (PIXELS[0], PIXELS[:, :2], PIXELS.to("meta")):
         with pytest.raises(ValueError) as plain:
             pair.ours(pixels)
@@ -236,7 +211,7 @@ def test_input_that_is_at_fault_raises_what_it_raises_unprepared() -> None:
 # where nothing but the backbone's own forward may run
 
 
-def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair, capsys: Any) -> None:
+def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair) -> None:
     backbone = pair.ours.double().prepare("compile", example=(2, 64, 64))
     exact = PIXELS.double()
     reason = "a gradient is needed here, so it runs eager: call it under torch.no_grad()"
@@ -246,11 +221,11 @@ def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair, capsys: Any) 
     with no_warning():
         assert_equal_gradients(gradients(backbone, exact), found)
         assert_equal_gradients(found, gradients(pair.upstream.double(), exact))
-    assert reason in explained(backbone, capsys).rows[-1].why
+    assert reason in explained(backbone).rows[-1].why
 
 
-def test_a_gradient_of_the_pixels_alone_is_one() -> None:
-    pair = resnet()
+def test_a_gradient_of_the_pixels_alone_warns_too() -> None:
+    pair = resnet_pair()
     backbone = pair.ours.requires_grad_(False).prepare("compile", example=PIXELS)
     found = []
     for model in (backbone, pair.upstream.requires_grad_(False)):
@@ -261,8 +236,8 @@ def test_a_gradient_of_the_pixels_alone_is_one() -> None:
     assert_equals_upstream(*found)
 
 
-def test_in_training_mode_it_trains() -> None:
-    pair = resnet()
+def test_training_mode_runs_as_upstream() -> None:
+    pair = resnet_pair()
     backbone = pair.ours.prepare("compile", example=PIXELS).train()
     pair.upstream.train()
     with no_warning(), torch.no_grad():
@@ -273,7 +248,7 @@ def test_in_training_mode_it_trains() -> None:
     assert "in training mode: call .eval()" in str(backbone.explain())
 
 
-def test_under_autocast_it_runs_as_unprepared(pair: Pair) -> None:
+def test_autocast_runs_the_unprepared_forward(pair: Pair) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS)
     with torch.no_grad():
         exact = copy.deepcopy(pair.upstream).double()(PIXELS.double()).feature_maps
@@ -303,15 +278,15 @@ def saved_and_loaded(backbone: Any) -> Any:
     ids=["deepcopy", "pickle", "torch.save"],
 )
 @pytest.mark.parametrize("has_run", [True, False])
-def test_a_copy_is_prepared_by_itself(
-    make_copy: Callable[[Any], Any], has_run: bool, pair: Pair, compiler: Compiler, capsys: Any
+def test_a_copy_is_prepared_independently(
+    make_copy: Callable[[Any], Any], has_run: bool, pair: Pair, compiler: Compiler
 ) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS if has_run else None)
     twin = make_copy(backbone)
-    assert only_row(twin, capsys).runs == "not decided"
+    assert only_row(twin).runs == "not decided"
     with no_warning():
         assert_right(twin, pair)
-        assert only_row(twin, capsys).runs == "compile, 2 images at once"
+        assert only_row(twin).runs == "compile, 2 images at once"
         with torch.no_grad():
             for p in twin.parameters():
                 p.zero_()
@@ -321,8 +296,8 @@ def test_a_copy_is_prepared_by_itself(
         assert not torch.equal(twin(PIXELS).feature_maps[-1], pair.maps(PIXELS)[-1])
 
 
-def test_a_backbone_that_is_prepared_again_forgets_what_it_was(compiler: Compiler) -> None:
-    pair = resnet()
+def test_preparing_again_replaces_the_mode(compiler: Compiler) -> None:
+    pair = resnet_pair()
     compiled = pair.ours.prepare("compile", example=PIXELS)
     eager = compiled.prepare("eager", example=PIXELS)
     assert_right(eager, pair)
@@ -332,11 +307,7 @@ def test_a_backbone_that_is_prepared_again_forgets_what_it_was(compiler: Compile
 # threads
 
 
-def test_threads_share_what_is_compiled(
-    pair: Pair, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # set for the whole process, and threads may leave what another one had set
-    monkeypatch.setattr(_dispatch, "_default", _dispatch._default)
+def test_threads_share_one_compilation(pair: Pair, compiler: Compiler) -> None:
     backbone = pair.ours.prepare("compile")
     pixels = [images(64, 64, batch, seed=batch) for batch in (2, 2, 5, 1)]
     want = [pair.maps(x) for x in pixels]
@@ -362,21 +333,21 @@ def test_threads_share_what_is_compiled(
 # explanations
 
 
-def test_an_unprepared_backbone_explains_itself(capsys: Any) -> None:
-    backbone = resnet().ours
-    explanation = explained(backbone, capsys)
+def test_an_unprepared_backbone_explains_itself() -> None:
+    backbone = resnet_pair().ours
+    explanation = explained(backbone)
     assert explanation.title == "ResNetBackbone in torch.float32 on cpu, not prepared"
     assert [(row.what, row.runs) for row in explanation.rows] == [("any", "eager")]
 
 
-def test_an_explanation_prints_as_a_table_and_becomes_json(capsys: Any) -> None:
-    pair = resnet()
+def test_an_explanation_prints_as_a_table_and_becomes_json() -> None:
+    pair = resnet_pair()
     backbone = pair.ours.prepare("eager", "bf16")
-    row = only_row(backbone, capsys)
+    row = only_row(backbone)
     assert (row.what, row.runs) == ("any", "not decided") and "nothing has run yet" in row.why
     with torch.no_grad():
         backbone(PIXELS)
-    explanation = explained(backbone, capsys)
+    explanation = explained(backbone)
     title, header, first, *_ = str(explanation).splitlines()
     assert title == explanation.title == "ResNetBackbone in bf16 on cpu, mode eager"
     assert header.split() == ["what", "runs", "why", "others"]

@@ -1,4 +1,4 @@
-"""Candidates are held to the truth in every run, timed in turns, and the fastest right one wins."""
+"""Trials: candidates are verified in every run and timed in turns; the fastest right one wins."""
 
 import json
 import logging
@@ -118,7 +118,7 @@ def test_the_median_of_the_rounds_counts_and_not_the_first_run() -> None:
     assert trials["a"] == Trial("a", 2.0)
 
 
-def test_what_compiles_is_tried_last_and_listed_in_its_place() -> None:
+def test_compiling_candidates_are_tried_last_and_keep_their_place() -> None:
     course = Course()
     trials = course.run(
         course.candidate("compiled", compiles=True),
@@ -130,7 +130,7 @@ def test_what_compiles_is_tried_last_and_listed_in_its_place() -> None:
     assert all(trial.seconds == 1.0 for trial in trials.values())
 
 
-def test_where_the_time_is_over_nothing_more_is_compiled() -> None:
+def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
     """All else is tried: the first of all pays for what a new device has to get ready."""
     course = Course()
     trials = course.run(
@@ -149,7 +149,7 @@ def test_where_the_time_is_over_nothing_more_is_compiled() -> None:
     assert {trials[name].seconds for name in "abc"} == {1.0}
 
 
-def test_one_candidate_is_compiled_whatever_the_time() -> None:
+def test_one_candidate_is_compiled_whatever_the_budget() -> None:
     course = Course()
     failing = returning("failing", RuntimeError("no"))
     one, other = (course.candidate(name, compiles=True) for name in "ab")
@@ -157,7 +157,7 @@ def test_one_candidate_is_compiled_whatever_the_time() -> None:
     assert trials["a"].seconds == 1.0 and trials["b"].problem is not None
 
 
-def test_rounds_go_on_while_there_is_time_but_not_for_ever() -> None:
+def test_rounds_are_limited_by_budget_and_number() -> None:
     course = Course()
     course.run(course.candidate("a", [1.0]), budget_s=10.0)
     assert course.log.count("a") == 1 + 10
@@ -179,14 +179,14 @@ def test_rounds_go_on_while_there_is_time_but_not_for_ever() -> None:
     ],
     ids=["wrong", "wrong-second", "wrong-fourth", "raises", "raises-second", "memory", "nothing"],
 )
-def test_what_fails_once_is_out(results: list[Any], problem: str) -> None:
+def test_a_candidate_that_fails_once_is_out(results: list[Any], problem: str) -> None:
     course = Course()
     trials = course.run(returning("bad", *results), course.candidate("good"))
     assert trials["bad"] == Trial("bad", None, problem)
     assert trials["good"].seconds == 1.0 and list(course.runs) == ["good"]
 
 
-def test_where_all_fail_there_is_no_winner() -> None:
+def test_there_is_no_winner_if_all_fail() -> None:
     course = Course()
     trials = course.run(returning("a", WRONG), returning("b", RIGHT, ValueError()))
     assert course.runs == {} and winner(list(trials.values())) is None
@@ -194,7 +194,7 @@ def test_where_all_fail_there_is_no_winner() -> None:
     assert course.run() == {}
 
 
-def test_a_user_may_interrupt() -> None:
+def test_keyboard_interrupt_is_raised() -> None:
     with pytest.raises(KeyboardInterrupt):
         Course().run(returning("a", KeyboardInterrupt()))
 
@@ -222,7 +222,7 @@ def test_the_simplest_of_the_fastest_wins(seconds: list[float | None], best: int
     assert winner(trials) == (None if best is None else trials[best])
 
 
-def test_how_near_a_tie_is_can_be_said() -> None:
+def test_the_margin_of_a_tie_is_an_argument() -> None:
     trials = [Trial("a", 1.2), Trial("b", 1.0)]
     assert winner(trials, tie=0.25) == trials[0] and winner(trials, tie=0.0) == trials[1]
 
@@ -231,7 +231,7 @@ def test_how_near_a_tie_is_can_be_said() -> None:
 
 
 @pytest.mark.parametrize("trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")])
-def test_a_trial_comes_back_from_json(trial: Trial) -> None:
+def test_a_trial_survives_json(trial: Trial) -> None:
     assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
 
 
@@ -239,11 +239,11 @@ def test_a_trial_comes_back_from_json(trial: Trial) -> None:
     ("seconds", "text"),
     [(None, "a: not timed"), (2.5e-6, "a: 2.5 us"), (1.234e-3, "a: 1.23 ms"), (7.891, "a: 7.89 s")],
 )
-def test_a_trial_says_its_time(seconds: float | None, text: str) -> None:
+def test_a_trial_prints_its_time(seconds: float | None, text: str) -> None:
     assert str(Trial("a", seconds)) == text
 
 
-def test_durations_are_in_units_for_people() -> None:
+def test_durations_print_in_readable_units() -> None:
     seconds = (0.0, 9.994e-4, 9.996e-4, 0.4567, 0.9996, 89.96, 12345.6)
     texts = ["0 us", "999 us", "1 ms", "457 ms", "1 s", "90 s", "12346 s"]
     assert [duration(s) for s in seconds] == texts
@@ -259,7 +259,7 @@ def test_durations_are_in_units_for_people() -> None:
     ],
     ids=str,
 )
-def test_an_error_is_said_in_a_line(error: Exception, text: str) -> None:
+def test_an_error_prints_in_one_line(error: Exception, text: str) -> None:
     assert describe(error) == text
 
 
@@ -271,7 +271,7 @@ def test_a_clock_measures_a_call() -> None:
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_progress_is_a_bar_on_a_terminal_and_else_in_the_log(
+def test_progress_is_a_bar_on_a_terminal_and_a_log_elsewhere(
     is_terminal: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any, capsys: Any
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
@@ -292,7 +292,7 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
 @torch.no_grad()
-def test_upstreams_maps_are_true_and_others_are_not(pair: Pair, batch: int) -> None:
+def test_truth_accepts_upstreams_maps_only(pair: Pair, batch: int) -> None:
     pixels = images(64, 96, batch)
     truth, maps = Truth.of(BackboneMaps(pair.ours), pixels), pair.maps(pixels)
     assert truth.rows == sorted({0, 1, batch - 2, batch - 1} & set(range(batch)))
@@ -310,7 +310,7 @@ def test_upstreams_maps_are_true_and_others_are_not(pair: Pair, batch: int) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @torch.no_grad()
-def test_other_dtypes_are_held_to_what_eager_loses(dtype: torch.dtype) -> None:
+def test_other_dtypes_are_allowed_the_error_of_eager(dtype: torch.dtype) -> None:
     pair = hf_pair(hf_swin(depths=(2, 1), num_heads=(2, 4), out_indices=[0, 1, 2]))
     backbone, upstream = pair.ours.to(dtype), pair.upstream.to(dtype)
     pixels = images(64, 64).to(dtype)
@@ -320,14 +320,14 @@ def test_other_dtypes_are_held_to_what_eager_loses(dtype: torch.dtype) -> None:
     assert truth.problem(wrong) is not None
 
 
-def test_the_truth_leaves_no_trace(pair: Pair) -> None:
+def test_computing_the_truth_leaves_the_backbone_unchanged(pair: Pair) -> None:
     before = {name: id(tensor) for name, tensor in pair.ours.named_parameters()}
     Truth.of(BackboneMaps(pair.ours), images(64, 64))
     assert {name: id(tensor) for name, tensor in pair.ours.named_parameters()} == before
     assert pair.ours.dtype == torch.float32
 
 
-def test_a_backbone_without_its_engine_shares_or_copies(pair: Pair) -> None:
+def test_without_engine_shares_weights_and_copied_copies_them(pair: Pair) -> None:
     prepared = pair.ours.prepare("eager")
     shared, copied = without_engine(prepared), BackboneMaps(prepared).copied().module
     for other, is_copy in ((shared, False), (copied, True)):
@@ -337,7 +337,7 @@ def test_a_backbone_without_its_engine_shares_or_copies(pair: Pair) -> None:
         assert other.config is not prepared.config
 
 
-def test_what_is_allowed_in_fp32() -> None:
+def test_tolerance_in_fp32() -> None:
     exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
     near, far = exact.float() * (1 + 1e-6), exact.float() * 1.01
     assert allowed_rel(near, exact, FP32_REL) == FP32_REL
@@ -350,5 +350,5 @@ def test_what_is_allowed_in_fp32() -> None:
 @pytest.mark.parametrize(
     ("name", "rel"), [("resnet18", FP32_REL), ("test_efficientnet", FP32_REL_FOLDED)]
 )
-def test_batch_norms_folded_by_us_are_allowed_more(name: str, rel: float) -> None:
+def test_folded_batch_norms_are_allowed_a_larger_error(name: str, rel: float) -> None:
     assert timm_pair(name).ours.exactness == rel

@@ -1,4 +1,4 @@
-"""How the ways of the engine compute: on CPUs, on GPUs, and with which global settings."""
+"""Ways of the engine: on CPUs, on GPUs, and under the global settings of fp32."""
 
 import copy
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from pretended_device import Compiler, gpu, install, no_warning, only_row
-from reference_models import Pair, hf_pair, hf_resnet, images
-from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from engine_rig import PIXELS, assert_right
+from pretended_device import Compiler, gpu, no_warning, only_row
+from reference_models import Pair, images
+from tolerance import assert_as_accurate_as_eager
 from torch import Tensor
 
-from fastbb.backbone.base import Backbone
 from fastbb.engine import cpu
 from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.engine import Engine
@@ -19,54 +19,34 @@ from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import Settings
 from fastbb_kernels.fp32_precision import fp32_products
 
-PIXELS = images(64, 64)
-
-
-@pytest.fixture(scope="module")
-def pair() -> Pair:
-    """Its weights are not to be changed."""
-    return hf_pair(hf_resnet(depths=(1, 1), hidden_sizes=[16, 32], out_indices=[0, 1, 2]))
-
-
-@pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    return install(Compiler(), monkeypatch)
-
-
-@torch.no_grad()
-def assert_right(backbone: Backbone, pair: Pair, pixels: Tensor = PIXELS) -> None:
-    assert_equals_upstream(backbone(pixels).feature_maps, pair.maps(pixels))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 @pytest.mark.parametrize("mode", ["eager", "triton", "compile", "triton+compile"])
-def test_on_a_gpu_a_mode_runs_as_it_is_named(
-    mode: str, pair: Pair, compiler: Compiler, capsys: Any
-) -> None:
+def test_each_mode_runs_its_own_way_on_a_gpu(mode: str, pair: Pair, compiler: Compiler) -> None:
     with gpu(), no_warning():
         backbone = prepare(pair.ours, mode)
         assert_right(backbone, pair)
-        row = only_row(backbone, capsys)
+        row = only_row(backbone)
     assert row.runs.split(",")[0] == mode and row.why == f"mode={mode!r}"
     assert compiler.impls == {"compile": ["eager"], "triton+compile": ["auto"]}.get(mode, [])
 
 
-def test_a_cpu_runs_as_many_images_at_once_as_its_memory_stays_cheap_for(
-    pair: Pair, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cpu_splits_a_batch_to_limit_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 4 * 16 * 32 * 32  # bytes of an image's first map, that of the convolution
     monkeypatch.setattr(cpu, "KEPT_BYTES", 2 * largest)
     backbone = pair.ours.prepare("eager")
     assert_right(backbone, pair, images(64, 64, 5))
-    row = only_row(backbone, capsys)
+    row = only_row(backbone)
     assert row.runs == "eager, 2 images at once" and "slow to allocate" in row.why
 
 
 def test_a_cpu_without_the_dtype_computes_in_fp32(
-    pair: Pair, compiler: Compiler, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
     backbone = pair.ours.prepare("eager", "bf16", example=PIXELS)
-    row = only_row(backbone, capsys)
+    row = only_row(backbone)
     assert row.runs == "eager, in fp32" and "this CPU has no bfloat16 arithmetic" in row.why
     compiled = pair.ours.prepare("compile", "bf16", example=PIXELS)
     with torch.no_grad(), no_warning():
@@ -75,7 +55,7 @@ def test_a_cpu_without_the_dtype_computes_in_fp32(
         for maps in (compiled(PIXELS).feature_maps, backbone(PIXELS).feature_maps):
             for name, *held in zip(backbone.out_features, maps, low, exact):
                 assert_as_accurate_as_eager(name, *held)
-    assert only_row(compiled, capsys).runs == "compile, 2 images at once"
+    assert only_row(compiled).runs == "compile, 2 images at once"
 
 
 # how fp32 is multiplied, which PyTorch keeps for the whole process
@@ -103,7 +83,7 @@ def flags_of_the_user() -> Iterator[tuple[str, bool]]:
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
-def test_flags_are_set_for_a_call_only(
+def test_fp32_flags_are_set_during_a_call_only(
     precision: Any, inside: Any, fails: bool, pair: Pair, flags_of_the_user: tuple[str, bool]
 ) -> None:
     seen = []

@@ -90,7 +90,7 @@ def copy_facts(arch: Arch, stride: int, block: int = 1024) -> BinaryFacts:
     return binary_facts(compiled(arch, launch))
 
 
-def test_the_tools_are_in_the_wheel() -> None:
+def test_tritons_wheel_contains_the_disassemblers() -> None:
     for tool in (knobs.nvidia.cuobjdump, knobs.nvidia.nvdisasm):
         assert Path(tool.path).is_file()
 

@@ -1,4 +1,4 @@
-"""Budgets: what the file looks like, and that every kind of waste is a sentence."""
+"""Budgets: the file format, and one sentence for each kind of violation."""
 
 import json
 from dataclasses import replace
@@ -82,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_what_was_written_is_read(folder: Path) -> None:
+def test_a_written_budget_is_read_back(folder: Path) -> None:
     committed = read_budget(OP, folder)
     assert committed == Budget(OP, source_hash(OP), {CASE: CASE_COST})
     assert violations(committed, committed) == []
@@ -139,7 +139,7 @@ def test_rewriting_keeps_allowances(folder: Path) -> None:
         ),
     ],
 )
-def test_a_file_that_is_no_budget_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_budget_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / f"{OP}.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{OP}\.json is no budget: .*{message}"):
         read_budget(OP, tmp_path)
@@ -190,7 +190,7 @@ WASTE = {
 
 
 @pytest.mark.parametrize(("measured", "message"), WASTE.values(), ids=WASTE)
-def test_waste_is_named(measured: Budget, message: str) -> None:
+def test_violations_are_named(measured: Budget, message: str) -> None:
     found = violations(measured, budget(CASE_COST))
     (sentence,) = [sentence for sentence in found if message in sentence]
     (case,) = measured.cases
@@ -198,7 +198,7 @@ def test_waste_is_named(measured: Budget, message: str) -> None:
     assert "make budgets" in sentence or "add an allowance" in sentence
 
 
-def test_a_sentence_names_the_architecture() -> None:
+def test_a_violation_names_the_architecture() -> None:
     (sentence,) = violations(with_binary(90, occupancy=0.1), budget(CASE_COST))
     assert sentence.startswith(f"{OP}, {CASE}, sm_90: wanted occupancy")
     (sentence,) = violations(with_binary("gfx942", occupancy=0.1), budget(CASE_COST))
@@ -217,7 +217,7 @@ def test_a_sentence_names_the_architecture() -> None:
         pytest.param(Budget(OP, "abc", {}), id="no case"),
     ],
 )
-def test_what_is_no_waste(measured: Budget) -> None:
+def test_these_differences_are_no_violation(measured: Budget) -> None:
     assert violations(measured, budget(CASE_COST)) == []
 
 
@@ -226,7 +226,7 @@ def test_what_is_no_waste(measured: Budget) -> None:
     [("spills", {"spills": 4, "stack": 32}), ("mma_class", {"mma_class": "HMMA"})],
     ids=["spills", "mma_class"],
 )
-def test_an_allowance_needs_a_reason_and_fits_only_its_place(
+def test_an_allowance_needs_a_reason_and_holds_for_one_value(
     what: str, changes: dict[str, int | str]
 ) -> None:
     measured = with_binary(90, **changes)
@@ -255,7 +255,7 @@ BY_COMPILER = ("stack", "shared memory", "occupancy", "narrow accesses", "change
 
 
 @pytest.mark.parametrize(("waste", "measured", "message"), [(k, *v) for k, v in WASTE.items()])
-def test_limits_of_another_triton_are_said_and_not_enforced(
+def test_limits_of_another_triton_are_reported_and_not_enforced(
     waste: str, measured: Budget, message: str
 ) -> None:
     committed = replace(budget(CASE_COST), triton="0.0")

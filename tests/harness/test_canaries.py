@@ -1,4 +1,4 @@
-"""Kernels with a known bug: each is caught by the check that is there for its kind, by name.
+"""Kernels with a known bug: the check for its kind catches each, and names it.
 
 What passes here unnoticed would pass in a real kernel too. The same kernel without the bug passes
 every check.

@@ -1,4 +1,4 @@
-"""What belongs to an op is there, and what belongs to a family of models is found."""
+"""Files and cases of every op, and cases of every family of models, are found."""
 
 from pathlib import Path
 

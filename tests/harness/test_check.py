@@ -1,4 +1,4 @@
-"""`python -m fastbb_kernels.check`: what it runs, and what it says meanwhile."""
+"""`python -m fastbb_kernels.check`: its steps, and its progress lines."""
 
 import io
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ def test_a_terminal_has_a_bar_with_the_remaining_time() -> None:
     assert "\r" in file.getvalue() and "left: " in file.getvalue()
 
 
-def test_elsewhere_lines_are_few() -> None:
+def test_without_a_terminal_lines_are_few() -> None:
     file = io.StringIO()
     progress = Progress(1000, file)
     progress.begin("patch_embed")

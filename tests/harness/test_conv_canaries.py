@@ -1,4 +1,4 @@
-"""Convolutions with a known bug: each is caught by the check that is there for its kind, by name.
+"""Convolutions with a known bug: the check for its kind catches each, and names it.
 
 As test_canaries.py, for borders, strides, batch norms and residuals; the references are torch's
 own modules. The same kernel without the bug passes every check.

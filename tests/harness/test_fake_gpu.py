@@ -1,4 +1,4 @@
-"""`fake_gpu`: production launches compile for an architecture that is not there."""
+"""`fake_gpu`: production launches compile for an architecture without its GPU."""
 # Triton types constants as `tl.constexpr`, and callers pass numbers
 # pyright: reportArgumentType=false
 

@@ -1,4 +1,4 @@
-"""Each compiled kernel is tried when it is launched for the first time, by its configuration."""
+"""Check of each compiled kernel, by its configuration, before its first launch counts."""
 
 import json
 import warnings
@@ -108,7 +108,7 @@ def test_another_process_tries_only_what_is_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1, "true", {}], ids=str)
-def test_a_binary_that_no_check_wrote_down_is_tried(value: Any, tmp_path: Path) -> None:
+def test_a_binary_with_an_invalid_record_is_checked(value: Any, tmp_path: Path) -> None:
     check = self_check(tmp_path)
     check.cache(CPU).put(BINARIES, f"{OP}/torch.float32/digest of small", value)
     launcher = Launcher(wrong="small")
@@ -116,7 +116,7 @@ def test_a_binary_that_no_check_wrote_down_is_tried(value: Any, tmp_path: Path) 
         assert torch.equal(linear_residual(*arguments(FEW)), expected(FEW))
 
 
-def test_what_few_rows_do_not_reach_is_tried_with_all(tmp_path: Path) -> None:
+def test_a_binary_that_few_rows_do_not_launch_is_checked_with_all(tmp_path: Path) -> None:
     """A binary that depends on the rows themselves, and not on a configuration."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
@@ -131,7 +131,7 @@ def test_what_few_rows_do_not_reach_is_tried_with_all(tmp_path: Path) -> None:
         assert torch.equal(linear_residual(*arguments(MANY)), expected(MANY))
 
 
-def test_what_no_check_reaches_is_not_used(tmp_path: Path) -> None:
+def test_a_binary_that_no_check_launches_is_not_used(tmp_path: Path) -> None:
     calls = iter(range(10**6))
 
     def launch(*args: Any) -> Tensor:
@@ -160,7 +160,7 @@ def test_the_result_of_a_new_binary_is_not_used_while_a_graph_is_captured(tmp_pa
             linear_residual(*arguments(MANY))
 
 
-def test_a_launch_that_was_compiled_in_is_checked_too(tmp_path: Path) -> None:
+def test_a_launch_inside_a_compiled_graph_is_checked(tmp_path: Path) -> None:
     """A compiled graph calls the launcher without asking whether the op is off."""
     launch = launch_of(OP)
     with launching(linear_residual=Launcher(wrong="small")) as launches, use(self_check(tmp_path)):

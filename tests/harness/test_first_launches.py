@@ -1,4 +1,4 @@
-"""What a model launches in production is what the check of its first launch launches again."""
+"""Coverage of the first-launch check: it launches every binary of the production models."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""TF32 is read, set and restored rightly, whatever PyTorch's old and new settings were set."""
+"""Precision of fp32 products: TF32 is read, set and restored by PyTorch's old and new settings."""
 
 import multiprocessing
 import traceback
@@ -145,7 +145,7 @@ def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
-def test_an_engine_leaves_what_was_set(precision: Any, setting: str) -> None:
+def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> None:
     backbone: Any = nn.Module()
     backbone.dtype = torch.float32
     engine = Engine(backbone, Settings("eager", precision))
@@ -179,7 +179,7 @@ def test_an_engine_leaves_what_was_set(precision: Any, setting: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_old_getters_are_told_too(precision: Any) -> None:
+def test_old_getters_report_the_precision(precision: Any) -> None:
     def check() -> None:
         torch.set_float32_matmul_precision("highest" if precision == "tf32" else "medium")
         torch.backends.cudnn.allow_tf32 = precision == "ieee"

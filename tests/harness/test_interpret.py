@@ -1,4 +1,4 @@
-"""`interpret()`: the numbers of a GPU, and nothing left behind."""
+"""`interpret()`: results as on a GPU, and everything is restored."""
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
@@ -307,7 +307,7 @@ def test_everything_is_restored() -> None:
     assert patched_state() == before and y[0] == 128
 
 
-def test_the_inner_of_two_blocks_ends_nothing() -> None:
+def test_leaving_an_inner_block_keeps_interpreting() -> None:
     x, y = torch.ones(64), torch.zeros(64)
     with interpret():
         with pytest.raises(KeyError), interpret():

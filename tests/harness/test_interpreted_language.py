@@ -1,4 +1,4 @@
-"""`interpret()`: words of the language that Python, or Triton's interpreter, reads differently."""
+"""`interpret()`: language constructs that Python or Triton's interpreter treats differently."""
 # pyright: reportArgumentType=false, reportCallIssue=false
 # a launch passes plain values for constexpr parameters, and options of the compiler
 

@@ -90,7 +90,7 @@ def test_a_launch_that_fails_leaves_the_current_device(
         launch(x, torch.empty(8, 8, device=SECOND), None, x)
 
 
-def test_nothing_here_pretends() -> None:
+def test_the_tests_above_launch_as_on_a_gpu() -> None:
     """As on a GPU, or the tests above would show nothing."""
     assert not _dispatch.launches_directly()
 

@@ -1,4 +1,4 @@
-"""A remembered result is found again on the same machine, and on no other."""
+"""Keys of machines: equal on the same machine, different on any other."""
 
 import shutil
 import subprocess
@@ -95,7 +95,7 @@ def test_the_digest_follows_the_sources(name: str, tmp_path: Path) -> None:
         assert kernels_digest.__wrapped__() != kernels_digest()
 
 
-def test_it_works_where_only_the_path_leads_to_the_package(tmp_path: Path) -> None:
+def test_the_machine_is_known_without_package_metadata(tmp_path: Path) -> None:
     """As on a machine where nothing may be installed: no metadata, another folder."""
     shutil.copytree(
         PACKAGE, tmp_path / "fastbb_kernels", ignore=shutil.ignore_patterns("__pycache__")

@@ -1,4 +1,4 @@
-"""Launches take what was measured on their GPU: this package's configurations, then the cache's."""
+"""Measured launch configurations: those of the package first, then those of the cache."""
 
 import inspect
 import json
@@ -101,7 +101,7 @@ def test_what_was_measured_runs() -> None:
     assert chosen(1000, dtype=torch.float32) is USUAL
 
 
-def test_rows_are_near_up_to_twice_as_many() -> None:
+def test_a_measured_config_holds_for_half_to_twice_its_rows() -> None:
     write_configs(NAME, {TABLE: [entry(1000, rows=16), entry(3000, rows=32)]}, {})
     rows = {n: chosen(n).tile.rows for n in (499, 500, 1000, 1700, 1800, 3000, 6000, 6001)}
     assert rows == {499: 64, 500: 16, 1000: 16, 1700: 16, 1800: 32, 3000: 32, 6000: 32, 6001: 64}
@@ -116,7 +116,7 @@ def test_the_package_comes_before_the_cache(check: SelfCheck) -> None:
     assert chosen(400).tile.rows == 64
 
 
-def test_what_is_forced_comes_before_both() -> None:
+def test_a_forced_config_wins_over_both() -> None:
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     other = USUAL._replace(resident=True)
     with forced({TABLE: other}):
@@ -160,7 +160,7 @@ def test_what_is_compiled_for_a_gpu_takes_what_was_measured_on_it() -> None:
     assert config.tile.rows == 128
 
 
-def test_what_the_cache_holds_is_taken_there_too(check: SelfCheck) -> None:
+def test_a_cached_config_is_used_there_too(check: SelfCheck) -> None:
     """Though a pretended GPU has no check, and what is read once is kept."""
     check.cache(CUDA).put(SECTION, TABLE, [entry(1000, rows=16)])
     cpu = torch.device("cpu")

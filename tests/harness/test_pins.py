@@ -1,4 +1,4 @@
-"""What `interpret` replaces or calls inside Triton is there, and is called as we call it.
+"""Pins of Triton's internals: what `interpret` replaces or calls exists with these signatures.
 
 A failure here after an upgrade of triton says what changed, before other tests fail for reasons
 that are hard to see.
@@ -139,7 +139,7 @@ def test_options_of_the_builder() -> None:
     assert {"tf32", "tf32x3", "ieee"} == set(options.allowed_dot_input_precisions), WHERE
 
 
-def test_state_of_what_we_are_given() -> None:
+def test_initial_state_of_tritons_objects() -> None:
     @triton.jit
     def _kernel(x_ptr, N: tl.constexpr):
         pass

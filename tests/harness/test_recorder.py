@@ -1,4 +1,4 @@
-"""`record_launches`: what is launched, with what, and how many bytes that is at least."""
+"""`record_launches`: kernels, their arguments, and the least number of bytes they move."""
 # Triton types constants as `tl.constexpr`, and callers pass numbers
 # pyright: reportArgumentType=false
 

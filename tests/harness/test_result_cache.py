@@ -1,4 +1,4 @@
-"""Results outlive a process, and no file makes a result wrong or a call fail."""
+"""Result cache on disk: results outlive a process, and broken files do no harm."""
 
 import json
 import os
@@ -126,7 +126,7 @@ def file_above(path: Path) -> None:
     [(directory, False), (pipe, True), (loop, True), (file_above, False)],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_what_is_no_file_is_ignored(
+def test_a_path_that_is_no_file_is_ignored(
     make: Callable[[Path], None], writable: bool, folder: Path
 ) -> None:
     make(folder / f"{MACHINE.key}.json")
@@ -168,7 +168,7 @@ def test_a_read_only_folder(folder: Path) -> None:
     assert cache.items("times") == {"a": 1, "b": 2} and "Permission denied" in cache.notes[0]
 
 
-def test_what_another_process_wrote_meanwhile_stays(folder: Path) -> None:
+def test_results_of_another_process_are_kept(folder: Path) -> None:
     ours, theirs = ResultCache(MACHINE, folder), ResultCache(MACHINE, folder)
     theirs.put("times", "a", "theirs")
     theirs.put("self_check", "a", "theirs")
@@ -254,7 +254,7 @@ def test_a_lock_that_is_never_released_is_not_waited_for(folder: Path) -> None:
     assert ResultCache(MACHINE, folder).get("times", "a") == 1
 
 
-def test_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_of_the_cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert ResultCache(MACHINE).path.parent == tmp_path / "xdg" / "fastbb"

@@ -1,4 +1,4 @@
-"""A kernel that fails on a device is not used there: results are those of the reference."""
+"""Self-check of kernels: a kernel that fails on a device is replaced by its reference there."""
 
 import json
 import warnings
@@ -102,7 +102,7 @@ def test_a_right_kernel_is_used(tmp_path: Path) -> None:
     assert remembered(tmp_path) == {KEY: {"problem": None}}
 
 
-def test_dtypes_are_checked_by_themselves(tmp_path: Path) -> None:
+def test_dtypes_are_checked_separately(tmp_path: Path) -> None:
     def launch(x: Tensor, *args: Any) -> Tensor:
         return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else custom_op(OP)(x, *args)
 
@@ -221,7 +221,7 @@ def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None
     assert remembered(tmp_path) == {}
 
 
-def test_who_tries_a_kernel_gets_it(tmp_path: Path) -> None:
+def test_case_problem_runs_the_kernel_itself(tmp_path: Path) -> None:
     """Not what a check has put in its place, also where it is known to be wrong."""
     check = self_check(tmp_path)
     with launching(patch_merging=broken.nan(OP)), use(check):
@@ -232,13 +232,13 @@ def test_who_tries_a_kernel_gets_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("op", ["bottleneck_tail", "conv3x3_bn_act"])
-def test_the_small_cases_run_kernels_that_auto_leaves_alone(op: str, tmp_path: Path) -> None:
+def test_small_cases_run_kernels_that_auto_does_not_choose(op: str, tmp_path: Path) -> None:
     with launching(**{op: broken.wrong(op)}) as launches, pytest.warns(KernelWarning):
         assert self_check(tmp_path).check(op, CPU, torch.bfloat16) is not None
     assert launches[op].called
 
 
-def test_somebody_elses_fault_is_not_blamed_on_an_op(tmp_path: Path) -> None:
+def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
     """CUDA tells what went wrong before to whoever asks next."""
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
@@ -251,7 +251,7 @@ def test_somebody_elses_fault_is_not_blamed_on_an_op(tmp_path: Path) -> None:
     assert remembered(tmp_path) == {KEY: {"problem": None}}
 
 
-def test_tf32_is_checked_by_itself_and_as_exact_as_eager(tmp_path: Path) -> None:
+def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> None:
     """Where eager PyTorch itself multiplies in TF32, no kernel has to be better than that."""
 
     def off_by(error: float, y: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ def test_a_cache_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("value", [None, "ok", 1, [], {}, {"problem": 3}], ids=str)
-def test_a_value_that_no_check_wrote_is_checked_again(value: Any, tmp_path: Path) -> None:
+def test_an_invalid_value_is_checked_again(value: Any, tmp_path: Path) -> None:
     check = self_check(tmp_path)
     check.cache(CPU).put(SECTION, KEY, value)
     assert check.results(CPU) == {}
@@ -382,7 +382,7 @@ def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_fresh_memory_is_not_zero(tmp_path: Path) -> None:
+def test_results_are_filled_with_nan_before_a_check(tmp_path: Path) -> None:
     """Where results are put, the check leaves NaN first: what a kernel does not write shows."""
     made: list[Tensor] = []
     full_like = torch.full_like

@@ -1,4 +1,4 @@
-"""`trace()`: bytes as counted by hand, and every wrong access by name. Bugs: test_canaries.py."""
+"""`trace()`: bytes counted by hand, and errors for wrong accesses. Bugs: test_canaries.py."""
 # pyright: reportArgumentType=false, reportCallIssue=false
 # a launch passes plain values for constexpr parameters, and options of the compiler
 
@@ -193,7 +193,7 @@ def test_aliases_count_once() -> None:
         traced(lambda: _add_kernel[(2,)](x[:32], x[16:], x[:32], N=16))
 
 
-def test_expanded_tensors_are_as_small_as_they_are() -> None:
+def test_expanded_tensors_count_their_memory_once() -> None:
     x, y = torch.randn(1).expand(16), torch.empty(16)
     got = traced(lambda: run_copy(x, y, stride=0))["x_ptr"]
     assert (got.load.requested_bytes, got.load.unique_bytes) == (64, 4)
@@ -267,7 +267,7 @@ def test_chosen_programs_and_addresses_alone() -> None:
         run_copy(x, y.to("meta"))
 
 
-def test_maps_that_nobody_allocates() -> None:
+def test_meta_tensors_are_traced_without_memory() -> None:
     x, y = torch.empty(2, 2**21, 4096, device="meta")
     with trace(programs=corners, data=False) as t:
         _copy_rows_kernel[(2**21,)](x, y, 4096, BUG="", N=4096)

@@ -1,4 +1,4 @@
-"""What `accelerate` is given that it cannot take, or only in part: refused, named, never wrong."""
+"""Arguments that `accelerate` cannot take, or only in part: refused with a reason."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed
 from tiny_hosts import (
-    HOSTS,
+    NO_ACCELERATE_WARNING,
     PIXELS,
     assert_bit_equal,
     assert_close,
@@ -27,12 +27,7 @@ from torch._subclasses import FakeTensorMode
 import fastbb
 from fastbb.hosts.replacement import replacement_of
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
-
-
-@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    return request.param
+pytestmark = NO_ACCELERATE_WARNING
 
 
 def is_untouched(model: nn.Module) -> bool:
@@ -62,7 +57,7 @@ GIVEN = [Pipeline(), "resnet50", None, swin_classifier]
 
 
 @pytest.mark.parametrize("given", GIVEN, ids=lambda given: type(given).__name__)
-def test_what_is_no_module_is_a_type_error(given: Any) -> None:
+def test_a_non_module_is_a_type_error(given: Any) -> None:
     with pytest.raises(TypeError, match=r"torch.nn.Module, got \w+; of a pipeline"):
         fastbb.accelerate(given)
 
@@ -99,7 +94,7 @@ def test_a_precision_without_a_whole_backbone_is_named() -> None:
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
 @pytest.mark.parametrize("pattern", ["layerr1", ["layer1", "nothing.*"]], ids=str)
-def test_names_that_fit_nothing(option: str, pattern: Any) -> None:
+def test_names_that_match_no_module_are_refused(option: str, pattern: Any) -> None:
     model = timm_resnet()
     fastbb.accelerate(model, mode="eager")
     with pytest.raises(ValueError, match=rf"{option}: no module is called '(layerr1|nothing\.\*)'"):
@@ -122,7 +117,7 @@ CHOSEN: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("options, names", CHOSEN.values(), ids=CHOSEN)
-def test_names_of_what_to_look_at(options: dict[str, Any], names: list[str]) -> None:
+def test_include_and_exclude_select_modules(options: dict[str, Any], names: list[str]) -> None:
     model = timm_resnet()
     report = fastbb.accelerate(model, mode="eager", **options)
     assert report.accelerated == names

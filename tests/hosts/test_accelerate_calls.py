@@ -1,4 +1,4 @@
-"""Calls of an accelerated host: requests, odd inputs, transforms, and ours being wrong or slow."""
+"""Calls of an accelerated host: requests, odd inputs, transforms, wrong or slow replacements."""
 
 import inspect
 import time
@@ -10,8 +10,9 @@ import pytest
 import torch
 from reference_models import images
 from tiny_hosts import (
-    HOSTS,
+    NO_ACCELERATE_WARNING,
     PIXELS,
+    accelerated,
     assert_bit_equal,
     assert_close,
     assert_ours_ran,
@@ -34,19 +35,8 @@ from fastbb.hosts.accelerate import AccelerateWarning
 from fastbb.hosts.replacement import replacement_of
 from fastbb.hosts.swin import TransformersSwinBlock
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
+pytestmark = NO_ACCELERATE_WARNING
 TRANSFORMERS = [swin_classifier, swin_backbone, maskformer_swin, resnet_backbone]
-
-
-@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    return request.param
-
-
-def accelerated(make: Callable[[], Any], **options: Any) -> tuple[Any, Any, Any]:
-    """A host, its twin, and the report."""
-    model = make()
-    return model, make(), fastbb.accelerate(model, **{"mode": "eager", **options})
 
 
 def assert_alike(got: Any, want: Any) -> None:
@@ -207,7 +197,7 @@ INPUTS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("given", INPUTS.values(), ids=INPUTS)
-def test_odd_inputs_do_what_they_do_upstream(make: Callable[[], Any], given: Any) -> None:
+def test_odd_inputs_have_the_outcome_of_upstream(make: Callable[[], Any], given: Any) -> None:
     model, twin, _ = accelerated(make)
     args, kwargs = given()
     for _ in range(2):  # at first before ours ran
@@ -310,7 +300,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, how: Callable[..., Any]) -> list[i
 
 
 @pytest.mark.parametrize("how, why", BROKEN.values(), ids=BROKEN)
-def test_ours_that_is_wrong_is_off_with_one_warning(
+def test_a_wrong_replacement_is_off_with_one_warning(
     how: Any, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = breaking(monkeypatch, how)
@@ -327,7 +317,7 @@ def test_ours_that_is_wrong_is_off_with_one_warning(
     assert fastbb.accelerate(model, mode="eager", include=FIRST).rows()[0][2] == "not decided"
 
 
-def test_ours_that_crashes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_crashes_later_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, report = accelerated(swin_classifier)
     infer(model)
     assert_ours_ran(report)
@@ -342,7 +332,7 @@ def test_ours_that_crashes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {runs for _, was, runs, _ in report.rows() if was == "SwinPatchMerging"} == {"fastbb"}
 
 
-def test_a_whole_backbone_that_is_wrong_leaves_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_whole_backbone_keeps_its_fast_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastbb.hosts.swin import TransformersSwin
 
     own = TransformersSwin.tensors
@@ -358,7 +348,7 @@ def test_a_whole_backbone_that_is_wrong_leaves_its_blocks(monkeypatch: pytest.Mo
     assert states == {("SwinBackbone", "upstream"), *ours}
 
 
-def test_ours_that_is_slow_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_replacement_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(y: Any, x: Tensor) -> Any:
         time.sleep(0.03)
         return y
@@ -375,7 +365,7 @@ def test_ours_that_is_slow_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None
     assert runs == "upstream" and why.startswith("faster: 3") and "upstream" in why
 
 
-def test_where_both_fail_the_error_is_upstreams(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_is_upstreams_if_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, report = accelerated(torchvision_swin)
     infer(model)
     for pixels in (PIXELS[:, :2], PIXELS[..., None]):

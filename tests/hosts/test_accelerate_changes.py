@@ -1,4 +1,4 @@
-"""An accelerated host computes with the weights that it has now, however they came there."""
+"""Changes of weights in an accelerated host: the next inference uses the current weights."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from timm.utils.model_ema import ModelEmaV3
 from tiny_hosts import (
     HOSTS,
+    NO_ACCELERATE_WARNING,
     PIXELS,
+    accelerated,
     assert_bit_equal,
     assert_close,
     assert_ours_ran,
@@ -32,14 +34,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import fastbb
 
 pytestmark = [
-    pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning"),
+    NO_ACCELERATE_WARNING,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
-
-
-@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    return request.param
 
 
 # changes that are followed without being told
@@ -163,7 +160,7 @@ def test_changes_through_data_need_refresh(make: Callable[[], Any], precision: s
 
 @pytest.mark.parametrize("name", ["adamw-fused", "trained_a_step", "data_replaced", "load"])
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
-def test_a_copy_in_another_precision_is_made_anew(make: Callable[[], Any], name: str) -> None:
+def test_a_copy_in_another_precision_follows_changes(make: Callable[[], Any], name: str) -> None:
     model = make()
     report = fastbb.accelerate(model, mode="eager", precision="bf16")
     before = infer(model)
@@ -279,8 +276,7 @@ def test_lora_around_an_accelerated_model(
 
 def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
     """At first an adapted model computes what the model did; ours must not run on for that."""
-    model, upstream = make(), make()
-    fastbb.accelerate(model, mode="eager")
+    model, upstream, _ = accelerated(make)
     both = (model, upstream)
     adapted, theirs = (adapt(make, either, starts_at_zero=True).eval() for either in both)
     before = infer(adapted)

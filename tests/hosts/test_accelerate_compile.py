@@ -1,11 +1,11 @@
-"""Whole backbones inside hosts run by the engine: compiled, and in another precision."""
+"""Whole backbones inside hosts, run by the engine: compiled, and in another precision."""
 
 from typing import Any
 
 import pytest
 import torch
 from reference_models import images
-from tiny_hosts import infer, swin_backbone, timm_resnet, twin_of
+from tiny_hosts import accelerated, infer, swin_backbone, timm_resnet, twin_of
 from tolerance import assert_equals_upstream, max_error
 
 import fastbb
@@ -22,10 +22,8 @@ def engine_of(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("make", [swin_backbone, timm_resnet])
-def test_a_compiled_backbone_is_upstreams(make: Any) -> None:
-    model = make()
-    twin = twin_of(make, model)
-    report = fastbb.accelerate(model, mode="compile")
+def test_a_compiled_backbone_equals_upstream(make: Any) -> None:
+    model, twin, report = accelerated(make, mode="compile")
     for _ in range(2):
         assert_equals_upstream(infer(model), infer(twin))
     assert {"fastbb"} <= {runs for _, _, runs, _ in report.rows()}

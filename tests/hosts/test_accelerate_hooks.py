@@ -1,4 +1,4 @@
-"""Hooks, parametrizations, subclasses and forwards of somebody else in accelerated hosts."""
+"""Hooks, parametrizations, subclasses and patched forwards in accelerated hosts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_hosts import (
-    HOSTS,
+    NO_ACCELERATE_WARNING,
     PIXELS,
+    accelerated,
     assert_bit_equal,
     assert_close,
     assert_ours_ran,
@@ -27,12 +28,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import fastbb
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
-
-
-@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    return request.param
+pytestmark = NO_ACCELERATE_WARNING
 
 
 def layer_of(model: nn.Module) -> Any:
@@ -88,11 +84,10 @@ BACKWARD = (HOOKED["block"], HOOKED["layer"])
 
 @pytest.mark.parametrize("ran_before", [True, False], ids=["ran", "not_run"])
 @pytest.mark.parametrize("which", [*HOOKED.values()][1:], ids=[*HOOKED][1:])
-def test_hooks_see_what_upstreams_see(
+def test_hooks_see_the_values_of_upstream(
     make: Callable[[], Any], which: Callable[[Any], list[nn.Module]], ran_before: bool
 ) -> None:
-    model, twin = make(), make()
-    report = fastbb.accelerate(model, mode="eager")
+    model, twin, report = accelerated(make)
     if ran_before:
         infer(model)
     (got, handles), (want, _) = (hooked(either, which(either)) for either in (model, twin))
@@ -117,8 +112,7 @@ def test_hooks_that_change_values(
     def negative(module: Any, args: Any) -> Any:
         return tuple(-x if isinstance(x, Tensor) else x for x in args)
 
-    model, twin = make(), make()
-    fastbb.accelerate(model, mode="eager")
+    model, twin, _ = accelerated(make)
     before = infer(model)
     for either in (model, twin):
         for module in which(either)[:3]:
@@ -129,9 +123,8 @@ def test_hooks_that_change_values(
     assert not torch.equal(want[-1], before[-1])
 
 
-def test_hooks_of_all_modules_see_all(make: Callable[[], Any]) -> None:
-    model, twin = make(), make()
-    report = fastbb.accelerate(model, mode="eager")
+def test_global_hooks_see_every_module(make: Callable[[], Any]) -> None:
+    model, twin, report = accelerated(make)
     infer(model)
     seen: list[str] = []
 
@@ -238,7 +231,7 @@ def test_a_subclass_that_computes_the_same(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("which", [block_of, lambda model: model], ids=["block", "model"])
-def test_a_forward_that_somebody_put_there_stays(make: Callable[[], Any], which: Any) -> None:
+def test_a_patched_forward_stays(make: Callable[[], Any], which: Any) -> None:
     def patch(model: Any) -> Any:
         own = which(model).forward
 

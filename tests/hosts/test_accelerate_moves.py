@@ -1,4 +1,4 @@
-"""An accelerated model that other libraries wrap, move, copy and build into their own."""
+"""Accelerated models that other libraries wrap, move, copy or put into their own."""
 
 from types import MethodType
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from reference_models import hf_resnet, hf_swin, images
-from tiny_hosts import infer, resnet_backbone, swin_classifier, timm_resnet, twin_of
+from tiny_hosts import accelerated, infer, resnet_backbone, swin_classifier, timm_resnet
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -19,12 +19,6 @@ from fastbb.weights import folded_weights
 from fastbb.weights.folded_model import is_folded
 
 PIXELS = images(64, 64)
-
-
-def accelerated(make: Any, **options: Any) -> tuple[Any, Any, fastbb.AccelerateReport]:
-    model = make()
-    twin = twin_of(make, model)
-    return model, twin, fastbb.accelerate(model, mode="eager", **options)
 
 
 def test_a_wrapper_that_binds_the_forward_again() -> None:
@@ -47,7 +41,7 @@ def test_accelerator_with_mixed_precision() -> None:
 
 
 @pytest.mark.parametrize("make", [timm_resnet, swin_classifier])
-def test_replicas_of_data_parallel_run_upstreams(make: Any) -> None:
+def test_replicas_of_data_parallel_run_upstreams_forward(make: Any) -> None:
     model, _, _ = accelerated(make)
     infer(model)
     for module in model.modules():
@@ -58,7 +52,7 @@ def test_replicas_of_data_parallel_run_upstreams(make: Any) -> None:
     assert not any({"forward", *MOVES} & vars(module).keys() for module in model.modules())
 
 
-def test_a_train_that_somebody_put_on_a_module_stays() -> None:
+def test_a_patched_train_method_stays() -> None:
     model = hf_resnet()
 
     def frozen(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -74,14 +68,14 @@ def test_a_train_that_somebody_put_on_a_module_stays() -> None:
     assert model.train.__func__ is frozen
 
 
-def test_every_dtype_is_timed_by_itself() -> None:
+def test_every_dtype_is_timed_separately() -> None:
     timings = Timings()
     timings.of(("block", "fp32"), "form", lambda: Comparison(1.0, 2.0, 0.5))
     other = Comparison(3.0, 4.0, 0.75)
     assert timings.of(("block", "bf16"), "form", lambda: other) == other
 
 
-def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
+def test_a_backbone_in_a_new_parent_keeps_its_engine() -> None:
     model = hf_resnet()
     fastbb.accelerate(model, mode="eager", precision="bf16")
     infer(model)
@@ -94,7 +88,7 @@ def test_a_backbone_in_a_new_parent_is_not_made_ready_again() -> None:
     assert fast.engine() is before
 
 
-def test_forms_of_calls_keep_their_own_copies() -> None:
+def test_each_form_of_call_keeps_its_own_engine() -> None:
     model, _, _ = accelerated(timm_resnet, precision="bf16")
     replacement = replacement_of(model)
     assert replacement is not None
@@ -127,7 +121,7 @@ def test_weights_are_packed_for_two_shapes(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("make", [hf_swin, hf_resnet])
 @torch.no_grad()
-def test_forward_mode_derivatives_are_upstreams(make: Any) -> None:
+def test_forward_mode_derivatives_equal_upstream(make: Any) -> None:
     model = make()
     model.set_attn_implementation("eager")  # PyTorch's own attention has no such derivative
     for parameter in model.parameters():

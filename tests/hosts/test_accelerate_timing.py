@@ -1,4 +1,4 @@
-"""Mode "auto" of `accelerate`: who measures, how often, and that the faster forward runs."""
+"""Mode "auto" of `accelerate`: measured once, and the faster forward runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from reference_models import images
 from tiny_hosts import (
     PIXELS,
+    accelerated,
     assert_bit_equal,
     assert_close,
     infer,
@@ -16,7 +17,6 @@ from tiny_hosts import (
     swin_classifier,
 )
 
-import fastbb
 from fastbb.engine import choose
 from fastbb.engine.measuring import Comparison
 from fastbb.engine.settings import Tools
@@ -65,15 +65,14 @@ def never(*args: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
 @pytest.mark.parametrize("ours_s", [OURS, 2.0])
-def test_where_the_engine_measures_nothing_else_does(
+def test_a_whole_backbone_is_measured_by_the_engine_alone(
     make: Callable[..., Any],
     ours_s: float,
     measuring_engine: Callable[[float], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     timed = measuring_engine(ours_s)
-    model, twin = make(), make()
-    report = fastbb.accelerate(model, include="", exclude="?*")
+    model, twin, report = accelerated(make, mode="auto", include="", exclude="?*")
     monkeypatch.setattr(replacement, "compare", never)
     for _ in range(2):
         assert_close(infer(model), infer(twin))
@@ -97,8 +96,7 @@ def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return Comparison(1.0, 2.0, 0.5)
 
     monkeypatch.setattr(replacement, "compare", compare)
-    model, twin = swin_classifier(), swin_classifier()
-    report = fastbb.accelerate(model)
+    model, twin, report = accelerated(swin_classifier, mode="auto")
     for size in (64, 48, 32, 80):
         pixels = images(size, size)
         assert_close(infer(model, pixels), infer(twin, pixels))
@@ -106,9 +104,8 @@ def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(timed) == len({r.ours.timing_key() for r in report.replaced})
 
 
-def test_a_call_that_shows_nothing_decides_nothing() -> None:
-    model, twin = swin_classifier(), swin_classifier()
-    fastbb.accelerate(model, mode="eager")
+def test_a_call_with_nan_pixels_decides_nothing() -> None:
+    model, twin, _ = accelerated(swin_classifier)
     pixels = PIXELS.clone()
     pixels[:] = float("nan")
     infer(model, pixels)

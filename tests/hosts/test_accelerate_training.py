@@ -1,4 +1,4 @@
-"""An accelerated host trains, is copied, saved, compiled and exported as it was before."""
+"""Training, copying, saving, compiling and exporting of an accelerated host: as upstream."""
 
 import copy
 import inspect
@@ -13,8 +13,9 @@ import pytest
 import torch
 from reference_models import images
 from tiny_hosts import (
-    HOSTS,
+    NO_ACCELERATE_WARNING,
     PIXELS,
+    accelerated,
     assert_bit_equal,
     assert_close,
     assert_ours_ran,
@@ -33,22 +34,17 @@ from tiny_hosts import (
 from torch import Tensor, nn
 
 import fastbb
+from fastbb import AccelerateReport
 
-pytestmark = pytest.mark.filterwarnings("error::fastbb.hosts.accelerate.AccelerateWarning")
-
-
-@pytest.fixture(params=HOSTS.values(), ids=list(HOSTS))
-def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
-    return request.param
+pytestmark = NO_ACCELERATE_WARNING
 
 
-def accelerated(make: Callable[[], Any]) -> tuple[Any, Any, Any]:
-    """A host on which ours has run, its twin, and the report."""
-    model = make()
-    report = fastbb.accelerate(model, mode="eager")
+def accelerated_and_run(make: Callable[[], Any]) -> tuple[Any, Any, AccelerateReport]:
+    """A host on which ours has run, upstream's model, and the report."""
+    model, twin, report = accelerated(make)
     assert_close(infer(model), infer(twin_of(make, model)))
     assert_ours_ran(report)
-    return model, twin_of(make, model), report
+    return model, twin, report
 
 
 def trained(model: Any, pixels: Tensor = PIXELS) -> list[Tensor]:
@@ -63,8 +59,8 @@ def trained(model: Any, pixels: Tensor = PIXELS) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_gradients_are_bit_by_bit_upstreams(make: Callable[[], Any], training: bool) -> None:
-    model, twin, report = accelerated(make)
+def test_gradients_equal_upstream_bit_by_bit(make: Callable[[], Any], training: bool) -> None:
+    model, twin, report = accelerated_and_run(make)
     for _ in range(2):
         got, want = (trained(either.train(training)) for either in (model, twin))
         assert_bit_equal(got, want)
@@ -76,7 +72,7 @@ def test_gradients_are_bit_by_bit_upstreams(make: Callable[[], Any], training: b
 
 
 def test_a_gradient_of_the_pixels(make: Callable[[], Any]) -> None:
-    model, twin, report = accelerated(make)
+    model, twin, report = accelerated_and_run(make)
     got, want = [], []
     for either, gradients in ((model, got), (twin, want)):
         either.requires_grad_(False)
@@ -89,9 +85,9 @@ def test_a_gradient_of_the_pixels(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_a_part_that_trains(make: Callable[[], Any]) -> None:
+def test_a_layer_in_training_mode_runs_as_upstream(make: Callable[[], Any]) -> None:
     """A frozen backbone with some layer in training mode, as norms under fine-tuning are."""
-    model, twin, report = accelerated(make)
+    model, twin, report = accelerated_and_run(make)
     for either in (model, twin):
         next(m for m in either.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)).train()
     before = [buffer.clone() for buffer in twin.buffers()]
@@ -118,8 +114,8 @@ DROPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("make_with, options", DROPS.values(), ids=DROPS)
-def test_what_drops_at_random_drops_in_training_only(make_with: Any, options: Any) -> None:
-    model, twin, report = accelerated(lambda: make_with(**options))
+def test_dropout_acts_in_training_only(make_with: Any, options: Any) -> None:
+    model, twin, report = accelerated_and_run(lambda: make_with(**options))
     was = infer(twin)
     got, want = (trained(either.train()) for either in (model, twin))
     assert_bit_equal(got, want)
@@ -133,7 +129,7 @@ def test_what_drops_at_random_drops_in_training_only(make_with: Any, options: An
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("make", [swin_classifier, swin_backbone, maskformer_swin])
 def test_gradient_checkpointing(make: Callable[[], Any]) -> None:
-    model, twin, report = accelerated(make)
+    model, twin, report = accelerated_and_run(make)
     want = trained(twin.train())
     calls: dict[Any, list[int]] = {model: [], twin: []}
     handles = []
@@ -152,8 +148,8 @@ def test_gradient_checkpointing(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_autocast_is_upstreams(make: Callable[[], Any]) -> None:
-    model, twin, report = accelerated(make)
+def test_autocast_runs_upstreams_forward(make: Callable[[], Any]) -> None:
+    model, twin, report = accelerated_and_run(make)
     with torch.autocast("cpu", torch.bfloat16):
         got, want = infer(model), infer(twin)
         assert_bit_equal(got, want)
@@ -220,7 +216,7 @@ def _owner(module: Any) -> Any:
 
 
 def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
-    model, twin, _ = accelerated(make)
+    model, twin, _ = accelerated_and_run(make)
     other = copy.deepcopy(model)
     fastbb.restore(other)
     assert not any("forward" in vars(part) for part in other.modules())
@@ -232,7 +228,7 @@ def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
 
 def test_a_shallow_copy_shares_everything(make: Callable[[], Any]) -> None:
     """Its parameters are those of the original, and so are its layers; what it computes too."""
-    model, twin, _ = accelerated(make)
+    model, twin, _ = accelerated_and_run(make)
     other = copy.copy(model)
     assert_close(infer(other), infer(twin))
     for either in (other, twin):
@@ -271,10 +267,10 @@ torch.save(results, f"{folder}/results.pt")
 """
 
 
-def test_what_it_saves_loads_without_fastbb(tmp_path: Path) -> None:
+def test_saved_models_load_without_fastbb(tmp_path: Path) -> None:
     want = {}
     for make in (swin_classifier, swin_backbone, resnet_backbone):
-        model, twin, _ = accelerated(make)
+        model, twin, _ = accelerated_and_run(make)
         name = type(model).__name__
         model.save_pretrained(tmp_path / name)
         want[name] = infer(twin)
@@ -294,8 +290,8 @@ def test_what_it_saves_loads_without_fastbb(tmp_path: Path) -> None:
         assert_bit_equal(tensors(results), want[name])
 
 
-def test_state_dicts_are_upstreams(make: Callable[[], Any], tmp_path: Path) -> None:
-    model, twin, _ = accelerated(make)
+def test_state_dicts_equal_upstream(make: Callable[[], Any], tmp_path: Path) -> None:
+    model, twin, _ = accelerated_and_run(make)
     torch.save(model.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")  # weights only
     assert list(state) == list(twin.state_dict()) == [*dict(make().state_dict())]
@@ -305,7 +301,7 @@ def test_state_dicts_are_upstreams(make: Callable[[], Any], tmp_path: Path) -> N
 
 
 def test_safe_loading_refuses_a_pickled_model(tmp_path: Path) -> None:
-    model, _, _ = accelerated(timm_resnet)
+    model, _, _ = accelerated_and_run(timm_resnet)
     torch.save(model, tmp_path / "model.pt")
     with pytest.raises(Exception, match="weights_only"):
         torch.load(tmp_path / "model.pt", weights_only=True)
@@ -338,8 +334,8 @@ GRAPHS = {"compile": compiled, "export": exported, "jit": jit_traced}
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone, timm_resnet, torchvision_swin])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
-def test_graphs_are_upstreams(make: Callable[[], Any], make_graph: Any) -> None:
-    model, twin, report = accelerated(make)
+def test_graphs_hold_upstreams_forward(make: Callable[[], Any], make_graph: Any) -> None:
+    model, twin, report = accelerated_and_run(make)
     with torch.no_grad():
         graph = make_graph(model)
         assert_bit_equal(tensors(graph(PIXELS)), infer(twin))
@@ -354,7 +350,7 @@ def test_graphs_are_upstreams(make: Callable[[], Any], make_graph: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("make", [timm_resnet])
 def test_fx_traces_upstreams_forward(make: Callable[[], Any]) -> None:
-    model, twin, report = accelerated(make)
+    model, twin, report = accelerated_and_run(make)
     graph: Any = torch.fx.symbolic_trace(model)
     want = torch.fx.symbolic_trace(twin)
     assert str(graph.graph) == str(want.graph)
@@ -365,8 +361,7 @@ def test_fx_traces_upstreams_forward(make: Callable[[], Any]) -> None:
 
 def test_threads_share_a_host(make: Callable[[], Any]) -> None:
     """Also at the first call, when each of them decides."""
-    model, twin = make(), make()
-    report = fastbb.accelerate(model, mode="eager")
+    model, twin, report = accelerated(make)
     inputs = [images(32, 32, batch=1 + index % 2, seed=index) for index in range(4)]
     want = [infer(twin, pixels) for pixels in inputs]
     problems: list[str] = []

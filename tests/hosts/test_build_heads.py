@@ -338,7 +338,7 @@ def test_half_a_checkpoint_is_an_error(checkpoints: dict[str, str], tmp_path: Pa
     ],
     ids=lambda value: "" if isinstance(value, dict) else None,
 )
-def test_what_cannot_be(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     build: Callable[..., Any] = fastbb.heads.build
     with pytest.raises(ValueError, match=message):
         fastbb.MaskFormerConfig(**arguments)

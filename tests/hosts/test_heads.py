@@ -1,4 +1,4 @@
-"""Configurations of heads: the backbone each one names is the one that is built."""
+"""Configurations of heads: the backbone that each one names is built."""
 
 import json
 from typing import Any

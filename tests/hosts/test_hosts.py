@@ -1,4 +1,4 @@
-"""Every kind of host model computes with our forward inside what it computed before."""
+"""Matrix of host models: results and gradients equal upstream's with our forward inside."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`register` has transformers build fast backbones into its heads; `unregister` undoes it."""
+"""`register` makes transformers build fast backbones into its heads; `unregister` undoes it."""
 
 import copy
 from collections.abc import Iterator
@@ -105,7 +105,7 @@ def test_heads_get_fast_backbones(kind: str, register: None, tmp_path: Path) -> 
         assert_equals_upstream(model(PIXELS).logits, want)
 
 
-def test_training_is_upstreams(register: None) -> None:
+def test_training_equals_upstream(register: None) -> None:
     torch.manual_seed(0)
     ours = head(RESNET).train()
     fastbb.unregister()
@@ -124,7 +124,7 @@ def test_training_is_upstreams(register: None) -> None:
 
 
 @torch.no_grad()
-def test_a_graph_that_is_recorded_holds_upstreams(register: None) -> None:
+def test_a_compiled_graph_holds_upstreams_forward(register: None) -> None:
     ours = randomize_(head(RESNET))
     compiled = torch.compile(ours, backend="eager")
     maps = compiled(PIXELS).logits
@@ -164,7 +164,7 @@ def test_auto_backbone(register: None, hub: HubServer, tmp_path: Path) -> None:
     assert runs_ours(ours)
 
 
-def test_both_are_idempotent_and_leave_others_alone() -> None:
+def test_register_and_unregister_are_idempotent_and_keep_other_classes() -> None:
     before = registered()
     fastbb.unregister()
     assert registered() == before
@@ -194,7 +194,7 @@ def test_both_are_idempotent_and_leave_others_alone() -> None:
 
 
 @torch.no_grad()
-def test_what_accelerate_is_asked_for_counts(register: None) -> None:
+def test_arguments_of_accelerate_win_over_register(register: None) -> None:
     model = head(SWIN).eval()
     report = fastbb.accelerate(model, mode="eager", precision="fp32")
     assert "backbone" in report.accelerated

@@ -1,4 +1,4 @@
-"""An accelerated or prepared model computes with the settings that its modules have now."""
+"""Changes of module settings: accelerated and prepared models use the current settings."""
 
 import copy
 import re
@@ -93,7 +93,7 @@ REFUSED = {
 }
 
 
-def test_every_change_is_tried() -> None:
+def test_every_change_has_models() -> None:
     assert APPLIES.keys() == CHANGES.keys()
 
 
@@ -117,7 +117,7 @@ def test_an_accelerated_model_follows(name: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["scale", "function of the activation"])
-def test_what_is_changed_back_runs_ours_again(name: str) -> None:
+def test_a_reverted_change_runs_ours_again(name: str) -> None:
     model, upstream = swin_classifier(), swin_classifier()
     report = fastbb.accelerate(model, mode="eager")
     settings = [dict(vars(m)) for m in model.modules()]
@@ -131,7 +131,7 @@ def test_what_is_changed_back_runs_ours_again(name: str) -> None:
     assert not reasons_of(report), str(report)
 
 
-def test_a_whole_backbone_that_runs_again_is_what_the_report_shows() -> None:
+def test_the_report_shows_a_whole_backbone_that_runs_again() -> None:
     model = swin_backbone()
     report = fastbb.accelerate(model, mode="eager")
     attentions = [m for m in model.modules() if "scaling" in vars(m)]
@@ -169,7 +169,7 @@ ODD: dict[str, Callable[[Any], None]] = {
 
 
 @pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
-def test_odd_settings_are_upstreams_matter(odd: Callable[[Any], None]) -> None:
+def test_odd_settings_have_the_outcome_of_upstream(odd: Callable[[Any], None]) -> None:
     model, upstream = (timm_swin(strict_img_size=False) for _ in range(2))
     fastbb.accelerate(model, mode="eager")
     infer(model, PIXELS)
@@ -220,7 +220,7 @@ def test_statistics_with_gaps_in_memory_are_followed() -> None:
 
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone], ids=["swin", "resnet"])
-def test_what_was_compiled_falls_back_and_says_why(
+def test_a_compiled_host_falls_back_and_says_why(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = install(Compiler(), monkeypatch)
@@ -303,7 +303,7 @@ def test_a_compiled_backbone_falls_back(
     with pytest.warns(EngineWarning, match="settings, layers or hooks changed"), torch.no_grad():
         got = prepared(pixels).feature_maps
     assert_equals_upstream(got, pair.maps(pixels))
-    assert "changed since they were compiled" in explained(prepared, capsys).rows[-1].why
+    assert "changed since they were compiled" in explained(prepared).rows[-1].why
 
 
 def test_a_fused_activation_that_changes_is_reported() -> None:

@@ -98,7 +98,7 @@ def without_what_was_compiled_before() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("graphs_of", [compiled_graphs, exported_graphs])
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_a_gpu_would_run_our_ops(make: Callable[[], nn.Module], graphs_of: Any) -> None:
+def test_graphs_for_a_gpu_hold_our_ops(make: Callable[[], nn.Module], graphs_of: Any) -> None:
     model = make().eval()
     with fake_cuda():
         model.to_empty(device="cuda")
@@ -113,7 +113,7 @@ def test_a_gpu_would_run_our_ops(make: Callable[[], nn.Module], graphs_of: Any) 
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_on_a_cpu_a_compiler_sees_plain_pytorch(make: Callable[[], nn.Module]) -> None:
+def test_graphs_for_a_cpu_hold_plain_pytorch(make: Callable[[], nn.Module]) -> None:
     model, pixels = randomize_(make()), images(64, 64)
     assert our_ops(compiled_graphs(model, pixels)) == Counter()
     want = model(pixels).feature_maps

@@ -1,4 +1,4 @@
-"""The matrix: every family, variant and source computes upstream's maps at every kind of size."""
+"""Matrix of families, variants, sources and image sizes: every map equals upstream's."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""How many binaries a model needs: batches that vary bring few new ones, whichever came first.
+"""Number of binaries that a model needs: other batch sizes add few, whichever came first.
 
 Models on the meta device, batches 1 to 64 without a gap; nothing compiles. They have two blocks
 per stage instead of up to six: a test holds that the others launch nothing else.
@@ -45,7 +45,7 @@ def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = T
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", DEPTHS)
-def test_batches_that_vary_bring_few_binaries(name: str, arch: int | str) -> None:
+def test_few_new_binaries_for_other_batches(name: str, arch: int | str) -> None:
     of_batch = {batch: binaries(name, arch, batch) for batch in BATCHES}
     together = set().union(*of_batch.values())
     new = {first: len(together - of_batch[first]) for first in (1, 8, 64)}
@@ -53,11 +53,11 @@ def test_batches_that_vary_bring_few_binaries(name: str, arch: int | str) -> Non
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_depth_brings_none(name: str) -> None:
+def test_depth_adds_no_binary(name: str) -> None:
     for batch in (1, 64):
         assert binaries(name, 90, batch, DEPTHS[name]) == binaries(name, 90, batch)
 
 
 @pytest.mark.parametrize("name", DEPTHS)
-def test_the_batch_itself_is_in_no_binary(name: str) -> None:
+def test_binaries_do_not_depend_on_the_exact_batch(name: str) -> None:
     assert binaries(name, 90, 63) == binaries(name, 90, 64)

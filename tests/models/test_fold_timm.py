@@ -1,4 +1,4 @@
-"""Folding over timm's families: the same maps, an untouched state dict, and changes followed."""
+"""Folding over timm's families: equal maps, an unchanged state dict, and changes are followed."""
 
 from typing import Any
 

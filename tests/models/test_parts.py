@@ -1,4 +1,4 @@
-"""Parts are read once, kept with their backbone, and read again where its layers changed."""
+"""Parts of backbones: read once, kept with the backbone, read again after layers change."""
 
 import copy
 import gc
@@ -99,7 +99,7 @@ def test_parts_are_read_once(make: Callable[[], Any], readings: list[nn.Module])
     assert len(readings) == 1
 
 
-def test_a_layer_put_in_later_is_read(make: Callable[[], Any], readings: list[nn.Module]) -> None:
+def test_a_layer_replaced_later_is_read(make: Callable[[], Any], readings: list[nn.Module]) -> None:
     backbone = randomize_(make())
     first = infer(backbone)
     parent, name = LAYERS[make]
@@ -116,7 +116,7 @@ def test_a_layer_put_in_later_is_read(make: Callable[[], Any], readings: list[nn
 
 
 @pytest.mark.parametrize("name", ["swin", "hidden_states_norms"])
-def test_a_whole_part_put_in_later_is_read(name: str) -> None:
+def test_a_whole_part_replaced_later_is_read(name: str) -> None:
     backbone, other = randomize_(swin()), randomize_(swin())
     first = infer(backbone)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_parts_do_not_keep_a_backbone_alive(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("make_timm", [timm_swin, timm_resnet])
-def test_timms_own_forward_runs_while_something_is_hooked_or_trains(
+def test_hooks_and_training_select_timms_own_forward(
     make_timm: Callable[[], Any],
 ) -> None:
     backbone = randomize_(make_timm())
@@ -178,7 +178,7 @@ def test_a_changed_forward_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch
         infer(backbone)
 
 
-def test_builders_say_why_they_refuse() -> None:
+def test_refusals_of_builders_name_the_reason() -> None:
     blocks: list[Any] = [timm_swin()._backbone.layers_0.blocks[0] for _ in range(4)]
     blocks[0].norm1 = nn.Identity()
     blocks[1].attn.scale = 2.0

@@ -1,4 +1,4 @@
-"""ResNet computes what transformers, timm and torchvision compute, whatever the image size."""
+"""ResNet against transformers, timm and torchvision, at any image size."""
 
 import copy
 from functools import cache, partial
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_saves_memory_and_keeps_gradients() -> None:
     assert saved_bytes(checkpointed, pixels) < saved_bytes(plain, pixels) / 2
 
 
-def test_gradient_checkpointing_counts_a_batch_once() -> None:
+def test_gradient_checkpointing_updates_statistics_once() -> None:
     # the second forward, in the backward, must leave the running statistics alone
     plain, checkpointed, pixels = checkpointed_pair()
     for model in (plain, checkpointed):
@@ -234,9 +234,7 @@ def test_timm_keeps_timms_names_and_layout_of_the_state_dict() -> None:
     ],
     ids=str,
 )
-def test_timm_relatives_of_resnet_are_not_mistaken_for_it(
-    name: str, options: dict[str, Any]
-) -> None:
+def test_timm_relatives_of_resnet_equal_upstream(name: str, options: dict[str, Any]) -> None:
     options = {**options, "layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32)}
     pair = timm_pair(name, **options)
     pixels = images(64, 64)
@@ -244,7 +242,7 @@ def test_timm_relatives_of_resnet_are_not_mistaken_for_it(
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
 
 
-def test_timm_native_changes_only_what_computes() -> None:
+def test_timm_native_changes_only_the_forward() -> None:
     name, options = timm_options("resnet", "bottleneck")
     upstream = timm_features(name, **options)
     native = from_timm(name, upstream, **options)

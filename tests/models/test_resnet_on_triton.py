@@ -1,4 +1,4 @@
-"""The whole ResNetBackbone on the Triton kernels, in the interpreter, computes upstream's maps."""
+"""ResNetBackbone on the Triton kernels in the interpreter, against upstream."""
 
 from collections.abc import Sequence
 from typing import Any

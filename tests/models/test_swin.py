@@ -1,4 +1,4 @@
-"""Swin computes what transformers, timm and torchvision compute, whatever the image size."""
+"""Swin against transformers, timm and torchvision, at any image size."""
 
 import warnings
 from functools import cache, partial
@@ -244,7 +244,7 @@ def test_timm_needs_whole_patches() -> None:
         swin_pair("w7", "timm").ours(images(54, 72))
 
 
-def test_timm_native_changes_only_what_computes() -> None:
+def test_timm_native_changes_only_the_forward() -> None:
     name, options = "swin_tiny_patch4_window7_224", {**SWIN["w7"], "depths": (2, 1, 1, 2)}
     upstream = timm_features(name, strict_img_size=False, **options)
     native = from_timm(name, upstream, **options)

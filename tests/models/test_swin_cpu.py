@@ -1,4 +1,4 @@
-"""Swin's blocks on a CPU: windows in parts, packed weights, and when neither may be used."""
+"""Swin's blocks on a CPU: windows in parts, packed weights, and calls that use neither."""
 
 from typing import Any
 
@@ -92,7 +92,7 @@ def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
     ],
 )
 @torch.no_grad()
-def test_packed_products_are_torchs(
+def test_packed_products_equal_torch(
     channels: tuple[int, int],
     kernel: int,
     stride: int,
@@ -175,7 +175,7 @@ def test_packed_products_keep_nan(activation: str | None) -> None:
 
 
 @torch.no_grad()
-def test_what_cannot_run_in_parts_runs_by_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_calls_run_op_by_op(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = blocks_run(monkeypatch)
     pair = hf_pair(hf_swin())
     pixels = images(64, 64)
@@ -193,7 +193,7 @@ def test_what_cannot_run_in_parts_runs_by_ops(monkeypatch: pytest.MonkeyPatch) -
 
 
 @torch.no_grad()
-def test_a_changed_operation_of_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_onednn_op_with_other_results_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     own = onednn.pack_linear
     onednn._packs.cache_clear()
     monkeypatch.setattr(onednn, "pack_linear", lambda weight: own(weight * 2))

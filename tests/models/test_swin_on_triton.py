@@ -1,4 +1,4 @@
-"""The whole SwinBackbone on the Triton kernels, in the interpreter, computes upstream's maps."""
+"""SwinBackbone on the Triton kernels in the interpreter, against upstream."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Any timm model with features_only: timm's values, as NCHW, behind the backbone interface."""
+"""TimmBackbone around any features_only model: timm's values as NCHW."""
 
 from typing import Any
 

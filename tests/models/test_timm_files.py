@@ -1,4 +1,4 @@
-"""TimmBackbone saved, loaded and reconfigured: options, precision and pruned files survive."""
+"""TimmBackbone saved, loaded and reconfigured: options, precision and pruned files."""
 
 import json
 import logging
@@ -143,7 +143,7 @@ def test_dropout_left_on_under_an_eval_parent_stays_on():
 
 
 @torch.no_grad()
-def test_a_stage_that_timm_only_counts():
+def test_a_stage_without_a_timm_feature_is_refused():
     backbone = randomize_(TimmBackbone(TimmBackboneConfig("tresnet_m", out_indices=[1, 4])))
     upstream = timm.create_model("tresnet_m", features_only=True, out_indices=(1, 4)).eval()
     upstream.load_state_dict(backbone._backbone.state_dict())

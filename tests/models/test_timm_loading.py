@@ -92,7 +92,7 @@ def test_bin_files_of_timm(timm_directory):
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-def test_gradient_checkpointing_can_be_left(name):
+def test_gradient_checkpointing_can_be_disabled(name):
     backbone, pixels = TimmBackbone(TimmBackboneConfig(name)).train(), torch.randn(1, 3, 160, 160)
     plain = saved_bytes(backbone, pixels)
     backbone.gradient_checkpointing_enable()
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_can_be_left(name):
     assert saved_bytes(backbone, pixels) == plain
 
 
-def test_stages_that_timm_names_alike_are_told_apart():
+def test_stages_with_the_same_timm_name_get_distinct_names():
     config = TimmBackboneConfig("crossvit_tiny_240", out_indices=[0, 1])
     if not hasattr(timm.create_model("crossvit_tiny_240"), "feature_info"):
         with pytest.raises(ValueError, match=f"timm {timm.__version__} has no stages of 'crossvit"):

@@ -4,14 +4,22 @@ from typing import Any
 
 import pytest
 import torch
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    activated,
+    compiled_and_exported,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS, bias_act
 from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import binary_facts, corners, fake_gpu, interpret, trace
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OP = find_op("bias_act")
 CUSTOM_OP = OP.custom_op
 SHAPES = {
@@ -29,24 +37,19 @@ def upstream(
 ) -> Tensor:
     y = x + bias.view(1, -1, 1, 1)
     y = y if residual is None else y + residual
-    return y if activation is None else ACTIVATIONS[activation](y)
+    return activated(y, activation)
 
 
 def arguments(
     shape: tuple[int, ...], dtype: torch.dtype, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    x, other = (torch.randn(shape).to(dtype, memory_format=channels_last) for _ in range(2))
+    x, other = (image(*shape, dtype=dtype) for _ in range(2))
     return x, torch.randn(shape[1]).to(dtype), other if residual else None
 
 
 def assert_right(x: Tensor, bias: Tensor, residual: Tensor | None, activation: str | None) -> None:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = bias_act(x, bias, residual=residual, activation=activation, impl="triton")
-    assert [launch.kernel for launch in t.launches] == ["_bias_act_fwd_kernel"]
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(x, bias, residual=residual)
-    assert y.is_contiguous(memory_format=channels_last) and y.dtype == x.dtype
+    y = run_traced(OP, x, bias, residual=residual, activation=activation)
+    assert y.dtype == x.dtype
     wide: Any = [None if tensor is None else tensor.double() for tensor in (x, bias, residual)]
     exact = upstream(*wide, activation=activation)
     assert_as_accurate_as_eager("y", y, upstream(x, bias, residual, activation), exact)
@@ -83,7 +86,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 def test_offsets_beyond_32_bits() -> None:
     shape = (8, 64, 2100, 2100)
-    x = torch.empty(shape, device="meta").to(memory_format=channels_last)
+    x = meta_image(*shape)
     assert x.numel() > 2**31
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         bias_act(x, torch.empty(64, device="meta"), residual=x, impl="triton")
@@ -91,8 +94,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 
 def test_maps_are_loaded_wide() -> None:
-    x = torch.empty(8, 64, 9, 9, dtype=torch.bfloat16, device="meta")
-    x = x.to(memory_format=channels_last)
+    x = meta_image(8, 64, 9, 9, dtype=torch.bfloat16)
     with torch.no_grad(), fake_gpu(90) as gpu:
         bias_act(x, x[0, :, 0, 0], residual=x, activation="relu", impl="triton")
     facts = binary_facts(gpu.kernels[0])
@@ -107,10 +109,7 @@ def test_compiles_and_exports(op: Any) -> None:
 
     small: Any = arguments((2, 6, 3, 5), torch.float32, True)
     large: Any = arguments((7, 6, 3, 5), torch.float32, True)
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = ({0: batch}, None, {0: batch})
-    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    compiled, exported = compiled_and_exported(Model(), small, (BATCH, None, BATCH))
     assert torch.equal(compiled(*small), upstream(*small, activation="relu"))
     assert torch.equal(exported(*large), upstream(*large, activation="relu"))
 

@@ -1,13 +1,21 @@
 """bottleneck_tail: its kernel against upstream's modules in float64, what runs, and refusals."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from conv_reference import folded
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    ConvReference,
+    compiled_and_exported,
+    folded,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS, bottleneck_tail, use_impl
 from fastbb_kernels._dispatch import Architecture
@@ -17,16 +25,14 @@ from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_lau
 from fastbb_kernels.triton_kernels import bottleneck_tail as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
 
-DTYPES = [torch.float16, torch.bfloat16]
-
 OP = find_op("bottleneck_tail")
 CUSTOM_OP = OP.custom_op
 
 NAMES = ("x", "weight", "bias", "expand_weight", "expand_bias", "residual")
 
 
-class Reference:
-    """The end of a bottleneck as torch's modules compute it."""
+class Reference(ConvReference):
+    """The end of a bottleneck."""
 
     def __init__(
         self,
@@ -38,38 +44,20 @@ class Reference:
         dilation: int = 1,
         activation: str | None = "relu",
     ) -> None:
-        self.options = {"stride": stride, "dilation": dilation, "activation": activation}
         out_channels = out_channels or 4 * channels
         conv = nn.Conv2d(channels, channels, 3, stride, dilation, dilation=dilation, bias=False)
         expand = nn.Conv2d(channels, out_channels, 1, bias=False)
-        norms = nn.BatchNorm2d(channels), nn.BatchNorm2d(out_channels)
-        for norm in norms:
-            for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-                assert tensor is not None
-                nn.init.uniform_(tensor, 0.5, 1.5)
-        layers = conv, norms[0], nn.ReLU(), expand, norms[1]
-        self.block = nn.Sequential(*layers).eval().requires_grad_(False).to(dtype)
-
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
-        activation = self.options["activation"]
-        y = self.block(x) + residual
-        return ACTIVATIONS[activation](y) if isinstance(activation, str) else y
-
-    def exactly(self, x: Tensor, residual: Tensor) -> Tensor:
-        double = copy.copy(self)
-        double.block = copy.deepcopy(self.block).double()
-        return double(x.double(), residual.double())
+        norm, expand_norm = nn.BatchNorm2d(channels), nn.BatchNorm2d(out_channels)
+        layers = conv, norm, nn.ReLU(), expand, expand_norm
+        options = {"stride": stride, "dilation": dilation}
+        super().__init__(*layers, dtype=dtype, activation=activation, **options)
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
-        """What the op takes, with the norms folded in in float64."""
+        """Returns the op's arguments, with the norms folded in float64."""
         conv, norm, _, expand, expand_norm = self.block
         tensors = [x, *folded((conv, norm)), *folded((expand, expand_norm))]
         tensors.append(torch.randn_like(self.block(x)))
         return {**{k: v.to(x.dtype) for k, v in zip(NAMES, tensors)}, **self.options}
-
-
-def image(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape).to(dtype).to(memory_format=channels_last)
 
 
 def arguments(
@@ -86,14 +74,7 @@ def positional(kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def run(kwargs: dict[str, Any]) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = bottleneck_tail(**kwargs, impl="triton")
-    assert [launch.kernel for launch in t.launches] == ["_bottleneck_tail_fwd_kernel"]
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(**kwargs)
-    assert y.is_contiguous(memory_format=channels_last)
-    return y
+    return run_traced(OP, **kwargs)
 
 
 def assert_right(reference: Reference, x: Tensor) -> None:
@@ -102,7 +83,7 @@ def assert_right(reference: Reference, x: Tensor) -> None:
     assert_as_accurate_as_eager("y", y, reference(x, residual), reference.exactly(x, residual))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
     [(2, 64, 9, 7), (1, 128, 5, 5), (1, 64, 1, 1)],
@@ -119,13 +100,13 @@ def test_kernel_is_as_accurate_as_eager(
 def test_strides_and_dilations(stride: int, dilation: int) -> None:
     for size in (8, 9):
         reference = Reference(out_channels=64, stride=stride, dilation=dilation)
-        assert_right(reference, image(1, 64, size, 5))
+        assert_right(reference, image(1, 64, size, 5, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
 def test_activations(activation: str | None) -> None:
     reference = Reference(out_channels=64, activation=activation)
-    assert_right(reference, image(1, 64, 3, 3))
+    assert_right(reference, image(1, 64, 3, 3, dtype=torch.bfloat16))
 
 
 def every_config() -> list[tuple[int, GemmConfig]]:
@@ -145,7 +126,8 @@ def test_every_tile(channels: int, config: GemmConfig, monkeypatch: pytest.Monke
     monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
     reference = Reference(channels, out_channels=128)
     # the second tile is cut; the first one ends in the second image
-    assert_right(reference, image(2, channels, 2, config.block_m // 4 + 2))
+    x = image(2, channels, 2, config.block_m // 4 + 2, dtype=torch.bfloat16)
+    assert_right(reference, x)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -184,18 +166,14 @@ def test_no_images(impl: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(2**11, 64, 64, 65), (1, 64, 2900, 2901)], ids=["many", "large"])
 def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
-    def meta(*shape: int) -> Tensor:
-        tensor = torch.empty(shape, device="meta")
-        return tensor.to(memory_format=channels_last) if tensor.ndim == 4 else tensor
-
     batch, channels, height, width = shape
     tensors = (
-        meta(*shape),
-        meta(channels, channels, 3, 3),
-        meta(channels),
-        meta(256, channels, 1, 1),
-        meta(256),
-        meta(batch, 256, height, width),
+        meta_image(*shape),
+        meta_image(channels, channels, 3, 3),
+        torch.empty(channels, device="meta"),
+        meta_image(256, channels, 1, 1),
+        torch.empty(256, device="meta"),
+        meta_image(batch, 256, height, width),
     )
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         bottleneck_tail(*tensors, impl="triton")
@@ -215,10 +193,8 @@ def test_compiles_and_exports(custom: bool) -> None:
         return tuple(kwargs[name] for name in NAMES)
 
     small, large = inputs(2), inputs(7)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = (({0: batch}, None, None, None, None, {0: batch}),)
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    shapes = ((BATCH, None, None, None, None, BATCH),)
+    compiled, exported = compiled_and_exported(Model(), small, shapes)
     assert torch.equal(compiled(*small), OP.eager(*small, stride=2))
     assert torch.equal(exported(*large), OP.eager(*large, stride=2))
 
@@ -281,7 +257,7 @@ def test_which_kernels_run(
     ],
     ids=["channels", "out-channels", "fp32"],
 )
-def test_who_insists_on_the_kernel_gets_its_reason(kwargs: dict[str, Any], message: str) -> None:
+def test_impl_triton_raises_the_reason(kwargs: dict[str, Any], message: str) -> None:
     call = arguments(**kwargs)
     message = f"bottleneck_tail: impl='triton' cannot run this call: {message}"
     with record_launches(), torch.no_grad():

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from conv_reference import channels_last, conv_and_norm, folded
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    activated,
+    compiled_and_exported,
+    conv_and_norm,
+    folded,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +23,7 @@ from torch.nn import functional as F
 from fastbb_kernels import ACTIVATIONS, conv1x1_bn_act
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
-from fastbb_kernels.op import find_op
+from fastbb_kernels.op import find_op, in_float64
 from fastbb_kernels.testing import (
     ARCHITECTURES,
     binary_facts,
@@ -24,8 +34,6 @@ from fastbb_kernels.testing import (
     trace,
 )
 from fastbb_kernels.triton_kernels import conv1x1_bn_act as kernel_module
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 OP = find_op("conv1x1_bn_act")
 CUSTOM_OP = OP.custom_op
@@ -42,34 +50,27 @@ def arguments(
     batch, channels, height, width = pixels
     y = (batch, out_channels, -(-height // stride), -(-width // stride))
     return {
-        "x": channels_last(*pixels, dtype=dtype),
+        "x": image(*pixels, dtype=dtype),
         "weight": (torch.randn(out_channels, channels, 1, 1) * channels**-0.5).to(dtype),
         "bias": torch.randn(out_channels).to(dtype),
         "stride": stride,
-        "residual": channels_last(*y, dtype=dtype) if residual else None,
+        "residual": image(*y, dtype=dtype) if residual else None,
         "activation": activation,
     }
 
 
 def run(args: dict[str, Any]) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = conv1x1_bn_act(**args, impl="triton")
-    assert len(t.launches) == 1
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(**args)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    return y
+    return run_traced(OP, **args)
 
 
 def eager(args: dict[str, Any]) -> Tensor:
     y = F.conv2d(args["x"], args["weight"], args["bias"], args["stride"])
     y = y if args["residual"] is None else y + args["residual"]
-    return y if args["activation"] is None else ACTIVATIONS[args["activation"]](y)
+    return activated(y, args["activation"])
 
 
 def exactly(args: dict[str, Any]) -> Tensor:
-    return eager({k: v.double() if isinstance(v, Tensor) else v for k, v in args.items()})
+    return eager(in_float64(args))
 
 
 def assert_right(args: dict[str, Any]) -> None:
@@ -105,7 +106,7 @@ def test_kernel_is_as_accurate_as_upstream(
     def upstream(dtype: torch.dtype) -> Tensor:
         y = module.to(dtype)(args["x"].to(dtype))
         y = y + args["residual"].to(dtype) if residual else y
-        return ACTIVATIONS[activation](y) if activation else y
+        return activated(y, activation)
 
     assert_as_accurate_as_eager("y", run(args), upstream(dtype), upstream(torch.float64))
 
@@ -209,7 +210,7 @@ def test_maps_that_are_not_channels_last(dtype: torch.dtype, stride: int) -> Non
     wide = torch.randn(2, 70, 20, 20).to(dtype)
     views = (
         args["x"].contiguous(),
-        channels_last(2, 48, 7, 9, dtype=dtype)[:, ::2],
+        image(2, 48, 7, 9, dtype=dtype)[:, ::2],
         wide[:, 3:27, 5:12, 2:11],
         wide[:, 3:27, 5:14, 2:9].transpose(2, 3),
         args["x"][:1].expand(2, -1, -1, -1),
@@ -246,14 +247,11 @@ def test_no_images(stride: int) -> None:
     ids=["stride-1", "many-images", "huge-image"],
 )
 def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) -> None:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta", memory_format=torch.channels_last)
-
     y = (pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
-    weight, bias = empty(64, 64, 1, 1), torch.empty(64, device="meta")
+    weight, bias = meta_image(64, 64, 1, 1), torch.empty(64, device="meta")
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         conv1x1_bn_act(
-            empty(*pixels), weight, bias, stride=stride, residual=empty(*y), impl="triton"
+            meta_image(*pixels), weight, bias, stride=stride, residual=meta_image(*y), impl="triton"
         )
     assert [launch.n_programs for launch in t.launches] == [2]
 
@@ -271,10 +269,7 @@ def test_compiles_and_exports(op: Any, stride: int) -> None:
         return tuple(args[name] for name in ("x", "weight", "bias", "residual")), eager(args)
 
     (small, want_small), (large, want_large) = inputs(2), inputs(7)
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = ({0: batch}, None, None, {0: batch})
-    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    compiled, exported = compiled_and_exported(Model(), small, (BATCH, None, None, BATCH))
     assert_equals_upstream(compiled(*small), want_small)
     assert_equals_upstream(exported(*large), want_large)
 

@@ -4,7 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from conv_reference import channels_last, conv_and_norm, folded
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    activated,
+    compiled_and_exported,
+    conv_and_norm,
+    folded,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,8 +33,6 @@ from fastbb_kernels.testing import (
 )
 from fastbb_kernels.triton_kernels import conv1x1_dual as kernel_module
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 OP = find_op("conv1x1_dual")
 CUSTOM_OP = OP.custom_op
 
@@ -42,9 +50,9 @@ def arguments(
     batch, shortcut_channels, height, width = pixels
     fan_in = channels + shortcut_channels
     return (
-        channels_last(batch, channels, -(-height // stride), -(-width // stride), dtype=dtype),
+        image(batch, channels, -(-height // stride), -(-width // stride), dtype=dtype),
         (torch.randn(out_channels, channels, 1, 1) * fan_in**-0.5).to(dtype),
-        channels_last(*pixels, dtype=dtype),
+        image(*pixels, dtype=dtype),
         (torch.randn(out_channels, shortcut_channels, 1, 1) * fan_in**-0.5).to(dtype),
         torch.randn(out_channels).to(dtype),
     )
@@ -53,18 +61,11 @@ def arguments(
 def eager(args: Tensors, stride: int, activation: str | None = None) -> Tensor:
     x, weight, shortcut, shortcut_weight, bias = args
     y = F.conv2d(x, weight, bias) + F.conv2d(shortcut, shortcut_weight, stride=stride)
-    return y if activation is None else ACTIVATIONS[activation](y)
+    return activated(y, activation)
 
 
 def run(args: Tensors, stride: int, activation: str | None = None) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = conv1x1_dual(*args, stride=stride, activation=activation, impl="triton")
-    assert len(t.launches) == 1
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(*args, stride=stride)
-    assert y.is_contiguous(memory_format=torch.channels_last)
-    return y
+    return run_traced(OP, *args, stride=stride, activation=activation)
 
 
 def assert_right(args: Tensors, stride: int, activation: str | None = None) -> None:
@@ -152,18 +153,14 @@ def test_the_tiles_of_every_architecture(
 
 @pytest.mark.parametrize("arch", [90, 100, "gfx942"])
 def test_two_programs_fit_a_multiprocessor(arch: Architecture) -> None:
-    def empty(*shape: int) -> Tensor:
-        memory = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        return memory.contiguous(memory_format=torch.channels_last)
-
-    maps = empty(64, 128, 28, 28), empty(64, 256, 56, 56)
-    weights = empty(512, 128, 1, 1), empty(512, 256, 1, 1)
+    shapes = (64, 128, 28, 28), (512, 128, 1, 1), (64, 256, 56, 56), (512, 256, 1, 1)
+    x, weight, shortcut, shortcut_weight = (
+        meta_image(*shape, dtype=torch.bfloat16) for shape in shapes
+    )
     bias = torch.empty(512, dtype=torch.bfloat16, device="meta")
+    args = (x, weight, shortcut, shortcut_weight, bias)
     with torch.no_grad(), fake_gpu(arch) as gpu:
-        conv1x1_dual(
-            maps[0], weights[0], maps[1], weights[1], bias,
-            stride=2, activation="relu", impl="triton",
-        )  # fmt: skip
+        conv1x1_dual(*args, stride=2, activation="relu", impl="triton")
     (launch,) = gpu.launches
     assert launch.constexprs["BLOCK_M"] == launch.constexprs["BLOCK_N"] == 128
     facts = binary_facts(gpu.kernels[0])
@@ -190,7 +187,7 @@ def test_maps_that_are_not_channels_last(dtype: torch.dtype) -> None:
         (args[0].contiguous(), args[2].contiguous()),
         (wide[:, 3:43, 4:8, 5:10], wide[:, 3:27, 5:12, 2:11]),
         (wide[:, 3:43, 5:10, 4:8].transpose(2, 3), wide[:, 3:27, 5:14, 2:9].transpose(2, 3)),
-        (args[0][:1].expand(2, -1, -1, -1), channels_last(2, 48, 7, 9, dtype=dtype)[:, ::2]),
+        (args[0][:1].expand(2, -1, -1, -1), image(2, 48, 7, 9, dtype=dtype)[:, ::2]),
     )
     for x, shortcut in views:
         assert_right((x, args[1], shortcut, shortcut_weight, args[4]), 2, "relu")
@@ -219,13 +216,10 @@ def test_no_images(stride: int) -> None:
     ids=["stride-1", "many-images", "huge-image"],
 )
 def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) -> None:
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta", memory_format=torch.channels_last)
-
-    x = empty(pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
-    weight, bias = empty(64, 64, 1, 1), torch.empty(64, device="meta")
+    x = meta_image(pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
+    weight, bias = meta_image(64, 64, 1, 1), torch.empty(64, device="meta")
     with torch.no_grad(), trace(programs=corners, data=False) as t:
-        conv1x1_dual(x, weight, empty(*pixels), weight, bias, stride=stride, impl="triton")
+        conv1x1_dual(x, weight, meta_image(*pixels), weight, bias, stride=stride, impl="triton")
     assert [launch.n_programs for launch in t.launches] == [2]
 
 
@@ -238,10 +232,8 @@ def test_compiles_and_exports(op: Any, stride: int) -> None:
 
     # fixed maps: h = ceil(H / stride) relates the two, and only the batch is dynamic
     small, large = (arguments((batch, 8, 5, 7), 12, 16, stride) for batch in (2, 7))
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = (({0: batch}, None, {0: batch}, None, None),)
-    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    shapes = ((BATCH, None, BATCH, None, None),)
+    compiled, exported = compiled_and_exported(Model(), small, shapes)
     assert_equals_upstream(compiled(*small), eager(small, stride, "relu"))
     assert_equals_upstream(exported(*large), eager(large, stride, "relu"))
 

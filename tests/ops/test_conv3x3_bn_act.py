@@ -1,13 +1,21 @@
 """conv3x3_bn_act: its kernel against upstream's modules in float64, and what it refuses."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from conv_reference import folded
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    ConvReference,
+    compiled_and_exported,
+    folded,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import ACTIVATIONS, conv3x3_bn_act
@@ -18,15 +26,11 @@ from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gp
 from fastbb_kernels.triton_kernels import conv3x3_bn_act as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 OP = find_op("conv3x3_bn_act")
 CUSTOM_OP = OP.custom_op
 
 
-class Reference:
-    """Convolution, batch norm, residual and activation as torch's modules compute them."""
-
+class Reference(ConvReference):
     def __init__(
         self,
         channels: int = 16,
@@ -37,33 +41,16 @@ class Reference:
         dilation: int = 1,
         activation: str | None = "relu",
     ) -> None:
-        self.options = {"stride": stride, "dilation": dilation, "activation": activation}
         conv = nn.Conv2d(channels, out_channels, 3, stride, dilation, dilation=dilation, bias=False)
         norm = nn.BatchNorm2d(out_channels)
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            assert tensor is not None
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        self.block = nn.Sequential(conv, norm).eval().requires_grad_(False).to(dtype)
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self.block(x) if residual is None else self.block(x) + residual
-        activation = self.options["activation"]
-        return ACTIVATIONS[activation](y) if isinstance(activation, str) else y
-
-    def exactly(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        double = copy.copy(self)
-        double.block = copy.deepcopy(self.block).double()
-        return double(x.double(), None if residual is None else residual.double())
+        options = {"stride": stride, "dilation": dilation}
+        super().__init__(conv, norm, dtype=dtype, activation=activation, **options)
 
     def arguments(self, x: Tensor, residual: Tensor | None = None) -> dict[str, Any]:
-        """What the op takes: the norm folded into the convolution in float64."""
+        """Returns the op's arguments, with the norm folded in float64."""
         weight, bias = (tensor.to(x.dtype) for tensor in folded(self.block))
         tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
         return {**tensors, **self.options}
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).to(memory_format=channels_last)
 
 
 def arguments(
@@ -86,14 +73,7 @@ def positional(kwargs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def run(kwargs: dict[str, Any]) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = conv3x3_bn_act(**kwargs, impl="triton")
-    assert len(t.launches) == 1
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(**kwargs)
-    assert y.is_contiguous(memory_format=channels_last)
-    return y
+    return run_traced(OP, **kwargs)
 
 
 def assert_right(reference: Reference, x: Tensor, residual: bool = False) -> None:
@@ -221,14 +201,11 @@ def test_no_images(impl: Any) -> None:
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(2**13, 64, 64, 65), (1, 64, 5800, 5801)], ids=["many", "large"])
 def test_offsets_beyond_32_bits(shape: tuple[int, ...], stride: int) -> None:
-    def meta(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta").to(memory_format=channels_last)
-
-    residual = meta(shape[0], 64, *(-(-size // stride) for size in shape[2:]))
+    residual = meta_image(shape[0], 64, *(-(-size // stride) for size in shape[2:]))
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         conv3x3_bn_act(
-            meta(*shape),
-            meta(64, 64, 3, 3),
+            meta_image(*shape),
+            meta_image(64, 64, 3, 3),
             torch.empty(64, device="meta"),
             stride=stride,
             residual=residual,
@@ -253,10 +230,8 @@ def test_compiles_and_exports(custom: bool, residual: bool) -> None:
         return tuple(kwargs[name] for name in ("x", "weight", "bias", "residual"))
 
     small, large = inputs(2), inputs(7)
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = ({0: batch}, None, None, {0: batch} if residual else None)
-    exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
+    shapes = (BATCH, None, None, BATCH if residual else None)
+    compiled, exported = compiled_and_exported(Model(), small, shapes)
     for model, (x, weight, bias, other) in ((compiled, small), (exported, large)):
         want = OP.eager(x, weight, bias, stride=2, residual=other, activation="relu")
         assert torch.equal(model(x, weight, bias, other), want)

@@ -1,4 +1,4 @@
-"""conv3x3_bn_act on a GPU that is not there: what runs, and what cuDNN is asked for."""
+"""conv3x3_bn_act on a pretended GPU: what runs, and the arguments of cuDNN."""
 
 import warnings
 from collections.abc import Iterator
@@ -103,7 +103,7 @@ both = pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "r
 
 
 @both
-def test_cudnn_is_asked_for_the_same(cudnn: Cudnn, residual: bool) -> None:
+def test_cudnn_gets_the_arguments_of_the_op(cudnn: Cudnn, residual: bool) -> None:
     args = arguments(residual, stride=1)
     with kernels() as launches:
         y = op_module._run_fastest(*args)
@@ -127,7 +127,9 @@ WITHOUT_FUSED = {
 
 
 @pytest.mark.parametrize("args", WITHOUT_FUSED.values(), ids=WITHOUT_FUSED)
-def test_elsewhere_the_plain_convolution_has_our_epilogue(cudnn: Cudnn, args: Any) -> None:
+def test_a_plain_convolution_and_our_epilogue_run_without_the_fused_op(
+    cudnn: Cudnn, args: Any
+) -> None:
     with kernels() as launches:
         assert_close(op_module._run_fastest(*args), expected(*args))
         assert launches[EPILOGUE].call_count == 1 and not launches[TRITON].called
@@ -136,7 +138,7 @@ def test_elsewhere_the_plain_convolution_has_our_epilogue(cudnn: Cudnn, args: An
 
 @both
 @pytest.mark.parametrize("flag", ["enabled", "deterministic"])
-def test_flags_that_the_fused_op_ignores(
+def test_the_fused_op_does_not_run_under_flags_that_it_ignores(
     cudnn: Cudnn, flag: str, residual: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, flag, flag == "deterministic")
@@ -148,7 +150,7 @@ def test_flags_that_the_fused_op_ignores(
 
 
 @pytest.mark.parametrize("name", ["fused", "plain", "triton"])
-def test_what_was_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
+def test_the_way_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
     args = arguments(stride=1)
     with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
         assert_close(op_module._run_fastest(*args), expected(*args))
@@ -229,7 +231,7 @@ def test_cudnn_does_not_run_unchecked_while_a_graph_is_captured(
         assert len(cudnn.calls) == 3 + 1
 
 
-def test_only_so_many_choices_are_remembered(
+def test_the_number_of_remembered_choices_is_limited(
     cudnn: Cudnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb_kernels.self_check._LIBRARY_CALLS", 2)
@@ -285,7 +287,7 @@ def test_compiles_and_exports(residual: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "use_impl"])
-def test_what_runs_on_a_gpu(
+def test_impl_and_platform_decide_what_runs_on_a_gpu(
     by: str,
     hip: str | None,
     impl: Any,

@@ -1,11 +1,20 @@
 """depthwise_conv_bn_act: its kernel against upstream's modules in float64, and what it refuses."""
 
-import copy
 from typing import Any
 
 import pytest
 import torch
-from conv_reference import folded
+from conv_reference import (
+    BATCH,
+    DTYPES,
+    ConvReference,
+    activated,
+    compiled_and_exported,
+    folded,
+    image,
+    meta_image,
+    run_traced,
+)
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, channels_last, nn
 
@@ -23,15 +32,11 @@ from fastbb_kernels.testing import (
 )
 from fastbb_kernels.triton_kernels import depthwise_conv_bn_act as kernel_module
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
 OP = find_op("depthwise_conv_bn_act")
 CUSTOM_OP = OP.custom_op
 
 
-class Reference:
-    """Convolution, batch norm and activation as torch's modules compute them."""
-
+class Reference(ConvReference):
     def __init__(
         self,
         channels: int,
@@ -42,35 +47,18 @@ class Reference:
         dilation: int = 1,
         activation: str | None = None,
     ) -> None:
-        self.options = {"stride": stride, "dilation": dilation, "activation": activation}
         padding = dilation * (k // 2)
         conv = nn.Conv2d(
             channels, channels, k, stride, padding, dilation, groups=channels, bias=False
         )
         norm = nn.BatchNorm2d(channels)
-        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-            assert tensor is not None
-            nn.init.uniform_(tensor, 0.5, 1.5)
-        self.block = nn.Sequential(conv, norm).eval().requires_grad_(False).to(dtype)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        activation = self.options["activation"]
-        y = self.block(x)
-        return ACTIVATIONS[activation](y) if isinstance(activation, str) else y
-
-    def exactly(self, x: Tensor) -> Tensor:
-        double = copy.copy(self)
-        double.block = copy.deepcopy(self.block).double()
-        return double(x.double())
+        options = {"stride": stride, "dilation": dilation}
+        super().__init__(conv, norm, dtype=dtype, activation=activation, **options)
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
-        """What the op takes: the norm folded into the convolution in float64."""
+        """Returns the op's arguments, with the norm folded in float64."""
         weight, bias = (tensor.to(x.dtype) for tensor in folded(self.block))
         return {"x": x, "weight": weight, "bias": bias, **self.options}
-
-
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).to(memory_format=channels_last)
 
 
 def some_arguments(*shape: int, k: int = 3, **options: Any) -> dict[str, Any]:
@@ -78,14 +66,7 @@ def some_arguments(*shape: int, k: int = 3, **options: Any) -> dict[str, Any]:
 
 
 def run(args: dict[str, Any]) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = depthwise_conv_bn_act(**args, impl="triton")
-    assert len(t.launches) == 1
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(**args)
-    assert y.is_contiguous(memory_format=channels_last)
-    return y
+    return run_traced(OP, **args)
 
 
 def assert_right(reference: Reference, x: Tensor) -> None:
@@ -168,8 +149,8 @@ def test_weights_and_bias_of_any_strides() -> None:
     assert torch.equal(run({**args, "bias": bias.repeat_interleave(2)[::2]}), want)
 
 
-def test_takes_channels_last_maps_and_weights_as_they_are() -> None:
-    x = torch.empty(2, 24, 6, 5, device="meta").to(memory_format=channels_last)
+def test_channels_last_maps_and_weights_are_not_copied() -> None:
+    x = meta_image(2, 24, 6, 5)
     weight = torch.empty(3, 3, 1, 24, device="meta").permute(3, 2, 0, 1)
     with torch.no_grad(), record_launches() as recording:
         depthwise_conv_bn_act(x, weight, weight[:, 0, 0, 0], impl="triton")
@@ -178,7 +159,7 @@ def test_takes_channels_last_maps_and_weights_as_they_are() -> None:
     assert storages == [tensor.untyped_storage()._cdata for tensor in (x, weight)]
 
 
-def test_images_do_not_see_each_other() -> None:
+def test_images_are_independent() -> None:
     x = image(3, 8, 4, 4)
     x[0::2] = torch.nan
     x[1] = 0.0
@@ -210,7 +191,7 @@ def test_empty_batch(stride: int) -> None:
     ids=["images", "map", "strips"],
 )
 def test_offsets_beyond_32_bits(shape: tuple[int, ...]) -> None:
-    x = torch.empty(shape, device="meta").to(memory_format=channels_last)
+    x = meta_image(*shape)
     weight, bias = torch.empty(shape[1], 1, 3, 3, device="meta"), x.new_empty(shape[1])
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         depthwise_conv_bn_act(x, weight, bias, activation="silu", impl="triton")
@@ -249,10 +230,7 @@ def test_compiles_and_exports(op: Any) -> None:
     options = {"stride": 2, "dilation": 1, "activation": "hardswish"}
     small, large = (some_arguments(n, 6, 7, 5, k=5, **options) for n in (2, 7))
     tensors = [tuple(args[name] for name in ("x", "weight", "bias")) for args in (small, large)]
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = ({0: batch}, None, None)
-    exported = torch.export.export(Model(), tensors[0], dynamic_shapes=shapes).module()
+    compiled, exported = compiled_and_exported(Model(), tensors[0], (BATCH, None, None))
     assert torch.equal(compiled(*tensors[0]), OP.eager(**small))
     assert torch.equal(exported(*tensors[1]), OP.eager(**large))
 
@@ -274,9 +252,7 @@ def test_gradients_take_the_eager_path(activation: str | None) -> None:
     args = some_arguments(2, 4, 5, 6, activation=activation)
     inputs = [args[name].requires_grad_() for name in ("x", "weight", "bias")]
     got = torch.autograd.grad(depthwise_conv_bn_act(**args).square().sum(), inputs)
-    want = nn.functional.conv2d(*inputs, padding=1, groups=4)
-    if activation:
-        want = ACTIVATIONS[activation](want)
+    want = activated(nn.functional.conv2d(*inputs, padding=1, groups=4), activation)
     for ours, theirs in zip(got, torch.autograd.grad(want.square().sum(), inputs)):
         assert torch.equal(ours, theirs)
 

@@ -1,4 +1,4 @@
-"""The ops around attention and convolution against the modules of upstream they stand for."""
+"""Ops around attention and convolution, against the modules of upstream that they replace."""
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def test_gradients_flow_through_conv_bn_act():
     assert_equals_upstream(got, want)
 
 
-def test_every_activation_is_torchs():
+def test_every_activation_equals_torch():
     x = torch.randn(50)
     modules = {
         "gelu": nn.GELU(),

@@ -1,4 +1,4 @@
-"""Every op climbs the ladder: right in the interpreter, and within its budget on every GPU."""
+"""Checks of every op: results in the interpreter, and budgets of its binaries on every GPU."""
 
 import pytest
 import torch

@@ -129,7 +129,7 @@ def test_kernel_is_as_accurate_as_eager(
     ],
     ids=["qkv-stage1-fp32", "fc1-stage1-fp16", "qkv-stage3-bf16", "wide-bf16"],
 )
-def test_as_it_is_launched(
+def test_kernel_is_as_accurate_at_model_sizes(
     features: int, out_features: int, activation: str | None, dtype: torch.dtype
 ) -> None:
     assert_right(arguments((49,), features, out_features, dtype), activation)
@@ -297,7 +297,7 @@ def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...], message: str
         layer_norm_linear(*args)
 
 
-def test_an_activation_that_is_none() -> None:
+def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match=r"layer_norm_linear: activation must .* got 'mish'"):
         layer_norm_linear(*arguments((2,), 8, 6, torch.float32), activation="mish")
 

@@ -105,7 +105,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_widest(dtype: torch.dtype) -> None:
+def test_the_most_channels(dtype: torch.dtype) -> None:
     assert_right(arguments((1, 3, 20, 22), 500, dtype=dtype))
 
 
@@ -275,7 +275,7 @@ def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...] | None, messa
         patch_embed(*args)
 
 
-def test_an_empty_image_is_no_image() -> None:
+def test_an_empty_image_is_refused() -> None:
     args = arguments((1, 3, 8, 8), 6)
     with pytest.raises(ValueError, match="at least 1x1 pixels, got 0x8"):
         patch_embed(args[0][:, :, :0], *args[1:], ceil_mode=True)

@@ -95,14 +95,16 @@ def test_kernel_is_as_accurate_as_eager(
     [((1, 8, 6, 96), torch.bfloat16), ((1, 3, 4, 192), torch.float16), ((1, 2, 2, 96), None)],
     ids=["stage2-bf16", "stage3-fp16", "stage2-fp32"],
 )
-def test_as_it_is_launched(shape: tuple[int, int, int, int], dtype: torch.dtype | None) -> None:
+def test_kernel_is_as_accurate_at_model_sizes(
+    shape: tuple[int, int, int, int], dtype: torch.dtype | None
+) -> None:
     dtype = dtype or torch.float32
     assert_right(upstream(shape[-1], 2 * shape[-1], dtype), torch.randn(shape).to(dtype))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(6, 4), (5, 7)], ids=str)
-def test_is_transformers_too(size: tuple[int, int]) -> None:
+def test_equals_transformers(size: tuple[int, int]) -> None:
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     module = upstream(12, 24)
     theirs = swin.SwinPatchMerging(12)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import triton
-from conv_reference import folded
+from conv_reference import BATCH, DTYPES, activated, compiled_and_exported, folded, run_traced
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,6 @@ from fastbb_kernels.testing import ARCHITECTURES, binary_facts, corners, fake_gp
 from fastbb_kernels.triton_kernels import stem_conv_bn_relu_pool as kernel_module
 from fastbb_kernels.triton_kernels.config import GemmConfig
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CHANNELS_LAST = torch.channels_last
 
 OP = find_op("stem_conv_bn_relu_pool")
@@ -52,13 +51,11 @@ class Stem(nn.Module):
             exact = torch.promote_types(dtype, torch.float32)
             mean, std = (torch.tensor(v, dtype=exact)[:, None, None] for v in self.normalization)
             x = (x.to(exact) / 255 - mean) / std
-        x = self.norm(self.conv(x.to(dtype)))
-        if self.activation is not None:
-            x = ACTIVATIONS[self.activation](x)
+        x = activated(self.norm(self.conv(x.to(dtype))), self.activation)
         return F.max_pool2d(x, 3, stride=2, padding=1) if self.pool else x
 
     def arguments(self, x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
-        """Those of the op, with the batch norm folded in."""
+        """Returns the op's arguments, with the batch norm folded in."""
         weight, bias = (tensor.detach() for tensor in folded((self.conv, self.norm)))
         mean, std = self.normalization or (None, None)
         return {
@@ -77,14 +74,7 @@ def photo(*shape: int) -> Tensor:
 
 
 def run(arguments: dict[str, Any]) -> Tensor:
-    """The kernel's result, with every access checked and every element written once."""
-    with torch.no_grad(), trace() as t:
-        y = stem_conv_bn_relu_pool(**arguments, impl="triton")
-    assert len(t.launches) == 1
-    t.assert_written_once("y_ptr")
-    assert t.unique_bytes == OP.n_bytes(**arguments)
-    assert y.is_contiguous(memory_format=CHANNELS_LAST)
-    return y
+    return run_traced(OP, **arguments)
 
 
 def assert_right(stem: Stem, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,7 +146,7 @@ def test_uint8_is_normalized_before_it_is_padded(pool: bool, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(8, 8), (9, 9), (10, 13), (11, 14), (1, 3)], ids=str)
-def test_the_pool_ignores_what_is_outside(size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_the_pool_ignores_padding(size: tuple[int, int], dtype: torch.dtype) -> None:
     stem = Stem(1, 8, activation=None)
     nn.init.constant_(stem.norm.bias, -50.0)  # where everything is negative, a zero would win
     assert assert_right(stem, torch.randn(1, 1, *size).to(dtype), dtype).max() < -1
@@ -246,9 +236,8 @@ def test_compiles_and_exports(op: Any, normalization: Any) -> None:
         for batch in (2, 5)
     )
     _, weight, bias, *_ = stem.arguments(small, torch.float32).values()
-    compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
-    shapes = ({0: torch.export.Dim("batch", min=1, max=64)}, None, None)
-    exported = torch.export.export(Model(), (small, weight, bias), dynamic_shapes=shapes).module()
+    example = (small, weight, bias)
+    compiled, exported = compiled_and_exported(Model(), example, (BATCH, None, None))
     for model, x in ((compiled, small), (exported, large)):
         want = stem_conv_bn_relu_pool(**stem.arguments(x, torch.float32))
         assert torch.equal(model(x, weight, bias), want)

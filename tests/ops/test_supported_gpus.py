@@ -1,4 +1,4 @@
-"""Kernels run on GPUs that have launch tables; on others PyTorch's own ops run, and why is said."""
+"""Supported GPUs: kernels run if there is a launch table, else PyTorch's own ops with a reason."""
 
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -107,7 +107,7 @@ def test_the_engine_says_that_no_kernel_runs(gpu: Gpu) -> None:
         assert ("got compute capability" in way.why) == (runs == "eager")
 
 
-def test_a_device_is_asked_once(gpu: Gpu) -> None:
+def test_the_capability_of_a_device_is_read_once(gpu: Gpu) -> None:
     asked = gpu("9.0")
     for _ in range(3):
         assert ran() and architecture(torch.device("cuda:0")) == 90
@@ -122,11 +122,11 @@ def test_the_current_device_is_not_remembered(gpu: Gpu) -> None:
         assert architecture(torch.device("cuda")) == SUPPORTED[capability]
 
 
-def test_tables_are_those_that_were_compiled_for() -> None:
+def test_every_compiled_architecture_has_a_launch_table() -> None:
     assert set(LAUNCH_TABLES.values()) == set(ARCHITECTURES)
     assert all(LAUNCH_TABLES[name] == name for name in ARCHITECTURES)
 
 
-def test_capabilities_are_named_as_they_are_shown() -> None:
+def test_capabilities_map_to_launch_tables() -> None:
     assert {named(capability): table for capability, table in SUPPORTED.items()} == LAUNCH_TABLES
     assert all(gpu_problem(named(capability)) for capability in UNSUPPORTED)

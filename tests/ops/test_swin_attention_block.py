@@ -303,7 +303,7 @@ def test_which_kernels_run(
     assert [launch.name for launch in recording.launches] == kernels
 
 
-def test_who_insists_on_the_block_gets_its_reason() -> None:
+def test_impl_triton_raises_the_reason() -> None:
     args = arguments(torch.bfloat16, **LARGE)
     message = "swin_attention_block: .* windows of at most 64 tokens, got 81"
     with record_launches(), torch.no_grad():

@@ -266,7 +266,7 @@ def test_which_kernels_run(
         (32, 96, "multiple of 32 channels and of 64 hidden channels, got 32 and 96"),
     ],
 )
-def test_who_insists_on_the_block_gets_its_reason(channels: int, hidden: int, message: str) -> None:
+def test_impl_triton_raises_the_reason(channels: int, hidden: int, message: str) -> None:
     x = torch.randn(5, channels).bfloat16()
     args = Reference(channels, hidden, torch.bfloat16).arguments(x)
     message = f"swin_mlp_block: impl='triton' cannot run this call: .*{message}"

@@ -1,4 +1,4 @@
-"""`use_impl` blocks nest, and those of several threads leave nothing behind."""
+"""`use_impl`: blocks nest, and blocks of several threads restore the implementation."""
 
 import threading
 
@@ -20,7 +20,7 @@ def test_the_innermost_block_counts() -> None:
     assert chosen_impl("patch_merging", None) == "auto"
 
 
-def test_an_error_and_a_wrong_name_leave_nothing_behind() -> None:
+def test_errors_restore_the_implementation() -> None:
     with pytest.raises(ZeroDivisionError), use_impl("eager"):
         raise ZeroDivisionError
     with pytest.raises(ValueError, match="impl must be one of"), use_impl("cuda"):  # type: ignore[arg-type]  # on purpose
@@ -28,7 +28,7 @@ def test_an_error_and_a_wrong_name_leave_nothing_behind() -> None:
     assert chosen_impl("patch_merging", None) == "auto"
 
 
-def test_blocks_of_threads_that_overlap_leave_nothing_behind() -> None:
+def test_overlapping_blocks_of_threads_restore_the_implementation() -> None:
     """Whichever is left first: neither puts back what it found."""
     for order in ((0, 1), (1, 0)):
         steps = [[threading.Event(), threading.Event()] for _ in range(2)]

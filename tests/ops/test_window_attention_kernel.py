@@ -1,4 +1,4 @@
-"""The kernel of window_attention against plain torch in float64, its addresses and its sizes."""
+"""Kernel of window_attention: against plain torch in float64, its addresses and its sizes."""
 
 from typing import Any, NamedTuple
 
@@ -329,7 +329,9 @@ def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
     ],
     ids=["dropout", "window", "head-dim", "fp32"],
 )
-def test_what_no_configuration_runs(case: Case, dropout_p: float, message: str) -> None:
+def test_calls_without_a_configuration_run_eager(
+    case: Case, dropout_p: float, message: str
+) -> None:
     arguments, call = case.arguments(torch.float32), {"num_heads": 2, "geometry": case.geometry}
     with torch.no_grad(), interpret():
         with pytest.raises(NotImplementedError, match=message):

@@ -1,4 +1,4 @@
-"""A pytest plugin under which transformers cannot be imported: what users without the extra have.
+"""Pytest plugin that blocks the import of transformers, as for users without the extra.
 
 PYTHONPATH=tests/support python -m pytest -p block_transformers tests/backbone ...
 """

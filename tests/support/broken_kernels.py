@@ -1,4 +1,4 @@
-"""Kernels that fail in every way that a GPU's can, in the place of an op's launcher."""
+"""Broken launchers for ops: one for each way in which a kernel fails on a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,7 +44,7 @@ class PretendedHardware(Hardware):
 def self_check(
     folder: Path, hardware: Hardware | None = None, machine: Machine = MACHINE, **options: Any
 ) -> SelfCheck:
-    """A check of a pretended GPU that remembers in `folder`."""
+    """Returns a check of a pretended GPU that remembers in `folder`."""
     return SelfCheck(
         machine_of=lambda device: machine,
         cache_of=lambda machine: ResultCache(machine, folder),
@@ -54,9 +54,9 @@ def self_check(
 
 
 def custom_op(op: str) -> Launch:
-    """What a custom op computes, exactly and then rounded, from the arguments of its launcher.
+    """Returns a launcher that computes the op in float64 and rounds once.
 
-    In fp32 a CPU's products depend on where their operands lie, and a check wants equal results.
+    In fp32, results of a CPU depend on the memory of the operands; a check wants equal results.
     """
     function = getattr(torch.ops.fastbb, op).default
 
@@ -69,13 +69,13 @@ def custom_op(op: str) -> Launch:
 
 
 def launch_of(op: str) -> Any:
-    """What an op runs on GPUs."""
+    """Returns the launcher that an op runs on GPUs."""
     return find_op(op).launch
 
 
 @contextmanager
 def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
-    """CPU tensors count as a GPU's, and a launch of an op calls what is given for it."""
+    """Treats CPU tensors as a GPU's, and replaces the launchers of the given ops."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(pretend(None))
@@ -100,7 +100,7 @@ def _as_a_binary(launch: Launch) -> Launch:
 
 
 def wrong(op: str) -> Launch:
-    """A part of the result is off by a tenth of the largest."""
+    """Returns a launcher whose last value is off by a tenth of the largest."""
 
     def launch(*args: Any) -> Tensor:
         y = custom_op(op)(*args)
@@ -120,7 +120,7 @@ def nan(op: str) -> Launch:
 
 
 def flaky(op: str) -> Launch:
-    """Right every time, but not the same."""
+    """Returns a launcher whose right results differ in the last bit from call to call."""
     calls = iter(range(10**6))
 
     def launch(*args: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""Convolutions that are right for BUG="" and wrong in one way for each name they compare BUG with.
+"""Convolution kernels with one bug for each value of BUG; BUG="" is right.
 
-As buggy_kernels.py, for what goes wrong where a map has borders, strides and a batch norm; see
+They extend buggy_kernels.py with bugs at borders, strides and batch norms; see
 test_conv_canaries.py.
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false

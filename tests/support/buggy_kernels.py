@@ -1,6 +1,6 @@
-"""Kernels that are right for BUG="" and wrong in one way for each name that they compare BUG with.
+"""Kernels with one bug for each value of BUG; BUG="" is right.
 
-The harness is as good as the bugs that it sees, see test_canaries.py.
+test_canaries.py checks that the harness catches every bug.
 """
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # triton types reductions as tuples and constants as constexpr

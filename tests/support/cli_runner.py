@@ -1,4 +1,4 @@
-"""click's test runner, which keeps stdout and stderr apart: click before 8.2 mixes them."""
+"""Test runner of click with separate stdout and stderr, which click before 8.2 mixes."""
 
 import inspect
 from typing import Any

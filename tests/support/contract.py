@@ -1,4 +1,4 @@
-"""What holds for every native family alike, against the library its weights come from.
+"""Contract of native families: tests against the library that the weights come from.
 
 The test file of a family has a class with its tiny upstream models:
 

@@ -1,4 +1,4 @@
-"""Small models to fold, and what folding may change of them: nothing but rounding."""
+"""Small models to fold, and the comparison of folded results: equal but for rounding."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PIXELS = images(13, 10, channels=6).double()
 
 
 def small(*modules: nn.Module) -> Any:
-    """Random weights; float64, so that a wrong eps shows. Small variances for the same reason."""
+    """Builds a model with random float64 weights and small variances, so that a wrong eps shows."""
     model = randomize_(nn.Sequential(*modules)).double()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -29,7 +29,7 @@ def fold(model: Any, pixels: Tensor = PIXELS) -> Folding:
 
 @torch.no_grad()
 def assert_folds(model: Any, n_folded: int, pixels: Tensor = PIXELS) -> FoldReport:
-    """Folds a model, holds it to what it computed before, and returns the report."""
+    """Folds a model, compares its results with those before, and returns the report."""
     want = model(pixels)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())

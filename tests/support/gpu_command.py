@@ -1,4 +1,4 @@
-"""Runs bench/gpu.py as a program, and reads what it leaves."""
+"""Runs bench/gpu.py as a program and reads its results."""
 
 import json
 import os

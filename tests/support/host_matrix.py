@@ -1,4 +1,4 @@
-"""What holds for every host model: with our forward inside it computes what it computed before."""
+"""Checks of a host model: results and gradients with our forward inside equal those before."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +57,7 @@ def host(build: Build) -> Build:
 
 @dataclass(frozen=True)
 class Values:
-    """Something returned: its tensors, and all about it that is no number."""
+    """Returned value: its tensors, and everything else about it."""
 
     spec: TreeSpec
     others: list[Any]
@@ -93,7 +93,7 @@ class Values:
 
 
 def copied(values: Any) -> Any:
-    """The same containers with tensors of their own, laid out alike: heads may depend on that."""
+    """Copies containers and tensors, with equal strides, since heads may depend on them."""
 
     def copy(x: Tensor) -> Tensor:
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x.detach())
@@ -102,12 +102,12 @@ def copied(values: Any) -> Any:
 
 
 def strides(x: Tensor) -> tuple[int, ...]:
-    """Those that tell where elements are."""
+    """Returns the strides of dimensions longer than one."""
     return tuple(stride for stride, size in zip(x.stride(), x.shape) if size > 1)
 
 
 def call(host: Host) -> Any:
-    """Calls the host; some write into their inputs."""
+    """Calls the host on copies, since some hosts write into their inputs."""
     inputs = copied(host.inputs)
     # a forward through __call__, and so through hooks
     method: Any = host.model if host.method == "forward" else getattr(host.model, host.method)
@@ -119,7 +119,7 @@ Maps = dict[str, list[Any]]  # what each outermost module returned, call by call
 
 @contextmanager
 def hooks(host: Host, on_result: Callable[[str, Any], Any]) -> Iterator[None]:
-    """Gives what the outermost modules return to a function, which may return something else."""
+    """Passes the results of the outermost modules to a function, which may replace them."""
     handles = []
     for name in host.outermost:
 
@@ -134,7 +134,7 @@ def hooks(host: Host, on_result: Callable[[str, Any], Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def recorded_call(host: Host) -> tuple[Values, Maps]:
-    """What a call of the host returns, and what its outermost modules return in it."""
+    """Returns the result of a call, and the results of its outermost modules."""
     maps: Maps = {name: [] for name in host.outermost}
     with hooks(host, lambda name, result: maps[name].append(copied(result))):
         result = Values.of(call(host))
@@ -143,14 +143,14 @@ def recorded_call(host: Host) -> tuple[Values, Maps]:
 
 @torch.no_grad()
 def call_on_maps(host: Host, maps: Maps) -> Values:
-    """What the host returns on recorded maps in place of those of its outermost modules."""
+    """Returns the result of the host on recorded maps instead of those of its outermost modules."""
     left = {name: iter(returned) for name, returned in maps.items()}
     with hooks(host, lambda name, result: copied(next(left[name]))):
         return Values.of(call(host))
 
 
 def outermost(names: Sequence[str]) -> tuple[str, ...]:
-    """Those that are inside no other."""
+    """Returns the modules that are inside no other."""
 
     def is_inside(name: str, other: str) -> bool:
         return name != other and (other == "" or name.startswith(f"{other}."))
@@ -159,7 +159,7 @@ def outermost(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def assert_runs_ours(report: fastbb.AccelerateReport, host: Host) -> None:
-    """Every module that was found runs our forward: a fallback would make all else trivial."""
+    """Checks that every found module runs our forward, since a fallback would pass all else."""
     assert outermost(report.accelerated) == host.outermost, report
     assert len(report.accelerated) == len(host.outermost) + host.inner, report
     upstream = {name: why for name, _, runs, why in report.rows() if runs == "upstream"}
@@ -171,7 +171,7 @@ def assert_runs_ours(report: fastbb.AccelerateReport, host: Host) -> None:
 
 
 def attributes(model: nn.Module) -> dict[str, set[str]]:
-    """Names of what each module has of its own."""
+    """Returns the names of each module's own attributes."""
     return {name: set(vars(module)) for name, module in model.named_modules()}
 
 
@@ -182,7 +182,7 @@ def assert_same_parameters(model: nn.Module, want: dict[str, nn.Parameter]) -> N
 
 
 def check_results(build: Build) -> None:
-    """Results, parameters and what is left behind: before, with and after our forward."""
+    """Compares results, parameters and attributes before, with and after our forward."""
     host = build()
     model = host.model
     want, their_maps = recorded_call(host)
@@ -212,7 +212,7 @@ def check_results(build: Build) -> None:
 
 
 def check_gradients(build: Build) -> None:
-    """Gradients of the whole host, then of a head around a frozen backbone, which runs ours."""
+    """Compares gradients of the host, then of a head around a frozen backbone that runs ours."""
     host, report = compare_gradients(build, ())
     why = {name: why for name, _, _, why in report.rows()}
     for name in host.outermost:
@@ -226,7 +226,7 @@ def check_gradients(build: Build) -> None:
 
 
 def compare_gradients(build: Build, frozen: Sequence[str]) -> tuple[Host, fastbb.AccelerateReport]:
-    """Holds the gradients of a host with our forward to those of one without."""
+    """Compares the gradients of a host with our forward with those of one without."""
     # two models: some keep what they computed, with its graph
     want = gradients(build(), frozen)
     host = build()
@@ -243,7 +243,7 @@ def compare_gradients(build: Build, frozen: Sequence[str]) -> tuple[Host, fastbb
 
 
 def gradients(host: Host, frozen: Sequence[str]) -> dict[str, Tensor]:
-    """Gradients of the mean squares of everything that a host returns."""
+    """Returns gradients of the mean squares of everything that a host returns."""
     host.model.to(host.dtype)
     for name in frozen:
         host.model.get_submodule(name).requires_grad_(False)

@@ -28,7 +28,7 @@ FEW_POINTS: dict[str, Any] = {"encoder_n_points": 2, "decoder_n_points": 2}
 def detr_like(
     name: str, backbone_config: Any, inner: int, path: str = "model.backbone.model", **config: Any
 ) -> Host:
-    """A model of the DETR family, of those that rank no queries."""
+    """Model of the DETR family that does not rank queries."""
     settings = getattr(hf, f"{name}Config")(backbone_config=backbone_config, **{**DETR, **config})
     model = getattr(hf, f"{name}ForObjectDetection")(settings)
     return Host(randomize_(model), pixels(), (path,), inner, "smooth")

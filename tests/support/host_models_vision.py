@@ -44,7 +44,7 @@ def timm_swin(**settings: Any) -> nn.Module:
 
 
 def timm_swin_parts(prefix: str) -> tuple[str, ...]:
-    """Names of its blocks and mergings; a stage of timm starts with its merging."""
+    """Names of blocks and mergings; a stage of timm starts with its merging."""
     names = []
     for stage, depth in enumerate(SWIN_DEPTHS):
         names += [f"{prefix}{stage}.downsample"] if stage else []
@@ -109,7 +109,7 @@ def timm_swin_forward_intermediates() -> Host:
 
 
 def timm_folded(name: str, **settings: Any) -> Host:
-    """A model that is only folded, which is held to 1e-4."""
+    """Model that is only folded; its tolerance is 1e-4."""
     return Host(timm_model(name, **settings), (images(70, 61),), ("",), rel=1e-4)
 
 
@@ -137,7 +137,7 @@ def timm_regnet() -> Host:
 
 
 def resnet(block: Any = tv_resnet.Bottleneck, **settings: Any) -> tv_resnet.ResNet:
-    """Its widths are fixed, its depths are not."""
+    """torchvision's ResNet; widths are fixed, depths are not."""
     return tv_resnet.ResNet(block, [2, 1, 1, 1], num_classes=5, **settings)
 
 
@@ -163,7 +163,7 @@ def torchvision_swin_classifier() -> Host:
 
 
 def detector(cls: Any, eps: float | None = None, **settings: Any) -> Host:
-    """Norms and first layers are frozen, as in pretrained ones; those of COCO set eps to 0."""
+    """Detector with frozen norms and first layers, as pretrained; those of COCO set eps to 0."""
     body = resnet(norm_layer=FrozenBatchNorm2d)
     for module in (body.conv1, body.layer1):
         module.requires_grad_(False)

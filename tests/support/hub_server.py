@@ -1,4 +1,4 @@
-"""A loopback server that speaks what loading a model needs of the Hugging Face Hub's HTTP API.
+"""Loopback server with the part of the Hugging Face Hub's HTTP API that loading a model needs.
 
 `hub` is the fixture: local folders become Hub repositories, huggingface_hub (and what is built on
 it: timm, transformers) downloads from them into a cache of the test's own.
@@ -91,7 +91,7 @@ class HubServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """What makes a subprocess talk to this server; the fixture sets it in `os.environ`."""
+        """Environment of subprocesses that use this server; the fixture sets it in `os.environ`."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(self.cache_dir.parent),
@@ -271,7 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _blob_id(data: bytes) -> str:
-    """git's object id of a file, which is the Hub's ETag of a file outside LFS."""
+    """Returns git's object id of a file, which is the Hub's ETag outside LFS."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
@@ -303,7 +303,7 @@ def _forget_transformers_client() -> None:
 def hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[HubServer]:
-    """A `HubServer` that this process (and its subprocesses) take for the Hub, with an empty cache.
+    """`HubServer` in the place of the Hub, for this process and subprocesses, with an empty cache.
 
     No token is visible, offline switches are off, and failed requests are retried without waiting.
     """

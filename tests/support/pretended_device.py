@@ -1,8 +1,9 @@
-"""What an engine meets on a GPU, pretended on a CPU: a device with a clock, and a compiler."""
+"""Pretended GPU for the engine, on a CPU: a device with a clock, and a compiler."""
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,16 @@ MIN_RUNS = 4  # of a candidate that is measured: once by itself, and in three ro
 
 @contextmanager
 def gpu(**launches: Callable[..., Any]) -> Iterator[None]:
-    """CPU tensors count as a GPU's, and kernels compute what they ought to but for `launches`."""
+    """Treats CPU tensors as a GPU's; kernels compute the right results, except `launches`."""
     with launching(**{**{op: custom_op(op) for op in op_names()}, **launches}):
         yield
 
 
 class Device:
-    """A clock by which a call takes as long as what ran in it says.
+    """Device whose clock reports the time that the called code declares.
 
     Attributes:
-        own_s: seconds of a call of what says nothing: the engine's own ways.
+        own_s: seconds of a call that declares no time, as the engine's own ways.
         n_timed: calls that were timed.
     """
 
@@ -52,13 +53,13 @@ class Device:
         return self.own_s if self._said is None else self._said
 
     def say(self, seconds: float) -> None:
-        """What runs now takes as long as that."""
+        """Declares the time of the current call."""
         self._said = seconds
 
     def candidate(
         self, name: str, seconds: float, build: Callable[[], Run], compiles: bool = False
     ) -> Candidate:
-        """A candidate whose runs take some seconds of this clock."""
+        """Returns a candidate whose runs take `seconds` of this clock."""
 
         def timed() -> Run:
             run = build()
@@ -72,7 +73,7 @@ class Device:
         return Candidate(name, timed, compiles)
 
     def tools(self, folder: Path, *candidates: Candidate, machine: Machine = MACHINE) -> Tools:
-        """What measures on this device, in few rounds, and remembers in a folder."""
+        """Returns tools that measure on this device in few rounds, with a cache in `folder`."""
         cache = ResultCache(machine, folder)
         return Tools(self.clock, cache, candidates, budget_s=5.0, progress=silent)
 
@@ -82,7 +83,7 @@ def silent(n_candidates: int) -> Callable[[str], None]:
 
 
 def baked(computation: Computation | Backbone) -> Run:
-    """Eager maps of a backbone as it is now."""
+    """Returns a run with eager maps and copied weights."""
     if isinstance(computation, Backbone):
         computation = BackboneMaps(computation)
     copied = computation.copied()
@@ -95,23 +96,20 @@ def baked(computation: Computation | Backbone) -> Run:
 
 
 class Compiler:
-    """In the place of `compile_maps`: bakes a copy of a backbone.
+    """Replacement of `compile_maps` that bakes a copy of a backbone.
 
     Attributes:
+        device: runs what is compiled; None: calls declare no time.
+        seconds: duration of a compiled call on the device.
         compiled: shapes of the examples, in order.
-        impls: with which implementation of ops.
-        error: is raised instead, if there is one.
-        spoil: what is done to the maps.
+        impls: implementations of the ops, in order.
+        error: raised instead of compiling, if there is one.
+        spoil: changes the maps.
     """
 
-    def __init__(self, device: Device | None = None, seconds: float = 0.5) -> None:
-        """
-        Args:
-            device: where what is compiled runs.
-            seconds: that a call of it takes there.
-        """
-        self._device = device
-        self._seconds = seconds
+    def __init__(self) -> None:
+        self.device: Device | None = None
+        self.seconds = 0.5
         self.compiled: list[tuple[int, ...]] = []
         self.impls: list[Impl] = []
         self.error: Exception | None = None
@@ -134,30 +132,30 @@ class Compiler:
         run = baked(computation)
 
         def compiled(pixel_values: Tensor) -> tuple[Tensor, ...]:
-            if self._device is not None:
-                self._device.say(self._seconds)
+            if self.device is not None:
+                self.device.say(self.seconds)
             return tuple(self.spoil(x) for x in run(pixel_values))
 
         return compiled
 
 
 def install(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """Puts a compiler in the place of torch's."""
+    """Replaces torch's compiler."""
     monkeypatch.setattr("fastbb.engine.ways.compile_maps", compiler.maps)
     return compiler
 
 
-def explained(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Explanation:
-    """What `explain()` returns, which is what it prints."""
-    capsys.readouterr()
-    explanation = backbone.explain()
-    assert capsys.readouterr().out == f"{explanation}\n"
+def explained(backbone: Backbone) -> Explanation:
+    """Returns the result of `explain()` and checks that it is printed."""
+    with redirect_stdout(StringIO()) as printed:
+        explanation = backbone.explain()
+    assert printed.getvalue() == f"{explanation}\n"
     return explanation
 
 
-def only_row(backbone: Backbone, capsys: pytest.CaptureFixture[str]) -> Row:
+def only_row(backbone: Backbone) -> Row:
     """The one row of an explanation."""
-    (row,) = explained(backbone, capsys).rows
+    (row,) = explained(backbone).rows
     return row
 
 

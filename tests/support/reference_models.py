@@ -1,4 +1,4 @@
-"""Tiny upstream models with weights that hide nothing, and the same weights loaded into fastbb.
+"""Tiny upstream models with random weights, and the same weights loaded into fastbb.
 
 Freshly built models have zero biases, unit norms and near-zero attention logits, under which a
 swapped norm, a lost bias or a transposed bias table changes nothing: `randomize_` sets them all.
@@ -39,7 +39,7 @@ RESNET_DEPTHS = (2, 1, 1, 1)
 
 @dataclass(frozen=True)
 class Pair:
-    """One set of weights twice.
+    """A model of upstream and one of ours with the same weights.
 
     Attributes:
         ours: the fastbb backbone, eval(), all stages selected.
@@ -159,7 +159,7 @@ def timm_options(family: str, variant: str) -> tuple[str, dict[str, Any]]:
 
 
 def timm_maps(model: Any, pixel_values: Tensor) -> list[Tensor]:
-    """What a features_only model returns, as NCHW."""
+    """Maps of a features_only model, as NCHW."""
     channels_last = str(getattr(model, "output_fmt", "")).endswith("NHWC")
     return [f.permute(0, 3, 1, 2) if channels_last else f for f in model(pixel_values)]
 

@@ -1,4 +1,4 @@
-"""What people change on the modules of a model, beside its tensors; each returns how often."""
+"""Changes of module settings beside tensors; each returns the number of changed modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ Change = Callable[[nn.Module], int]
 
 
 def eps_of(part: str = "") -> Change:
-    """eps of the norms with this in their name."""
+    """Returns a change of eps of the norms whose name contains `part`."""
 
     def change(model: Any) -> int:
         kinds = (nn.LayerNorm, _BatchNorm)
@@ -25,7 +25,7 @@ def eps_of(part: str = "") -> Change:
 
 
 def attribute(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
-    """Attributes of these names, wherever a module has one of its own."""
+    """Returns a change of attributes of these names, in all modules that have them."""
 
     def change(model: nn.Module) -> int:
         found = [(m, name) for m in model.modules() for name in names if name in vars(m)]
@@ -37,7 +37,7 @@ def attribute(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
 
 
 def pair_of(number: int) -> Callable[[Any], Any]:
-    """A number, or two in the container that was there."""
+    """Returns the number, or two of them in the container of before."""
     return lambda old: number if isinstance(old, int) else type(old)([number, number])
 
 
@@ -80,7 +80,7 @@ def index_replaced(model: Any) -> int:
 
 
 def statistics(model: nn.Module) -> int:
-    """Running statistics, through `F.batch_norm` on the buffers, which moves no version."""
+    """Changes running statistics by `F.batch_norm` on the buffers, which keeps their versions."""
     found = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for norm in found:
         assert norm.running_mean is not None and norm.running_var is not None

@@ -1,17 +1,22 @@
-"""Tiny models of other libraries for `accelerate`, twins of them, and whether ours ran in one."""
+"""Tiny models of other libraries for `accelerate`, and checks of what ran in them."""
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastbb import AccelerateReport
+from fastbb import AccelerateReport, accelerate
 from fastbb.hosts.replacement import replacement_of
 
+# for `pytestmark`: tests in which ours is never wrong, and never falls back with a warning
+NO_ACCELERATE_WARNING = pytest.mark.filterwarnings(
+    "error::fastbb.hosts.accelerate.AccelerateWarning"
+)
 PIXELS = images(32, 32)
 HEAD = 1e-4  # allowed of a result that has passed a head
 SWIN: dict[str, Any] = {
@@ -77,15 +82,21 @@ HOSTS: dict[str, Callable[..., Any]] = {
 }
 
 
+def accelerated(make: Callable[[], Any], **options: Any) -> tuple[Any, Any, AccelerateReport]:
+    """Returns a host, upstream's model with the same weights, and the report."""
+    model, twin = make(), make()
+    return model, twin, accelerate(model, **{"mode": "eager", **options})
+
+
 def twin_of(make: Callable[[], Any], model: Any) -> Any:
-    """Upstream's own model, untouched, with copies of the weights that a host has now."""
+    """Returns upstream's own model with copies of the current weights of a host."""
     twin = make().to(next(model.parameters()).dtype)
     twin.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()})
     return twin.train(model.training)
 
 
 def block_of(model: nn.Module) -> Any:
-    """The first residual or Swin block."""
+    """Returns the first residual or Swin block."""
     kinds = ("SwinLayer", "BottleNeckLayer", "BasicBlock", "TransformerBlock")
     return next(m for m in model.modules() if type(m).__name__.endswith(kinds))
 
@@ -96,7 +107,7 @@ def tensors(result: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def infer(model: Any, pixels: Tensor = PIXELS, **options: Any) -> list[Tensor]:
-    """The tensors that a host returns for pixels in its dtype."""
+    """Returns the tensors of a host's result for pixels in its dtype."""
     found = tensors(model(pixels.to(next(model.parameters()).dtype), **options))
     assert found
     return found
@@ -112,18 +123,18 @@ def assert_close(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 def assert_ours_ran(report: AccelerateReport) -> None:
-    """Every module that was replaced ran ours, or is inside one that did."""
+    """Checks that every replaced module ran our forward, or is inside one that did."""
     runs = {runs for _, _, runs, _ in report.rows()}
     assert "fastbb" in runs and runs <= {"fastbb", "-"}, str(report)
 
 
 def has_run_ours(model: Any) -> bool:
-    """The same of a copy, which has no report."""
+    """Whether every replaced module ran our forward; for copies, which have no report."""
     found = [replacement_of(module) for module in model.modules()]
     choices = [choice for own in found if own for choice in own.choices.values()]
     return any(choice.ours for choice in choices) and not any(own.off for own in found if own)
 
 
 def reasons_of(report: AccelerateReport) -> set[str]:
-    """Why modules ran upstream's forward, or were left alone."""
+    """Reasons why modules ran upstream's forward or were left alone."""
     return {why for _, _, runs, why in report.rows() if runs == "upstream"}

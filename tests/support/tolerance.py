@@ -1,4 +1,4 @@
-"""The one accuracy rule of the tests: how far a result may be from upstream's."""
+"""Accuracy rule of the tests: the largest difference allowed from upstream's results."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_m
 def assert_equals_upstream(
     got: Tensor | Sequence[Tensor], want: Tensor | Sequence[Tensor], rel: float = FP32_REL
 ) -> None:
-    """Holds each of our tensors against upstream's.
+    """Compares each of our tensors with upstream's.
 
     Args:
         got: ours, one tensor or several in order.
@@ -39,10 +39,10 @@ def assert_equals_upstream(
 
 
 def assert_equal_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    """Holds float64 gradients, by parameter name, against upstream's.
+    """Compares float64 gradients, by parameter name, with upstream's.
 
-    A gradient that is zero but for rounding (of the bias of a key, which softmax does not see) is
-    held against the largest of all.
+    A gradient that is zero but for rounding (of the bias of a key, which softmax ignores) is
+    compared relative to the largest of all.
     """
     assert got.keys() == want.keys(), sorted(got.keys() ^ want.keys())
     largest = max(max_magnitude(theirs) for theirs in want.values())
@@ -54,7 +54,7 @@ def assert_equal_gradients(got: dict[str, Tensor], want: dict[str, Tensor]) -> N
 
 
 def assert_as_accurate_as_eager(name: str, got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Holds a result to what eager upstream itself loses in that dtype, see `accuracy_problem`.
+    """Compares a result with the error of eager upstream in that dtype, see `accuracy_problem`.
 
     Args:
         name: what is compared, for the message.

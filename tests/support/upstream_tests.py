@@ -1,4 +1,4 @@
-"""transformers' own tests: files of its source distribution, of exactly the installed version."""
+"""Loads transformers' own tests from the source distribution of the installed version."""
 
 import importlib.util
 import subprocess
@@ -17,7 +17,7 @@ PIP_TIMEOUT_S = 300
 
 
 def load_upstream_tests(name: str) -> ModuleType:
-    """One of `FILES`, fetched by pip unless it is there already; skips where it cannot be had."""
+    """Returns one of `FILES`, fetched by pip if necessary; skips the test if that fails."""
     import transformers
 
     version = transformers.__version__
@@ -60,7 +60,7 @@ def fetch(version: str, folder: Path) -> None:
 
 
 def stubs(package: str) -> dict[str, ModuleType]:
-    """What the files import and the source distribution does not have."""
+    """Returns stubs of modules that the files import and the source distribution lacks."""
     members: dict[str, dict[str, Any]] = {
         package: {},
         f"{package}.exporters.test_export": {
@@ -79,18 +79,18 @@ def stubs(package: str) -> dict[str, ModuleType]:
 
 
 class Unmarked:
-    """In place of `pytest.mark`, which refuses marks that are not ours."""
+    """Replacement of `pytest.mark`, which refuses foreign marks."""
 
     def __getattr__(self, name: str) -> Callable[[Any], Any]:
         return lambda test: test
 
 
 class Parameterized:
-    """The part of the package `parameterized` that is used."""
+    """Used part of the package `parameterized`."""
 
     @staticmethod
     def expand(cases: Iterable[Any]) -> Callable[[Any], None]:
-        """Puts one test for each case into the class around it."""
+        """Adds one test for each case to the enclosing class."""
         members = sys._getframe(1).f_locals
 
         def put(test: Any) -> None:

@@ -1,9 +1,8 @@
-"""What inference remembers of the weights follows every change of them, and never shows."""
+"""Values derived from weights: they follow every change and leave the modules unchanged."""
 
 import copy
 import pickle
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ from fastbb import (
     TimmBackbone,
     TimmBackboneConfig,
 )
-from fastbb.weights.derived import derive, forget_derived
 from fastbb.weights.watch import untraced
 
 SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4}
@@ -208,7 +206,9 @@ LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("look_again", LOOKS_AGAIN.values(), ids=LOOKS_AGAIN)
-def test_changes_of_data_are_followed_after(backbone: Any, look_again: Any) -> None:
+def test_changes_through_data_are_followed_after_looking_again(
+    backbone: Any, look_again: Any
+) -> None:
     before = infer(backbone)
     for p in backbone.parameters():
         p.data.lerp_(torch.ones_like(p), 0.5)  # a moving average
@@ -231,7 +231,7 @@ def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) 
 # nothing of it shows
 
 
-def test_the_modules_stay_as_they_were() -> None:
+def test_deriving_leaves_the_modules_unchanged() -> None:
     backbone = hf_swin()
     before = {name: set(vars(module)) for name, module in backbone.named_modules()}
     state, saved = list(backbone.state_dict()), len(pickle.dumps(backbone))
@@ -260,7 +260,7 @@ def test_gradients_are_those_of_a_new_model(backbone: Any) -> None:
     assert_equal_gradients(got, want)
 
 
-def test_what_inference_mode_made_serves_a_gradient(backbone: Any) -> None:
+def test_values_from_inference_mode_allow_a_gradient(backbone: Any) -> None:
     backbone.requires_grad_(False).refresh()
     with torch.inference_mode():
         backbone(PIXELS)
@@ -294,7 +294,7 @@ def under_autocast(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("run", [under_fake_tensors, under_autocast])
-def test_modes_leave_nothing_behind(backbone: Any, run: Any) -> None:
+def test_other_modes_leave_no_derived_values(backbone: Any, run: Any) -> None:
     backbone.requires_grad_(False).refresh()
     run(backbone)
     assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
@@ -324,7 +324,7 @@ def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> Non
     assert_follows(backbone, before)
 
 
-# threads, memory, the optimizers of the process
+# threads, the optimizers of the process
 
 
 def test_threads_share_a_backbone(backbone: Any) -> None:
@@ -347,82 +347,7 @@ def test_threads_share_a_backbone(backbone: Any) -> None:
     assert not wrong
 
 
-@pytest.fixture
-def linear() -> nn.Linear:
-    return nn.Linear(3, 2, bias=False).requires_grad_(False)
-
-
-def doubled(weight: Tensor) -> tuple[Tensor]:
-    return (weight * 2,)
-
-
-@pytest.mark.parametrize("traceless", [False, True])
-def test_a_change_while_it_is_computed_is_followed(linear: nn.Linear, traceless: bool) -> None:
-    def interrupted(weight: Tensor) -> tuple[Tensor]:
-        value = doubled(weight)
-        (weight.data if traceless else weight).zero_()  # as another thread would
-        if traceless:
-            forget_derived(linear)
-        return value
-
-    derive(linear, "doubled", interrupted, linear.weight)
-    assert not derive(linear, "doubled", doubled, linear.weight)[0].any()
-
-
-def test_the_same_memory_may_be_another_parameter_or_dtype(linear: nn.Linear) -> None:
-    old = nn.Parameter(torch.ones(2).half(), requires_grad=False)
-    derive(linear, "doubled", doubled, old)
-    old.data.zero_()
-    new = nn.Parameter(old.data, requires_grad=False)
-    assert not derive(linear, "doubled", doubled, new)[0].any()
-    new.data = new.data.view(torch.bfloat16)
-    assert derive(linear, "doubled", doubled, new)[0].dtype == torch.bfloat16
-
-
-def test_transforms_are_computed_in_and_leave_nothing_behind(linear: nn.Linear) -> None:
-    def run(weight: Tensor, x: Tensor) -> Tensor:
-        return (derive(linear, "doubled", doubled, weight)[0] @ x).sum()
-
-    x = torch.ones(3)
-    assert torch.func.vmap(run, (0, None))(torch.ones(4, 2, 3), x).eq(12).all()
-    torch.func.grad(lambda x: run(linear.weight, x))(x)
-    # a wrapper that outlived its transform has no memory
-    assert derive(linear, "doubled", doubled, linear.weight)[0].data_ptr()
-
-
-def test_what_is_remembered_has_no_graph(linear: nn.Linear) -> None:
-    linear.requires_grad_(True)
-    with torch.inference_mode():
-        (value,) = derive(linear, "doubled", doubled, linear.weight)
-    assert not value.requires_grad and not value.is_inference()
-
-
-@pytest.mark.parametrize(
-    "release",
-    [
-        forget_derived,
-        lambda linear: delattr(linear, "weight"),
-        lambda linear: derive(linear, "doubled", doubled, nn.Parameter(torch.ones(1))),
-        lambda linear: derive(linear.requires_grad_(True), "doubled", doubled, linear.weight),
-    ],
-    ids=["forget", "dead_source", "same_name", "gradient"],
-)
-def test_memory_is_released(linear: nn.Linear, release: Callable[[Any], Any]) -> None:
-    with torch.enable_grad():
-        value = weakref.ref(derive(linear, "doubled", doubled, linear.weight)[0])
-        assert value() is derive(linear, "doubled", doubled, linear.weight)[0]
-        release(linear)
-    assert value() is None
-
-
-def test_memory_is_released_with_its_owner() -> None:
-    owner, weight = nn.Module(), nn.Parameter(torch.ones(2), requires_grad=False)
-    value = weakref.ref(derive(owner, "doubled", doubled, weight)[0])
-    del owner
-    assert value() is None  # at once, not when cycles are collected
-
-
-def test_optimizers_are_followed_from_the_first_use() -> None:
+def test_the_optimizer_hook_is_registered_at_first_use() -> None:
     if untraced.step_hook is not None:
         untraced.step_hook.remove()
         untraced.step_hook = None

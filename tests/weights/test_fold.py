@@ -1,4 +1,4 @@
-"""Folding: which norms of which libraries, by which dataflow, and that nothing else changes."""
+"""Folding of batch norms: kinds of norms, convolutions and modes; everything else is unchanged."""
 
 import copy
 import pickle
@@ -112,7 +112,7 @@ def test_a_report_says_what_became_of_every_norm() -> None:
 
 
 @torch.no_grad()
-def test_the_mode_of_the_norm_decides() -> None:
+def test_training_mode_of_the_norm_alone_decides_folding() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     upstream = copy.deepcopy(model)
     folding = fold(model)
@@ -163,7 +163,7 @@ def test_hooks_see_the_values_of_their_module() -> None:
 
 
 @torch.no_grad()
-def test_a_module_called_on_its_own_computes_what_it_did() -> None:
+def test_a_folded_module_called_alone_computes_as_before() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     y = model[0](PIXELS)
     want = [y, model[1](y), model[2](y)]
@@ -233,7 +233,7 @@ def test_compiles_and_exports() -> None:
     assert_equals_upstream(exported(PIXELS[:1].repeat(3, 1, 1, 1))[:1], want[:1], rel=1e-12)
 
 
-def test_activations_are_known_by_what_they_compute() -> None:
+def test_activations_are_recognised_by_what_they_compute() -> None:
     import timm.layers as layers
 
     names = {

@@ -1,4 +1,4 @@
-"""What a folded model does when somebody changes it, looks inside, or calls it in an odd way."""
+"""Folded models that are changed, hooked, inspected or called in unusual ways."""
 
 import copy
 from collections.abc import Callable
@@ -137,7 +137,7 @@ def test_maps_have_the_layout_that_upstreams_have() -> None:
     assert folding.run(model, PIXELS).stride() == model(PIXELS).stride()
 
 
-def test_modes_that_change_inside_the_model() -> None:
+def test_grad_mode_that_changes_inside_the_model() -> None:
     class Mixed(nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
             with torch.no_grad():
@@ -188,7 +188,7 @@ def stash(module: Any, y: Tensor) -> None:
 
 
 @pytest.mark.parametrize("keep", [lambda _, y: Maps(y), lambda _, y: {"y": [y]}, stash])
-def test_what_is_kept_of_a_convolution_counts_as_read(keep: Any) -> None:
+def test_a_convolution_result_that_is_kept_forbids_folding(keep: Any) -> None:
     model = Kept(keep).eval().double()
     (norm,) = fold(model).report.norms
     assert norm.refused and norm.refused.endswith("also read by the result of the model")
@@ -220,7 +220,7 @@ KINDS = ["pads", "no_bias", "stride", "scales_norm", "no_activation", "scales"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_convolutions_that_do_more_than_they_say(kind: str) -> None:
+def test_convolutions_with_extra_computation_are_refused(kind: str) -> None:
     (why,) = reasons(small(Odd(kind), nn.Conv2d(8, 4, 1)))
     assert why.startswith("its convolution, a Odd, does more than")
 
@@ -230,7 +230,7 @@ class Scaled(nn.Conv2d):
         return super()._conv_forward(2 * input, weight, bias)
 
 
-def test_a_convolution_that_scales_its_input() -> None:
+def test_a_convolution_that_scales_its_input_is_refused() -> None:
     (why,) = reasons(small(Scaled(6, 8, 3), nn.BatchNorm2d(8)))
     assert why == "its convolution, a Scaled, does more than convolve"
 
@@ -250,7 +250,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_norm_is_known_by_what_it_computes_with_any_weights(device: str) -> None:
+def test_a_norm_with_other_arithmetic_is_refused(device: str) -> None:
     model = nn.Sequential(nn.Conv2d(6, 8, 3), FrozenBatchNorm2d()).eval().to(device)
     (norm,) = fold(model, torch.empty(1, 6, 9, 9, device=device)).report.norms
     assert norm.refused == "a FrozenBatchNorm2d does not compute what batch norms do"

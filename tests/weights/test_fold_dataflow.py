@@ -1,4 +1,4 @@
-"""Which norm is folded into which convolution, by what reads what, and what forbids it."""
+"""Dataflow of folding: the convolution that a norm folds into, and what forbids folding."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The parts of what follows changes: `ModuleSettings`, and what decides between two forwards."""
+"""`ModuleSettings`, and the measurement that decides between two forwards."""
 
 import copy
 
@@ -23,7 +23,7 @@ class Odd(nn.Module):
         self.layer = nn.LayerNorm(4)
 
 
-def test_settings_are_told_by_name() -> None:
+def test_changed_settings_are_named() -> None:
     module = Odd()
     settings = ModuleSettings(module)
     assert settings.change() is None
@@ -49,7 +49,7 @@ def test_settings_are_told_by_name() -> None:
     assert ModuleSettings(module).change() is None
 
 
-def test_a_copy_watches_the_copy() -> None:
+def test_copied_settings_watch_the_copied_module() -> None:
     """A `Folding` is copied with the model that it is in."""
     module, settings = copy.deepcopy((model := Odd(), ModuleSettings(model)))
     model.layer.eps = 1.0
@@ -76,7 +76,7 @@ def test_outliers_do_not_decide(slow: tuple[float, ...]) -> None:
     assert other.ratio > 1.03
 
 
-def test_a_verdict_against_ours_is_measured_twice() -> None:
+def test_a_result_against_ours_is_measured_twice() -> None:
     """Something else runs on the machine while the first half is measured."""
     stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
