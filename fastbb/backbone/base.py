@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 import warnings
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -21,10 +20,12 @@ from .checkpoint import (
     LoadingInfo,
     StateDict,
     as_dtype,
+    find_prefix,
     load_strict,
     read_state_dict,
     save_state_dict,
     shapes_only,
+    strip_prefix,
 )
 from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
@@ -135,7 +136,6 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         super().__init__()
         self.config = self.own_config(config)
 
-    @abstractmethod
     def forward_stages(
         self,
         pixel_values: Tensor,
@@ -154,6 +154,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         Returns:
             [B, C, h, w] for each wanted stage, before the norm that `feature_map` applies.
         """
+        raise NotImplementedError(f"{type(self).__name__} must define forward_stages")
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
         """Computes the returned map [B, C, h, w] from the hidden state [B, C, h, w] of a stage."""
@@ -363,9 +364,16 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
             backbone: a backbone of this class, possibly on the meta device.
 
         Returns:
-            The renamed tensors, the prefix they were found under, the names of all others.
+            The renamed tensors, the prefix they were found under, the names of all others. Here:
+            those of the state dict, wherever in the checkpoint they are.
+
+        Raises:
+            ValueError: the backbone is not in the checkpoint.
         """
-        raise NotImplementedError
+        what = cls.__name__.removesuffix("Backbone")
+        prefix = find_prefix(state, list(backbone.state_dict()), what)
+        found, outside = strip_prefix(state, prefix)
+        return found, prefix, outside
 
     def to_checkpoint_names(self) -> StateDict:
         """The tensors to save, by the names of transformers' checkpoints."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastbb_kernels import ACTIVATIONS
 
 from ..backbone.base import Backbone
-from ..backbone.checkpoint import StateDict, find_prefix, strip_prefix
+from ..backbone.checkpoint import StateDict
 from ..backbone.configuration import (
     BackboneConfig,
     check_boolean,
@@ -202,14 +202,6 @@ class ResNetBackbone(Backbone):
             (StemLayer(stem.embedder.pair, stem.activation),),
             tuple(tuple(block.parts() for block in stage.layers) for stage in stages),  # type: ignore[union-attr, operator]
         )
-
-    @classmethod
-    def from_checkpoint_names(
-        cls, state: StateDict, backbone: nn.Module
-    ) -> tuple[StateDict, str, list[str]]:
-        prefix = find_prefix(state, list(backbone.state_dict()), "ResNet")
-        found, outside = strip_prefix(state, prefix)
-        return found, prefix, outside
 
     def init_optional_weights(self) -> None:
         for module in self.modules():

@@ -1,0 +1,170 @@
+"""How many files a change touches: those of a family and its ops, and shared files that name it.
+
+CONTRIBUTING.md lists the files of a new family. Each family of the tree is counted here: four files
+of its own, four for each of its ops, and further ones only with a reason.
+"""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "kernels" / "fastbb_kernels"
+OWN, PER_OP = 4, 4  # files: of a family by itself, of each of its ops
+
+# files beyond that, each with its reason
+PUBLIC = {
+    "fastbb/__init__.py": "typed exports of its classes, which are found without",
+    "fastbb/hosts/libraries.py": "a class of transformers that is run as a whole, not replaced",
+    "fastbb/images/spec_readers.py": "the image processor of old checkpoints that name none",
+    "kernels/fastbb_kernels/check.py": "one of the models that the command counts on a device",
+}
+FURTHER: dict[str, dict[str, str]] = {
+    "resnet": {
+        **PUBLIC,
+        "fastbb/models/resnet_parts.py": "its layers in four libraries",
+        "fastbb/models/resnet_forward.py": "its forward",
+        "tests/models/test_resnet_on_triton.py": "its kernels, in the interpreter",
+    },
+    "swin": {
+        **PUBLIC,
+        "fastbb/cli.py": "the example of a name, and the default model",
+        "fastbb/hosts/heads.py": "transformers' classes that `heads.register` replaces",
+        "fastbb/models/swin_parts.py": "its layers in four libraries",
+        "fastbb/models/swin_forward.py": "its forward",
+        "fastbb/models/swin_cpu.py": "a block on a CPU",
+        "fastbb/models/swin_names.py": "names of its weights in files and in torchvision",
+        "kernels/fastbb_kernels/__init__.py": "typed exports of its ops, which are found without",
+        "tests/models/test_swin_cpu.py": "the block on a CPU",
+        "tests/models/test_swin_on_triton.py": "its kernels, in the interpreter",
+        "tests/ops/test_window_attention_kernel.py": "the kernel of window attention",
+    },
+}
+
+
+def families() -> list[str]:
+    """Modules of `fastbb.models` that register a family; timm is a library, named everywhere."""
+    files = (ROOT / "fastbb" / "models").glob("*.py")
+    return sorted(p.stem for p in files if "register(" in p.read_text() and p.stem != "timm")
+
+
+def searched() -> list[Path]:
+    """The package, the kernels and the tests; bench and scripts use families as anyone does."""
+    folders = (ROOT / "fastbb", KERNELS, ROOT / "tests")
+    return [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in (".py", ".json") and "assets" not in path.parts
+    ]
+
+
+def belongs(path: Path, name: str) -> bool:
+    """Whether a file is named after a family or an op."""
+    stem = path.stem.removeprefix("test_")
+    return stem == name or stem.startswith(f"{name}_")
+
+
+@cache
+def imported_ops(path: Path) -> set[str]:
+    """The ops that a module imports from the kernels."""
+    names = {path.stem for path in (KERNELS / "ops").glob("*.py")}
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastbb_kernels"):
+            found |= {alias.name for alias in node.names} & names
+    return found
+
+
+def ops_of(family: str) -> set[str]:
+    """The ops that this family alone imports."""
+    own, others = set(), set()
+    for path in (ROOT / "fastbb").rglob("*.py"):
+        ops = imported_ops(path)
+        own, others = (own | ops, others) if belongs(path, family) else (own, others | ops)
+    return own - others
+
+
+@cache
+def names_in(path: Path) -> set[str]:
+    """Identifiers and strings of a module but for its prose, in lower case."""
+    tree = ast.parse(path.read_text())
+    found: set[str] = set()
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        for text in (
+            getattr(node, "id", None),
+            getattr(node, "attr", None),
+            getattr(node, "name", None),
+            getattr(node, "module", None),
+            getattr(node, "value", None) if id(node) not in docstrings else None,
+        ):
+            if isinstance(text, str):
+                found |= set(re.split(r"[^a-z0-9]+|(?<=[a-z])(?=[A-Z])", text.lower()))
+    return found
+
+
+def shared_files_that_name(family: str) -> set[Path]:
+    """Modules of the package and the kernels that name a family without being its own."""
+    return {
+        path
+        for path in searched()
+        if path.suffix == ".py"
+        and "tests" not in path.relative_to(ROOT).parts
+        and not belongs(path, family)
+        and family in names_in(path)
+    }
+
+
+def files_of(family: str) -> set[Path]:
+    """Every file that adding this family would create or edit."""
+    ops = ops_of(family)
+    own = {path for path in searched() if any(belongs(path, name) for name in (family, *ops))}
+    return own | shared_files_that_name(family)
+
+
+def limit(family: str) -> int:
+    """Most files that a family may take: 12 for one with two ops and nothing further."""
+    return OWN + PER_OP * len(ops_of(family)) + len(FURTHER.get(family, {}))
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_family_takes_no_more_files_than_it_may(family: str) -> None:
+    files = files_of(family)
+    further = {ROOT / name for name in FURTHER.get(family, {})}
+    assert further <= files, f"not its files any more: {sorted(map(str, further - files))}"
+    names = "\n".join(str(path.relative_to(ROOT)) for path in sorted(files))
+    assert len(files) <= limit(family), f"{len(files)} files, at most {limit(family)}:\n{names}"
+
+
+@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("where", ["own", "shared", "op"])
+def test_one_file_more_is_one_too_many(
+    family: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = min(ops_of(family))
+    planted = {
+        "own": ROOT / "fastbb" / "engine" / f"{family}_engine.py",
+        "shared": ROOT / "fastbb" / "engine" / "planted.py",
+        "op": KERNELS / f"{op}_more.py",
+    }[where]
+    assert not planted.exists()
+    before, names = searched(), names_in
+    monkeypatch.setitem(globals(), "searched", lambda: [*before, planted])
+    monkeypatch.setitem(
+        globals(), "names_in", lambda path: {family} if path == planted else names(path)
+    )
+    assert len(files_of(family)) == limit(family) + 1
+
+
+def test_the_families_are_found() -> None:
+    assert {"resnet", "swin"} <= set(families())
