@@ -1,4 +1,4 @@
-"""What the ops that are convolutions have in common: their result's memory, checks and end."""
+"""Helpers of the convolution ops: memory for the result, checks, residual and activation."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ def output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int,
 def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
     """Memory for the result, with the strides of channels-last even where sizes are 1.
 
-    Several count as channels-last there, and torch returns one or the other: a custom op copies
-    that, to agree with its fake and its kernel.
+    Where a size is 1, several strides count as channels-last, and torch may return any of them. A
+    custom op copies such a result, so that its strides agree with its fake and its kernel.
     """
     return torch.empty(
         output_shape(x, weight, stride),
@@ -32,7 +32,8 @@ def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 def finish(y: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
     """Adds a residual to a convolution's result and activates the sum, in place.
 
-    Nobody else has the result: this saves an allocation each, and autograd keeps neither value.
+    No other code holds the result, and autograd does not save it. In place, the two steps allocate
+    nothing.
     """
     if residual is not None:
         y.add_(residual)
@@ -50,7 +51,7 @@ def check_convolution(
     residual: Tensor | None,
     activation: Activation,
 ) -> None:
-    """Holds the arguments of a convolution with square kernels against each other.
+    """Checks that the arguments of a convolution with square kernels fit together.
 
     Raises:
         ValueError: something does not fit; the message names `op` and what was wanted.

@@ -1,8 +1,8 @@
-"""Whether fp32 may be multiplied in TF32: PyTorch's old and new settings, read and set here.
+"""Reads and sets PyTorch's old and new settings of TF32 in fp32 products.
 
-The new settings (`torch.backends.fp32_precision` and those of backends and operators below it) are
-what PyTorch's own products heed; the old getters raise where both were used. A setting that is
-"none" follows the one above it, and "none" everywhere means exact.
+PyTorch's own products follow the new settings (`torch.backends.fp32_precision` and those of
+backends and operators below it); the old getters raise after both kinds were used. A setting that
+is "none" follows the one above it, and "none" everywhere means exact.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ _MULTIPLYING_ON_CPU = (("mkldnn", "matmul"), ("mkldnn", "conv"))
 
 
 def matmul_precision() -> Fp32Precision:
-    """How PyTorch multiplies fp32 matrices on a GPU; while dynamo traces: a constant."""
+    """Precision of PyTorch's fp32 matrix products on a GPU; dynamo takes it as a constant."""
     return "tf32" if _get("cuda", "matmul") == "tf32" else "ieee"
 
 
 def convolution_precision() -> Fp32Precision:
-    """How PyTorch's cuDNN convolutions multiply fp32; while dynamo traces: a constant."""
+    """Precision of PyTorch's fp32 cuDNN convolutions; dynamo takes it as a constant."""
     return "tf32" if _get("cuda", "conv") == "tf32" else "ieee"
 
 
@@ -41,7 +41,7 @@ for _function in (matmul_precision, convolution_precision):
 
 
 def is_in_force(precision: Fp32Precision) -> bool:
-    """Whether matrices and convolutions are multiplied like that; "ieee": on CPUs too."""
+    """Whether matrix products and convolutions have this precision; "ieee": on CPUs too."""
     if not matmul_precision() == convolution_precision() == precision:
         return False
     return precision == "tf32" or all(_get(*on) in ("ieee", "none") for on in _MULTIPLYING_ON_CPU)
@@ -49,10 +49,10 @@ def is_in_force(precision: Fp32Precision) -> bool:
 
 @contextmanager
 def fp32_products(precision: Fp32Precision) -> Iterator[None]:
-    """Has fp32 multiplied like that inside the block, in all threads, and leaves what was set.
+    """Sets the precision of fp32 products inside the block, in all threads, and restores it after.
 
-    Inside the block the old getters say the same. That of cuDNN raises there for "ieee" if its
-    setting never was set: PyTorch has no way back to that.
+    Inside the block the old getters agree. For "ieee", the getter of cuDNN raises there if its
+    setting was never set, because PyTorch cannot restore that state.
     """
     if is_in_force(precision):
         yield
