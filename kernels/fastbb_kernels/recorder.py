@@ -244,6 +244,6 @@ def describe(
 
 @cache
 def _binder(fn: JITFunction, architecture: Architecture) -> Callable:
-    """Returns Triton's own function that binds a kernel's arguments and finds its specialization."""
+    """Returns Triton's own function that binds a kernel's arguments and specializes on them."""
     backend = make_backend(architecture.target)
     return create_function_from_signature(fn.signature, fn.params, backend)

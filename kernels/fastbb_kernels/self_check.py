@@ -129,7 +129,7 @@ class SelfCheck:
 
         A binary is checked right after its first launch, and the result of that launch is returned
         only if the binary is correct; other threads that launch it wait. No check runs while a CUDA
-        graph is captured, and then the result of an unchecked binary is not returned.
+        graph is captured; then PyTorch's own ops run in place of an unchecked binary.
 
         Args:
             launch: of an op.
@@ -147,7 +147,7 @@ class SelfCheck:
         if not trusted:
             if self._hardware.is_capturing(key[1]):
                 return launch.eager(*args)
-            self._hardware.synchronize(key[1])  # raises earlier errors that this launch did not cause
+            self._hardware.synchronize(key[1])  # raises errors of earlier kernels
         y = error = None
         with noting() as launched:
             try:
@@ -305,7 +305,7 @@ class SelfCheck:
         op, device, dtype, _ = key
         lost = why_lost(device, self._hardware)
         if lost is not None:
-            if launched.digests <= self._trusted_of(key):  # an earlier kernel failed, perhaps not ours
+            if launched.digests <= self._trusted_of(key):  # an earlier kernel, perhaps not ours
                 raise NotChecked(lost)
             self._lost[device] = lost
             return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"

@@ -1,6 +1,6 @@
 """The stem of a ResNet: 7x7 convolution of stride 2, batch norm, activation, max pool.
 
-Algorithm: an implicit GEMM over pixels and maxima of its rows; the map before the pool is not stored.
+Algorithm: an implicit GEMM over pixels, and maxima of its rows; no map before the pool is stored.
 Bound: memory (read the pixels, write the pooled map), if the convolution runs on matrix units.
 """
 
