@@ -10,13 +10,13 @@ from ._activation import Activation, activate, check_activation
 
 
 def output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    """The shape of a convolution that is padded such that each `stride`-th pixel is a center."""
+    """Returns the output shape of a convolution that is centered on each `stride`-th pixel."""
     batch, _, height, width = x.shape
     return batch, weight.shape[0], -(-height // stride), -(-width // stride)
 
 
 def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """Memory for the result, with the strides of channels-last even where sizes are 1.
+    """Allocates the result, with the strides of channels-last even where sizes are 1.
 
     Where a size is 1, several strides count as channels-last, and torch may return any of them. A
     custom op copies such a result, so that its strides agree with its fake and its kernel.
@@ -54,7 +54,7 @@ def check_convolution(
     """Checks that the arguments of a convolution with square kernels fit together.
 
     Raises:
-        ValueError: something does not fit; the message names `op` and what was wanted.
+        ValueError: an argument does not fit; the message names `op` and the requirement.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(

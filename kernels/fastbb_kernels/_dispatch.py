@@ -63,12 +63,12 @@ class _Block(NamedTuple):
 def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
     """Sets the implementation of ops called without `impl=` inside the block, in all threads.
 
-    An op that is made of other ops (`swin_attention_block`) runs those where its own kernel does
-    not run, so a whole model follows `use_impl("triton")` as long as every part has a kernel.
+    An op that is made of other ops (`swin_attention_block`) runs those if its own kernel cannot
+    run, so a whole model follows `use_impl("triton")` as long as every part has a kernel.
 
     Args:
-        impl: "auto" takes Triton where it can run the call, "eager" plain PyTorch, and
-            "triton" raises the reason where Triton cannot run the call.
+        impl: "auto" takes Triton if it can run the call, "eager" plain PyTorch, and "triton" raises
+            the reason if Triton cannot run the call.
         ops: names of the ops to set; they take precedence over a setting for all; default: all.
     """
     block = _Block(_check(impl), (ops,) if isinstance(ops, str) else tuple(ops))
@@ -78,7 +78,7 @@ def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        # remove this block, not restore a saved list: other threads may have changed the list since
+        # do not restore a saved list: other threads may have changed it since
         with _blocks_lock:
             _blocks[:] = [other for other in _blocks if other is not block]
             _apply_blocks()
@@ -110,7 +110,7 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -
 
     Args:
         op: name of the op, for the error and the self-check.
-        impl: what the caller asked for; None: what `use_impl` set.
+        impl: implementation that the caller asked for; None: that of `use_impl`.
         unsupported: why Triton cannot run this call, or None.
         x: a tensor of the call that has its device and dtype.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 FP32_REL = 1e-5
-# a timm model of no family of ours, with its batch norms folded
+# for timm models outside our families, with folded batch norms
 FP32_REL_FOLDED = 1e-4
 
 
@@ -65,7 +65,7 @@ def allowed_rel(eager: Tensor, exact: Tensor, rel: float) -> float:
     Args:
         eager: eager PyTorch's result.
         exact: the result in float64.
-        rel: allowed in fp32, relative to the largest exact magnitude.
+        rel: largest error in fp32, relative to the largest exact magnitude.
     """
     largest = max_magnitude(exact)
     if eager.dtype != torch.float32 or not largest:

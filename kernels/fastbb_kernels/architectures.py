@@ -13,7 +13,7 @@ from ._dispatch import Architecture as ArchitectureName
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture and the GPU that stands for it.
+    """An architecture, and the GPU that represents it.
 
     In AMD's words a multiprocessor is a compute unit, a CTA a workgroup, a warp a wavefront and
     shared memory LDS.
@@ -22,12 +22,12 @@ class Architecture:
         name: compute capability times ten, or the name of AMD's instruction set.
         gpu: the product whose multiprocessors and peaks are given.
         warp_size: threads of a warp.
-        registers: 32-bit vector registers of a multiprocessor; four schedulers share them out.
+        registers: 32-bit vector registers of a multiprocessor; each of 4 schedulers has a quarter.
         threads: most resident threads of a multiprocessor.
         ctas: most resident CTAs of a multiprocessor.
         shared: bytes of shared memory of a multiprocessor.
         shared_per_cta: most bytes that one CTA may ask for.
-        shared_reserved: bytes of each CTA that the driver keeps for itself.
+        shared_reserved: bytes of each CTA that the driver reserves.
         mma_class: prefix of the matrix instructions that 16-bit GEMMs must use.
         multiprocessors: of `gpu`; on AMD those that one device shows (one die of an MI250X).
         clock_hz: highest clock; at any other, floors from it stay lower bounds.

@@ -1,4 +1,4 @@
-"""Test calls of ops, the random tensors in their arguments, and the calls of model families."""
+"""Calls of ops with random tensors, and the calls of model families, for checks and benches."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -56,7 +56,7 @@ class Case:
     def arguments(
         self, device: torch.device | str, dtype: torch.dtype, seed: int | None = None
     ) -> dict[str, Any]:
-        """Keyword arguments of the call, random unless the device is meta.
+        """Makes the keyword arguments of the call, random unless the device is meta.
 
         Args:
             device: of the tensors.

@@ -13,7 +13,7 @@ import torch
 
 Fp32Precision = Literal["ieee", "tf32"]
 
-# backend and operators; what others follow first, as a getter gives what is followed
+# backends and operators; settings that others follow come first, as a getter resolves "none"
 _FOLLOWED = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _OPERATORS = (
     ("cuda", "matmul"),
@@ -67,7 +67,7 @@ def fp32_products(precision: Fp32Precision) -> Iterator[None]:
 
 
 class _Settings:
-    """The settings as they are stored, which no getter gives: it gives what is followed."""
+    """The stored settings; a getter returns the setting that is followed instead."""
 
     def __init__(self) -> None:
         self._stored: dict[tuple[str, str], str] = {}
@@ -75,25 +75,25 @@ class _Settings:
         self._cudnn: bool | None = None  # of the old API; None: cannot be set and restored
 
     def read(self) -> None:
-        """Reads all, which sets them; all multiply exactly afterwards."""
+        """Reads all settings, which requires setting them; afterwards all products are exact."""
         for setting in _FOLLOWED:
             self._stored[setting] = _get(*setting)
             _set(*setting, "none")
         stored = {setting: _get(*setting) for setting in _OPERATORS}
         for setting in _FOLLOWED:
             _set(*setting, "ieee")
-        # neither "none" nor set: TF32 that follows all the same, up to the first time it is set
+        # TF32 that was never set, such as cuDNN's default: it follows other settings until then
         unset = [s for s, value in stored.items() if value == "tf32" and _get(*s) == "ieee"]
         self._stored.update({s: value for s, value in stored.items() if s not in unset})
         for setting in self._stored:
             _set(*setting, "ieee")
-        self._matmul = torch.get_float32_matmul_precision()  # raises in no state that is exact
+        self._matmul = torch.get_float32_matmul_precision()  # never raises if all are exact
         if not unset:
             self._cudnn = _legacy_cudnn_of_exact()
 
     def set(self, precision: Fp32Precision) -> None:
         allowed = precision == "tf32"
-        if allowed:  # on GPUs: others are as they were
+        if allowed:  # on GPUs only; other settings keep their values
             for (backend, operator), value in self._stored.items():
                 _set(backend, operator, "tf32" if backend == "cuda" else value)
         torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -111,7 +111,7 @@ class _Settings:
 
 
 def _legacy_cudnn_of_exact() -> bool:
-    """`torch.backends.cudnn.allow_tf32`, whose getter raises where the new settings differ."""
+    """Reads `torch.backends.cudnn.allow_tf32`, whose getter raises if the new settings differ."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:
