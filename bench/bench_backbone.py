@@ -1,4 +1,4 @@
-"""Whole backbones, eager, beside the library whose weights they take."""
+"""Times whole backbones, eager, beside the library whose weights they take."""
 
 from collections.abc import Callable
 from typing import Any

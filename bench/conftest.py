@@ -9,7 +9,7 @@ def device():
 
 @pytest.fixture
 def time_op(benchmark, device):
-    """Times `fn()` to the end of the device's work, and records what the number depends on."""
+    """Times `fn()` to the end of the device's work, and records hardware and versions."""
 
     def call(fn):
         fn()

@@ -35,30 +35,30 @@ from gpu_report import DRY_RUN, markdown
 from gpu_work import FORK, Work, describe, end_with_parent, ending, leave, read_lines
 
 RESULTS = Path(__file__).parent / "results"
-BUDGET_S = 465.0  # with Python's start and end under eight minutes
+BUDGET_S = 465.0  # including Python's start and end, a run takes less than eight minutes
 RUNS = (1, 2, 3)
 NO_GPU = 2  # exit code, as for wrong arguments
 PROBE_S = 90.0
 CUT_OFF = "cut off"
-# what several stages import, each in a process of its own; none of it touches CUDA
+# modules that several stages import, each in a separate process; none of them touches CUDA
 IMPORTED_AHEAD = (
     "torch._dynamo",
     "transformers.models.swin.modeling_swin",
     "transformers.models.resnet.modeling_resnet",
 )
-_MARGIN_S = 5.0  # what a stage has to end by itself, before it is ended
+_MARGIN_S = 5.0  # time for a stage to end by itself, before its process is killed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run that is a process of its own.
+    """A part of the run with a separate process.
 
     Attributes:
         name: of the process.
-        section: of the results that its rows go to, and what `--stage` takes.
-        box_s: seconds that are kept for it; what earlier stages leave is added.
-        run: is called in the process.
-        module: that it is imported from.
+        section: of the results with its rows; also the value of `--stage`.
+        box_s: seconds reserved for it; unused time of earlier stages is added.
+        run: function that is called in the process.
+        module: of that function.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Stage:
 
 
 def stages_of(run: int, dry_run: bool) -> list[Stage]:
-    """The stages of a run in order."""
+    """Returns the stages of a run in order."""
 
     def stage(name: str, box_s: float, module: str, function: str, *args: Any) -> Stage:
         def in_process(work: Work) -> None:
@@ -109,7 +109,7 @@ def stages_of(run: int, dry_run: bool) -> list[Stage]:
 
 
 class Results:
-    """What was found so far, and the two files that say it."""
+    """Results so far, and the two files that contain them."""
 
     def __init__(self, folder: Path, dry_run: bool, run: int = 1) -> None:
         self.folder = folder
@@ -123,7 +123,7 @@ class Results:
         self._stem: str | None = None
 
     def add(self, stage: Stage, outcome: str, seconds: float, file: Path) -> None:
-        """Adds what a stage left, and writes the files."""
+        """Adds the rows of a stage, and writes the files."""
         found = read_lines(file)
         rows = [value["row"] for value in found if "row" in value]
         planned = dict.fromkeys(item for value in found for item in value.get("plan", []))
@@ -141,7 +141,7 @@ class Results:
 
     @property
     def stem(self) -> Path:
-        """The files without suffix; those of an earlier run stay."""
+        """Path of the files without suffix; files of an earlier run are not overwritten."""
         if self._stem is None:
             facts = {row["item"]: row for row in self.data["sections"].get("environment", [])}
             name = "dry run" if self.data["label"] == DRY_RUN else "unknown GPU"
@@ -172,9 +172,9 @@ def run_stages(
 
     Args:
         stages: in order.
-        results: is told after each stage.
-        budget_s: seconds for all of them; boxes shrink where they do not fit.
-        begin: of the budget, on the monotonic clock; default: now.
+        results: gets the rows of each stage when it ends.
+        budget_s: seconds for all of them; the boxes of stages shrink if they do not fit.
+        begin: start of the budget, on the monotonic clock; default: now.
     """
     begin = time.monotonic() if begin is None else begin
     scale = min(1.0, budget_s / sum(stage.box_s for stage in stages))
@@ -189,7 +189,7 @@ def run_stages(
             outcome = "interrupted"
             try:
                 outcome = _run_stage(stage, file, begin, box_s, results.folder)
-            finally:  # also when this process is told to end
+            finally:  # also if this process is interrupted
                 seconds = time.monotonic() - start
                 print(f"[{start + seconds - begin:6.1f} s] {stage.name}: {outcome}", flush=True)
                 results.add(stage, outcome, seconds, file)
@@ -198,7 +198,7 @@ def run_stages(
 
 
 def _run_stage(stage: Stage, file: Path, begin: float, box_s: float, out: Path) -> str:
-    """Runs a stage, in further processes after a crash; returns how it ended."""
+    """Runs a stage, in another process after each crash; returns its outcome."""
     if box_s < 1:
         return "not reached: no time was left"
     print(f"[{time.monotonic() - begin:6.1f} s] {stage.name}: has {box_s:.0f} s", flush=True)
@@ -217,7 +217,7 @@ def _run_stage(stage: Stage, file: Path, begin: float, box_s: float, out: Path) 
 
 
 def _run_process(stage: Stage, file: Path, begin: float, box_s: float, out: Path) -> str:
-    """Runs what is left of a stage in one process; returns how that ended."""
+    """Runs the remaining items of a stage in one process; returns the outcome of the process."""
     deadline = time.monotonic() + box_s - min(_MARGIN_S, box_s / 5)
     work = Work(stage.name, file, begin, deadline, out)
     process = FORK.Process(target=_child, args=(stage, work))
@@ -237,7 +237,7 @@ def _run_process(stage: Stage, file: Path, begin: float, box_s: float, out: Path
 
 
 def _mark_crash(file: Path, outcome: str) -> bool:
-    """Blames the item that was being done; returns whether there is one, and others are left."""
+    """Records a crash at the running item; returns whether there is one, and others remain."""
     found = read_lines(file)
     began = [value["began"] for value in found if "began" in value]
     reached = {value["row"]["item"] for value in found if "row" in value}
@@ -271,17 +271,17 @@ def _child(stage: Stage, work: Work) -> None:
 
 
 def _end_group(process: BaseProcess) -> None:
-    """Ends a stage's process and all that it started."""
+    """Kills the process of a stage and its children."""
     assert process.pid is not None
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
-        process.kill()  # it ended, or has no group of its own yet
+        process.kill()  # it has ended, or has no process group yet
     process.join(10)
 
 
 def why_no_gpu() -> str | None:
-    """Why the stages cannot run here, or None. Imports torch, and leaves CUDA alone."""
+    """Returns why the stages cannot run here, or None. Imports torch, but does not touch CUDA."""
     try:
         import torch
     except ImportError as error:
@@ -302,7 +302,7 @@ def why_no_gpu() -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 if a stage failed, 2 without a GPU."""
+    """Runs the command; returns its exit code: 0, 1 if a stage failed, 2 without a GPU."""
     begin = time.monotonic()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.budget <= 0:
         parser.error(f"--budget must be more than 0 seconds, got {options.budget:g}")
     out = options.out or RESULTS
-    os.environ["HF_HUB_OFFLINE"] = "1"  # what upstream's libraries call going without a network
+    os.environ["HF_HUB_OFFLINE"] = "1"  # upstream's libraries then use no network
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if not options.dry_run:
         reason = why_no_gpu()
@@ -355,11 +355,11 @@ def _run(stages: Sequence[Stage], results: Results, budget_s: float, begin: floa
 
 
 def import_ahead(stages: Sequence[Stage]) -> None:
-    """Imports once what the processes of stages would each import."""
+    """Imports modules once, which the process of each stage would otherwise import."""
     for module in [*(stage.module for stage in stages), *IMPORTED_AHEAD]:
-        with suppress(Exception):  # the stage that needs it says so
+        with suppress(Exception):  # the stage that needs it reports the error
             import_module(module)
 
 
 if __name__ == "__main__":
-    leave(main())  # without waiting for a process that even SIGKILL does not end
+    leave(main())  # do not wait for a process that even SIGKILL does not end

@@ -1,7 +1,7 @@
-"""Which launch configurations of a kernel are worth a try: those near the one that it has.
+"""Candidates for the launch configuration of a kernel: those near the present one.
 
-A configuration is a named tuple, perhaps of others. Its fields are varied by name; what a kernel
-fixes stays, and what cannot fit or cannot pay is left out.
+A configuration is a named tuple, possibly nested. Its fields are varied by name, except the fields
+that a kernel fixes. Configurations that cannot fit, or cannot be faster, are left out.
 """
 
 import itertools
@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MOST = 36
-# these take a compiler ten seconds each
+# the compiler takes ten seconds for each configuration of these
 _MOST_OF = {"swin_attention_block": 20, "swin_mlp_block": 24}
-_SHARED_BYTES = 227 << 10  # of a program, at most; where a GPU has less it says so
+_SHARED_BYTES = 227 << 10  # of a program, at most; a GPU with less refuses the launch
 _MOST_ACCUMULATORS = 128  # of a thread, in fp32
 _LEAST_ACCUMULATORS = 8
 
@@ -29,9 +29,9 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "resident": (False, True),
     "compiler": ({}, {"maxnreg": 128}, {"maxnreg": 168}),
 }
-# of a window there are fewer rows
+# a window has fewer rows
 _WINDOW_VALUES = {"block_m": (16, 32, 64), "num_warps": (1, 2, 4, 8)}
-# what multiplies fast on many GPUs: rows, columns, depth, warps, stages
+# tiles that are fast on many GPUs: rows, columns, depth, warps, stages
 _TILES = (
     (128, 256, 64, 8, 3),
     (128, 128, 64, 8, 3),
@@ -51,7 +51,7 @@ _TILES = (
     (32, 64, 64, 4, 5),
 )
 _TILE_FIELDS = ("block_m", "block_n", "block_k", "num_warps", "num_stages")
-# what a kernel's own shapes decide, or what has miscompiled
+# fields that follow from the shapes of a kernel, or whose other values have been miscompiled
 _FIXED = {
     "bottleneck_tail": {"num_warps"},
     "conv3x3_bn_act": {"num_warps"},
@@ -60,23 +60,23 @@ _FIXED = {
     "stem_conv_bn_relu_pool": {"block_n", "block_k"},
     "window_attention": {"block_n", "block_tail"},
 }
-_RESIDENT_FEATURES = 384  # more do not fit on the chip
+_RESIDENT_FEATURES = 384  # rows with more do not fit on the chip
 
 Leaves = dict[str, Any]
 
 
 def candidates(table: str, default: Any, sizes: Mapping[str, Any]) -> list[Any]:
-    """The default, tiles that are usual, then what differs least from the default.
+    """Returns the default, then the usual tiles, then configurations by distance from the default.
 
     Args:
         table: name of the choice.
-        default: the configuration that is launched today.
-        sizes: what the choice depends on, by name.
+        default: the present configuration.
+        sizes: arguments of the choice, by name.
     """
     usual = dict(_leaves(default))
     fixed = _FIXED.get(table, set())
     if usual.get("compiler", {}).keys() - {"maxnreg"}:
-        fixed = fixed | {"compiler"}  # another vendor's options
+        fixed = fixed | {"compiler"}  # options of another vendor's compiler
     known = {**_VALUES, **(_WINDOW_VALUES if table == "window_attention" else {})}
     values = [
         tuple(_with(usual[name], () if name in fixed else known.get(name, ()))) for name in usual
@@ -86,7 +86,7 @@ def candidates(table: str, default: Any, sizes: Mapping[str, Any]) -> list[Any]:
         leaves = dict(zip(usual, chosen))
         if leaves != usual and _makes_sense(table, leaves, usual, sizes):
             found.append((_distance(leaves, usual), leaves))
-    found.sort(key=lambda pair: pair[0])  # stable
+    found.sort(key=lambda pair: pair[0])  # a stable sort
     most = _MOST_OF.get(table, MOST)
     return [default, *(_like(default, leaves) for _, leaves in found[: most - 1])]
 
@@ -97,7 +97,7 @@ def _with(usual: Any, values: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _leaves(config: Any) -> Iterator[tuple[str, Any]]:
-    """The fields that hold values, of a named tuple and of those in it."""
+    """Yields the fields that hold values, of a named tuple and of nested ones."""
     for name, value in zip(config._fields, config):
         if isinstance(value, tuple):
             yield from _leaves(value)
@@ -115,7 +115,7 @@ def _like(config: Any, leaves: Leaves) -> Any:
 
 
 def _distance(leaves: Leaves, usual: Leaves) -> float:
-    """In doublings, a stage as one; 0 for usual tiles where no rows are kept on the chip."""
+    """Counts doublings of values, and stages; 0 for usual tiles without resident rows."""
     tile = tuple(leaves.get(name) for name in _TILE_FIELDS)
     if tile in _TILES and not leaves.get("resident"):
         return 0.0
@@ -133,7 +133,7 @@ def _distance(leaves: Leaves, usual: Leaves) -> float:
 def _makes_sense(table: str, leaves: Leaves, usual: Leaves, sizes: Mapping[str, Any]) -> bool:
     channels = sizes.get("channels", 0)
     if table in ("swin_mlp_block", "swin_attention_block"):
-        # pieces are whole, and the accumulators of all channels are kept
+        # only whole pieces, and registers for the accumulators of all channels
         if channels % leaves["block_c"] or 4 * channels % leaves.get("block_h", 1):
             return False
         rows = leaves.get("block_m", 64)
@@ -155,7 +155,7 @@ def _gemm_makes_sense(leaves: Leaves, usual: Leaves, sizes: Mapping[str, Any]) -
     if n >= 2 * columns and n > usual["block_n"]:
         return False
     if features and features % k and not features % usual["block_k"]:
-        return False  # masks along K, which the default does without
+        return False  # needs masks along K, unlike the default
     if 2 * (m + n) * k * leaves["num_stages"] > _SHARED_BYTES:
         return False
     if leaves.get("resident"):

@@ -1,4 +1,4 @@
-"""Whether what runs on this GPU computes what it ought to: the stages that time nothing."""
+"""Stages that check the results of kernels and models on this GPU, without timing."""
 
 import time
 import warnings
@@ -26,14 +26,14 @@ from fastbb_kernels.result_cache import ResultCache
 MODEL_NAMES = ("swin_t", "resnet50", "swin_b")
 BATCHES = (64, 1, 8)
 DRY_OPS = ("layer_norm_nchw", "depthwise_conv_bn_act")
-_CASE_S = 90.0  # with a compilation, and float64 on a GPU that has little of it
+_CASE_S = 90.0  # including a compilation, and float64 on a GPU with slow float64
 _N_REPLAYS = 30
 
 
 def production(work: Work, dry_run: bool) -> None:
-    """Every distinct call of the timed models, at its own shapes, in bf16, against float64.
+    """Checks every distinct call of the timed models, at its own shapes, in bf16, against float64.
 
-    This also compiles the binaries that the stages after it run.
+    This also compiles the binaries for the later stages.
     """
     tasks = {}
     for batch in BATCHES:
@@ -50,7 +50,7 @@ def production(work: Work, dry_run: bool) -> None:
 
 
 def small(work: Work, dry_run: bool) -> None:
-    """The small cases of every op in every precision."""
+    """Checks the small cases of every op in every precision."""
     tasks = {
         f"{op}, {name}": partial(
             _check,
@@ -67,7 +67,7 @@ def small(work: Work, dry_run: bool) -> None:
 
 
 def dry_cases() -> list[Case]:
-    """The smallest cases of some ops."""
+    """Returns the smallest cases of some ops."""
     cases = [case for case in small_cases() if case.op in DRY_OPS]
     return [case for case in cases if case.name.startswith(("small", "below"))]
 
@@ -75,14 +75,14 @@ def dry_cases() -> list[Case]:
 def _check(
     cases: Sequence[Case], name: str, dry_run: bool, as_launched: bool = False, **where: Any
 ) -> dict[str, Any]:
-    """A row: how many cases there are, and what is wrong with them.
+    """Checks cases; returns a row with their number and problems.
 
     Args:
-        cases: whose kernels are compared, in full.
+        cases: to check; their results are compared completely.
         name: of the precision.
-        dry_run: whether this is one.
-        as_launched: runs each as a user does before that, with the check of a first launch.
-        where: what else the row says.
+        dry_run: whether this is a dry run.
+        as_launched: before that, runs each as a user does, with the check of a first launch.
+        where: further fields of the row.
     """
     start = time.perf_counter()
     problems = []
@@ -103,7 +103,7 @@ def _check(
 def _first_launch_problem(
     case: Case, dtype: torch.dtype, device: torch.device, dry_run: bool
 ) -> str | None:
-    """Why a kernel is turned off where a user launches it, or None."""
+    """Returns why a kernel is turned off when a user launches it, or None."""
     with ExitStack() as stack:
         if dry_run:
             folder = Path(stack.enter_context(TemporaryDirectory()))
@@ -121,7 +121,7 @@ def _first_launch_problem(
 
 
 def devices(work: Work, dry_run: bool) -> None:
-    """What only goes wrong with a second GPU, or with a second stream."""
+    """Checks for errors that only occur with a second GPU, or with a second stream."""
     items = {"a model on the second GPU": _second_gpu, "two graphs on two streams": _two_streams}
     with on_device(dry_run):
         for item, test in work.in_time(items):
@@ -145,7 +145,7 @@ def _second_gpu(dry_run: bool) -> dict[str, str]:
 
 
 def _two_streams(dry_run: bool) -> dict[str, str]:
-    """Replays the graphs of two shapes at the same time, and compares with one after the other."""
+    """Replays the graphs of two shapes at the same time, and compares with sequential replays."""
     device = device_of(0, dry_run)
     cells = [cell("swin_t", "bf16", batch, dry_run) for batch in (2, 1)]
     n_wrong = 0

@@ -1,4 +1,4 @@
-"""The device that the stages of `gpu.py` run on, and how many processes may."""
+"""The device of the stages of `gpu.py`, and the number of processes that may use it."""
 
 import os
 import shutil
@@ -24,13 +24,13 @@ NVIDIA_SMI = (
     "compute_mode",
     "mig.mode.current",
 )
-MOST_PROCESSES = 12  # on the GPU at once, each with a context of its own
-_PROCESS_MIB = 6000  # of a process that holds the largest case, in float64 as well
+MOST_PROCESSES = 12  # on the GPU at once, each with a separate context
+_PROCESS_MIB = 6000  # of a process that holds the largest case and its copy in float64
 
 
 @contextmanager
 def on_device(dry_run: bool) -> Iterator[torch.device]:
-    """The device that a stage runs on; in a dry run kernels are interpreted on the CPU."""
+    """Yields the device of a stage; in a dry run kernels are interpreted on the CPU."""
     with ExitStack() as stack:
         if dry_run:
             from fastbb_kernels.testing import interpret
@@ -47,7 +47,7 @@ def device_of(index: int, dry_run: bool) -> torch.device:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Clocks, power, memory and modes of the first GPU; reads only, and leaves CUDA alone."""
+    """Reads clocks, power, memory and modes of the first GPU; does not touch CUDA."""
     if shutil.which("nvidia-smi") is None:
         return dict.fromkeys(NVIDIA_SMI, "no nvidia-smi on PATH")
     query = ["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI)}", "--format=csv,noheader"]
@@ -62,7 +62,7 @@ def nvidia_smi() -> dict[str, str]:
 
 
 def n_processes(dry_run: bool) -> int:
-    """How many processes may use the GPU at once."""
+    """Returns the number of processes that may use the GPU at once."""
     found = nvidia_smi()
     if torch.version.hip is None and "Exclusive" in found["compute_mode"]:
         return 1

@@ -1,4 +1,4 @@
-"""What the machine of `gpu.py` is: its GPU, its software, and how fast it multiplies and copies."""
+"""Description of the machine of `gpu.py`: GPU, software, speed of products and copies."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ PACKAGES = ("transformers", "timm", "torchvision", "numpy", "ml_dtypes")
 
 
 def environment(work: Work, dry_run: bool) -> None:
-    """Rows of facts, each by itself, so that one that cannot be had leaves the others."""
+    """Writes rows of facts, each separately, so that one that fails does not affect the others."""
     with on_device(dry_run) as device:
         facts = _device_facts(device, dry_run) | _software_facts(device)
         side, n_bytes = (64, 1 << 16) if dry_run else (8192, 2 << 30)
@@ -81,13 +81,13 @@ def _software_facts(device: torch.device) -> _Facts:
 
 
 def commit() -> str:
-    """The commit of the working tree, and whether files differ from it."""
+    """Returns the commit of the working tree, and whether files differ from it."""
     root = Path(__file__).parents[1]
     if shutil.which("git") is None or not (root / ".git").exists():
         return "no git here"
 
     def git(*arguments: str) -> str:
-        # a tree of another user's is only read here
+        # this only reads the tree, which may belong to another user
         command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, timeout=20, check=True

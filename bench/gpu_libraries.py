@@ -1,4 +1,4 @@
-"""What libraries have for the product in an op, to be timed beside its kernel."""
+"""Library functions for the product in an op, to be timed beside its kernel."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, **_: Any) -> Tensor:
 
 
 def _addmm(x: Tensor, weight: Tensor, residual: Tensor, **_: Any) -> Tensor:
-    """With the residual, without the bias, which this call has no place for."""
+    """Computes the product and the residual; this call has no parameter for the bias."""
     rows, width = residual.reshape(-1, residual.shape[-1]), x.shape[-1]
     return torch.addmm(rows, x.reshape(-1, width), weight.t())
 

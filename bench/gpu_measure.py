@@ -1,4 +1,4 @@
-"""Times on a device, and the floors that no time can be below."""
+"""Measures times on a device, and computes lower bounds of them."""
 
 import statistics
 import time
@@ -22,7 +22,7 @@ PRECISIONS = {
     "tf32": torch.float32,
     "fp32": torch.float32,
 }
-_FLUSH_BYTES = 256 << 20  # more than any L2 holds
+_FLUSH_BYTES = 256 << 20  # larger than any L2 cache
 _CALL_S = 5e-3  # shorter calls are repeated this long between two events
 _MAX_CALLS = 50
 _SLEEP_CYCLES = 2_000_000  # about 1 ms
@@ -32,7 +32,7 @@ _QUEUED_CALLS = 8  # behind one sleep
 
 @contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """Inside the block fp32 is multiplied as `name` says; yields the dtype of its tensors."""
+    """Sets the precision `name` of fp32 products inside the block; yields the dtype of tensors."""
     with fp32_products("tf32" if name == "tf32" else "ieee"):
         yield PRECISIONS[name]
 
@@ -51,21 +51,21 @@ class Times:
 
 
 class NotQueued(RuntimeError):
-    """A GPU was faster than this process could give it work, so the time would be the host's."""
+    """The GPU was faster than this process could launch work: the time would be the host's."""
 
 
 class Clock:
     """Times calls on a GPU, by its events.
 
-    By itself it takes calls back to back, as a user has them: the longer of what the host and the
-    GPU need. With `flush` it takes what the GPU needs alone, without what the caches hold.
+    By default it times calls back to back, as a user runs them: the longer of the times of the host
+    and the GPU. With `flush` it measures the time of the GPU alone, with empty caches.
     """
 
     def __init__(self, device: torch.device, flush: bool = False) -> None:
         """
         Args:
-            device: where the calls run.
-            flush: empties the L2 cache before each call, and keeps the host out of the time.
+            device: of the calls.
+            flush: empties the L2 cache before each call, and excludes the time of the host.
         """
         self._flushed: Tensor | None = None
         self._cycles = _SLEEP_CYCLES
@@ -76,15 +76,15 @@ class Clock:
     def times(
         self, calls: Mapping[str, Callable[[], object]], max_s: float, max_rounds: int = 30
     ) -> dict[str, Times]:
-        """Times calls in turns, so that what else the machine does meets all of them.
+        """Times calls in turns, so that other load of the machine affects all of them.
 
         Args:
             calls: by name; each has run before.
-            max_s: seconds after which no round begins, once there were 5.
-            max_rounds: no more than these.
+            max_s: seconds after which no round begins, after the first 5.
+            max_rounds: maximum number of rounds.
 
         Raises:
-            NotQueued: with `flush`, where the host takes far longer than the GPU.
+            NotQueued: with `flush`, if the host takes far longer than the GPU.
         """
         repeats = {name: self._repeats(call) for name, call in calls.items()}
         taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -124,7 +124,7 @@ class Clock:
             self._cycles *= 2
 
     def _queued_ms(self, call: Callable[[], object], n_calls: int, flushed: Tensor) -> float | None:
-        """The median of calls that all were queued before the first began; None: they were not."""
+        """Returns the median of calls that were all queued before the first began, else None."""
         torch.cuda.synchronize()
         torch.cuda._sleep(self._cycles)
         events = [(_event(), _event()) for _ in range(n_calls)]
@@ -139,7 +139,7 @@ class Clock:
 
 
 def host_us(call: Callable[[], object], n_calls: int) -> float:
-    """Microseconds that this process takes to give a call to an idle GPU, the median of some."""
+    """Returns the median time, in us, that this process takes to launch a call on an idle GPU."""
     taken = []
     for _ in range(n_calls):
         torch.cuda.synchronize()
@@ -151,9 +151,9 @@ def host_us(call: Callable[[], object], n_calls: int) -> float:
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """Calls, each of which has run before, recorded one after the other as one CUDA graph.
+    """Records calls, each of which has run before, one after the other as one CUDA graph.
 
-    `torch.cuda.graph` would collect garbage and empty the allocator's cache first: 0.1 s each time.
+    `torch.cuda.graph` would first collect garbage and empty the allocator's cache, in 0.1 s.
     """
     side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -169,7 +169,7 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def graph_us(graph: torch.cuda.CUDAGraph, n_calls: int, max_s: float) -> float:
-    """Microseconds of one of the calls in a graph: the median of some replays."""
+    """Returns the time, in us, of one of the calls in a graph: the median of some replays."""
     taken: list[float] = []
     begin_s = time.perf_counter()
     while len(taken) < 5 or time.perf_counter() - begin_s < max_s:
@@ -190,12 +190,12 @@ def _event() -> torch.cuda.Event:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a GPU cannot exceed.
+    """Peak rates of a GPU.
 
     Attributes:
-        source: whose figures these are.
+        source: of the figures.
         dram_bytes_per_s: of its memory, None if unknown.
-        flops: multiplications and additions per second by precision; those unknown are missing.
+        flops: multiplications and additions per second by precision; unknown ones are missing.
     """
 
     source: str
@@ -209,7 +209,7 @@ class Peaks:
         return f"{', '.join(figures)} ({self.source})"
 
     def floor_ms(self, n_bytes: float, n_flops: float, precision: str) -> float | None:
-        """The longer of moving the bytes and of multiplying; None where a peak is not known."""
+        """Returns the longer of the times to move and to multiply; None: a peak is unknown."""
         if self.dram_bytes_per_s is None or precision not in self.flops:
             return None
         return 1e3 * max(n_bytes / self.dram_bytes_per_s, n_flops / self.flops[precision])
@@ -220,17 +220,17 @@ PRETENDED = Peaks("pretended", 1e10, dict.fromkeys(PRECISIONS, 1e11))
 
 @cache
 def peaks(device: torch.device) -> Peaks:
-    """Of this GPU: its memory by its driver, its arithmetic by the data sheet of its kind."""
+    """Returns the peaks of this GPU: memory from the driver, arithmetic from the data sheet."""
     if device.type != "cuda":
         return PRETENDED
     known = ARCHITECTURES.get(architecture(device) or "")
     dram, memory = None, "memory unknown"
-    if torch.version.hip is None:  # on AMD the driver's clock is not the data rate
+    if torch.version.hip is None:  # on AMD the driver's clock is not the memory's data rate
         try:
             from triton.testing import get_dram_gbps
 
             dram, memory = 1e9 * get_dram_gbps(device.index or 0), "memory by the driver"
-        except Exception:  # whatever another version of triton makes of it
+        except Exception:  # other versions of triton may raise any error
             dram = None
     if known is None:
         return Peaks(f"{memory}, arithmetic unknown", dram, {})
@@ -239,16 +239,16 @@ def peaks(device: torch.device) -> Peaks:
     flops = {
         "bf16": known.bf16_flops,
         "fp16": known.fp16_flops,
-        "tf32": known.bf16_flops / 2,  # on all data sheets that have it
+        "tf32": known.bf16_flops / 2,  # on all data sheets that mention TF32
         "fp32": known.fp32_flops,
     }
     return Peaks(f"{memory}, arithmetic of {known.gpu}", dram, flops)
 
 
 class OurBytes(TorchDispatchMode):
-    """Adds up what launches of our ops read and write at least, each distinct tensor once."""
+    """Sums the least traffic of launches of our ops, each distinct tensor once."""
 
-    # what a 1x1 convolution with a stride reads only some pixels of
+    # arguments of which a 1x1 convolution with a stride reads only some pixels
     _STRIDED: ClassVar = {"conv1x1_bn_act": "x", "conv1x1_dual": "shortcut"}
 
     def __init__(self) -> None:

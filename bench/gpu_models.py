@@ -1,7 +1,7 @@
-"""The stages of `gpu.py` that run whole models: upstream's, ours, and compiled ones, in turns.
+"""Stages of `gpu.py` that run whole models: upstream's, ours, and compiled ones, in turns.
 
 A cell is a model, a precision and a batch. All of its columns take the same weights and images,
-return all four stages, and are held to upstream's float64 maps before they are timed.
+return all four stages, and are compared with upstream's float64 maps before they are timed.
 """
 
 import copy
@@ -41,7 +41,7 @@ from fastbb_kernels.accuracy import FP32_REL, accuracy_problem, max_error, max_m
 from fastbb_kernels.fp32_precision import convolution_precision
 from fastbb_kernels.precompiling import n_cores
 
-N_CHECKED = 4  # images that are held to float64
+N_CHECKED = 4  # images that are compared with float64
 _SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
 ALL_MODELS = {
     **MODELS,
@@ -70,19 +70,19 @@ COMPILED = "upstream, compiled"
 REDUCE_OVERHEAD = "upstream, reduce-overhead"
 MAX_AUTOTUNE = "upstream, max-autotune"
 BASE = (UPSTREAM, FASTBB, GRAPH)
-# the columns that are compiled, by the mode of torch.compile
+# compiled columns by the mode of torch.compile
 COMPILE_MODES = {COMPILED: None, REDUCE_OVERHEAD: "reduce-overhead", MAX_AUTOTUNE: "max-autotune"}
 
 Run = Callable[[], Sequence[Tensor]]
 
 
 class Wrong(Exception):
-    """A column's maps are not accepted; the message says why."""
+    """The maps of a column are wrong; the message says why."""
 
 
 @dataclass(frozen=True)
 class GpuCell(Cell):
-    """A cell whose `dtype` is a precision; three models, and tiny ones for a dry run."""
+    """A cell of one of three models, tiny in a dry run; its `dtype` is a precision."""
 
     @property
     def model(self) -> Model:
@@ -105,7 +105,7 @@ def cell(name: str, dtype: str, batch: int, dry_run: bool) -> GpuCell:
 
 @dataclass(frozen=True)
 class Upstream:
-    """The library's own model, and what its maps are in transformers' words."""
+    """A library's own model, and a function that converts its maps to those of transformers."""
 
     library: str
     module: nn.Module
@@ -119,7 +119,7 @@ def weights(name: str, dry_run: bool) -> StateDict:
 
 @cache
 def upstream(name: str, dtype: str, device: torch.device, dry_run: bool) -> Upstream:
-    """transformers' model, else timm's, else our plain PyTorch; its note says which."""
+    """Returns transformers' model, else timm's, else our plain PyTorch; its note says which."""
     one, state = cell(name, dtype, 1, dry_run), weights(name, dry_run)
     problems = []
     for library, load in (("transformers", _load_transformers), ("timm", load_timm)):
@@ -137,7 +137,7 @@ def upstream(name: str, dtype: str, device: torch.device, dry_run: bool) -> Upst
 
 
 def _label(library: str, module: nn.Module, problems: Sequence[str]) -> str:
-    """A library, its version, its attention, and why it is not the one before it."""
+    """Formats a library, its version, its attention, and why earlier libraries were not taken."""
     config = getattr(getattr(module, "backbone", None), "config", None)
     attention = getattr(config, "_attn_implementation", None)
     facts = [metadata.version(library), *([attention] if attention else [])]
@@ -149,7 +149,7 @@ def _because(problems: Sequence[str]) -> str:
 
 
 def _load_transformers(one: Cell, state: StateDict) -> nn.Module:
-    """By the names that this version has in memory: ours, or those of its checkpoints."""
+    """Loads weights by the names of this version's modules: ours, or those of its checkpoints."""
     model = transformers_model(one)
     wanted = [name for name in model.state_dict() if not name.endswith("position_index")]
     renamed = fastbb_model(one)
@@ -173,7 +173,7 @@ def _in_transformers_words(
 
 
 class _PlainPyTorch(nn.Module):
-    """Ours without kernels, where no other library is installed."""
+    """Our model without kernels, used if no other library is installed."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class _PlainPyTorch(nn.Module):
 
 
 def _laid_out(module: nn.Module, one: GpuCell, device: torch.device) -> nn.Module:
-    """As its users run it fastest: convolutions in channels_last."""
+    """Converts a model to the layout that is fastest for users: channels_last for convolutions."""
     module = module.to(device)
     return module.to(memory_format=torch.channels_last) if _is_resnet(one) else module
 
@@ -207,7 +207,7 @@ def ours(name: str, dtype: str, device: torch.device, dry_run: bool) -> Any:
 
 @cache
 def _images(n: int, size: int) -> Tensor:
-    """[n, 3, size, size] fp32, exact in bf16; the same ones first whatever n."""
+    """Makes images [n, 3, size, size] in fp32, exact in bf16; a larger n appends images."""
     generator = torch.Generator().manual_seed(1)
     images = [torch.randn(3, size, size, generator=generator) for _ in range(n)]
     return torch.stack(images).bfloat16().float()
@@ -225,16 +225,16 @@ class Truth:
     exact: tuple[Tensor, ...]
 
     def check(self, maps: Sequence[Tensor]) -> None:
-        """Holds the first images of a result to the accuracy rule.
+        """Checks the first images of a result by the accuracy rule.
 
         Raises:
-            Wrong: with what is wrong.
+            Wrong: a map fails; the message says how.
         """
         if len(maps) != len(self.exact):
             raise Wrong(f"{len(maps)} maps, upstream {len(self.exact)}")
         for index, (got, eager, exact) in enumerate(zip(maps, self.eager, self.exact)):
             lost = 2 * max_error(eager, exact) / max_magnitude(exact)
-            # fp32 is held to itself, TF32 to what upstream loses by it
+            # fp32 has its own limit; the limit of TF32 follows from upstream's error
             relative = lost if convolution_precision() == "tf32" else FP32_REL
             problem = accuracy_problem(
                 got[: len(eager)].to(eager.dtype), eager, exact, max(relative, FP32_REL)
@@ -245,7 +245,7 @@ class Truth:
 
 @cache
 def truth(name: str, dtype: str, n_images: int, device: torch.device, dry_run: bool) -> Truth:
-    """Called in the precision of the cell."""
+    """Computes the truth; call it in the precision of the cell."""
     source = upstream(name, dtype, device, dry_run)
     pixels = pixels_of(cell(name, dtype, n_images, dry_run), device)
     exact = copy.deepcopy(source.module).double()
@@ -278,14 +278,14 @@ def _fastbb_column(one: GpuCell, pixels: Tensor) -> Run:
 
 
 def _warm_up(one: GpuCell, device: torch.device) -> None:
-    """Makes our fused and folded weights."""
-    # in a dry run, where nothing is timed, an op without its kernel is an error
+    """Makes our fused and folded weights by one run."""
+    # in a dry run, which times nothing, an op that does not run its kernel is an error
     with use_impl("triton") if one.tiny else nullcontext():
         ours(one.name, one.dtype, device, one.tiny)(pixels_of(one, device)[:1])
 
 
 def prepared(backbone: Any, mode: str, one: GpuCell, **options: Any) -> Any:
-    """The engine's backbone, ready for a cell: the only place that knows how it is asked for."""
+    """Prepares the engine for a cell; the only caller of `Backbone.prepare`."""
     if not hasattr(backbone, "prepare"):
         raise NotImplementedError("this version of fastbb has no Backbone.prepare()")
     return backbone.prepare(mode=mode, example=(one.batch, one.size, one.size), **options)
@@ -297,13 +297,13 @@ def _graph_column(one: GpuCell, pixels: Tensor) -> Run:
 
 
 def graphed(one: GpuCell, pixels: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
-    """Our model as CUDA graphs, recorded for these pixels; it records others when they come."""
+    """Returns our model as CUDA graphs, recorded for these pixels; other shapes at first use."""
     backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
     ready = prepared(backbone, "triton", one, cuda_graph=pixels.is_cuda)
     with torch.inference_mode():
         ready(pixels)
     runs = _decisions(ready)[0]
-    if one.tiny:  # what the engine takes only for tensors of a GPU
+    if one.tiny:  # the engine takes this way only for tensors of a GPU
         return GraphPool(lambda x: tuple(ready(x).feature_maps))
     if "graph" not in runs["runs"].lower():
         raise RuntimeError(f"runs {runs['runs']}, not a CUDA graph: {runs['why']}")
@@ -311,8 +311,8 @@ def graphed(one: GpuCell, pixels: Tensor) -> Callable[[Tensor], Sequence[Tensor]
 
 
 def _decisions(ready: Any) -> list[dict[str, str]]:
-    """The rows of a prepared backbone's explanation."""
-    with redirect_stdout(io.StringIO()):  # it prints them too
+    """Returns the rows of a prepared backbone's explanation."""
+    with redirect_stdout(io.StringIO()):  # it also prints them
         rows = ready.explain().rows
     return [
         {name: str(getattr(row, name)) for name in ("what", "runs", "why", "others")}
@@ -323,13 +323,13 @@ def _decisions(ready: Any) -> list[dict[str, str]]:
 def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None) -> Run:
     from torch._inductor import config
 
-    # a choice that was made while other processes used the GPU would do upstream wrong
+    # a choice that was made while other processes used the GPU would be unfair to upstream
     if hasattr(config, "autotune_local_cache"):
         config.autotune_local_cache = False
     module = upstream(one.name, one.dtype, pixels.device, one.tiny).module
     if one.tiny and mode is None:
         run = torch.compile(module, backend="eager")
-    elif one.tiny:  # as above but for its name
+    elif one.tiny:  # the same as above with another name
         assert mode in torch._inductor.list_mode_options()
         run = module
     else:
@@ -341,7 +341,7 @@ def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None) -> Run:
         return run(laid_out)
 
     with torch.inference_mode():
-        for _ in range(3):  # a graph of its own is recorded after a first run
+        for _ in range(3):  # torch records its graph after a first run
             call()
     return call
 
@@ -377,17 +377,17 @@ def _cells(
 
 
 def main_cells(work: Work, dry_run: bool) -> None:
-    """The cells that tell most, in bf16: upstream, ours, and ours as a CUDA graph."""
+    """Measures the main cells in bf16: upstream, ours, and ours as a CUDA graph."""
     run_cells(work, _cells(MAIN, ("bf16",), dry_run, n_dry=2))
 
 
 def other_batches(work: Work, dry_run: bool) -> None:
-    """The same in bf16 for batches that tell less."""
+    """Measures the same in bf16 for the other batches."""
     run_cells(work, _cells(OTHER_BATCHES, ("bf16",), dry_run))
 
 
 def other_precisions(work: Work, dry_run: bool) -> None:
-    """The main cells in fp16, TF32 and fp32."""
+    """Measures the main cells in fp16, TF32 and fp32."""
     run_cells(work, _cells(MAIN, ("fp16", "tf32", "fp32"), dry_run))
 
 
@@ -414,20 +414,20 @@ def _compile(one: GpuCell, column: str, n_threads: int) -> dict[str, Any]:
 
 
 def compiled(work: Work, dry_run: bool, name: str) -> None:
-    """torch.compile over upstream's model in two modes, beside the other columns."""
+    """Measures torch.compile of upstream's model in two modes, beside the other columns."""
     cells = [one for one in MAIN if one[0] == name]
     run_cells(work, _cells(cells, ("bf16",), dry_run), (*BASE, COMPILED, REDUCE_OVERHEAD))
 
 
 def max_autotune(work: Work, dry_run: bool, name: str) -> None:
-    """torch.compile with max-autotune, which takes minutes; last, so that it costs nothing else."""
+    """Measures torch.compile with max-autotune, which takes minutes and therefore runs last."""
     run_cells(work, _cells(((name, 64),), ("bf16",), dry_run), (*BASE, MAX_AUTOTUNE))
 
 
 def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BASE) -> None:
-    """Measures cells until the time is over, a row each.
+    """Measures cells until the time is over; writes a row for each.
 
-    A row names the ops that are off in this process: PyTorch's own run in their place.
+    A row names the ops that are off in this process; PyTorch's own ops run in their place.
     """
     items = {f"{one.title} ({', '.join(columns)})": one for one in cells}
     with on_device(cells[0].tiny) as device, warnings.catch_warnings(record=True) as said:
@@ -443,16 +443,16 @@ def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BAS
             where = {"model": one.name, "precision": one.dtype, "batch": one.batch}
             work.row(item, **where, **row)
             work.say(f"{one.title}: {time.perf_counter() - start:.1f} s")
-            torch.cuda.synchronize()  # raises where the device is lost: the rest gets a new process
+            torch.cuda.synchronize()  # raises if the device is lost: a new process runs the rest
             torch.cuda.empty_cache()
 
 
 def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """The row of a cell."""
+    """Measures a cell; returns its row."""
     pixels = pixels_of(one, device)
     reference = truth(one.name, one.dtype, min(N_CHECKED, one.batch), device, one.tiny)
     source = upstream(one.name, one.dtype, device, one.tiny)
-    _warm_up(one, device)  # so that no weights count as memory of a column
+    _warm_up(one, device)  # the weights must not count as memory of a column
     torch.compiler.reset()  # it stops compiling after 8 variants of one function
     cells: dict[str, dict[str, Any]] = {}
     runs: dict[str, Run] = {}
@@ -494,7 +494,7 @@ def _problem(error: Exception) -> str:
 
 
 def floor_of(one: GpuCell, device: torch.device) -> dict[str, Any]:
-    """What no forward pass through our ops can be faster than: their bytes, their arithmetic."""
+    """Lower bounds of the time of a forward pass through our ops, from traffic and arithmetic."""
     try:
         with torch.inference_mode(), OurBytes() as counted:
             ours(one.name, one.dtype, device, one.tiny)(pixels_of(one, device))

@@ -1,4 +1,4 @@
-"""How fast every op is beside eager PyTorch, at the shapes of real models."""
+"""Times every op beside eager PyTorch, at the shapes of real models."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from fastbb_kernels.cases import real_cases
 from fastbb_kernels.comparison import case_problem
 from fastbb_kernels.op import Op, find_op
 
-# the cases that are timed, the first ones first
+# timed cases, the first ones first
 TIMED = ("swin_t-224-b64-", "resnet50-224-b64-", "mobile-224-b64-", "swin_t-224-b8-")
 # in fp16, tf32 and fp32
 SHORT_LIST = (
@@ -35,7 +35,7 @@ _CASE_S = 0.15
 
 
 def ops(work: Work, dry_run: bool) -> None:
-    """Every distinct call of the shipped models: our kernel, eager PyTorch, and a block's parts."""
+    """Times every distinct call of the models: our kernel, eager PyTorch, and a block's parts."""
     if dry_run:
         jobs = {f"{case}, fp32": (case, "fp32") for case in dry_cases()[:2]}
     else:
@@ -51,11 +51,11 @@ def ops(work: Work, dry_run: bool) -> None:
                 work.say(f"{index} of {len(jobs)} timed")
             with precision(name):
                 work.do(item, partial(_time_case, case, name, device, clock))
-            torch.cuda.synchronize()  # raises where the device is lost: the rest gets a new process
+            torch.cuda.synchronize()  # raises if the device is lost: a new process runs the rest
 
 
 def _time_case(case: Case, name: str, device: torch.device, clock: Clock) -> dict[str, Any]:
-    """The row of a case; a wrong result is not timed."""
+    """Times a case if its result is correct; returns its row."""
     op, dtype = find_op(case.op), PRECISIONS[name]
     row: dict[str, Any] = {"op": case.op, "case": case.name, "precision": name}
     arguments = case.arguments(device, dtype, seed=0)

@@ -1,8 +1,8 @@
-"""A GPU that is not there, for the rehearsals of `gpu.py`: what it is asked for is counted.
+"""A pretended GPU for the dry runs of `gpu.py`; it counts its calls.
 
-Code that measures calls `torch.cuda`, the profiler and NVIDIA's programs as on a GPU. Here they
-answer without one: names and parameters are the real ones, so a call that a GPU would refuse for
-its spelling is refused here. Times are of the CPU and mean nothing.
+Measuring code calls `torch.cuda`, the profiler and NVIDIA's programs as on a GPU. The replacements
+here answer without a GPU. They have the real names and parameters, so that a misspelled call fails
+as on a GPU. Times are those of the CPU and mean nothing.
 """
 
 import inspect
@@ -30,7 +30,7 @@ N_GPUS = 2
 ARCHITECTURE = 90
 
 _REAL_PROFILE = torch.profiler.profile
-# name, start and end in us, whether it is a user's annotation
+# name, start and end in us, whether it is an annotation of the user
 _KERNELS = (
     ("pretended_gemm", 10, 40, False),
     ("pretended_norm", 30, 50, False),
@@ -53,7 +53,7 @@ class Stream:
 
 
 class Event:
-    """Recorded when it is asked for, on the clock of the CPU."""
+    """An event that is recorded at once, on the clock of the CPU."""
 
     def __init__(self, enable_timing: bool = False) -> None:
         self._at_s: float | None = None
@@ -64,7 +64,7 @@ class Event:
         self._at_s = time.perf_counter()
 
     def query(self) -> bool:
-        """Whether it is over: the first one that is asked, so that callers meet both answers."""
+        """Whether it is over: True for the first query only, so that callers get both answers."""
         CALLS["Event.query"] += 1
         return CALLS["Event.query"] == 1
 
@@ -78,7 +78,7 @@ class Event:
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps every tensor that is made, so that a replay can make it again."""
+    """Keeps every new tensor, so that a replay can restore it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class CUDAGraph:
-    """A replay leaves in memory what the capture left there."""
+    """A graph whose replay restores the memory that the capture left."""
 
     def __init__(self, keep_graph: bool = False) -> None:
         self._recorder = _Recorder()
@@ -126,7 +126,7 @@ def _graph(
 
 
 class _Profile:
-    """A profiler that saw a few kernels, whatever ran."""
+    """A profiler that always reports the same few kernels."""
 
     def __init__(self, **options: Any) -> None:
         CALLS["profile"] += 1
@@ -188,10 +188,10 @@ _CUDA = {
 
 @contextmanager
 def pretended_gpu() -> Iterator[None]:
-    """Inside the block `torch.cuda` and the profiler answer for a GPU; tensors are on the CPU."""
+    """Makes `torch.cuda` and the profiler answer like a GPU; tensors are on the CPU."""
     with ExitStack() as stack:
         for name, answer in _CUDA.items():
-            # raises where torch has no such name
+            # raises if torch has no such name
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch.profiler, "profile", _Profile))
         stack.enter_context(mock.patch.object(Tensor, "record_stream", _record_stream))
@@ -205,7 +205,7 @@ assert "--format=csv,noheader" in sys.argv
 print(", ".join("24576 MiB" if n == "memory.total" else "1 of " + n
                 for n in query.partition("=")[2].split(",")))
 """
-# both accept only options that the real ones have, run what they are given, and say what those say
+# both accept only options of the real programs, run their command, and print the same output
 _NCU = """
 import argparse, subprocess, sys
 from pathlib import Path
@@ -258,11 +258,11 @@ _PROGRAMS = {"nvidia-smi": _NVIDIA_SMI, "ncu": _NCU, "compute-sanitizer": _SANIT
 
 @contextmanager
 def pretended_programs() -> Iterator[None]:
-    """Inside the block NVIDIA's programs are found on PATH, for this process and its children."""
+    """Puts pretended programs of NVIDIA on PATH, for this process and its children."""
     with tempfile.TemporaryDirectory() as folder:
         for name, source in _PROGRAMS.items():
             program = Path(folder, name)
-            # -S: without what site-packages add, which takes longer than the program
+            # -S: no site-packages, whose import takes longer than the program
             program.write_text(f"#!{sys.executable} -S\n{source}")
             program.chmod(0o700)
         path = os.pathsep.join([folder, os.environ.get("PATH", "")])

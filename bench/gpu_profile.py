@@ -1,4 +1,4 @@
-"""Which kernels a forward pass runs, for how long, and whether the host keeps up."""
+"""Profiles a forward pass: its kernels, their times, and whether the host keeps up."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,20 +13,20 @@ _MOST_KERNELS = 40
 
 
 def profiled(call: Callable[[], object], n_calls: int) -> dict[str, Any]:
-    """Of one forward pass: microseconds of the host, of the busy GPU, and of each kernel.
+    """Measures microseconds of the host, of the busy GPU and of each kernel in a forward pass.
 
     Args:
         call: a forward pass, which has run before.
-        n_calls: of it, for each of the two.
+        n_calls: number of calls, for each of the two measurements.
 
     Returns:
         `host_us`, `busy_us` and `kernels`: name, calls, us and share of the busy time, the longest
-        first; where this machine cannot be profiled `profile_problem` in the place of the last two.
+        first; if profiling fails on this machine, `profile_problem` instead of the last two.
     """
     found: dict[str, Any] = {"host_us": host_us(call, n_calls)}
     try:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        # by its module: a rehearsal has another one there
+        # by its module: a dry run replaces it there
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(n_calls):
                 call()
@@ -34,7 +34,7 @@ def profiled(call: Callable[[], object], n_calls: int) -> dict[str, Any]:
         events = [event for event in profile.events() or [] if _is_kernel(event)]
         if not events:
             raise RuntimeError("the profiler saw no kernel")
-    except Exception as error:  # of CUPTI, which containers often lack
+    except Exception as error:  # from CUPTI, which containers often lack
         return {**found, "profile_problem": describe(error)}
     return found | {"busy_us": _busy_us(events) / n_calls, "kernels": _kernels(events, n_calls)}
 
@@ -44,7 +44,7 @@ def _is_kernel(event: Any) -> bool:
 
 
 def _busy_us(events: Iterable[Any]) -> float:
-    """Time in which at least one kernel ran."""
+    """Returns the time in which at least one kernel ran."""
     busy, until = 0.0, 0.0
     for start, end in sorted((e.time_range.start, e.time_range.end) for e in events):
         busy += max(0.0, end - max(start, until))

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """All tables of one run.
+    """Formats all tables of a run.
 
     Args:
         data: as in the JSON file: label, run, date, stages and sections.
@@ -45,7 +45,7 @@ def _environment(rows: Sequence[Row]) -> str:
 
 
 def _checks(rows: Sequence[Row]) -> str:
-    """One line per op: its cases by model and batch, its small ones by precision."""
+    """Formats a line per op: its cases by model and batch, its small cases by precision."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         found.setdefault((row.get("op", row["item"]), _where(row)), []).append(row)
@@ -63,7 +63,7 @@ def _where(row: Row) -> str:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    """How many of some cases are right; a process that ended took its case with it."""
+    """Formats how many cases are correct; a case whose process crashed counts as a problem."""
     n_cases = sum(row.get("n_cases", 1) for row in rows)
     n_wrong = sum(len(_problems(row)) for row in rows)
     return f"{n_wrong} of {n_cases} wrong" if n_wrong else f"{n_cases} ok" if n_cases else "-"
@@ -74,7 +74,7 @@ def _problems(row: Row) -> list[str]:
 
 
 def _said(rows: Sequence[Row]) -> str:
-    """What was found, in words."""
+    """Formats rows of text."""
     return _table(
         ["what", "found"],
         [[row["item"], "; ".join([*_problems(row), row.get("value", "")])] for row in rows],
@@ -130,18 +130,18 @@ def _us(times: Row) -> str:
 
 
 def _share(floor_ms: float | None, ms: float) -> str:
-    """The floor in percent of the time."""
+    """Formats the floor in percent of the time."""
     return "" if floor_ms is None else f"{100 * floor_ms / ms:.0f}"
 
 
 def _models(rows: Sequence[Row]) -> str:
-    """A line per cell and column; cells that were measured again count once, the fullest one."""
+    """Formats a line per cell and column; of repeated cells the last one."""
     fullest: dict[tuple[Any, ...], Row] = {}
     problems = []
     for row in rows:
         problems += [f"- {row['item']}: {text}" for text in row.get("off", [])]
         if "columns" not in row:
-            if set(row) <= {"item", "stage", "label", "seconds"}:  # compiled ahead
+            if set(row) <= {"item", "stage", "label", "seconds"}:  # a row of the compilation
                 continue
             problems.append(f"- {row['item']}: {row.get('problem', 'no result')}")
             continue
@@ -158,7 +158,7 @@ def _models(rows: Sequence[Row]) -> str:
 
 
 def _kernels(row: Row) -> list[str]:
-    """Tables of kernels: ours, and those of the compiled peer."""
+    """Formats tables of kernels: ours, and those of the compiled peer."""
     parts = []
     for name in ("fastbb", "upstream, compiled"):
         kernels = row["columns"].get(name, {}).get("kernels")
@@ -176,7 +176,7 @@ _MOST_KERNELS = 15
 
 
 def _cell_of(row: Row) -> str:
-    """The cell, its stage, and whether it is a rehearsal's, which a copied line would not show."""
+    """Formats the cell, its stage, and a mark for dry runs, which a copied line has to show."""
     model = f"tiny {row['model']} of a dry run" if row.get("label") == DRY_RUN else row["model"]
     stage = row.get("stage", "").partition(", ")[2]
     where = f" ({stage})" if stage else ""
@@ -215,7 +215,7 @@ def _model_lines(row: Row) -> list[list[str]]:
 
 
 def _sweep(rows: Sequence[Row]) -> str:
-    """A line per shape: what launches take today, the fastest, and libraries beside them."""
+    """Formats a line per shape: the present configuration, the fastest one, and libraries."""
     lines, notes = [], []
     for row in rows:
         if "us" not in row:

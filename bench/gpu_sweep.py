@@ -1,6 +1,6 @@
-"""Which launch configuration is the fastest, by shape: compiled ahead, checked, timed.
+"""Finds the fastest launch configuration by shape: compiles ahead, checks and times candidates.
 
-What wins by more than noise is written where launches read it.
+It writes a configuration that is faster by more than the noise to the file that launches read.
 """
 
 import inspect
@@ -42,7 +42,7 @@ from fastbb_kernels.ops.conv3x3_bn_act import Conv3x3Way, usual_way
 from fastbb_kernels.precompiling import n_cores
 from fastbb_kernels.supported_gpus import named
 
-# where the models spend their time, the most telling first
+# ops that take most of the models' time, the most important first
 SHAPES = (
     *(f"swin_t-224-b64-stage3-{call}" for call in ("fc1", "fc2", "qkv", "proj", "attention")),
     *(f"swin_t-224-b64-stage1-{call}" for call in ("mlp", "block", "attention", "fc1")),
@@ -60,7 +60,7 @@ SHAPES = (
 _DRY_SHAPES = ("below-14x21-b3-stem-norm", "below-14x21-b3-stage1-proj")
 _MOST_IN_DRY_RUN = 3
 _WAY_TABLE = "conv3x3_way"
-_COMPILED = "compiled"  # file beside that of the stage
+_COMPILED = "compiled"  # file in the folder of the stage's file
 _COMPILE_S = 90.0
 _SCREEN_S, _FINAL_S = 0.02, 0.03
 _N_FINALISTS, _N_ROUNDS = 4, 5
@@ -70,12 +70,12 @@ _MOST_SETS, _LEAST_CALLS = 8, 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A call whose configuration is looked for.
+    """A call whose fastest configuration is to be found.
 
     Attributes:
         case: the call.
         table: name of the choice.
-        sizes: what it depends on, by name.
+        sizes: arguments of the choice, by name.
         configs: the default of this architecture, then others.
     """
 
@@ -87,7 +87,7 @@ class Shape:
 
 @contextmanager
 def sweeping(dry_run: bool) -> Iterator[torch.device]:
-    """The device in bf16, where kernels launch without a check of their own."""
+    """Yields the device; sets bf16, and lets kernels launch without checks, inside the block."""
     with ExitStack() as stack:
         device = stack.enter_context(on_device(dry_run))
         stack.enter_context(precision("bf16"))
@@ -96,10 +96,10 @@ def sweeping(dry_run: bool) -> Iterator[torch.device]:
 
 
 def architecture_of_gpu(dry_run: bool) -> Architecture:
-    """Of the first GPU, without CUDA, which a process that forks must not touch.
+    """Returns the first GPU's architecture without CUDA, which a forking process must not use.
 
     Raises:
-        ValueError: nobody can say, or nothing is known of it.
+        ValueError: the architecture cannot be found out, or is not in the table.
     """
     if dry_run:
         return ARCHITECTURE
@@ -107,12 +107,12 @@ def architecture_of_gpu(dry_run: bool) -> Architecture:
 
 
 def shapes(where: Architecture | torch.device, dry_run: bool) -> list[Shape]:
-    """What is swept, with its candidates.
+    """Returns the shapes to sweep, with their candidates.
 
     Args:
-        where: an architecture, for which nothing compiles or runs; or a device, where the
+        where: an architecture, for which nothing compiles or runs; or a device, on which the
             default is launched.
-        dry_run: whether few small ones are enough.
+        dry_run: whether to return a few small shapes only.
     """
     cases = {case.name: case for case in (small_cases() if dry_run else real_cases())}
     found: dict[str, Shape] = {}
@@ -129,7 +129,7 @@ def shapes(where: Architecture | torch.device, dry_run: bool) -> list[Shape]:
 
 @torch.no_grad()
 def _launched(case: Case, where: Architecture | torch.device) -> Launched:
-    """What a call launches: nothing where its op has no kernel."""
+    """Returns the launches of a call; none if its op has no kernel."""
     with ExitStack() as stack:
         if isinstance(where, torch.device):
             device = where
@@ -146,7 +146,7 @@ def _launched(case: Case, where: Architecture | torch.device) -> Launched:
 
 
 def _parameters(table: str) -> list[str]:
-    """Names of what a table's choice depends on, but for the architecture."""
+    """Returns the names of the arguments of a table's choice, without the architecture."""
     if table == _WAY_TABLE:
         choose = usual_way
     else:
@@ -161,14 +161,14 @@ def compile_ahead(work: Work, dry_run: bool) -> None:
     """Compiles all candidates on all cores, without the GPU; Triton's cache keeps them."""
     try:
         arch = architecture_of_gpu(dry_run)
-    except Exception as reason:  # the sweep compiles what its time is enough for
+    except Exception as reason:  # the sweep itself then compiles, as far as its time allows
         work.row("compiled ahead", problem=f"nothing: {describe(reason)}")
         return
     tasks = {}
     ranked: dict[str, tuple[int, Any, list[Shape]]] = {}
     for shape in shapes(arch, dry_run):
         for rank, config in enumerate(shape.configs):
-            # of one configuration most shapes share a binary
+            # most shapes share the binary of a configuration
             least, _, of_it = ranked.setdefault(f"{shape.table} {config}", (rank, config, []))
             of_it.append(shape)
             ranked[f"{shape.table} {config}"] = min(least, rank), config, of_it
@@ -188,7 +188,7 @@ def _compile(work: Work, config: Any, of_it: Sequence[Shape], arch: Architecture
         try:
             with torch.no_grad(), fake_gpu(arch), forced({shape.table: config}):
                 find_op(shape.case.op).call(**arguments, impl="triton")
-        except Exception as error:  # too large, or refused by the compiler
+        except Exception as error:  # it is too large, or the compiler refuses it
             refused.append(f"{shape.case}: {describe(error)}")
             continue
         with work.file.with_name(_COMPILED).open("a") as file:
@@ -202,7 +202,7 @@ def _key(shape: Shape, config: Any) -> str:
 
 
 def _compiled(work: Work) -> set[str] | None:
-    """What was compiled; None: nothing was compiled ahead."""
+    """Reads the names of compiled configurations; None: nothing was compiled ahead."""
     file = work.file.with_name(_COMPILED)
     return {line["compiled"] for line in read_lines(file)} if file.exists() else None
 
@@ -219,21 +219,21 @@ def sweep(work: Work, dry_run: bool) -> None:
         path = _file_of_dry_run(work) if dry_run else None
         for item, shape in work.in_time({f"{s.case}, {s.table}": s for s in found}):
             work.say(item)
-            # what was not compiled ahead takes seconds, and the shapes after this one want theirs
+            # compiling a configuration here takes seconds, and later shapes need time as well
             share = 2 / max(2, len(found) - found.index(shape))
             row = _fastest(shape, compiled, device, share * work.left_s)
             work.row(item, op=shape.case.op, table=shape.table, **row)
             gain = row.get("default_us", 0.0) / row.get("us", math.inf)
             if gain > _GAIN or (dry_run and gain):
                 _keep(shape, row, device, path)
-            torch.cuda.synchronize()  # raises where the device is lost: the rest gets a new process
+            torch.cuda.synchronize()  # raises if the device is lost: a new process runs the rest
             torch.cuda.empty_cache()  # of the graphs
 
 
 def _fastest(
     shape: Shape, compiled: set[str] | None, device: torch.device, left_s: float
 ) -> dict[str, Any]:
-    """The row of a shape."""
+    """Times the configurations of a shape; returns its row."""
     op, end = find_op(shape.case.op), time.monotonic() + left_s
     sets = _argument_sets(op, shape.case, device)
     reference = Reference.of(op, sets[0])
@@ -260,14 +260,14 @@ def _fastest(
                 by_name[name] = config
         except Exception as error:
             problem = describe(error)
-            torch.cuda.synchronize()  # raises where this configuration lost the device
+            torch.cuda.synchronize()  # raises if this configuration lost the device
         if problem:
             refused[name] = problem
     n_tried = len(screened) + len(refused)
     if not screened:
         return {"problem": f"no configuration is right: {refused}"}
     finalists = sorted(screened, key=lambda name: screened[name])[:_N_FINALISTS]
-    # None is what launches take today
+    # None is the present configuration
     graphs = {None: recorded(None), **{name: recorded(by_name[name]) for name in finalists}}
     taken: dict[str | None, list[float]] = {name: [] for name in graphs}
     for _ in range(_N_ROUNDS):
@@ -288,7 +288,7 @@ def _fastest(
 
 
 def _argument_sets(op: Op, case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """Arguments of a call, several times where the cache would hold them from call to call."""
+    """Makes arguments of a call, several sets if the cache would keep one from call to call."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     n_bytes = op.n_bytes(**case.arguments("meta", torch.bfloat16))
     n_sets = max(1, min(_MOST_SETS, math.ceil(1.5 * cache / n_bytes)))
@@ -296,20 +296,20 @@ def _argument_sets(op: Op, case: Case, device: torch.device) -> list[dict[str, A
 
 
 def _recorded(calls: Sequence[Callable[[], object]]) -> tuple[torch.cuda.CUDAGraph, int]:
-    """A graph of all calls, several times where they are few, and how many it holds."""
+    """Records all calls in a graph, repeatedly if they are few; returns it and its call count."""
     many = [*calls] * math.ceil(_LEAST_CALLS / len(calls))
     many[0]()
     return graph_of(many), len(many)
 
 
 def _graph_time(calls: Sequence[Callable[[], object]], max_s: float) -> float:
-    """Microseconds of a call, from replays of a graph of all of them."""
+    """Returns microseconds per call, from replays of a graph of all calls."""
     return graph_us(*_recorded(calls), max_s)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a call has to compute."""
+    """Reference results of a call."""
 
     eager: Tensor
     exact: Tensor
@@ -319,10 +319,10 @@ class Reference:
         return cls(op.eager(**arguments), op.eager(**in_float64(arguments)))
 
     def problem(self, call: Callable[[], Tensor]) -> str | None:
-        """What is wrong with the results of two calls, or None."""
+        """Returns the problem of the results of two calls, or None."""
         results = []
         for _ in range(2):
-            # so that the next result lies in memory that holds NaN
+            # so that the memory of the next result holds NaN
             nans = torch.full_like(self.eager, torch.nan)
             del nans
             results.append(call())
@@ -334,10 +334,10 @@ class Reference:
 
 
 def _libraries(op: str, sets: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds of what libraries have for the same call, or for its product alone."""
+    """Returns microseconds of library functions for the same call, or for its product alone."""
     found = {}
     for name, make in {"eager": find_op(op).eager, **LIBRARIES.get(op, {})}.items():
-        with suppress(Exception):  # it has nothing for this shape
+        with suppress(Exception):  # the library does not support this shape
             found[name] = _graph_time([partial(make, **one) for one in sets], _FINAL_S)
     return found
 
@@ -347,7 +347,7 @@ def _file_of_dry_run(work: Work) -> Path:
 
 
 def _keep(shape: Shape, row: dict[str, Any], device: torch.device, path: Path | None) -> None:
-    """Writes the configuration that won where launches read it, and keeps all others there."""
+    """Adds the fastest configuration to those that launches read."""
     entry = {
         "sizes": plain_sizes(shape.sizes),
         "config": row["config"],
@@ -377,13 +377,13 @@ def _keep(shape: Shape, row: dict[str, Any], device: torch.device, path: Path | 
     write_configs(machine.device, {**tables, shape.table: entries}, facts, file)
 
 
-# whose 3x3 convolution
+# choice of the 3x3 convolution
 
 WAYS = ("fused", "plain", "triton")
 
 
 def conv3x3(work: Work, dry_run: bool) -> None:
-    """For each 3x3 convolution: cuDNN's fused one, its plain one with our epilogue, or ours."""
+    """Times 3x3 convolutions: cuDNN's fused one, its plain one with our epilogue, and ours."""
     names = ("bottleneck",) if dry_run else ("resnet50-224-b", "resnet18-224-b64")
     known = small_cases() if dry_run else real_cases()
     cases = [c for c in known if c.op == "conv3x3_bn_act" and c.name.startswith(names)]
@@ -401,7 +401,7 @@ def _contest(case: Case, device: torch.device, path: Path | None) -> dict[str, A
     reference = Reference.of(op, sets[0])
     found: dict[str, float] = {}
     refused = []
-    # a rehearsal chooses no way
+    # a dry run chooses nothing
     sizes: dict[str, Any] | None = None
     if path is not None:
         sizes = dict.fromkeys(_parameters(_WAY_TABLE), 0)

@@ -1,6 +1,6 @@
 """NVIDIA's own tools on our kernels, where they may run: Nsight Compute and compute-sanitizer.
 
-They start this file as a program, which makes the calls that they look at:
+They start this file as a program, which makes the calls that they examine:
 
     PYTHONPATH=.:kernels:bench ncu --set full python bench/gpu_tools.py --case NAME
     PYTHONPATH=.:kernels:bench compute-sanitizer python bench/gpu_tools.py --small OP
@@ -30,7 +30,7 @@ from fastbb_kernels.case import Case
 from fastbb_kernels.cases import real_cases, small_cases
 from fastbb_kernels.op import find_op, op_names
 
-# one of each kind of kernel, where the model spends its time
+# one of each kind of kernel that takes much of a model's time
 NCU_CASES = (
     "swin_t-224-b64-stage1-mlp",
     "swin_t-224-b64-stage1-block-shifted",
@@ -41,7 +41,7 @@ NCU_CASES = (
 )
 DRY_OP = "layer_norm_nchw"
 DRY_CASE = "below-14x21-b3-stem-norm"
-# of what `ncu` finds, what its table shows; all of it is in the files
+# counters of `ncu` that the table shows; the files contain all of them
 METRICS = (
     "Duration",
     "Compute (SM) Throughput",
@@ -54,10 +54,10 @@ METRICS = (
 )
 _PROBE_S = 30
 _TOOL_S = 60
-_N_SMALL = 2  # cases of an op
+_N_SMALL = 2  # cases per op
 _ERRORS = 86  # exit code
 _PROBE_METRIC = "gpu__time_duration.sum"
-_WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that an access out of bounds is seen
+_WITHOUT_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # reveals accesses out of bounds
 
 
 class NotPossible(Exception):
@@ -65,7 +65,7 @@ class NotPossible(Exception):
 
 
 def ncu(work: Work, dry_run: bool) -> None:
-    """Every counter of six kernels, if this user may read counters."""
+    """Reads all counters of six kernels, if this user may read counters."""
     cases = (DRY_CASE,) if dry_run else NCU_CASES
     if not _may_use(work, "ncu", ["--metrics", _PROBE_METRIC, "--csv"], _PROBE_METRIC, dry_run):
         return
@@ -77,7 +77,7 @@ def ncu(work: Work, dry_run: bool) -> None:
 
 
 def sanitize(work: Work, dry_run: bool, tool: str) -> None:
-    """compute-sanitizer on small cases of every op."""
+    """Runs compute-sanitizer on small cases of every op."""
     options = ["--tool", tool, "--error-exitcode", str(_ERRORS), "--print-limit", "20"]
     if not _may_use(work, "compute-sanitizer", options, "SUMMARY: ", dry_run):
         return
@@ -90,7 +90,7 @@ def sanitize(work: Work, dry_run: bool, tool: str) -> None:
 
 
 def _may_use(work: Work, program: str, options: Sequence[str], wanted: str, dry_run: bool) -> bool:
-    """Tries a tool on one small kernel of PyTorch; says why where it does not run."""
+    """Tries a tool on one small kernel of PyTorch; reports why if it does not run."""
     item = f"{program} {' '.join(options[:2])}: whether it runs here"
     try:
         printed = _run([program, *options, *_this("--probe", dry_run)], _PROBE_S)
@@ -105,7 +105,7 @@ def _may_use(work: Work, program: str, options: Sequence[str], wanted: str, dry_
 
 def _counters(case: str, folder: Path, dry_run: bool) -> dict[str, Any]:
     report = folder / f"{case}.ncu-rep"
-    # the first launch is the one of the warm-up
+    # the first launch is the warm-up
     which = ["--kernel-name", "regex:.*_fwd_kernel", "--launch-skip", "1", "--launch-count", "1"]
     to_file = ["--set", "full", *which, "--export", str(report), "--force-overwrite"]
     _run(["ncu", *to_file, *_this("--case", dry_run), case], _TOOL_S)
@@ -123,7 +123,7 @@ def _counters(case: str, folder: Path, dry_run: bool) -> dict[str, Any]:
 
 
 def _csv_rows(printed: str) -> Iterator[dict[str, str]]:
-    """The table among what `ncu --csv` prints."""
+    """Finds the table in the output of `ncu --csv`."""
     lines = [line for line in printed.splitlines() if line.startswith('"')]
     return (row for row in csv.DictReader(lines) if row.get("Metric Name"))
 
@@ -139,10 +139,10 @@ def _sanitized(command: Sequence[str]) -> dict[str, Any]:
 def _run(
     command: Sequence[str], timeout_s: int, accepted: Sequence[int] = (0,), **environment: str
 ) -> str:
-    """What a tool prints.
+    """Runs a tool; returns its output.
 
     Raises:
-        NotPossible: it is not there, takes too long, or fails; with what it says.
+        NotPossible: it is missing, takes too long, or fails; the message quotes its output.
     """
     if shutil.which(command[0]) is None:
         raise NotPossible(f"no {command[0]} on PATH")
@@ -164,7 +164,7 @@ def _run(
 
 
 def _end_of(printed: str) -> str:
-    """What a tool said of itself, else its last words."""
+    """Returns a tool's own messages, else the end of its output."""
     lines = [line for line in printed.splitlines() if line.strip()]
     own = [line for line in lines if "ERR" in line.upper() and line.startswith("==")]
     return " ".join((own or lines)[-3:])[-300:]
@@ -182,7 +182,7 @@ def _make_calls(cases: Sequence[Case], n_calls: int, dry_run: bool) -> None:
     with ExitStack() as stack:
         device = stack.enter_context(on_device(dry_run))
         dtype = stack.enter_context(precision("fp32" if dry_run else "bf16"))
-        stack.enter_context(unchecked())  # whose kernels the tool would see too
+        stack.enter_context(unchecked())  # the tool would also see the kernels of checks
         for case in cases:
             arguments = case.arguments(device, dtype, seed=0)
             for _ in range(n_calls):
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     which.add_argument("--small", choices=op_names(), help="small cases of an op")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args(argv)
-    signal.alarm(_TOOL_S)  # where a tool was ended, and left this process
+    signal.alarm(_TOOL_S)  # if the tool was killed, but not this process
     if options.probe:
         _probe(options.dry_run)
     elif options.case:

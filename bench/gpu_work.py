@@ -1,4 +1,4 @@
-"""What the processes of `gpu.py` share: their rows, their time, and how they end."""
+"""Rows, deadlines and processes of the stages of `gpu.py`."""
 
 import ctypes
 import json
@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TypeVar
 
-# a fork starts at once with torch imported; CUDA is only ever touched in the last of them
+# a fork starts at once with torch imported; only processes that do not fork touch CUDA
 FORK = multiprocessing.get_context("fork")
 
 _PR_SET_PDEATHSIG = 1
@@ -23,15 +23,15 @@ Tasks = Mapping[str, Callable[[], dict[str, Any]]]
 
 
 class Work:
-    """What a stage is given: where its rows go, and until when."""
+    """Argument of a stage: its file for rows, and its deadline."""
 
     def __init__(self, name: str, file: Path, begin: float, deadline: float, out: Path) -> None:
         """
         Args:
             name: of the stage.
-            file: that rows are appended to, one JSON value per line, by all processes of a stage.
-            begin: of the whole run, on the monotonic clock.
-            deadline: when no new item is begun any more, on the same clock.
+            file: to which all processes of a stage append rows, one JSON value per line.
+            begin: start of the whole run, on the monotonic clock.
+            deadline: time after which no new item begins, on the same clock.
             out: folder of the results, for other files.
         """
         self.name, self.file, self.begin, self.deadline = name, file, begin, deadline
@@ -43,7 +43,7 @@ class Work:
         return self.deadline - time.monotonic()
 
     def plan(self, items: Sequence[str]) -> None:
-        """Says what is going to be done; items without a row are reported as not reached."""
+        """Announces the items of a stage; those without a row are reported as not reached."""
         self.append({"plan": list(items)})
 
     def row(self, item: str, **values: Any) -> None:
@@ -55,7 +55,7 @@ class Work:
         print(f"[{time.monotonic() - self.begin:6.1f} s] {self.name}: {text}", flush=True)
 
     def in_time(self, items: dict[str, Item]) -> Iterator[tuple[str, Item]]:
-        """The items, by name, until the time is over; not those an earlier process began."""
+        """Yields items by name until the deadline, without those that an earlier process began."""
         self.plan(list(items))
         for name, item in items.items():
             if name in self._done:
@@ -71,15 +71,15 @@ class Work:
         n_at_once: int,
         task_s: float = math.inf,
     ) -> None:
-        """Runs tasks in several processes; what a task returns, or its problem, is its row.
+        """Runs tasks in several processes; the row of a task is its result, or its problem.
 
-        A process takes one task after the other, until one of them finds a problem: what follows
-        gets another process, which nothing happened to.
+        A process runs one task after the other, until one of them finds a problem; then a new
+        process runs the following tasks.
 
         Args:
-            tasks: by name; those that an earlier process of this stage began are left out.
-            n_at_once: processes.
-            task_s: seconds after which a task is ended.
+            tasks: by name; tasks that an earlier process of this stage began are left out.
+            n_at_once: number of processes.
+            task_s: seconds after which a task is killed.
         """
         self.plan(list(tasks))
         waiting = [name for name in tasks if name not in self._done]
@@ -131,9 +131,9 @@ class _Worker:
     """A process that runs tasks by their names.
 
     Attributes:
-        task: that it runs, or None.
-        is_fine: whether it may run another one.
-        replies: says after each task whether it found no problem.
+        task: the running task, or None.
+        is_fine: whether it may run another task.
+        replies: receives after each task whether it found no problem.
     """
 
     def __init__(self, work: Work, tasks: Tasks) -> None:
@@ -149,11 +149,11 @@ class _Worker:
         self.task, self._began = name, time.monotonic()
         try:
             self.replies.send(name)
-        except OSError:  # it has ended, which `ended` finds
+        except OSError:  # the process has ended; `ended` finds that out
             self.is_fine = False
 
     def ended(self, is_ready: bool, task_s: float) -> str | None:
-        """How its task ended: "" by itself, or what became of the process; None: it goes on."""
+        """Returns the end of its task: "" if normal, else that of the process; None: it runs."""
         if self.task is None:
             return None
         if is_ready:
@@ -178,37 +178,37 @@ class _Worker:
     def _run(work: Work, tasks: Tasks, orders: Any) -> None:
         end_with_parent()
         while True:
-            name = orders.recv()  # it is killed when there is no more
+            name = orders.recv()  # killed when there are no more tasks
             orders.send(work.do(name, tasks[name]))
 
 
 def leave(exit_code: int) -> None:
-    """Ends this process without the clean-up of libraries, which can hang where CUDA failed."""
+    """Ends this process without the clean-up of libraries, which can hang after a CUDA error."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
 
 
 def end_with_parent() -> None:
-    """Has the kernel end this process when the one that started it is gone."""
+    """Asks the kernel to end this process when its parent ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def ending(exit_code: int | None) -> str:
-    """How a process ended, to follow its name."""
+    """Describes the end of a process, as text after its name."""
     if exit_code is not None and exit_code < 0:
         return f"ended by {signal.Signals(-exit_code).name}"
     return f"ended with exit code {exit_code}"
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
+    """Formats an error on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The values of a stage's file, but for a line that was cut off."""
+    """Reads the values of a stage's file, without an incomplete last line."""
     values = []
     for line in file.read_text(errors="replace").splitlines():
         try:

@@ -38,14 +38,14 @@ STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 @dataclass(frozen=True)
 class Host:
-    """A model that people have.
+    """A model that users have.
 
     Attributes:
-        title: for people.
-        build: with random weights.
+        title: in tables.
+        build: makes the model with random weights.
         size: (height, width) of the image, pixels.
         backbone: name of the module of the backbone in the model, for the ledger.
-        inputs: what the model takes, of pixels; default: the pixels alone.
+        inputs: makes the model's inputs from pixels; default: the pixels alone.
     """
 
     title: str
@@ -65,7 +65,7 @@ def transformers_model(name: str, config: str, **fields: Any) -> Callable[[], nn
 
 
 def with_backbone(name: str, config: str, inner: str, **fields: Any) -> Callable[[], nn.Module]:
-    """A head of transformers around a backbone of the usual size."""
+    """Returns a builder of a head of transformers around a backbone of the usual size."""
 
     def build() -> nn.Module:
         import transformers
@@ -211,7 +211,7 @@ class Inside:
 
     def _leave(self, *_: Any) -> None:
         start = self._starts.pop()
-        if not self._starts:  # not of one module inside another
+        if not self._starts:  # a module inside another one counts once
             self.seconds += time.perf_counter() - start
 
 
@@ -224,7 +224,7 @@ def outermost(names: Sequence[str]) -> list[str]:
 
 
 def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str, Any]:
-    """Medians of both copies, of the whole and of what was replaced, in milliseconds."""
+    """Returns medians of both copies, of the model and of the replaced modules, in milliseconds."""
     torch.manual_seed(0)
     theirs = host.build().eval().to(dtype)
     ours = copy.deepcopy(theirs)
@@ -236,7 +236,7 @@ def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str,
     call = (lambda m: m(**inputs)) if isinstance(inputs, dict) else (lambda m: m(inputs))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     with torch.inference_mode():
-        for _ in range(2):  # the first call compares and times, the second is as all that follow
+        for _ in range(2):  # the first call compares and times, the second runs like all later ones
             for model in models.values():
                 call(model)
         for index in range(rounds):
@@ -253,7 +253,7 @@ def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str,
         result[name] = {"ms": whole, "inside_ms": part}
     result["ratio"] = result["upstream"]["ms"] / result["fastbb"]["ms"]
     result["inside_ratio"] = result["upstream"]["inside_ms"] / result["fastbb"]["inside_ms"]
-    # not what was slower, but what could not run or was wrong
+    # only modules that could not run or were wrong, not slower ones
     result["left_alone"] = [
         row for row in report.rows() if row[2] == "upstream" and not row[3].startswith("faster")
     ]
@@ -262,7 +262,7 @@ def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str,
 
 
 def ledger(host: Host) -> dict[str, Any]:
-    """Bytes and launches of the backbone on a GPU, counted on the meta device."""
+    """Counts bytes and launches of the backbone on a GPU, on the meta device."""
     case = Case(host.title, "", None, "", host.size, 1)
     with torch.device("meta"):
         backbone = host.build().get_submodule(host.backbone)
@@ -336,7 +336,7 @@ def main() -> int:
                 print(f"{host.title}, {dtype}: {row[dtype]['ratio']:.2f}", file=sys.stderr)
                 for left in row[dtype]["left_alone"]:
                     print(f"  {': '.join(left)}", file=sys.stderr)
-            except Exception as error:  # one host that fails costs its own row only
+            except Exception as error:  # a host that fails only loses its own row
                 row[dtype] = {"reason": f"{type(error).__name__}: {error}".splitlines()[0][:80]}
                 print(f"{host.title}, {dtype}: {row[dtype]['reason']}", file=sys.stderr)
         try:

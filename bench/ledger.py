@@ -1,4 +1,4 @@
-"""Where the bytes of a forward pass go: transformers, timm and fastbb by one rule, no GPU.
+"""Counts the bytes of a forward pass: transformers, timm and fastbb by one rule, no GPU.
 
     python bench/ledger.py                      # every model: traffic, launches, by category
     python bench/ledger.py --markdown           # only the tables that the README shows
@@ -36,7 +36,7 @@ from fastbb_kernels.testing import record_launches
 
 BLOCK_OPS = ("swin_attention_block", "swin_mlp_block", "bottleneck_tail")
 
-# a fused kernel counts where most of its work is; keys are ops, as in `_<op>_fwd_kernel`
+# a fused kernel has the category of most of its work; keys are ops, as in `_<op>_fwd_kernel`
 KERNEL_CATEGORIES = {
     "bottleneck_tail": GEMM,
     "conv1x1_bn_act": GEMM,
@@ -60,7 +60,7 @@ class Case:
     """A model and its input.
 
     Attributes:
-        title: model, size and batch, for people.
+        title: model, size and batch, in tables.
         family: "swin" or "resnet".
         config: fields of transformers' configuration and ours; None: only timm has the model.
         timm_name: the same model in timm.
@@ -120,7 +120,7 @@ def transformers_launches(case: Case) -> list[Launch]:
 def timm_launches(case: Case) -> list[Launch]:
     import timm
 
-    options: dict[str, Any] = {"out_indices": (1, 2, 3, 4)}  # behind the stem
+    options: dict[str, Any] = {"out_indices": (1, 2, 3, 4)}  # stages after the stem
     if case.family == "swin":
         options = {"out_indices": (0, 1, 2, 3), "img_size": case.size}
     with torch.device("meta"):
@@ -151,12 +151,12 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[Case], list[Launch]]]] = {
         "fastbb, tail kernels": block_launches,
     },
 }
-# what the others are compared with
+# the reference of the others
 UPSTREAM = {"swin": "transformers, SDPA", "resnet": TIMM}
 
 
 def count(case: Case) -> Ledger:
-    """Launches of a model by every implementation that has it."""
+    """Counts the launches of a model by every implementation that has it."""
     return {
         name: launches(case)
         for name, launches in IMPLEMENTATIONS[case.family].items()
@@ -184,13 +184,13 @@ def forward_launches(
     case: Case,
     count: Callable[[list[Tensor]], AbstractContextManager[list[Launch]]] = count_launches,
 ) -> list[Launch]:
-    """Launches of one forward pass of a model on the meta device, its second."""
+    """Counts the launches of the second forward pass of a model on the meta device."""
     model = model.to(torch.bfloat16).eval()
     weights = [*model.parameters(), *model.buffers()]
     pixels = torch.empty(case.batch, 3, *case.size, dtype=torch.bfloat16, device="meta")
 
     with torch.no_grad(), record_launches():
-        model(pixels)  # makes what is computed once per set of weights
+        model(pixels)  # computes values that are made once per set of weights
     with torch.no_grad(), count(weights) as launches:
         model(pixels)
     return launches
@@ -198,7 +198,7 @@ def forward_launches(
 
 @contextmanager
 def count_kernels(weights: Iterable[Tensor]) -> Iterator[list[Launch]]:
-    """`count_launches` that counts launches of our kernels as well."""
+    """Counts like `count_launches`, and the launches of our kernels as well."""
     with record_launches() as record, count_launches(weights) as launches:
         yield launches
     launches += [
@@ -215,7 +215,7 @@ def kernel_category(kernel: str) -> str:
 
 
 def summary(ledgers: dict[str, Ledger]) -> str:
-    """The tables of the README: traffic, its ratio to upstream's, and launches, by family.
+    """Formats the tables of the README: traffic, ratio to upstream's, and launches, by family.
 
     Args:
         ledgers: by name of the case.
@@ -252,7 +252,7 @@ def _traffic(case: Case, traffic: int) -> str:
 
 
 def breakdown(case: Case, ledger: Ledger) -> str:
-    """Where the traffic of one model goes, with launches in brackets."""
+    """Formats the traffic of a model by category, with launches in brackets."""
 
     def row(name: str, wanted: Collection[str]) -> list[str]:
         chosen = [[x for x in launches if x.category in wanted] for launches in ledger.values()]
@@ -265,7 +265,7 @@ def breakdown(case: Case, ledger: Ledger) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown that is also readable as text: names to the left, numbers to the right."""
+    """Formats markdown that is also readable as text: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"

@@ -2,13 +2,13 @@
 
 The rule, the same for every library and for our kernels: a launch reads every distinct element of
 its tensor arguments once and writes every element of its outputs once; weights count; views and
-allocations are free. A library call (a GEMM, a convolution) is one launch. What caches save and
-what tiles read twice is left out on both sides.
+allocations are free. A library call (a GEMM, a convolution) is one launch. Savings by caches and
+repeated reads of tiles do not count on either side.
 
-Ops are seen by the dispatcher, best on the meta device, where a forward pass costs nothing. Ops
-that ATen composes of others (`pad`, `masked_fill`, `clone`) are taken apart by ATen's own code;
-where the CUDA implementation launches more than one kernel (`roll`, `convolution`, a norm of a
-strided tensor), its source says what, and the counter does the same.
+The dispatcher reports ops, best on the meta device, where a forward pass costs nothing. ATen's own
+code decomposes ops that consist of others (`pad`, `masked_fill`, `clone`). If the CUDA
+implementation of an op launches several kernels (`roll`, `convolution`, a norm of a strided
+tensor), the counter does the same as its source.
 """
 
 from collections import Counter
@@ -40,7 +40,7 @@ POOL = "pool"
 OTHER = "other"
 CATEGORIES = (*(GEMM, ATTENTION, NORM, ACTIVATION, RESIDUAL, POOL, COPY, ROLL, PAD, MASK, OTHER),)
 
-# the ops that are one kernel on a CUDA device; any other one is refused, not guessed
+# ops that are one kernel on a CUDA device; the counter refuses any other op, and does not guess
 KERNELS = {
     "addmm": GEMM,
     "mm": GEMM,
@@ -59,7 +59,7 @@ KERNELS = {
     "add": RESIDUAL,
     "add_": RESIDUAL,
     "avg_pool2d": POOL,
-    "max_pool2d_with_indices": POOL,  # also in inference it writes the indices
+    "max_pool2d_with_indices": POOL,  # it writes the indices also in inference
     "mean": POOL,
     "cat": COPY,
     "copy_": COPY,
@@ -76,7 +76,7 @@ KERNELS = {
 ADDITIONS = ("add", "add_")
 # they write their first argument without reading it
 OVERWRITING = ("copy_", "fill_", "zero_")
-FREE = ("empty", "empty_strided", "as_strided_")  # beside views
+FREE = ("empty", "empty_strided", "as_strided_")  # in addition to views
 
 
 class Launch(NamedTuple):
@@ -92,7 +92,7 @@ def n_bytes(launches: Iterable[Launch]) -> int:
 
 
 def bytes_by_category(launches: Iterable[Launch]) -> dict[str, int]:
-    """Bytes of every category that has any, in the order of `CATEGORIES`."""
+    """Sums bytes by category, without empty ones, in the order of `CATEGORIES`."""
     totals = Counter[str]()
     for launch in launches:
         totals[launch.category] += launch.n_bytes
@@ -103,17 +103,17 @@ def bytes_by_category(launches: Iterable[Launch]) -> dict[str, int]:
 def count_launches(weights: Iterable[Tensor] = ()) -> Iterator[list[Launch]]:
     """Counts the launches of the ops called inside the block.
 
-    Whatever is computed from weights and constants alone (a gathered position bias, a shift mask
-    and its copies) has the category "mask, bias", and so has adding it to something.
+    Values that are computed from weights and constants alone (a gathered position bias, a shift
+    mask and its copies) have the category "mask, bias", and so have additions of them.
 
     Args:
-        weights: parameters and buffers, on whatever device the block computes.
+        weights: parameters and buffers, on the device of the block's computations.
 
     Yields:
         a list that grows by one entry per launch.
 
     Raises:
-        NotImplementedError: an op of which this module does not know what it launches.
+        NotImplementedError: an op whose launches this module does not know.
     """
     counter = _Counter(weights)
     with _FusedAttention(counter), counter:
@@ -121,7 +121,7 @@ def count_launches(weights: Iterable[Tensor] = ()) -> Iterator[list[Launch]]:
 
 
 def n_distinct_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct elements: what is expanded, or passed twice, counts once."""
+    """Counts bytes of distinct elements; expanded ones, and tensors passed twice, count once."""
     return sum(argument.n_bytes for argument in {TensorArgument.of(t) for t in tensors})
 
 
@@ -134,9 +134,9 @@ class _Counter(TorchDispatchMode):
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
         self.launches: list[Launch] = []
-        # what holds no image data; the tensors are kept so that no identity is used again
+        # storages without image data; their tensors are kept so that no identity is used again
         self._constants: dict[int, Tensor] = {_storage(weight): weight for weight in weights}
-        # category of the composed op that is being taken apart
+        # category of the op that is being decomposed
         self._composed: str | None = None
 
     def __torch_dispatch__(
@@ -172,7 +172,7 @@ class _Counter(TorchDispatchMode):
         return result
 
     def count(self, name: str, category: str, read: list[Tensor], written: list[Tensor]) -> None:
-        """Adds a launch; one that reads nothing but constants makes a mask or a bias."""
+        """Adds a launch; a launch that reads only constants makes a mask or a bias."""
         n_constants = sum(self._is_constant(tensor) for tensor in read)
         if self._composed is not None:
             category = self._composed
@@ -187,7 +187,7 @@ class _Counter(TorchDispatchMode):
                 self._constants.pop(_storage(tensor), None)
 
     def contiguous(self, tensor: Tensor) -> Tensor:
-        """The copy that many CUDA implementations make of a strided input."""
+        """Makes the copy of a strided input that many CUDA implementations make."""
         with self:
             return tensor.contiguous()
 
@@ -195,7 +195,7 @@ class _Counter(TorchDispatchMode):
         return _storage(tensor) in self._constants
 
     def _take_apart(self, name: str, op: OpOverload, *args: Any, **kwargs: Any) -> Any:
-        """Runs an op as ATen composes it on every device, and counts what it is composed of."""
+        """Runs an op by ATen's own decomposition, and counts its parts."""
         before = self._composed
         if name == "constant_pad_nd" and not self._is_constant(args[0]):
             self._composed = PAD
@@ -211,7 +211,7 @@ def _has_kernel(op: OpOverload, key: str) -> bool:
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    """Tensors on the device; Python numbers arrive as CPU scalars and travel with the launch."""
+    """Returns the tensors on the device; Python numbers arrive as CPU scalars, passed by value."""
     leaves = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.dim() > 0 or leaf.device.type != "cpu"]
 
@@ -271,12 +271,12 @@ SEVERAL_KERNELS: dict[str, Callable[..., Any]] = {
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Keeps scaled_dot_product_attention one op, which off CUDA is composed of products.
+    """Keeps scaled_dot_product_attention one op, which devices other than CUDA decompose.
 
-    As the memory-efficient backend runs it, the one that takes a dense mask on every architecture
+    It counts like the memory-efficient backend, which takes a dense mask on every architecture
     (PyTorch may prefer a recent cuDNN on Hopper and Blackwell): attention.cpp copies a mask whose
-    rows do not start at multiples of 8 elements into one whose rows do, and the output lies in
-    memory as [B, N, heads, head_dim].
+    rows do not start at multiples of 8 elements into one whose rows do, and the memory of the
+    output is laid out as [B, N, heads, head_dim].
     """
 
     def __init__(self, counter: _Counter) -> None:

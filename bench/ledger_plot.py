@@ -1,4 +1,4 @@
-"""The picture of a ledger: one bar per implementation, cut by where its bytes go."""
+"""Plot of a ledger: one bar per implementation, divided by category of its bytes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Okabe and Ito's palette, which colour-blind readers tell apart, and greys; text on it
+# Okabe and Ito's palette, which colour-blind readers can distinguish, and greys; colour of text
 COLOURS = {
     GEMM: ("#0072B2", "white"),
     ATTENTION: ("#56B4E9", "black"),
@@ -43,7 +43,7 @@ SUBTITLE = (
     "a fused kernel counts where its main work is"
 )
 BAR_HEIGHT = 0.64
-# of the longest bar: shorter pieces have no room for their number, or their name above them
+# share of the longest bar: shorter pieces have no room for their number, or the name above
 SMALLEST_NUMBER = 0.03
 SMALLEST_NAME = 0.02
 
@@ -55,7 +55,7 @@ def plot(ledgers: Mapping[str, Mapping[str, Sequence[Launch]]], path: Path) -> N
         ledgers: launches by model and implementation.
         path: the image file to write.
     """
-    # inches: a bar takes 0.47, the names over a panel as much as a bar, the heading 0.6
+    # inches: a bar takes 0.47, the names above a panel the same, the heading 0.6
     n_rows = [len(ledger) + 1.3 for ledger in ledgers.values()]
     height = 0.47 * sum(n_rows) + 0.6
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.6 / height))

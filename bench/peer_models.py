@@ -1,8 +1,8 @@
-"""The peers: every way to run a backbone on a CPU that we are compared with, and our own.
+"""Peers: other ways to run a backbone on a CPU, with which ours are compared, and ours.
 
-All take the same random weights, named as transformers names them, and return the maps of the
-selected stages. A `Peer` has two steps, because a user waits for them at different times: `load`
-makes the model, `start` makes it ready to run (exports, converts, wraps for the compiler).
+All take the same random weights, with transformers' names, and return the maps of the selected
+stages. A `Peer` has two steps, because a user waits for them at different times: `load` makes the
+model, `start` makes it ready to run (exports, converts, wraps for the compiler).
 """
 
 import importlib
@@ -23,19 +23,19 @@ from fastbb import AutoBackbone, ResNetConfig, SwinConfig
 StateDict = dict[str, Tensor]
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MANY_IMAGES = 1_000_000  # a long run, for which any compilation pays
+MANY_IMAGES = 1_000_000  # a long run, in which any compilation is worth its time
 
 
 @dataclass(frozen=True)
 class Model:
-    """One architecture in the words of each library.
+    """An architecture, as each library names it.
 
     Attributes:
-        title: for people.
+        title: in tables.
         family: "swin" or "resnet".
         config: fields of transformers' configuration and ours.
         timm_name: the architecture in timm.
-        timm_options: what timm's constructor needs for the same shape.
+        timm_options: options of timm's constructor for the same shape.
     """
 
     title: str
@@ -68,15 +68,15 @@ TINY_MODELS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What all peers run in one comparison.
+    """Configuration that all peers run in a comparison.
 
     Attributes:
         name: of the model, a key of `MODELS`.
         dtype: "float32" or "bfloat16".
         batch: images per call.
         size: height and width of the images, pixels.
-        tiny: whether the model is its miniature.
-        stages: whose maps are returned.
+        tiny: whether to run a miniature of the model.
+        stages: those with returned maps.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Cell:
         return f"{self.model.title}, {self.size} px, {self.dtype}, batch {self.batch}"
 
     def pixels(self, size: int | None = None) -> Tensor:
-        """[batch, 3, size, size] in the cell's dtype; the values are the same in every dtype."""
+        """Makes pixels [batch, 3, size, size] in the cell's dtype, equal in every dtype."""
         size = size or self.size
         generator = torch.Generator().manual_seed(1)
         pixels = torch.randn(self.batch, 3, size, size, generator=generator)
@@ -107,7 +107,7 @@ class Cell:
 
 
 def random_weights(cell: Cell) -> StateDict:
-    """Seeded fp32 weights with unit gain, in which no bias is zero and no norm is the identity."""
+    """Makes seeded fp32 weights with unit gain; no bias is zero and no norm is the identity."""
     generator = torch.Generator().manual_seed(0)
     state = fastbb_model(cell).state_dict()
     for name, tensor in state.items():
@@ -130,11 +130,11 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Started:
-    """A peer that is ready.
+    """A peer that is ready to run.
 
     Attributes:
-        run: from pixels, as `Peer.pixels` gives them, to the maps, as tensors or arrays.
-        note: what a reader of its number has to know.
+        run: computes the maps (tensors or arrays) from the result of `Peer.pixels`.
+        note: explanation of its number for readers.
     """
 
     run: Callable[[Any], Sequence[Any]]
@@ -154,13 +154,13 @@ class Peer:
     """One way to run a backbone.
 
     Attributes:
-        name: for people; ours start with "fastbb".
-        load: the model of a cell with these weights.
-        start: makes it ready; compiling may wait for the first call.
-        pixels: what `run` takes, from the cell's pixels; not timed.
-        maps: transformers' maps, fp32, from what `run` returned; not timed.
-        own_maps: stages of a family whose maps are the library's own, not transformers'.
-        compiles: whether it compiles with the inductor, which has a cache.
+        name: in tables; names of ours start with "fastbb".
+        load: makes the model of a cell with these weights.
+        start: makes it ready; the first call may compile.
+        pixels: makes the input of `run` from the cell's pixels; not timed.
+        maps: converts the result of `run` to transformers' maps in fp32; not timed.
+        own_maps: by family, stages with maps of the library's own kind, not transformers'.
+        compiles: whether it compiles with the inductor and its cache.
         any_size: whether a started peer takes images of another size.
     """
 
@@ -198,7 +198,7 @@ def load_transformers(cell: Cell, state: StateDict) -> nn.Module:
 
 def _load_fp32_transformers(cell: Cell, state: StateDict) -> nn.Module:
     model = transformers_model(cell)
-    # ours has norms of stages that are not selected too
+    # our weights also have norms of stages that are not selected
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     return FeatureMaps(model)
 
@@ -220,7 +220,7 @@ def start_eager(model: nn.Module, cell: Cell) -> Started:
 
 @contextmanager
 def freezing() -> Iterator[None]:
-    """The inductor takes weights for constants, folds and prepacks them; only while compiling."""
+    """Makes the inductor take weights as constants, fold and prepack them; only while compiling."""
     from torch._inductor import config
 
     with torch.no_grad(), config.patch(freezing=True):
@@ -264,7 +264,7 @@ def load_timm(cell: Cell, state: StateDict) -> nn.Module:
 
 
 def timm_swin_state(state: StateDict) -> StateDict:
-    """transformers' Swin in timm's names: q, k and v are one, a stage begins with its merging."""
+    """Renames transformers' Swin to timm's: q, k and v are one, a stage begins with its merging."""
     timm_state: StateDict = {}
     for name, tensor in state.items():
         if ".k_proj." in name or ".v_proj." in name:
@@ -294,7 +294,7 @@ _TIMM_SWIN_NAMES = [
 
 
 def timm_resnet_state(state: StateDict) -> StateDict:
-    """transformers' ResNet in timm's names."""
+    """Renames the weights of transformers' ResNet to timm's names."""
 
     def conv_or_norm(m: re.Match[str]) -> str:
         part = "conv" if m[2] == "convolution" else "bn"
@@ -317,7 +317,7 @@ TIMM_OWN_MAPS = {"swin": ("stage4",)}
 
 
 def timm_maps(maps: Sequence[Any], cell: Cell, state: StateDict) -> list[Tensor]:
-    """timm's Swin leaves out the norm of each returned map, and the channels are last."""
+    """Adds the norm of each map, which timm's Swin leaves out, and moves the channels."""
     if cell.model.family == "resnet":
         return _maps(maps, cell, state)
     normed = []
@@ -333,7 +333,7 @@ def fp32_array(pixels: Tensor) -> Any:
 
 
 def start_openvino(model: nn.Module, cell: Cell) -> Started:
-    openvino = importlib.import_module("openvino")  # an extra that type checkers may lack
+    openvino = importlib.import_module("openvino")  # an extra that may be missing for type checkers
     precision = {"float32": "f32", "bfloat16": "bf16"}[cell.dtype]
     with torch.no_grad():
         program = torch.export.export(model, (cell.pixels().float(),))
@@ -371,7 +371,7 @@ def start_onnxruntime(model: nn.Module, cell: Cell) -> Started:
 
 def _onnx_file(model: nn.Module, cell: Cell) -> tuple[bytes, str]:
     pixels = cell.pixels()
-    with torch.no_grad():  # with gradients Swin's export fails
+    with torch.no_grad():  # Swin's export fails with gradients
         try:
             program = torch.onnx.export(model, (pixels,), dynamo=True, verbose=False)
             assert program is not None
@@ -399,7 +399,7 @@ def _load_fp32_fastbb(cell: Cell, state: StateDict) -> Any:
 
 
 def prepared(backbone: Any, mode: str, precision: str, example: tuple[int, int, int]) -> Started:
-    """A prepared backbone.
+    """Returns a started peer that runs a prepared backbone.
 
     Args:
         backbone: fp32.

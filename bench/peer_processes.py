@@ -1,11 +1,11 @@
-"""What only a fresh process shows: the time to a first result, and peak memory.
+"""Measurements in fresh processes: the time to a first result, and peak memory.
 
-Each measurement of each peer is a process of its own, which `peers.py` starts:
+Each measurement of each peer runs in a separate process, which `peers.py` starts:
 
     python bench/peer_processes.py MEASUREMENT CELL PEER WEIGHTS     # prints JSON
 
-CELL are the fields of a `Cell` as JSON, WEIGHTS is a safetensors file. So the process of a peer
-loads no other library than the peer's.
+CELL contains the fields of a `Cell` as JSON, WEIGHTS is a safetensors file. So the process of a
+peer loads no library of other peers.
 """
 
 import json
@@ -24,11 +24,11 @@ import torch
 from peer_models import PEERS, Cell, Peer, StateDict, freezing, random_weights
 from safetensors.torch import load_file, save_file
 
-N_REPEATS = 3  # of what follows a first result
+N_REPEATS = 3  # of the calls after a first result
 
 
 def first_result(cell: Cell, peers: Mapping[str, Peer], timeout_s: float) -> dict[str, Any]:
-    """Seconds from a loaded model to its first result, without and with the compiler's cache."""
+    """Measures seconds from a loaded model to its first result, without and with compiler cache."""
     with _Processes(cell, timeout_s) as processes:
         rows = {}
         for name, peer in peers.items():
@@ -40,7 +40,7 @@ def first_result(cell: Cell, peers: Mapping[str, Peer], timeout_s: float) -> dic
 
 
 def second_size(cell: Cell, peers: Mapping[str, Peer], timeout_s: float) -> dict[str, Any]:
-    """Seconds to a first result in a second image size, for what compiles and takes any size."""
+    """Measures seconds to a first result in a second image size, if a peer compiles any size."""
     with _Processes(cell, timeout_s) as processes:
         rows = {
             name: {"peer": name, **processes.run("second_size", peer)}
@@ -51,7 +51,7 @@ def second_size(cell: Cell, peers: Mapping[str, Peer], timeout_s: float) -> dict
 
 
 def memory(cell: Cell, peers: Mapping[str, Peer], timeout_s: float) -> dict[str, Any]:
-    """Largest resident memory of a process that runs one peer."""
+    """Measures the largest resident memory of a process that runs one peer."""
     with _Processes(cell, timeout_s) as processes:
         rows = {
             name: {"peer": name, **processes.run("memory", peer)} for name, peer in peers.items()
@@ -88,9 +88,9 @@ class _Processes:
         self._folder.cleanup()
 
     def run(self, measurement: str, peer: Peer) -> dict[str, Any]:
-        """What the process measured, or `reason`, why it did not."""
+        """Runs a process; returns its measurement, or `reason`, why there is none."""
         cache = str(Path(self._folder.name) / peer.name.replace(" ", "-"))
-        # the compiler's, and the one in which we remember measurements
+        # the cache of the compiler, and our cache of measurements
         caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "XDG_CACHE_HOME": cache}
         cell = json.dumps(asdict(self.cell))
         arguments = [sys.executable, __file__, measurement, cell, peer.name, str(self._weights)]
@@ -140,7 +140,7 @@ def _memory(cell: Cell, peer: Peer, state: StateDict) -> dict[str, Any]:
     started.run(pixels)
     measured = {"start_mb": _peak_mb()}
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except OSError:
         return measured
     for _ in range(N_REPEATS):
@@ -161,7 +161,7 @@ def main() -> None:
     measurement, fields, peer, weights = sys.argv[1:]
     fields = json.loads(fields)
     cell = Cell(**{**fields, "stages": tuple(fields["stages"])})
-    warnings.simplefilter("ignore")  # of exporters
+    warnings.simplefilter("ignore")  # from exporters
     with torch.no_grad():
         measured = _MEASUREMENTS[measurement](cell, PEERS[peer], load_file(weights))
     print(json.dumps(measured))

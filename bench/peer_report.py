@@ -1,4 +1,4 @@
-"""The tables of `peers.py`, from what it writes as JSON."""
+"""Makes the tables of `peers.py` from its JSON."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ class Notes:
         self.texts: list[str] = []
 
     def mark(self, text: str, peer: str = "") -> str:
-        """The mark to put behind a cell of a table; nothing for no text."""
+        """Returns the mark after a cell of a table; "" for no text."""
         if not text:
             return ""
         text = f"{peer}: {text}" if peer else text
@@ -28,10 +28,10 @@ class Notes:
 
 
 def report(data: Row, with_machine: bool = True) -> str:
-    """All that was measured, as text.
+    """Formats all measurements as text.
 
     Args:
-        data: what `measure_all` saved.
+        data: the data saved by `measure_all`.
         with_machine: whether the machine and the libraries come first.
     """
     footnotes = Notes()
@@ -74,7 +74,7 @@ def _cell_tables(data: Row, footnotes: Notes) -> list[str]:
 
 
 def _same(cell: Row, repeated: Row) -> Row:
-    """That cell in another run, or nothing."""
+    """Finds the same cell in another run; empty if there is none."""
     keys = ("name", "dtype", "batch", "size")
     for other in repeated.get("cells", []):
         if all(other[key] == cell[key] for key in keys):

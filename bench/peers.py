@@ -40,7 +40,7 @@ from peer_report import report
 from torch import Tensor
 
 LARGEST_FP32_DIFFERENCE = 1e-3
-LARGEST_BF16_DIFFERENCE = 4.0  # times what transformers' eager bf16 loses
+LARGEST_BF16_DIFFERENCE = 4.0  # times the error of transformers' eager bf16
 UPSTREAM = "transformers eager"
 SECTIONS = ("peers", "first_result", "second_size", "memory", "early_exit")
 LIBRARIES = (
@@ -52,16 +52,16 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 @dataclass
 class Result:
-    """What became of one peer in one cell.
+    """Result of one peer in one cell.
 
     Attributes:
-        reason: why it has no time; None if it has.
-        note: what a reader of its number has to know.
+        reason: why it has no time; None if it has one.
+        note: explanation of its number for readers.
         start_s: from a loaded model to the first result, seconds; compiled code may come from a
             cache.
         differences: largest difference to transformers' eager fp32 map over that map's largest
             value, by stage; None without transformers.
-        differs: whether a map is further away than rounding explains.
+        differs: whether a map differs by more than rounding explains.
         rounds_s: seconds of each repetition, by round.
     """
 
@@ -80,14 +80,14 @@ def interleave(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, list[list[float]]], dict[str, str]]:
-    """Times calls in turns; every round begins with the next of them.
+    """Times calls in turns; each round begins with the next call.
 
     Args:
-        calls: by name, warm.
-        rounds: how often everybody has a turn.
-        seconds: of a turn. A turn has at least one repetition, and three if they fit in four times
-            as long.
-        clock: seconds, from any start.
+        calls: by name, after their warm-up.
+        rounds: number of turns of each call.
+        seconds: duration of a turn. A turn has at least one repetition, and three if they fit in
+            four times that duration.
+        clock: returns seconds, from any start.
 
     Returns:
         Seconds of every repetition by round, and the reasons of those that failed.
@@ -118,7 +118,7 @@ def _repeat(call: Callable[[], object], seconds: float, clock: Callable[[], floa
 
 
 def reason_of(error: BaseException) -> str:
-    """An exception in a line."""
+    """Formats an exception on one line."""
     text = (str(error).strip().splitlines() or [""])[0][:300]
     if isinstance(error, Skip):
         return text
@@ -130,7 +130,7 @@ def reason_of(error: BaseException) -> str:
 def relative_differences(
     got: Sequence[Tensor], want: Sequence[Tensor], stages: Sequence[str]
 ) -> dict[str, float]:
-    """Largest difference over the largest value of the wanted map, by stage; a NaN is infinity."""
+    """Returns, by stage, the largest difference over the wanted map's largest value; NaN: inf."""
     if len(got) != len(want):
         raise ValueError(f"returned {len(got)} maps instead of {len(want)}")
     differences = {}
@@ -208,9 +208,9 @@ class CellRun:
 def measure_cell(
     cell: Cell, peers: Mapping[str, Peer], rounds: int, seconds: float
 ) -> dict[str, Any]:
-    """A cell as the JSON has it."""
+    """Measures a cell; returns its JSON."""
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of exporters
+        warnings.simplefilter("ignore")  # from exporters
         results = CellRun(cell, peers).measure(rounds, seconds)
     gc.collect()
     torch._dynamo.reset()  # its code caches count every model of this process
@@ -218,12 +218,12 @@ def measure_cell(
 
 
 def summarize(cell: Cell, results: Mapping[str, Result]) -> dict[str, Any]:
-    """Statistics of a cell.
+    """Computes statistics of a cell.
 
     Returns:
         The cell's fields, `peers` by name, and, where both sides have a time: `best_ours`,
-        `best_peer` and `ratio` of their images/s, `eager_ratio` to transformers' eager. What
-        differs is never best.
+        `best_peer` and `ratio` of their images/s, `eager_ratio` to transformers' eager. A peer
+        whose result differs is never the best.
     """
     peers: dict[str, dict[str, Any]] = {}
     for name, result in results.items():
@@ -258,7 +258,7 @@ def summarize(cell: Cell, results: Mapping[str, Result]) -> dict[str, Any]:
 
 
 def early_exit(cell: Cell, rounds: int, seconds: float) -> dict[str, Any]:
-    """The first stage only: transformers computes all of them and throws the rest away."""
+    """Measures the first stage only; transformers computes all stages and discards the others."""
     cell = Cell(**{**asdict(cell), "stages": ("stage1",)})
     return measure_cell(
         cell, {name: PEERS[name] for name in (UPSTREAM, "fastbb eager")}, rounds, seconds
@@ -266,7 +266,7 @@ def early_exit(cell: Cell, rounds: int, seconds: float) -> dict[str, Any]:
 
 
 def repeat(options: argparse.Namespace) -> dict[str, Any]:
-    """The peers once more in a process of its own: its cells, or the reason why there are none."""
+    """Measures the peers again in a new process; returns its cells, or a reason if it has none."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "repeat.json"
         arguments = [sys.executable, __file__, "--only", "peers", "--repeats", "0"]
@@ -283,7 +283,7 @@ def repeat(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Returns hardware and versions on which the numbers depend."""
     cpuinfo = _read("/proc/cpuinfo")
     facts = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     facts = {name.strip(): value.strip() for name, value in facts.items()}
@@ -361,7 +361,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure_all(options: argparse.Namespace, save: Callable[[dict[str, Any]], None]) -> bool:
-    """Measures what is wanted, and saves after every step.
+    """Runs the requested measurements, and saves after every step.
 
     Returns:
         Whether anything was measured.

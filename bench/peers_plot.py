@@ -1,4 +1,4 @@
-"""The picture of `peers.py`: one panel per cell, one bar per peer, ours coloured."""
+"""Plot of `peers.py`: one panel per cell, one bar per peer, ours coloured."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
     """Draws a column per model, a row per dtype and batch.
 
     Args:
-        data: what `peers.py` writes as JSON.
+        data: the JSON of `peers.py`.
         path: the image file to write.
     """
     cells = data["cells"]
@@ -63,7 +63,7 @@ def _draw(axes: Axes, cell: Mapping[str, Any], named: bool) -> None:
         best = name in (cell.get("best_ours"), cell.get("best_peer"))
         colour = OURS if name.startswith("fastbb") else BEST_PEER if best else PEER
         axes.barh(place, speed, BAR_HEIGHT, color=colour)
-        # from the slowest round to the fastest
+        # error bar from the slowest round to the fastest
         axes.plot([row["lowest"], row["highest"]], [place, place], color="black", linewidth=1)
         text = f"{speed:.1f}" + (" differs" if row["differs"] else "")
         right = max(speed, row["highest"]) + 0.015 * largest

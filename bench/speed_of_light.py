@@ -1,10 +1,10 @@
-"""What the hardware allows: lower bounds of the time of every op, beside what a GPU measures.
+"""Lower bounds of the time of every op on a GPU, beside its measured time.
 
     python bench/speed_of_light.py --arch 90 --model swin_t --batch 64 --json floors.json
 
 Floors are PREDICTIONS by division: bytes over bandwidth, multiplications over peak. They leave out
-latency, launches and everything else that costs time, so a measurement below a floor means that the
-model of the kernel is wrong. `measured_us` is null where there is no such GPU.
+latency, launches and all other costs, so a measurement below a floor means that the model of the
+kernel is wrong. `measured_us` is null if there is no such GPU.
 """
 
 import argparse
@@ -33,15 +33,15 @@ class SpeedOfLight:
 
     Attributes:
         flops: multiplications and additions that the result needs.
-        mma_flops: those that `tl.dot` executes, padding of tiles included.
+        mma_flops: those that `tl.dot` executes, including padding of tiles.
         minimal_bytes: every input read once, the output written once.
-        requested_bytes: what all programs ask caches for.
+        requested_bytes: bytes that all programs request from caches.
         ctas: programs of the launch.
-        waves: of CTAs over the GPU.
+        waves: number of waves of CTAs.
         dram_us: floor from `minimal_bytes`.
-        l2_us: floor from `requested_bytes`, over an assumed bandwidth; null: none is known.
+        l2_us: floor from `requested_bytes` and an assumed bandwidth; null: it is unknown.
         mma_us: floor from `mma_flops`.
-        measured_us: median on the GPU, null where there is none.
+        measured_us: median on the GPU; null without the GPU.
     """
 
     op: str
@@ -69,7 +69,7 @@ class SpeedOfLight:
 
 @torch.no_grad()
 def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
-    """The floors of a case on a GPU; None if its kernel does not run there."""
+    """Computes the floors of a case on a GPU; None if its kernel does not run there."""
     op = find_op(case.op)
     arguments = case.arguments("meta", DTYPE)
     with fake_gpu(gpu.name) as compiled:
@@ -79,11 +79,11 @@ def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
     (launch,) = compiled.launches
     assert launch.kernel is not None
     facts = binary_facts(launch.kernel)
-    # one program in the middle stands for all: at the edges of a map they do a little less
+    # one program in the middle represents all: at the edges of a map they do a little less
     with trace(programs=middle, data=False) as traced, pretend(gpu.name):
         op.call(**arguments, impl="triton")
     (program,) = traced.launches
-    assert program.grid == launch.grid  # the tiles are those of the binary
+    assert program.grid == launch.grid  # traced and compiled tiles are equal
     ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with FlopCounterMode(display=False) as useful:
         op.eager(**arguments)
@@ -110,7 +110,7 @@ def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
 
 
 def middle(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """The program in the middle of a launch."""
+    """Returns the program in the middle of a launch."""
     x, y, z = grid
     return [(x // 2, y // 2, z // 2)]
 
@@ -122,7 +122,7 @@ def is_here(gpu: Architecture) -> bool:
 
 @torch.no_grad()
 def measured_us(case: Case) -> float:
-    """Median time of a case on this machine's GPU, caches flushed before each run."""
+    """Measures the median time of a case on this GPU, with flushed caches before each run."""
     from triton.testing import do_bench
 
     arguments = case.arguments("cuda", DTYPE)
@@ -132,7 +132,7 @@ def measured_us(case: Case) -> float:
 
 
 def markdown(rows: Iterable[SpeedOfLight]) -> str:
-    """A table of what bounds each case; its times are predictions but for the last column."""
+    """Formats a table of the bounds of each case; all times but the last column are predictions."""
     lines = [
         "| op | case | GPU | GFLOP useful / executed | MB minimal / requested | CTAs (waves) "
         "| occupancy | spills | predicted floors dram / l2 / mma µs | measured µs (of floor) |",
@@ -156,7 +156,7 @@ def markdown(rows: Iterable[SpeedOfLight]) -> str:
 def report(
     model: str, size: tuple[int, int], batch: int, archs: Sequence[ArchitectureName]
 ) -> list[SpeedOfLight]:
-    """Every case of a model on every GPU that runs it."""
+    """Computes every case of a model on every GPU that runs it."""
     cases = model_cases(model, size, batch)
     rows = [speed_of_light(case, ARCHITECTURES[arch]) for arch in archs for case in cases]
     return [row for row in rows if row is not None]

@@ -2,9 +2,9 @@
 
     python scripts/check_interrupts.py --eager 200 --compiling 30
 
-Every run gets a SIGINT or (a quarter) a SIGTERM, and some a second signal. It has to end in time
-with the exit code of that signal, unless it was complete, and the same command again has to leave
-byte for byte what a run leaves that nobody interrupted.
+Every run gets a SIGINT or (a quarter) a SIGTERM, and some get a second signal. A run has to end in
+time with the exit code of its signal, unless it was complete. A second run of the same command has
+to leave the same files, byte for byte, as a run without an interruption.
 """
 
 import os
@@ -28,21 +28,21 @@ MODEL = "nano-resnet-digits"
 N_IMAGES, BATCH_SIZE, SHARD_ROWS = 1500, 8, 64
 SECOND_AFTER_S, SECOND_WITHIN_S = 0.4, 1.0
 PATIENCE_S = 120.0
-# after the signal: a batch of this model takes milliseconds
+# limit after the signal: a batch of this model takes milliseconds
 WITHIN_S = {"eager": 2.0, "compile": 10.0}
-# what a shell says of a process that died of a signal before it could handle it
+# a shell's exit codes of processes that died of a signal before they could handle it
 CODES = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143, -signal.SIGTERM)}
 
 
 @dataclass
 class Outcome:
-    """What happened to the interrupted runs of a mode.
+    """Outcome of the interrupted runs of a mode.
 
     Attributes:
-        n_interrupted: that ended with the exit code of the signal.
-        n_complete: that were complete when the signal came, or nearly.
+        n_interrupted: runs that ended with the exit code of the signal.
+        n_complete: runs that were complete, or nearly, when the signal came.
         seconds: from the last signal to the end, of each interrupted run.
-        problems: what went wrong, a line each.
+        problems: a line for each error.
     """
 
     n_interrupted: int = 0
@@ -64,7 +64,7 @@ class Interrupts:
     Args:
         folder: an empty directory.
         mode: of `fastbb extract`, "eager" or "compile".
-        n_images: how many images are extracted.
+        n_images: number of images to extract.
     """
 
     def __init__(self, folder: Path, mode: str, n_images: int = N_IMAGES) -> None:
@@ -83,7 +83,7 @@ class Interrupts:
         self.whole = tree(folder / "whole")
 
     def check(self, n: int, seed: int = 0) -> Outcome:
-        """Interrupts and resumes so many runs."""
+        """Interrupts and resumes `n` runs."""
         outcome, chance = Outcome(), random.Random(seed)
         for index in range(n):
             number = signal.SIGTERM if index % 4 == 3 else signal.SIGINT
@@ -98,7 +98,7 @@ class Interrupts:
     def _interrupt(
         self, name: str, number: signal.Signals, delay: float, is_twice: bool, outcome: Outcome
     ) -> str | None:
-        """Interrupts a run; what is wrong with how it ended, or None."""
+        """Interrupts a run; returns the problem of its end, or None."""
         with self._started(name) as process:
             time.sleep(delay)
             process.send_signal(number)
@@ -113,7 +113,7 @@ class Interrupts:
         if code == 0 and (self.folder / name / "manifest.json").exists():
             outcome.n_complete += 1
             return None
-        # Python itself was interrupted, and says so with an exit code of its own
+        # Python itself was interrupted, and has its own exit code for that
         is_starting = "Fatal Python error: init_" in message and "KeyboardInterrupt" in message
         if code not in CODES[number] and not is_starting:
             return f"exit code {code}: {message}"
@@ -148,16 +148,16 @@ class Interrupts:
 def start_extraction(
     images: Path, options: dict[str, object], cache: Path
 ) -> Iterator[subprocess.Popen[str]]:
-    """Starts `fastbb extract`, with Python's own handling of SIGINT whoever started us.
+    """Starts `fastbb extract` with Python's own handling of SIGINT, which it may not inherit.
 
     Args:
-        images: what is extracted.
+        images: folder of the images.
         options: of the command.
-        cache: what the compiler keeps; another one for each run makes each run compile.
+        cache: of the compiler; with a new cache, a run compiles.
     """
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the order of sums may follow it
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),  # the order of sums may depend on it
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
     }
     command = [sys.executable, "-c", "from fastbb.cli import main; main()", "extract", str(images)]
@@ -177,7 +177,7 @@ def start_extraction(
 
 @contextmanager
 def foreground_signals() -> Iterator[None]:
-    """Children started inside get SIGINT as at a terminal; a background job has it ignored."""
+    """Makes children receive SIGINT as at a terminal; a background job ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -186,7 +186,7 @@ def foreground_signals() -> Iterator[None]:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """All files that must be the same for the same plan, by name."""
+    """Reads all files that must be equal for equal plans, by name."""
     return {
         path.relative_to(directory).as_posix(): path.read_bytes()
         for path in directory.rglob("*")
@@ -199,7 +199,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 @click.option("--compiling", default=30, show_default=True, help="Runs in mode compile.")
 @click.option("--seed", default=0, show_default=True)
 def main(eager: int, compiling: int, seed: int) -> None:
-    """Exits with 1 if a run ended otherwise than it should."""
+    """Runs the checks; exits with 1 if a run did not end as it should."""
     failed = False
     for mode, n in (("eager", eager), ("compile", compiling)):
         if n:

@@ -1,9 +1,9 @@
-"""The main job, offline, on real images: files in, features out, and a look at them.
+"""Extracts features of real images offline, and shows them.
 
     make demo
 
-Writes ./demo-output. The models are the bundled ones, two nano networks that have only ever seen
-handwritten digits; the photos are scikit-image's.
+Writes ./demo-output. The models are the two bundled nano networks, which were trained on
+handwritten digits only; the photos come from scikit-image.
 """
 
 import shutil
@@ -42,7 +42,7 @@ def write_images() -> None:
 
 
 def knn_accuracy(features: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of rows that their nearest other rows, by cosine, vote into the right class.
+    """Returns the share of rows whose nearest other rows, by cosine, vote for the right class.
 
     Args:
         features: fp32 [n, C].
@@ -56,7 +56,7 @@ def knn_accuracy(features: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def digits_sheet(model: str) -> Image.Image:
-    """One held-out digit of each kind in the eyes of every stage of a model."""
+    """Draws the maps of every stage of a model for one held-out image of each digit."""
     backbone = AutoBackbone.from_pretrained(model)
     backbone.out_features = backbone.stage_names[1:]
     paths = [min((OUT / "digits" / str(digit)).iterdir()) for digit in range(10)]

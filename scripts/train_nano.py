@@ -3,10 +3,10 @@
     python scripts/train_nano.py
 
 Writes fastbb/assets/nano-swin-digits and fastbb/assets/nano-resnet-digits, in three minutes on
-one core, and prints how well a linear classifier reads the held-out digits from their features.
+one core, and prints the accuracy of a linear classifier of their features on the held-out digits.
 
-Every stage learns to tell the digits apart, through a linear head of its own that is thrown away.
-Half of what the networks see is recoloured, so that they look at shapes and at all three channels.
+Every stage learns to classify the digits by a linear head, which is then discarded. Half of the
+images are recoloured, so that the networks use shapes and all three channels.
 """
 
 import json
@@ -41,7 +41,7 @@ CONFIGS = {
         num_heads=[1, 2, 4, 8],
         window_size=4,
         drop_path_rate=0.0,
-        initializer_range=0.1,  # the usual 0.02 is for eight times the channels: slow to start here
+        initializer_range=0.1,  # the usual 0.02 suits more channels and starts slowly here
     ),
     "nano-resnet-digits": ResNetConfig(
         embedding_size=16,
@@ -64,14 +64,14 @@ PREPROCESSOR = {
 
 
 class Digits(NamedTuple):
-    """Pictures of 8 x 8 grey pixels (PIL mode L) and which digits they show (int64)."""
+    """Images of 8 x 8 grey pixels (PIL mode L) and their digits (int64)."""
 
     images: list[Image.Image]
     labels: np.ndarray
 
 
 def digits_split() -> tuple[Digits, Digits]:
-    """The 1,198 digits to learn from and the 599 held out, always the same ones."""
+    """Returns 1,198 digits for training and 599 held-out digits, always the same ones."""
     values, labels = map(np.asarray, load_digits(return_X_y=True))
     pixels = np.round(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     learn, held_out = train_test_split(
@@ -85,7 +85,7 @@ def digits_split() -> tuple[Digits, Digits]:
 
 
 def linear_probe(name_or_dir: str | Path) -> float:
-    """Accuracy, on the held-out digits, of a linear classifier on a model's pooled features."""
+    """Returns the accuracy on held-out digits of a linear classifier of pooled features."""
     backbone = AutoBackbone.from_pretrained(name_or_dir)
     processor = AutoImageProcessor.from_pretrained(name_or_dir)
 
@@ -100,7 +100,7 @@ def linear_probe(name_or_dir: str | Path) -> float:
 
 
 def augment(pixel_values: torch.Tensor) -> torch.Tensor:
-    """Moves, turns and resizes white-on-black digits, and recolours about half of them.
+    """Moves, rotates and resizes white-on-black digits, and recolours about half of them.
 
     Args:
         pixel_values: [B, 3, H, W] in -1..1.
@@ -128,7 +128,7 @@ def train(backbone: Backbone, pixel_values: torch.Tensor, labels: np.ndarray) ->
     """Trains all stages of a backbone, in place.
 
     Args:
-        backbone: with every stage among its `out_features`.
+        backbone: one with every stage among its `out_features`.
         pixel_values: fp32 [n, 3, H, W].
         labels: int64 [n].
     """
@@ -159,7 +159,7 @@ def train(backbone: Backbone, pixel_values: torch.Tensor, labels: np.ndarray) ->
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # maps this small gain nothing from a second, and results stay equal
+    torch.set_num_threads(1)  # more gain nothing on small maps, and results would vary
     for name, config in CONFIGS.items():
         start = time.monotonic()
         folder = ASSETS / name
@@ -173,7 +173,7 @@ def main() -> None:
         digits, _ = digits_split()
         train(backbone, processor(digits.images)["pixel_values"], digits.labels)
         backbone.save_pretrained(folder)
-        # the file holds what every stage needs; by default the last one is returned, as usual
+        # the file has the weights of every stage; by default the model returns the last one
         saved = type(config).from_pretrained(folder, out_features=backbone.stage_names[-1:])
         saved.save_pretrained(folder)
 

@@ -1,4 +1,4 @@
-"""Ops of vision backbones. `__all__` is the promise; each op is one file in `ops/`."""
+"""Ops of vision backbones. `__all__` is the public API; each op is one file in `ops/`."""
 
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ __all__ = [
 if not TYPE_CHECKING:  # type checkers know the names above, and an op in its own module
 
     def __getattr__(name):
-        """An op of `ops/` that has no line above."""
+        """Imports an op of `ops/` that has no line above."""
         if name in op_names():
             return find_op(name).call
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

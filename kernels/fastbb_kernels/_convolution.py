@@ -1,4 +1,4 @@
-"""What the ops that are convolutions have in common: their result's memory, checks and end."""
+"""Helpers of the convolution ops: memory for the result, checks, residual and activation."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from ._activation import Activation, activate, check_activation
 
 
 def output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    """The shape of a convolution that is padded such that each `stride`-th pixel is a center."""
+    """Returns the output shape of a convolution that is centered on each `stride`-th pixel."""
     batch, _, height, width = x.shape
     return batch, weight.shape[0], -(-height // stride), -(-width // stride)
 
 
 def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
-    """Memory for the result, with the strides of channels-last even where sizes are 1.
+    """Allocates the result, with the strides of channels-last even where sizes are 1.
 
-    Several count as channels-last there, and torch returns one or the other: a custom op copies
-    that, to agree with its fake and its kernel.
+    Where a size is 1, several strides count as channels-last, and torch may return any of them. A
+    custom op copies such a result, so that its strides agree with its fake and its kernel.
     """
     return torch.empty(
         output_shape(x, weight, stride),
@@ -32,7 +32,8 @@ def empty_output(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
 def finish(y: Tensor, activation: Activation, residual: Tensor | None = None) -> Tensor:
     """Adds a residual to a convolution's result and activates the sum, in place.
 
-    Nobody else has the result: this saves an allocation each, and autograd keeps neither value.
+    No other code holds the result, and autograd does not save it. In place, the two steps allocate
+    nothing.
     """
     if residual is not None:
         y.add_(residual)
@@ -50,10 +51,10 @@ def check_convolution(
     residual: Tensor | None,
     activation: Activation,
 ) -> None:
-    """Holds the arguments of a convolution with square kernels against each other.
+    """Checks that the arguments of a convolution with square kernels fit together.
 
     Raises:
-        ValueError: something does not fit; the message names `op` and what was wanted.
+        ValueError: an argument does not fit; the message names `op` and the requirement.
     """
     if x.ndim != 4 or weight.ndim != 4 or weight.shape[1:] != (x.shape[1], kernel, kernel):
         raise ValueError(

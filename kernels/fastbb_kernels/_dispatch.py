@@ -1,4 +1,4 @@
-"""Which implementation of an op runs, and why another one does not."""
+"""Choice of the implementation that an op runs, and reasons why another one cannot run."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +29,7 @@ _blocks_lock = Lock()
 _pretending = False
 _pretended: Architecture | None = None
 
-# what is known of each GPU
+# launch table and problem of each GPU that was asked for
 _gpus: dict[torch.device, tuple[Architecture, str | None]] = {}
 
 _installed_check: "SelfCheck | None" = None
@@ -63,13 +63,13 @@ class _Block(NamedTuple):
 def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
     """Sets the implementation of ops called without `impl=` inside the block, in all threads.
 
-    An op that is made of other ops (`swin_attention_block`) runs those where its own kernel does
-    not run, so a whole model follows `use_impl("triton")` as long as every part has a kernel.
+    An op that is made of other ops (`swin_attention_block`) runs those if its own kernel cannot
+    run, so a whole model follows `use_impl("triton")` as long as every part has a kernel.
 
     Args:
-        impl: "auto" takes Triton where it can run the call, "eager" plain PyTorch, and
-            "triton" raises the reason where Triton cannot run the call.
-        ops: names of the ops this is about, before what is set for all; default: all.
+        impl: "auto" takes Triton if it can run the call, "eager" plain PyTorch, and "triton" raises
+            the reason if Triton cannot run the call.
+        ops: names of the ops to set; they take precedence over a setting for all; default: all.
     """
     block = _Block(_check(impl), (ops,) if isinstance(ops, str) else tuple(ops))
     with _blocks_lock:
@@ -78,7 +78,7 @@ def use_impl(impl: Impl, *, ops: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        # not what was before: blocks of other threads may have come and gone
+        # do not restore a saved list: other threads may have changed it since
         with _blocks_lock:
             _blocks[:] = [other for other in _blocks if other is not block]
             _apply_blocks()
@@ -92,14 +92,14 @@ def _apply_blocks() -> None:
 
 
 def chosen_impl(op: str, impl: Impl | None) -> Impl:
-    """What a call of `op` with `impl=` asks for."""
+    """Returns the implementation that a call of `op` with `impl=` requests."""
     if impl is not None:
         return _check(impl)
     return _per_op.get(op, _default)
 
 
 def is_plainly_eager(x: Tensor, impl: Impl | None) -> bool:
-    """Whether no op can do other than run PyTorch: the question that costs least, on CPUs."""
+    """Whether every op has to run plain PyTorch; the cheapest check, made first on CPUs."""
     if x.is_cuda or _pretending or impl == "triton":
         return False
     return _default != "triton" and "triton" not in _per_op.values()
@@ -110,7 +110,7 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -
 
     Args:
         op: name of the op, for the error and the self-check.
-        impl: what the caller asked for; None: what `use_impl` set.
+        impl: implementation that the caller asked for; None: that of `use_impl`.
         unsupported: why Triton cannot run this call, or None.
         x: a tensor of the call that has its device and dtype.
 
@@ -129,11 +129,11 @@ def use_triton(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -
 
 
 def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) -> bool:
-    """As `use_triton` for an op made of other ops, which run where its own kernel does not.
+    """Does the same as `use_triton`, for an op made of other ops that run if its kernel cannot.
 
-    Only a caller who names the op insists on its kernel, by `impl=` or by `use_impl(..., ops=)`.
-    "triton" for all ops leaves a call that the kernel cannot run to the other ops, and those raise
-    where they cannot run it either.
+    The kernel is required only if the caller names the op, by `impl=` or by `use_impl(..., ops=)`.
+    With "triton" set for all ops, a call that the kernel cannot run goes to the other ops, and
+    these raise if they cannot run it either.
     """
     if impl is None and op not in _per_op and _default == "triton":
         return unsupported is None and _checked(op, x.device, x.dtype, False) is None
@@ -141,7 +141,7 @@ def use_block(op: str, impl: Impl | None, unsupported: str | None, x: Tensor) ->
 
 
 def eager_only(op: str, impl: Impl | None) -> None:
-    """The seam of an op without a Triton kernel: refuses `impl="triton"` with that reason."""
+    """Refuses `impl="triton"` for an op that has no Triton kernel."""
     if chosen_impl(op, impl) == "triton":
         raise NotImplementedError(
             f"{op}: impl='triton' cannot run this call: this op has no Triton kernel yet"
@@ -149,7 +149,7 @@ def eager_only(op: str, impl: Impl | None) -> None:
 
 
 class _Thread(local):
-    """What holds for the calls of one thread."""
+    """State of the calls of one thread."""
 
     is_unchecked = False
 
@@ -159,7 +159,7 @@ _thread = _Thread()
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Has this thread launch kernels whatever is known of them: to find out, or to time them."""
+    """Lets this thread launch kernels that are not trusted, to check or to time them."""
     before, _thread.is_unchecked = _thread.is_unchecked, True
     try:
         yield
@@ -168,14 +168,14 @@ def unchecked() -> Iterator[None]:
 
 
 def current_check() -> "SelfCheck | None":
-    """What decides whether kernels can be trusted; None: nobody asks, or there is no GPU."""
+    """Returns the check that decides whether kernels are trusted; None: no check, or no GPU."""
     if _thread.is_unchecked:
         return None
     return _installed_check if _installed_check is not None or _pretending else machine_check()
 
 
 def machine_check() -> "SelfCheck | None":
-    """The check of this machine's GPUs, also where another one is pretended; None: it has none."""
+    """Returns the check of this machine's GPUs, also inside `pretend`; None: there is no GPU."""
     global _own_check
     if _own_check is not None:
         return _own_check
@@ -189,7 +189,7 @@ def machine_check() -> "SelfCheck | None":
 
 @contextmanager
 def use_check(check: "SelfCheck") -> Iterator[None]:
-    """Lets `check` decide inside the block which ops can be trusted, on pretended devices too."""
+    """Lets `check` decide which ops are trusted inside the block, on pretended devices too."""
     global _installed_check
     before, _installed_check = _installed_check, check
     try:
@@ -199,13 +199,13 @@ def use_check(check: "SelfCheck") -> Iterator[None]:
 
 
 def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> str | None:
-    """Why the kernels of an op are off for such tensors, or None.
+    """Returns the reason why the kernels of an op are off for a device and dtype, or None.
 
     Args:
         op: its name.
         device: of the tensors.
         dtype: of the tensors.
-        warn: once, of what is off.
+        warn: warns once of each op that is off.
     """
     check = current_check()
     if check is None:
@@ -218,12 +218,12 @@ _checked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberA
 
 
 def common_unsupported(call: Arguments, first: int = 0) -> str | None:
-    """Why no forward-only kernel can take the tensors of a call, or None.
+    """Returns the reason why no forward-only kernel can take the tensors of a call, or None.
 
     Args:
         call: of an op.
-        first: position of the argument that all tensors behind it are to be like; those before it
-            are not looked at.
+        first: position of the argument whose device and dtype all later tensors must have; earlier
+            arguments are not checked.
     """
     arguments = call[first:] if first else call
     x = arguments[0]
@@ -256,14 +256,14 @@ def common_unsupported(call: Arguments, first: int = 0) -> str | None:
 
 
 def input_precision(dtype: torch.dtype) -> Fp32Precision:
-    """How kernels multiply: fp32 exactly, unless PyTorch was told that TF32 is allowed."""
+    """Returns the precision of products: exact fp32, unless PyTorch's settings allow TF32."""
     return matmul_precision() if dtype == torch.float32 else "ieee"
 
 
 def launches_directly() -> bool:
-    """Whether a GPU is pretended, so that torch's dispatcher would not launch for its tensors.
+    """Whether a GPU is pretended: torch's dispatcher would not launch kernels for its tensors.
 
-    For `CustomOp` and the harness; others ask `launches_on`.
+    `CustomOp` and the harness call this; other code calls `launches_on`.
     """
     return _pretending
 
@@ -274,17 +274,17 @@ def launches_on(device: torch.device) -> bool:
 
 
 def computes_nothing() -> bool:
-    """Whether launches are for a pretended GPU that does not run them, unlike the interpreter."""
+    """Whether launches are recorded for a pretended GPU and, unlike in the interpreter, not run."""
     return _pretended is not None
 
 
 def architecture(device: torch.device) -> Architecture | None:
-    """The launch table to take: 90, "gfx942"; None in the interpreter."""
+    """Returns the name of the launch table: 90, "gfx942"; None in the interpreter."""
     return _pretended if _pretending else _launch_table(device)
 
 
 def gpu_unsupported(device: torch.device) -> str | None:
-    """Why no kernel runs on this GPU, or None."""
+    """Returns the reason why no kernel runs on this GPU, or None."""
     return None if _pretending else _gpu_problem(device)
 
 
@@ -302,7 +302,7 @@ _gpu_problem._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMem
 
 
 def _gpu(device: torch.device) -> tuple[Architecture, str | None]:
-    """The launch table of a GPU, and why no kernel runs on it; asked once, as every call asks."""
+    """Returns a GPU's launch table and its problem or None; cached because each call needs it."""
     if device not in _gpus:
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
@@ -318,12 +318,12 @@ def _gpu(device: torch.device) -> tuple[Architecture, str | None]:
 
 @contextmanager
 def pretend(architecture: Architecture | None) -> Iterator[None]:
-    """Lets CPU and meta tensors count as tensors of a GPU, and ops launch directly.
+    """Treats CPU and meta tensors as tensors of a GPU, for which ops launch directly.
 
-    For `interpret`, `fake_gpu` and what else decides what a launch then does.
+    `interpret`, `fake_gpu` and similar tools use this; they decide the effect of a launch.
 
     Args:
-        architecture: what to compile for; None: the interpreter.
+        architecture: target of the compiler; None: the interpreter.
     """
     global _pretending, _pretended
     before = _pretending, _pretended

@@ -1,4 +1,4 @@
-"""How Swin cuts a map into windows, which the ops with attention have in common."""
+"""Partition of a map into Swin's windows, shared by the attention ops."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class WindowGeometry(NamedTuple):
-    """How a map is cut into windows.
+    """Partition of a map into windows.
 
     Attributes:
         window: tokens per window, (height, width).
@@ -42,7 +42,7 @@ def relative_position_index(window: tuple[int, int], device: torch.device) -> Te
 
     Args:
         window: tokens per window, (height, width).
-        device: where the index is wanted.
+        device: of the index.
 
     Returns:
         [N * N] int64 for a table of [(2h - 1) * (2w - 1), num_heads].

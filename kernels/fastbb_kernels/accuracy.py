@@ -1,26 +1,26 @@
-"""The one accuracy rule: how far a result may be from the exact one."""
+"""The accuracy rule: the largest error that a result may have."""
 
 import torch
 from torch import Tensor
 
 FP32_REL = 1e-5
-# a timm model of no family of ours, with its batch norms folded
+# for timm models outside our families, with folded batch norms
 FP32_REL_FOLDED = 1e-4
 
 
 def accuracy_problem(
     got: Tensor, eager: Tensor, exact: Tensor, fp32_rel: float = FP32_REL
 ) -> str | None:
-    """Holds a result to what eager PyTorch loses in the same dtype, see `allowed_error`.
+    """Compares a result's error with eager PyTorch's in the same dtype, see `allowed_error`.
 
     Args:
         got: the result, of any shape.
         eager: eager PyTorch's result in the same dtype.
         exact: the result in float64.
-        fp32_rel: what is allowed in fp32, relative to the largest exact magnitude.
+        fp32_rel: largest error in fp32, relative to the largest exact magnitude.
 
     Returns:
-        what is wrong, in a sentence, or None.
+        a sentence that describes the problem, or None.
     """
     if got.shape != eager.shape or eager.shape != exact.shape:
         return f"shape {tuple(got.shape)}, eager {tuple(eager.shape)}"
@@ -35,7 +35,7 @@ def accuracy_problem(
 
 
 def allowed_error(eager: Tensor, exact: Tensor, fp32_rel: float = FP32_REL) -> float:
-    """How far from `exact` a result in the dtype of `eager` may be.
+    """Returns the largest error that a result in the dtype of `eager` may have.
 
     In fp32: `fp32_rel` of the largest exact magnitude; in float64 as many units in the last place.
     In a lower precision: twice eager's own error, plus half a unit in the last place of the largest
@@ -60,12 +60,12 @@ def max_magnitude(a: Tensor) -> float:
 
 
 def allowed_rel(eager: Tensor, exact: Tensor, rel: float) -> float:
-    """`rel`, or twice what fp32 itself loses: of chaotic models, and in TF32, that is more.
+    """Returns the larger of `rel` and twice eager's error, which chaotic models and TF32 raise.
 
     Args:
         eager: eager PyTorch's result.
         exact: the result in float64.
-        rel: allowed in fp32, relative to the largest exact magnitude.
+        rel: largest error in fp32, relative to the largest exact magnitude.
     """
     largest = max_magnitude(exact)
     if eager.dtype != torch.float32 or not largest:

@@ -1,4 +1,4 @@
-"""What the hardware is: the eight architectures that every kernel is compiled for.
+"""Properties of the eight GPU architectures that every kernel is compiled for.
 
 Limits decide whether a kernel fits and how many of its programs a multiprocessor holds; peaks
 serve reports. Nothing here is measured by us. A number that no vendor publishes is None.
@@ -13,7 +13,7 @@ from ._dispatch import Architecture as ArchitectureName
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture and the GPU that stands for it.
+    """An architecture, and the GPU that represents it.
 
     In AMD's words a multiprocessor is a compute unit, a CTA a workgroup, a warp a wavefront and
     shared memory LDS.
@@ -22,17 +22,17 @@ class Architecture:
         name: compute capability times ten, or the name of AMD's instruction set.
         gpu: the product whose multiprocessors and peaks are given.
         warp_size: threads of a warp.
-        registers: 32-bit vector registers of a multiprocessor; four schedulers share them out.
+        registers: 32-bit vector registers of a multiprocessor; each of 4 schedulers has a quarter.
         threads: most resident threads of a multiprocessor.
         ctas: most resident CTAs of a multiprocessor.
         shared: bytes of shared memory of a multiprocessor.
         shared_per_cta: most bytes that one CTA may ask for.
-        shared_reserved: bytes of each CTA that the driver keeps for itself.
-        mma_class: how the matrix instructions that 16-bit GEMMs must use begin.
+        shared_reserved: bytes of each CTA that the driver reserves.
+        mma_class: prefix of the matrix instructions that 16-bit GEMMs must use.
         multiprocessors: of `gpu`; on AMD those that one device shows (one die of an MI250X).
         clock_hz: highest clock; at any other, floors from it stay lower bounds.
         dram_bytes_per_s: peak.
-        l2_bytes_per_s: a ROUGH ASSUMPTION from published microbenchmarks, no vendor's figure.
+        l2_bytes_per_s: a ROUGH ASSUMPTION from published microbenchmarks, not a vendor's figure.
         bf16_flops: dense peak with fp32 accumulation, per second.
         fp16_flops: as `bf16_flops`.
         fp32_flops: peak without matrix instructions, per second.
@@ -60,7 +60,7 @@ class Architecture:
 
     @property
     def target(self) -> GPUTarget:
-        """What Triton compiles for."""
+        """The target as Triton's compiler takes it."""
         return GPUTarget("cuda" if self.is_nvidia else "hip", self.name, self.warp_size)
 
     @property
@@ -225,10 +225,10 @@ ARCHITECTURES: dict[ArchitectureName, Architecture] = {
 
 
 def find_architecture(name: ArchitectureName) -> Architecture:
-    """The facts about one architecture.
+    """Returns the properties of one architecture.
 
     Raises:
-        ValueError: it is none of the table.
+        ValueError: it is not in the table.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {list(ARCHITECTURES)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""One call of an op, the random tensors that it is made with, and the calls of model families."""
+"""Calls of ops with random tensors, and the calls of model families, for checks and benches."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,7 +15,7 @@ class Random:
     def __init__(
         self, device: torch.device | str, dtype: torch.dtype, seed: int | None = None
     ) -> None:
-        """Draws from a generator of its own if there is a seed, else from PyTorch's."""
+        """Uses a separate generator if there is a seed, else PyTorch's."""
         self.device, self.dtype = torch.device(device), dtype
         self._from: dict[str, Any] = {"device": self.device}
         if seed is not None:
@@ -28,11 +28,11 @@ class Random:
         return torch.randint(0, 256, shape, dtype=torch.uint8, **self._from)
 
     def weight(self, *shape: int) -> Tensor:
-        """[out, ...] weights that keep the magnitude of what they multiply."""
+        """Returns weights [out, ...] that keep the magnitude of their input."""
         return self.normal(*shape, std=math.prod(shape[1:]) ** -0.5)
 
     def norm(self, features: int) -> dict[str, Tensor]:
-        """Weight and bias of a layer norm, away from their defaults."""
+        """Returns weight and bias of a layer norm, different from their initial 1 and 0."""
         return {
             "norm_weight": self.normal(features, std=0.2, mean=1.0),
             "norm_bias": self.normal(features, std=0.2),
@@ -56,12 +56,12 @@ class Case:
     def arguments(
         self, device: torch.device | str, dtype: torch.dtype, seed: int | None = None
     ) -> dict[str, Any]:
-        """Keyword arguments of the call, random unless the device is meta.
+        """Makes the keyword arguments of the call, random unless the device is meta.
 
         Args:
             device: of the tensors.
             dtype: of the tensors.
-            seed: gives the same values each time, and leaves PyTorch's generators as they are.
+            seed: makes the values reproducible, and leaves PyTorch's generators unchanged.
         """
         return self.make(Random(device, dtype, seed))
 
@@ -82,7 +82,7 @@ class Family:
     """The calls of a family of models, or of one op: `FAMILY` in a file `<name>_cases.py`.
 
     Attributes:
-        small: makes twins of the calls with few pixels and channels, for the interpreter.
+        small: makes variants of the calls with few pixels and channels, for the interpreter.
         models: names of the models.
         model_cases: makes every distinct call of one forward, from the name of a model, an image
             size of `REAL_INPUTS` and a batch.

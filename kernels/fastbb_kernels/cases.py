@@ -1,8 +1,8 @@
-"""Inputs of every op at the shapes of real models, and small twins of them.
+"""Inputs of every op at the shapes of real models, and small variants of them.
 
 One list for the tests, the on-device check, the budgets and the benches. Real cases are for the
-meta device or a GPU; the twins take the same paths through the kernels (windows, shift, padding,
-strides, head dimension) with few pixels and channels, for the interpreter.
+meta device or a GPU. The small variants have few pixels and channels and are for the interpreter;
+they take the same paths through the kernels (windows, shift, padding, strides, head dimension).
 """
 
 from importlib import import_module
@@ -19,13 +19,13 @@ MODELS = tuple(model for family in FAMILIES for model in family.models)
 
 
 def model_cases(model: str, size: tuple[int, int], batch: int) -> list[Case]:
-    """Every distinct call of one forward of a model of `MODELS` at a size of `REAL_INPUTS`."""
+    """Returns each distinct call of a forward of a model of `MODELS` at a size of `REAL_INPUTS`."""
     (family,) = (family for family in FAMILIES if model in family.models)
     return list(family.model_cases(model, size, batch))
 
 
 def checked_cases() -> list[Case]:
-    """What every run of the tests compiles."""
+    """Returns the cases that every run of the tests compiles."""
     cases = []
     for family in FAMILIES:
         for model in family.checked_models:
@@ -36,7 +36,7 @@ def checked_cases() -> list[Case]:
 
 
 def real_cases() -> list[Case]:
-    """`checked_cases`, then the other models and the batches 1, 8 and 64."""
+    """Returns `checked_cases`, then the other models and the batches 1, 8 and 64."""
     cases = checked_cases()
     for model in MODELS:
         for size, batches in REAL_INPUTS:
@@ -49,5 +49,5 @@ def real_cases() -> list[Case]:
 
 
 def small_cases() -> list[Case]:
-    """Twins of the real cases, for the interpreter: seconds, not hours."""
+    """Returns small variants of the real cases: the interpreter runs them in seconds."""
     return [case for family in FAMILIES for case in family.small()]

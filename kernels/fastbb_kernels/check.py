@@ -40,9 +40,9 @@ from .testing.budget import (
 
 # the real cases that a check runs on a GPU, beside the small ones
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
-# where a check compiles dtypes other than bf16
+# architectures for which a check compiles other dtypes than bf16
 OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
-# about how much longer than a run in the interpreter it takes to compile a case
+# time to compile a case, relative to a run in the interpreter
 COMPILE_WEIGHT = 10
 
 _Check = Callable[[Case, torch.dtype], str | None]
@@ -61,7 +61,7 @@ def check_registration(case: Case, dtype: torch.dtype) -> None:
 def launch_of(
     case: Case, device: str, dtype: torch.dtype, arch: Architecture | None = None
 ) -> tuple[Launch, tuple[Any, ...]]:
-    """What the custom op of a case runs on GPUs, and the arguments that it is given."""
+    """Returns the launch that the custom op of a case runs on GPUs, and its arguments."""
     op, mocked = find_op(case.op), mock.Mock()
     with mock.patch.object(op.kernel, "gpu", mocked), pretend(arch), torch.no_grad():
         op.call(**case.arguments(device, dtype), impl="triton")
@@ -71,11 +71,11 @@ def launch_of(
 
 @dataclass(frozen=True)
 class FirstLaunches:
-    """What the checks of first launches reach of the binaries that a model launches.
+    """Coverage of a model's binaries by the checks of first launches.
 
     Attributes:
         n_binaries: distinct ones.
-        missed: cases of which a binary is not launched again on few images.
+        missed: cases with a binary that the check on few images does not launch.
     """
 
     n_binaries: int
@@ -86,7 +86,7 @@ class FirstLaunches:
 def first_launches(
     model: str, batches: Sequence[int], dtype: torch.dtype, arch: Architecture
 ) -> FirstLaunches:
-    """Looks at what the self-check would launch for a model's launches; compiles nothing.
+    """Finds the binaries that the self-check would launch for a model's launches; compiles nothing.
 
     Args:
         model: of `cases.MODELS`, at 224 x 224 pixels.
@@ -114,12 +114,12 @@ def first_launches(
 
 @dataclass(frozen=True)
 class Interpreted:
-    """What a case did in the interpreter.
+    """Result of a case in the interpreter.
 
     Attributes:
-        problem: what is wrong, in a sentence, or None.
+        problem: a sentence that describes it, or None.
         minimal_bytes: each distinct element read once and written once, by the tracer.
-        requested_bytes: what all programs ask for.
+        requested_bytes: bytes that all programs load and store.
         n_launches: of kernels.
     """
 
@@ -133,7 +133,7 @@ class Interpreted:
 def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
     """Runs a case in the interpreter, traced, against the reference in float64.
 
-    Bounds, races and double writes raise at the access; the rest is the result's `problem`.
+    A bounds error, race or double write raises at the access; other problems are in the result.
     """
     op = find_op(case.op)
     arguments = case.arguments("cpu", dtype)
@@ -149,10 +149,10 @@ def check_interpreted(case: Case, dtype: torch.dtype) -> Interpreted:
 
 @cache
 def distinct_cases(everything: bool = False) -> dict[str, list[Case]]:
-    """Per op, cases of which no two launch the same binaries, the first of each kind.
+    """Returns, by op, the first case for each distinct set of binaries.
 
     Args:
-        everything: look at `real_cases` instead of `checked_cases`, which takes a minute.
+        everything: choose among `real_cases`, which takes a minute, not `checked_cases`.
     """
     cases = real_cases() if everything else checked_cases()
     found: dict[str, dict[Any, Case]] = {}
@@ -172,7 +172,7 @@ def distinct_cases(everything: bool = False) -> dict[str, list[Case]]:
 def _recording(
     case: Case, arguments: dict[str, Any], arch: Architecture, compiled: bool = False
 ) -> Recording:
-    """The launches of a case, none where the op does not support the architecture."""
+    """Returns the launches of a case; none if the op does not support the architecture."""
     op = find_op(case.op)
     with (fake_gpu if compiled else record_launches)(arch) as recording:
         if op.unsupported(**arguments) is None:
@@ -181,14 +181,14 @@ def _recording(
 
 
 def compiled_dtypes(arch: Architecture) -> tuple[torch.dtype, ...]:
-    """What a check compiles for an architecture; other dtypes take time and tell little more."""
+    """Returns the dtypes that a check compiles for an architecture; others add little."""
     return TRITON_DTYPES if arch in OTHER_DTYPES_ON else (torch.bfloat16,)
 
 
 def compiled_costs(
     cases: Iterable[Case], dtypes: Sequence[torch.dtype], archs: Sequence[Architecture]
 ) -> dict[str, CaseCost]:
-    """What cases cost on the architectures that support them, by case and dtype."""
+    """Returns the costs of cases on the architectures that support them, by case and dtype."""
     costs = {}
     for case in cases:
         for dtype in dtypes:
@@ -201,19 +201,19 @@ def compiled_costs(
 
 
 def traced_cost(result: Interpreted) -> CaseCost:
-    """The part of a budget that the interpreter gives."""
+    """Returns the part of a budget that the interpreter measures."""
     return CaseCost(result.n_launches, result.minimal_bytes, result.requested_bytes, {})
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about one op.
+    """Results of the checks of one op.
 
     Attributes:
         op: its name.
         cells: the row of the table, by column.
         problems: a sentence each.
-        notes: where binaries are beyond a budget that another Triton's binaries set.
+        notes: costs beyond a budget that was measured with another version of Triton.
     """
 
     op: str
@@ -224,12 +224,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run of one op.
+    """Checks to run on one op.
 
     Attributes:
         op: its name.
-        small: twins for the interpreter and the device.
-        dtypes: of the twins.
+        small: small cases for the interpreter and the device.
+        dtypes: of the small cases.
         compiled: real cases to compile.
         archs: the architectures to compile for.
         device: the GPU to run on, or None.
@@ -253,7 +253,7 @@ class Plan:
         device: str | None,
         quick: bool = False,
     ) -> "Plan":
-        """Everything for an op, or with `quick` only one real case."""
+        """Plans all checks of an op, or with `quick` only one real case."""
         compiled = distinct_cases()[op]
         if quick:
             compiled = [case for case in compiled if _is_compiled(case, archs[0], dtypes[0])][:1]
@@ -268,7 +268,7 @@ class Plan:
 
     @property
     def weight(self) -> int:
-        """About how long it takes: a case in the interpreter is 1."""
+        """Approximate duration: a case in the interpreter counts 1."""
         n_runs = len(self.small[:2]) + len(self.small) * len(self.dtypes)
         if self.device is not None:
             n_runs += (len(self.small) + len(self.real)) * len(self.dtypes)
@@ -281,11 +281,11 @@ def _is_compiled(case: Case, arch: Architecture, dtype: torch.dtype) -> bool:
 
 
 def check_op(plan: Plan, progress: Callable[[int], None] = lambda weight: None) -> Report:
-    """Takes an op up the rungs; each runs whatever the one before found.
+    """Runs all rungs of an op, also after one that found a problem.
 
     Args:
         plan: what to run.
-        progress: is told the weight of each step that has run.
+        progress: called with the weight of each step after it has run.
     """
     cells: dict[str, str] = {}
     problems: list[str] = []
@@ -332,7 +332,7 @@ def check_op(plan: Plan, progress: Callable[[int], None] = lambda weight: None) 
 def _compile(
     case: Case, dtype: torch.dtype, arch: Architecture, costs: dict[str, CaseCost]
 ) -> None:
-    """Adds what a case costs on an architecture."""
+    """Adds the cost of a case on an architecture."""
     costs.update(compiled_costs([case], [dtype], [arch]))
 
 
@@ -341,10 +341,10 @@ def _interpreted_problem(case: Case, dtype: torch.dtype) -> str | None:
 
 
 def _attempt(case: Case, dtype: torch.dtype, check: _Check) -> str | None:
-    """The problem that a check returns or raises, with the case it is about."""
+    """Returns the problem that a check returns or raises, with the name of its case."""
     try:
         problem = check(case, dtype)
-    except Exception as error:  # a report goes on: one broken op must not hide the others
+    except Exception as error:  # continue: one broken op must not hide the others
         problem = f"{type(error).__name__}: {error}"
     return problem and f"{case.op}, {case}, {DTYPE_NAMES[dtype]}: {problem}"
 
@@ -354,8 +354,8 @@ def rewrite_budget(name: str, everything: bool) -> Path:
 
     Args:
         name: of the op.
-        everything: every distinct case of `real_cases` in every dtype on every architecture, which
-            takes an hour, instead of what `check_op` compares.
+        everything: measures every distinct case of `real_cases` in every dtype on every
+            architecture, which takes an hour; otherwise the cases that `check_op` compares.
     """
     costs: dict[str, CaseCost] = {}
     for case in distinct_cases(everything)[name]:
@@ -370,7 +370,7 @@ def rewrite_budget(name: str, everything: bool) -> Path:
 
 
 def format_table(reports: Sequence[Report]) -> str:
-    """One line per op, columns aligned."""
+    """Formats one line per op, with aligned columns."""
     columns = list(dict.fromkeys(column for report in reports for column in report.cells))
     rows = [["op", *columns]]
     rows += [
@@ -397,7 +397,7 @@ def report_first_launches(archs: Sequence[Architecture], dtypes: Sequence[torch.
 
 
 def run_plans(plans: Sequence[Plan]) -> list[Report]:
-    """Checks ops one after the other, and shows how far it is."""
+    """Checks ops one after the other, and shows the progress."""
     progress = Progress(sum(plan.weight for plan in plans))
     reports = []
     for plan in plans:
@@ -408,7 +408,7 @@ def run_plans(plans: Sequence[Plan]) -> list[Report]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 all is well, 1 something is not."""
+    """Runs the command; returns its exit code: 0 without problems, 1 with some."""
     parser = argparse.ArgumentParser(prog="python -m fastbb_kernels.check", description=__doc__)
     archs = {str(arch): arch for arch in ARCHITECTURES}
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}

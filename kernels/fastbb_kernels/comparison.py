@@ -1,4 +1,4 @@
-"""Runs a call twice against its reference in float64: what every check of a kernel rests on."""
+"""Runs a call twice against its reference in float64, for every check of a kernel."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,28 +15,28 @@ from .op import find_op, in_float64
 
 SEED = 0
 _N_RUNS = 2
-# more than a small case needs, in float64 as well
+# more than a small case needs, including its copy in float64
 _ROOM_BYTES = 128 * 2**20
 _MAX_ERROR_CHARACTERS = 300
 
 
 class NotChecked(RuntimeError):
-    """A case could not be run through, and its op is not to blame; the message says why."""
+    """A case could not be checked, for a reason outside its op; the message says why."""
 
 
 class Hardware:
-    """What a check asks of a device, besides running ops."""
+    """Operations of a device that a check needs, besides running ops."""
 
     def synchronize(self, device: torch.device) -> None:
-        """Waits for the current stream; raises what a kernel left behind.
+        """Waits for the current stream; raises errors of its earlier kernels.
 
-        Not for the whole device: CUDA forbids that while another thread captures a graph.
+        It does not wait for the device: CUDA forbids that while another thread captures a graph.
         """
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
     def has_room(self, device: torch.device, n_bytes: int) -> bool:
-        """Whether so much memory is there."""
+        """Whether so much memory can be allocated."""
         try:
             torch.empty(n_bytes, dtype=torch.uint8, device=device)
         except RuntimeError:  # of PyTorch or of the driver
@@ -44,7 +44,7 @@ class Hardware:
         return True
 
     def is_capturing(self, device: torch.device) -> bool:
-        """Whether a CUDA graph is being recorded, so that nothing may wait for the device."""
+        """Whether a CUDA graph is being captured, which forbids waiting for the device."""
         if device.type != "cuda":
             return False
         with torch.cuda.device(device):
@@ -72,12 +72,12 @@ def case_problem(
         case: of one op.
         dtype: of its tensors.
         device: where it runs.
-        impl: "auto" runs what a model would run, "triton" the kernel whatever is known of it.
-        run_case: calls the op.
-        hardware: what is asked of the device.
+        impl: "auto" runs the same as a model would, "triton" the kernel even if it is off.
+        run_case: calls the op of a case.
+        hardware: operations of the device.
 
     Returns:
-        what is wrong, in a sentence; None if all is well or the op's kernels do not take the case.
+        a sentence that describes the problem; None: no problem, or the kernels refuse the case.
 
     Raises:
         NotChecked: PyTorch's own ops fail, or the device has no memory left.
@@ -113,7 +113,7 @@ def launch_problem(
     hardware: Hardware,
     run: Callable[[], Tensor] | None = None,
 ) -> str | None:
-    """As `case_problem`, for a launch with given arguments, or what `run` makes of those."""
+    """Does the same as `case_problem` for a launch with given arguments, or for `run` if given."""
     wide = [x.double() if isinstance(x, Tensor) else x for x in args]
     return _problem_of(
         run=run or (lambda: launch.run(*args)),
@@ -132,7 +132,7 @@ def _problem_of(
     device: torch.device,
     hardware: Hardware,
 ) -> str | None:
-    """What is wrong with the results of `run`, called twice; see `case_problem`."""
+    """Calls `run` twice and describes the problem of its results, or returns None."""
     try:
         eager_result, exact_result = eager(), exact()
         hardware.synchronize(device)
@@ -144,7 +144,7 @@ def _problem_of(
         try:
             results.append(run())
             hardware.synchronize(device)
-        except Exception as error:  # whatever a launch raises: the op is off, with this reason
+        except Exception as error:  # any error of a launch turns the op off and is the reason
             return _failure(error, device, hardware, 4 * eager_result.nbytes)
         problem = _difference(results[-1], eager_result, exact_result)
         if problem is not None:
@@ -159,20 +159,20 @@ def _difference(got: Tensor, eager: Tensor, exact: Tensor) -> str | None:
         return f"wanted a tensor, got {type(got).__name__}"
     if got.isnan().any() and not eager.isnan().any():
         return "NaN where eager PyTorch has numbers"
-    # PyTorch convolves in TF32 on NVIDIA GPUs unless it is told otherwise
+    # by default PyTorch convolves in TF32 on NVIDIA GPUs
     largest = max_magnitude(exact)
     lost = 2 * max_error(eager, exact) / largest if largest else 0.0
     return accuracy_problem(got, eager, exact, max(FP32_REL, lost))
 
 
 def _failure(error: Exception, device: torch.device, hardware: Hardware, n_bytes: int) -> str:
-    """What a launch's exception means.
+    """Describes the exception of a launch.
 
     Args:
         error: the exception.
         device: of the launch.
-        hardware: what is asked of the device.
-        n_bytes: that a launch may take, besides what small ones need.
+        hardware: operations of the device.
+        n_bytes: memory that the launch may need, besides that of small launches.
 
     Raises:
         NotChecked: the device has no memory left.
@@ -189,7 +189,7 @@ def _failure(error: Exception, device: torch.device, hardware: Hardware, n_bytes
 
 
 def why_lost(device: torch.device, hardware: Hardware) -> str | None:
-    """Why this process cannot use the device any more: CUDA repeats some errors for ever."""
+    """Returns why this process lost the device, or None: some CUDA errors persist."""
     try:
         hardware.synchronize(device)
     except Exception as error:
@@ -198,17 +198,17 @@ def why_lost(device: torch.device, hardware: Hardware) -> str | None:
 
 
 def _fill_free_memory(like: Tensor) -> None:
-    """Leaves NaN in the memory that the next results are put in.
+    """Fills the memory of the next results with NaN.
 
-    PyTorch hands out what was freed last. It also can fill fresh memory itself, but only under
-    `use_deterministic_algorithms`, where other kernels run.
+    PyTorch's allocator reuses the block that was freed last. PyTorch can also fill fresh memory,
+    but only under `use_deterministic_algorithms`, which selects other kernels.
     """
     blocks = [torch.full_like(like, torch.nan) for _ in range(4)]
     del blocks
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    # a driver says it in a RuntimeError
+    # a driver reports it as a RuntimeError
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in _name(error).lower()
 
 
@@ -217,7 +217,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _name(error: BaseException) -> str:
-    """An exception on one line."""
+    """Formats an exception on one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     cut = len(text) > _MAX_ERROR_CHARACTERS
     return f"{text[:_MAX_ERROR_CHARACTERS]}..." if cut else text

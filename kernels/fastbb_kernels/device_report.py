@@ -1,4 +1,4 @@
-"""What works on a GPU: every op in every dtype, as a table."""
+"""A table of the ops and dtypes that work on a GPU."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ _WITHOUT_A_GPU = (
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What was found on a device.
+    """Results of the check of a device.
 
     Attributes:
         device: its name, "" without a GPU.
-        outcomes: by op and dtype what is wrong, in a sentence, or None.
-        notes: on the file that remembers this.
-        text: the table and what is wrong.
+        outcomes: by op and dtype, a sentence that describes the problem, or None.
+        notes: on the file in which the results are kept.
+        text: the table and the problems.
     """
 
     device: str
@@ -49,17 +49,17 @@ def check_ops(
     again: bool = False,
     progress: Callable[[str], None] = lambda op: None,
 ) -> DeviceReport:
-    """Runs the small cases of ops, and remembers what came of it.
+    """Runs the small cases of ops, and keeps the results.
 
     Args:
         device: such as "cuda:1"; default: the GPU if there is one.
         ops: their names; default: all.
         dtypes: "fp32", "fp16", "bf16"; default: all.
-        again: also of ops that are known to be off.
-        progress: told the name of each op before it is checked.
+        again: runs also the ops that are known to be off.
+        progress: called with the name of each op before it is checked.
 
     Raises:
-        ValueError: no such device, op or dtype.
+        ValueError: there is no such device, op or dtype.
     """
     names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     for kind, wanted, known in (("op", ops, op_names()), ("dtype", dtypes, names)):
@@ -85,7 +85,7 @@ def check_ops(
 
 
 def _table(outcomes: dict[tuple[str, torch.dtype], str | None]) -> list[str]:
-    """A line per op, then one per problem; a blank line between them."""
+    """Makes a line per op, a blank line, and a line per problem."""
     ops = list(dict.fromkeys(op for op, _ in outcomes))
     dtypes = list(dict.fromkeys(dtype for _, dtype in outcomes))
     width = max(map(len, ops))

@@ -1,8 +1,8 @@
-"""Whether fp32 may be multiplied in TF32: PyTorch's old and new settings, read and set here.
+"""Reads and sets PyTorch's old and new settings of TF32 in fp32 products.
 
-The new settings (`torch.backends.fp32_precision` and those of backends and operators below it) are
-what PyTorch's own products heed; the old getters raise where both were used. A setting that is
-"none" follows the one above it, and "none" everywhere means exact.
+PyTorch's own products follow the new settings (`torch.backends.fp32_precision` and those of
+backends and operators below it); the old getters raise after both kinds were used. A setting that
+is "none" follows the one above it, and "none" everywhere means exact.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ import torch
 
 Fp32Precision = Literal["ieee", "tf32"]
 
-# backend and operators; what others follow first, as a getter gives what is followed
+# backends and operators; settings that others follow come first, as a getter resolves "none"
 _FOLLOWED = (("generic", "all"), ("cuda", "all"), ("mkldnn", "all"))
 _OPERATORS = (
     ("cuda", "matmul"),
@@ -26,12 +26,12 @@ _MULTIPLYING_ON_CPU = (("mkldnn", "matmul"), ("mkldnn", "conv"))
 
 
 def matmul_precision() -> Fp32Precision:
-    """How PyTorch multiplies fp32 matrices on a GPU; while dynamo traces: a constant."""
+    """Precision of PyTorch's fp32 matrix products on a GPU; dynamo takes it as a constant."""
     return "tf32" if _get("cuda", "matmul") == "tf32" else "ieee"
 
 
 def convolution_precision() -> Fp32Precision:
-    """How PyTorch's cuDNN convolutions multiply fp32; while dynamo traces: a constant."""
+    """Precision of PyTorch's fp32 cuDNN convolutions; dynamo takes it as a constant."""
     return "tf32" if _get("cuda", "conv") == "tf32" else "ieee"
 
 
@@ -41,7 +41,7 @@ for _function in (matmul_precision, convolution_precision):
 
 
 def is_in_force(precision: Fp32Precision) -> bool:
-    """Whether matrices and convolutions are multiplied like that; "ieee": on CPUs too."""
+    """Whether matrix products and convolutions have this precision; "ieee": on CPUs too."""
     if not matmul_precision() == convolution_precision() == precision:
         return False
     return precision == "tf32" or all(_get(*on) in ("ieee", "none") for on in _MULTIPLYING_ON_CPU)
@@ -49,10 +49,10 @@ def is_in_force(precision: Fp32Precision) -> bool:
 
 @contextmanager
 def fp32_products(precision: Fp32Precision) -> Iterator[None]:
-    """Has fp32 multiplied like that inside the block, in all threads, and leaves what was set.
+    """Sets the precision of fp32 products inside the block, in all threads, and restores it after.
 
-    Inside the block the old getters say the same. That of cuDNN raises there for "ieee" if its
-    setting never was set: PyTorch has no way back to that.
+    Inside the block the old getters agree. For "ieee", the getter of cuDNN raises there if its
+    setting was never set, because PyTorch cannot restore that state.
     """
     if is_in_force(precision):
         yield
@@ -67,7 +67,7 @@ def fp32_products(precision: Fp32Precision) -> Iterator[None]:
 
 
 class _Settings:
-    """The settings as they are stored, which no getter gives: it gives what is followed."""
+    """The stored settings; a getter returns the setting that is followed instead."""
 
     def __init__(self) -> None:
         self._stored: dict[tuple[str, str], str] = {}
@@ -75,25 +75,25 @@ class _Settings:
         self._cudnn: bool | None = None  # of the old API; None: cannot be set and restored
 
     def read(self) -> None:
-        """Reads all, which sets them; all multiply exactly afterwards."""
+        """Reads all settings, which requires setting them; afterwards all products are exact."""
         for setting in _FOLLOWED:
             self._stored[setting] = _get(*setting)
             _set(*setting, "none")
         stored = {setting: _get(*setting) for setting in _OPERATORS}
         for setting in _FOLLOWED:
             _set(*setting, "ieee")
-        # neither "none" nor set: TF32 that follows all the same, up to the first time it is set
+        # TF32 that was never set, such as cuDNN's default: it follows other settings until then
         unset = [s for s, value in stored.items() if value == "tf32" and _get(*s) == "ieee"]
         self._stored.update({s: value for s, value in stored.items() if s not in unset})
         for setting in self._stored:
             _set(*setting, "ieee")
-        self._matmul = torch.get_float32_matmul_precision()  # raises in no state that is exact
+        self._matmul = torch.get_float32_matmul_precision()  # never raises if all are exact
         if not unset:
             self._cudnn = _legacy_cudnn_of_exact()
 
     def set(self, precision: Fp32Precision) -> None:
         allowed = precision == "tf32"
-        if allowed:  # on GPUs: others are as they were
+        if allowed:  # on GPUs only; other settings keep their values
             for (backend, operator), value in self._stored.items():
                 _set(backend, operator, "tf32" if backend == "cuda" else value)
         torch.set_float32_matmul_precision("high" if allowed else "highest")
@@ -111,7 +111,7 @@ class _Settings:
 
 
 def _legacy_cudnn_of_exact() -> bool:
-    """`torch.backends.cudnn.allow_tf32`, whose getter raises where the new settings differ."""
+    """Reads `torch.backends.cudnn.allow_tf32`, whose getter raises if the new settings differ."""
     try:
         return torch.backends.cudnn.allow_tf32
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""Between an op and its kernels: with which configuration they are launched, and what that was.
+"""Launches the kernels of ops: chooses their configurations, and notes them and the binaries.
 
 A launch notes its configurations and binaries, so that the self-check can launch the same binary
 again on other tensors.
@@ -20,7 +20,7 @@ from .measured import unforced_config
 
 _Config = TypeVar("_Config", bound=tuple[Any, ...])
 
-# the arguments of ops that have images, or rows, along their first dimension
+# arguments of ops whose first dimension counts images or rows
 _BATCHED = ("x", "qkv", "pixel_values", "residual", "shortcut")
 FEW_IMAGES = 2
 # as many as two tiles of the most rows, and a part of one
@@ -29,12 +29,12 @@ _FEW_ROWS = 2 * 256 + 37
 
 @dataclass
 class Launched:
-    """What was launched in a block of `noting`.
+    """Launches in a block of `noting`.
 
     Attributes:
         binaries: digests of the compiled kernels; none where nothing was compiled.
         configs: the configurations that were chosen, by table.
-        sizes: what each choice depended on, by table.
+        sizes: the arguments of each choice, by table.
     """
 
     binaries: list[str] = field(default_factory=list)
@@ -43,12 +43,12 @@ class Launched:
 
     @property
     def digests(self) -> set[str]:
-        """The binaries; none where nothing had to be launched, or a launch failed."""
+        """Digests of the binaries; empty if nothing had to be launched, or a launch failed."""
         return set(self.binaries)
 
 
 class _Thread(threading.local):
-    """What holds for the launches of one thread."""
+    """State of the launches of one thread."""
 
     def __init__(self) -> None:
         self.noted: Launched | None = None
@@ -60,7 +60,7 @@ _thread = _Thread()
 
 
 class noting:  # in lower case as the functions below; a generator would cost each launch more
-    """Notes what this thread launches in the block; an outer block notes it too."""
+    """Notes the launches of this thread in the block; an outer block notes them too."""
 
     def __enter__(self) -> Launched:
         self._before = _thread.noted
@@ -76,14 +76,14 @@ class noting:  # in lower case as the functions below; a generator would cost ea
 
 
 def note_binary(digest: str) -> None:
-    """Adds a binary to what this thread notes."""
+    """Adds a binary to the notes of this thread."""
     if _thread.noted is not None:
         _thread.noted.binaries.append(digest)
 
 
 @contextmanager
 def forced(configs: dict[str, Any]) -> Iterator[None]:
-    """Has this thread launch with these configurations, by table, whatever the sizes."""
+    """Makes this thread launch with these configurations, by table, for all sizes."""
     before, _thread.forced = _thread.forced, {**_thread.forced, **configs}
     try:
         yield
@@ -93,7 +93,7 @@ def forced(configs: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def configured_as_on(device: torch.device) -> Iterator[None]:
-    """Has this thread's launches on pretended GPUs take what was measured on a real one."""
+    """Makes this thread's launches on pretended GPUs take configurations measured on a real one."""
     before, _thread.measured_on = _thread.measured_on, device
     try:
         yield
@@ -104,13 +104,13 @@ def configured_as_on(device: torch.device) -> Iterator[None]:
 def chosen_config(
     table: str, launch_config: Callable[..., _Config], device: torch.device, *sizes: Any
 ) -> _Config:
-    """The configuration of one launch: a forced one, one measured on this GPU, or the usual one.
+    """Returns the configuration of a launch: forced, measured on this GPU, or the usual one.
 
     Args:
         table: name of the choice, by which configurations are forced and measured.
-        launch_config: makes the usual one of `sizes` and the architecture.
+        launch_config: makes the usual one from `sizes` and the architecture.
         device: of the launch.
-        sizes: what the choice depends on.
+        sizes: arguments of the choice.
     """
     config = _thread.forced.get(table)
     if config is None:
@@ -122,18 +122,18 @@ def chosen_config(
 
 
 def typed_argument(names: Sequence[str]) -> int:
-    """The position of the argument whose dtype a call counts as."""
-    # a stem's pixels may be integers
+    """Returns the position of the argument whose dtype is the dtype of the call."""
+    # the first argument of a stem, its pixels, may be integers
     return names.index("weight") if "weight" in names else 0
 
 
 class Launch:
-    """What an op runs on GPUs: its launcher, whose binaries are checked when they are new.
+    """Launcher of an op on GPUs; new binaries are checked at their first launch.
 
     Attributes:
         op: its name.
         run: launches, without a check.
-        eager: computes the same with PyTorch's own ops, and runs where a binary is wrong.
+        eager: computes the same with PyTorch's own ops; runs if a binary is wrong.
     """
 
     def __init__(self, op: str, run: Callable[..., Tensor], eager: Callable[..., Tensor]) -> None:
@@ -157,15 +157,15 @@ class Launch:
         return check.launch(self, args)
 
     def dtype(self, args: Sequence[Any]) -> torch.dtype:
-        """The dtype that a launch counts as."""
+        """Returns the dtype of a launch."""
         return args[self._typed].dtype
 
     def alike(self, args: Sequence[Any], n_images: int | None, seed: int) -> tuple[Any, ...]:
-        """Random arguments that take the same binaries as `args`.
+        """Makes random arguments that run the same binaries as `args`.
 
         Args:
             args: of a launch.
-            n_images: at most so many, and for rows without images a few hundred; None: all.
+            n_images: largest number of images; rows without images: a few hundred; None: all.
             seed: of the values.
         """
         device = args[0].device
@@ -176,7 +176,7 @@ class Launch:
         )
 
     def ends(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments with the first and the last image only."""
+        """Returns arguments with the first and the last image only."""
         last = len(args[0]) - 1
         return tuple(
             value[[0, last]] if isinstance(value, Tensor) and name in _BATCHED else value
@@ -187,11 +187,11 @@ class Launch:
 def _alike(
     name: str, tensor: Tensor, n_images: int | None, generator: torch.Generator | None
 ) -> Tensor:
-    """Random values with the strides and the alignment of a tensor."""
+    """Makes random values with the strides and the alignment of a tensor."""
     size = list(tensor.shape)
     if n_images is not None and name in _BATCHED and tensor.ndim > 1:
         size[0] = min(size[0], _FEW_ROWS if tensor.ndim == 2 else n_images)
-    # Triton compiles by whether an address is a multiple of 16
+    # Triton specializes on whether an address is a multiple of 16
     offset = 0 if tensor.is_meta else tensor.data_ptr() % 16 // tensor.element_size()
     span = 0 if 0 in size else 1 + sum((n - 1) * step for n, step in zip(size, tensor.stride()))
     values = _random(name, offset + span, tensor, generator)
@@ -199,7 +199,7 @@ def _alike(
 
 
 def _random(name: str, n: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """[n] values of the usual magnitude of an argument of that name."""
+    """Makes [n] values of the usual magnitude of an argument of that name."""
     if not like.is_floating_point():
         return torch.randint(
             0, 256, (n,), dtype=like.dtype, device=like.device, generator=generator

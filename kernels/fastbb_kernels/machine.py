@@ -1,4 +1,4 @@
-"""What a remembered result holds for: a device, its driver, and the code that ran on it."""
+"""Description of a machine for remembered results: device, driver, and the code that ran."""
 
 import hashlib
 import json
@@ -45,10 +45,10 @@ class Machine:
 
     @classmethod
     def of(cls, device: Device) -> "Machine":
-        """The machine as it is now, seen from `device`.
+        """Describes the current machine with `device`.
 
         Raises:
-            ValueError: neither a CPU nor a CUDA or ROCm device.
+            ValueError: the device is neither a CPU nor a CUDA or ROCm device.
         """
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"Machine: wanted a cpu or a cuda device, got {device}")
@@ -66,18 +66,18 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """A file name without suffix: the device, readable, and a digest of all fields."""
+        """File name without suffix: readable name of the device, and a digest of all fields."""
         fields = json.dumps(asdict(self), sort_keys=True).encode()
         return f"{device_slug(self.device)}-{hashlib.sha256(fields).hexdigest()[:12]}"
 
 
 def device_slug(name: str) -> str:
-    """A device's name as part of a file's name."""
+    """Converts a device's name to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60].strip("-") or "unknown"
 
 
 def find_device(device: str | torch.device | None = None) -> torch.device:
-    """The device of that name; default: a GPU if there is one.
+    """Returns the device of that name; default: a GPU if there is one.
 
     Raises:
         ValueError: there is no such device.
@@ -97,7 +97,7 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
 
 
 def cpu_name() -> str:
-    """Model of the CPU as Linux names it, elsewhere what Python knows of it."""
+    """Model of the CPU as Linux names it; on other systems from Python's `platform`."""
     return _cpu_info().get("model name") or platform.processor() or platform.machine()
 
 
@@ -116,7 +116,7 @@ def _cpu_info() -> dict[str, str]:
 
 @cache
 def kernels_digest() -> str:
-    """A digest of the sources that a result depends on, as they were when first asked for."""
+    """Digest of the sources that a result depends on, as they were at the first call."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _SOURCES for path in _PACKAGE.glob(pattern)):
         digest.update(f"\n{path.relative_to(_PACKAGE).as_posix()}\n".encode() + path.read_bytes())
@@ -135,7 +135,7 @@ def _cpu_capability() -> str:
 
 
 def _driver() -> str:
-    """The kernel module's version: PyTorch only knows the CUDA version that it speaks."""
+    """Version of the driver's kernel module; PyTorch only knows its own CUDA version."""
     if torch.version.hip:
         return _read(_AMD_DRIVER).strip()
     found = re.search(r"Kernel Module.*?(\d+\.[\d.]+)", _read(_NVIDIA_DRIVER))

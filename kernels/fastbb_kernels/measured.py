@@ -1,7 +1,7 @@
-"""Launch configurations that were measured on a GPU: launches take them before the usual ones.
+"""Launch configurations that were measured on a GPU; they take precedence over the usual ones.
 
-`configs/<GPU>.json` of this package is committed and reviewed; what was measured elsewhere is in
-the result cache of the machine. Both hold, by table, a list of entries:
+`configs/<GPU>.json` of this package is committed and reviewed; measurements outside of a checkout
+are in the result cache of the machine. Both hold, by table, a list of entries:
 
     {"sizes": {"n_rows": 200704, "features": 96, "dtype": "bfloat16"}, "config": [128, 64, 8]}
 
@@ -24,8 +24,8 @@ from ._dispatch import Architecture, current_check, machine_check
 from .machine import device_slug
 
 CONFIGS = Path(__file__).parent / "configs"
-SECTION = "configs"  # of the result cache
-# a measured number of rows stands for those from half to twice as many
+SECTION = "configs"  # name in the result cache
+# a measurement at n rows applies to n / 2 to 2 * n rows
 _MOST_RATIO = 2.0
 
 _log = logging.getLogger(__name__)
@@ -41,15 +41,15 @@ def unforced_config(
     arch: Architecture | None,
     sizes: tuple[Any, ...],
 ) -> _Config:
-    """What was measured to be the fastest on a GPU for such sizes, else the usual one.
+    """Returns the fastest configuration measured on a GPU for such sizes, else the usual one.
 
     Args:
         table: name of the choice.
-        launch_config: makes the usual one of `sizes` and `arch`.
-        device: of the launch; only on a GPU is anything measured.
+        launch_config: makes the usual one from `sizes` and `arch`.
+        device: of the launch; there are measurements of GPUs only.
         arch: of the launch.
-        sizes: what the choice depends on; of all but "n_rows" the same are looked for, and of
-            "n_rows" the nearest.
+        sizes: arguments of the choice; the measurement must have the same ones, except for
+            "n_rows", of which the nearest is taken.
     """
     usual = launch_config(*sizes, arch)
     if device.type != "cuda":
@@ -72,7 +72,7 @@ def _measured_config(
 
 
 def plain_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes as JSON has them."""
+    """Converts sizes to values of JSON."""
     return {
         name: str(size).removeprefix("torch.") if isinstance(size, torch.dtype) else size
         for name, size in sizes.items()
@@ -80,7 +80,7 @@ def plain_sizes(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_path(device_name: str) -> Path:
-    """The file of a GPU in this package."""
+    """Returns the file of a GPU in this package."""
     return CONFIGS / f"{device_slug(device_name)}.json"
 
 
@@ -90,11 +90,11 @@ def write_configs(
     facts: Mapping[str, str],
     path: Path | None = None,
 ) -> Path:
-    """Writes what was measured on a GPU.
+    """Writes configurations measured on a GPU.
 
     Args:
-        device_name: as torch says it.
-        tables: entries by table; what else an entry says (microseconds) is kept.
+        device_name: as torch names it.
+        tables: entries by table; additional fields of an entry (microseconds) are kept.
         facts: versions, commit and date.
         path: of the file; default: in this package.
     """
@@ -109,14 +109,14 @@ def write_configs(
 
 
 def forget() -> None:
-    """Has the next launches look again at what was measured."""
+    """Makes the next launches read the measurements again."""
     unforced_config.cache_clear()
     _entries.cache_clear()
 
 
 @cache
 def _entries(device: torch.device) -> tuple[dict[str, list[Entry]], ...]:
-    """By table, what the package holds for a GPU, and what its result cache does."""
+    """Reads the entries of a GPU by table: those of the package, and those of its result cache."""
     check = current_check() or machine_check()
     path = config_path(torch.cuda.get_device_name(device))
     found: list[Any] = []
@@ -136,7 +136,7 @@ def _entries(device: torch.device) -> tuple[dict[str, list[Entry]], ...]:
 
 
 def _nearest(entries: Sequence[Any], sizes: Mapping[str, Any]) -> Entry | None:
-    """The entry of the same sizes with the nearest number of rows, if that is near."""
+    """Returns the entry of equal sizes with the nearest number of rows, if that is near enough."""
     others = {name: size for name, size in sizes.items() if name != "n_rows"}
     best, least = None, math.log(_MOST_RATIO)
     for entry in entries:
@@ -155,10 +155,10 @@ def _nearest(entries: Sequence[Any], sizes: Mapping[str, Any]) -> Entry | None:
 
 
 def _of_the_form(usual: Any, values: Any) -> Any:
-    """The named tuple of the type of `usual` with these values.
+    """Makes a named tuple of the type of `usual` with these values.
 
     Raises:
-        ValueError: they are not of its form.
+        ValueError: the values do not have its form.
     """
     if isinstance(usual, tuple):
         if not isinstance(values, list | tuple) or len(values) != len(usual):

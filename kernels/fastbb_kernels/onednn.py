@@ -1,7 +1,8 @@
-"""Products of a CPU with weights packed once: oneDNN's, which PyTorch keeps for its compiler.
+"""Linear layers and convolutions on CPUs, by oneDNN's ops for weights that are packed once.
 
-`F.linear` lays the weights out anew in every call, in fp32 for a BLAS that may not be the fastest
-on this CPU, and adds the activation and the residual in passes of their own.
+PyTorch has these ops for its compiler only. `F.linear` reorders the weights in every call, in fp32
+for a BLAS that may not be the fastest on this CPU, and needs separate passes for the activation and
+the residual.
 
 Upstream: PyTorch `aten/src/ATen/native/mkldnn/Linear.cpp`, `Conv.cpp` and `MKLDNNConversions.cpp`.
 """
@@ -15,8 +16,8 @@ from torch.nn import functional as F
 
 from ._activation import activate
 
-# what oneDNN applies by itself, by our names: its name, scalars and algorithm. Its ReLU turns NaN
-# into 0, which a leaky one does not; what is left of a negative value is as good as 0 to a product
+# activations that oneDNN fuses, by our names: its name, scalars and algorithm. Its ReLU turns NaN
+# into 0 and its leaky ReLU does not; the tiny rest of a negative value counts as 0 in a product
 _LEAK = 1e-30
 _FUSED: dict[str | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
@@ -26,7 +27,7 @@ _FUSED: dict[str | None, tuple[str, list[float], str]] = {
 
 
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this PyTorch and CPU multiply packed weights of a dtype, as fast as they can."""
+    """Whether this PyTorch and CPU multiply packed weights of a dtype at full speed."""
     return torch.backends.mkldnn.enabled and _packs(dtype)
 
 
@@ -40,7 +41,7 @@ def _packs(dtype: torch.dtype) -> bool:
     try:
         if not torch.backends.mkldnn.is_available() or not supported[dtype]():
             return False
-        # the operations are not public: they are used where they still compute what they did
+        # the operations are not public: use them only if they still compute the expected values
         with torch.inference_mode(False), torch.no_grad():
             x, weight = (torch.linspace(-1, 1, n * 16, device="cpu").view(n, 16) for n in (3, 16))
             x, weight, bias = x.to(dtype), weight.to(dtype), weight[0].to(dtype)
@@ -54,7 +55,7 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def pack_linear(weight: Tensor) -> Tensor:
-    """The weight of a linear layer [out, in], in a layout that only `packed_linear` reads."""
+    """Packs the weight of a linear layer [out, in] into a layout for `packed_linear` only."""
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
 
@@ -66,9 +67,9 @@ def packed_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)`, or `x @ weight.T + bias + residual`.
+    """Computes `activation(x @ weight.T + bias)`, or `x @ weight.T + bias + residual`.
 
-    "relu" is for hidden layers: a negative value becomes `1e-30` times what it was, not 0.
+    "relu" is for hidden layers: it multiplies a negative value by `1e-30`, instead of giving 0.
 
     Args:
         x: [M, in], contiguous.
@@ -97,11 +98,11 @@ def pack_conv(
     dilation: tuple[int, ...],
     groups: int,
 ) -> Tensor:
-    """The weight of a convolution [C, C_in / groups, kh, kw], in a layout for `packed_conv`.
+    """Packs the weight of a convolution [C, C_in / groups, kh, kw] into a layout for `packed_conv`.
 
     Args:
-        weight: of the convolution; the result of `packed_conv` is laid out as it is.
-        shape: of the input [B, C_in, H, W]; for another one the result is right, but slow.
+        weight: of the convolution; the result of `packed_conv` has its memory format.
+        shape: of the input [B, C_in, H, W]; inputs of other shapes are computed, but slowly.
         stride: of the convolution, (height, width), as all below.
         padding: with zeros on each side.
         dilation: between the taps.
@@ -125,10 +126,10 @@ def packed_conv(
     residual: Tensor | None = None,
     hidden: bool = False,
 ) -> Tensor:
-    """`activation(conv2d(x) + residual)`.
+    """Computes `activation(conv2d(x) + residual)`.
 
     Args:
-        x: [B, C_in, H, W], laid out as the weight was.
+        x: [B, C_in, H, W], in the memory format of the weight.
         packed: from `pack_conv`.
         bias: [C].
         stride: of the convolution, (height, width), as all below.
@@ -136,7 +137,7 @@ def packed_conv(
         dilation: between the taps.
         groups: of channels.
         activation: name of the activation, or None.
-        residual: [B, C, h, w], laid out as the weight was, or None; not for grouped convolutions.
+        residual: [B, C, h, w] in that format, or None; not for grouped convolutions.
         hidden: the result only goes into another convolution, so that "relu" may leave `1e-30`
             times a negative value instead of 0.
 

@@ -1,7 +1,7 @@
-"""An op: its call, declared once, and what is derived from that.
+"""An op: its call, declared once, from which its custom op and its launch are derived.
 
-`ops/<op>.py` declares the call as a named tuple of its arguments with the methods of `Call`. `Op`
-makes the custom op of torch with its fake, and the launch that is checked, from it.
+`ops/<op>.py` declares the call as a named tuple of its arguments with the methods of `Call`. From
+it, `Op` makes the custom op of torch with its fake, and the launch that is checked.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf
 class Call(Arguments, Protocol):
     """One call of an op: a named tuple of its arguments.
 
-    The fields are arguments of the public function, and without their defaults the arguments of
-    the custom op, where the fields of a nested named tuple stand in its place.
+    The fields are the arguments of the public function. The custom op has the same arguments, but
+    no defaults, and the fields of a nested named tuple instead of the tuple.
     """
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class CustomOp(Generic[_Call]):
     """A custom op of torch that takes the fields of a call.
 
     Attributes:
-        overload: what torch.compile and torch.export see.
+        overload: of torch's dispatcher, seen by torch.compile and torch.export.
         eager: computes the result with PyTorch's own ops, from the arguments of the custom op.
         gpu: computes it on GPUs, from the same arguments.
     """
@@ -108,7 +108,7 @@ class CustomOp(Generic[_Call]):
         self.overload: OpOverload[..., Any] = getattr(torch.ops.fastbb, name).default
 
     def __call__(self, call: _Call) -> Tensor:
-        """Runs a call on its device: a GPU, or one that is pretended."""
+        """Runs a call on its device: a CPU, a GPU or a pretended GPU."""
         args: Any = call
         if self._nested:
             i, _ = self._nested
@@ -116,11 +116,11 @@ class CustomOp(Generic[_Call]):
         return self.gpu(*args) if launches_directly() else self.overload(*args)
 
     def _call_of_flat(self, args: Sequence[Any]) -> _Call:
-        """The call of arguments among which are the fields of a nested named tuple."""
+        """Makes a call from the arguments of the custom op, which has no nested named tuple."""
         assert self._nested
         i, kind = self._nested
         end = i + len(kind._fields)
-        # the dispatcher of torch makes lists of tuples
+        # the dispatcher of torch turns tuples into lists
         nested = kind._make(tuple(v) if type(v) is list else v for v in args[i:end])
         return self._make((*args[:i], nested, *args[end:]))
 
@@ -131,7 +131,7 @@ class Op(Generic[_Call]):
     Attributes:
         name: in `fastbb_kernels`.
         kernel: the custom op, which launches the kernel.
-        is_block: where its own kernel does not run, the ops that it is made of do.
+        is_block: if its own kernel cannot run, the ops that it is made of run.
     """
 
     def __init__(self, name: str, call_type: type[_Call], *, is_block: bool = False) -> None:
@@ -140,7 +140,7 @@ class Op(Generic[_Call]):
         Args:
             name: of the public function, and of the module in `ops/`.
             call_type: declares the call.
-            is_block: where its own kernel does not run, the ops that it is made of do.
+            is_block: if its own kernel cannot run, the ops that it is made of run.
         """
         self.name = name
         self.kernel = CustomOp(name, call_type)
@@ -154,7 +154,7 @@ class Op(Generic[_Call]):
 
         Args:
             call: of the op.
-            impl: what the caller asked for; None: what `use_impl` set.
+            impl: implementation that the caller asked for; None: that of `use_impl`.
 
         Raises:
             ValueError: arguments do not fit together, or there is no such implementation.
@@ -164,7 +164,7 @@ class Op(Generic[_Call]):
         return self.kernel(call) if self.takes(call, impl) else call.eager()
 
     def takes(self, call: _Call, impl: Impl | None) -> bool:
-        """Whether the kernel runs a call; raises as `__call__`."""
+        """Whether the kernel runs a call; raises the same errors as `__call__`."""
         x = call[self._typed]
         if impl is None and is_plainly_eager(x, None):
             return False
@@ -176,24 +176,24 @@ class Op(Generic[_Call]):
         """The public function."""
         return getattr(import_module(f".ops.{self.name}", __package__), self.name)
 
-    # what follows takes the arguments of the public function, but `impl`
+    # the methods below take the arguments of the public function without `impl`
 
     def bind(self, *args: Any, **options: Any) -> Call:
-        """The call that the public function makes of its arguments."""
+        """Makes the call that the public function makes from its arguments."""
         bound = inspect.signature(self.call).bind(*args, **options)
         bound.apply_defaults()
         return self._call_type(*(bound.arguments[name] for name in self._call_type._fields))
 
     def eager(self, *args: Any, **options: Any) -> Tensor:
-        """The reference."""
+        """Computes the reference."""
         return self.bind(*args, **options).eager()
 
     def unsupported(self, *args: Any, **options: Any) -> str | None:
-        """Why the kernel cannot run a call, or None."""
+        """Returns why the kernel cannot run a call, or None."""
         return self.bind(*args, **options).unsupported()
 
     def n_bytes(self, *args: Any, **options: Any) -> int:
-        """Least bytes of a call."""
+        """Returns the least traffic of a call in bytes."""
         return self.bind(*args, **options).n_bytes()
 
     @property
@@ -204,7 +204,7 @@ class Op(Generic[_Call]):
 
     @property
     def custom_op(self) -> OpOverload[..., Any]:
-        """What the dispatcher of torch knows."""
+        """The overload in torch's dispatcher."""
         return self.kernel.overload
 
 
@@ -212,25 +212,25 @@ _ops: dict[str, Op[Any]] = {}
 
 
 def find_op(name: str) -> Op[Any]:
-    """The op of that name."""
+    """Returns the op of that name."""
     import_module(f".ops.{name}", __package__)
     return _ops[name]
 
 
 def op_names() -> list[str]:
-    """Every op with a Triton kernel, whoever imported it."""
+    """Returns the names of all ops with a Triton kernel, imported or not."""
     for module in pkgutil.iter_modules(ops.__path__):
         import_module(f".ops.{module.name}", __package__)
     return sorted(_ops)
 
 
 def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same call with every tensor in float64."""
+    """Returns the arguments with every tensor in float64."""
     return {k: v.double() if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
 
 def _flat_hints(hints: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and types of the arguments of a custom op."""
+    """Yields names and types of the arguments of a custom op."""
     for name, hint in hints.items():
         if _is_named_tuple(hint):
             yield from _flat_hints(get_type_hints(hint))

@@ -1,9 +1,9 @@
 """Compiles kernels before they are needed, in several processes, into Triton's cache.
 
-What some code launches is recorded on meta tensors, and each distinct binary becomes a job for a
+The launches of some code are recorded on meta tensors, and each distinct binary becomes a job for a
 worker: the kernel, the shapes of its tensors and its other arguments, as JSON. A worker launches
-that on a pretended GPU, so that Triton itself makes the key by which the device finds the binary.
-Workers are new processes, not forks: nothing of CUDA is in them.
+the kernel on a pretended GPU, so that Triton itself makes the key by which the device finds the
+binary. Workers are new processes, not forks, so that they hold no CUDA state.
 """
 
 import importlib
@@ -38,8 +38,8 @@ class Job:
     """A binary to compile.
 
     Attributes:
-        kernel: name of the op it is of.
-        request: for a worker.
+        kernel: name of its op.
+        request: the message to a worker.
     """
 
     kernel: str
@@ -48,13 +48,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What came of a job.
+    """Result of a job.
 
     Attributes:
         kernel: name of the op.
-        seconds: that it took.
-        cached: whether the binary was there already.
-        problem: why there is no binary, in a sentence, or None.
+        seconds: duration of the compilation.
+        cached: whether the binary was in the cache already.
+        problem: a sentence that says why there is no binary, or None.
     """
 
     kernel: str
@@ -65,13 +65,13 @@ class Compiled:
 
 @contextmanager
 def recording_jobs(arch: Architecture) -> Iterator[dict[str, Job]]:
-    """Writes down which binaries the launches of the block need; compiles and runs nothing.
+    """Records the binaries that the launches of the block need; compiles and runs nothing.
 
     Args:
-        arch: as `fake_gpu` takes it.
+        arch: an architecture as in `fake_gpu`.
 
     Yields:
-        jobs by what decides a binary, filled in as the block runs.
+        jobs by a key that identifies the binary, added as the block runs.
 
     Raises:
         ValueError: no such architecture.
@@ -91,10 +91,10 @@ def recording_jobs(arch: Architecture) -> Iterator[dict[str, Job]]:
 
 
 def compile_jobs(jobs: Sequence[Job], arch: Architecture, n_workers: int) -> Iterator[Compiled]:
-    """Compiles in so many processes; yields what came of each job, in the order they end.
+    """Compiles jobs in `n_workers` processes; yields their results in the order in which they end.
 
-    A worker that dies is the problem of the job that it had; another one takes its place. Workers
-    end with the iteration, however it ends.
+    If a worker dies, its job has that as its problem, and a new worker replaces it. All workers end
+    when the iteration ends, also by an exception.
     """
     waiting = deque(jobs)
     workers: list[_Worker] = []
@@ -128,18 +128,18 @@ def compile_jobs(jobs: Sequence[Job], arch: Architecture, n_workers: int) -> Ite
 
 
 def n_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Worker:
-    """A process that compiles one job after the other."""
+    """A process that compiles jobs one after the other."""
 
     def __init__(self, arch: Architecture) -> None:
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({arch!r})"
         )
-        # in a session of its own: a terminal's Ctrl-C reaches us alone, and `end` ends assemblers
+        # in a new session: Ctrl-C at a terminal reaches only us, and `end` also ends its children
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -154,14 +154,14 @@ class _Worker:
         self._started = 0.0
 
     def start(self, job: Job) -> None:
-        """Hands a job over; `output` is readable when it is done."""
+        """Sends a job to the process; `output` becomes readable when the job is done."""
         self.job, self._started = job, time.perf_counter()
-        with suppress(BrokenPipeError):  # a worker that has died is seen by its output
+        with suppress(BrokenPipeError):  # `finish` finds out from the output that it died
             self._input.write(f"{job.request}\n")
             self._input.flush()
 
     def finish(self) -> Compiled:
-        """What came of the job, once `output` is readable."""
+        """Returns the result of the job; call it once `output` is readable."""
         job, self.job = self.job, None
         assert job is not None
         reply = self.output.readline()
@@ -174,7 +174,7 @@ class _Worker:
         return Compiled(job.kernel, seconds, problem=f"the process that compiled it ended {how}")
 
     def end(self) -> None:
-        """Ends the process and what it has started."""
+        """Ends the process and its children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -184,9 +184,9 @@ class _Worker:
 
 
 def serve(arch: Architecture) -> None:
-    """What a worker does: reads a request a line, compiles it, answers in a line."""
+    """Runs a worker: reads a request per line, compiles it, and answers with a line."""
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what compilers print is no reply
+    os.dup2(2, 1)  # compilers print to stderr, not among the replies
     hits: list[bool] = []
 
     def listener(*, cache_hit: bool, **_: Any) -> None:
@@ -199,7 +199,7 @@ def serve(arch: Architecture) -> None:
             started, problem = time.perf_counter(), None
             try:
                 _launch(json.loads(line))
-            except Exception as error:  # whatever a compiler raises is the result
+            except Exception as error:  # any error of a compiler is the result
                 problem = _problem(error)
             reply = {
                 "seconds": time.perf_counter() - started,
@@ -210,7 +210,7 @@ def serve(arch: Architecture) -> None:
 
 
 def _problem(error: Exception) -> str:
-    """An error on one line, what it was raised from first: that says why, the others where."""
+    """Formats an error on one line, causes first: they say why, the later ones where."""
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -225,7 +225,7 @@ def _launch(request: Sequence[Any]) -> None:
 
 
 def _encoded(value: Any) -> Any:
-    """A kernel's argument as JSON has it: of a tensor what Triton looks at."""
+    """Converts a kernel's argument to JSON: of a tensor, the properties that Triton looks at."""
     if isinstance(value, Tensor):
         layout = [list(value.shape), list(value.stride()), int(value.storage_offset())]
         return {"tensor": [*layout, str(value.dtype).removeprefix("torch.")]}
@@ -247,7 +247,7 @@ def _decoded(value: Any) -> Any:
     if kind == "mapping":
         return {key: _decoded(item) for key, item in content.items()}
     shape, stride, offset, dtype = content
-    # by its address Triton sees whether loads may be wide; a meta tensor's is its offset
+    # Triton decides by the address whether loads may be wide; a meta tensor's is its offset
     return torch.empty(0, dtype=getattr(torch, dtype), device="meta").as_strided(
         shape, stride, offset
     )

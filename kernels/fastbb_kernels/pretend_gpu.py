@@ -1,7 +1,7 @@
-"""A GPU that is not there: production launch code compiles its kernels exactly as on the device.
+"""A pretended GPU, on which production launch code compiles its kernels exactly as on the device.
 
-Triton asks a driver what to compile for and hands it the binary. Ours answers from
-`architectures.py`, and no binary runs.
+Triton asks a driver for the target of the compiler and passes it the binary. Our driver answers
+from `architectures.py` and runs no binary.
 """
 
 from collections.abc import Iterator
@@ -17,24 +17,24 @@ from ._dispatch import Architecture as ArchitectureName
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .recorder import Recording, describe, replaced_run
 
-# a JITFunction keeps its kernels by the device's index; real devices count from 0
+# a JITFunction caches its kernels by the device's index; real devices count from 0
 _FIRST_DEVICE_INDEX = 1000
 
 _MAX_THREADS_PER_CTA = 1024  # on every architecture of the table
 
 
 class LaunchError(RuntimeError):
-    """A kernel does not compile for an architecture, or is called wrongly."""
+    """A kernel does not compile for an architecture, or is called with wrong arguments."""
 
 
 @contextmanager
 def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
     """Compiles the kernels that are launched in the block for `arch`, and runs none.
 
-    Specialisation, options, grid and binary are the device's own as long as tensors are aligned
-    as there: fresh tensors are, on the CPU and on the meta device. WHAT A KERNEL WOULD WRITE
-    KEEPS WHATEVER THE MEMORY HELD: `interpret()` is for values. torch.cuda is not touched.
-    Kernels that were compiled before come from Triton's caches.
+    Specialization, options, grid and binary are the same as on the device, if tensors are aligned
+    as on the device; fresh tensors on the CPU and on the meta device are. THE OUTPUT OF A KERNEL IS
+    UNINITIALIZED MEMORY: use `interpret()` for values. torch.cuda is not touched. Kernels that were
+    compiled before come from Triton's caches.
 
     Args:
         arch: 80, 86, 89, 90, 100, 120, "gfx90a" or "gfx942".
@@ -43,10 +43,10 @@ def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
         the launches with their compiled kernels, filled in as the block runs.
 
     Raises:
-        ValueError: no such architecture; from a launch, if CUDA allows no such grid.
+        ValueError: there is no such architecture; from a launch, if CUDA allows no such grid.
         RuntimeError: inside another block of this harness.
         OutOfResources: from a launch, if the kernel does not fit, as on the device.
-        LaunchError: from a launch, if the kernel does not compile or is called wrongly.
+        LaunchError: from a launch, if the kernel does not compile or has wrong arguments.
         NotImplementedError: from a launch, if the kernel is autotuned.
     """
     architecture = find_architecture(arch)
@@ -79,7 +79,7 @@ def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
 
 
 class _Driver:
-    """What Triton's launch path asks of a driver and of its `utils`."""
+    """The part of a driver and of its `utils` that Triton's launch path calls."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture

@@ -1,4 +1,4 @@
-"""Which kernels are launched, with which grid, constants and tensors; nothing compiles."""
+"""Records kernel launches with their grid, constants and tensors; compiles nothing."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ from .architectures import Architecture, find_architecture
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """A tensor as a kernel was given it.
+    """A tensor argument of a kernel.
 
     Attributes:
         storage: equal for arguments of one launch that share memory.
@@ -47,7 +47,7 @@ class TensorArgument:
 
     @property
     def n_elements(self) -> int:
-        """Distinct elements: those of an expanded dimension count once.
+        """Number of distinct elements; those of an expanded dimension count once.
 
         Overlapping windows (`unfold`) count every element that they span.
         """
@@ -70,13 +70,13 @@ class Launch:
         name: of the kernel.
         grid: programs along the three axes.
         constexprs: compile-time arguments by parameter name, and those that are None.
-        scalars: other arguments that are no tensors, by parameter name.
-        tensors: by parameter name; a tensor descriptor stands for its base; in a tuple `name[i]`.
-        specialization: what decides the binary; on one architecture launches of equal
-            specialization run the same one.
+        scalars: other arguments that are not tensors, by parameter name.
+        tensors: by parameter name; of a descriptor its base; of a tuple by `name[i]`.
+        specialization: key of the binary; on one architecture, launches of equal specialization run
+            the same binary.
         num_warps: warps of a program.
         num_stages: stages of the software pipeline of its loops.
-        kernel: the compiled kernel, from `fake_gpu()`; None from `record_launches()`.
+        kernel: the compiled kernel in `fake_gpu()`; None in `record_launches()`.
     """
 
     name: str
@@ -111,10 +111,10 @@ class Launch:
 
 @dataclass
 class Recording:
-    """What was launched in a block.
+    """Launches of a block.
 
     Attributes:
-        architecture: what the block pretended to run on.
+        architecture: of the pretended GPU.
         launches: in order.
     """
 
@@ -135,19 +135,19 @@ class Recording:
 
 @contextmanager
 def record_launches(arch: ArchitectureName = 90) -> Iterator[Recording]:
-    """Writes down the kernel launches of the block; compiles and runs nothing.
+    """Records the kernel launches of the block; compiles and runs nothing.
 
-    With tensors on the meta device a whole model takes as long as its Python. Outputs of kernels
+    On the meta device, a whole model takes only the time of its Python code. Outputs of kernels
     hold no values.
 
     Args:
-        arch: 80, 86, 89, 90, 100, 120, "gfx90a" or "gfx942"; launchers may configure by it.
+        arch: 80, 86, 89, 90, 100, 120, "gfx90a" or "gfx942"; launch configurations depend on it.
 
     Yields:
         the recording, filled in as the block runs.
 
     Raises:
-        ValueError: no such architecture; from a launch, if CUDA allows no such grid.
+        ValueError: there is no such architecture; from a launch, if CUDA allows no such grid.
         RuntimeError: inside another block of this harness.
         NotImplementedError: from a launch, if the kernel is autotuned.
     """
@@ -163,7 +163,7 @@ def record_launches(arch: ArchitectureName = 90) -> Iterator[Recording]:
 
 @contextmanager
 def replaced_run(architecture: Architecture, run: Callable) -> Iterator[None]:
-    """Lets `run` take the place of `JITFunction.run`, and ops launch on pretended devices.
+    """Replaces `JITFunction.run` by `run`, and makes ops launch on pretended devices.
 
     Raises:
         RuntimeError: inside another block of this harness.
@@ -195,7 +195,7 @@ def describe(
     grid: tuple[int, ...] | Callable[[dict[str, Any]], tuple[int, ...]],
     architecture: Architecture,
 ) -> Launch:
-    """The launch `fn[grid](*args, **kwargs)` on `architecture`.
+    """Describes the launch `fn[grid](*args, **kwargs)` on `architecture`.
 
     Raises:
         ValueError: the grid is larger than CUDA allows.
@@ -244,6 +244,6 @@ def describe(
 
 @cache
 def _binder(fn: JITFunction, architecture: Architecture) -> Callable:
-    """What binds a kernel's arguments in production, and reads off what to specialise on."""
+    """Returns Triton's own function that binds a kernel's arguments and specializes on them."""
     backend = make_backend(architecture.target)
     return create_function_from_signature(fn.signature, fn.params, backend)

@@ -1,6 +1,6 @@
-"""The calls of one forward of a ResNet, at the shapes of real models and of small twins.
+"""The calls of one forward of a ResNet, at the shapes of real models and of small variants.
 
-Depthwise convolutions, which ResNets do not have, are those of EfficientNet-B0 and MobileNetV3.
+Depthwise convolutions, which ResNets do not have, come from EfficientNet-B0 and MobileNetV3.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ from .case import Case, Family, Random
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-# the width of the tails that `bottleneck_tail` has a kernel for
+# channels for which `bottleneck_tail` has a kernel
 TAIL_CHANNELS = (64, 128)
 
 
 @dataclass(frozen=True)
 class ResNetShape:
-    """What the shapes of a ResNet follow from: blocks per stage, inner channels of the first."""
+    """Parameters of the shapes of a ResNet: blocks per stage, inner channels of the first stage."""
 
     name: str
     block: Literal["basic", "bottleneck"]
@@ -39,7 +39,7 @@ RESNETS = {
 
 
 def resnet_cases(shape: ResNetShape, size: tuple[int, int], batch: int) -> Iterator[Case]:
-    """Every distinct call of one forward of a ResNet (v1.5).
+    """Yields each distinct call of one forward of a ResNet (v1.5).
 
     Args:
         shape: the model.
@@ -72,7 +72,7 @@ def resnet_cases(shape: ResNetShape, size: tuple[int, int], batch: int) -> Itera
                 yield Case("conv1x1_bn_act", f"{at}-reduce", _conv(before, inner, 1))
                 wide = (batch, inner, *before[2:])
                 yield Case("conv3x3_bn_act", f"{at}-conv", _conv(wide, inner, 3, stride))
-                if stride > 1:  # no map of that shape stands for cuDNN's residual
+                if stride > 1:  # no map has that shape and could be cuDNN's residual
                     yield Case("bias_act", f"{at}-bias", _bias(mid))
                 if reshapes:
                     yield Case("conv1x1_dual", f"{at}-dual", _dual(mid, before, outputs, stride))
@@ -85,13 +85,13 @@ def resnet_cases(shape: ResNetShape, size: tuple[int, int], batch: int) -> Itera
 
 
 def stem_cases(size: tuple[int, int], batch: int, name: str) -> Iterator[Case]:
-    """The calls of a stem that `resnet_cases` has not: of decoded photos, and without a pool."""
+    """Yields further calls of a stem: on decoded photos (uint8), and without a pool."""
     yield Case("stem_conv_bn_relu_pool", f"{name}-photos", _stem(batch, size, 16, photos=True))
     yield Case("stem_conv_bn_relu_pool", f"{name}-no-pool", _stem(batch, size, 16, pool=False))
 
 
 def epilogue_cases(name: str, x: tuple[int, int, int, int]) -> Iterator[Case]:
-    """The calls of `bias_act` that `resnet_cases` has not: with a residual, and other ends."""
+    """Yields further calls of `bias_act`: with a residual, and with other activations."""
     yield Case("bias_act", f"{name}-residual", _bias(x, residual=True))
     yield Case("bias_act", f"{name}-silu", _bias(x, activation="silu"))
 
@@ -107,7 +107,7 @@ class Depthwise:
     activation: str
 
 
-# EfficientNet-B0 and MobileNetV3-Large: the first, the widest and each kernel and stride
+# of EfficientNet-B0 and MobileNetV3-Large: the first, the widest, each kernel size and stride
 MOBILE = (
     Depthwise(32, 112, 3, 1, "silu"),
     Depthwise(96, 112, 3, 2, "silu"),
@@ -120,7 +120,7 @@ MOBILE = (
 
 
 def mobile_cases(shapes: tuple[Depthwise, ...], batch: int, name: str = "mobile") -> Iterator[Case]:
-    """The depthwise calls of mobile networks."""
+    """Yields the depthwise calls of mobile networks."""
     for shape in shapes:
         call = f"{shape.channels}x{shape.side}-k{shape.kernel}-s{shape.stride}"
         x = (batch, shape.channels, shape.side, shape.side)
@@ -149,7 +149,7 @@ def _map(random: Random, shape: _Shape) -> Tensor:
 
 def _weight(random: Random, *shape: int) -> Tensor:
     weight = random.weight(*shape)
-    if shape[1] == 1:  # depthwise, as `fastbb.fold` lays it out
+    if shape[1] == 1:  # depthwise, in the memory format of `fastbb.fold`
         return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     return weight.to(memory_format=torch.channels_last)
 
@@ -245,14 +245,14 @@ def _model_cases(model: str, size: tuple[int, int], batch: int) -> Iterator[Case
 
 
 def _more_checked() -> Iterator[Case]:
-    # a 3x3 with a residual and a strided 1x1, which ResNet-50 has not
+    # a 3x3 with a residual and a strided 1x1, which ResNet-50 does not have
     yield from _model_cases("resnet18", (224, 224), 64)
     yield from epilogue_cases("resnet50-224-b64-stage1", (64, 64, 56, 56))
     yield from mobile_cases(MOBILE, 64)
 
 
 def _small_cases() -> Iterator[Case]:
-    # odd maps at every stride; tails of the width that has a kernel
+    # odd maps at every stride; bottleneck tails of a width with a kernel
     yield from resnet_cases(ResNetShape("basic", "basic", (2, 1), 16), (37, 50), 2)
     yield from resnet_cases(ResNetShape("bottleneck", "bottleneck", (2, 2), 16), (45, 38), 2)
     yield from resnet_cases(ResNetShape("tail", "bottleneck", (2,), 64), (29, 26), 1)

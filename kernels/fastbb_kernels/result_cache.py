@@ -1,6 +1,6 @@
 """Results of checks and measurements, kept from one process to the next as JSON.
 
-A result may always be lost, and is then made again; it may never be torn, or another machine's.
+A lost result is made again. A result is never incomplete, and never that of another machine.
 """
 
 import json
@@ -27,20 +27,20 @@ _Sections = dict[str, dict[str, Any]]
 class ResultCache:
     """Results of one machine, by section and key, in one JSON file.
 
-    No method raises because of the file: one that cannot be used is ignored and, where that is
-    possible, replaced; results that cannot be written are kept for this process.
+    No method raises because of the file. A file that cannot be read is ignored and, if possible,
+    replaced; results that cannot be written are kept in this process.
 
     Attributes:
-        machine: what the results hold for.
+        machine: the machine of the results.
         path: of the file.
         notes: why a file was ignored or could not be written, a sentence each.
     """
 
     def __init__(self, machine: Machine, directory: Path | None = None) -> None:
-        """Reads the results that are there.
+        """Reads the results in the file.
 
         Args:
-            machine: what the results hold for.
+            machine: the machine of the results.
             directory: of the files of all machines; default: `fastbb` in the user's cache.
         """
         self.machine = machine
@@ -51,20 +51,20 @@ class ResultCache:
         self._results = self._read()
 
     def get(self, section: str, key: str) -> Any | None:
-        """The result, as JSON has it, or None."""
+        """Returns the result, a value of JSON, or None."""
         with self._lock:
             return self._results.get(section, {}).get(key)
 
     def items(self, section: str) -> dict[str, Any]:
-        """The results of a section by their keys."""
+        """Returns the results of a section by their keys."""
         with self._lock:
             return dict(self._results.get(section, {}))
 
     def put(self, section: str, key: str, value: Any) -> None:
-        """Remembers a result, in the file as well if that can be written.
+        """Keeps a result, also in the file if that can be written.
 
         Args:
-            section: whose result it is.
+            section: of the result.
             key: of the result.
             value: anything that JSON can hold.
 
@@ -78,7 +78,7 @@ class ResultCache:
             try:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with _locked(self.path.with_suffix(".lock")):
-                    # another process may have written since we read
+                    # another process may have written the file since we read it
                     self._results = _merged(self._results, self._read(), self._unwritten)
                     self._write()
                 self._unwritten = {}
@@ -87,7 +87,7 @@ class ResultCache:
                 self._note(f"results are not kept: {self.path} cannot be written: {reason}")
 
     def _read(self) -> _Sections:
-        """What the file holds for this machine."""
+        """Reads the results of this machine from the file."""
         try:
             status = self.path.stat()
             if not stat.S_ISREG(status.st_mode):
@@ -131,16 +131,16 @@ class ResultCache:
 
 
 def _user_cache() -> Path:
-    """`fastbb` in the user's cache directory, by the rules of the XDG base directories."""
+    """Returns `fastbb` in the user's cache directory, by the XDG Base Directory Specification."""
     wanted = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(wanted):
         wanted = os.path.expanduser("~/.cache")
-    # a user without a home: nothing can be written below the null device, and a note will say so
+    # a user without a home: writing below the null device fails, and a note will report that
     return Path(wanted if os.path.isabs(wanted) else os.devnull) / "fastbb"
 
 
 def _merged(*all_sections: _Sections) -> _Sections:
-    """Results of all; of two with one key the last one's."""
+    """Merges results; of several with one key, the last one is taken."""
     merged: _Sections = {}
     for sections in all_sections:
         for section, results in sections.items():
@@ -150,7 +150,7 @@ def _merged(*all_sections: _Sections) -> _Sections:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Keeps other processes out, where the file system can; waits for them only so long."""
+    """Locks out other processes if the file system can; waits for them for a limited time."""
     try:
         import fcntl
     except ImportError:  # not on Windows: a result may be lost there

@@ -1,8 +1,9 @@
-"""Whether kernels compute on a device what they ought to: tried at first launch, and remembered.
+"""Checks each kernel on the device at its first launch, and remembers the result.
 
-A GPU that nobody tried may miscompile a kernel, or lack the resources that it takes. So each
-compiled kernel is tried when it is launched for the first time: the same binary, on few images,
-against PyTorch's own ops in float64. An op of which one fails runs as those from then on.
+On a GPU that was never tested, a kernel may be miscompiled or need more resources than there are.
+So each compiled kernel is checked when it is launched for the first time: the same binary runs on
+few images and is compared with PyTorch's own ops in float64. If a kernel of an op fails, PyTorch's
+ops run in place of the op from then on.
 """
 
 import logging
@@ -40,8 +41,8 @@ from .result_cache import ResultCache
 __all__ = ["SelfCheck", "current", "use"]
 
 SECTION = "self_check"
-BINARIES = "binaries"  # section of the digests that were found to be right
-_LIBRARY_CALLS = 4096  # that are told apart
+BINARIES = "binaries"  # section of the digests of correct binaries
+_LIBRARY_CALLS = 4096  # remembered at most
 
 _log = logging.getLogger(__name__)
 
@@ -50,13 +51,13 @@ _Result = TypeVar("_Result")
 
 
 class _CallersMemory(Exception):
-    """There was no memory for a launch, nor for its check: nothing was found out."""
+    """There was not enough memory for a launch, nor for its check, so there is no result."""
 
 
 class SelfCheck:
-    """Tries the kernels of ops on devices, and remembers what came of it.
+    """Checks the kernels of ops on devices, and remembers the results.
 
-    Safe to use from several threads, which wait for a check that another one has begun.
+    It is thread-safe: a thread waits for a check that another thread has begun.
     """
 
     def __init__(
@@ -67,19 +68,19 @@ class SelfCheck:
         cache_of: Callable[[Machine], ResultCache] = ResultCache,
         hardware: Hardware | None = None,
     ) -> None:
-        """Makes a check that knows nothing yet; the arguments are for tests.
+        """Makes a check without results; the arguments are for tests.
 
         Args:
             run_case: calls the op of a case.
             machine_of: describes the machine of a device.
             cache_of: opens the results of a machine.
-            hardware: what is asked of devices.
+            hardware: operations of devices.
         """
         self._run_case = run_case
         self._machine_of = machine_of
         self._cache_of = cache_of
         self._hardware = hardware or Hardware()
-        # what decides; None: nothing has failed
+        # None: no kernel has failed
         self._problems: dict[_Key, str | None] = {}
         self._trusted: dict[_Key, set[str]] = {}
         self._libraries: dict[tuple[torch.device, Hashable], bool] = {}
@@ -92,16 +93,16 @@ class SelfCheck:
         self._logged: set[str] = set()
 
     def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why an op's kernels are off on a device, or None; runs nothing.
+        """Returns why an op's kernels are off on a device, or None; runs nothing.
 
-        It warns of what an earlier process found.
+        It warns of a problem that an earlier process found.
 
         Args:
             op: its name.
             device: where it is to run.
             dtype: of its tensors.
         """
-        try:  # what an op costs more on a GPU; a tensor's device needs no `_key`
+        try:  # each call of an op pays for this; the device of a tensor needs no `_key`
             return self._problems[op, device, dtype, input_precision(dtype)]
         except KeyError:
             key = _key(op, device, dtype)
@@ -116,7 +117,7 @@ class SelfCheck:
         return self._problems.get(key)
 
     def known_problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """As `problem`, without a warning."""
+        """Returns the same as `problem`, without a warning."""
         key = _key(op, device, dtype)
         if device.type == "meta":
             return None
@@ -124,30 +125,29 @@ class SelfCheck:
         return found[0] if found else None
 
     def launch(self, launch: Launch, args: Sequence[Any]) -> Tensor:
-        """Runs a launch if its binaries are right, else PyTorch's own ops.
+        """Runs a launch if its binaries are correct, else PyTorch's own ops.
 
-        A binary is tried when it comes for the first time, right after it ran, and its result is
-        handed on only if it is right; who else launches it waits. While a CUDA graph is being
-        captured nothing is tried, and the result of what was not tried before is not handed on.
+        A binary is checked right after its first launch, and the result of that launch is returned
+        only if the binary is correct; other threads that launch it wait. No check runs while a CUDA
+        graph is captured; then PyTorch's own ops run in place of an unchecked binary.
 
         Args:
             launch: of an op.
             args: its arguments; the first one is a tensor on the device.
 
         Raises:
-            Exception: whatever the launch raises although its binaries are right, and its being out
-                of memory.
+            Exception: an error of a launch whose binaries are correct, or lack of memory.
         """
         dtype = launch.dtype(args)
         key = launch.op, args[0].device, dtype, input_precision(dtype)
-        # asked only where it may not be None: this is what every launch costs more
+        # look it up only if something failed: every launch pays for this
         if self._problems.get(key, "") is not None and self.problem(*key[:3]) is not None:
             return launch.eager(*args)
         trusted = self._trusted.get(key) or self._trusted_of(key)
         if not trusted:
             if self._hardware.is_capturing(key[1]):
                 return launch.eager(*args)
-            self._hardware.synchronize(key[1])  # raises what is not of our making
+            self._hardware.synchronize(key[1])  # raises errors of earlier kernels
         y = error = None
         with noting() as launched:
             try:
@@ -155,11 +155,11 @@ class SelfCheck:
             except Exception as raised:
                 error = raised
         if error is None and launched.digests <= trusted:
-            return y  # pyright: ignore[reportReturnType] - what is no tensor is found by the check
+            return y  # pyright: ignore[reportReturnType] - the check finds a result that is not a tensor
         if self._hardware.is_capturing(key[1]):
             return launch.eager(*args)
         with self._lock_of(key):
-            # another thread may have tried it
+            # another thread may have checked it
             if self._problems[key] is None and (error or not launched.digests <= trusted):
                 self._check(key, lambda: self._few_problem(key, launch, args, launched, error))
         self._warn()
@@ -171,13 +171,13 @@ class SelfCheck:
         return y
 
     def trusts(self, call: Hashable, launch: Launch, args: Sequence[Any]) -> bool:
-        """Whether a library's call is right; it is tried the first time, in each process.
+        """Whether a library's call is correct; each process checks it the first time.
 
-        Libraries choose what runs by all sizes, so it is tried with all images, of which the first
-        and the last are compared.
+        Libraries choose a kernel by all sizes, so the check runs with all images; it compares the
+        first and the last one.
 
         Args:
-            call: what the library chooses by.
+            call: arguments by which the library chooses a kernel.
             launch: runs the library.
             args: its arguments.
         """
@@ -195,10 +195,10 @@ class SelfCheck:
         return self._libraries[key]
 
     def check(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Runs the small cases of an op by its kernels, whatever was found before.
+        """Runs the small cases of an op by its kernels, whether or not they are off.
 
         Returns:
-            what is wrong, in a sentence, or None.
+            a sentence that describes the problem, or None.
         """
         key = _key(op, device, dtype)
         with self._lock_of(key):
@@ -207,13 +207,13 @@ class SelfCheck:
         return self._problems.get(key)
 
     def results(self, device: torch.device) -> dict[tuple[str, torch.dtype], str | None]:
-        """The problem, or None, of each op and dtype that was checked; runs nothing."""
+        """Returns the problem, or None, of each op and dtype that was checked; runs nothing."""
         pairs = [(op, dtype) for op in op_names() for dtype in TRITON_DTYPES]
         found = {(op, dtype): self._remembered(_key(op, device, dtype)) for op, dtype in pairs}
         return {pair: outcome[0] for pair, outcome in found.items() if outcome}
 
     def cache(self, device: torch.device) -> ResultCache:
-        """Where the results of a device are kept."""
+        """Returns the cache that keeps the results of a device."""
         with self._lock:
             if device not in self._caches:
                 machine = self._machine_of(device)
@@ -223,14 +223,14 @@ class SelfCheck:
             return self._caches[device]
 
     def _remembered(self, key: _Key) -> tuple[str | None] | None:
-        """The problem of an op that was checked before, or None in it; None: it was not."""
+        """Returns a tuple of the op's problem or None; returns None if the op was not checked."""
         value = self.cache(key[1]).get(SECTION, _cache_key(key))
         if not isinstance(value, dict) or not isinstance(value.get("problem", 0), str | None):
             return None
         return (value["problem"],)
 
     def _trusted_of(self, key: _Key) -> set[str]:
-        """The binaries of an op that were found to be right, here or in an earlier process."""
+        """Returns the correct binaries of an op, found by this or an earlier process."""
         if key not in self._trusted:
             start = f"{_cache_key(key)}/"
             known = self.cache(key[1]).items(BINARIES)
@@ -245,7 +245,7 @@ class SelfCheck:
         return self._locks.setdefault(key, threading.Lock())
 
     def _check(self, key: _Key, find_problem: Callable[[], str | None]) -> None:
-        """Finds what is wrong with an op, and remembers it."""
+        """Finds the problem of an op, if any, and remembers it."""
         device = key[1]
         cache = self.cache(device)
         try:
@@ -253,7 +253,7 @@ class SelfCheck:
         except _CallersMemory:
             return
         except Exception as error:
-            # for this process: every call would try it again, and the next one may have room
+            # only in this process: a check at every call costs too much; the next may have room
             self._problems[key] = f"not checked: {reason_of(error)}"
         else:
             self._problems[key] = problem
@@ -262,7 +262,7 @@ class SelfCheck:
         self._report(key)
 
     def _trusting(self, key: _Key, find_problem: Callable[[], str | None]) -> str | None:
-        """Trusts the binaries that run in a check if all is well."""
+        """Trusts the binaries that run in a check that finds no problem."""
         with noting() as launched:
             problem = find_problem()
         if problem is None:
@@ -272,7 +272,7 @@ class SelfCheck:
         return problem
 
     def _small_problem(self, key: _Key) -> str | None:
-        """What is wrong in the small cases of an op."""
+        """Returns the first problem of the small cases of an op, or None."""
         op, device, dtype, _ = key
         for case in small_cases():
             if case.op == op:
@@ -296,16 +296,16 @@ class SelfCheck:
         launched: Launched,
         error: Exception | None,
     ) -> str | None:
-        """What is wrong with the binaries of a launch, on few images.
+        """Returns the problem of the binaries of a launch, run on few images, or None.
 
         Raises:
-            NotChecked: that cannot be said.
-            _CallersMemory: as `error` says, there was none for the launch, nor is there for this.
+            NotChecked: the check could not run.
+            _CallersMemory: there is not enough memory for the launch (`error`), nor for the check.
         """
         op, device, dtype, _ = key
         lost = why_lost(device, self._hardware)
         if lost is not None:
-            if launched.digests <= self._trusted_of(key):  # a kernel before it, perhaps not ours
+            if launched.digests <= self._trusted_of(key):  # an earlier kernel, perhaps not ours
                 raise NotChecked(lost)
             self._lost[device] = lost
             return f"{op}, {DTYPE_NAMES[dtype]}: {lost}"
@@ -354,10 +354,10 @@ class SelfCheck:
         return problem is None
 
     def _outside(self, device: torch.device, function: Callable[[], _Result]) -> _Result:
-        """Calls in a thread of its own, on the caller's stream but with none of its modes.
+        """Calls a function in a new thread, on the caller's stream but without the caller's modes.
 
-        Those are autocast, inference mode and fake tensors; a check may begin anywhere, also while
-        a model is traced.
+        The modes are autocast, inference mode and fake tensors; a check may begin anywhere, also
+        while a model is traced.
         """
         if device in self._lost:
             raise NotChecked(self._lost[device])

@@ -3,7 +3,7 @@
 # compute capability times ten on NVIDIA, the name of the instruction set on AMD
 Architecture = int | str
 
-# one that was not compiled for takes the tables of one that has no more shared memory
+# a GPU without tables takes those of one that has at most its shared memory
 LAUNCH_TABLES: dict[Architecture, Architecture] = {
     80: 80,
     86: 86,
@@ -22,13 +22,13 @@ LAUNCH_TABLES: dict[Architecture, Architecture] = {
 
 
 def named(capability: str) -> Architecture:
-    """The architecture of a GPU with this capability: "9.0" or "gfx942"."""
+    """Returns the architecture of a GPU with this capability: "9.0" or "gfx942"."""
     major, dot, minor = capability.partition(".")
     return 10 * int(major) + int(minor) if dot else capability
 
 
 def gpu_problem(architecture: Architecture) -> str | None:
-    """Why no kernel runs on such a GPU, or None."""
+    """Returns why no kernel runs on such a GPU, or None."""
     if architecture in LAUNCH_TABLES:
         return None
     capabilities = ", ".join(_shown(name) for name in LAUNCH_TABLES if isinstance(name, int))

@@ -1,4 +1,4 @@
-"""The calls of one forward of a Swin, at the shapes of real models and of small twins."""
+"""The calls of one forward of a Swin, at the shapes of real models and of small variants."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from torch import Tensor
 from ._window_geometry import WindowGeometry
 from .case import Case, Family, Random
 
-# more channels and larger windows are for the separate ops
+# with more channels or larger windows the separate ops run
 BLOCK_CHANNELS, BLOCK_WINDOW = 256, 8
 
 
 @dataclass(frozen=True)
 class SwinShape:
-    """What the shapes of a Swin follow from: channels, blocks and heads per stage, patch size."""
+    """Parameters of the shapes of a Swin: channels, blocks and heads per stage, patch size."""
 
     name: str
     embed_dim: int
@@ -40,7 +40,7 @@ WINDOWS = {(224, 224): 7, (384, 384): 12, (800, 1088): 7}
 
 
 def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int) -> Iterator[Case]:
-    """Every distinct call of one forward of a Swin, with transformers' semantics.
+    """Yields each distinct call of one forward of a Swin, with transformers' semantics.
 
     Args:
         shape: the model.
@@ -201,7 +201,7 @@ def _mlp_block(tokens: _Shape) -> _Make:
 
 
 def _position_bias(random: Random, heads: int, geometry: WindowGeometry) -> Tensor:
-    """[heads, N, P], the columns padded as the models prepare them."""
+    """Makes a bias [heads, N, P], with columns padded as in the models."""
     n_tokens = math.prod(geometry.window)
     return random.normal(heads, n_tokens, -(-n_tokens // 16) * 16)
 
@@ -211,7 +211,7 @@ def _model_cases(model: str, size: tuple[int, int], batch: int) -> Iterator[Case
 
 
 def _small_cases() -> Iterator[Case]:
-    # whole windows; padded ones and odd maps to merge; window 12; a map below the window
+    # whole windows; padded windows and odd maps to merge; window 12; a map below the window
     yield from swin_cases(SwinShape("whole", 32, (2, 2), (1, 2)), (56, 56), 7, 1)
     yield from swin_cases(SwinShape("padded", 32, (2, 2), (2, 1)), (37, 50), 7, 2)
     yield from swin_cases(SwinShape("window12", 32, (2,), (1,)), (48, 60), 12, 1)

@@ -1,4 +1,4 @@
-"""What follows a convolution that a library computes: its bias, a residual, an activation.
+"""Bias, residual and activation after a convolution that a library computes.
 
 Algorithm: one pass over the map.
 Bound: memory (read x and the residual, write y).

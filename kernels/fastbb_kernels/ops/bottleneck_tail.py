@@ -1,8 +1,8 @@
 """The last two convolutions of a bottleneck block: 3x3, then the 1x1 that expands, and residual.
 
-Algorithm: y = activation(conv1x1(relu(conv3x3(x))) + residual), for some pixels at a time, so that
-the map between the convolutions does not exist in memory. A 1x1 needs no neighbours of it.
-Bound: memory at 64 channels (read x and the residual, write y), even with flops at 128.
+Algorithm: y = activation(conv1x1(relu(conv3x3(x))) + residual), for some pixels at a time. The map
+between the convolutions is never stored: a 1x1 convolution needs no neighbouring pixels of it.
+Bound: memory at 64 channels (read x and the residual, write y); memory and flops at 128.
 """
 
 from typing import NamedTuple
@@ -33,9 +33,9 @@ def bottleneck_tail(
 ) -> Tensor:
     """Computes `activation(expand(relu(conv3x3(x))) + residual)`, padded as `conv3x3_bn_act`.
 
-    Weights and biases have the batch norms folded in (`fastbb.fold`). Where its own kernel does not
-    run, the two ops `conv3x3_bn_act` and `conv1x1_bn_act` do, each by the same `impl`. "auto"
-    leaves the call to those: cuDNN's and MIOpen's 3x3 were not measured to be slower.
+    Weights and biases have the batch norms folded in (`fastbb.fold`). If the kernel of this op
+    cannot run, the ops `conv3x3_bn_act` and `conv1x1_bn_act` run, with the same `impl`. "auto"
+    always takes these two ops: no measurement has shown that cuDNN's or MIOpen's 3x3 is slower.
 
     Args:
         x: [B, C, H, W] floating point, any strides; channels-last is not copied.
@@ -121,13 +121,13 @@ class BottleneckTail(NamedTuple):
                 "needs 64 or 128 channels and a multiple of 64 after the expansion, "
                 f"got {channels} and {out_channels}"
             )
-        # the interpreter runs anything
+        # the interpreter has no limits
         if self.x.dtype == torch.float32 and architecture(self.x.device) is not None:
             return "needs fp16 or bf16: fp32 products are not bound by memory"
         return None
 
     def n_bytes(self) -> int:
-        """What is used of x, parameters and residual read once, y written once."""
+        """Counts the used pixels of x, parameters and residual read once, y written once."""
         mid = self.residual.numel() // max(self.expand_weight.shape[0], 1) * self.weight.shape[0]
         n_elements = self.expand_weight.numel() + self.expand_bias.numel()
         n_elements += 2 * self.residual.numel() - mid

@@ -73,7 +73,7 @@ class Conv1x1BnAct(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """The pixels that it uses, residual and parameters read once, y written once."""
+        """Counts the used pixels of x, residual and parameters read once, y written once."""
         batch, channels, height, width = output_shape(self.x, self.weight, self.stride)
         maps = self.x.shape[1] + (1 if self.residual is None else 2) * channels
         n_elements = batch * height * width * maps + self.weight.numel() + channels

@@ -91,7 +91,7 @@ class Conv1x1Dual(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """The pixels that it uses and the parameters read once, y written once."""
+        """Counts the used pixels of both maps and the parameters read once, y written once."""
         batch, channels, height, width = self.x.shape
         maps = channels + self.shortcut.shape[1] + self.weight.shape[0]
         parameters = self.weight.numel() + self.shortcut_weight.numel() + self.bias.numel()

@@ -1,8 +1,8 @@
 """3x3 convolution with its batch norm folded in, residual, activation.
 
-Algorithm: GEMM over nine shifted maps (implicit: none of them exists); bias, residual and
+Algorithm: implicit GEMM over nine shifted maps, which are never stored; bias, residual and
 activation in the epilogue.
-Bound: flops from 128 channels on; memory and flops are even at 64.
+Bound: flops from 128 channels on; memory and flops at 64.
 """
 
 import math
@@ -44,7 +44,7 @@ def conv3x3_bn_act(
 
     Weight and bias have the batch norm folded in (`fastbb.fold`). On GPUs "auto" takes cuDNN's
     fused convolution, cuDNN's or MIOpen's plain one with `bias_act` behind it, or the Triton
-    kernel, see `usual_way`. Where x is infinite, the fused one may give NaN.
+    kernel, see `usual_way`. The fused convolution may give NaN where x is infinite.
 
     Args:
         x: [B, C_in, H, W] floating point, any strides; channels-last is not copied.
@@ -67,7 +67,7 @@ def conv3x3_bn_act(
     call.check()
     if not _op.takes(call, impl):
         return call.eager()
-    # what a library computes in the interpreter is not seen
+    # the interpreter cannot trace the convolutions of libraries
     is_seen = architecture(x.device) is not None
     if chosen_impl("conv3x3_bn_act", impl) == "triton" or not is_seen:
         return _op.kernel(call)
@@ -97,7 +97,7 @@ class Conv3x3BnAct(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """What is used of x, the parameters and the residual read once, y written once."""
+        """Counts the used pixels of x, parameters and residual read once, y written once."""
         x, weight, bias, stride, dilation, residual, _ = self
         batch, channels, height, width = x.shape
         used = _n_used(height, stride, dilation) * _n_used(width, stride, dilation)
@@ -115,18 +115,18 @@ class Conv3x3BnAct(NamedTuple):
 
 
 def _n_used(size: int, stride: int, dilation: int) -> int:
-    """Rows (or columns) of a map of `size` that some tap of some output falls on."""
+    """Number of rows (or columns) of a map of `size` that a tap of some output reads."""
     centers = range(0, size, stride)
     taps = {center + offset for center in centers for offset in (-dilation, 0, dilation)}
     return len(taps.intersection(range(size)))
 
 
 class Conv3x3Way(NamedTuple):
-    """Who convolves.
+    """Choice of the implementation of a convolution.
 
     Attributes:
-        name: "fused": cuDNN, with all that follows; "plain": cuDNN or MIOpen, with `bias_act`
-            behind it; "triton": our kernel.
+        name: "fused": cuDNN with residual, bias and activation; "plain": cuDNN or MIOpen, then
+            `bias_act`; "triton": our kernel.
     """
 
     name: str
@@ -142,11 +142,11 @@ def usual_way(
     dtype: torch.dtype,
     arch: Architecture | None,
 ) -> Conv3x3Way:
-    """What runs on GPUs where nothing was measured, for `n_rows` output pixels.
+    """Returns the choice on GPUs without a measurement, for `n_rows` output pixels.
 
-    Published Triton kernels for 3x3 have 0.7 to 0.87 of cuDNN's speed. Its fused convolution saves
-    passes over the map, but has relu only, and without a residual needs x to have the shape of y:
-    where it cannot run, the plain one does.
+    Published Triton kernels for 3x3 have 0.7 to 0.87 of cuDNN's speed. cuDNN's fused convolution
+    saves passes over the map, but it only has relu, and without a residual x must have the shape of
+    y. If it cannot run, the plain convolution runs.
     """
     return Conv3x3Way("plain" if isinstance(arch, str) or activation != "relu" else "fused")
 
@@ -180,7 +180,7 @@ def _run_fastest(
 
 
 def _fused_op_may_run() -> bool:
-    """Whether there is cuDNN, and no flag is set that its fused op does not heed."""
+    """Whether cuDNN exists, and no flag is set that its fused op would ignore."""
     flags = torch.backends.cudnn
     exact = flags.deterministic or torch.are_deterministic_algorithms_enabled()
     return flags.enabled and not exact and torch.version.hip is None
@@ -191,11 +191,11 @@ def _call_cudnn(
 ) -> Tensor:
     """Runs convolution, residual, bias and relu as one cuDNN graph, with fp32 between them.
 
-    By PyTorch's ConvShared.cpp and Conv_v8.cpp the aten op takes the memory format that x or weight
-    suggests, copies what has another, passes every tensor in its own dtype, and raises where cuDNN
-    has no engine. `cudnn_convolution_relu`, the one without a residual, has cuDNN read the
-    uninitialized result and multiply it by 0, which makes NaN of NaN: here x stands for a residual
-    that is not there, times 0.
+    According to PyTorch's ConvShared.cpp and Conv_v8.cpp, the aten op takes the memory format that
+    x or weight suggests, copies tensors of another format, passes every tensor in its own dtype,
+    and raises if cuDNN has no engine. `cudnn_convolution_relu`, the op without a residual, makes
+    cuDNN read the uninitialized result and multiply it by 0, which keeps a NaN. So here a missing
+    residual is x times 0.
     """
     note_binary("cuDNN")
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
@@ -210,7 +210,7 @@ def _call_cudnn(
 
 
 def _choice_of_cudnn(x: Tensor, weight: Tensor, *options: Any) -> tuple[object, ...]:
-    """What cuDNN chooses its engine by: sizes, dtype and flags."""
+    """Returns the values by which cuDNN chooses its engine: sizes, dtype and flags."""
     flags = convolution_precision(), torch.backends.cudnn.benchmark
     stride, dilation, residual = options[1:]
     sizes = *x.shape, *weight.shape, stride, dilation, residual is not None

@@ -1,6 +1,6 @@
 """Any convolution with its batch norm folded in, a residual, an activation.
 
-It is made of other ops: where one has a kernel for the geometry it runs, elsewhere plain PyTorch.
+It calls another op that has a kernel for the geometry, and otherwise plain PyTorch.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from .conv1x1_bn_act import conv1x1_bn_act
 from .conv3x3_bn_act import conv3x3_bn_act
 from .depthwise_conv_bn_act import depthwise_conv_bn_act
 
-Size = int | tuple[int, ...]  # of both directions, or (height, width)
+Size = int | tuple[int, ...]  # one for both directions, or (height, width)
 
 
 def conv_bn_act(
@@ -57,7 +57,7 @@ def conv_bn_act(
             x, weight, bias, stride, padding, dilation, groups, residual, activation
         )
     op = conv_op(weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    # the ops have one stride and one dilation for both directions
+    # the ops take one stride and one dilation for both directions
     options: dict[str, Any] = {"stride": as_pair(stride)[0], "activation": activation, "impl": impl}
     if bias is not None and op == "conv1x1_bn_act":
         return conv1x1_bn_act(x, weight, bias, residual=residual, **options)
@@ -95,7 +95,7 @@ def conv_op(
     dilation: Size = 1,
     groups: int = 1,
 ) -> str | None:
-    """The op that has a kernel for a convolution with a bias; None: only plain PyTorch has.
+    """Returns the op that has a kernel for a convolution with a bias; None: there is none.
 
     Args:
         weight_shape: [C, C_in / groups, kh, kw].
@@ -121,5 +121,5 @@ def conv_op(
 
 
 def as_pair(value: Size) -> tuple[int, ...]:
-    """(height, width) of what counts for both."""
+    """Returns (height, width)."""
     return (value, value) if isinstance(value, int) else value

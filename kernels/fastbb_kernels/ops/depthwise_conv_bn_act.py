@@ -99,7 +99,7 @@ class DepthwiseConvBnAct(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """Weight, bias and the pixels under a tap read once, y written once."""
+        """Counts weight, bias and the used pixels of x read once, y written once."""
         batch, channels, *size = self.x.shape
         reach = self.dilation * (self.weight.shape[2] // 2)
 

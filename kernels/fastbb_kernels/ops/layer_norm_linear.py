@@ -1,7 +1,7 @@
 """Layer normalization followed by a linear layer, with an optional activation.
 
 Algorithm: normalize each row, multiply by the weight, add the bias, activate.
-Bound: memory at Swin's widths (read x, write y); the normalized x never needs to exist.
+Bound: memory at Swin's widths (read x, write y); the normalized x is never stored.
 """
 
 from typing import NamedTuple
@@ -89,7 +89,7 @@ class LayerNormLinear(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """x and the parameters read once, y written once."""
+        """Counts x and the parameters read once, y written once."""
         out_features, features = self.weight.shape
         n_rows = self.x.numel() // max(features, 1)
         n_elements = n_rows * (features + out_features) + self.weight.numel() + 2 * features

@@ -1,4 +1,4 @@
-"""Layer normalization of a channels-last map that leaves as NCHW.
+"""Layer normalization of a channels-last map; the result has the shape NCHW.
 
 Algorithm: normalize over C; the NCHW shape is a view with channels-last strides.
 Bound: memory, 2 passes (read x, write y).
@@ -67,7 +67,7 @@ class LayerNormNchw(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """x, weight and bias read once, y written once."""
+        """Counts x, weight and bias read once, y written once."""
         n_elements = 2 * self.x.numel() + self.weight.numel() + self.bias.numel()
         return self.x.element_size() * n_elements
 

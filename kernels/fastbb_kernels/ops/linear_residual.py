@@ -72,7 +72,7 @@ class LinearResidual(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """x, residual, weight and bias read once, y written once."""
+        """Counts x, residual, weight and bias read once, y written once."""
         n_rows = self.x.numel() // max(self.x.shape[-1], 1)
         out_features, features = self.weight.shape
         n_elements = n_rows * (features + 2 * out_features) + out_features * features

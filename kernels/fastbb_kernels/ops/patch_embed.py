@@ -1,4 +1,4 @@
-"""Patch embedding: a convolution whose stride is its kernel, then layer norm, NHWC out.
+"""Patch embedding: a convolution whose stride is its kernel size, then layer norm; returns NHWC.
 
 Algorithm: every patch is one row of a GEMM; a program holds whole rows and normalizes them.
 Bound: memory (read the pixels, write the tokens).
@@ -106,7 +106,7 @@ class PatchEmbed(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """The pixels of patches and the weights read once, tokens written once."""
+        """Counts the pixels of patches and the weights read once, tokens written once."""
         batch, height, width, channels = self._output_shape()
         p, q = self.weight.shape[2:]
         n_rows, n_cols = (

@@ -84,7 +84,7 @@ class PatchMerging(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """x and the parameters read once, y written once."""
+        """Counts x and the parameters read once, y written once."""
         n_elements = sum(tensor.numel() for tensor in self[:4])
         return self.x.element_size() * (n_elements + math.prod(self._output_shape()))
 

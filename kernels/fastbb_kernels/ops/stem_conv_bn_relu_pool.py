@@ -1,6 +1,6 @@
 """The stem of a ResNet: 7x7 convolution of stride 2, batch norm, activation, max pool.
 
-Algorithm: an implicit GEMM over pixels; maxima of its rows, so that no map before the pool exists.
+Algorithm: an implicit GEMM over pixels, and maxima of its rows; no map before the pool is stored.
 Bound: memory (read the pixels, write the pooled map), if the convolution runs on matrix units.
 """
 
@@ -125,7 +125,7 @@ class StemConvBnReluPool(NamedTuple):
         return common_unsupported(self, first=1)
 
     def n_bytes(self) -> int:
-        """The pixels, all of which are used, and parameters read once, y written once."""
+        """Counts all pixels and the parameters read once, y written once."""
         n_results = math.prod(output_shape(self.pixel_values, self.weight, self._stride()))
         n_elements = self.weight.numel() + self.bias.numel() + n_results
         return self.pixel_values.nbytes + self.weight.element_size() * n_elements

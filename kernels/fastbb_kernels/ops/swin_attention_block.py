@@ -1,7 +1,7 @@
 """The attention half of a Swin block: norm, queries, keys and values, attention, projection.
 
 Algorithm: y = x + proj(window_attention(linear(layer_norm(x)))), for one window of the map at a
-time, so that nothing between x and y exists in memory.
+time; nothing between x and y is stored.
 Bound: memory at Swin's first two stages (read x, write y); at more channels re-reading the weights
 for every window costs more than it saves, and the separate ops run.
 """
@@ -52,18 +52,18 @@ def swin_attention_block(
 ) -> Tensor:
     """Computes `x + proj(window_attention(layer_norm_linear(x)))`.
 
-    Where its own kernel does not run, the three ops `layer_norm_linear`, `window_attention` and
-    `linear_residual` do, each by the same `impl`.
+    If the kernel of this op cannot run, the ops `layer_norm_linear`, `window_attention` and
+    `linear_residual` run, with the same `impl`.
 
     Args:
         x: [B, H, W, C] floating point, any strides.
         norm_weight: [C].
         norm_bias: [C].
         qkv_weight: [3A, C]: queries, keys and values one below the other, heads inside each; A is
-            C in all Swins but timm's with a `head_dim` of their own.
+            C, except in timm's Swins with a `head_dim` option.
         qkv_bias: [3A] or None.
-        bias: [num_heads, N, P] relative position bias, N tokens per window; columns beyond N, which
-            make rows easy to load, are not read.
+        bias: [num_heads, N, P] relative position bias, N tokens per window; columns beyond N are
+            ignored, they only align the rows for wide loads.
         proj_weight: [C, A].
         proj_bias: [C] or None.
         num_heads: number of heads; must divide A.
@@ -157,7 +157,7 @@ class SwinAttentionBlock(NamedTuple):
         if x.shape[1:].numel() >= 2**31:
             return f"needs images of less than 2**31 elements, got {list(x.shape[1:])}"
         arch = architecture(x.device)
-        if arch is None:  # the interpreter runs anything
+        if arch is None:  # the interpreter has no limits
             return None
         if x.dtype == torch.float32:
             return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
@@ -167,9 +167,9 @@ class SwinAttentionBlock(NamedTuple):
         return None
 
     def n_bytes(self) -> int:
-        """x and the parameters read once, y written once.
+        """Counts x and the parameters read once, y written once.
 
-        Of the position bias those columns count that a wide load of the used ones takes along.
+        The columns of the position bias count up to the end of the last wide load.
         """
         n_tokens = math.prod(self.geometry.window)
         n_bias_cols = min(self.bias.shape[2], -(-n_tokens // 16) * 16)

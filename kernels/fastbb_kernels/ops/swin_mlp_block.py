@@ -1,7 +1,7 @@
 """The MLP half of a Swin block: norm, two linear layers with an activation between, residual.
 
-Algorithm: y = x + fc2(activation(fc1(layer_norm(x)))), for some rows at a time, so that neither the
-normalized rows nor the hidden ones exist in memory.
+Algorithm: y = x + fc2(activation(fc1(layer_norm(x)))), for some rows at a time; neither the
+normalized rows nor the hidden ones are stored.
 Bound: memory at Swin's first two stages (read x, write y); at more channels re-reading the weights
 for every block of rows costs more than it saves, and the separate ops run.
 """
@@ -45,8 +45,8 @@ def swin_mlp_block(
 ) -> Tensor:
     """Computes `x + fc2(activation(fc1(layer_norm(x))))`.
 
-    Where its own kernel does not run, the two ops `layer_norm_linear` and `linear_residual` do,
-    each by the same `impl`.
+    If the kernel of this op cannot run, the ops `layer_norm_linear` and `linear_residual` run, with
+    the same `impl`.
 
     Args:
         x: [..., C] floating point, any strides.
@@ -129,7 +129,7 @@ class SwinMlpBlock(NamedTuple):
                 f"got {channels} and {hidden}"
             )
         arch = architecture(self.x.device)
-        if arch is None:  # the interpreter runs anything
+        if arch is None:  # the interpreter has no limits
             return None
         if self.x.dtype == torch.float32:
             return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
@@ -139,7 +139,7 @@ class SwinMlpBlock(NamedTuple):
         return None
 
     def n_bytes(self) -> int:
-        """x and the parameters read once, y written once."""
+        """Counts x and the parameters read once, y written once."""
         parameters = (parameter for parameter in self[1:7] if parameter is not None)
         n_elements = 2 * self.x.numel() + sum(parameter.numel() for parameter in parameters)
         return self.x.element_size() * n_elements

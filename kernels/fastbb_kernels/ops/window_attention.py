@@ -2,7 +2,7 @@
 
 Algorithm: pad and roll the map, cut it into windows, attend within each window with a relative
 position bias and -100 between tokens of different regions, put the windows back.
-Bound: memory (read qkv, write the output); everything between is address arithmetic.
+Bound: memory (read qkv, write the output); padding, roll and windows are address arithmetic.
 Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
 """
 
@@ -32,13 +32,13 @@ def window_attention(
     dropout_p: float = 0.0,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Attends within the windows of a map. Padded tokens are keys and values like any other.
+    """Attends within the windows of a map. Padded tokens are keys and values like all others.
 
     Args:
         qkv: [B, H, W, 3C] floating point: queries, keys and values side by side, heads inside each.
         bias: [num_heads, N, P] relative position bias, N tokens per window. Columns beyond N are
-            ignored: rows of a multiple of 16 load wide.
-        qkv_pad: [3C] what a padded token holds (the bias of the projection), or None for zeros.
+            ignored; with P a multiple of 16, loads are wide.
+        qkv_pad: [3C] value of a padded token (the bias of the projection), or None for zeros.
         num_heads: number of heads; must divide C.
         geometry: windows, shift and order of padding and rolling.
         dropout_p: probability of dropping an attention weight.
@@ -101,11 +101,11 @@ class WindowAttention(NamedTuple):
         return self.as_map(_attend(*self.by_window(), self.dropout_p))
 
     def by_window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B, M * num_heads, N, head_dim], and what is added to scores.
+        """Returns queries, keys, values [B, M * num_heads, N, head_dim] and the bias of the scores.
 
-        The windows of an image that have masks of their own, M of them, count as heads, so that one
-        mask [1, M * num_heads, N, N] serves the whole batch; without a shift M is 1, and B counts
-        the windows.
+        With a shift, each of the M windows of an image has its own mask. The windows then count as
+        heads, so that one mask [1, M * num_heads, N, N] serves the whole batch. Without a shift, M
+        is 1, and B counts the windows.
         """
         qkv, bias, qkv_pad, num_heads, geometry, _ = self
         q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
@@ -115,7 +115,7 @@ class WindowAttention(NamedTuple):
         return q, k, v, mask.flatten(0, 1).unsqueeze(0)
 
     def as_map(self, attended: Tensor) -> Tensor:
-        """[B, M * num_heads, N, head_dim] -> [B, H, W, C]."""
+        """Converts [B, M * num_heads, N, head_dim] to [B, H, W, C]."""
         windows = attended.unflatten(1, (-1, self.num_heads)).flatten(0, 1)
         return _unwindow(windows, self.qkv.shape[1], self.qkv.shape[2], self.geometry)
 
@@ -137,10 +137,10 @@ class WindowAttention(NamedTuple):
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """qkv and bias read once, the output written once.
+        """Counts qkv and bias read once, the output written once.
 
-        Of the bias those columns count that a wide load of the used ones takes along, of `qkv_pad`
-        the keys and values, and nothing where no token is padding.
+        The columns of the bias count up to the end of the last wide load. Of `qkv_pad` the keys and
+        values count, if there are padded tokens.
         """
         (h, w), (_, H, W, C3) = self.geometry.window, self.qkv.shape
         n_bias_cols = min(self.bias.shape[2], -(-(h * w) // 16) * 16)
@@ -163,7 +163,7 @@ class WindowAttention(NamedTuple):
 def _windows(
     qkv: Tensor, qkv_pad: Tensor | None, num_heads: int, geometry: WindowGeometry
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, W, 3C] -> three of [B * nW, num_heads, N, head_dim]."""
+    """Splits [B, H, W, 3C] into three tensors [B * nW, num_heads, N, head_dim]."""
     if geometry.roll_first:
         qkv = _pad(_roll(qkv, geometry.shift, -1), qkv_pad, geometry.window)
     else:
@@ -176,7 +176,7 @@ def _windows(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
-    """softmax(q @ k.T / sqrt(head_dim) + mask) @ v.
+    """Computes softmax(q @ k.T / sqrt(head_dim) + mask) @ v.
 
     On windows of 49 tokens PyTorch's attention for CPUs, made for long sequences, takes twice the
     time of two batched products in low precision.
@@ -199,7 +199,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float) -> 
 
 
 def _unwindow(windows: Tensor, height: int, width: int, geometry: WindowGeometry) -> Tensor:
-    """[B * nW, num_heads, N, head_dim] -> [B, H, W, C]."""
+    """Converts [B * nW, num_heads, N, head_dim] to [B, H, W, C]."""
     h, w = geometry.window
     rows, columns = -(-height // h), -(-width // w)
     batch = windows.shape[0] // (rows * columns)
@@ -231,7 +231,7 @@ def _roll(x: Tensor, shift: tuple[int, int], direction: int) -> Tensor:
 
 
 def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
-    """What is added to the scores: [nW or 1, num_heads, N, N], the same for every image."""
+    """Returns position bias plus mask [nW or 1, num_heads, N, N], the same for every image."""
     bias = bias[..., : bias.shape[1]].to(qkv.dtype)
     if not any(geometry.shift):
         return bias.unsqueeze(0)
@@ -240,7 +240,7 @@ def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
 
 
 def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor) -> Tensor:
-    """[nW, N, N]: -100 where two tokens of a window come from different regions, else 0."""
+    """Returns a mask [nW, N, N]: -100 between tokens of a window from different regions, else 0."""
     h, w = geometry.window
     rows = _regions(height, h, geometry.shift[0], like.device)
     columns = _regions(width, w, geometry.shift[1], like.device)
@@ -251,7 +251,7 @@ def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor)
 
 
 def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:
-    """Region of each position along one axis of the padded and rolled map."""
+    """Returns the region of each position along one axis of the padded and rolled map."""
     padded = -(-size // window) * window
     position = torch.arange(padded, device=device)
     if shift == 0:

@@ -1,4 +1,4 @@
-"""What a compiled kernel costs and uses, read from its binary: no GPU is needed.
+"""Costs and resources of a compiled kernel, read from its binary; no GPU is needed.
 
 NVIDIA: the resource table of the cubin and its disassembly, by the tools that Triton ships.
 AMD: the assembly that Triton keeps, and the metadata at its end.
@@ -20,8 +20,8 @@ from .._dispatch import Architecture as ArchitectureName
 from ..architectures import Architecture, find_architecture
 
 _SCHEDULERS = 4  # of a multiprocessor, each with its own quarter of the registers
-_REGISTER_UNIT = 8  # registers per thread are handed out in multiples of it
-_SHARED_UNIT = 128  # bytes; shared memory likewise
+_REGISTER_UNIT = 8  # registers per thread are allocated in multiples of this number
+_SHARED_UNIT = 128  # bytes; the same for shared memory
 
 _NVIDIA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
@@ -31,19 +31,19 @@ _AMD_TO_SHARED = re.compile(r"^\s+(?:global|buffer)_load_.*\blds\b", re.MULTILIN
 
 @dataclass(frozen=True)
 class BinaryFacts:
-    """What one binary asks of its architecture. Counts are of instructions in the text.
+    """Resources that a binary needs. Counts are numbers of instructions in its code.
 
     Attributes:
         kernel: its name.
-        arch: what it was compiled for.
+        arch: its target.
         num_warps: warps of a CTA.
         registers: vector registers per thread.
-        spills: accesses to local memory (NVIDIA), spilled vector registers (AMD): to be 0.
-        stack: bytes of memory per thread. On NVIDIA a little without spills is harmless: it holds
-            descriptors, say. On AMD any is scratch.
+        spills: accesses to local memory (NVIDIA), spilled vector registers (AMD); should be 0.
+        stack: bytes of memory per thread. On NVIDIA a small stack without spills is harmless; it
+            may hold descriptors. On AMD any stack is scratch memory.
         shared: bytes of shared memory per CTA.
         mma: matrix instructions, by full name.
-        mma_class: the most frequent of them without its suffixes: HMMA, HGMMA, UTCHMMA, v_mfma;
+        mma_class: name of the most frequent one, no suffixes: HMMA, HGMMA, UTCHMMA, v_mfma;
             None: no matrix instruction.
         wide_accesses: loads and stores of global memory of 128 bits per thread or more.
         medium_accesses: those of 64 bits.
@@ -76,17 +76,17 @@ class BinaryFacts:
 
     @property
     def wide_share(self) -> float:
-        """Of the loads and stores of global memory, those of 128 bits; 1.0 if TMA does it all."""
+        """Share of 128-bit accesses among those of global memory; 1.0 if all are by TMA."""
         total = self.wide_accesses + self.medium_accesses + self.narrow_accesses
         return self.wide_accesses / total if total else 1.0
 
 
 def binary_facts(kernel: CompiledKernel, arch: ArchitectureName | None = None) -> BinaryFacts:
-    """Reads one binary; an NVIDIA binary takes about half a second once, then Triton's cache.
+    """Reads a binary; of an NVIDIA binary this takes about 0.5 s, and is then in Triton's cache.
 
     Args:
         kernel: from `Launch.kernel`, `Recording.kernels` or a launch on a device.
-        arch: by whose limits the occupancy is computed; default: the kernel's own target.
+        arch: architecture whose limits give the occupancy; default: the kernel's target.
 
     Raises:
         ValueError: the architecture is not in the table.
@@ -104,7 +104,7 @@ _known: dict[tuple[str, ArchitectureName], BinaryFacts] = {}
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the two vendors' binaries have in common; fields as those of `BinaryFacts`."""
+    """Facts that binaries of both vendors have; fields as in `BinaryFacts`."""
 
     registers: int
     spills: int
@@ -149,7 +149,7 @@ def _facts(kernel: CompiledKernel, limits: Architecture, reading: _Reading) -> B
 def ctas_per_sm(
     registers: int, shared: int, num_warps: int, limits: Architecture, tensor_columns: int = 0
 ) -> tuple[int, str]:
-    """CTAs that fit on a multiprocessor, and what bounds them.
+    """Returns the number of CTAs that fit on a multiprocessor, and the resource that limits it.
 
     Args:
         registers: per thread.
@@ -159,7 +159,7 @@ def ctas_per_sm(
         tensor_columns: of tensor memory per CTA.
     """
     registers_per_warp = _round_up(max(registers, 1), _REGISTER_UNIT) * limits.warp_size
-    # no scheduler lends registers to another
+    # schedulers do not share their registers
     warps = _SCHEDULERS * (limits.registers // _SCHEDULERS // registers_per_warp)
     shared_per_cta = _round_up(shared + limits.shared_reserved, _SHARED_UNIT)
     bounds = {
@@ -188,7 +188,7 @@ def _read_nvidia(kernel: CompiledKernel) -> _Reading:
     for name, count in counts.items():
         mnemonic, *modifiers = name.split(".")
         if mnemonic in ("LDG", "STG", "LDGSTS"):
-            # a modifier of its own: LTC128B is a hint to the cache
+            # a modifier by itself: LTC128B is a cache hint
             widths = {"256": 256, "128": 128, "64": 64}
             access_bits[next((widths[m] for m in modifiers if m in widths), 32)] += count
     return _Reading(
@@ -203,7 +203,7 @@ def _read_nvidia(kernel: CompiledKernel) -> _Reading:
 
 
 def _disassembly(kernel: CompiledKernel) -> str:
-    """The SASS listing, kept beside the binary in Triton's cache: nvdisasm is slow to start."""
+    """Returns the SASS listing, cached beside the binary: nvdisasm starts slowly."""
     cache = get_cache_manager(kernel.hash)
     name = f"{kernel.name[:150]}.nvdisasm"
     path = cache.get_file(name)
@@ -214,7 +214,7 @@ def _disassembly(kernel: CompiledKernel) -> str:
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:
-    """Standard output of one of the binary tools in Triton's wheel."""
+    """Returns the standard output of a binary tool in Triton's wheel."""
     program = getattr(knobs.nvidia, name).path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -232,7 +232,7 @@ def _read_amd(kernel: CompiledKernel) -> _Reading:
     def metadata(name: str) -> int:
         return int(re.findall(rf"^\s+\.{name}:\s+(\d+)$", assembly, re.MULTILINE)[0])
 
-    # on gfx90a spills are buffer accesses like any other, but for the compiler's remark
+    # on gfx90a spills are normal buffer accesses, marked only by the compiler's remark
     code = _AMD_SPILL.sub("", assembly)
     counts = Counter(_AMD_INSTRUCTION.findall(code))
     access_bits = Counter()

@@ -1,4 +1,4 @@
-"""What each op may cost, case by case: committed as JSON, and its diff reviewed like code.
+"""Allowed costs of each op by case: committed as JSON, with a diff that is reviewed like code.
 
 `make budgets` measures and rewrites the files of `budgets/`; a test measures again and compares.
 """
@@ -23,7 +23,7 @@ from .binary import BinaryFacts, binary_facts
 _PACKAGE = Path(__file__).parent.parent
 BUDGETS = _PACKAGE / "budgets"
 
-# the compiler is pinned, so shares only move with the code; this lets a lone instruction pass
+# the compiler is pinned, so shares only change with the code; this allows a single instruction
 _SHARE_TOLERANCE = 0.01
 
 _ADVICE = "if that is meant, run `make budgets` and review the diff"
@@ -31,7 +31,7 @@ _ADVICE = "if that is meant, run `make budgets` and review the diff"
 
 @dataclass(frozen=True)
 class BinaryCost:
-    """One case on one architecture: the worst of the kernels that it launches.
+    """Costs of a case on an architecture: those of the worst kernel that it launches.
 
     Attributes:
         registers: per thread.
@@ -67,12 +67,12 @@ class BinaryCost:
 
 @dataclass(frozen=True)
 class CaseCost:
-    """What one case of an op costs.
+    """Costs of a case of an op.
 
     Attributes:
         launches: of kernels.
         minimal_bytes: every distinct element read once and every output written once.
-        requested_bytes: what the kernels' accesses add up to; None: the case was not traced.
+        requested_bytes: sum of the kernels' accesses; None: the case was not traced.
         binaries: by architecture.
     """
 
@@ -87,7 +87,7 @@ class CaseCost:
         recordings: Mapping[ArchitectureName, Recording],
         requested_bytes: int | None = None,
     ) -> "CaseCost":
-        """From what `fake_gpu()` yielded for the same call on each architecture."""
+        """Makes the costs from the recordings of `fake_gpu()` of a call on each architecture."""
         return cls(
             launches=max(len(recording.launches) for recording in recordings.values()),
             minimal_bytes=max(recording.n_bytes for recording in recordings.values()),
@@ -101,11 +101,11 @@ class CaseCost:
 
 @dataclass(frozen=True)
 class Allowance:
-    """A rule that some cases may break, and why.
+    """A rule that some cases may break, and the reason.
 
     Attributes:
         case: pattern of case ids, with `*` and `?`.
-        arch: on which architecture.
+        arch: the architecture.
         allows: "spills", or "mma_class" (another than the architecture's best).
         reason: for the reader of the file.
     """
@@ -118,12 +118,12 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Budget:
-    """What an op costs: as measured, or as committed.
+    """Measured or committed costs of an op.
 
     Attributes:
         op: its name.
-        source: `source_hash` of what was measured.
-        cases: by case id, which names shape and dtype.
+        source: `source_hash` at the time of the measurement.
+        cases: by case id, which contains shape and dtype.
         allowances: written by hand; rewriting the file keeps them.
         triton: the version that compiled the binaries.
     """
@@ -136,11 +136,10 @@ class Budget:
 
 
 def source_hash(op: str) -> str:
-    """A digest of what decides an op's costs: its files, what these share, and Triton's version.
+    """Returns a digest of the sources that decide an op's costs, and of Triton's version.
 
-    The files are `ops/<op>.py`, `triton_kernels/<op>.py` and the other modules of
-    `triton_kernels` that this imports, directly or not. Of `configs/<GPU>.json` the tables count
-    that these files launch by.
+    The sources are `ops/<op>.py`, `triton_kernels/<op>.py`, the other modules of `triton_kernels`
+    that this imports, directly or not, and the tables in `configs/<GPU>.json` by which they launch.
     """
     files, pending = set(), [_PACKAGE / "triton_kernels" / f"{op}.py"]
     while pending:
@@ -165,7 +164,7 @@ def source_hash(op: str) -> str:
 
 
 def _siblings(source: str) -> list[str]:
-    """The modules beside it that a module imports."""
+    """Finds the modules of the same package that a module imports."""
     imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     found = []
     for node in imports:
@@ -175,11 +174,11 @@ def _siblings(source: str) -> list[str]:
 
 
 def read_budget(op: str, folder: Path = BUDGETS) -> Budget:
-    """The committed budget of an op.
+    """Reads the committed budget of an op.
 
     Raises:
-        FileNotFoundError: it has none.
-        ValueError: the file is not one that `write_budget` writes; the message names it.
+        FileNotFoundError: the op has no budget.
+        ValueError: the file does not have the form of `write_budget`; the message names it.
     """
     path = folder / f"{op}.json"
     try:
@@ -230,11 +229,11 @@ def write_budget(op: str, cases: Mapping[str, CaseCost], folder: Path = BUDGETS)
 
 
 def violations(measured: Budget, committed: Budget) -> list[str]:
-    """What `measured` spends beyond `committed`, a sentence each; empty: all is well.
+    """Returns a sentence for each cost of `measured` that exceeds `committed`.
 
-    Only what was measured is compared, so a part of the cases or architectures may be measured.
-    Of binaries from another Triton than the budget's only what must hold everywhere is: no spills,
-    and the matrix instructions. `unenforced` has the rest.
+    It compares only measured values, so a measurement may have some of the cases or architectures.
+    For binaries of another Triton than the budget's, it checks only the rules for all versions: no
+    spills, and the matrix instructions. `unenforced` returns the other differences.
     """
     same = measured.triton == committed.triton
     found = [
@@ -278,7 +277,7 @@ def violations(measured: Budget, committed: Budget) -> list[str]:
 
 
 def unenforced(measured: Budget, committed: Budget) -> list[str]:
-    """Where `measured` is beyond limits that hold for the Triton of `committed` alone."""
+    """Returns sentences on exceeded limits that apply only to the Triton of `committed`."""
     if measured.triton == committed.triton:
         return []
     as_limits = replace(committed, triton=measured.triton, source=measured.source)
@@ -294,7 +293,7 @@ def _broken_rules(
     budget: BinaryCost | None,
     allowed: set[str],
 ) -> list[str]:
-    """What no binary may do, whichever Triton made it."""
+    """Returns broken rules that apply to the binaries of every version of Triton."""
     architecture = ARCHITECTURES[arch]
     found = []
 
@@ -320,7 +319,7 @@ def _broken_rules(
 
 
 def _over_limits(place: str, cost: BinaryCost, budget: BinaryCost) -> list[str]:
-    """What a binary costs beyond what the same Triton made of the same source."""
+    """Returns costs beyond the budget, of binaries compiled by the Triton of the budget."""
     return [
         *_over(place, "bytes of stack", budget.stack, cost.stack),
         *_over(place, "bytes of shared memory", budget.shared, cost.shared),
@@ -356,7 +355,7 @@ def _case_from(entry: Mapping[str, Any]) -> CaseCost:
 
 
 def _arch_from(key: str) -> ArchitectureName:
-    """JSON's keys are strings, NVIDIA's architectures numbers."""
+    """Converts a key of JSON; NVIDIA's architectures are numbers."""
     names = {str(name): name for name in ARCHITECTURES}
     if key not in names:
         raise ValueError(f"{key!r} is none of the architectures {list(names)}")

@@ -1,11 +1,11 @@
-"""Runs `@triton.jit` kernels on CPU tensors, with the numbers a GPU would give.
+"""Runs `@triton.jit` kernels on CPU tensors, with the results of a GPU.
 
-Triton has an interpreter: an environment variable, set before triton is imported, makes kernels
-Python functions on numpy arrays. `interpret` drives its machinery with the operations of
-`numpy_builder`, for the length of a `with`, in a process that also compiles.
+Triton has an interpreter: if an environment variable is set before triton is imported, kernels are
+Python functions on numpy arrays. `interpret` runs its machinery with the operations of
+`numpy_builder`, inside a `with` block, in a process that can also compile.
 
-Not seen here: shared memory, registers, approximate exp and division (two units in the last place
-of fp32), the order of sums, and what only a compiler refuses. Compile each kernel as well.
+The interpreter does not model shared memory, registers, approximate exp and division (two units in
+the last place of fp32), the order of sums, and errors of the compiler. Compile each kernel as well.
 """
 
 import ast
@@ -41,18 +41,18 @@ _interpreting = False
 
 @contextmanager
 def interpret() -> Iterator[None]:
-    """Inside the block, launches of Triton kernels run in numpy, on CPU tensors.
+    """Runs launches of Triton kernels inside the block in numpy, on CPU tensors.
 
-    Kernels and launchers stay as they are. Casts, arithmetic and dots of bf16, fp16 and fp8 round
-    as on a GPU; `input_precision` of an fp32 dot is honoured ("tf32", Triton's default, drops 13
-    bits). Lanes that a mask switches off without `other=` hold NaN, or the largest integer, because
-    on a GPU they hold anything. An autotuned kernel runs with every configuration, and the last
-    one's results stay. Ops of this package take their Triton path:
+    Kernels and launchers are unchanged. Casts, arithmetic and dots of bf16, fp16 and fp8 round as
+    on a GPU; an fp32 dot follows `input_precision` ("tf32", Triton's default, drops 13 bits). Lanes
+    that a mask switches off without `other=` hold NaN, or the largest integer, because on a GPU
+    they are undefined. An autotuned kernel runs with every configuration, and the results of the
+    last one remain. Ops of this package run their Triton kernels:
 
         with torch.no_grad(), use_impl("triton"), interpret():
             model(pixels)
 
-    Blocks nest. They are for one thread: what another one launches meanwhile is interpreted too.
+    Blocks nest. Use them in one thread: launches of other threads are interpreted as well.
 
     Raises:
         InterpreterError: inside, where a kernel fails; it names the kernel and the program.
@@ -81,10 +81,10 @@ def interpret() -> Iterator[None]:
 
 @contextmanager
 def use_memory(memory: Memory) -> Iterator[None]:
-    """Inside the block, interpreted launches work on `memory`.
+    """Makes interpreted launches inside the block use `memory`.
 
     Raises:
-        RuntimeError: they already work on another one than the default.
+        RuntimeError: launches already use another memory than the default.
     """
     if type(builder.memory) is not Memory:
         raise RuntimeError("a trace is already active, and its counts would miss this part")
@@ -98,7 +98,7 @@ def use_memory(memory: Memory) -> Iterator[None]:
 
 @contextmanager
 def _patched() -> Iterator[None]:
-    """Replaces what a launch and the words of the language mean."""
+    """Replaces the launch and the functions of the language."""
     scope = upstream._LangPatchScope()
     try:
         scope.set_attr(upstream, "interpreter_builder", builder)
@@ -107,19 +107,19 @@ def _patched() -> Iterator[None]:
         scope.set_attr(JITFunction, "run", _launch)
         scope.set_attr(JITFunction, "__call__", _call)
         scope.set_attr(Autotuner, "run", _run_every_config)
-        # upstream looks for modules of the language among the globals of a kernel
+        # upstream searches modules of the language among the globals of a kernel
         names = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
         scope._changes += upstream._patch_lang(names)._changes
         for owner in (tl, tl.core, tl.tensor):
             scope.set_attr(owner, "reduce", reduce)
-        # triton 3.6 takes int() of an array with an axis, which numpy 2.4 refuses
+        # triton 3.6 calls int() on an array with an axis, which numpy 2.4 refuses
         scope.set_attr(tl.tensor, "__index__", lambda tensor: int(tensor.handle.data.item()))
-        # the constructors took two fifths of the time of a kernel
+        # the original constructors take two fifths of the time of a kernel
         scope.set_attr(tl.tensor, "__init__", _init_tensor)
         scope.set_attr(tl.block_type, "__init__", _init_block_type)
         upstream._patch_builtin(cuda_libdevice, builder, scope)
         for name, _ in inspect.getmembers(libdevice, inspect.isfunction):
-            # a fast version that only AMD has is computed as the exact one
+            # the exact function stands for a fast version that only AMD has
             exact = name.removeprefix("fast_").removesuffix("f")
             emulated = getattr(cuda_libdevice, name, None) or getattr(cuda_libdevice, exact, None)
             scope.set_attr(libdevice, name, emulated or _missing_libdevice(name))
@@ -141,7 +141,7 @@ def _wrapped_shape(shape: tuple[int, ...]) -> tuple[Any, tl.constexpr]:
 
 
 def _init_tensor(tensor: tl.tensor, handle: TensorHandle, type: Any) -> None:
-    """`tl.tensor.__init__`, wrapping each shape once."""
+    """Replaces `tl.tensor.__init__`; wraps each shape once."""
     tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
     tensor.shape, tensor.numel = _wrapped_shape(tuple(type.shape) if type.is_block() else ())
 
@@ -151,7 +151,7 @@ _block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 
 def _init_block_type(block: tl.block_type, element_ty: Any, shape: Any) -> None:
-    """`tl.block_type.__init__`, checking and naming each type once."""
+    """Replaces `tl.block_type.__init__`; checks and names each type once."""
     key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
     if key not in _block_types:
         _upstream_init_block_type(block, element_ty, shape)
@@ -160,11 +160,11 @@ def _init_block_type(block: tl.block_type, element_ty: Any, shape: Any) -> None:
 
 
 def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    """`JITFunction.run`."""
+    """Replaces `JITFunction.run`."""
     if warmup:
         return
     name, memory = kernel.__name__, builder.memory
-    # the others are options of the compiler, such as num_warps
+    # other arguments are options of the compiler, such as num_warps
     known = {key: value for key, value in kwargs.items() if key in kernel.signature.parameters}
     for hook in kernel.pre_run_hooks:
         hook(*args, **known)
@@ -192,12 +192,12 @@ def _launch(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: 
 
 
 def _call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
-    """`JITFunction.__call__`: a kernel calls a function of the language."""
+    """Replaces `JITFunction.__call__`: a kernel calls another `@triton.jit` function."""
     return _runnable(function.fn)(*args, **kwargs)
 
 
 def _argument(name: str, value: Any) -> Any:
-    """What a kernel sees of an argument that is no constexpr: what its compiled code would see."""
+    """Converts an argument that is not a constexpr to the value that compiled code would get."""
     if isinstance(value, tuple):
         parts = (_argument(f"{name}.{i}", part) for i, part in enumerate(value))
         return upstream._tuple_create(value, parts)
@@ -215,16 +215,16 @@ def _argument(name: str, value: Any) -> Any:
         type: Any = tl.str_to_ty(mangle_type(value), None)
         return tl.tensor(TensorHandle(pointer, type), type)
     if isinstance(value, float):
-        # upstream leaves it a Python number, which takes the dtype of whatever it is added to
+        # upstream leaves it a Python number, which takes the dtype of the other operand
         return tl.tensor(TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
     if isinstance(value, bool):
-        # triton 3.6 makes it an int32 and refuses that
+        # triton 3.6 converts it to int32 and refuses the result
         return tl.tensor(TensorHandle(np.array([value]), tl.int1), tl.int1)
     return upstream._implicit_cvt(value)
 
 
 def _run_every_config(tuner: Autotuner, *args: Any, **kwargs: Any) -> None:
-    """`Autotuner.run`: each configuration that production would time, each from the same inputs."""
+    """Replaces `Autotuner.run`: runs each configuration that would be timed, on equal inputs."""
     tuner.nargs = dict(zip(tuner.arg_names, args))
     configs = tuner.prune_configs(kwargs)
     for config in configs:
@@ -232,7 +232,7 @@ def _run_every_config(tuner: Autotuner, *args: Any, **kwargs: Any) -> None:
         if config.pre_hook:
             config.pre_hook(values)
         last = config is configs[-1]
-        # a hook of the user's need not know of reset_only
+        # a user's hook may not have the parameter reset_only
         tuner.pre_hook(values, **({"reset_only": True} if last else {}))
         tuner.fn.run(*args, **kwargs, **config.all_kwargs())
         if not last:
@@ -244,7 +244,7 @@ _functions: WeakKeyDictionary[FunctionType, Callable[..., Any]] = WeakKeyDiction
 
 
 def _runnable(function: FunctionType) -> Callable[..., Any]:
-    """The function of a kernel, such that Python runs it as Triton's compiler understands it."""
+    """Converts the function of a kernel such that Python runs it with the semantics of Triton."""
     if function not in _functions:
         _functions[function] = _rewrite(function)
     return _functions[function]
@@ -256,14 +256,14 @@ def _rewrite(function: FunctionType) -> Callable[..., Any]:
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
-    # a function around it brings what it captured, and leaves the globals of its module alone
+    # an outer function provides captured variables, and leaves the globals of the module unchanged
     cells = zip(function.__code__.co_freevars, function.__closure__ or ())
     captured = {"_statement": _Statement, **{name: cell.cell_contents for name, cell in cells}}
     around = ast.parse(f"def factory({', '.join(captured)}):\n  return {function.__name__}")
     factory = around.body[0]
     assert isinstance(factory, ast.FunctionDef)
     factory.body.insert(0, _StatementCalls().visit(definition))
-    # so that errors show the line of the kernel
+    # errors show the line of the kernel
     ast.increment_lineno(around, first_line - 1)
     code = compile(ast.fix_missing_locations(around), function.__code__.co_filename, "exec")
     namespace: dict[str, Any] = {}
@@ -272,7 +272,7 @@ def _rewrite(function: FunctionType) -> Callable[..., Any]:
 
 
 class _Statement:
-    """Statements that mean something else in a kernel than in Python."""
+    """Statements with a different meaning in a kernel than in Python."""
 
     @staticmethod
     def assign(value: Any) -> Any:
@@ -296,7 +296,7 @@ def _is_block(value: Any) -> bool:
 
 
 class _StatementCalls(ast.NodeTransformer):
-    """Puts calls of `_Statement` in the place of assignments, `and`, `or` and `not`."""
+    """Replaces assignments, `and`, `or` and `not` by calls of `_Statement`."""
 
     def visit_Assign(self, node: ast.Assign) -> ast.AST:
         self.generic_visit(node)

@@ -1,4 +1,4 @@
-"""What interpreted kernels reach through their pointers."""
+"""Memory that interpreted kernels access through their pointers."""
 
 import itertools
 from collections.abc import Iterable
@@ -15,12 +15,12 @@ Grid = tuple[int, int, int]
 class Memory:
     """CPU tensors at their real addresses.
 
-    One object serves all launches of an `interpret` block, one after the other. Arrays of pointers
-    and masks have the shape of the access.
+    One object serves all launches of an `interpret` block, one after the other. The arrays of
+    pointers and masks have the shape of the access.
 
     Attributes:
-        checks_overflow: whether int32 arithmetic that overflows is an error. It doubles the time
-            that a program spends on indices.
+        checks_overflow: whether an overflow of int32 arithmetic is an error. The check doubles the
+            time of a program's index arithmetic.
         kernel: name of the kernel that runs.
     """
 
@@ -28,11 +28,11 @@ class Memory:
     kernel: str
 
     def begin_launch(self, kernel: str, grid: Grid) -> None:
-        """Called before the arguments of a launch are seen."""
+        """Called before the arguments of a launch are converted."""
         self.kernel = kernel
 
     def address(self, name: str, tensor: Tensor) -> int:
-        """The pointer that the kernel gets for a tensor argument.
+        """Returns the pointer that the kernel gets for a tensor argument.
 
         Raises:
             ValueError: the tensor is not on the CPU.
@@ -45,7 +45,7 @@ class Memory:
         return tensor.data_ptr()
 
     def programs(self, grid: Grid) -> Iterable[Grid]:
-        """The programs of the launch to run, in order."""
+        """Returns the programs of the launch to run, in order."""
         x, y, z = map(range, grid)
         return itertools.product(x, y, z)
 
@@ -56,10 +56,10 @@ class Memory:
         """Called after the last program."""
 
     def barrier(self) -> None:
-        """The threads of the program wait for each other."""
+        """Called when the threads of the program wait for each other."""
 
     def dot(self, n_flops: int) -> None:
-        """The program multiplies two tiles."""
+        """Called when the program multiplies two tiles."""
 
     def load(self, pointers: np.ndarray, mask: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Reads one element per pointer, and takes `other` where the mask is off."""
@@ -72,11 +72,11 @@ class Memory:
     def atomic_rmw(
         self, op: Any, pointers: np.ndarray, value: np.ndarray, mask: np.ndarray, order: Any
     ) -> np.ndarray:
-        """Updates one element per pointer and returns what was there."""
+        """Updates one element per pointer and returns the old values."""
         return native.atomic_rmw(op, pointers, value, mask, order)
 
     def atomic_cas(
         self, pointers: np.ndarray, expected: np.ndarray, value: np.ndarray, order: Any
     ) -> np.ndarray:
-        """Replaces the elements that are as expected and returns what was there."""
+        """Replaces the elements that are as expected and returns the old values."""
         return native.atomic_cas(pointers, expected, value, order)

@@ -1,7 +1,7 @@
-"""The operations of a Triton kernel in numpy, rounding as a GPU rounds.
+"""The operations of a Triton kernel in numpy, with the rounding of a GPU.
 
-`NumpyBuilder` is Triton's own `InterpreterBuilder` with its wrong operations replaced (bf16 and
-fp8 as integers, truncating casts, tf32 computed as fp32) and its slow ones.
+`NumpyBuilder` is Triton's own `InterpreterBuilder` with the wrong operations (bf16 and fp8 as
+integers, truncating casts, tf32 computed as fp32) and the slow operations replaced.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ LIBDEVICE: dict[str, Callable[..., Tensor]] = {
 
 
 def numpy_dtype(dtype: Any) -> np.dtype:
-    """What numpy computes in for a scalar, block or pointer type of Triton."""
+    """Returns the dtype in which numpy computes a scalar, block or pointer type of Triton."""
     scalar = dtype.scalar
     if scalar.is_ptr():
         return np.dtype(np.uint64)
@@ -84,14 +84,14 @@ def numpy_dtype(dtype: Any) -> np.dtype:
 
 
 class NumpyBuilder(InterpreterBuilder):
-    """Executes each operation at once, on the arrays in its handles."""
+    """Executes each operation immediately, on the arrays in its handles."""
 
     def __init__(self) -> None:
         super().__init__()
         self.use(Memory())
 
     def use(self, memory: Memory) -> None:
-        """Gives loads and stores another memory."""
+        """Sets the memory of loads and stores."""
         self.memory = memory
         # debug: tl.device_assert is checked
         self.options = InterpreterOptions(debug=True, sanitize_overflow=memory.checks_overflow)
@@ -200,19 +200,19 @@ semantic = TritonSemantic(builder)
 
 
 def _torch(array: np.ndarray) -> Tensor:
-    # a copy, because torch warns of arrays that are read-only, as broadcast ones are
+    # a copy, because torch warns of read-only arrays such as broadcast ones
     return torch.from_numpy(np.array(array))
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> np.ndarray:
     if mask is None:
         return np.ones(shape, dtype=bool)
-    # a descriptor brings an array, everything else a handle
+    # a descriptor passes an array, all others pass a handle
     return mask if isinstance(mask, np.ndarray) else mask.data
 
 
 def _undefined(dtype: np.dtype) -> Any:
-    """What stands for the value of a lane that is switched off without `other=`."""
+    """Returns the value of a lane that is switched off without `other=`."""
     if dtype.kind == "b":
         return dtype.type(True)
     if dtype.kind in "iu":
@@ -230,18 +230,18 @@ def _cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _toward_zero(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     rounded = _cast(x, dtype)
     grew = np.abs(rounded.astype(np.float64)) > np.abs(x.astype(np.float64))
-    # sign and magnitude: one less in the bits is one step toward zero
+    # sign and magnitude: subtracting 1 from the bits is one step toward zero
     bits = rounded.view(f"u{dtype.itemsize}")
     return np.where(grew, bits - bits.dtype.type(1), bits).view(dtype)
 
 
 def _matmul(a: np.ndarray, b: np.ndarray, precision: Any) -> np.ndarray:
-    """The product as tensor cores form it: in fp32, int32 or fp64.
+    """Computes a product like tensor cores: in fp32, int32 or fp64.
 
     Args:
         a: [..., M, K].
         b: [..., K, N].
-        precision: how to multiply fp32; products of shorter numbers are exact in fp32.
+        precision: of fp32 products; products of shorter numbers are exact in fp32.
     """
     if a.dtype.kind in "iu":
         return np.matmul(a.astype(np.int32), b.astype(np.int32))
@@ -261,16 +261,16 @@ def _matmul(a: np.ndarray, b: np.ndarray, precision: Any) -> np.ndarray:
 
 
 def _tf32(x: np.ndarray) -> np.ndarray:
-    """What a tensor core reads of an fp32 operand: it ignores the low 13 bits."""
+    """Returns the value that a tensor core reads of an fp32 operand, without the low 13 bits."""
     return (np.ascontiguousarray(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def _round_to_tf32(x: np.ndarray) -> np.ndarray:
-    """`cvt.rna.tf32.f32`: to nearest, ties away from zero."""
+    """Rounds like `cvt.rna.tf32.f32`: to nearest, ties away from zero."""
     return _tf32((np.ascontiguousarray(x).view(np.uint32) + np.uint32(0x1000)).view(np.float32))
 
 
-# a maximum drops NaN unless it is told to keep it
+# a maximum drops NaN by default
 _UFUNCS = (
     (tl.standard._sum_combine, np.add),
     (tl.standard._elementwise_max, np.fmax),
@@ -279,9 +279,9 @@ _UFUNCS = (
 
 
 def reduce(input: Any, axis: Any, combine_fn: JITFunction, keep_dims: Any = False, **_: Any) -> Any:
-    """`tl.reduce`: combines neighbours along the axis until one is left, whole tiles at a time.
+    """Replaces `tl.reduce`: combines neighbours along the axis until one is left, in whole tiles.
 
-    A tree of additions, as on a GPU, also in how it rounds.
+    The additions form a tree, so that sums round as on a GPU.
     """
     axis, keep_dims = (getattr(value, "value", value) for value in (axis, keep_dims))
     many = isinstance(input, tuple | tl.tuple)

@@ -1,4 +1,4 @@
-"""Which elements of its storage a tensor is made of."""
+"""The elements of a storage that belong to a tensor."""
 
 import functools
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ class TensorView:
     Attributes:
         shape: of the tensor.
         stride: of the tensor, in elements.
-        n_elements: how many different ones there are; an expanded axis adds none.
+        n_elements: number of distinct elements; an expanded axis adds none.
     """
 
     def __init__(self, shape: Sequence[int], stride: Sequence[int]) -> None:
         self.shape, self.stride = tuple(shape), tuple(stride)
         self.n_elements = 0 if 0 in self.shape else 1
-        # (size, stride) from the largest stride down; axes that together are one run are merged
+        # (size, stride) from the largest stride down; contiguous axes are merged
         self._runs: list[tuple[int, int]] = []
-        # all offsets in order, if different indices may mean one element (sliding windows)
+        # all offsets in order, if several indices may refer to one element (sliding windows)
         self._offsets: np.ndarray | None = None
         if not self.n_elements:
             return
@@ -46,13 +46,13 @@ class TensorView:
         self._offsets, self.n_elements = offsets, offsets.size
 
     def ranks(self, offsets: np.ndarray) -> np.ndarray:
-        """Where elements stand among those of the tensor, in order of offset.
+        """Returns the positions of elements among those of the tensor, sorted by offset.
 
         Args:
             offsets: int64.
 
         Returns:
-            int64, of the same shape; -1 for what is not in the tensor.
+            int64, of the same shape; -1 for an offset that is not in the tensor.
         """
         if not self.n_elements:
             return np.full(offsets.shape, -1)
@@ -74,7 +74,7 @@ class TensorView:
         return bool((self.ranks(offsets) >= 0).all())
 
     def index(self, rank: int) -> tuple[int, ...]:
-        """An index into the tensor that means the element of this rank."""
+        """Returns an index of the element of this rank in the tensor."""
         if self._offsets is not None:
             axes = [s * np.arange(n if s else 1) for n, s in zip(self.shape, self.stride)]
             every = functools.reduce(np.add.outer, axes)

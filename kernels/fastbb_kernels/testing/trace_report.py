@@ -1,4 +1,4 @@
-"""What `trace` hands back."""
+"""The results of `trace`."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from .memory import Grid
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the loads, or the stores, of one tensor argument in one launch move.
+    """Traffic of the loads, or of the stores, of a tensor argument in a launch.
 
     Attributes:
-        requested_bytes: of all lanes that no mask switched off, over all programs. Caches see this.
-        unique_bytes: of different elements. DRAM moves this at least.
-        sector_bytes: of the different 32-byte sectors of each access of a tile, over all accesses.
+        requested_bytes: of all active lanes of all programs; this is the traffic of the caches.
+        unique_bytes: of distinct elements; this is the least traffic of DRAM.
+        sector_bytes: of the distinct 32-byte sectors of each access of a tile, over all accesses.
     """
 
     requested_bytes: int
@@ -32,12 +32,12 @@ class TensorTrace:
         shape: of the tensor.
         stride: of the tensor, in elements.
         dtype: of the tensor.
-        load: what was read through it. Atomic operations count here and in `store`.
-        store: what was written through it.
+        load: traffic of its loads. Atomic operations count here and in `store`.
+        store: traffic of its stores.
         n_unwritten: elements that no program stored.
         n_rewritten: elements that were stored more than once.
-        first_unwritten: index of the first of them, or None.
-        first_rewritten: index of the first of them, or None.
+        first_unwritten: index of the first unwritten element, or None.
+        first_rewritten: index of the first rewritten element, or None.
     """
 
     name: str
@@ -59,11 +59,11 @@ class LaunchTrace:
     Attributes:
         kernel: its name.
         grid: number of programs on each axis.
-        n_programs: how many of them ran.
+        n_programs: number of programs that ran.
         tensors: the tensor arguments by name.
-        unique_bytes: every different element that is loaded once, plus every one that is stored
-            once, however many arguments name it.
-        dot_flops: multiplications and additions of `tl.dot`, those on padding included.
+        unique_bytes: bytes of the distinct loaded elements plus those of the distinct stored
+            elements; an element of several arguments counts once.
+        dot_flops: multiplications and additions of `tl.dot`, including those on padding.
     """
 
     kernel: str
@@ -86,32 +86,32 @@ class LaunchTrace:
 
 @dataclass
 class Trace:
-    """Everything that was launched inside a `trace` block.
+    """All launches inside a `trace` block.
 
     Attributes:
-        launches: in order; each appears when it is over.
+        launches: in order; each is added when it ends.
     """
 
     launches: list[LaunchTrace] = field(default_factory=list)
 
     @property
     def unique_bytes(self) -> int:
-        """What launches must move at least, over all launches."""
+        """Least traffic, summed over all launches."""
         return sum(launch.unique_bytes for launch in self.launches)
 
     @property
     def requested_bytes(self) -> int:
-        """What programs ask for, over all launches."""
+        """Bytes that programs request, summed over all launches."""
         return sum(launch.requested_bytes for launch in self.launches)
 
     @property
     def sector_bytes(self) -> int:
-        """What accesses touch in whole sectors, over all launches."""
+        """Bytes of the sectors that accesses touch, summed over all launches."""
         return sum(launch.sector_bytes for launch in self.launches)
 
     @property
     def dot_flops(self) -> int:
-        """Multiplications and additions of `tl.dot`, over all launches."""
+        """Multiplications and additions of `tl.dot`, summed over all launches."""
         return sum(launch.dot_flops for launch in self.launches)
 
     def assert_written_once(self, *names: str) -> None:

@@ -1,12 +1,12 @@
 """Checks and counts every access of interpreted kernels to global memory.
 
-Each tensor argument lies in an address range of its own, terabytes from the next: what runs past
-its end cannot land in another tensor, and addresses can be checked of tensors that nobody
-allocated. While programs run, elements are written down; what follows from them is worked out when
-the launch is over.
+Each tensor argument has a separate address range, terabytes from the next one, so that an access
+past its end cannot reach another tensor, and the addresses of unallocated tensors can be checked.
+The tracer records elements while programs run, and evaluates them when the launch ends.
 
-Not seen: caches, shared memory, and the order between the threads of a program, except that it
-loads what it stored. Views of one storage with elements of different sizes are not related.
+It does not model caches, shared memory, and the order between the threads of a program, except that
+a program may load the elements that it stored. It does not relate views of one storage that have
+elements of different sizes.
 """
 
 import itertools
@@ -31,18 +31,18 @@ _RANGE_BITS = 45
 
 
 class OutOfBounds(InterpreterError):
-    """A program touches memory outside the view that an argument is."""
+    """A program accesses memory outside the view of its argument."""
 
 
 class Race(InterpreterError):
-    """What a launch computes depends on which program, or which thread of one, is faster."""
+    """The result of a launch depends on the order of its programs, or of a program's threads."""
 
 
 @contextmanager
 def trace(
     *, programs: Callable[[Grid], Iterable[Grid]] | None = None, data: bool = True
 ) -> Iterator[Trace]:
-    """`interpret`, with every access of every launch checked and counted.
+    """Interprets kernels like `interpret`, and checks and counts every access of every launch.
 
         with torch.no_grad(), use_impl("triton"), trace() as t:
             y = linear_residual(x, weight, bias, residual)
@@ -50,17 +50,17 @@ def trace(
         assert t.unique_bytes == find_op("linear_residual").n_bytes(...)
 
     Args:
-        programs: which programs of a launch run, chosen from its grid; default: all. `corners`
-            takes those with the smallest and largest addresses.
-        data: False checks addresses alone, on any device: loads give zeros, nothing is stored, and
-            int32 arithmetic that overflows is an error. A meta tensor may then be larger than any
+        programs: chooses the programs of a launch to run, from its grid; default: all. `corners`
+            chooses those with the smallest and largest addresses.
+        data: False checks addresses only, on any device: loads return zeros, nothing is stored, and
+            an overflow of int32 arithmetic is an error. A meta tensor may then be larger than the
             memory, and its offsets larger than 2**31.
 
     Yields:
         the trace, which grows with each launch.
 
     Raises:
-        InterpreterError: inside, as from `interpret`; the two below are kinds of it.
+        InterpreterError: inside, as from `interpret`; the two errors below are subclasses.
         OutOfBounds: inside, from the launch, at the access.
         Race: inside, from the launch, at the latest after its last program.
         RuntimeError: inside another trace.
@@ -71,18 +71,18 @@ def trace(
 
 
 def corners(grid: Grid) -> list[Grid]:
-    """The programs that are first or last on each axis of a grid."""
+    """Returns the programs that are first or last on each axis of a grid."""
     x, y, z = ((0, size - 1) if size > 1 else range(size) for size in grid)
     return list(itertools.product(x, y, z))
 
 
 @dataclass(eq=False)
 class _Accesses:
-    """What the programs of a launch did to a storage through one argument, in one way."""
+    """Accesses of one kind of a launch's programs to a storage, through one argument."""
 
     n_lanes: int = 0
     n_sectors: int = 0
-    # since the program began, or waited for its threads
+    # since the program began, or since its last barrier
     current: list[np.ndarray] = field(default_factory=list)
     elements: list[np.ndarray] = field(default_factory=list)
     times: list[np.ndarray] = field(default_factory=list)
@@ -94,7 +94,7 @@ class _Accesses:
         self.current.append(elements)
 
     def close(self, program: int) -> None:
-        """Sums up what `program` did."""
+        """Summarizes the accesses of `program`."""
         if self.current:
             elements, times = _distinct(np.concatenate(self.current))
             self.elements.append(elements)
@@ -105,7 +105,7 @@ class _Accesses:
 
 @dataclass(frozen=True)
 class _Touched:
-    """Elements of a storage, in no order, with the program that touched each, and how often."""
+    """Elements of a storage, unsorted, with the program that accessed each, and the count."""
 
     elements: np.ndarray
     times: np.ndarray
@@ -123,7 +123,7 @@ class _Touched:
 
 
 def _distinct(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values in order, and how often each occurs."""
+    """Returns distinct values, sorted, and the count of each."""
     if (values[1:] > values[:-1]).all():
         return values, np.ones_like(values)
     ordered = np.sort(values)
@@ -143,13 +143,13 @@ class _Argument:
         self.first = int(tensor.storage_offset())
         base = (number << _RANGE_BITS) + (1 << _RANGE_BITS - 1)
         self.pointer = base + self.first * self.n_bytes
-        # from our address to that in the real storage, modulo 2**64
+        # difference between the address in the real storage and ours, modulo 2**64
         shift = tensor.data_ptr() - self.pointer if allocated else 0
         self.shift = np.array(shift, np.int64).astype(np.uint64)
         self.accesses = {kind: _Accesses() for kind in ("load", "store", "atomic")}
 
     def element(self, element: Any) -> str:
-        """How errors name an element of the storage."""
+        """Formats an element of the storage for errors."""
         rank = self.view.ranks(np.array([element - self.first]))[0]
         return f"element {self.view.index(int(rank))} of {self.name}"
 
@@ -184,7 +184,7 @@ class _Argument:
 
 
 def _count(values: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values in order, and the sum of `times` of each."""
+    """Returns distinct values, sorted, and the sum of `times` of each."""
     order = np.argsort(values)
     distinct, n = _distinct(values[order])
     return distinct, np.add.reduceat(times[order], np.cumsum(n) - n) if n.size else n
@@ -207,7 +207,7 @@ class _TracedMemory(Memory):
         self, result: Trace, chosen: Callable[[Grid], Iterable[Grid]] | None, data: bool
     ) -> None:
         self.result, self.chosen, self.data = result, chosen, data
-        # an offset that wraps around may come back in bounds
+        # an offset that wraps around may be in bounds again
         self.checks_overflow = not data
 
     def begin_launch(self, kernel: str, grid: Grid) -> None:
@@ -218,7 +218,7 @@ class _TracedMemory(Memory):
     def address(self, name: str, tensor: Tensor) -> int:
         if self.data:
             super().address(name, tensor)
-        # no range has number 0, where null pointers are
+        # no range has number 0, that of null pointers
         argument = _Argument(name, tensor, len(self.arguments) + 1, allocated=self.data)
         self.arguments.append(argument)
         return argument.pointer
@@ -289,7 +289,7 @@ class _TracedMemory(Memory):
         return super().atomic_cas(real, expected, value, order)
 
     def _access(self, kind: str, pointers: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Checks and records the lanes that are on, and returns the real addresses."""
+        """Checks and records the active lanes, and returns the real addresses."""
         signed = pointers.astype(np.int64)
         active = signed.reshape(-1) if mask.all() else signed[mask]
         if not active.size:
@@ -297,7 +297,7 @@ class _TracedMemory(Memory):
         lowest, highest = (int(end) >> _RANGE_BITS for end in (active.min(), active.max()))
         if lowest == highest:
             return pointers + self._record(kind, lowest, active).shift
-        # pointers to several tensors, which a `tl.where` chose
+        # pointers to several tensors, chosen by a `tl.where`
         real, numbers = pointers.copy(), signed >> _RANGE_BITS
         for number in _distinct(active >> _RANGE_BITS)[0].tolist():
             here = numbers == number
@@ -305,7 +305,7 @@ class _TracedMemory(Memory):
         return real
 
     def _record(self, kind: str, number: int, active: np.ndarray) -> _Argument:
-        """Checks and records lanes that are in the range of one argument, and returns it."""
+        """Checks and records lanes in the range of one argument, and returns the argument."""
         if not 0 < number <= len(self.arguments):
             address = f"{int(active[0]) & 2**64 - 1:#x}"
             self._fail(OutOfBounds, f"{kind} at address {address}, which is in no argument")
@@ -351,7 +351,7 @@ class _TracedMemory(Memory):
         raise error(f"{self.kernel}, program {self.program}: {what}")
 
     def _check_races(self, group: list[_Argument]) -> None:
-        """Fails where one program stores what another one stores or loads.
+        """Raises if one program stores an element that another one stores or loads.
 
         Args:
             group: all arguments of one storage.

@@ -1,4 +1,4 @@
 """The Triton side of `ops`: one module per op with its launch configuration, launcher and kernel.
 
-Importing this package imports triton, which the ops do only when they launch.
+Importing this package imports triton; the ops import it only when they launch.
 """

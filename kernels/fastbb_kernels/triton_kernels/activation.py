@@ -16,7 +16,7 @@ def activate(x, ACTIVATION: tl.constexpr):
         # (1 + tanh(u)) / 2 is sigmoid(2 * u)
         x = x * tl.sigmoid((x + 0.044715 * x * x * x) * _SQRT_8_OVER_PI)
     elif ACTIVATION == "relu":
-        x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, as a maximum would not
+        x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, unlike a maximum
     elif ACTIVATION == "silu" or ACTIVATION == "swish":
         x = x * tl.sigmoid(x)
     elif ACTIVATION == "hardswish":

@@ -1,4 +1,4 @@
-"""y = activation(x + bias + residual) over the rows of a channels-last map, a tile a program."""
+"""y = activation(x + bias + residual) over rows of a channels-last map, one tile per program."""
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
 
@@ -15,7 +15,7 @@ from .kernel import Kernel
 
 
 def launch_config(channels: int, arch: Architecture | None) -> RowsConfig:
-    """Tiles of 4096 elements, 32 a thread, whose rows are whole up to 128 channels."""
+    """Chooses tiles of 4096 elements, 32 per thread, with whole rows up to 128 channels."""
     block_n = max(16, min(128, triton.next_power_of_2(channels)))
     return RowsConfig(4096 // block_n, block_n, num_warps=4)
 

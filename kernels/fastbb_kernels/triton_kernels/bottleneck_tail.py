@@ -1,7 +1,7 @@
 """The last two convolutions of a bottleneck: a 3x3 convolution, and a 1x1 that expands its result.
 
-A program computes all channels of some pixels of the 3x3 convolution and keeps them on the chip;
-chunk by chunk it multiplies them by the columns of the expansion, and writes those.
+A program computes all channels of some pixels of the 3x3 convolution and keeps them on the chip.
+It multiplies them by the columns of the expansion chunk by chunk, and writes the products.
 """
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
@@ -19,12 +19,12 @@ from .conv3x3_bn_act import conv3x3_rows
 from .kernel import Kernel
 from .pixel_rows import interpreter_config
 
-# about one program for each multiprocessor of a GPU
+# about one program per multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> GemmConfig:
-    """Pixels and columns of a step, and how it is scheduled."""
+    """Chooses pixels and columns of a step, and its schedule."""
     if arch is None:
         return interpreter_config(n_rows, 64, channels)
     if arch in (90, 100):
@@ -33,7 +33,7 @@ def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> Gemm
         config = GemmConfig(128, 64, 32, num_warps=4, num_stages=2 if isinstance(arch, str) else 3)
     else:
         return GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
-    # every program reads all weights: many pixels at a time, unless that leaves few programs
+    # every program reads all weights: many pixels per program, unless there are few programs then
     many = triton.cdiv(n_rows, config.block_m) >= _ENOUGH_PROGRAMS
     return config if many else config._replace(block_m=64)
 

@@ -1,10 +1,10 @@
-"""What a launch is configured by; each op's `launch_config` chooses the values."""
+"""Launch configurations, whose values each op's `launch_config` chooses."""
 
 from typing import NamedTuple
 
 
 class GemmConfig(NamedTuple):
-    """Tile of the output (block_m x block_n), depth of one step, and how it is scheduled."""
+    """Tile of the output (block_m x block_n), depth of a step, warps and pipeline stages."""
 
     block_m: int
     block_n: int
@@ -24,7 +24,7 @@ class GemmConfig(NamedTuple):
 
 
 class RowsConfig(NamedTuple):
-    """Rows and columns of a tile, and its warps."""
+    """Rows, columns and warps of a tile."""
 
     block_m: int
     block_n: int

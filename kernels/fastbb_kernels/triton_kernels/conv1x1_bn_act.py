@@ -1,6 +1,6 @@
 """y = activation(x @ weight.T + bias + residual) over pixels: a tiled GEMM with its epilogue.
 
-With a stride the rows of x are found by address; nothing is gathered into memory.
+With a stride, the kernel computes the addresses of the rows of x; it stores no gathered map.
 """
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
@@ -78,7 +78,7 @@ def _conv1x1_bn_act_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # the tiles of one set of rows run side by side: x stays in L2
+    # the tiles of one set of rows run at the same time: x stays in L2
     n_tiles = tl.cdiv(out_channels, BLOCK_N)
     pid = tl.program_id(0)
     first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M

@@ -1,6 +1,6 @@
 """y = activation(x @ weight.T + shortcut @ shortcut_weight.T + bias): two GEMMs in one tile.
 
-The rows of the shortcut are found by address; its product is never written.
+The kernel computes the addresses of the rows of the shortcut, and never stores its product.
 """
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
@@ -35,7 +35,7 @@ def launch(
     channels = x.shape[1]
     shortcut_channels, height, width = shortcut.shape[1:]
     n_rows = batch * y_height * y_width
-    # a step takes channels of one of the two
+    # a step takes channels of one of the two maps
     common = math.gcd(channels, shortcut_channels)
     sizes = n_rows, common, out_channels, False, x.dtype, False
     config = chosen_config("conv1x1_dual", launch_config, x.device, *sizes)
@@ -86,7 +86,7 @@ def _conv1x1_dual_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # the tiles of one set of rows run side by side: both maps stay in L2
+    # the tiles of one set of rows run at the same time: both maps stay in L2
     n_tiles = tl.cdiv(out_channels, BLOCK_N)
     pid = tl.program_id(0)
     first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M

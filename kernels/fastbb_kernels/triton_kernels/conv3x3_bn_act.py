@@ -1,9 +1,9 @@
-"""3x3 convolution as a GEMM that finds its rows by address: [pixels, 9 * C_in] by [9 * C_in, C].
+"""3x3 convolution as an implicit GEMM of [pixels, 9 * C_in] by [9 * C_in, C].
 
-A row is an output pixel. One step takes some channels of one tap: of the pixel that lies there,
-zeros where that is outside of the image. The weight is stored [C, 3, 3, C_in], so both operands
-of a step are contiguous along K. The loop over taps and channels is one, and so pipelined
-throughout; such loops have miscompiled with 8 warps, hence 4.
+A row is an output pixel. A step takes some channels of one tap: the channels of the pixel at that
+tap, or zeros if it is outside of the image. The weight is stored as [C, 3, 3, C_in], so both
+operands of a step are contiguous along K. A single loop over taps and channels is pipelined from
+end to end; such loops have been miscompiled with 8 warps, so the kernel uses 4.
 """
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
@@ -22,10 +22,10 @@ from .kernel import Kernel
 from .pixel_rows import interpreter_config
 from .tile_choice import has_work_for_large_tiles
 
-# about one program for each multiprocessor of a GPU
+# about one program per multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
 
-# rows and columns of the largest tile of which a multiprocessor holds two without spills
+# rows and columns of the largest tile that fits a multiprocessor twice without spills
 _LARGEST_TILE: dict[Architecture, tuple[int, int]] = {
     90: (128, 128),
     100: (128, 64),
@@ -37,17 +37,17 @@ _LARGEST_TILE: dict[Architecture, tuple[int, int]] = {
 def launch_config(
     n_rows: int, channels: int, out_channels: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
-    """Tiles and stages for [n_rows, 9 * channels] by [9 * channels, out_channels]."""
+    """Chooses tiles and stages for [n_rows, 9 * channels] by [9 * channels, out_channels]."""
     if arch is None:
         return interpreter_config(n_rows, out_channels, channels)
     if dtype == torch.float32:
-        # no MMA: the operands are in registers too
+        # no MMA, so that the operands are in registers too
         tiles, smallest, block_k, num_stages = [(64, 64)], (32, 32), 16, 2
     else:
         tiles, smallest = [_LARGEST_TILE.get(arch, (64, 128)), (128, 64)], (64, 32)
         block_k, num_stages = 64 if channels % 64 == 0 and arch in (90, 100) else 32, 3
     if channels % block_k:
-        # registers hold masks along K, and where a load takes one element its address as well
+        # masks along K take registers, and so do the addresses of loads of single elements
         tiles = [] if channels % 16 else [(64, 64)]
     fitting = [
         GemmConfig(block_m, block_n, block_k, num_warps=4, num_stages=num_stages)
@@ -133,7 +133,7 @@ def _conv3x3_bn_act_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # the tiles of one set of rows run side by side: x stays in L2
+    # the tiles of one set of rows run at the same time: x stays in L2
     n_tiles = tl.cdiv(out_channels, BLOCK_N)
     pid = tl.program_id(0)
     first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M
@@ -189,7 +189,7 @@ def conv3x3_rows(
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Convolves for some output pixels and channels.
+    """Computes the convolution for some output pixels and channels.
 
     Args:
         x_ptr: [B, height, width, channels], contiguous.
@@ -213,11 +213,11 @@ def conv3x3_rows(
     Returns:
         [M, N] fp32, without the bias.
     """
-    # counted from the first pixel of the first row's image: divisions of 32 bits only
+    # count from the first pixel of the first row's image: 32-bit divisions are enough
     rows += (first_row % n_pixels).to(tl.int32)
     images = first_row // n_pixels + rows // n_pixels
     rows = rows % n_pixels
-    # of the first tap; in the padding this is outside of the image, and nothing is loaded
+    # position of the first tap; in the padding it is outside of the image, and nothing is loaded
     top = rows // y_width * stride - dilation
     left = rows % y_width * stride - dilation
     x_rows = x_ptr + ((images * height + top) * width + left)[:, None] * channels

@@ -1,10 +1,10 @@
-"""A depthwise convolution of a channels-last map, without matrix instructions: it has no GEMM.
+"""Depthwise convolution of a channels-last map; it is not a GEMM and uses no matrix instructions.
 
-A program computes strips of ROWS pixels below each other. One load of a pixel of x serves all the
-taps of a strip above and below each other; taps and strips beside each other find it in L1.
+A program computes vertical strips of ROWS pixels. One load of a pixel of x serves all vertically
+adjacent taps of a strip; horizontally adjacent taps and strips read the pixel from L1.
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# a launch passes plain values for constexpr parameters, and static_range is typed as no iterable
+# a launch passes plain values for constexpr parameters, and static_range has no iterable type
 
 import math
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from .kernel import Kernel
 
 
 class StripsConfig(NamedTuple):
-    """Tile of a program: strips of `rows` pixels, and channels; and its warps."""
+    """Tile of a program (strips of `rows` pixels, and channels), and its warps."""
 
     block_n: int
     block_c: int
@@ -39,8 +39,8 @@ class StripsConfig(NamedTuple):
 
 
 def launch_config(channels: int, dtype: torch.dtype, arch: Architecture | None) -> StripsConfig:
-    """Tiles in which each of 128 threads holds 128 bits of the channels of one strip."""
-    # the block that channels fill best, of two equal ones the wider; narrow ones scatter accesses
+    """Chooses tiles in which each of 128 threads holds 128 bits of the channels of one strip."""
+    # the block with the least padding, the wider one if equal: narrow blocks scatter accesses
     blocks = (64, 32) if channels > 16 else (16,)
     block_c = min(blocks, key=lambda block: triton.cdiv(channels, block) * block)
     block_n = 128 * (16 // dtype.itemsize) // block_c
@@ -65,7 +65,7 @@ def launch(
     n_strips = batch * triton.cdiv(y.shape[2], config.rows) * y.shape[3]
     grid = (triton.cdiv(n_strips, config.block_n) * triton.cdiv(channels, config.block_c),)
     _depthwise_conv_bn_act_fwd_kernel[grid](
-        # views unless C is not the fastest axis
+        # views if C is the fastest axis
         x.permute(0, 2, 3, 1).contiguous(),
         weight.permute(2, 3, 1, 0).contiguous(),
         bias.contiguous(),
@@ -104,16 +104,16 @@ def _depthwise_conv_bn_act_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    # tells the compiler, so that one load takes VECTOR channels
+    # tell the compiler, so that one load takes VECTOR channels
     channels = channels // VECTOR * VECTOR
     y_height, y_width = (height - 1) // STRIDE + 1, (width - 1) // STRIDE + 1
     n_strips = tl.cdiv(y_height, ROWS) * y_width  # of an image
 
-    # the channels of one set of strips run side by side: they lie side by side in memory
+    # the channels of one set of strips run at the same time: they are adjacent in memory
     n_tiles = tl.cdiv(channels, BLOCK_C)
     pid = tl.program_id(0)
     first_strip = (pid // n_tiles).to(tl.int64) * BLOCK_N
-    # counted from the first strip of its image, which takes divisions of 32 bits only
+    # count from the first strip of its image: 32-bit divisions are enough
     strips = (first_strip % n_strips).to(tl.int32) + tl.arange(0, BLOCK_N)
     images = (first_strip // n_strips + strips // n_strips)[:, None]
     strips = (strips % n_strips)[:, None]
@@ -124,11 +124,11 @@ def _depthwise_conv_bn_act_fwd_kernel(
 
     wide_channels = channels.to(tl.int64)
     x_pointers = x_ptr + ((images * height + x_rows) * width + x_cols) * wide_channels + cols
-    # as wide as x, so that each thread loads what it multiplies
+    # as wide as x, so that each thread loads its own factors
     weight_pointers = weight_ptr + tl.zeros_like(strips) + cols
     bias = tl.load(bias_ptr + tl.zeros_like(strips) + cols, mask=mask, other=0.0).to(tl.float32)
     acc = (bias,) * ROWS
-    # a loop: with the loads of all columns under way at once 5x5 spills
+    # a loop: 5x5 spills if the loads of all columns are in flight at once
     for kw in range(K):
         col = (kw - K // 2) * DILATION
         col_mask = mask & (x_cols + col >= 0) & (x_cols + col < width)
@@ -137,7 +137,7 @@ def _depthwise_conv_bn_act_fwd_kernel(
             weight = tl.load(tap_pointers, mask=mask, other=0.0).to(tl.float32)
             sums = ()
             for i in tl.static_range(ROWS):
-                # what other taps have loaded is not loaded again: the compiler sees that
+                # the compiler merges this with equal loads of other taps
                 row = i * STRIDE + (kh - K // 2) * DILATION
                 x = tl.load(
                     x_pointers + (row * width + col) * wide_channels,

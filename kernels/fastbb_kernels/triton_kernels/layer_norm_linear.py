@@ -1,12 +1,12 @@
-"""y = activation(layer_norm(x) @ weight.T + bias): a GEMM that normalizes its rows on their way in.
+"""y = activation(layer_norm(x) @ weight.T + bias): a GEMM that normalizes the rows that it loads.
 
 A program takes a block of rows and some column tiles. It reads its rows once for their statistics,
-and again, from a cache, to normalize them: narrow rows once for all its tiles, to be kept on the
-chip; wide ones step by step for each tile. A row may also be 2x2 pixels of a map, gathered by
-address (patch merging).
+and again, from a cache, to normalize them. It normalizes narrow rows once for all its tiles and
+keeps them on the chip; it normalizes wide rows step by step for each tile. A row may also be 2x2
+pixels of a map, gathered by address (patch merging).
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
-# a launch passes plain values for constexpr parameters, and to pyright tl.range is no iterator
+# a launch passes plain values for constexpr parameters, and pyright takes tl.range for no iterator
 
 import math
 from typing import NamedTuple
@@ -23,9 +23,9 @@ from .activation import activate
 from .config import GemmConfig
 from .kernel import Kernel
 
-# up to this many features, 64 rows are kept normalized on the chip
+# up to this number of features, 64 normalized rows stay on the chip
 _MAX_RESIDENT_FEATURES = 512
-# and up to these, 128 rows; on NVIDIA two such programs fit a multiprocessor
+# up to these, 128 rows stay there; on NVIDIA two such programs fit a multiprocessor
 _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
     80: 256,
     86: 128,
@@ -37,21 +37,21 @@ _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
     "gfx942": 512,
     None: 384,
 }
-# and up to these they are whether or not a program has more than one tile to compute from them
+# up to this number, rows stay there even if a program computes only one tile from them
 _SHORT_ROW = 256
-# about two for each multiprocessor of a GPU, twice over: the last ones keep the others waiting
+# about two programs per multiprocessor of a GPU, times two: the others wait for the last ones
 _ENOUGH_PROGRAMS = 512
-# about one for each multiprocessor
+# about one program per multiprocessor
 _FEW_PROGRAMS = 128
 
 
 class LayerNormLinearConfig(NamedTuple):
-    """How one call is split and scheduled.
+    """Partition of a call into programs and steps.
 
     Attributes:
         gemm: tile of the output and depth of one step.
         tiles_per_program: column tiles that a program computes from one set of rows.
-        resident: normalizes the rows once for all these tiles and keeps them on the chip.
+        resident: whether the rows are normalized once for all these tiles and kept on the chip.
     """
 
     gemm: GemmConfig
@@ -67,18 +67,18 @@ def launch_config(
     merge: bool,
     arch: Architecture | None,
 ) -> LayerNormLinearConfig:
-    """Tiles and warps for [n_rows, features] by [features, out_features].
+    """Chooses tiles and warps for [n_rows, features] by [features, out_features].
 
-    Rows stay on the chip where a program has several tiles to compute from them. Where rows are
-    too wide, too few, or fp32 (multiplied exactly, in registers), each tile is a program. Short
-    rows, and merged ones, which have few tiles, stay on the chip however few they are: no other
-    tiles ask L2 for fewer bytes, and one binary serves all batches.
+    Rows stay on the chip if a program computes several tiles from them. If rows are too wide, too
+    few, or fp32 (multiplied exactly, in registers), each tile is a program. Short rows, and merged
+    rows, which have few tiles, always stay on the chip: no other tiles read fewer bytes from L2,
+    and one binary serves all batches.
     """
 
     if dtype == torch.float32:
         return LayerNormLinearConfig(GemmConfig(64, 64, 16, num_warps=4, num_stages=3), 1, False)
     block_k = 64 if features % 64 == 0 else 32
-    # otherwise every element of a load has its own mask, which takes registers
+    # otherwise each element of a load needs its own mask, which takes registers
     whole_steps = features % block_k == 0
 
     def n_tiles(gemm: GemmConfig) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def launch_config(
     if isinstance(arch, str):
         gemm = GemmConfig(128, 128, block_k, num_warps=8, num_stages=2)
     else:
-        if arch not in (80, 90, 100, None):  # 100 KB of shared memory, or who knows
+        if arch not in (80, 90, 100, None):  # 100 KB of shared memory, or unknown
             block_k = 32
         gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
     few = arch is not None and math.prod(n_tiles(gemm)) < _FEW_PROGRAMS
@@ -119,7 +119,7 @@ def launch(
     y = x.new_empty(*x.shape[:-1], out_features)
     if y.numel() == 0:
         return y
-    # a view unless the rows do not lie at one stride
+    # a view if the rows have a constant stride
     rows = x.reshape(-1, features)
     pixels = rows[:, None, None, :]
     return launch_rows(pixels, norm_weight, norm_bias, weight, bias, y, eps, activation)
@@ -138,9 +138,9 @@ def launch_rows(
     """Fills `y`, contiguous and not empty, with one row for each window of a map.
 
     Args:
-        x: [B, H, W, C], any strides. A window is 2x2 pixels where `weight` has 4C columns, in the
-            order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), zeros beyond the map; and one
-            pixel where `weight` has C.
+        x: [B, H, W, C], any strides. If `weight` has C columns, a window is one pixel. If it has
+            4C, a window is 2x2 pixels in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column),
+            with zeros beyond the map.
         norm_weight: [features].
         norm_bias: [features].
         weight: [C_out, features].
@@ -191,11 +191,11 @@ def launch_rows(
     return y
 
 
-# one binary serves all map sizes whose rows are equally aligned
+# one binary serves all map sizes with equally aligned rows
 @Kernel
 @triton.jit(do_not_specialize=["n_rows", "tiles_per_program", "height", "width"])
 def _layer_norm_linear_fwd_kernel(
-    x_ptr,  # [B, height, width, C]; without MERGE one pixel is a row, and height and width are 1
+    x_ptr,  # [B, height, width, C]; without MERGE a row is one pixel, and height and width are 1
     norm_weight_ptr,  # [features]
     norm_bias_ptr,  # [features]
     weight_ptr,  # [out_features, features]
@@ -218,15 +218,15 @@ def _layer_norm_linear_fwd_kernel(
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     MERGE: tl.constexpr,  # a row is 2x2 pixels
-    PADDED: tl.constexpr,  # some of which lie beyond the map
+    PADDED: tl.constexpr,  # some of these pixels are beyond the map
     EVEN_K: tl.constexpr,
-    N_STEPS: tl.constexpr,  # of a row that is kept normalized; None: it is not
+    N_STEPS: tl.constexpr,  # of a row that stays on the chip; None: rows do not stay there
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # the programs of one block of rows run side by side: x stays in L2
+    # the programs of one block of rows run at the same time: x stays in L2
     n_tiles = tl.cdiv(out_features, BLOCK_N)
     n_ranges = tl.cdiv(n_tiles, tiles_per_program)
     pid = tl.program_id(0)
@@ -236,7 +236,7 @@ def _layer_norm_linear_fwd_kernel(
     row_mask = rows < n_rows - first_row
 
     if MERGE:
-        # counted from the first window of the first row's image: divisions of 32 bits only
+        # count from the first window of the first row's image: 32-bit divisions are enough
         y_width = (width + 1) // 2
         n_windows = (height + 1) // 2 * y_width
         windows = (first_row % n_windows).to(tl.int32) + rows
@@ -306,11 +306,11 @@ def _layer_norm_linear_fwd_kernel(
 def _load_columns(
     pixels, layout, k, features, MERGE: tl.constexpr, PADDED: tl.constexpr, EVEN_K: tl.constexpr
 ):
-    """Columns `k` of a block of rows, [BLOCK_M, BLOCK_K]; zeros beyond the rows and the map.
+    """Loads columns `k` of a block of rows, [BLOCK_M, BLOCK_K]; zeros beyond the rows and the map.
 
     Args:
-        pixels: of each row, [BLOCK_M]: the address of its first pixel, whether the row exists,
-            and whether the map goes on below that pixel, and to its right.
+        pixels: for each row, [BLOCK_M]: the address of its first pixel, whether the row exists, and
+            whether the map has a pixel below that one, and one to its right.
         layout: channels of a pixel; strides of x between rows, columns and channels.
         k: [BLOCK_K] numbers of the columns.
         features: columns of a row.
@@ -336,9 +336,9 @@ def _load_columns(
 
 @triton.jit
 def _merge_statistics(mean, squares, x, n_before, k, features, EVEN_K: tl.constexpr):
-    """Mean and sum of squared distances from it, of `n_before` columns and those of `x` together.
+    """Adds the columns of `x` to the mean and the sum of squared deviations of `n_before` columns.
 
-    Chan, Golub and LeVeque 1979: no difference of large sums, so a large mean costs no digits.
+    Chan, Golub and LeVeque 1979: without a difference of large sums, a large mean loses no digits.
     """
     n = tl.minimum(features - n_before, x.shape[1])
     x_mean = tl.sum(x, axis=1) / n
@@ -353,7 +353,7 @@ def _merge_statistics(mean, squares, x, n_before, k, features, EVEN_K: tl.conste
 
 @triton.jit
 def _normalize(x, statistics, norm, k, features):
-    """Columns `k` of the normalized rows in the dtype of `x`, as layer norm hands them on."""
+    """Returns columns `k` of the normalized rows, rounded to the dtype of `x` as by layer norm."""
     mean, rstd = statistics
     norm_weight_ptr, norm_bias_ptr = norm
     weight = tl.load(norm_weight_ptr + k, mask=k < features, other=0.0).to(tl.float32)
@@ -364,7 +364,7 @@ def _normalize(x, statistics, norm, k, features):
 
 @triton.jit
 def _load_weight(weight_rows, stride_col, col_mask, k, features, EVEN_K: tl.constexpr):
-    """Columns `k` of a tile of weight rows, transposed: [BLOCK_K, BLOCK_N]."""
+    """Loads columns `k` of a tile of weight rows, transposed: [BLOCK_K, BLOCK_N]."""
     mask = col_mask[None, :]
     if not EVEN_K:
         mask = mask & (k < features)[:, None]

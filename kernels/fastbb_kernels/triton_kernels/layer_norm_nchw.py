@@ -17,7 +17,7 @@ from .kernel import Kernel
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> RowsConfig:
-    """Tiles of whole rows, 32 elements a thread: a warp does as much however few rows there are."""
+    """Chooses tiles of whole rows with 32 elements per thread, also if there are few rows."""
     block_n = triton.next_power_of_2(channels)
     block_m = max(1, 4096 // block_n)
     return RowsConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 1024, 1), 8))
@@ -28,7 +28,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     channels = x.shape[-1]
     y = x.new_empty(x.shape)
     if y.numel() > 0:
-        # a view unless the rows do not lie at one stride
+        # a view if the rows have a constant stride
         rows = x.reshape(-1, channels)
         n_rows = rows.shape[0]
         config = chosen_config("layer_norm_nchw", launch_config, x.device, n_rows, channels)
@@ -55,7 +55,7 @@ def _layer_norm_nchw_fwd_kernel(
     y_ptr,  # [n_rows, CHANNELS], contiguous
     n_rows,
     eps,
-    # constants, because their common divisors decide how wide a load may be
+    # constants, because their common divisors decide the width of loads
     stride_x_row: tl.constexpr,
     stride_x_col: tl.constexpr,
     CHANNELS: tl.constexpr,

@@ -13,21 +13,21 @@ from .config import GemmConfig
 from .kernel import Kernel
 from .tile_choice import has_work_for_large_tiles
 
-# where a multiprocessor holds two programs with tiles of 128x128; elsewhere registers allow one
+# architectures whose multiprocessor holds two programs with tiles of 128x128; others hold one
 _HOLD_LARGE_TILES = (90, 120, "gfx90a", "gfx942")
 
 
 def launch_config(
     n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
-    """Tiles and warps for one GEMM of [n_rows, features] by [features, out_features].
+    """Chooses tiles and warps for a GEMM of [n_rows, features] by [features, out_features].
 
-    Large tiles ask L2 for fewer bytes; small ones, with more loads under way, fill the GPU where
+    Large tiles read fewer bytes from L2. Small tiles have more loads in flight and fill the GPU if
     there are few rows.
     """
     block_k = 64 if features % 64 == 0 else 32
     if dtype == torch.float32:
-        # no MMA: the operands are in registers too
+        # no MMA, so that the operands are in registers too
         block_k = 16
         large = GemmConfig(64, 64, block_k, num_warps=4, num_stages=3)
     elif arch in _HOLD_LARGE_TILES:
@@ -47,7 +47,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
     y = x.new_empty(residual.shape)
     if y.numel() == 0:
         return y
-    # a view unless the rows do not lie at one stride
+    # a view if the rows have a constant stride
     rows = x.reshape(-1, features)
     n_rows = rows.shape[0]
     config = chosen_config(
@@ -95,7 +95,7 @@ def _linear_residual_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # the tiles of one set of rows run side by side: x stays in L2
+    # the tiles of one set of rows run at the same time: x stays in L2
     n_tiles = tl.cdiv(out_features, BLOCK_N)
     pid = tl.program_id(0)
     first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M

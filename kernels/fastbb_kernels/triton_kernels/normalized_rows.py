@@ -1,7 +1,7 @@
 """Layer-normalized rows that stay on the chip, for kernels that use them more than once."""
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-# inside a kernel values are tensors and loops the compiler's, which tl's types do not say
+# inside a kernel values are tensors and the compiler runs loops, which tl's types do not express
 
 import triton
 import triton.language as tl
@@ -18,8 +18,8 @@ def normalized_rows(
 ):
     """Loads rows once and normalizes them.
 
-    The statistics are fp32 and take two passes over the loaded values: a large mean costs no
-    digits. The result is in pieces because CHANNELS need not be a power of two.
+    The statistics are fp32 and take two passes over the loaded values, so that a large mean loses
+    no digits. The result is in pieces because CHANNELS need not be a power of two.
 
     Args:
         x_ptr: [..., CHANNELS], contiguous.
@@ -30,8 +30,8 @@ def normalized_rows(
         BLOCK_C: channels of a piece.
 
     Returns:
-        tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C] in the dtype of the rows, rounded as layer
-        norm would hand them on; zeros where not `inside`.
+        tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C], rounded to the dtype of the rows like a
+        layer norm; zeros where not `inside`.
     """
     norm_weight_ptr, norm_bias_ptr, eps = norm
     pieces = ()
@@ -42,8 +42,8 @@ def normalized_rows(
             x_ptr + rows[:, None] * CHANNELS + channels[None, :],
             mask=inside[:, None],
             other=0.0,
-            # the kernel reads it again for the residual. Without this hint the compiler takes the
-            # two loads for one and keeps the first piece in registers through all that lies between
+            # the kernel reads it again for the residual. Without this hint the compiler merges the
+            # two loads and keeps the first piece in registers all the time between them
             eviction_policy="evict_last",
         )
         total += tl.sum(piece.to(tl.float32), 1)
@@ -63,6 +63,6 @@ def normalized_rows(
         bias = tl.load(norm_bias_ptr + channels).to(tl.float32)
         centered = pieces[i].to(tl.float32) - mean[:, None]
         piece = centered * rstd[:, None] * weight[None, :] + bias[None, :]
-        # zeros are exact in every dtype, so that the order of mask and cast does not matter
+        # zeros are exact in every dtype, so the order of mask and cast does not matter
         normalized = normalized + (tl.where(inside[:, None], piece, 0.0).to(pieces[i].dtype),)
     return normalized

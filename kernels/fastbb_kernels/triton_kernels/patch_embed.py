@@ -1,7 +1,8 @@
-"""Patches of an image as rows of a GEMM, each normalized while it is in registers.
+"""Patches of an image as rows of a GEMM, each normalized in registers.
 
-A row is found by address: pixel (c, dy, dx) of patch (i, j) lies at channel c, row i * P + dy,
-column j * Q + dx. The variance is taken about the mean, of the accumulator, in fp32.
+The kernel computes the address of each pixel: pixel (c, dy, dx) of patch (i, j) is at channel c,
+row i * P + dy, column j * Q + dx. Mean and variance, about the mean, are those of the fp32
+accumulator.
 """
 # pyright: reportArgumentType=false
 # a launch passes plain values for constexpr parameters
@@ -20,7 +21,7 @@ from .kernel import Kernel
 def launch_config(
     features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
-    """Tiles of whole rows, and warps for 64 accumulators a thread (fp32, without MMA: 32)."""
+    """Chooses tiles of whole rows, and warps for 64 accumulators per thread (32 in fp32)."""
     block_n = max(16, triton.next_power_of_2(out_features))
     block_k = 16 if features % 32 or dtype == torch.float32 else 32
     if block_n > 256:
@@ -47,7 +48,7 @@ def launch(
     features, n_rows = in_channels * p * q, batch * y_height * y_width
     sizes = features, out_features, y.dtype
     config = chosen_config("patch_embed", launch_config, y.device, *sizes)
-    # copied only where they have gaps, or the convolution's weight is channels-last
+    # copied only if they have gaps, or if the convolution's weight is channels-last
     weight = weight.reshape(out_features, features).contiguous()
     bias, norm_weight, norm_bias = (
         None if vector is None else vector.contiguous() for vector in (bias, norm_weight, norm_bias)
@@ -82,7 +83,7 @@ def launch(
     return y
 
 
-# one binary serves all image sizes whose rows are equally aligned
+# one binary serves all image sizes with equally aligned rows
 @Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "width", "n_patches", "y_width"])
 def _patch_embed_fwd_kernel(
@@ -118,7 +119,7 @@ def _patch_embed_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     if ALIGNED:
-        # tells the compiler, so that one load takes the Q pixels of a row of a patch
+        # tell the compiler, so that one load takes the Q pixels of a row of a patch
         stride_x_image = stride_x_image // Q * Q
         stride_x_channel = stride_x_channel // Q * Q
         stride_x_row = stride_x_row // Q * Q
@@ -129,7 +130,7 @@ def _patch_embed_fwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     col_mask = cols < OUT_FEATURES
 
-    # counted from the first patch of the first row's image, which takes divisions of 32 bits only
+    # count from the first patch of the first row's image: 32-bit divisions are enough
     patches = (first_row % n_patches).to(tl.int32) + rows
     images = first_row // n_patches + patches // n_patches
     patches = patches % n_patches

@@ -1,6 +1,6 @@
-"""Pixels of channels-last maps as rows of a GEMM: what a 1x1 convolution is."""
+"""Pixels of channels-last maps as rows of a GEMM, for 1x1 convolutions."""
 # pyright: reportArgumentType=false
-# inside a kernel values are tensors, which tl's types do not say
+# inside a kernel values are tensors, which tl's types do not express
 
 import torch
 import triton
@@ -10,16 +10,16 @@ from .._dispatch import Architecture
 from .config import GemmConfig
 from .tile_choice import has_work_for_large_tiles
 
-# about one program for each multiprocessor of a GPU
+# about one program per multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
 
-# where a multiprocessor holds two programs with tiles of 128x128; a residual takes more registers
+# whose multiprocessor holds two programs with tiles of 128x128; a residual takes more registers
 _HOLD_LARGE_TILES = (90, 100)
 _AMD = ("gfx90a", "gfx942")
 
 
 def interpreter_config(n_rows: int, out_channels: int, channels: int) -> GemmConfig:
-    """Large tiles, for the interpreter: it takes as long for an operation on many as on one."""
+    """Chooses large tiles for the interpreter, whose time hardly depends on the size of a tile."""
     sizes = (n_rows, 1024), (out_channels, 256), (channels, 64)
     blocks = (min(most, max(16, triton.next_power_of_2(size))) for size, most in sizes)
     return GemmConfig(*blocks, num_warps=4, num_stages=1)
@@ -34,12 +34,12 @@ def launch_config(
     plain: bool,
     arch: Architecture | None,
 ) -> GemmConfig:
-    """Tiles and warps for one GEMM of [n_rows, channels] by [channels, out_channels].
+    """Chooses tiles and warps for a GEMM of [n_rows, channels] by [channels, out_channels].
 
-    Large tiles ask L2 for fewer bytes, and so do narrow ones where there are few output channels;
-    small ones, with more loads under way, fill the GPU where there are few rows. On AMD, where the
-    tail of a bottleneck is one more kernel, GEMMs with a residual or two products have no narrow
-    tiles for the batches between: batches that vary bring few new binaries.
+    Large tiles read fewer bytes from L2, and so do narrow tiles if there are few output channels.
+    Small tiles have more loads in flight and fill the GPU if there are few rows. On AMD, where the
+    tail of a bottleneck is another kernel, GEMMs with a residual or two products never use narrow
+    tiles: so models that run with several batch sizes need fewer binaries.
 
     Args:
         n_rows: of the GEMM.
@@ -48,13 +48,13 @@ def launch_config(
         residual: whether one is added.
         dtype: of the operands.
         plain: neither a residual nor a second product.
-        arch: what is compiled for; None: the interpreter.
+        arch: target of the compiler; None: the interpreter.
     """
     if arch is None:
         return interpreter_config(n_rows, out_channels, channels)
     block_k = 64 if channels % 64 == 0 and arch not in _AMD else 32
     if dtype == torch.float32:
-        # no MMA: the operands are in registers too, of which a third stage takes too many
+        # no MMA, so that the operands are in registers too; a third stage would need too many
         block_k = 16
         large = GemmConfig(64, 64, block_k, num_warps=4, num_stages=2)
     elif arch in _AMD or (arch in _HOLD_LARGE_TILES and not residual):
@@ -81,8 +81,8 @@ def strided_pixels(first_row, rows, height, width, STRIDE: tl.constexpr):
     Args:
         first_row: i64 scalar.
         rows: [M] i32.
-        height: of the map that is read.
-        width: likewise.
+        height: of the input map.
+        width: of the input map.
         STRIDE: in both directions.
 
     Returns:
@@ -91,7 +91,7 @@ def strided_pixels(first_row, rows, height, width, STRIDE: tl.constexpr):
     if STRIDE == 1:
         pixels = first_row + rows
     else:
-        # counted from the first pixel of the first row's image: divisions of 32 bits only
+        # count from the first pixel of the first row's image: 32-bit divisions are enough
         y_width = tl.cdiv(width, STRIDE)
         n_pixels = tl.cdiv(height, STRIDE) * y_width
         rows += (first_row % n_pixels).to(tl.int32)

@@ -1,13 +1,14 @@
-"""A 7x7 convolution of stride 2 as a GEMM that finds its rows by address, under its 3x3 max pool.
+"""A 7x7 convolution of stride 2 as an implicit GEMM, fused with its 3x3 max pool.
 
-A row of the GEMM is a pixel of the pooled map: nine products, one for each position of its window,
-meet in a maximum. That computes the convolution 2.25 times, and no thread needs what another has.
+A row of the GEMM is a pixel of the pooled map. The kernel computes nine products, one for each
+position of the pool's window, and takes their maximum. This computes the convolution 2.25 times,
+but threads exchange no values.
 
-K counts a channel as 8 rows of 8 pixels, of which the last row and the first column are no taps
-but make the pixels of a row one aligned load; the weight is padded likewise, and held throughout.
+Along K, a channel has 8 rows of 8 pixels. The last row and the first column are not taps: they make
+the pixels of a row one aligned load. The weight is padded likewise and stays in registers.
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
-# a launch passes plain values for constexpr parameters, and static_range is typed as no iterable
+# a launch passes plain values for constexpr parameters, and static_range has no iterable type
 
 from collections.abc import Sequence
 
@@ -26,7 +27,7 @@ from .pixel_rows import interpreter_config
 
 _MONOTONIC = (None, "relu")
 
-# where operands of MMA are in registers, the weight among them
+# architectures whose MMA reads operands, such as the weight, from registers
 _OPERANDS_IN_REGISTERS = (80, 86, 89, 120)
 
 
@@ -38,16 +39,16 @@ def launch_config(
     activation: Activation,
     arch: Architecture | None,
 ) -> GemmConfig:
-    """Tiles and warps: what registers hold besides the weight of all channels."""
+    """Chooses tiles and warps such that registers hold them beside the weight of all channels."""
     if arch is None:
         return interpreter_config(256, out_features, 64)
     block_n = max(16, min(64, triton.next_power_of_2(out_features)))
     if dtype == torch.float32:
-        # no MMA: the operands are in registers too
+        # no MMA, so that the operands are in registers too
         return GemmConfig(32, min(block_n, 32), 16, num_warps=4, num_stages=1)
     usual = in_channels <= 3 and x_dtype == dtype and activation in _MONOTONIC
     block_m = 64 if usual or arch not in _OPERANDS_IN_REGISTERS else 32
-    # two stages where shared memory has room for them and for two programs
+    # two stages if shared memory has room for the two stages of two programs
     num_stages = 2 if arch in (80, 90, 100) else 1
     return GemmConfig(block_m, block_n, 64, num_warps=4, num_stages=num_stages)
 
@@ -94,7 +95,7 @@ def launch(
         IN_CHANNELS=in_channels,
         NORMALIZES=mean is not None,
         ACTIVATION=activation,
-        # what is monotonic may as well come after the maximum, once
+        # a monotonic activation may come after the maximum, where it is computed once
         MONOTONIC=activation in _MONOTONIC,
         WINDOW=3 if pool else 1,
         PRECISION=input_precision(weight.dtype),
@@ -103,7 +104,7 @@ def launch(
     return y
 
 
-# one binary serves all heights and batches, and all widths that are equally aligned
+# one binary serves all heights and batches, and all widths with the same alignment
 @Kernel
 @triton.jit(do_not_specialize=["n_rows", "height", "n_pixels", "y_width"])
 def _stem_conv_bn_relu_pool_fwd_kernel(
@@ -117,7 +118,7 @@ def _stem_conv_bn_relu_pool_fwd_kernel(
     n_pixels,  # of an image of y
     y_width,
     out_features,
-    scale,  # IN_CHANNELS floats, or none where x is normalized
+    scale,  # IN_CHANNELS floats, or none if x is normalized already
     shift,  # likewise
     stride_x_image,
     stride_x_channel,
@@ -140,7 +141,7 @@ def _stem_conv_bn_relu_pool_fwd_kernel(
     STEPS: tl.constexpr = 64 // BLOCK_K  # of a channel
     STRIDE: tl.constexpr = (WINDOW + 1) // 2  # of the pool
 
-    # the tiles of one set of rows run side by side: x stays in L2
+    # the tiles of one set of rows run at the same time: x stays in L2
     n_tiles = tl.cdiv(out_features, BLOCK_N)
     pid = tl.program_id(0)
     first_row = (pid // n_tiles).to(tl.int64) * BLOCK_M
@@ -148,8 +149,8 @@ def _stem_conv_bn_relu_pool_fwd_kernel(
     cols = (pid % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, col_mask = rows < n_rows - first_row, cols < out_features
 
-    # rows beyond the last repeat it and are not stored; counted from the first pixel of the first
-    # row's image, which takes divisions of 32 bits only
+    # rows beyond the last repeat it and are not stored; count from the first pixel of the first
+    # row's image: 32-bit divisions are enough
     pixels = tl.minimum(rows, n_rows - 1 - first_row).to(tl.int32)
     pixels += (first_row % n_pixels).to(tl.int32)
     images = first_row // n_pixels + pixels // n_pixels
@@ -172,7 +173,7 @@ def _stem_conv_bn_relu_pool_fwd_kernel(
 
     best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
     for position in range(WINDOW * WINDOW):
-        # a window that crosses the border meets the position at the border again instead
+        # a window that crosses the border takes the position at the border twice
         row = tl.minimum(tl.maximum(top + position // WINDOW, 0), (height - 1) // 2)
         col = tl.minimum(tl.maximum(left + position % WINDOW, 0), (width - 1) // 2)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -226,7 +227,7 @@ def _load_pixels(
     Args:
         x_images: [M] pointers to the first pixel of each window's image.
         top: [M] i32, of the first row of taps.
-        left: [M] i32, of the column before the first of taps.
+        left: [M] i32, of the column before the first column of taps.
         height: of an image.
         width: likewise.
         stride_channel: of an image.
@@ -234,7 +235,7 @@ def _load_pixels(
         stride_col: likewise.
         scale: of the normalization, or None.
         shift: likewise.
-        FIRST: tap of the first column of the result; 64 taps are a channel.
+        FIRST: tap of the first column of the result; a channel has 64 taps.
         BLOCK_K: number of taps.
 
     Returns:
@@ -252,7 +253,7 @@ def _load_pixels(
     mask = (rows >= 0) & (rows < height) & (cols >= 0) & (cols < width) & (ky < 7)[None, :]
     x = tl.load(x_rows[:, None] + offsets[None, :], mask=mask, other=0)
     if scale is not None:
-        # what is padded is the normalized image
+        # the padding with zeros applies to the normalized image
         x = tl.where(mask, x.to(tl.float32) * scale + shift, 0.0)
-    # the column before the taps has a weight of 0, which an infinite pixel would make NaN
+    # the column before the taps has the weight 0: an infinite pixel there would give NaN
     return tl.where((kx > 0)[None, :], x, 0.0)

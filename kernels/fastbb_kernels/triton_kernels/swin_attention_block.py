@@ -2,13 +2,13 @@
 
 A program normalizes the tokens of its window once and keeps them on the chip. Head by head it
 projects them to queries, keys and values, attends, and adds the head's part of the output
-projection to accumulators; the sum and the residual are written once, where the tokens lie.
+projection to accumulators; it writes the sum and the residual once, at the places of the tokens.
 Bound: weights are read from L2 by every window (4 C^2 elements), the map from DRAM once.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # a launch passes plain values for constexpr parameters; inside a kernel values are tensors, which
-# the annotations of tl do not expect everywhere
+# the annotations of tl do not allow everywhere
 
 from typing import NamedTuple
 
@@ -23,11 +23,11 @@ from .kernel import Kernel
 from .normalized_rows import normalized_rows
 from .window_addressing import has_regions, window_tokens
 
-BLOCK_N = 64  # tokens of a window and what fills them up to a tile
+BLOCK_N = 64  # tokens of a window, padded to a tile
 
 
 class SwinAttentionBlockConfig(NamedTuple):
-    """Channels of one step of the projections, and how the kernel is scheduled.
+    """Channels of one step of the projections, warps, pipeline stages and compiler options.
 
     Attributes:
         compiler: options that only the compiler of one vendor knows.
@@ -49,16 +49,16 @@ class SwinAttentionBlockConfig(NamedTuple):
 
 
 def launch_config(channels: int, arch: Architecture | None) -> SwinAttentionBlockConfig:
-    """Steps and warps for windows of at most 64 tokens of `channels`."""
+    """Chooses steps and warps for windows of at most 64 tokens of `channels`."""
     num_stages, compiler = 1, {}
     if isinstance(arch, str):
-        # four wavefronts have 16 rows of a window each; products of 32 rows would be computed twice
+        # each of four wavefronts has 16 rows of a window; products of 32 rows would be redundant
         compiler = {"matrix_instr_nonkdim": 16}
     elif channels <= 128 and arch in (80, 90):
         # shared memory holds the next head's weights for two programs of a multiprocessor
         num_stages = 2
     if channels <= 96 and arch in (80, 86, 89):
-        # left alone, the assembler aims at 168 registers and spills what is more
+        # without a limit, the assembler aims at 168 registers and spills
         compiler = {"maxnreg": 192}
     return SwinAttentionBlockConfig(32, 4, num_stages, compiler)
 
@@ -83,7 +83,7 @@ def launch(
     if y.numel() == 0:
         return y
     config = chosen_config("swin_attention_block", launch_config, x.device, C)
-    # a view with gaps, which no model hands on here, is copied: strides would cost registers
+    # a view with gaps, which no model passes, is copied: strides would cost registers
     _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
         x.contiguous(),
         norm_weight.contiguous(),
@@ -103,7 +103,7 @@ def launch(
         HEAD_DIM=C // num_heads,
         WINDOW_H=window[0],
         WINDOW_W=window[1],
-        # rows of whole 16 columns load wide
+        # rows of a multiple of 16 columns allow wide loads
         BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
         ROLL_FIRST=roll_first,
         PRECISION=input_precision(x.dtype),
@@ -153,19 +153,19 @@ def _swin_attention_block_fwd_kernel(
         WINDOW_H, WINDOW_W, SHIFTED=True, PADDED=True, ROLL_FIRST=ROLL_FIRST,
     )  # fmt: skip
     masked = (shift_h + shift_w > 0) & has_regions(window, height, width, WINDOW_H, WINDOW_W)
-    # 64 bits only where they do not cost a register per row
+    # 64 bits only for values that are not per row, to save registers
     first = image * height * width * CHANNELS
     x_ptr += first
     y_ptr += first
     pixels = token_y * width + token_x
-    # padding is zeros after the norm: its queries, keys and values are the bias of the projection
+    # padded tokens are 0 after the norm: their queries, keys and values are the projection's bias
     norm = norm_weight_ptr, norm_bias_ptr, eps
     x = normalized_rows(x_ptr, pixels, inside, norm, CHANNELS, BLOCK_C)
     acc = ()
     for _ in tl.static_range(N_PIECES):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),)
 
-    # what could be computed before the loop is not worth the registers it would hold meanwhile
+    # no code is hoisted out of the loop: the values would occupy registers throughout
     for head in tl.range(CHANNELS // HEAD_DIM, disable_licm=True):
         rows = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
         q, k, v = _project(x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, PRECISION)
@@ -210,9 +210,9 @@ def _project(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Queries [N, HEAD_DIM], keys transposed [HEAD_DIM, N] and values [N, HEAD_DIM] of a head.
+    """Computes a head's queries [N, HEAD_DIM], transposed keys [HEAD_DIM, N], values [N, HEAD_DIM].
 
-    Keys are computed transposed: transposing the result of a product has been wrong on Hopper.
+    The product gives transposed keys: transposing the result of a product was wrong on Hopper.
 
     Args:
         x: tuple of pieces [N, BLOCK_C] of the normalized tokens.
@@ -228,7 +228,7 @@ def _project(
         k = tl.dot(weight, tl.trans(x[i]), k, input_precision=PRECISION)
     if bias_ptr is not None:
         k += tl.load(bias_ptr + CHANNELS + rows).to(tl.float32)[:, None]
-    # rounded before the others begin: three fp32 sums at a time would not fit into the registers
+    # round each before the next begins: registers cannot hold three fp32 sums at a time
     k = k.to(dtype)
 
     q = tl.zeros((x[0].shape[0], rows.shape[0]), tl.float32)

@@ -1,7 +1,7 @@
 """The MLP half of a Swin block: y = x + fc2(activation(fc1(layer_norm(x)))).
 
 A program normalizes its rows once and keeps them on the chip. Piece by piece it computes hidden
-columns, activates them and adds their part of fc2 to accumulators: the hidden map never exists.
+columns, activates them and adds their part of fc2 to accumulators; the hidden map is never stored.
 Bound: weights are read from L2 by every block of rows, the map from DRAM once.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
@@ -23,7 +23,7 @@ from .normalized_rows import normalized_rows
 
 
 class SwinMlpBlockConfig(NamedTuple):
-    """Tiles of a program, and how it is scheduled.
+    """Tiles of a program, warps, pipeline stages and compiler options.
 
     Attributes:
         block_m: rows.
@@ -52,12 +52,12 @@ class SwinMlpBlockConfig(NamedTuple):
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> SwinMlpBlockConfig:
-    """Tiles and warps for [n_rows, channels]."""
-    # every program reads all weights: many rows at a time, unless that leaves too few programs
+    """Chooses tiles and warps for [n_rows, channels]."""
+    # every program reads all weights: many rows per program, unless there are too few programs
     block_m, num_warps = (128, 8) if n_rows >= 128 * 256 else (64, 4)
     if isinstance(arch, str):
         return SwinMlpBlockConfig(block_m, 32, 32, num_warps, 1, {"matrix_instr_nonkdim": 16})
-    num_stages = 1 if channels > 192 else 2  # the registers that prefetching takes
+    num_stages = 1 if channels > 192 else 2  # prefetching takes registers
     return SwinMlpBlockConfig(block_m, 32, 32, num_warps, num_stages, {})
 
 
@@ -79,7 +79,7 @@ def launch(
         return y
     n_rows = y.numel() // channels
     config = chosen_config("swin_mlp_block", launch_config, x.device, n_rows, channels)
-    # a view with gaps, which no model hands on here, is copied: strides would cost registers
+    # a view with gaps, which no model passes, is copied: strides would cost registers
     _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
         x.contiguous(),
         norm_weight.contiguous(),
@@ -131,7 +131,7 @@ def _swin_mlp_block_fwd_kernel(
     for _ in tl.static_range(N_PIECES):
         acc = acc + (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
 
-    # what could be computed before the loop is not worth the registers it would hold meanwhile
+    # no code is hoisted out of the loop: the values would occupy registers throughout
     for start in tl.range(0, HIDDEN, BLOCK_H, disable_licm=True):
         columns = start + tl.arange(0, BLOCK_H)
         hidden = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)

@@ -1,10 +1,10 @@
-"""Where the tokens of a Swin window lie in the map: shift, padding and partition as addresses.
+"""Addresses of the tokens of a Swin window in the map, from shift, padding and partition.
 
 The map [H, W] is padded to whole windows and rolled up and left by the shift (or rolled, then
-padded) before it is cut. No such map exists in memory: each token knows the pixel it comes from.
+padded) before it is cut. That map is never stored: each token's pixel is computed.
 """
 # pyright: reportArgumentType=false
-# inside a kernel values are tensors, which the annotations of tl do not expect everywhere
+# inside a kernel values are tensors, which the annotations of tl do not allow everywhere
 
 import triton
 import triton.language as tl
@@ -24,27 +24,27 @@ def window_tokens(
     PADDED: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
 ):
-    """Finds tokens of one window of a batch of maps.
+    """Finds the pixels of tokens of one window of a batch of maps.
 
     Args:
         window: number of the window, counted over images, then rows and columns of windows; i32.
         tokens: [T] i32, token numbers, row by row inside the window. Numbers from
-            WINDOW_H * WINDOW_W on stand for nothing.
+            WINDOW_H * WINDOW_W on are not tokens.
         height, width: of the map, without padding; i32.
         shift_h, shift_w: tokens by which the map is rolled, at least 0 and below the window; i32.
         WINDOW_H, WINDOW_W: tokens per window.
         SHIFTED: whether a shift is not 0. If False, the shifts are not read and `region` is 0.
-        PADDED: whether the map is no multiple of the window. If False, no token is padding.
+        PADDED: whether the map is not a multiple of the window. If False, no token is padding.
         ROLL_FIRST: roll before padding, as timm does, instead of after it.
 
     Returns:
         image: number of the image; i64.
         y, x: [T] i32, pixel of the token in its image. Row of a flattened batch, in i64:
             (image * height + y) * width + x.
-        inside: [T] i1, whether the token exists and is a pixel: what may be loaded and stored.
-            The others of the first WINDOW_H * WINDOW_W tokens are padding: keys and values too.
-        region: [T] i32; two tokens of the window that differ in it were no neighbours before the
-            roll and get the mask. All are equal where `has_regions` is False.
+        inside: [T] i1, whether the token exists and is a pixel, which may be loaded and stored. The
+            others of the first WINDOW_H * WINDOW_W tokens are padding; they are keys and values.
+        region: [T] i32; two tokens of the window with different regions were not neighbours before
+            the roll, and the mask separates them. All are equal if `has_regions` is False.
     """
     image, window_y, window_x = _window_position(window, height, width, WINDOW_H, WINDOW_W)
     token_y, token_x = tokens // WINDOW_W, tokens % WINDOW_W
@@ -59,7 +59,7 @@ def window_tokens(
         inside = inside & inside_h & inside_w
     region = tokens * 0
     if SHIFTED:
-        # the roll brought the first `shift` rows and columns round to the end of the padded map
+        # the roll moved the first `shift` rows and columns to the end of the padded map
         last_y = window_y == tl.cdiv(height, WINDOW_H) - 1
         last_x = window_x == tl.cdiv(width, WINDOW_W) - 1
         below = tokens >= tl.where(last_y, WINDOW_H - shift_h, WINDOW_H) * WINDOW_W
@@ -70,9 +70,9 @@ def window_tokens(
 
 @triton.jit
 def has_regions(window, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """Whether tokens of a window may differ in `region`: only where the rolled map ends.
+    """Whether tokens of a window may differ in `region`: only in the map's last windows.
 
-    A kernel branches on it, since most windows need no mask. Arguments as of `window_tokens`.
+    A kernel branches on it, because most windows need no mask. Arguments as in `window_tokens`.
     """
     _, window_y, window_x = _window_position(window, height, width, WINDOW_H, WINDOW_W)
     last_y = window_y == tl.cdiv(height, WINDOW_H) - 1
@@ -82,7 +82,7 @@ def has_regions(window, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.cons
 
 @triton.jit
 def _window_position(window, height, width, WINDOW_H: tl.constexpr, WINDOW_W: tl.constexpr):
-    """Image (i64), row and column of a window counted over a batch of maps."""
+    """Returns image (i64), row and column of a window, numbered over a batch of maps."""
     n_cols = tl.cdiv(width, WINDOW_W)
     n_windows = tl.cdiv(height, WINDOW_H) * n_cols  # of one image
     window_of_image = window % n_windows
@@ -99,7 +99,7 @@ def _unroll(
     PADDED: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
 ):
-    """Pixel that a position of the rolled and padded map shows along one axis; if there is one."""
+    """Returns a position's pixel along one axis of the rolled, padded map, and if it exists."""
     rolled_size = size
     if PADDED and not ROLL_FIRST:
         rolled_size = tl.cdiv(size, WINDOW) * WINDOW

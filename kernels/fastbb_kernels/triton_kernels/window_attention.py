@@ -1,13 +1,13 @@
-"""softmax(q @ k.T * scale + bias + mask) @ v of one window and head per program.
+"""softmax(q @ k.T * scale + bias + mask) @ v, with one window and head per program.
 
-A program reads its tokens where they lie in the map and writes the result there; the scores of
-its queries with all keys of the window stay in registers, in one tile or two. Windows of more
-than 64 tokens are several programs, each with some of the queries.
+A program reads its tokens from the map and writes the result to the same places. The scores of its
+queries with all keys of the window stay in registers, in one tile or two. A window of more than 64
+tokens is divided among several programs, each with some of the queries.
 Bound: memory (qkv and bias read, y written), and for windows of 12x12 the rate of instructions.
 """
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
-# a launch passes plain values for constexpr parameters, to pyright tl.sum returns a tuple, and
-# branches on constexprs are static
+# a launch passes plain values for constexpr parameters, pyright believes that tl.sum returns a
+# tuple, and branches on constexprs are static
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from .window_addressing import has_regions, window_tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# whose matrix instructions read both operands from registers
+# architectures whose matrix instructions read both operands from registers
 _OPERANDS_IN_REGISTERS = (80, 86, 89, 120)
 
 
@@ -49,7 +49,7 @@ class WindowAttentionConfig(NamedTuple):
 def launch_config(
     n_tokens: int, head_dim: int, dtype: torch.dtype, arch: Architecture | None
 ) -> WindowAttentionConfig:
-    """Tiles and warps for windows of `n_tokens`: 49 keys are one tile of 64, 144 are 128 + 16."""
+    """Chooses tiles and warps: 49 keys are one tile of 64, 144 keys are two of 128 and 16."""
     if n_tokens <= 64:
         block_n, block_tail = max(16, triton.next_power_of_2(n_tokens)), 0
     else:
@@ -63,7 +63,7 @@ def launch_config(
     elif n_tokens > 144:
         block_m, num_warps = 32 if arch in _OPERANDS_IN_REGISTERS else 64, 8
     elif arch == 100 and head_dim > 32:
-        num_warps *= 2  # tensor memory holds no more programs, so that these may have more warps
+        num_warps *= 2  # tensor memory limits the number of programs, so each may have more warps
     return WindowAttentionConfig(block_m, block_n, block_tail, num_warps)
 
 
@@ -96,7 +96,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
         WINDOW_W=window[1],
         HEAD_DIM=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        # rows of whole 16 columns load wide
+        # rows of a multiple of 16 columns allow wide loads
         BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
         SHIFTED=any(shift),
         PADDED=padded,
@@ -113,7 +113,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
 def _window_attention_fwd_kernel(
     qkv_ptr,  # [B, height, width, 3 * num_heads * HEAD_DIM]
     bias_ptr,  # [num_heads, N, at least BIAS_COLS]
-    qkv_pad_ptr,  # [3 * num_heads * HEAD_DIM], what padding holds, or None: zeros
+    qkv_pad_ptr,  # [3 * num_heads * HEAD_DIM], value of padded tokens, or None: zeros
     y_ptr,  # [B, height, width, num_heads * HEAD_DIM], contiguous
     num_heads,
     height,
@@ -142,7 +142,7 @@ def _window_attention_fwd_kernel(
 ):
     N: tl.constexpr = WINDOW_H * WINDOW_W
     N_TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    # the heads of a window run side by side: their channels share cache lines
+    # the heads of a window run at the same time: their channels share cache lines
     pid = tl.program_id(0)
     head = (pid % num_heads).to(tl.int64)
     window = pid // num_heads // N_TILES
@@ -164,7 +164,7 @@ def _window_attention_fwd_kernel(
         k_pad = tl.load(qkv_pad_ptr + channels + head_channels, mask=d < HEAD_DIM, other=0.0)
         v_pad = tl.load(qkv_pad_ptr + 2 * channels + head_channels, mask=d < HEAD_DIM, other=0.0)
 
-    # everything is loaded before the first product, so that all loads are under way together
+    # load everything before the first product, so that all loads are in flight together
     offsets = _offsets(image, y, x, *strides)
     q_mask = inside[:, None]
     if BLOCK_D > HEAD_DIM:
@@ -207,7 +207,7 @@ def _window_attention_fwd_kernel(
 
 @triton.jit
 def _offsets(image, y, x, stride_image, stride_y, stride_x):
-    """Where pixels lie in a map of any strides, in elements; i64."""
+    """Returns the offsets of pixels in a map of any strides, in elements; i64."""
     return image * stride_image + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
 
 
@@ -224,7 +224,7 @@ def _load_keys(
     N: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """[BLOCK_D, T] keys, transposed, [T, BLOCK_D] values and [T] regions of tokens `keys`.
+    """Loads transposed keys [BLOCK_D, T], values [T, BLOCK_D] and regions [T] of tokens `keys`.
 
     Channels beyond HEAD_DIM are zeros.
     """
@@ -262,7 +262,7 @@ def _scores(
     HEAD_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the softmax is taken of; -inf where there is no key, and nowhere else."""
+    """Returns the scores before the softmax; -inf where there is no key, and only there."""
     scale: tl.constexpr = HEAD_DIM**-0.5
     scores = tl.dot(q, k, input_precision=PRECISION) * scale + bias.to(tl.float32)
     if masked:
@@ -272,8 +272,8 @@ def _scores(
 
 @triton.jit
 def _exp(scores, row_max):
-    """exp(scores - row_max), for scores of at most row_max.
+    """Computes exp(scores - row_max), for scores of at most row_max.
 
-    A power of 2 is one instruction: unlike exp it may flush denormals to zero.
+    It computes a power of 2, which is one instruction and, unlike exp, may flush denormals to 0.
     """
     return tl.exp2(scores * LOG2_E - (row_max * LOG2_E)[:, None])
