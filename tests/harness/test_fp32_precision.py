@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.engine import Engine
 from fastbb.engine.settings import Settings
 from fastbb_kernels import linear_residual
@@ -146,9 +147,8 @@ def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
 def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> None:
-    backbone: Any = nn.Module()
-    backbone.dtype = torch.float32
-    engine = Engine(backbone, Settings("eager", precision))
+    backbone: Any = nn.Linear(1, 1)  # of a backbone, only the dtype of its weights is read
+    engine = Engine(BackboneMaps(backbone), Settings("eager", precision))
     pixels = torch.zeros(1)
 
     def check() -> None:
