@@ -13,9 +13,9 @@ FLOOR := .venv-floor/bin
 FLOOR_TESTS := $(CORE_TESTS) tests/harness tests/models tests/engine tests/inspect
 
 # some tests of every room, which take two minutes on two cores
-QUICK_TESTS := $(addprefix tests/,test_layering.py test_cli.py weights images \
+QUICK_TESTS := $(addprefix tests/,test_layering.py test_places.py test_cli.py weights images \
 	backbone/test_backbone.py backbone/test_checkpoint.py backbone/test_configuration.py \
-	models/test_contract.py models/test_swin.py models/test_resnet_on_triton.py \
+	models/test_parts.py models/test_swin.py models/test_resnet_on_triton.py \
 	engine/test_choices.py engine/test_frozen.py engine/test_trial.py engine/test_ways.py \
 	hosts/test_heads.py hosts/test_register.py inspect/test_doctor.py inspect/test_facts.py \
 	extraction/test_decode.py extraction/test_sources.py extraction/test_store.py \

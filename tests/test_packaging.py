@@ -1,4 +1,5 @@
-"""One wheel with two import packages, and an import that costs nothing."""
+"""One wheel with two import re
+import packages, and an import that costs nothing."""
 
 import importlib.metadata
 import json
@@ -143,3 +144,16 @@ def test_importing_brings_neither_timm_nor_transformers_nor_a_gpu(fresh: dict[st
 def test_every_public_name_is_there_and_listed(fresh: dict[str, Any]) -> None:
     assert fresh["missing"] == []
     assert PUBLIC <= set(fresh["names"]) <= set(fresh["listed"])
+
+
+def test_the_tests_that_the_makefile_names_are_there() -> None:
+    lines = subprocess.run(
+        ["make", "--dry-run", "test-quick", "test", "test-floor"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    named = set(re.findall(r"tests/[\w./]+", lines))
+    assert len(named) > 20
+    assert not [name for name in named if not (ROOT / name).exists()]
