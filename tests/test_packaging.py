@@ -1,9 +1,9 @@
-"""One wheel with two import re
-import packages, and an import that costs nothing."""
+"""One wheel with two import packages, and an import that costs nothing."""
 
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
