@@ -134,7 +134,7 @@ class Chooser:
         if not self.ways.has_artefact(mode):
             self._warn_if_wasted(pixels)
         recorded = self._settings.cuda_graph is True and self._may_capture(pixels)
-        return self._checked(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
+        return self._verified_plan(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
 
     def _warn_if_wasted(self, pixels: Tensor) -> None:
         if self._settings.expected_images is not None and not self.cost.pays(pixels):
@@ -154,12 +154,14 @@ class Chooser:
             plan.n_left = SEEN_BEFORE_TUNED
             plan.why += "; recorded as a CUDA graph when the shape came more often"
             return plan
-        return self._checked(mode + GRAPH, pixels, plan.why, plan)
+        return self._verified_plan(mode + GRAPH, pixels, plan.why, plan)
 
     def _may_capture(self, pixels: Tensor) -> bool:
         return self._settings.cuda_graph is not False and pixels.is_cuda
 
-    def _checked(self, name: str, pixels: Tensor, why: str, instead: Plan | None = None) -> Plan:
+    def _verified_plan(
+        self, name: str, pixels: Tensor, why: str, instead: Plan | None = None
+    ) -> Plan:
         """A way that is held to the truth once; another plan, with the reason, if it fails."""
         try:
             way = self._way(name, pixels)
@@ -198,7 +200,7 @@ class Chooser:
         # most like it: the size first, then the number of images
         like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
         name = self._tuned[like].removesuffix(GRAPH)
-        plan = self._checked(name, pixels, f"what won for {by(like)}")
+        plan = self._verified_plan(name, pixels, f"what won for {by(like)}")
         if is_gpu and not seen_often and len(self._tuned) < MAX_TUNED:
             plan.n_left = SEEN_BEFORE_TUNED
         return plan
@@ -214,7 +216,7 @@ class Chooser:
             if not (self.cost.pays_measured(saved_s) or self.ways.has_artefact(best.name)):
                 saved_s *= self._settings.expected_images or 0
                 best, why = plain, f"{why}; {self.cost.why_not(saved_s)}"
-        plan = self._checked(best.name, pixels, why)
+        plan = self._verified_plan(best.name, pixels, why)
         plan.trials += trials
         self._tuned[tuple(pixels.shape)] = best.name
         return plan

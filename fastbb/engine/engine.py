@@ -143,7 +143,9 @@ class Engine:
         computation = self._computation
         module = computation.module
         state = (computation.outputs, dtype_of(module), device_of(module))
-        if self._state not in (None, state) and not (self._state[0] == state[0] and self._compiled):
+        if self._state not in (None, state) and not (
+            self._state[0] == state[0] and self._has_compiled
+        ):
             self.reset()  # what was compiled is found to be out of date
         self._state = state
 
@@ -189,20 +191,21 @@ class Engine:
             return None if self._is_current() else self._forget_baked()
 
     @property
-    def _compiled(self) -> bool:
+    def _has_compiled(self) -> bool:
         """Whether a shape runs a way that takes long to make again."""
         return any(compiles(plan.way.name) for plan in list(self._plans.values()))
 
     def _forget_baked(self) -> Plan | None:
-        if self._compiled:
+        if self._has_compiled:
             reason = "weights, settings, layers or hooks changed since they were compiled"
             reason = f"{reason}, so it runs eager: call prepare() again"
             reason = self._warn_once("changed", reason)
             return Plan(Way("eager", self.chooser.ways.eager), reason)
         if any(plan.way.is_baked for plan in self._plans.values()):
             self.reset()  # graphs are recorded again in no time
-        self.chooser.renew_ways()
-        self._stamp = None
+        else:
+            self.chooser.renew_ways()
+            self._stamp = None
         return None
 
     # --- what to run

@@ -190,7 +190,7 @@ class HostBackbone(ModuleForward):
                 self._engines.clear()
             result = in_precision(HostBackboneMaps(self, constants), self.settings.precision)
             is_copy = result.module is not self.module
-            tools = Tools(candidates=self._upstream(constants), budget_s=MEASURING_S)
+            tools = Tools(candidates=self._upstream_candidate(constants), budget_s=MEASURING_S)
             engine = Engine(result, self.settings, tools)
             self._engines[form] = engine, ModuleStamp(self.module) if is_copy else None
             return engine
@@ -207,7 +207,7 @@ class HostBackbone(ModuleForward):
         ours = min(seconds.values())
         return Comparison(ours, theirs, ours / theirs)
 
-    def _upstream(self, constants: dict[str, Any]) -> tuple[Candidate, ...]:
+    def _upstream_candidate(self, constants: dict[str, Any]) -> tuple[Candidate, ...]:
         """Upstream's own forward, for the engine to measure beside its ways."""
         if self.settings.mode != "auto" or self.settings.precision is not None:
             return ()

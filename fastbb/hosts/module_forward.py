@@ -46,7 +46,11 @@ class ModuleForward:
         return type(self.module).__name__
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
-        """Why this call is upstream's, or None."""
+        """Why this call is upstream's, or None.
+
+        Called before each call of ours, so it may also do what upstream's forward does to the
+        module first (transformers' Swin sets its windows by the size of the map).
+        """
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,14 @@
 
 Builders find and check layers once. Tensors, eps and the windows of transformers' blocks may change
 while a model runs, so they are read at every call.
+
+Windows and shifts come from:
+
+* native backbones: `SwinConfig.window_size`, once (`swin._block_specs`);
+* timm: its modules, which timm builds for `img_size`; read once, and again if they change;
+* torchvision: its modules; at run time an axis that one window covers is not shifted;
+* transformers: `window_size` and `shift_size` of each block, read at every call. Upstream's forward
+  of a single block sets them by the size of the map; a whole SwinBackbone takes them as they are.
 """
 
 from collections.abc import Mapping
