@@ -9,6 +9,7 @@ from torch import Tensor
 from fastbb_kernels import use_impl
 from fastbb_kernels.accuracy import accuracy_problem, allowed_rel
 
+from ..weights.folded_model import unfold
 from .computation import Computation
 
 N_CHECKED = 2  # images at each end of a batch
@@ -40,12 +41,14 @@ class Truth:
         exact = computation.copied()
         exact.module.double()
         with use_impl("eager"):
-            return cls(
+            truth = cls(
                 computation.feature_maps(pixels),
                 exact.feature_maps(pixels.double()),
                 rows,
                 computation.exactness,
             )
+        unfold(exact.module)  # forwards that are bound on it would keep the copy alive
+        return truth
 
     def problem(self, maps: Sequence[Tensor]) -> str | None:
         """The reason why the maps of the whole batch are not accepted, or None."""

@@ -1,6 +1,5 @@
 """Calls of a module: their form, the memory layout of results, the difference of two results."""
 
-import itertools
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -9,6 +8,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from fastbb_kernels.accuracy import accuracy_problem, allowed_rel
+
+N_COMPARED = 2  # images at each end of a batch
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -23,14 +24,39 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 def form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
     """The properties of a call that are the same for all sizes of images.
 
-    Dimensions, dtype, device and layout of tensors; options by value; the types of all else, such
-    as the height and width of a map.
+    Dimensions, dtype, device and layout of tensors; options by value; the types of positional
+    numbers and tuples, such as the height and width of a map.
     """
-    for value in (*args, *itertools.chain.from_iterable(kwargs.items())):
+    for value in args:
         if isinstance(value, Tensor):
             yield value.ndim, value.dtype, value.device, format_of(value)
         else:
             yield value if isinstance(value, (bool, str, type(None))) else type(value)
+    for name, value in kwargs.items():
+        if isinstance(value, Tensor):
+            yield name, value.ndim, value.dtype, value.device, format_of(value)
+        else:
+            yield name, repr(value)
+
+
+def size_of(args: Any, kwargs: Any) -> int:
+    """Number of elements of the tensors of a call."""
+    return sum(x.numel() for x in tensors_in((*args, *kwargs.values())))
+
+
+def rows_to_compare(args: Any, kwargs: Any, result: Any) -> list[int] | None:
+    """The first and the last two images of a call; None if its tensors do not share a batch."""
+    tensors = [*tensors_in((*args, *kwargs.values())), *tensors_in(tree_leaves(result))]
+    batches = {len(x) if x.ndim else 0 for x in tensors}
+    if len(batches) != 1:
+        return None
+    (batch,) = batches
+    return sorted({*range(batch)[:N_COMPARED], *range(batch)[-N_COMPARED:]})
+
+
+def picked(values: Any, rows: list[int] | None) -> Any:
+    """The same containers with these rows of every tensor; all rows for None."""
+    return values if rows is None else tree_map_only(Tensor, lambda x: x[rows], values)
 
 
 def format_of(x: Tensor) -> torch.memory_format | None:
@@ -65,13 +91,16 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
 
 
 def is_telling(result: Any) -> bool:
-    """Whether a result can be compared: it has finite floating values, and no others."""
+    """Whether a result can be compared: each of its floating tensors has a finite value."""
     floating = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.is_floating_point()]
-    return any(x.numel() for x in floating) and all(bool(x.isfinite().all()) for x in floating)
+    return bool(floating) and all(bool(x.isfinite().any()) for x in floating)
 
 
 def difference(
-    got: Any, want: Any, truth: Callable[[], tuple[Any, Any]], exactness: float
+    got: Any,
+    want: Any,
+    truth: Callable[[], tuple[Any, Any, list[int] | None]],
+    exactness: float,
 ) -> str | None:
     """The first difference of a result from upstream's, beyond rounding, or None.
 
@@ -79,7 +108,7 @@ def difference(
         got: tensors in any containers.
         want: upstream's.
         truth: returns upstream's result in the precision that `got` was computed in, and in
-            float64; both in the containers of `want`.
+            float64, both in the containers of `want`; and the rows of `got` that they are, or None.
         exactness: allowed in fp32, relative to the largest magnitude of a tensor.
     """
     ours, ours_spec = tree_flatten(got)
@@ -95,12 +124,19 @@ def difference(
                 f"tensor {index} is {list(a.shape)} {a.dtype} on {a.device}, "
                 f"upstream's {list(b.shape)} {b.dtype} on {b.device}"
             )
-    same_precision, exact = map(tree_leaves, truth())
-    for index, (a, eager, true) in enumerate(zip(ours, same_precision, exact)):
+    same_precision, exact, rows = truth()
+    ours = tree_leaves(picked(got, rows))
+    for index, (a, eager, true) in enumerate(
+        zip(ours, tree_leaves(same_precision), tree_leaves(exact))
+    ):
         if not isinstance(a, Tensor) or not a.is_floating_point():
             continue
+        a, finite = a.to(eager.dtype), eager.isfinite()
+        if not torch.equal(finite, a.isfinite()):
+            return f"tensor {index} is not finite where upstream's is, or the other way round"
+        a, eager, true = (x.where(finite, 0) for x in (a, eager, true))
         rel = allowed_rel(eager, true, exactness)
-        problem = accuracy_problem(a.to(eager.dtype), eager, true, rel)
+        problem = accuracy_problem(a, eager, true, rel)
         if problem is not None:
             return f"tensor {index} differs from upstream's: {problem}"
     return None

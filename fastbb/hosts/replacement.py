@@ -30,7 +30,7 @@ from ..engine.measuring import TIE, Comparison, compare, describe, duration, wal
 from ..engine.settings import DTYPES, Settings
 from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
-from ..weights.folded_model import replica_without, unfold
+from ..weights.folded_model import replica_without, unfold, unfolded
 from ..weights.folded_weights import autocasts
 from ..weights.watch import (
     ModuleSettings,
@@ -39,7 +39,18 @@ from ..weights.watch import (
     note_written,
     own_forward,
 )
-from .calls import cast, difference, form_of, format_of, in_formats, is_telling, tensors_in
+from .calls import (
+    cast,
+    difference,
+    form_of,
+    format_of,
+    in_formats,
+    is_telling,
+    picked,
+    rows_to_compare,
+    size_of,
+    tensors_in,
+)
 from .module_forward import ModuleForward
 
 
@@ -54,11 +65,13 @@ class Choice:
     Attributes:
         ours: whether ours does.
         why: it does, or does not.
+        size: of the call that decided, see `size_of`; a much larger call decides anew.
         formats: memory format of each tensor of upstream's result; None where it has another.
     """
 
     ours: bool
     why: str
+    size: int = 0
     formats: list[torch.memory_format | None] = field(default_factory=list)
 
 
@@ -244,11 +257,11 @@ class Replacement(OwnForward):
         if computes_nothing():  # so there is nothing to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
         form = (method, self.ours.state(), *form_of(args, kwargs))
-        choice = self.choices.get(form)
-        if choice is None:
+        choice, size = self.choices.get(form), size_of(args, kwargs)
+        if choice is None or size > MUCH_LARGER * choice.size:
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return self.upstream(method, args, kwargs)  # nothing can be compared or timed
-            return self._decide(form, method, args, kwargs)
+            return self._decide(form, size, method, args, kwargs)
         if not choice.ours:
             return self.upstream(method, args, kwargs)
         try:
@@ -370,7 +383,7 @@ class Replacement(OwnForward):
                 self.off = f"it was compiled before {change}: call accelerate() again"
             self._module_settings = self._read_module_settings()
 
-    def _decide(self, form: Hashable, method: str, args: Any, kwargs: Any) -> Any:
+    def _decide(self, form: Hashable, size: int, method: str, args: Any, kwargs: Any) -> Any:
         """Compares ours with upstream's on this input, times both, and returns the result."""
         with upstream_only():
             want = self.upstream(method, args, kwargs)
@@ -381,18 +394,22 @@ class Replacement(OwnForward):
         self.ours.learn(want, method, args, kwargs)
         compared = self.ours.comparable
         if not is_telling(compared(want)):  # another call decides
-            self.last_reason = "its last result has no finite tensors to compare with"
+            self.last_reason = "its last result has no finite values to compare with"
             return want
         formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
-        choice, got = Choice(True, "equal to upstream's", formats), None
+        choice, got = Choice(True, "equal to upstream's", size, formats), None
 
-        def truth() -> tuple[Any, Any]:
-            same, exact = self._truth(want, method, args, kwargs)
-            return compared(same), compared(exact)
+        def truth() -> tuple[Any, Any, list[int] | None]:
+            rows = rows_to_compare(args, kwargs, compared(want))
+            same, exact = self._truth(want, rows, method, args, kwargs)
+            return compared(same), compared(exact), rows
 
         try:
             got = self._run(choice, method, args, kwargs)
             problem = difference(compared(got), compared(want), truth, self.ours.exactness)
+        except (torch.OutOfMemoryError, MemoryError) as error:  # another call may fit
+            self.last_reason = describe(error)
+            return want
         except Exception as error:  # whatever ours does, upstream's result is there
             problem = describe(error)
         if problem is not None:
@@ -401,7 +418,7 @@ class Replacement(OwnForward):
         if self.settings.mode == "auto":
             times = self.ours.measured(method, args, kwargs) or self._timings.of(
                 self.ours.timing_key(),
-                form,
+                (form, size.bit_length() // 2),  # within a factor of four
                 lambda: self._time(choice, method, args, kwargs),
             )
             choice.ours = times.ratio <= 1 + TIE
@@ -409,23 +426,44 @@ class Replacement(OwnForward):
         self.choices[form] = choice
         return got if choice.ours else want
 
-    def _truth(self, want: Any, method: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """Upstream's result in the precision that ours computes in, and in float64."""
-        twin = copy.deepcopy(self.module)
+    def _truth(
+        self, want: Any, rows: list[int] | None, method: str, args: Any, kwargs: Any
+    ) -> tuple[Any, Any]:
+        """Upstream's result for these rows in the precision that ours computes in, and in float64.
 
-        def upstream(dtype: torch.dtype) -> Any:
-            with upstream_only():
-                own = getattr(type(twin), method)
-                return own(twin.to(dtype), *cast(args, dtype), **cast(kwargs, dtype))
-
-        exact = upstream(torch.float64)
+        Where a copy of the module does not run in float64, its own result stands for both.
+        """
+        want, args, kwargs = (picked(values, rows) for values in (want, args, kwargs))
         precision = self.settings.precision
-        if precision in ("bf16", "fp16"):
-            return upstream(DTYPES[precision]), exact
+        try:
+            twin = self._upstream_twin()
+
+            def upstream(dtype: torch.dtype) -> Any:
+                own = getattr(type(twin), method)
+                with upstream_only():
+                    return own(twin.to(dtype), *cast(args, dtype), **cast(kwargs, dtype))
+
+            exact = upstream(torch.float64)
+            if precision in ("bf16", "fp16"):
+                return upstream(DTYPES[precision]), exact
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception:  # it cannot be copied, or computes with constants in fp32
+            return want, cast(want, torch.float64)
         if precision == "tf32":
             with fp32_products("tf32"), upstream_only():
                 return self.upstream(method, args, kwargs), exact
         return want, exact
+
+    def _upstream_twin(self) -> nn.Module:
+        """A copy of the module without anything of ours on it, which would keep it alive."""
+        twin = copy.deepcopy(self.module)
+        for part in twin.modules():
+            own = replacement_of(part)
+            if own is not None:
+                own.unbind()
+        unfold(twin)
+        return twin
 
     def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
         like = self._structure and next(self._structure.parameters(), None)
@@ -446,6 +484,9 @@ class Replacement(OwnForward):
         what = f"{self.name or 'the model'} ({type(self.module).__name__})"
         warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
 
+
+# a call that has so many times the elements is compared and timed again
+MUCH_LARGER = 4
 
 MOVES = ("train", "_apply", "_replicate_for_data_parallel")
 
@@ -475,7 +516,8 @@ def upstream_only() -> Iterator[None]:
     """Every forward that this thread calls is upstream's."""
     before, _local.upstream_only = _local.upstream_only, True
     try:
-        yield
+        with unfolded():
+            yield
     finally:
         _local.upstream_only = before
 

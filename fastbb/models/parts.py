@@ -5,14 +5,14 @@ it does not cover. The parts are cached for a backbone until its layers change.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
 from ..weights.recognize import activation_name
-from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
+from ..weights.watch import ModuleSettings, ModuleStructure, follow_layers, is_observed
 
 Value = TypeVar("Value")
 
@@ -45,10 +45,17 @@ class Kept(Generic[Value]):
         backbone: owner of the layers.
         value: must not refer to the backbone itself.
         read: module inside the backbone if the value depends on its settings too, or None.
+        options: other values that it depends on.
     """
 
-    def __init__(self, backbone: nn.Module, value: Value, read: nn.Module | None = None) -> None:
-        self.value = value
+    def __init__(
+        self,
+        backbone: nn.Module,
+        value: Value,
+        read: nn.Module | None = None,
+        options: Hashable = None,
+    ) -> None:
+        self.value, self.options = value, options
         # stands for the backbone, which would never be freed if this referred to it
         self._root = nn.Module()
         self._root.training = False
@@ -57,6 +64,7 @@ class Kept(Generic[Value]):
         classes = dict.fromkeys(map(type, self._structure.modules))
         self._forwards = [(cls, cls.forward) for cls in classes]
         self._settings = None if read is None else ModuleSettings(read)
+        follow_layers(backbone.modules())  # `derive` knows single layers, not what they are in
         _KEPT[backbone] = self
 
     @classmethod
@@ -85,12 +93,13 @@ class Kept(Generic[Value]):
 _KEPT: weakref.WeakKeyDictionary[nn.Module, Kept[Any]] = weakref.WeakKeyDictionary()
 
 
-def kept_parts(backbone: nn.Module, build: Callable[[], Value]) -> Value:
-    """Parts of a native backbone, built once, and again after its layers changed.
+def kept_parts(backbone: nn.Module, build: Callable[[], Value], options: Hashable = None) -> Value:
+    """Parts of a native backbone, built once, and again after its layers or options changed.
 
     Args:
         backbone: owner of the parts.
         build: builds the parts.
+        options: fields of the configuration that they depend on.
 
     Raises:
         ValueError: see `check_untouched`.
@@ -99,9 +108,10 @@ def kept_parts(backbone: nn.Module, build: Callable[[], Value]) -> Value:
         check_untouched(backbone)
         return build()
     kept = Kept.of(backbone)
+    kept = None if kept is not None and kept.options != options else kept
     if kept is None or kept.is_observed():
         check_untouched(backbone)
-        kept = kept or Kept(backbone, build())
+        kept = kept or Kept(backbone, build(), options=options)
     return kept.value
 
 

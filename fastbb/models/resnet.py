@@ -118,19 +118,17 @@ class _Block(nn.Module):
                 _ConvNorm(inner, outputs, 1),
             ]
         self.layer = nn.ModuleList(layers)
-        self.activation = config.hidden_act
 
-    def parts(self) -> ResNetBlockParts:
+    def parts(self, activation: str) -> ResNetBlockParts:
         pairs = tuple(layer.pair for layer in self.layer if isinstance(layer, _ConvNorm))
         shortcut = self.shortcut.pair if isinstance(self.shortcut, _ConvNorm) else None
-        return ResNetBlockParts(pairs, shortcut, self.activation)
+        return ResNetBlockParts(pairs, shortcut, activation)
 
 
 class _Embedder(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         self.embedder = _ConvNorm(config.num_channels, config.embedding_size, 7, stride=2)
-        self.activation = config.hidden_act
 
 
 class _Stage(nn.Module):
@@ -189,7 +187,7 @@ class ResNetBackbone(Backbone):
         if not wanted:
             return {}
         maps = resnet_maps(
-            kept_parts(self, self._parts),
+            kept_parts(self, self._parts, options=self.config.hidden_act),
             pixel_values,
             [self.stage_names.index(name) for name in wanted],
             run_block=self.block_runner(),
@@ -197,10 +195,11 @@ class ResNetBackbone(Backbone):
         return dict(zip(wanted, maps))
 
     def _parts(self) -> ResNetParts:
+        activation = self.config.hidden_act
         stem, stages = self.embedder, list(self.encoder.stages)
         return ResNetParts(
-            (StemLayer(stem.embedder.pair, stem.activation),),
-            tuple(tuple(block.parts() for block in stage.layers) for stage in stages),  # type: ignore[union-attr, operator]
+            (StemLayer(stem.embedder.pair, activation),),
+            tuple(tuple(block.parts(activation) for block in stage.layers) for stage in stages),  # type: ignore[union-attr, operator]
         )
 
     def init_optional_weights(self) -> None:

@@ -336,7 +336,7 @@ class SwinBackbone(Backbone):
         if not wanted:
             return {}
         maps = swin_maps(
-            kept_parts(self, self._parts),
+            kept_parts(self, self._parts, options=self.config.hidden_dropout_prob),
             pixel_values,
             [self.stage_names.index(name) for name in wanted],
             training=self.training,
@@ -360,7 +360,7 @@ class SwinBackbone(Backbone):
             projection,
             embeddings.norm,
             ragged="drop" if isinstance(self.config, TorchvisionSwinConfig) else "pad",
-            positions=None if embeddings.position_embeddings is None else embeddings,
+            positions=embeddings,
             dropout=self.config.hidden_dropout_prob,
         )
         # transformers' names put a merging into the stage before it

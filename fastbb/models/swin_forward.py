@@ -109,8 +109,9 @@ def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpola
         if parts.ragged == "pad":
             pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
         x = norm(projection(pixel_values).permute(0, 2, 3, 1))
-    if parts.positions is not None:
-        x = x + _positions(parts.positions.position_embeddings, x, interpolate)
+    positions = getattr(parts.positions, "position_embeddings", None)
+    if positions is not None:
+        x = x + _positions(positions, x, interpolate)
     return F.dropout(x, parts.dropout) if training else x
 
 

@@ -195,7 +195,8 @@ class SwinEmbedding(NamedTuple):
         projection: convolution of patches.
         norm: after it.
         ragged: rule for pixels beyond the last whole patch: "pad" with zeros, "drop" or "refuse".
-        positions: module with the absolute `position_embeddings` [1, P, C], or None.
+        positions: module with absolute `position_embeddings` [1, P, C] or None; None if no module
+            has any.
         dropout: after it, in training.
     """
 
@@ -427,12 +428,11 @@ def transformers_parts(backbone: Any) -> SwinParts:
         raise Refused("its patch embedding is no convolution that cuts patches")
     if any(type(norm) is not nn.LayerNorm for norm in [embeddings.norm, *norms.values()]):
         raise Refused("its norms are not layer norms")
-    positions = None if embeddings.position_embeddings is None else embeddings
     mergings = [stage.downsample for stage in stages[:-1]]
     for merging in mergings:
         check_merging(merging)
     return SwinParts(
-        SwinEmbedding(projection, embeddings.norm, "pad", positions),
+        SwinEmbedding(projection, embeddings.norm, "pad", embeddings),
         tuple(
             SwinStage(merging, tuple(map(read, stage.blocks)))
             for merging, stage in zip([None, *mergings], stages)

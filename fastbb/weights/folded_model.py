@@ -5,7 +5,8 @@ weights, and with activations fused into the convolutions.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -121,6 +122,17 @@ class Folding:
 # `weights`: weight and bias of each pair of the model that this thread runs; None for a pair that
 # may not use folded ones
 _running = threading.local()
+
+
+@contextmanager
+def unfolded() -> Iterator[None]:
+    """Has every model that this thread runs inside the block compute with its own weights."""
+    before = getattr(_running, "weights", None)
+    _running.weights = None
+    try:
+        yield
+    finally:
+        _running.weights = before
 
 
 def is_folded(module: nn.Module) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from reference_models import images, randomize_
+from reference_models import from_hf, hf_resnet, hf_swin, images, randomize_
+from tolerance import assert_equals_upstream
 from torch import nn
 
 import fastbb.models
@@ -213,3 +214,33 @@ def test_every_family_in_the_folder_is_registered() -> None:
     names = {module.name for module in pkgutil.iter_modules(fastbb.models.__path__)}
     registered = {family.backbone.__module__.rpartition(".")[2] for family in FAMILIES}
     assert registered == {name for name in names if "_" not in name} - {"layers", "lookup", "parts"}
+
+
+@torch.no_grad()
+def test_parts_follow_options_and_absolute_positions() -> None:
+    pixels = images(32, 32)
+    resnet = from_hf(hf_resnet())
+    resnet(pixels)
+    resnet.config.hidden_act = "gelu"
+    assert_equals_upstream(resnet(pixels).feature_maps, copy.deepcopy(resnet)(pixels).feature_maps)
+    swin = from_hf(hf_swin())
+    before = swin(pixels).feature_maps
+    swin.swin.embeddings.position_embeddings = nn.Parameter(torch.randn(1, 64, 16))
+    after = swin(pixels).feature_maps
+    assert_equals_upstream(after, copy.deepcopy(swin)(pixels).feature_maps)
+    assert not torch.equal(before[0], after[0])
+    swin.swin.embeddings.position_embeddings = None
+    assert_equals_upstream(swin(pixels).feature_maps, before)
+
+
+@torch.no_grad()
+def test_weights_merged_while_a_layer_was_out_are_noticed() -> None:
+    """So merges LoRA: it wraps a layer, writes through `.data` and puts the layer back."""
+    pixels, resnet = images(32, 32), from_hf(hf_resnet())
+    resnet(pixels)
+    parent = resnet.encoder.stages[0].layers[0].layer[0]
+    conv = parent.convolution
+    parent.convolution = nn.Sequential(conv)
+    conv.weight.data.mul_(1.5)
+    parent.convolution = conv
+    assert_equals_upstream(resnet(pixels).feature_maps, copy.deepcopy(resnet)(pixels).feature_maps)
