@@ -168,3 +168,39 @@ def test_one_file_more_is_one_too_many(
 
 def test_the_families_are_found() -> None:
     assert {"resnet", "swin"} <= set(families())
+
+
+def attributes(path: Path) -> list[str]:
+    return [n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+
+
+def test_one_class_decides_when_a_cpu_compiles() -> None:
+    """`Chooser` hands the number of images on to `CompileCost`, and nothing else reads it."""
+    engine = ROOT / "fastbb" / "engine"
+    readers = [
+        path.name
+        for path in engine.glob("*.py")
+        for name in attributes(path)
+        if name == "expected_images" and path.name != "settings.py"
+    ]
+    assert readers == ["choose.py"]
+    costs = [path.name for path in engine.glob("*.py") if "USUAL_COMPILE_S" in path.read_text()]
+    assert costs == ["compile_cost.py"]
+
+
+def test_a_host_library_is_a_row_and_its_classes() -> None:
+    """Import paths of model classes stand in `libraries.py` and in the files of families."""
+    hosts = ROOT / "fastbb" / "hosts"
+    allowed = {"libraries.py", *(f"{family}.py" for family in families())}
+    wrong = [
+        (path.name, node.value)
+        for path in hosts.glob("*.py")
+        if path.name not in allowed
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.match(
+            r"(transformers|timm|torchvision|segmentation_models_pytorch)\.(models|encoders)",
+            node.value,
+        )
+    ]
+    assert not wrong

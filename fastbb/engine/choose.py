@@ -132,14 +132,11 @@ class Chooser:
 
     def _compiled(self, mode: str, pixels: Tensor) -> Plan:
         if not self.ways.has_artefact(mode):
-            self._warn_if_wasted(pixels)
+            wasted = self.cost.wasted(pixels)
+            if wasted is not None:
+                self.warn(f"{wasted}; mode='auto' would not compile")
         recorded = self._settings.cuda_graph is True and self._may_capture(pixels)
         return self._verified_plan(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
-
-    def _warn_if_wasted(self, pixels: Tensor) -> None:
-        if self._settings.expected_images is not None and not self.cost.pays(pixels):
-            why_not = self.cost.why_not(self.cost.saved_s(pixels))
-            self.warn(f"{why_not}; mode='auto' would not compile")
 
     def _op_by_op(self, mode: str, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
         """On a GPU; as a CUDA graph where that was asked for, or the batch is small and usual."""
@@ -192,11 +189,10 @@ class Chooser:
             return self._best_remembered(pixels, remembered)
         is_gpu = on_gpu(pixels)
         if not self._tuned or (is_gpu and seen_often and len(self._tuned) < MAX_TUNED):
-            if is_gpu:
-                return self.tune(pixels, compiling=self.cost.pays(pixels))
-            if not self.cost.pays(pixels):
-                return self.eager_plan(pixels, self.cost.why_not(self.cost.saved_s(pixels)))
-            return self.tune(pixels)
+            why_not = self.cost.why_not(pixels)
+            if why_not is not None and not is_gpu:
+                return self.eager_plan(pixels, why_not)
+            return self.tune(pixels, compiling=why_not is None)
         # most like it: the size first, then the number of images
         like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
         name = self._tuned[like].removesuffix(GRAPH)
@@ -212,10 +208,9 @@ class Chooser:
         plain = winner([trial for trial in trials if not compiles(trial.name)])
         why = "measured before on this machine"
         if compiles(best.name) and plain is not None and plain.seconds is not None:
-            saved_s = (plain.seconds - best.seconds) / len(pixels)
-            if not (self.cost.pays_measured(saved_s) or self.ways.has_artefact(best.name)):
-                saved_s *= self._settings.expected_images or 0
-                best, why = plain, f"{why}; {self.cost.why_not(saved_s)}"
+            why_not = self.cost.why_not_measured((plain.seconds - best.seconds) / len(pixels))
+            if why_not is not None and not self.ways.has_artefact(best.name):
+                best, why = plain, f"{why}; {why_not}"
         plan = self._verified_plan(best.name, pixels, why)
         plan.trials += trials
         self._tuned[tuple(pixels.shape)] = best.name

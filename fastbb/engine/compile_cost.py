@@ -13,6 +13,7 @@ from .trial import Run
 # of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
 USUAL_COMPILE_S = 90.0
 USUAL_GAIN = 0.15  # of the time of a forward pass
+_NOBODY_SAID = "compiling takes a minute or more: say expected_images=, or mode='compile'"
 
 
 class CompileCost:
@@ -51,9 +52,7 @@ class CompileCost:
 
     def saved_s(self, pixel_values: Tensor) -> float:
         """Seconds that compiling saves on all expected images of this size [B, C, H, W]."""
-        if self._expected is None:
-            return 0.0
-        saved_pixels = pixel_values.shape[2:].numel() * self._expected * USUAL_GAIN
+        saved_pixels = pixel_values.shape[2:].numel() * (self._expected or 0) * USUAL_GAIN
         if self._s_per_pixel is None:
             few = pixel_values[:1]
             if self._first_s_per_pixel is None:
@@ -67,19 +66,25 @@ class CompileCost:
             self._s_per_pixel = statistics.median(time() for _ in range(3)) / n_pixels
         return self._s_per_pixel * saved_pixels
 
-    def pays(self, pixel_values: Tensor) -> bool:
-        """Whether compiling saves more seconds than it takes."""
-        return self._expected is not None and self.saved_s(pixel_values) >= self.compile_s
-
-    def pays_measured(self, seconds_saved_per_image: float) -> bool:
-        """As `pays`, where the seconds that it saves on an image were measured before."""
-        expected = self._expected
-        return expected is not None and seconds_saved_per_image * expected >= self.compile_s
-
-    def why_not(self, saved_s: float) -> str:
-        """The reason why compiling does not pay, in words."""
+    def why_not(self, pixel_values: Tensor) -> str | None:
+        """The reason why compiling for this size does not pay, or None if it does."""
         if self._expected is None:
-            return "compiling takes a minute or more: say expected_images=, or mode='compile'"
+            return _NOBODY_SAID
+        return self._compared(self.saved_s(pixel_values))
+
+    def why_not_measured(self, saved_s_per_image: float) -> str | None:
+        """As `why_not`, if the seconds that it saves on an image were measured before."""
+        if self._expected is None:
+            return _NOBODY_SAID
+        return self._compared(saved_s_per_image * self._expected)
+
+    def wasted(self, pixel_values: Tensor) -> str | None:
+        """The reason why compiling is a waste for the images that were named, or None."""
+        return None if self._expected is None else self.why_not(pixel_values)
+
+    def _compared(self, saved_s: float) -> str | None:
+        if saved_s >= self.compile_s:
+            return None
         return (
             f"compiling takes about {duration(self.compile_s)} and would save about "
             f"{duration(saved_s)} on {self._expected} images"
