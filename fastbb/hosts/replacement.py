@@ -461,8 +461,7 @@ class Replacement(OwnForward):
         for part in twin.modules():
             own = replacement_of(part)
             if own is not None:
-                own.unbind()
-        unfold(twin)
+                own.unbind()  # which also takes folded forwards off
         return twin
 
     def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
