@@ -55,7 +55,7 @@ class Kept(Generic[Value]):
         read: nn.Module | None = None,
         options: Hashable = None,
     ) -> None:
-        self.value, self.options = value, options
+        self.value, self._options = value, options
         # stands for the backbone, which would never be freed if this referred to it
         self._root = nn.Module()
         self._root.training = False
@@ -64,18 +64,19 @@ class Kept(Generic[Value]):
         classes = dict.fromkeys(map(type, self._structure.modules))
         self._forwards = [(cls, cls.forward) for cls in classes]
         self._settings = None if read is None else ModuleSettings(read)
-        follow_layers(backbone.modules())  # `derive` knows single layers, not what they are in
+        follow_layers([backbone])  # the structure has the stand-in in its place
         _KEPT[backbone] = self
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> "Kept[Any] | None":
-        """The cached value of a backbone, or None if layers, classes or settings changed."""
+    def of(cls, backbone: nn.Module, options: Hashable = None) -> "Kept[Any] | None":
+        """The cached value of a backbone, or None if what it depends on changed."""
         kept = _KEPT.get(backbone)
-        return kept if kept is not None and kept._is_current(backbone) else None
+        return kept if kept is not None and kept._is_current(backbone, options) else None
 
-    def _is_current(self, backbone: nn.Module) -> bool:
+    def _is_current(self, backbone: nn.Module, options: Hashable) -> bool:
         return (
-            backbone._modules == self._root._modules
+            self._options == options
+            and backbone._modules == self._root._modules
             and self._structure.is_intact()
             and all(cls.forward is forward for cls, forward in self._forwards)
             and (self._settings is None or self._settings.change() is None)
@@ -107,8 +108,7 @@ def kept_parts(backbone: nn.Module, build: Callable[[], Value], options: Hashabl
     if torch.compiler.is_compiling():  # in the graph, which guards the values that it reads
         check_untouched(backbone)
         return build()
-    kept = Kept.of(backbone)
-    kept = None if kept is not None and kept.options != options else kept
+    kept = Kept.of(backbone, options)
     if kept is None or kept.is_observed():
         check_untouched(backbone)
         kept = kept or Kept(backbone, build(), options=options)

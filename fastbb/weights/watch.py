@@ -158,6 +158,7 @@ class ModuleStructure:
         self._hooks = [getattr(m, name) for m in self._inside for name in _HOOKS]
         self._owners = [m._parameters for m in self.modules if m._parameters]
         self._ids = set(map(id, self.modules))
+        follow_layers(self.modules)
 
     def __contains__(self, module: nn.Module) -> bool:
         return id(module) in self._ids
@@ -198,6 +199,7 @@ class Places:
     def add(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Adds a module, which `parent` has under `name`."""
         self._found.append((parent, name, module))
+        follow_layers([parent])
 
     def modules(self) -> list[nn.Module]:
         """Returns the modules, in the order in which they were added."""
@@ -289,7 +291,6 @@ class ModuleStamp:
         self._statistics = Statistics(filter(is_plain_tensor, statistics_of(modules)))
         self._is_written = False
         follow_optimizers()
-        follow_layers(modules)
         _STAMPS.add(self)
 
     def is_current(self) -> bool:

@@ -234,13 +234,24 @@ def test_parts_follow_options_and_absolute_positions() -> None:
 
 
 @torch.no_grad()
-def test_weights_merged_while_a_layer_was_out_are_noticed() -> None:
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: from_hf(hf_resnet()),
+        lambda: TimmBackbone(TimmBackboneConfig("mobilenetv2_035")).eval(),
+    ],
+    ids=["native", "folded_timm"],
+)
+def test_weights_merged_while_a_layer_was_out_are_noticed(make: Callable[[], Any]) -> None:
     """So merges LoRA: it wraps a layer, writes through `.data` and puts the layer back."""
-    pixels, resnet = images(32, 32), from_hf(hf_resnet())
-    resnet(pixels)
-    parent = resnet.encoder.stages[0].layers[0].layer[0]
-    conv = parent.convolution
-    parent.convolution = nn.Sequential(conv)
+    pixels, backbone = images(32, 32), make()
+    backbone(pixels)
+    convolutions = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
+    name, _, child = convolutions[3].rpartition(".")
+    parent = backbone.get_submodule(name)
+    conv: Any = getattr(parent, child)
+    setattr(parent, child, nn.Sequential(conv))
     conv.weight.data.mul_(1.5)
-    parent.convolution = conv
-    assert_equals_upstream(resnet(pixels).feature_maps, copy.deepcopy(resnet)(pixels).feature_maps)
+    setattr(parent, child, conv)
+    want = copy.deepcopy(backbone)(pixels).feature_maps
+    assert_equals_upstream(backbone(pixels).feature_maps, want)
