@@ -111,10 +111,9 @@ class Chooser:
         """
         mode = self._settings.mode
         if len(pixels) == 0:
-            return self.eager_plan(pixels, "an empty batch", in_parts=False)
+            return self.plain_plan("an empty batch")
         if pixels.device.type not in ("cpu", "cuda", "meta"):
-            why = f"nothing else is known for {pixels.device.type}"
-            return self.eager_plan(pixels, why, in_parts=False)
+            return self.plain_plan(f"nothing else is known for {pixels.device.type}")
         if mode == "auto":
             return self._fastest(pixels, seen_often)
         if compiles(mode):
@@ -123,10 +122,13 @@ class Chooser:
             return self._op_by_op(mode, pixels, seen_often, is_first)
         return self.eager_plan(pixels, f"mode={mode!r}")
 
-    def eager_plan(self, pixels: Tensor, why: str, *trials: Trial, in_parts: bool = True) -> Plan:
+    def eager_plan(self, pixels: Tensor, why: str, *trials: Trial) -> Plan:
         """Eager for pixels of this shape; in parts of a batch where a CPU gains from that."""
-        way = self.ways.build("eager", pixels) if in_parts else Way("eager", self.ways.eager)
-        return Plan(way, why, list(trials))
+        return Plan(self.ways.build("eager", pixels), why, list(trials))
+
+    def plain_plan(self, why: str) -> Plan:
+        """Eager for pixels of any shape, a batch at once."""
+        return Plan(Way("eager", self.ways.eager), why)
 
     # --- by the mode that was asked for
 

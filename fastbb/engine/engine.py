@@ -23,7 +23,7 @@ from .explanation import Explanation, Row
 from .measuring import describe
 from .settings import Settings, Tools
 from .trial import Trial
-from .ways import Way, compiles
+from .ways import compiles
 
 MAX_PLANS = 256  # shapes that are remembered
 _flags_lock = threading.RLock()
@@ -200,7 +200,7 @@ class Engine:
             reason = "weights, settings, layers or hooks changed since they were compiled"
             reason = f"{reason}, so it runs eager: call prepare() again"
             reason = self._warn_once("changed", reason)
-            return Plan(Way("eager", self.chooser.ways.eager), reason)
+            return self.chooser.plain_plan(reason)
         if any(plan.way.is_baked for plan in self._plans.values()):
             self.reset()  # graphs are recorded again in no time
         else:
@@ -241,7 +241,7 @@ class Engine:
             self.in_precision(chooser.ways.eager, pixel_values)
             problem = f"choosing what runs failed: {describe(error)}"
             chooser.warn(f"eager runs, {problem}")
-            return Plan(Way("eager", chooser.ways.eager), problem)
+            return chooser.plain_plan(problem)
 
     def _replace(self, pixel_values: Tensor, plan: Plan, problem: str) -> None:
         """A plan failed where eager did not: this shape runs eager from now on."""

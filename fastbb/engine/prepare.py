@@ -1,7 +1,7 @@
 """`Backbone.prepare` and `Backbone.explain`."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +9,10 @@ from torch import Tensor
 from fastbb_kernels._dispatch import gpu_unsupported
 
 from ..backbone.base import Backbone
-from .computation import BackboneMaps, in_precision, without_engine
+from .computation import AnyBackbone, BackboneMaps, in_precision, without_engine
 from .engine import Engine, notes_on
 from .explanation import Explanation, Row
 from .settings import Settings, Tools
-
-AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
 
 def prepare(

@@ -27,16 +27,13 @@ def form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
     Dimensions, dtype, device and layout of tensors; options by value; the types of positional
     numbers and tuples, such as the height and width of a map.
     """
-    for value in args:
-        if isinstance(value, Tensor):
-            yield value.ndim, value.dtype, value.device, format_of(value)
-        else:
-            yield value if isinstance(value, (bool, str, type(None))) else type(value)
-    for name, value in kwargs.items():
+    for name, value in (*((None, value) for value in args), *kwargs.items()):
         if isinstance(value, Tensor):
             yield name, value.ndim, value.dtype, value.device, format_of(value)
-        else:
+        elif name is not None or isinstance(value, (bool, str, type(None))):
             yield name, repr(value)
+        else:
+            yield type(value)
 
 
 def size_of(args: Any, kwargs: Any) -> int:

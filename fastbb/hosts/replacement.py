@@ -388,9 +388,8 @@ class Replacement(OwnForward):
         with upstream_only():
             want = self.upstream(method, args, kwargs)
         if self._module_settings is not None:
-            self._module_settings = (
-                self._read_module_settings()
-            )  # what upstream's forward sets is no change
+            # what upstream's forward sets is no change
+            self._module_settings = self._read_module_settings()
         self.ours.learn(want, method, args, kwargs)
         compared = self.ours.comparable
         if not is_telling(compared(want)):  # another call decides
