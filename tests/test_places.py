@@ -35,6 +35,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "fastbb/hosts/heads.py": "transformers' classes that `heads.register` replaces",
         "fastbb/models/swin_parts.py": "its layers in four libraries",
         "fastbb/models/swin_forward.py": "its forward",
+        "fastbb/models/swin_modules.py": "its modules",
         "fastbb/models/swin_cpu.py": "a block on a CPU",
         "fastbb/models/swin_names.py": "names of its weights in files and in torchvision",
         "kernels/fastbb_kernels/__init__.py": "typed exports of its ops, which are found without",
