@@ -52,7 +52,7 @@ check: docs
 
 # the pages of docs/ as a site; a broken link or an undocumented name is an error
 docs: .venv/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 # a wheel and the sources, for `pip install dist/*.whl`
 dist: .venv/.dev
