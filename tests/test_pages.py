@@ -162,7 +162,9 @@ def check_command(line: str, whole: bool) -> None:
             pass
         case ["fastbb", name, *arguments]:
             try:
-                main.commands[name].make_context(name, arguments)
+                # click keeps the names of the help option that the first context of a command has
+                parent = click.Context(main, info_name="fastbb", **main.context_settings)
+                main.commands[name].make_context(name, arguments, parent)
             except click.MissingParameter:
                 if whole:
                     raise
