@@ -1,7 +1,7 @@
 """How many files a change touches: those of a family and its ops, and shared files that name it.
 
-CONTRIBUTING.md lists the files of a new family. Each family of the tree is counted here: four files
-of its own, four for each of its ops, and further ones only with a reason.
+docs/contributing/family.md lists the files of a new family. Each family of the tree is counted
+here: four files of its own, four for each of its ops, and further ones only with a reason.
 """
 
 import ast
