@@ -541,7 +541,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         foreign = sorted(self.state_dict().keys() - own.keys())
         if foreign:
             raise ValueError(
-                f"this {type(self).__name__} has {len(foreign)} weights that no checkpoint has, for "
+                f"this {type(self).__name__} has {len(foreign)} weights of no checkpoint, for "
                 f"example {foreign[0]!r}: merge adapters first (merge_and_unload of PEFT), or save "
                 "them by their own library"
             )
