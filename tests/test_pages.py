@@ -30,10 +30,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 LANGUAGES = {"python", "sh", "text", "json", ""}
-# pages that describe what is not there yet; a page that passes has to leave this table
-NOT_YET = {
-    "README.md": "it is being rewritten",
-}
+README_LINES = 180  # long tables and lists live in docs/
 
 
 class Block(NamedTuple):
@@ -53,12 +50,6 @@ def blocks(text: str) -> list[Block]:
         Block(match[2].strip(), text[: match.start(3)].count("\n") + 1, match[3])
         for match in re.finditer(r"^( *)```([^\n`]*)\n(.*?)^\1```$", text, re.M | re.S)
     ]
-
-
-def case_of(page: Path) -> Any:
-    reason = NOT_YET.get(name_of(page))
-    marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-    return pytest.param(page, id=name_of(page), marks=marks)
 
 
 def run(block: Block, page: str, names: dict[str, Any]) -> list[Any]:
@@ -101,7 +92,7 @@ def desk(
     "error::fastbb.engine.settings.EngineWarning", "error::fastbb.AccelerateWarning"
 )
 @pytest.mark.parametrize(
-    "page", [case_of(page) for page in PAGES if "```python" in page.read_text()]
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=name_of
 )
 def test_the_python_blocks_of_a_page_run(
     page: Path, desk: Path, hub: HubServer, tmp_path_factory: pytest.TempPathFactory
@@ -222,3 +213,28 @@ def test_files_that_a_page_names_are_there(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
     paths = re.findall(r"`((?:tests|docs|bench|scripts|fastbb|kernels)/[\w./-]+\.\w+)`", text)
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+
+
+def test_the_times_of_the_readme_are_those_of_the_benchmark_page() -> None:
+    """Its rows hold the batch of 8 of both models, in fp32 and bf16."""
+    readme = (ROOT / "README.md").read_text().partition("## Performance")[2]
+    page = (ROOT / "docs" / "benchmarks" / "backbones.md").read_text()
+    measured: dict[str, list[str]] = {}
+    for name, *cells in table_rows(page):
+        if len(cells) == 4:
+            measured.setdefault(name, []).extend(cell.partition(" (")[0] for cell in cells[1::2])
+    shown = {name: cells for name, *cells in table_rows(readme) if len(cells) == 4}
+    rows = {name: cells for name, cells in shown.items() if name}
+    assert len(rows) == 7
+    assert rows == {name: measured[name] for name in rows}
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of the rows of all tables of a page, without lines of dashes."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return [row for row in rows if not set("".join(row)) <= set("-: ")]
