@@ -15,6 +15,10 @@ import pytest
 import torch
 from reference_models import Pair, from_hf, images
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
+from torch import nn
+
+# of which the layers of a backbone are
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
 
 
 class BackboneContract:
@@ -94,3 +98,19 @@ class BackboneContract:
         assert_equals_upstream(pair.ours(channels_last).feature_maps, want)
         empty = pair.ours(view[:0]).feature_maps
         assert [m.shape for m in empty] == [(0, *m.shape[1:]) for m in want]
+
+    @torch.no_grad()
+    def test_hooks_of_layers_change_maps_as_upstreams(self, upstream_of: Any) -> None:
+        upstream, pixels = upstream_of(), images(60, 44)
+        ours = from_hf(upstream)
+        theirs, found = dict(upstream.named_modules()), dict(ours.named_modules())
+        layers = [n for n, m in found.items() if n in theirs and isinstance(m, LAYERS)]
+        assert layers
+        for model in (theirs, found):
+            for scale, name in enumerate(layers, start=1):
+                model[name].register_forward_hook(
+                    lambda layer, inputs, y, scale=scale: y * (1 + 0.1 * (scale % 5))
+                )
+        want = upstream(pixels).feature_maps
+        assert_equals_upstream(ours(pixels).feature_maps, want)
+        assert ours.called_modules()
