@@ -127,7 +127,7 @@ WITHOUT_FUSED = {
 
 
 @pytest.mark.parametrize("args", WITHOUT_FUSED.values(), ids=WITHOUT_FUSED)
-def test_a_plain_convolution_and_our_epilogue_run_without_the_fused_op(
+def test_plain_convolution_and_our_epilogue_run_if_the_fused_op_cannot(
     cudnn: Cudnn, args: Any
 ) -> None:
     with kernels() as launches:
@@ -150,7 +150,7 @@ def test_the_fused_op_does_not_run_under_flags_that_it_ignores(
 
 
 @pytest.mark.parametrize("name", ["fused", "plain", "triton"])
-def test_the_way_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
+def test_fastest_measured_way_runs(cudnn: Cudnn, name: str) -> None:
     args = arguments(stride=1)
     with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
         assert_close(op_module._run_fastest(*args), expected(*args))
@@ -209,7 +209,7 @@ def test_each_choice_of_cudnn_is_checked_with_all_of_its_images(
         assert len(cudnn.calls) == 13 + 3
 
 
-def test_the_last_image_is_compared_too(cudnn: Cudnn, tmp_path: Path) -> None:
+def test_wrong_last_image_is_found_by_the_check(cudnn: Cudnn, tmp_path: Path) -> None:
     cudnn.spoil = 1e3  # of the last image alone
     with kernels(), use(self_check(tmp_path)), pytest.warns(KernelWarning, match="error "):
         op_module._run_fastest(*arguments(batch=5, stride=1))
@@ -231,7 +231,7 @@ def test_cudnn_does_not_run_unchecked_while_a_graph_is_captured(
         assert len(cudnn.calls) == 3 + 1
 
 
-def test_the_number_of_remembered_choices_is_limited(
+def test_number_of_remembered_cudnn_choices_is_limited(
     cudnn: Cudnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb_kernels.self_check._LIBRARY_CALLS", 2)
@@ -242,7 +242,7 @@ def test_the_number_of_remembered_choices_is_limited(
     assert len(check._libraries) == 2 and len(cudnn.calls) == 3 * 3 + 1
 
 
-def test_the_fused_op_has_the_arguments_of_the_stand_in() -> None:
+def test_fused_op_of_torch_has_the_arguments_of_our_fake() -> None:
     schema = torch.ops.aten.cudnn_convolution_add_relu.default._schema
     names = ["self", "weight", "z", "alpha", "bias", "stride", "padding", "dilation", "groups"]
     assert [argument.name for argument in schema.arguments] == names
@@ -252,13 +252,13 @@ def test_the_fused_op_has_the_arguments_of_the_stand_in() -> None:
 
 
 @both
-def test_custom_op_is_registered_rightly(residual: bool) -> None:
+def test_custom_op_passes_opcheck(residual: bool) -> None:
     for batch in (2, 0):
         torch.library.opcheck(CUSTOM_OP, arguments(residual, batch))
 
 
 @both
-def test_compiles_and_exports(residual: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(residual: bool) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
             return CUSTOM_OP(x, *parameters, residual, "relu")
@@ -322,7 +322,7 @@ def test_impl_and_platform_decide_what_runs_on_a_gpu(
         ("gfx942", "auto", 1, ["_bias_act_fwd_kernel"]),
     ],
 )
-def test_pretended_gpus_launch_what_a_gpu_would(
+def test_pretended_gpus_launch_the_same_kernels_as_a_gpu(
     arch: Any, impl: Any, stride: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)

@@ -31,7 +31,7 @@ def within_budget(op: str, costs: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case}")
-def test_bf16_kernel_equals_the_reference_and_asks_for_no_more_bytes(case: Case) -> None:
+def test_bf16_kernel_equals_the_reference_within_its_traffic_budget(case: Case) -> None:
     result = check_interpreted(case, torch.bfloat16)
     assert result.problem is None, result.problem
     assert within_budget(case.op, {f"{case}-bf16": traced_cost(result)}) == []
