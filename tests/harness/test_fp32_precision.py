@@ -125,7 +125,7 @@ def own_setting(backend: str) -> str:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
+def test_kernels_follow_the_tf32_settings_of_pytorch(setting: str) -> None:
     x, weight, residual = torch.randn(16, 64), torch.randn(32, 64), torch.zeros(16, 32)
     exact = x.double() @ weight.double().T
 
@@ -146,7 +146,7 @@ def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
-def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> None:
+def test_engine_restores_the_tf32_settings_of_the_user(precision: Any, setting: str) -> None:
     backbone: Any = nn.Linear(1, 1)  # of a backbone, only the dtype of its weights is read
     engine = Engine(BackboneMaps(backbone), Settings("eager", precision))
     pixels = torch.zeros(1)
@@ -179,7 +179,7 @@ def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> 
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_old_getters_report_the_precision(precision: Any) -> None:
+def test_old_getters_of_pytorch_report_the_precision(precision: Any) -> None:
     def check() -> None:
         torch.set_float32_matmul_precision("highest" if precision == "tf32" else "medium")
         torch.backends.cudnn.allow_tf32 = precision == "ieee"
@@ -194,7 +194,7 @@ def test_old_getters_report_the_precision(precision: Any) -> None:
     in_another_process(check)
 
 
-def test_dynamo_traces_what_reads_them() -> None:
+def test_dynamo_traces_functions_that_read_the_precision() -> None:
     def scaled(x: Tensor) -> Tensor:
         return x * (2 if input_precision(x.dtype) == convolution_precision() == "tf32" else 3)
 

@@ -121,7 +121,7 @@ def test_dtypes_are_checked_separately(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "launcher", [broken.out_of_memory, broken.driver_out_of_memory], ids=["torch", "driver"]
 )
-def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -> None:
+def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path: Path) -> None:
     hardware = PretendedHardware()
     hardware.full = True
     check = self_check(tmp_path, hardware)
@@ -141,7 +141,7 @@ def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -
     [torch.OutOfMemoryError("no 80 GiB"), RuntimeError("a synchronizing operation")],
     ids=str,
 )
-def test_a_comparison_that_fails_is_not_the_kernels_fault(error: Exception, tmp_path: Path) -> None:
+def test_failed_comparison_is_not_remembered(error: Exception, tmp_path: Path) -> None:
     """It takes more memory than the launch, and waits for its results."""
     check = self_check(tmp_path)
     with launching(patch_merging=custom_op(OP)) as launches, use(check):
@@ -155,7 +155,7 @@ def test_a_comparison_that_fails_is_not_the_kernels_fault(error: Exception, tmp_
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
 
 
-def test_a_batch_that_is_too_large_is_not_the_kernels_fault(tmp_path: Path) -> None:
+def test_batch_too_large_for_memory_does_not_turn_the_kernel_off(tmp_path: Path) -> None:
     """Few images pass, and the caller is told what eager PyTorch would tell."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
@@ -200,7 +200,7 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
         assert following.problem(other, CPU, torch.float32) is None
 
 
-def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None:
+def test_failed_reference_is_not_remembered_as_a_broken_kernel(tmp_path: Path) -> None:
     absent = RuntimeError("cuBLAS is not there")
     with launching(patch_merging=custom_op(OP)) as launches:
         with (
@@ -221,7 +221,7 @@ def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None
     assert remembered(tmp_path) == {}
 
 
-def test_case_problem_runs_the_kernel_itself(tmp_path: Path) -> None:
+def test_case_problem_with_impl_triton_runs_a_kernel_that_is_off(tmp_path: Path) -> None:
     """Not what a check has put in its place, also where it is known to be wrong."""
     check = self_check(tmp_path)
     with launching(patch_merging=broken.nan(OP)), use(check):
@@ -290,7 +290,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("written", UNUSABLE.values(), ids=UNUSABLE)
-def test_a_cache_that_cannot_be_used(
+def test_invalid_cache_file_is_ignored_and_replaced(
     written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / f"{MACHINE.key}.json").write_text(written)
@@ -308,7 +308,7 @@ def test_a_cache_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("value", [None, "ok", 1, [], {}, {"problem": 3}], ids=str)
-def test_an_invalid_value_is_checked_again(value: Any, tmp_path: Path) -> None:
+def test_invalid_cached_value_is_checked_again(value: Any, tmp_path: Path) -> None:
     check = self_check(tmp_path)
     check.cache(CPU).put(SECTION, KEY, value)
     assert check.results(CPU) == {}
@@ -317,7 +317,7 @@ def test_an_invalid_value_is_checked_again(value: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["driver", "triton", "kernels", "device"])
-def test_another_version_is_checked_again(field: str, tmp_path: Path) -> None:
+def test_another_driver_triton_or_device_is_checked_again(field: str, tmp_path: Path) -> None:
     with launching(patch_merging=custom_op(OP)):
         self_check(tmp_path).check(OP, CPU, torch.float32)
     updated = self_check(tmp_path, machine=replace(MACHINE, **{field: "new"}))
@@ -325,7 +325,7 @@ def test_another_version_is_checked_again(field: str, tmp_path: Path) -> None:
         assert torch.equal(patch_merging(*arguments()), reference())
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unwritable_cache_checks_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     check = self_check(tmp_path / "file")
     with (
@@ -342,7 +342,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(caplog.records) == len({record.message for record in caplog.records}) == 2
 
 
-def test_checked_again_when_asked(tmp_path: Path) -> None:
+def test_explicit_check_runs_the_kernel_again(tmp_path: Path) -> None:
     check = self_check(tmp_path)
     with launching(patch_merging=broken.wrong(OP)), use(check), pytest.warns(KernelWarning):
         patch_merging(*arguments())
@@ -370,7 +370,7 @@ def inputs_of_a_check(check: Callable[..., SelfCheck], folder: Path) -> list[Ten
     return seen
 
 
-def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_check_is_deterministic_and_keeps_random_state_and_modes(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     first = inputs_of_a_check(self_check, tmp_path / "first")
     assert torch.equal(torch.get_rng_state(), state)
@@ -382,7 +382,7 @@ def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_results_are_filled_with_nan_before_a_check(tmp_path: Path) -> None:
+def test_memory_that_a_kernel_does_not_write_is_found(tmp_path: Path) -> None:
     """Where results are put, the check leaves NaN first: what a kernel does not write shows."""
     made: list[Tensor] = []
     full_like = torch.full_like
