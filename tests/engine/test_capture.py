@@ -138,7 +138,7 @@ def doubled(pixel_values: Tensor) -> tuple[Tensor, ...]:
     return (pixel_values * 2,)
 
 
-def test_replays_do_not_alias(cuda: Cuda) -> None:
+def test_later_replays_leave_earlier_maps_unchanged(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     pixels = [images(8, 8, seed=seed) for seed in range(3)]
     maps = [pool(x)[0] for x in pixels]
@@ -149,7 +149,7 @@ def test_replays_do_not_alias(cuda: Cuda) -> None:
     assert torch.equal(pool(pixels[0])[0], 2 * kept) and torch.equal(pixels[0], kept)
 
 
-def test_warm_up_runs_before_recording_and_never_after(cuda: Cuda) -> None:
+def test_warm_up_runs_only_before_the_recording(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     for _ in range(3):
         pool(PIXELS)
@@ -165,7 +165,7 @@ def test_graphs_share_one_memory_pool_and_do_not_block_threads(cuda: Cuda) -> No
     assert one[0] is not cuda.current and one[2] == "thread_local"
 
 
-def test_streams_wait_for_each_other(cuda: Cuda) -> None:
+def test_replays_on_several_streams_wait_for_each_other(cuda: Cuda) -> None:
     """Two shapes on two streams, each recorded while the other one may still compute."""
     pool = GraphPool(cuda.recordable(doubled), max_graphs=2)
     one, two = Stream(), Stream()
@@ -238,7 +238,7 @@ def test_memory_is_kept_for_every_stream_that_replays(cuda: Cuda) -> None:
     assert cuda.kept_for == {address: [one, two] for address in used}
 
 
-def test_threads_may_replay_on_streams_of_their_own(cuda: Cuda) -> None:
+def test_threads_replay_on_their_own_streams(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     pool(PIXELS)
     results: list[bool] = []

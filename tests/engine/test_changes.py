@@ -257,7 +257,7 @@ def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) ->
         assert all(map(torch.equal, maps_of(prepared), before))
 
 
-def test_a_patched_forward_of_a_layer_is_a_change() -> None:
+def test_patched_forward_of_a_layer_makes_the_stamp_outdated() -> None:
     backbone = resnet()
     stamp = ModuleStamp(backbone)
     layer: Any = backbone.embedder.embedder.convolution
@@ -267,7 +267,7 @@ def test_a_patched_forward_of_a_layer_is_a_change() -> None:
     assert stamp.is_current()
 
 
-def test_converting_the_dtype_is_a_change() -> None:
+def test_converted_dtype_is_followed_with_a_warning() -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     prepared.half()
     with pytest.warns(EngineWarning, match=CHANGED):
@@ -320,7 +320,7 @@ def test_preparing_again_compiles_the_current_weights(compiler: Compiler) -> Non
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_fp32_copy_on_a_cpu_without_the_dtype_follows_changes(
+def test_fp32_copy_on_a_cpu_without_bf16_follows_changes(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
@@ -365,7 +365,7 @@ def test_a_stamp_notices_added_and_nested_layers() -> None:
     assert not stamp.is_current()
 
 
-def test_a_deleted_stamp_is_not_kept_alive() -> None:
+def test_deleted_stamp_is_not_kept_alive() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     del stamp

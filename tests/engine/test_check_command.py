@@ -20,7 +20,7 @@ def fastbb_check(*arguments: str) -> Result:
     return cli_runner().invoke(main, ["check", *arguments])
 
 
-def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_a_gpu_has_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for arguments in ((), ("--device", "cpu"), ("--op", "patch_merging", "--again")):
@@ -43,13 +43,13 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["op", "dtype", "device", "meta", "cuda"],
 )
-def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str) -> None:
     result = fastbb_check(*arguments)
     assert result.exit_code == 2
     assert re.search(message, result.stderr), result.stderr
 
 
-def test_every_op_works(tmp_path: Path) -> None:
+def test_working_ops_are_shown_as_ok(tmp_path: Path) -> None:
     with launching(**{op: custom_op(op) for op in op_names()}), use(self_check(tmp_path)):
         result = fastbb_check("--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -69,7 +69,9 @@ def broken_check(folder: Path, *arguments: str) -> tuple[Result, int]:
     return result, launched["patch_merging"].call_count
 
 
-def test_a_broken_kernel(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_broken_kernel_is_shown_as_off_and_exits_with_1(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     result, n_launches = broken_check(tmp_path, "--dtype", "bf16", "--dtype", "fp32")
     assert result.exit_code == 1 and n_launches == 2
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [

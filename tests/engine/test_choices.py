@@ -105,7 +105,9 @@ def test_one_compilation_serves_every_batch_size(rig: EngineRig) -> None:
 
 @pytest.mark.parametrize("expected", [None, MANY])
 @pytest.mark.parametrize("mode", ["auto", "compile"])
-def test_other_sizes_run_eager(mode: str, expected: int | None, rig: EngineRig) -> None:
+def test_image_sizes_that_were_not_compiled_run_eager(
+    mode: str, expected: int | None, rig: EngineRig
+) -> None:
     backbone = rig.prepare(mode=mode, example=PIXELS, expected_images=expected)
     with no_warning():
         for pixels in (WIDE, images(96, 96), images(33, 47, batch=1), PIXELS):
@@ -118,7 +120,7 @@ def test_other_sizes_run_eager(mode: str, expected: int | None, rig: EngineRig) 
     assert rig.compiler.compiled == [(2, 3, 64, 64)] * compiled
 
 
-def test_the_time_of_a_compilation_is_remembered(rig: EngineRig) -> None:
+def test_measured_compile_time_decides_later_choices(rig: EngineRig) -> None:
     """Once compiling is known to take no time, it pays for few images too."""
     rig.prepare(mode="compile", example=ONE)
     backbone = rig.prepare(expected_images=2)

@@ -166,7 +166,7 @@ def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("", False, False),
     ],
 )
-def test_arithmetic_follows_the_cpu_flags(
+def test_has_arithmetic_follows_the_cpu_flags(
     line: str, bf16: bool, fp16: bool, cpuinfo: Callable[[str], None]
 ) -> None:
     cpuinfo(f"processor : 0\nmodel name : some CPU\n{line}\n\nprocessor : 1\n")
@@ -174,7 +174,7 @@ def test_arithmetic_follows_the_cpu_flags(
     assert has_arithmetic(torch.float32) and has_arithmetic(torch.float64)
 
 
-def test_no_arithmetic_is_assumed_without_cpu_flags(cpuinfo: Any) -> None:
+def test_has_no_bf16_arithmetic_without_cpu_flags(cpuinfo: Any) -> None:
     assert machine.cpu_flags() == frozenset()
     assert not has_arithmetic(torch.bfloat16) and has_arithmetic(torch.float32)
 

@@ -210,7 +210,9 @@ def test_a_winner_that_fails_later_is_replaced_by_eager(
     assert (row.runs, row.why) == ("eager", "fast failed") and f"fast: {problem}" in row.others
 
 
-def test_a_choice_that_fails_leaves_eager(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_while_choosing_runs_eager(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The truth is computed in float64, for which there may be no memory."""
 
     def full(*args: Any) -> Truth:
@@ -245,7 +247,7 @@ def test_the_fastest_right_candidate_wins(order: tuple[float, ...], rig: EngineR
 @pytest.mark.parametrize(
     ("seconds", "runs"), [(1.0, "triton"), (0.975, "triton"), (0.96, "faster")], ids=str
 )
-def test_ties_go_to_the_simpler(seconds: float, runs: str, rig: EngineRig) -> None:
+def test_tied_candidates_run_the_simpler_one(seconds: float, runs: str, rig: EngineRig) -> None:
     one = rig.candidate("faster", seconds)
     with gpu(), no_warning():
         backbone = rig.prepare(one)

@@ -85,7 +85,7 @@ def test_the_check_is_not_asked_on_a_cpu_or_a_pretended_device() -> None:
         assert current() is None and launches[NORM].call_count == 1
 
 
-def test_a_machine_with_a_gpu_has_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_machine_with_a_gpu_has_a_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_own_check", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert current() is None

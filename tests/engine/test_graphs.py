@@ -202,7 +202,7 @@ def test_the_number_of_graphs_is_limited(rig: EngineRig, recording: Graphs) -> N
     ("fault", "problem"),
     [("raises", "RuntimeError: not permitted"), ("wrong", "map 0 is wrong"), ("nan", "error nan")],
 )
-def test_a_graph_that_fails_is_off(
+def test_graph_that_fails_or_is_wrong_is_off(
     fault: str, problem: str, rig: EngineRig, recording: Graphs
 ) -> None:
     recording.error = RuntimeError("not permitted\nat") if fault == "raises" else None
@@ -244,9 +244,7 @@ def test_auto_measures_graphs_too(rig: EngineRig, recording: Graphs) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])
-def test_after_a_change_of_weights_it_is_recorded_again(
-    mode: str, rig: EngineRig, recording: Graphs
-) -> None:
+def test_changed_weights_are_recorded_again(mode: str, rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
         prepared = rig.prepare(mode=mode)
         rig.assert_right(prepared, PIXELS)

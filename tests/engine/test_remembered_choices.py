@@ -227,7 +227,7 @@ def test_an_unwritable_cache_keeps_results_in_memory(rig: EngineRig) -> None:
 # winners that do not win any more
 
 
-def test_a_winner_that_is_gone_is_measured_again(rig: EngineRig) -> None:
+def test_remembered_winner_that_no_longer_exists_is_measured_again(rig: EngineRig) -> None:
     measure(rig)
     rig = later_process(rig)
     with gpu(), no_warning():

@@ -112,7 +112,7 @@ def test_candidates_are_built_one_by_one_and_then_run_in_turns() -> None:
     assert list(course.runs) == ["a", "b"]
 
 
-def test_the_median_of_the_rounds_counts_and_not_the_first_run() -> None:
+def test_trial_time_is_the_median_without_the_first_run() -> None:
     course = Course()
     trials = course.run(course.candidate("a", [70, 5, 1, 2], build_s=100))
     assert trials["a"] == Trial("a", 2.0)
@@ -222,7 +222,7 @@ def test_the_simplest_of_the_fastest_wins(seconds: list[float | None], best: int
     assert winner(trials) == (None if best is None else trials[best])
 
 
-def test_the_margin_of_a_tie_is_an_argument() -> None:
+def test_winner_takes_the_margin_of_a_tie_as_an_argument() -> None:
     trials = [Trial("a", 1.2), Trial("b", 1.0)]
     assert winner(trials, tie=0.25) == trials[0] and winner(trials, tie=0.0) == trials[1]
 
@@ -292,7 +292,7 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
 @torch.no_grad()
-def test_truth_accepts_upstreams_maps_only(pair: Pair, batch: int) -> None:
+def test_truth_accepts_upstreams_maps_and_rejects_wrong_ones(pair: Pair, batch: int) -> None:
     pixels = images(64, 96, batch)
     truth, maps = Truth.of(BackboneMaps(pair.ours), pixels), pair.maps(pixels)
     assert truth.rows == sorted({0, 1, batch - 2, batch - 1} & set(range(batch)))
@@ -337,7 +337,7 @@ def test_without_engine_shares_weights_and_copied_copies_them(pair: Pair) -> Non
         assert other.config is not prepared.config
 
 
-def test_tolerance_in_fp32() -> None:
+def test_fp32_tolerance_is_twice_eagers_error_and_at_least_fp32_rel() -> None:
     exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
     near, far = exact.float() * (1 + 1e-6), exact.float() * 1.01
     assert allowed_rel(near, exact, FP32_REL) == FP32_REL
