@@ -179,13 +179,13 @@ def assert_follows(backbone: Any, before: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
+def test_changed_weights_are_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
     before = infer(backbone)
     change(backbone)
     assert_follows(backbone, before)
 
 
-def test_a_change_of_inference_tensors_is_followed(backbone: Any) -> None:
+def test_changed_inference_tensors_are_followed(backbone: Any) -> None:
     torch.inference_mode()(load(assign=True))(backbone)
     assert all(p.is_inference() for p in backbone.parameters())
     before = infer(backbone)
@@ -206,7 +206,7 @@ LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("look_again", LOOKS_AGAIN.values(), ids=LOOKS_AGAIN)
-def test_changes_through_data_are_followed_after_looking_again(
+def test_changes_through_data_are_followed_after_refresh_train_or_apply(
     backbone: Any, look_again: Any
 ) -> None:
     before = infer(backbone)
@@ -217,7 +217,7 @@ def test_changes_through_data_are_followed_after_looking_again(
 
 
 @pytest.mark.parametrize("change", [lambda backbone: backbone.half(), load()], ids=["half", "load"])
-def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) -> None:
+def test_swapped_parameters_are_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
     # torch swaps no tensor that something refers to weakly
     before = infer(backbone)
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -252,7 +252,7 @@ def test_copies_are_independent(backbone: Any, make_copy: Callable[[Any], Any]) 
     assert torch.equal(infer(backbone), before)
 
 
-def test_gradients_are_those_of_a_new_model(backbone: Any) -> None:
+def test_gradients_equal_those_of_a_new_model(backbone: Any) -> None:
     backbone.double()
     infer(backbone)
     got, want = (gradients(model, PIXELS.double()) for model in (backbone, rebuilt(backbone)))
@@ -294,7 +294,7 @@ def under_autocast(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("run", [under_fake_tensors, under_autocast])
-def test_other_modes_leave_no_derived_values(backbone: Any, run: Any) -> None:
+def test_fake_tensors_and_autocast_leave_no_derived_values(backbone: Any, run: Any) -> None:
     backbone.requires_grad_(False).refresh()
     run(backbone)
     assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
@@ -313,7 +313,9 @@ GRAPHS: dict[str, Callable[[Any], Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("make_graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.filterwarnings("ignore")  # of torch about its own tracers
-def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> None:
+def test_compiled_exported_and_traced_graphs_follow_changed_weights(
+    make_graph: Callable[[Any], Any],
+) -> None:
     backbone = hf_swin()
     backbone.config.return_dict = False  # jit knows tuples only
     before = infer(backbone)
@@ -327,7 +329,7 @@ def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> Non
 # threads, the optimizers of the process
 
 
-def test_threads_share_a_backbone(backbone: Any) -> None:
+def test_threads_get_equal_maps_while_weights_are_refreshed(backbone: Any) -> None:
     want, wrong, done = infer(backbone), [], threading.Event()
 
     def run() -> None:

@@ -23,7 +23,7 @@ class Odd(nn.Module):
         self.layer = nn.LayerNorm(4)
 
 
-def test_changed_settings_are_named() -> None:
+def test_change_names_the_changed_setting() -> None:
     module = Odd()
     settings = ModuleSettings(module)
     assert settings.change() is None
@@ -69,14 +69,14 @@ class Seconds:
 
 
 @pytest.mark.parametrize("slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)])
-def test_outliers_do_not_decide(slow: tuple[float, ...]) -> None:
+def test_outliers_do_not_decide_a_comparison(slow: tuple[float, ...]) -> None:
     found = measuring.compare(Seconds(*slow, 1.0), Seconds(1.2), tie=0.03)
     assert found.ratio < 1 and (found.ours, found.theirs) == (1.0, 1.2)
     other = measuring.compare(Seconds(1.2), Seconds(*slow, 1.0), tie=0.03)
     assert other.ratio > 1.03
 
 
-def test_a_result_against_ours_is_measured_twice() -> None:
+def test_comparison_that_ours_loses_is_measured_twice() -> None:
     """Something else runs on the machine while the first half is measured."""
     stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
