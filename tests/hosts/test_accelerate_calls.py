@@ -84,7 +84,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", TRANSFORMERS)
-def test_requests_are_answered_as_upstream_does(make: Callable[..., Any], attention: str) -> None:
+def test_requested_outputs_equal_upstream(make: Callable[..., Any], attention: str) -> None:
     """One after the other, twice: what one asked for must not show in the answer to another."""
     takes = make in (swin_classifier, swin_backbone)
     options = {"attn_implementation": attention} if takes else {}
@@ -106,7 +106,9 @@ CONFIGS = [{"output_hidden_states": True}, {"return_dict": False}, {"output_atte
 @torch.no_grad()
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("make", TRANSFORMERS)
-def test_requests_by_the_configuration(make: Callable[..., Any], config: dict[str, bool]) -> None:
+def test_outputs_requested_by_the_configuration_equal_upstream(
+    make: Callable[..., Any], config: dict[str, bool]
+) -> None:
     takes = make in (swin_classifier, swin_backbone)
     options = {"attn_implementation": "eager"} if takes else {}
     model, twin, report = accelerated(lambda: make(**options))
@@ -129,7 +131,7 @@ def test_requests_by_the_configuration(make: Callable[..., Any], config: dict[st
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", TRANSFORMERS[1:])
-def test_other_stages_of_the_same_host(make: Callable[..., Any]) -> None:
+def test_out_indices_set_later_equal_upstream(make: Callable[..., Any]) -> None:
     model, twin, report = accelerated(make)
     for indices in ([0, 1, 2], [2], [1, 2], [0, 1, 2]):
         for either in (model, twin):
@@ -140,7 +142,7 @@ def test_other_stages_of_the_same_host(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
-def test_other_stages_of_a_converted_copy(make: Callable[..., Any]) -> None:
+def test_out_indices_set_later_apply_to_a_bf16_copy(make: Callable[..., Any]) -> None:
     model, twin, report = accelerated(make, precision="bf16")
     infer(model)
     model.out_indices = twin.out_indices = [2]
@@ -151,7 +153,7 @@ def test_other_stages_of_a_converted_copy(make: Callable[..., Any]) -> None:
 
 
 @torch.no_grad()
-def test_other_methods_of_a_host() -> None:
+def test_other_forward_methods_equal_upstream() -> None:
     model, twin, report = accelerated(timm_resnet)
     for _ in range(2):
         for method in ("forward_features", "forward", "forward_intermediates", "forward"):
@@ -206,7 +208,7 @@ def test_odd_inputs_have_the_outcome_of_upstream(make: Callable[[], Any], given:
 
 
 @torch.no_grad()
-def test_many_sizes_and_then_a_wrong_one(make: Callable[[], Any]) -> None:
+def test_wrong_input_after_many_sizes_raises_upstreams_error(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated(make)
     for size in range(32, 76, 4):  # more kinds than are checked
         pixels = images(size, 32, batch=1)
@@ -221,7 +223,9 @@ def test_many_sizes_and_then_a_wrong_one(make: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["", "first"])
-def test_pixels_that_are_not_finite(make: Callable[[], Any], first: bool, value: float) -> None:
+def test_nan_and_infinite_pixels_equal_upstream(
+    make: Callable[[], Any], first: bool, value: float
+) -> None:
     model, twin, report = accelerated(make)
     pixels = PIXELS.clone()
     pixels[1, 0, 3, 4] = value
@@ -240,7 +244,7 @@ def test_pixels_that_are_not_finite(make: Callable[[], Any], first: bool, value:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_transforms(make: Callable[[], Any]) -> None:
+def test_functional_transforms_equal_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated(make)
     infer(model)
     other = {name: 0.7 * p.detach() for name, p in twin.named_parameters()}

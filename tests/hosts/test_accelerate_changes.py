@@ -140,7 +140,9 @@ def test_the_next_inference_uses_the_new_weights(
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
-def test_changes_through_data_need_refresh(make: Callable[[], Any], precision: str | None) -> None:
+def test_changes_through_data_are_used_after_refresh(
+    make: Callable[[], Any], precision: str | None
+) -> None:
     model = make()
     if precision and make not in (swin_backbone, resnet_backbone):
         pytest.skip("one of each family has converted copies")
@@ -174,7 +176,9 @@ def test_a_copy_in_another_precision_follows_changes(make: Callable[[], Any], na
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
-def test_another_dtype(make: Callable[[], Any], dtype: torch.dtype) -> None:
+def test_model_moved_to_another_dtype_is_as_accurate_as_upstream(
+    make: Callable[[], Any], dtype: torch.dtype
+) -> None:
     model = make()
     report = fastbb.accelerate(model, mode="eager")
     infer(model)
@@ -207,7 +211,9 @@ AVERAGES = {"swa_utils": averaged, "timm": ema(False), "timm-foreach": ema(True)
 
 
 @pytest.mark.parametrize("start", AVERAGES.values(), ids=AVERAGES)
-def test_moving_averages(make: Callable[[], Any], start: Any) -> None:
+def test_moving_average_model_uses_its_own_current_weights(
+    make: Callable[[], Any], start: Any
+) -> None:
     model = make()
     fastbb.accelerate(model, mode="eager")
     infer(model)
@@ -254,7 +260,7 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("ran_before, runs_adapted, frozen", HISTORIES.values(), ids=HISTORIES)
-def test_lora_around_an_accelerated_model(
+def test_lora_around_an_accelerated_model_equals_upstream(
     make: Callable[[], Any], ran_before: bool, runs_adapted: bool, frozen: bool
 ) -> None:
     """Merging writes through `.data`, and may leave behind the very modules that were there."""
@@ -274,7 +280,7 @@ def test_lora_around_an_accelerated_model(
     assert_ours_ran(report)
 
 
-def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
+def test_lora_that_starts_at_zero_takes_effect_when_it_changes(make: Callable[[], Any]) -> None:
     """At first an adapted model computes what the model did; ours must not run on for that."""
     model, upstream, _ = accelerated(make)
     both = (model, upstream)
@@ -289,7 +295,7 @@ def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
     assert not torch.allclose(infer(adapted)[-1], before[-1], rtol=1e-2)
 
 
-def test_an_adapted_model_is_accelerated_where_it_is_plain(make: Callable[[], Any]) -> None:
+def test_adapted_model_is_accelerated_where_it_has_no_adapter(make: Callable[[], Any]) -> None:
     adapted, theirs = (adapt(make, make()).eval() for _ in range(2))
     report = fastbb.accelerate(adapted, mode="eager")
     assert report.left_alone, str(report)
@@ -302,7 +308,7 @@ def test_an_adapted_model_is_accelerated_where_it_is_plain(make: Callable[[], An
     assert not report.left_alone
 
 
-def test_a_copy_that_is_adapted_before_it_ran(make: Callable[[], Any]) -> None:
+def test_adapter_on_a_copy_that_has_not_run_equals_upstream(make: Callable[[], Any]) -> None:
     model = make()
     fastbb.accelerate(model, mode="eager")
     infer(model)

@@ -88,7 +88,7 @@ def test_a_whole_backbone_is_measured_by_the_engine_alone(
 
 
 @torch.no_grad()
-def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
 
     def compare(ours: Any, theirs: Any) -> Comparison:

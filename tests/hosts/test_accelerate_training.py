@@ -71,7 +71,7 @@ def test_gradients_equal_upstream_bit_by_bit(make: Callable[[], Any], training: 
     assert_ours_ran(report)
 
 
-def test_a_gradient_of_the_pixels(make: Callable[[], Any]) -> None:
+def test_gradient_of_the_pixels_equals_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated_and_run(make)
     got, want = [], []
     for either, gradients in ((model, got), (twin, want)):
@@ -128,7 +128,7 @@ def test_dropout_acts_in_training_only(make_with: Any, options: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("make", [swin_classifier, swin_backbone, maskformer_swin])
-def test_gradient_checkpointing(make: Callable[[], Any]) -> None:
+def test_gradient_checkpointing_recomputes_and_equals_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated_and_run(make)
     want = trained(twin.train())
     calls: dict[Any, list[int]] = {model: [], twin: []}
@@ -215,7 +215,7 @@ def _owner(module: Any) -> Any:
     return getattr(own, "module", getattr(own, "conv", None))
 
 
-def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
+def test_copy_that_has_not_run_can_be_restored(make: Callable[[], Any]) -> None:
     model, twin, _ = accelerated_and_run(make)
     other = copy.deepcopy(model)
     fastbb.restore(other)
@@ -226,7 +226,7 @@ def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_a_shallow_copy_shares_everything(make: Callable[[], Any]) -> None:
+def test_shallow_copy_shares_weights_and_results(make: Callable[[], Any]) -> None:
     """Its parameters are those of the original, and so are its layers; what it computes too."""
     model, twin, _ = accelerated_and_run(make)
     other = copy.copy(model)
@@ -359,7 +359,7 @@ def test_fx_traces_upstreams_forward(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_threads_share_a_host(make: Callable[[], Any]) -> None:
+def test_threads_that_share_a_host_get_right_results(make: Callable[[], Any]) -> None:
     """Also at the first call, when each of them decides."""
     model, twin, report = accelerated(make)
     inputs = [images(32, 32, batch=1 + index % 2, seed=index) for index in range(4)]

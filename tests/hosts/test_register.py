@@ -134,7 +134,7 @@ def test_a_compiled_graph_holds_upstreams_forward(register: None) -> None:
 
 
 @torch.no_grad()
-def test_detr_with_its_own_norms(register: None) -> None:
+def test_detr_with_frozen_norms_equals_upstream_and_runs_ours(register: None) -> None:
     config = transformers.DetrConfig(
         backbone_config=copy.deepcopy(RESNET),
         d_model=32,
@@ -155,7 +155,9 @@ def test_detr_with_its_own_norms(register: None) -> None:
 
 
 @torch.no_grad()
-def test_auto_backbone(register: None, hub: HubServer, tmp_path: Path) -> None:
+def test_auto_backbone_of_transformers_runs_ours(
+    register: None, hub: HubServer, tmp_path: Path
+) -> None:
     theirs = randomize_(transformers.SwinBackbone(SWIN))
     theirs.save_pretrained(tmp_path)
     hub.add_repo("acme/swin", tmp_path)
