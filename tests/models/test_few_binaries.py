@@ -45,7 +45,7 @@ def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = T
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", DEPTHS)
-def test_few_new_binaries_for_other_batches(name: str, arch: int | str) -> None:
+def test_other_batch_sizes_add_few_binaries(name: str, arch: int | str) -> None:
     of_batch = {batch: binaries(name, arch, batch) for batch in BATCHES}
     together = set().union(*of_batch.values())
     new = {first: len(together - of_batch[first]) for first in (1, 8, 64)}

@@ -217,7 +217,7 @@ def test_every_family_in_the_folder_is_registered() -> None:
 
 
 @torch.no_grad()
-def test_parts_follow_options_and_absolute_positions() -> None:
+def test_parts_follow_changed_activation_and_position_embeddings() -> None:
     pixels = images(32, 32)
     resnet = from_hf(hf_resnet())
     resnet(pixels)
@@ -242,7 +242,7 @@ def test_parts_follow_options_and_absolute_positions() -> None:
     ],
     ids=["native", "folded_timm"],
 )
-def test_weights_merged_while_a_layer_was_out_are_noticed(make: Callable[[], Any]) -> None:
+def test_weights_changed_while_a_layer_was_wrapped_are_noticed(make: Callable[[], Any]) -> None:
     """So merges LoRA: it wraps a layer, writes through `.data` and puts the layer back."""
     pixels, backbone = images(32, 32), make()
     backbone(pixels)

@@ -24,7 +24,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("n_windows", [1, 3, 1000])
 @pytest.mark.parametrize("size", [(14, 21), (5, 9), (1, 1), (20, 7)], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_every_token_is_in_one_window_once(
+def test_parts_hold_every_token_once(
     geometry: WindowGeometry, size: tuple[int, int], n_windows: int
 ) -> None:
     batch, (height, width) = 3, size
