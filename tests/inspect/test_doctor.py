@@ -242,7 +242,7 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HINTS)
-def test_a_hint_is_no_problem(examine: Any, name: str) -> None:
+def test_hint_is_not_counted_as_a_problem(examine: Any, name: str) -> None:
     changes, remedy = HINTS[name]
     found = examine(**changes)
     (hint,) = found.hints
@@ -331,7 +331,7 @@ def test_the_cache_of_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert "found out again" in hint.remedy
 
 
-def test_the_command_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_command_and_its_json_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     threads = torch.get_num_threads()
     text, as_json = (CliRunner().invoke(main, ["doctor", *extra]) for extra in ([], ["--json"]))

@@ -60,7 +60,7 @@ def counts(result: Result) -> tuple[int, int, int]:
     return total, compiled, cached
 
 
-def test_compiles_in_two_processes_and_says_so(warmed: Result, cache: Path) -> None:
+def test_warmup_compiles_and_prints_a_row_per_kernel(warmed: Result, cache: Path) -> None:
     assert warmed.exit_code == 0, warmed.output
     total, compiled, cached = counts(warmed)
     assert total == compiled >= 5 and cached == 0
@@ -74,7 +74,7 @@ def test_compiles_in_two_processes_and_says_so(warmed: Result, cache: Path) -> N
     assert len(list(cache.glob("*/*.cubin"))) == total
 
 
-def test_the_second_time_all_comes_from_the_cache(warmed: Result) -> None:
+def test_second_warmup_takes_every_binary_from_the_cache(warmed: Result) -> None:
     again = fastbb_warmup(*TINY, "--batch", "2,1", "--arch", "90")
     total, _, _ = counts(warmed)
     assert again.exit_code == 0 and counts(again) == (total, 0, total)
@@ -97,7 +97,7 @@ print(len(hits), sum(hits))
 """
 
 
-def test_a_forward_pass_finds_all_of_it(warmed: Result) -> None:
+def test_forward_pass_after_warmup_compiles_nothing(warmed: Result) -> None:
     """In a process of its own: where kernels were interpreted, Triton may hash them otherwise."""
     done = subprocess.run(
         [sys.executable, "-c", FORWARD, MODEL], capture_output=True, text=True, check=True
@@ -106,7 +106,7 @@ def test_a_forward_pass_finds_all_of_it(warmed: Result) -> None:
     assert done.stdout.split() == [str(n_binaries)] * 2
 
 
-def test_what_a_library_convolves_is_not_compiled_but_what_follows_is() -> None:
+def test_conv3x3_run_by_cudnn_is_not_compiled_but_its_epilogue_is() -> None:
     backbone = AutoBackbone.from_pretrained("nano-resnet-digits", dtype=torch.bfloat16).to("meta")
     for arch in (90, "gfx942"):
         kernels = {job.kernel for job in warmup.launched_by(backbone, [1], (32, 32), arch)}
@@ -131,7 +131,9 @@ def calling(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_that_does_not_compile_is_reported_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken_job, good = good_jobs()
     request = json.loads(broken_job.request)
     request[4]["mapping"]["BLOCK_N"] = 48  # no power of 2
@@ -178,7 +180,7 @@ def test_an_interruption_ends_the_workers(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(int(pid_file.read_text()), 0)
 
 
-def test_what_a_compiler_prints_is_no_reply(
+def test_text_printed_by_a_compiler_is_not_taken_for_a_reply(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = calling('print("hello")\nreturn lambda: None', tmp_path, monkeypatch)
@@ -186,7 +188,7 @@ def test_what_a_compiler_prints_is_no_reply(
     assert compiled.problem is None and not compiled.cached
 
 
-def test_arguments_survive_the_way_to_a_worker() -> None:
+def test_arguments_survive_the_encoding_for_a_worker() -> None:
     tensor = torch.empty(99, dtype=torch.bfloat16, device="meta")[3:].as_strided((4, 2), (5, 0), 3)
     values = (tensor, 1e-5, float("inf"), None, True, 7, "relu", (0.1, (tensor,)))
     text = json.dumps(precompiling._encoded(values))
@@ -229,7 +231,7 @@ def test_each_batch_runs_once_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir())  # what was checked is remembered
 
 
-def test_a_relative_of_what_is_compiled_for_only_runs(
+def test_gpu_that_is_not_compiled_for_only_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = on_a_gpu(monkeypatch, tmp_path, arch=103)
@@ -239,7 +241,7 @@ def test_a_relative_of_what_is_compiled_for_only_runs(
     assert [line.split(":")[0] for line in lines[1:]] == ["batch 1", "batch 2"]
 
 
-def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gpu_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(
@@ -273,7 +275,7 @@ def test_a_batch_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 # without one, and wrong arguments
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_and_no_arch_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = fastbb_warmup(MODEL)
     assert result.exit_code == 2
@@ -298,7 +300,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
-def test_wrong_arguments(
+def test_wrong_arguments_exit_with_2(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -307,11 +309,11 @@ def test_wrong_arguments(
     assert message in " ".join(result.stderr.split())
 
 
-def test_the_architectures_of_the_command() -> None:
+def test_arch_option_lists_every_architecture() -> None:
     assert tuple(map(str, ARCHITECTURES)) == cli.ARCHITECTURES
 
 
-def test_a_model_without_our_kernels() -> None:
+def test_report_of_a_model_without_our_kernels_says_so() -> None:
     report = warmup.Warmth(90, (), 0.0, 1, ())
     assert str(report) == (
         "nothing to compile for sm_90: the model launches none of fastbb's kernels"
