@@ -64,7 +64,7 @@ def rehearsal(
     yield request.param, out
 
 
-def test_a_rehearsal_takes_every_stage(rehearsal: tuple[int, Path]) -> None:
+def test_dry_run_finishes_every_stage(rehearsal: tuple[int, Path]) -> None:
     run, out = rehearsal
     data, tables = files(out)
     assert set(outcomes(data).values()) == {"finished"}
@@ -89,7 +89,7 @@ def test_a_rehearsal_takes_every_stage(rehearsal: tuple[int, Path]) -> None:
     assert pretended >= PRETENDED[run]
 
 
-def test_a_rehearsal_leaves_what_its_run_is_for(rehearsal: tuple[int, Path]) -> None:
+def test_dry_run_writes_the_results_of_its_run(rehearsal: tuple[int, Path]) -> None:
     run, out = rehearsal
     sections = files(out)[0]["sections"]
     if run == 1:
@@ -128,7 +128,7 @@ print(torch.cuda.is_initialized(), "torch._inductor.async_compile" in gpu.sys.mo
 """
 
 
-def test_what_is_imported_before_processes_fork_leaves_cuda_alone() -> None:
+def test_imports_before_a_fork_do_not_initialise_cuda() -> None:
     """A process that forks and has counted GPUs has children that cannot use them."""
     done = gpu_command("-c", IMPORTING, script=False)
     assert done.stdout == "False False\n", done.stdout + done.stderr
@@ -157,7 +157,7 @@ FORBIDDEN = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
     ],
     ids=["absent", "not permitted", "silent"],
 )
-def test_a_tool_that_does_not_run_here_is_named(
+def test_tool_that_does_not_run_is_reported_with_the_reason(
     program: str | None, reason: str, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if program is not None:
@@ -169,7 +169,7 @@ def test_a_tool_that_does_not_run_here_is_named(
     assert row["value"] == reason
 
 
-def test_what_a_sanitizer_finds_is_a_problem(tmp_path: Path) -> None:
+def test_findings_of_the_sanitizer_are_reported_as_a_problem(tmp_path: Path) -> None:
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
         "#!/bin/sh\necho '========= Invalid __global__ write of size 2 bytes'\n"
@@ -192,7 +192,7 @@ def test_candidates_are_near_the_default_and_fit() -> None:
     assert {config.num_warps for config in others} == {4}
 
 
-def test_a_configuration_that_is_wrong_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_configuration_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
     usual, wrong, raising, best = (GemmConfig(64, 64, 32, 4, stages) for stages in (1, 2, 3, 4))
     us = {usual: 10.0, wrong: 1.0, best: 5.0}
 
@@ -219,7 +219,7 @@ def test_a_configuration_that_is_wrong_cannot_win(monkeypatch: pytest.MonkeyPatc
     assert row["refused"][str(raising)] == "RuntimeError: out of resource"
 
 
-def test_a_gpu_that_nothing_compiles_ahead_for_is_swept_too(work: Work) -> None:
+def test_gpu_that_is_not_compiled_ahead_for_is_swept_too(work: Work) -> None:
     with mock.patch.object(gpu_sweep, "architecture_of_gpu", side_effect=ValueError("gfx000")):
         gpu_sweep.compile_ahead(work, dry_run=True)
     assert rows_of(work)[0]["problem"] == "nothing: ValueError: gfx000"
@@ -230,7 +230,7 @@ def test_a_gpu_that_nothing_compiles_ahead_for_is_swept_too(work: Work) -> None:
     assert all(len(shape.configs) == 3 for shape in found)
 
 
-def test_kernels_that_overlap_keep_the_gpu_busy_once() -> None:
+def test_overlapping_kernels_count_as_busy_once() -> None:
     with pretended_gpu():
         found = gpu_profile.profiled(lambda: None, 1)
     assert found["busy_us"] == 50
@@ -240,7 +240,7 @@ def test_kernels_that_overlap_keep_the_gpu_busy_once() -> None:
     ]
 
 
-def test_where_nothing_can_be_profiled_the_host_is_timed() -> None:
+def test_host_is_timed_if_the_profiler_fails() -> None:
     with pretended_gpu(), mock.patch.object(torch.profiler, "profile", side_effect=OSError("no")):
         found = gpu_profile.profiled(lambda: None, 1)
     assert found["profile_problem"] == "OSError: no" and found["host_us"] >= 0
@@ -344,7 +344,7 @@ class Event:
         return end.at - self.at
 
 
-def test_a_gpus_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     calls: list[str] = []
 
