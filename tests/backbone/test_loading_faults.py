@@ -136,7 +136,7 @@ def test_errors_of_unreadable_files_do_not_say_delete_it(
     assert "delete it" not in str(raised.value)
 
 
-def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> None:
+def test_command_refuses_integer_weights_in_one_line(model: Any, tmp_path: Path) -> None:
     kind, folder, state, weight = model
     write(folder, "model.safetensors", {**state, weight: state[weight].to(torch.int8)})
     message = command_line(folder, tmp_path)
@@ -144,7 +144,7 @@ def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_every_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
+def test_every_floating_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
     _, folder, state, _ = model
     write(folder, "model.safetensors", {n: t.to(dtype) for n, t in state.items()})
     assert AutoBackbone.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
@@ -172,7 +172,9 @@ NESTED = {
 
 
 @pytest.mark.parametrize("content", NESTED)
-def test_a_bin_file_of_something_else_is_refused_by_its_entry(model: Any, content: str) -> None:
+def test_bin_file_without_tensors_is_refused_with_the_name_of_its_entry(
+    model: Any, content: str
+) -> None:
     kind, folder, state, _ = model
     make, message = NESTED[content]
     write(folder, "pytorch_model.bin", make(state))
@@ -199,7 +201,9 @@ def test_the_state_dict_of_a_training_run_loads(model: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("data", [b"", b"\x80", b"cos\nsystem\n.", b"\x80\x04]}.", b"\0" * 64])
-def test_whatever_an_unpickler_raises_is_an_os_error_of_one_line(model: Any, data: bytes) -> None:
+def test_any_error_of_the_unpickler_becomes_an_os_error_of_one_line(
+    model: Any, data: bytes
+) -> None:
     _, folder, _, _ = model
     (folder / "pytorch_model.bin").write_bytes(data)
     with pytest.raises(OSError, match=r"pytorch_model\.bin (is corrupt, tr|must hold)") as error:

@@ -81,7 +81,7 @@ TESTS = [
 
 @pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_upstreams_mixin(family: str, name: str, upstream_tests: ModuleType) -> None:
+def test_of_upstreams_mixin_passes(family: str, name: str, upstream_tests: ModuleType) -> None:
     if family == "timm" and name == "test_config":
         pytest.skip("the stages of a timm config are known once its model is built")
     config_class, backbone_class, config = FAMILIES[family]
@@ -103,12 +103,12 @@ def test_upstreams_mixin(family: str, name: str, upstream_tests: ModuleType) -> 
     assert not problems, "\n".join(problems)
 
 
-def test_the_mixin_has_no_test_that_is_not_listed(upstream_tests: ModuleType) -> None:
+def test_every_test_of_upstreams_mixin_is_listed(upstream_tests: ModuleType) -> None:
     mixin = upstream_tests.BackboneTesterMixin
     assert {name for name in vars(mixin) if name.startswith("test_")} == set(TESTS)
 
 
-def test_backbone_type_is_transformers_own() -> None:
+def test_backbone_type_is_the_enum_of_transformers() -> None:
     from transformers.backbone_utils import BackboneType
 
     assert SwinBackbone(swin_config()).backbone_type is BackboneType.TRANSFORMERS
