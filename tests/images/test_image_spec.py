@@ -94,7 +94,7 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
-def test_a_saved_processor_loads_in_both(name: str, tmp_path: Path) -> None:
+def test_saved_processor_loads_here_and_in_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name])
     ours.save_pretrained(tmp_path / "saved")
     assert AutoImageProcessor.from_pretrained(tmp_path / "saved").spec == ours.spec
@@ -117,7 +117,7 @@ def test_class_defaults_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["DetrImageProcessor", "MaskFormerImageProcessor"])
-def test_max_size_without_size(name: str, tmp_path: Path) -> None:
+def test_max_size_without_size_equals_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name, "max_size": 300})
     assert_same(ours(picture(30, 90)), theirs(picture(30, 90), return_tensors="pt"))
 
@@ -178,7 +178,7 @@ def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> 
 )
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float32", "float64"])
 @pytest.mark.parametrize("scale", [1, 255], ids=["0..1", "0..255"])
-def test_arrays_are_taken_as_upstream_takes_them(name, steps, dtype, scale, tmp_path) -> None:
+def test_arrays_equal_transformers(name, steps, dtype, scale, tmp_path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name], **steps)
     values = np.random.default_rng(0).random((40, 50, 3)) * scale
     array = (values if scale == 1 else values.round()).astype(dtype)
@@ -222,7 +222,7 @@ FILE_KINDS = [
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("kind", FILE_KINDS)
 @pytest.mark.parametrize("name", ["swin", "dinov2"])
-def test_files_are_read_as_load_image_reads_them(name: str, kind: str, tmp_path: Path) -> None:
+def test_files_equal_transformers_load_image(name: str, kind: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name])
     path = tmp_path / "image"
     path.write_bytes(file_of(kind))
@@ -232,7 +232,7 @@ def test_files_are_read_as_load_image_reads_them(name: str, kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
-def test_images_in_memory_are_taken_as_upstream_takes_them(kind: str, tmp_path: Path) -> None:
+def test_images_in_memory_equal_transformers(kind: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES["dinov2"])  # converts to RGB
     image = Image.open(io.BytesIO(file_of(kind)))
     assert_same(ours(image), theirs(image, return_tensors="pt"))
@@ -266,7 +266,9 @@ def test_overrides_equal_transformers(name: str, overrides: dict, tmp_path: Path
     ("model_type", "expected"),
     [("swin", "ViTImageProcessor"), ("resnet", "ConvNextImageProcessor")],
 )
-def test_a_file_without_type_goes_by_the_model(model_type, expected, tmp_path: Path) -> None:
+def test_processor_file_without_type_follows_the_model_type(
+    model_type, expected, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs, ours = load_both(tmp_path, {"size": {"shortest_edge": 40}})
     assert type(theirs).__name__.removesuffix("Pil") == ours.spec.image_processor_type == expected
@@ -301,7 +303,7 @@ def test_a_file_without_type_goes_by_the_model(model_type, expected, tmp_path: P
     ],
     ids=str,
 )
-def test_files_that_are_refused(changes: dict, message: str) -> None:
+def test_unsupported_processor_files_raise_value_error(changes: dict, message: str) -> None:
     config = {"image_processor_type": "ViTImageProcessor", "size": 32, **changes}
     with pytest.raises(ValueError, match=message):
         spec_from_config(config)
