@@ -118,7 +118,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
             send(signal.SIGTERM)
 
 
-def test_other_threads_leave_signals_alone() -> None:
+def test_other_threads_install_no_signal_handlers() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def run() -> None:

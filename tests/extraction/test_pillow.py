@@ -129,7 +129,7 @@ def extractor(model: Path) -> FeatureExtractor:
     return FeatureExtractor(model, batch_size=1)
 
 
-def test_settings_of_before_do_not_change_rows(
+def test_settings_made_before_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path]
 ) -> None:
     expected = rows(extractor.stream(files))

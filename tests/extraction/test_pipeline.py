@@ -92,7 +92,7 @@ def test_images_may_come_from_an_iterator(model: Path, make_images: Callable[...
         ex(iter([]))
 
 
-def test_a_bad_image_in_memory_is_named_by_its_place(
+def test_bad_image_in_memory_error_names_its_position(
     model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
     ex = FeatureExtractor(model, batch_size=2)

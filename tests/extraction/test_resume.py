@@ -84,7 +84,7 @@ def wait_for_commits(process: subprocess.Popen[str], out: Path, n: int) -> None:
         time.sleep(0.001)
 
 
-def test_killed_and_resumed_is_byte_identical(
+def test_killed_and_resumed_run_is_byte_identical(
     arguments: list[str],
     model: Path,
     tmp_path: Path,

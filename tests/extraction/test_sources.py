@@ -101,7 +101,9 @@ def write_list(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
-def test_list_keeps_its_order_and_starts_at_its_own_directory(tmp_path: Path, suffix: str) -> None:
+def test_list_keeps_its_order_and_resolves_paths_from_its_directory(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"list{suffix}"
     write_list(path)
     named = suffix != ".txt"
@@ -116,7 +118,7 @@ def test_file_name_column_of_image_folders_is_read(tmp_path: Path) -> None:
     assert ids(tmp_path / "metadata.csv") == ["a.jpg"]
 
 
-def test_a_line_of_text_is_a_path_unchanged(tmp_path: Path) -> None:
+def test_every_line_of_a_text_list_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("# a.jpg\n b .jpg \n\npipe:x.jpg\n")
     assert ids(tmp_path / "list.txt") == ["# a.jpg", " b .jpg ", "pipe:x.jpg"]
 
