@@ -96,7 +96,7 @@ def where(path: Path, line: int) -> str:
     return f"{path.relative_to(ROOT)}:{line}"
 
 
-def test_a_newcomer_finds_at_most_twelve_rooms() -> None:
+def test_package_has_at_most_twelve_entries() -> None:
     usual = {"__init__.py", "__main__.py", "py.typed", "cli.py", "__pycache__"}
     rooms = {entry.name for entry in FASTBB.iterdir()} - usual
     known = {name.partition(".")[2] for name in LAYERS[1:-1]} | {"assets"}
@@ -122,7 +122,7 @@ def test_imports_point_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_nothing_goes_through_the_lazy_names() -> None:
+def test_no_module_imports_the_lazy_names_of_fastbb() -> None:
     modules = {module_name(path) for path in python_files()}
     wrong = [
         f"{where(path, line)}: {name}"
@@ -134,7 +134,7 @@ def test_nothing_goes_through_the_lazy_names() -> None:
     assert "fastbb" in modules and not wrong, "\n".join(wrong)
 
 
-def test_no_module_imports_itself_over_others() -> None:
+def test_imports_have_no_cycles() -> None:
     modules = {module_name(path) for path in python_files()}
     graph = {
         module_name(path): {

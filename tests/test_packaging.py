@@ -54,7 +54,7 @@ def test_the_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-def test_kernels_is_never_ours() -> None:
+def test_import_kernels_never_finds_our_folder() -> None:
     # seen from the repository root, where a folder of that name lies first on the path
     code = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
     origin = python("-c", code).stdout.strip()
@@ -131,7 +131,7 @@ def fresh() -> dict[str, Any]:
     return json.loads(python("-c", FRESH_IMPORT).stdout)
 
 
-def test_importing_adds_little_to_torch(fresh: dict[str, Any]) -> None:
+def test_importing_fastbb_adds_little_time_to_torch(fresh: dict[str, Any]) -> None:
     assert fresh["package_s"] < 0.3
     assert fresh["names_s"] < 0.5
 

@@ -148,7 +148,7 @@ def test_a_family_takes_no_more_files_than_it_may(family: str) -> None:
 
 @pytest.mark.parametrize("family", families())
 @pytest.mark.parametrize("where", ["own", "shared", "op"])
-def test_one_file_more_is_one_too_many(
+def test_extra_file_of_a_family_is_counted(
     family: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = min(ops_of(family))
@@ -188,7 +188,7 @@ def test_one_class_decides_when_a_cpu_compiles() -> None:
     assert costs == ["compile_cost.py"]
 
 
-def test_a_host_library_is_a_row_and_its_classes() -> None:
+def test_only_library_and_family_files_name_host_classes() -> None:
     """Import paths of model classes stand in `libraries.py` and in the files of families."""
     hosts = ROOT / "fastbb" / "hosts"
     allowed = {"libraries.py", *(f"{family}.py" for family in families())}
