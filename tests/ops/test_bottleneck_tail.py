@@ -213,7 +213,7 @@ def test_custom_op_passes_opcheck() -> None:
 
 OWN = ["_bottleneck_tail_fwd_kernel"]
 SEPARATE = ["_conv3x3_bn_act_fwd_kernel", "_conv1x1_bn_act_fwd_kernel"]
-# the 3x3 is a library's; not its fused one, because these tests forbid what may differ each time
+# cuDNN runs the 3x3, unfused: the fused op is not deterministic, which these tests require
 AUTO = ["_bias_act_fwd_kernel", "_conv1x1_bn_act_fwd_kernel"]
 NAME = ("bottleneck_tail",)
 

@@ -196,7 +196,7 @@ def test_x_is_requested_once_for_all_columns_of_a_tile() -> None:
 
 
 def test_large_residual_loses_no_precision() -> None:
-    # a sum that began with it would round every product to its last place
+    # adding the residual first would round every product to its last place
     args = arguments((1, 512, 2, 4), 32, residual=True)
     args["residual"] = args["residual"] + 1e4
     exact = exactly(args)
@@ -296,7 +296,7 @@ def test_custom_op_passes_opcheck(
     args = arguments(pixels, out_channels, stride, True, "relu")
     torch.library.opcheck(CUSTOM_OP, (), args)
     torch.library.opcheck(CUSTOM_OP, (), {**args, "residual": None, "activation": None})
-    # strides that count as channels-last where a size is 1, and are not those of the fake
+    # sizes of 1: strides count as channels-last but differ from those of the fake
     args["x"] = args["x"].clone(memory_format=torch.contiguous_format)
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
     with torch.no_grad(), interpret():

@@ -248,7 +248,7 @@ def test_compiled_and_exported_op_equals_eager(op: Any, stride: int) -> None:
 def test_custom_op_passes_opcheck(pixels: tuple[int, int, int, int], out_channels: int) -> None:
     args = arguments(pixels, 16, out_channels, 2)
     torch.library.opcheck(CUSTOM_OP, (*args, 2, "relu"))
-    # strides that count as channels-last where a size is 1, and are not those of the fake
+    # sizes of 1: strides count as channels-last but differ from those of the fake
     args = [tensor.clone(memory_format=torch.contiguous_format) for tensor in args]
     torch.library.opcheck(CUSTOM_OP, (*args, 2, None))
     on_meta = [tensor.to("meta") for tensor in args]

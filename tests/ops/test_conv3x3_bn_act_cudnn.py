@@ -112,7 +112,7 @@ def test_cudnn_gets_the_arguments_of_the_op(cudnn: Cudnn, residual: bool) -> Non
     assert y.is_contiguous(memory_format=channels_last)
     ((x, weight, z, alpha, bias, *geometry),) = cudnn.calls
     assert all(tensor.is_contiguous(memory_format=channels_last) for tensor in (x, weight))
-    # what is read in the place of a residual has values
+    # the tensor that stands in for a residual is initialised
     assert (z is args[5] and alpha == 1.0) if residual else (z is x and alpha == 0.0)
     assert bias.is_contiguous() and torch.equal(bias, args[2])
     assert geometry == [[1, 1], [3, 3], [3, 3], 1]
@@ -167,7 +167,7 @@ def test_fastest_measured_way_runs(cudnn: Cudnn, name: str) -> None:
 
 @pytest.mark.parametrize("fault", ["refuses", "is wrong"])
 def test_our_kernel_runs_where_cudnn_fails(cudnn: Cudnn, fault: str, tmp_path: Path) -> None:
-    """For such sizes, and not for others."""
+    """Our kernel replaces cuDNN for the sizes that failed, and not for others."""
     if fault == "refuses":
         cudnn.error = RuntimeError("Unable to find an engine")
         reason = "RuntimeError: Unable to find an engine"
@@ -197,13 +197,13 @@ def test_each_choice_of_cudnn_is_checked_with_all_of_its_images(
         for batch in (5, 7, 5):
             op_module._run_fastest(*arguments(batch=batch, stride=1))
         assert [len(call[0]) for call in cudnn.calls] == [5] * 3 + [7] * 3 + [5]
-        # other flags, other engines
+        # with other flags cuDNN chooses other engines, which are checked again
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
         op_module._run_fastest(*arguments(batch=5, stride=1))
         monkeypatch.setattr(op_module, "convolution_precision", lambda: "another")
         op_module._run_fastest(*arguments(batch=5, stride=1))
         assert len(cudnn.calls) == 7 + 3 + 3
-    # what it chose in this process says nothing of the next
+    # a new process may choose other engines, so they are checked again
     with kernels(), use(self_check(tmp_path)):
         op_module._run_fastest(*arguments(batch=5, stride=1))
         assert len(cudnn.calls) == 13 + 3
@@ -248,7 +248,7 @@ def test_fused_op_of_torch_has_the_arguments_of_our_fake() -> None:
     assert [argument.name for argument in schema.arguments] == names
 
 
-# what torch knows
+# the real schema in torch
 
 
 @both
@@ -297,7 +297,7 @@ def test_impl_and_platform_decide_what_runs_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(op_module, "common_unsupported", lambda _: None)
-    # as on a GPU, whose tensors these are not
+    # as on a GPU, though these are CPU tensors
     monkeypatch.setattr("fastbb_kernels.op.is_plainly_eager", lambda *_: False)
     monkeypatch.setattr(op_module, "architecture", lambda _: 90)
     ran = {name: mock.Mock() for name in ("fastest", "triton", "eager")}

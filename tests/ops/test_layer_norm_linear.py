@@ -26,7 +26,7 @@ CUSTOM_OP = OP.custom_op
 # not the default, so that a lost eps shows
 EPS = 1e-2
 
-# what "activation" means to those who name it: torch's own modules
+# torch's modules by the name of their activation
 MODULES: dict[str | None, nn.Module] = {
     None: nn.Identity(),
     "gelu": nn.GELU(),
@@ -88,7 +88,7 @@ def assert_right(args: Arguments, activation: str | None = None) -> None:
 
 @pytest.fixture(params=["resident", "streamed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the kernel, with tiles small enough to need several."""
+    """Runs a test for both paths of the kernel, with tiles so small that several are needed."""
     gemm = GemmConfig(32, 16, 32, num_warps=4, num_stages=1)
     resident = request.param == "resident"
     config = LayerNormLinearConfig(gemm, tiles_per_program=2 if resident else 1, resident=resident)
@@ -150,7 +150,7 @@ def test_large_mean_loses_no_precision(features: int) -> None:
 
     noise = torch.randn(8, features)
     assert_close(100 + 0.01 * noise)
-    # every step of the statistics has a mean of its own
+    # each step of the statistics sees another mean
     assert_close(noise + 1e3 * torch.arange(features).div(32, rounding_mode="floor"))
     assert_close(noise.mul(1e3).index_fill(1, torch.tensor([0]), 1e6))
 

@@ -116,7 +116,7 @@ def test_without_bias_is_as_accurate_as_eager() -> None:
 
 
 def test_large_residual_loses_no_precision() -> None:
-    # a sum that began with it would round every product to its last place
+    # adding the residual first would round every product to its last place
     args = arguments((8,), 512, 32, torch.float32)
     args = *args[:3], args[3] + 1e4
     exact = exactly(args)

@@ -204,7 +204,7 @@ def test_tiles_hold_whole_rows(dtype: torch.dtype) -> None:
     for channels in (1, 16, 96, 128, 192, 512):
         config = kernel_module.launch_config(48, channels, dtype, 90)
         assert channels <= config.block_n < max(2 * channels, 17)
-        assert 48 % config.block_k == 0  # nothing multiplied in vain
+        assert 48 % config.block_k == 0  # no multiplication with padding
 
 
 @pytest.mark.parametrize("size", [(252, 332), (801, 1088)], ids=str)

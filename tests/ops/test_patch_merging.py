@@ -68,7 +68,7 @@ def assert_right(module: PatchMerging, x: Tensor) -> None:
 
 @pytest.fixture(params=["resident", "streamed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the kernel, with tiles small enough to need several."""
+    """Runs a test for both paths of the kernel, with tiles so small that several are needed."""
     gemm = GemmConfig(16, 16, 32, num_warps=4, num_stages=1)
     resident = request.param == "resident"
     config = LayerNormLinearConfig(gemm, tiles_per_program=2 if resident else 1, resident=resident)

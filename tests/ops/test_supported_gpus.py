@@ -40,7 +40,7 @@ Gpu = Callable[[str], mock.Mock]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """Says which GPU all devices are; gives what is asked for their properties."""
+    """Sets the capability of all devices; returns the mock of their properties."""
     monkeypatch.setattr(dispatch, "_gpus", {})
     monkeypatch.setattr(dispatch, "current_check", lambda: None)
 

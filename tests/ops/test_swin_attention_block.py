@@ -78,7 +78,7 @@ class Reference:
         return double(x.double())
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
-        """What our op is called with; columns of the bias that it must not use are NaN."""
+        """Arguments of our op; columns of the bias that it must not use are NaN."""
         norm, attention = self.block.norm1, self.block.attn
         window = self.options["geometry"].window
         n_tokens = window[0] * window[1]
@@ -317,7 +317,7 @@ def test_impl_triton_raises_the_reason_for_unsupported_shapes() -> None:
             swin_attention_block(**args, impl="triton")
         with use_impl("triton", ops=OWN), pytest.raises(NotImplementedError, match=message):
             swin_attention_block(**args)
-        # what no op can run is the first one's to explain
+        # a call that no op can run: the message is that of the block
         exact = {name: args[name].double() for name in NAMES}
         with (
             use_impl("triton"),

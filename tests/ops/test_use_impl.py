@@ -29,7 +29,7 @@ def test_use_impl_is_restored_after_an_error() -> None:
 
 
 def test_overlapping_use_impl_blocks_of_threads_are_restored() -> None:
-    """Whichever is left first: neither puts back what it found."""
+    """The blocks may be left in either order; neither restores the value that it found."""
     for order in ((0, 1), (1, 0)):
         steps = [[threading.Event(), threading.Event()] for _ in range(2)]
 

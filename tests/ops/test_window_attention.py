@@ -39,7 +39,7 @@ def torchvision_attention(window=7, shift=3):
 
 
 def inputs_of(attention, x, window=7):
-    """What our op reads for upstream's attention of x [B, H, W, C]."""
+    """Inputs of our op for upstream's attention of x [B, H, W, C]."""
     table = attention.relative_position_bias_table
     index = relative_position_index((window, window), table.device)
     bias = table[index].view(window**2, window**2, -1).permute(2, 0, 1)

@@ -147,7 +147,7 @@ def test_low_precision_kernel_is_as_accurate_as_eager(name: str, dtype: torch.dt
 
 
 def test_large_scores_do_not_overflow_and_stay_masked() -> None:
-    """Scores of some hundreds: softmax subtracts the maximum, and a mask is still only -100."""
+    """Scores of some hundreds: softmax subtracts the maximum, and masked scores get -100 only."""
     case = CASES["padded-shifted"]
     qkv, bias, pad = case.arguments(torch.float32)
     qkv[..., :128] *= 8  # queries and keys
@@ -217,7 +217,7 @@ def test_offsets_beyond_32_bits_stay_in_bounds(layout: str) -> None:
 
 def test_one_binary_serves_all_sizes_and_stages() -> None:
     def specializations(*calls: tuple[int, tuple[int, int], int]) -> set[str]:
-        """Of shifted windows of 7 over `batch` maps of [height, width] with so many heads."""
+        """Specializations for shifted windows of 7 over `batch` maps of [height, width]."""
         with torch.no_grad(), record_launches() as recording:
             for batch, size, num_heads in calls:
                 qkv, bias, pad = (
