@@ -202,7 +202,7 @@ def test_peak_flops_agree_with_clock_rates() -> None:
             assert gpu.fp32_flops == pytest.approx(flops, rel=0.01), gpu.gpu
 
 
-# by NVIDIA's occupancy calculator and AMD's ISA guide
+# expected values from NVIDIA's occupancy calculator and AMD's ISA guide
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "num_warps", "expected"),
     [

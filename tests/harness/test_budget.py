@@ -336,7 +336,7 @@ def test_the_source_hash_follows_the_files_of_its_op(
 def test_the_source_hash_follows_the_configurations_of_its_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured for one op leaves the budgets of the others alone."""
+    """A configuration measured for one op leaves the budgets of other ops valid."""
     monkeypatch.setattr(budget_module, "_PACKAGE", tmp_path)
     paths = package(tmp_path)
     for op in ("gemm", "norm"):

@@ -1,4 +1,4 @@
-"""Files and cases of every op, and cases of every family of models, are found."""
+"""Files and cases of every op and every family of models are found."""
 
 from pathlib import Path
 

@@ -42,7 +42,7 @@ def test_quick_compiles_one_case_of_every_op(op: str) -> None:
 
 
 def test_progress_counts_failed_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that find a problem: at the end nothing is left."""
+    """Steps that find a problem count too, so that nothing is left at the end."""
     monkeypatch.setattr(check, "check_interpreted", lambda case, dtype: 1 / 0)
     plan = Plan.of("bias_act", [90, "gfx942"], [torch.bfloat16, torch.float32], None, quick=True)
     weights = []

@@ -24,7 +24,7 @@ def check_conv(bug: str, stride: int = 1) -> None:
     norm = nn.BatchNorm2d(channels, eps).eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         nn.init.normal_(tensor)
-    # no larger than eps, as of channels that hardly vary
+    # variances up to eps, as of channels that hardly vary
     nn.init.uniform_(norm.running_var, 0.0, eps)
     block = nn.Sequential(conv, norm).requires_grad_(False)
     x = torch.randn(1, in_channels, height, width)
@@ -85,7 +85,7 @@ def check_max_pool(bug: str) -> None:
 
 
 class Canary(NamedTuple):
-    """A bug, and what must be raised because of it."""
+    """A bug, the check that runs it, and the error that it must raise."""
 
     check: Callable[[str], None]
     caught_by: type[Exception]
@@ -96,11 +96,11 @@ WRONG_NUMBERS = r"y_ptr: error \S+, allowed"
 WRONG_MAXIMA = "differs from torch's maxima"
 
 CANARIES = {
-    # the trace, when it is asked
+    # raised by the checks of the trace
     "width_rounded_down": Canary(
         check_strided_conv, AssertionError, r"elements of y_ptr, .* never; the first is \(2, 1, 0\)"
     ),
-    # the numbers of the interpreter, against those of torch's modules
+    # wrong numbers in the interpreter, compared with torch's modules
     "pixel_after_the_strided_one": Canary(check_strided_conv, AssertionError, WRONG_NUMBERS),
     "no_left_border": Canary(check_conv, AssertionError, WRONG_NUMBERS),
     "fixed_eps": Canary(check_conv, AssertionError, WRONG_NUMBERS),

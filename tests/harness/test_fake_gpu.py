@@ -28,7 +28,7 @@ def _scale_fwd_kernel(x_ptr, y_ptr, n_elements, SCALE: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _gram_fwd_kernel(x_ptr, y_ptr, n_columns, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y = x @ x.T for x [BLOCK, n_columns]: what is in flight lies in shared memory."""
+    """y = x @ x.T for x [BLOCK, n_columns]; loads in flight occupy shared memory."""
     rows, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     y = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, n_columns, BLOCK_K):

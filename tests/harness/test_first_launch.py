@@ -117,7 +117,7 @@ def test_binary_with_an_invalid_record_is_checked_again(value: Any, tmp_path: Pa
 
 
 def test_binary_that_depends_on_the_rows_is_checked_with_all_rows(tmp_path: Path) -> None:
-    """A binary that depends on the rows themselves, and not on a configuration."""
+    """The binary depends on the number of rows, not on a launch configuration."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         note_binary(f"{len(x) == MANY}")
@@ -173,7 +173,7 @@ def test_a_launch_inside_a_compiled_graph_is_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_kernel_passes_its_check_with_random_arguments(op: str, tmp_path: Path) -> None:
-    """In the interpreter, where kernels are right."""
+    """Runs in the interpreter, where kernels are right."""
     cases = [case for case in small_cases() if case.op == op]
     case = min(cases, key=lambda case: find_op(op).n_bytes(**case.arguments("meta", torch.half)))
     check = self_check(tmp_path)
@@ -182,7 +182,7 @@ def test_every_kernel_passes_its_check_with_random_arguments(op: str, tmp_path: 
     assert check.results(CPU) == {(op, torch.float16): None}
 
 
-# what few images are made of
+# inputs of a check with few images
 
 
 def test_check_inputs_keep_the_strides_and_alignment_of_the_call() -> None:

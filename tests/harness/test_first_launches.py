@@ -24,7 +24,7 @@ def test_every_production_binary_is_covered(
 
 
 def test_launch_without_its_configuration_is_not_covered() -> None:
-    """What the test above rests on."""
+    """Control for the test above."""
     with mock.patch("fastbb_kernels.check.forced", lambda configs: launching.forced({})):
         assert len(first_launches("swin_t", BATCHES, torch.bfloat16, 90).missed) > 5
 

@@ -24,7 +24,7 @@ from fastbb_kernels.fp32_precision import (
 )
 from fastbb_kernels.testing import interpret
 
-# what a user may say in `b = torch.backends`, and whether matrices are then multiplied in TF32
+# settings of a user (`b = torch.backends`), and whether products are then in TF32
 SETTINGS = {
     "pass": False,
     "torch.set_float32_matmul_precision('high')": True,
@@ -73,7 +73,7 @@ NAMES = {"torch": torch, "b": BACKENDS}
 
 
 def in_another_process(call: Callable[[], None]) -> None:
-    """Some settings, once set, have no way back to what they were in a new process."""
+    """Runs in another process, since some settings cannot be set back to their initial values."""
     context = multiprocessing.get_context("fork")
     said, saying = context.Pipe(duplex=False)
 
@@ -94,7 +94,7 @@ def in_another_process(call: Callable[[], None]) -> None:
 
 
 def said() -> dict[str, Any]:
-    """What every getter says."""
+    """Values of every public getter."""
 
     def value(getter: str) -> Any:
         try:
@@ -106,7 +106,7 @@ def said() -> dict[str, Any]:
 
 
 def stored() -> list[dict[str, Any]]:
-    """What every getter says, also where what it follows is set otherwise."""
+    """Values of every getter, also after the setting that it follows is changed."""
     found = [said()]
     own = own_setting("generic")
     for generic, cuda in product(("none", "ieee", "tf32", "bf16"), ("none", "ieee", "tf32")):

@@ -262,7 +262,7 @@ def test_masked_lanes_without_other_are_poisoned(dtype: torch.dtype, undefined: 
 
 
 def test_a_float_argument_is_fp32_as_in_compiled_code() -> None:
-    # as a Python number it would take the dtype of x, and the products would round to bf16
+    # a Python number would take the dtype of x, so the products would round to bf16
     x, y = random(64, dtype=torch.bfloat16), torch.empty(1)
     with interpret():
         _scaled_sum_kernel[(1,)](x, y, 0.1, N=64)
@@ -281,7 +281,7 @@ def test_autotuning_runs_every_configuration(monkeypatch: pytest.MonkeyPatch) ->
     x, y = torch.ones(64), torch.zeros(64)
     with interpret():
         _tuned_kernel[(1,)](x, y)
-    # the last one ran on what was there before the others
+    # the last configuration ran on the original contents of y
     assert seen == [32, 64] and y.tolist() == [1.0] * 64
 
 

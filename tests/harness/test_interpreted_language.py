@@ -27,7 +27,7 @@ def interpreted() -> Iterator[None]:
 def _logic_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
-    # of whole tiles, where Python would ask whether the first tile is true
+    # of whole tiles, whose truth value Python would need
     y = (a > 0 and b > 0) or not (a < b)
     tl.store(y_ptr + i, y)
 
@@ -41,7 +41,7 @@ def test_and_or_not_of_tiles_are_elementwise() -> None:
 
 @triton.jit
 def _short_circuit_kernel(y_ptr, N: tl.constexpr, x_ptr=None):
-    # the right side is not evaluated, or there would be an error
+    # evaluating the right side would raise an error
     if x_ptr is not None and tl.load(x_ptr) > 0:
         tl.store(y_ptr, 2.0)
     if not N > 3 or x_ptr is None:

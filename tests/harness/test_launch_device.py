@@ -19,7 +19,7 @@ SECOND = torch.device("cuda:1")
 
 
 class Driver:
-    """Two GPUs, of which the first is current; notes where kernels are launched.
+    """Two GPUs, of which the first is current; records where kernels are launched.
 
     Attributes:
         current: index of the current device.
@@ -53,7 +53,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 @contextmanager
 def on_second_gpu() -> Iterator[None]:
-    """Tensors may say that they are on a GPU that is not there."""
+    """Makes fake tensors on a second GPU that does not exist."""
     with FakeTensorMode(), torch.no_grad():
         yield
 
@@ -91,7 +91,7 @@ def test_failed_launch_keeps_the_current_device(
 
 
 def test_these_tests_do_not_launch_directly() -> None:
-    """As on a GPU, or the tests above would show nothing."""
+    """Control for the tests above: launches take the path of a GPU."""
     assert not _dispatch.launches_directly()
 
 

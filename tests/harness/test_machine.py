@@ -98,7 +98,7 @@ def test_changed_kernel_source_changes_the_digest(name: str, tmp_path: Path) -> 
 
 
 def test_the_machine_is_known_without_package_metadata(tmp_path: Path) -> None:
-    """As on a machine where nothing may be installed: no metadata, another folder."""
+    """Runs from a copied folder without package metadata."""
     shutil.copytree(
         PACKAGE, tmp_path / "fastbb_kernels", ignore=shutil.ignore_patterns("__pycache__")
     )

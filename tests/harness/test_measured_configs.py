@@ -55,7 +55,7 @@ def chosen(n_rows: int, features: int = 96, dtype: torch.dtype = torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfCheck]:
-    """A GPU of which nothing is known, and an empty package."""
+    """A GPU without any results, and a package without configurations."""
     monkeypatch.setattr(measured, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
     monkeypatch.setattr(launching, "architecture", lambda device: 90)
@@ -68,7 +68,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfCheck
 
 @contextmanager
 def pretend_only(check: SelfCheck) -> Iterator[None]:
-    """A machine with this check, on which another GPU is pretended."""
+    """A machine with this check, on which a GPU is pretended."""
     installed, own = _dispatch._installed_check, _dispatch._own_check
     _dispatch._installed_check, _dispatch._own_check = None, check
     try:
@@ -80,7 +80,7 @@ def pretend_only(check: SelfCheck) -> Iterator[None]:
 
 
 def forget() -> None:
-    """As another process."""
+    """Forgets what was read, as a new process."""
     measured.forget()
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_used_is_ignored(text: str, check: SelfCheck) -> N
 
 
 def test_pretended_devices_use_the_default_config() -> None:
-    """What is compiled for an architecture does not depend on one GPU of it."""
+    """Code compiled for an architecture does not depend on one GPU of that architecture."""
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     cpu = torch.device("cpu")
     assert chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16) is USUAL
@@ -161,7 +161,7 @@ def test_compiling_for_a_named_gpu_uses_its_measured_config() -> None:
 
 
 def test_compiling_for_a_named_gpu_uses_its_cached_config(check: SelfCheck) -> None:
-    """Though a pretended GPU has no check, and what is read once is kept."""
+    """The pretended GPU has no check of its own, and a config that was read is kept."""
     check.cache(CUDA).put(SECTION, TABLE, [entry(1000, rows=16)])
     cpu = torch.device("cpu")
     with pretend_only(check), configured_as_on(CUDA):
@@ -172,7 +172,7 @@ def test_compiling_for_a_named_gpu_uses_its_cached_config(check: SelfCheck) -> N
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
-    """What a sweep writes is what a launch reads."""
+    """A launch reads the configuration that a sweep wrote."""
     case = next(case for case in checked_cases() if case.op == op)
     with (
         record_launches(90),
@@ -194,7 +194,7 @@ def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
 def test_gpus_of_one_architecture_use_their_own_measured_configs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file of the README; what a GPU's file does not have is the architecture's."""
+    """Uses the example file of the README; entries that it lacks come from the architecture."""
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
     h100, h200 = (torch.device("cuda", index) for index in range(2))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])

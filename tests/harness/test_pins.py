@@ -1,4 +1,4 @@
-"""Pins of Triton's internals: what `interpret` replaces or calls exists with these signatures.
+"""Pins of Triton's internals: names and signatures that `interpret` replaces or calls.
 
 A failure here after an upgrade of triton says what changed, before other tests fail for reasons
 that are hard to see.
@@ -24,7 +24,7 @@ from fastbb_kernels.testing.numpy_builder import NumpyBuilder
 # the floor of pyproject.toml, and the pin of constraints.txt
 VERSIONS = ("3.6.", "3.8.")
 
-# what numpy_builder.py overrides has the signature of upstream's, which another test compares
+# operations that numpy_builder.py overrides are compared in another test
 SIGNATURES = {
     # interpreter.py: _patched
     "interpreter._LangPatchScope.set_attr": "(self, obj, name, value)",
@@ -98,7 +98,7 @@ def find(name: str) -> Any:
 
 
 def signature(function: Any) -> str:
-    """Parameters and their defaults; annotations say nothing about calls."""
+    """Parameters and their defaults; annotations do not matter to callers."""
     parameters = inspect.signature(function).parameters.values()
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 

@@ -37,7 +37,7 @@ def test_results_are_read_by_a_new_cache_object(folder: Path) -> None:
     cache.put("times", "b", None)
     cache.put("self_check", "a", False)
     for same in (cache, ResultCache(MACHINE, folder)):
-        # what a value becomes in JSON, it is at once
+        # values are converted as by JSON, at once
         assert same.get("times", "a") == {"median_s": 0.25, "name": "größer", "tries": [1, 2]}
         assert same.items("times").keys() == {"a", "b"}
         assert same.items("self_check") == {"a": False}

@@ -126,7 +126,7 @@ def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path:
     hardware.full = True
     check = self_check(tmp_path, hardware)
     with launching(patch_merging=launcher(OP)), use(check):
-        for _ in range(2):  # the caller is told, as by eager PyTorch
+        for _ in range(2):  # the caller gets the error, as from eager PyTorch
             with pytest.raises(RuntimeError, match="out of memory"):
                 patch_merging(*arguments())
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
@@ -142,7 +142,7 @@ def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path:
     ids=str,
 )
 def test_failed_comparison_is_not_remembered(error: Exception, tmp_path: Path) -> None:
-    """It takes more memory than the launch, and waits for its results."""
+    """The comparison may fail by itself: it needs more memory than the launch, and synchronizes."""
     check = self_check(tmp_path)
     with launching(patch_merging=custom_op(OP)) as launches, use(check):
         with (
@@ -156,7 +156,7 @@ def test_failed_comparison_is_not_remembered(error: Exception, tmp_path: Path) -
 
 
 def test_batch_too_large_for_memory_does_not_turn_the_kernel_off(tmp_path: Path) -> None:
-    """Few images pass, and the caller is told what eager PyTorch would tell."""
+    """A few images pass the check, and the caller gets the error that eager PyTorch would raise."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         if len(x) > 2:
@@ -222,7 +222,7 @@ def test_failed_reference_is_not_remembered_as_a_broken_kernel(tmp_path: Path) -
 
 
 def test_case_problem_with_impl_triton_runs_a_kernel_that_is_off(tmp_path: Path) -> None:
-    """Not what a check has put in its place, also where it is known to be wrong."""
+    """impl="triton" runs the kernel itself, not the reference that replaced it."""
     check = self_check(tmp_path)
     with launching(patch_merging=broken.nan(OP)), use(check):
         with pytest.warns(KernelWarning):
@@ -239,7 +239,7 @@ def test_small_cases_run_kernels_that_auto_does_not_choose(op: str, tmp_path: Pa
 
 
 def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
-    """CUDA tells what went wrong before to whoever asks next."""
+    """CUDA reports an earlier error at the next call, whichever op makes it."""
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
     with launching(patch_merging=custom_op(OP)) as launches, use(check):
@@ -252,7 +252,7 @@ def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
 
 
 def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> None:
-    """Where eager PyTorch itself multiplies in TF32, no kernel has to be better than that."""
+    """A kernel may lose twice what eager PyTorch loses, which may itself multiply in TF32."""
 
     def off_by(error: float, y: Tensor) -> Tensor:
         return y + error * y.abs().max() if y.dtype == torch.float32 else y
@@ -347,7 +347,7 @@ def test_explicit_check_runs_the_kernel_again(tmp_path: Path) -> None:
     with launching(patch_merging=broken.wrong(OP)), use(check), pytest.warns(KernelWarning):
         patch_merging(*arguments())
         assert check.problem(OP, CPU, torch.float32) is not None
-        # by its kernel, though that is off
+        # runs the kernel, though it is off
         assert check.check(OP, CPU, torch.float32) is not None
     check = self_check(tmp_path)
     with launching(patch_merging=custom_op(OP)):
@@ -383,7 +383,7 @@ def test_check_is_deterministic_and_keeps_random_state_and_modes(tmp_path: Path)
 
 
 def test_memory_that_a_kernel_does_not_write_is_found(tmp_path: Path) -> None:
-    """Where results are put, the check leaves NaN first: what a kernel does not write shows."""
+    """The check fills the memory of results with NaN, so that unwritten elements are found."""
     made: list[Tensor] = []
     full_like = torch.full_like
 
@@ -392,7 +392,7 @@ def test_memory_that_a_kernel_does_not_write_is_found(tmp_path: Path) -> None:
         return made[-1]
 
     def run(case: Case, arguments: dict[str, Any], impl: Any) -> Tensor:
-        return made.pop()  # as an allocator does
+        return made.pop()  # memory is reused, as by an allocator
 
     with launching(), mock.patch("torch.full_like", recorded), pytest.warns(KernelWarning):
         problem = self_check(tmp_path, run_case=run).check(OP, CPU, torch.float32)

@@ -173,7 +173,7 @@ def test_tuples_descriptors_and_block_pointers_are_traced() -> None:
     x, y = torch.randn(5, 8), torch.empty(8, 8)
     descriptor = TensorDescriptor.from_tensor(x, [8, 8])
     got = traced(lambda: _descriptor_kernel[(1,)](descriptor, y, N=8))
-    # what a descriptor pads is not read
+    # the padding of a descriptor is not read
     assert got["x_desc"].load.requested_bytes == x.nbytes and not y[5:].any()
     with pytest.raises(OutOfBounds, match="load of x_ptr .* in 24 of 64 active lanes"):
         traced(lambda: _block_pointer_kernel[(1,)](x, y, 8, N=8))
@@ -203,7 +203,7 @@ def test_bytes_of_launches_add_up_and_launches_do_not_race() -> None:
     x, y, z = torch.randn(32), torch.empty(32), torch.empty(32)
     with trace() as t:
         run_copy(x, y)
-        run_copy(y, z)  # another program may read it now
+        run_copy(y, z)  # a program of a later launch may read it
         run_copy(y, x)
     assert len(t.launches) == 3 and t.unique_bytes == 6 * x.nbytes
     assert t.sector_bytes == t.requested_bytes == t.unique_bytes
