@@ -22,10 +22,10 @@ PIXELS, WIDE = images(64, 64), images(64, 96)
 
 
 class Stream:
-    """A stream, which knows what it comes after.
+    """A stream that records the operations it has waited for.
 
     Attributes:
-        after: numbers of the operations that are over before its next one begins.
+        after: numbers of the operations that end before its next one begins.
     """
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class Event:
 
 
 class Cuda(TorchDispatchMode):
-    """In the place of `torch.cuda`: what runs while a graph is recorded, the graph runs again.
+    """Replaces `torch.cuda`: a graph repeats the operations that ran while it was recorded.
 
     Attributes:
         current: the stream that operations go to.
         recorded: the stream, memory and mode of each recording.
-        at_once: operations that another one may run beside.
-        kept_for: streams that freed memory has to wait for, by address.
+        at_once: operations that may overlap with another one.
+        kept_for: streams that must finish before memory is reused, by address.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Cuda(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def operate(self, name: str) -> None:
-        """Takes note of an operation that may use the memory which all graphs share."""
+        """Records an operation that may use the memory shared by all graphs."""
         if self.current.after != set(range(self.n_operations)):
             self.at_once.append(name)
         self.current.after.add(self.n_operations)
@@ -176,7 +176,7 @@ def test_replays_on_several_streams_wait_for_each_other(cuda: Cuda) -> None:
         (two, WIDE),
         (one, WIDE),
         (two, PIXELS),
-        (one, images(8, 8)),  # a graph goes
+        (one, images(8, 8)),  # one graph is dropped
         (two, WIDE),
     )
     maps = []
@@ -217,7 +217,7 @@ def test_streams_wait_for_a_call_that_failed(cuda: Cuda, fault: str) -> None:
         with cuda.stream(one), pytest.raises(RuntimeError, match="out of memory"):
             pool(PIXELS)
         fails = False
-        if fault == "warming up":  # the pixels were read, which whoever made them may free now
+        if fault == "warming up":  # the pixels were read, so their owner may free them
             assert one.after == set(range(cuda.n_operations))
         with cuda.stream(two):
             if fault == "warming up":
@@ -257,7 +257,7 @@ def test_threads_replay_on_their_own_streams(cuda: Cuda) -> None:
 def test_a_graph_that_recorded_nothing_returns_nan(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one does that was captured on another device."""
+    """A graph captured on another device records nothing."""
     pool = GraphPool(cuda.recordable(doubled))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     assert pool(PIXELS)[0].isnan().all()

@@ -51,7 +51,7 @@ def maps_of(model: Any, pixels: Tensor = PIXELS) -> tuple[Tensor, ...]:
     return model(pixels).feature_maps
 
 
-# what changes weights so that it shows in them, or is told to `refresh`
+# changes of weights that their versions show, or that are followed by `refresh`
 
 
 def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
@@ -130,7 +130,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def test_changed_weights_are_used(
     change: Callable[[Any], None], of_original: bool, backbone: Any
 ) -> None:
-    """Also where the backbone is changed that was prepared: they share their weights."""
+    """The original and the prepared backbone share their weights, so either may be changed."""
     prepared = backbone.prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(backbone if of_original else prepared)
@@ -187,7 +187,7 @@ def convolution_of(model: Any) -> nn.Conv2d:
 
 
 def test_added_swapped_and_removed_hooks_of_layers_are_followed() -> None:
-    """Of a family whose own forward runs, so that its layers may have hooks."""
+    """Uses a family that runs timm's own forward, where layers may have hooks."""
     pair = timm_pair("test_efficientnet")
     layers = [convolution_of(model) for model in (pair.ours, pair.upstream)]
     handles: list[Any] = []
@@ -244,7 +244,7 @@ def test_a_hook_that_a_family_refuses_raises(backbone: Any) -> None:
 
 @torch.no_grad()
 def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) -> None:
-    """The layers are those of the backbone that was prepared."""
+    """The prepared backbone shares its layers with the original."""
     prepared = backbone.prepare("compile")
     before = maps_of(prepared)
     backbone.train()
@@ -253,7 +253,7 @@ def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) ->
     with pytest.raises(ValueError, match="training"):
         prepared.prepare("compile")
     backbone.eval()
-    if type(backbone).__name__ == "SwinBackbone":  # without statistics that have moved
+    if type(backbone).__name__ == "SwinBackbone":  # Swin has no running statistics
         assert all(map(torch.equal, maps_of(prepared), before))
 
 
@@ -284,7 +284,7 @@ def test_eager_follows_changes_without_a_warning(backbone: Any) -> None:
 
 
 def test_a_change_before_compiling_gives_no_warning(compiler: Compiler, tmp_path: Path) -> None:
-    """The first shape ran eager, and only for the second one something is compiled."""
+    """The empty batch runs eager; the next batch is compiled with the new weights."""
     tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
     maps_of(prepared, PIXELS[:0])
@@ -331,7 +331,7 @@ def test_fp32_copy_on_a_cpu_without_bf16_follows_changes(
     upstream = upstream_of(prepared).float()
     want = [x.bfloat16() for x in maps_of(upstream, PIXELS.bfloat16().float())]
     got = maps_of(prepared, PIXELS)
-    for ours, theirs in zip(got, want):  # rounded once, from what is within fp32's tolerance
+    for ours, theirs in zip(got, want):  # rounded once from fp32, which is within its tolerance
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs.float()).abs().max() <= 2**-8 * theirs.abs().max()
 
@@ -347,7 +347,7 @@ def test_a_stamp_of_an_unchanged_module_is_current() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     module(PIXELS).sum().backward()
-    optimizer = AdamW(layers().parameters())  # of others
+    optimizer = AdamW(layers().parameters())  # of other parameters
     optimizer.step()
     module.eval()
     copy.deepcopy(module).zero_grad()

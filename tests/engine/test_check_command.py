@@ -62,7 +62,7 @@ def test_working_ops_are_shown_as_ok(tmp_path: Path) -> None:
 
 
 def broken_check(folder: Path, *arguments: str) -> tuple[Result, int]:
-    """The command's result where a kernel gives NaN, and how often that was launched."""
+    """Runs the command with a kernel that gives NaN; returns result and number of launches."""
     launches = {"patch_merging": broken.nan("patch_merging")}
     with launching(**launches) as launched, use(self_check(folder)):
         result = fastbb_check("--device", "cpu", "--op", "patch_merging", *arguments)
@@ -80,7 +80,7 @@ def test_broken_kernel_is_shown_as_off_and_exits_with_1(
     ]
     problems = [line for line in result.stdout.splitlines() if line.startswith("patch_merging, ")]
     assert len(problems) == 2 and all("NaN where eager PyTorch has numbers" in p for p in problems)
-    # what is remembered is not tried again, unless that is asked for
+    # remembered results are not checked again without --again
     assert broken_check(tmp_path, "--dtype", "bf16")[1] == 0
     assert broken_check(tmp_path, "--dtype", "bf16", "--again")[1] == 1
     assert len(recwarn) == 0

@@ -29,7 +29,7 @@ ENOUGH = round(COMPILE_S / COMPILE_GAIN / CALL_S) + 1  # images like ONE that ma
 
 @pytest.fixture
 def rig(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> EngineRig:
-    """A rig whose compiler makes calls a tenth faster than eager, and takes 90 s by estimate."""
+    """A rig: compiled calls are a tenth faster than eager, compiling takes about 90 s."""
     monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", COMPILE_S)
     monkeypatch.setattr(compile_cost, "USUAL_GAIN", COMPILE_GAIN)
     rig.device.own_s = CALL_S
@@ -37,7 +37,7 @@ def rig(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> EngineRig:
     return rig
 
 
-# how many images are expected, on a CPU
+# expected images, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_compile_mode_warns_when_it_does_not_pay(expected: int | None, rig: Engi
     assert only_row(backbone).runs == "compile, 1 images at once"
 
 
-# other batches and other sizes than what was compiled for
+# other batches and sizes than the compiled one
 
 
 def test_one_compilation_serves_every_batch_size(rig: EngineRig) -> None:
@@ -121,7 +121,7 @@ def test_image_sizes_that_were_not_compiled_run_eager(
 
 
 def test_measured_compile_time_decides_later_choices(rig: EngineRig) -> None:
-    """Once compiling is known to take no time, it pays for few images too."""
+    """Compiling was measured to take no time, so it pays for few images too."""
     rig.prepare(mode="compile", example=ONE)
     backbone = rig.prepare(expected_images=2)
     rig.assert_right(backbone, ONE)

@@ -41,11 +41,11 @@ def rig(rig: EngineRig) -> EngineRig:
     return replace(rig, pixels=PIXELS)
 
 
-# what a candidate does to right maps
+# faults that a candidate adds to right maps
 
 
 def put(image: int, value: Callable[[Tensor], Tensor]) -> Change:
-    """Another value in one image of the last map."""
+    """Replaces a value in one image of the last map."""
 
     def change(maps: Maps) -> Maps:
         last = maps[-1].clone()
@@ -97,7 +97,7 @@ def cannot_be_built(error: Exception) -> Callable[[Run], Run]:
     return build
 
 
-# of each: how it is made of a right run, and what `explain` says of it
+# how each fault is made from a right run, and the text of `explain`
 FAULTS: dict[str, tuple[Callable[[Run], Run], str]] = {
     "wrong": (faulty(put(0, off)), "map 2 is wrong: error .*, allowed"),
     "wrong-last_image": (faulty(put(-1, off)), "map 2 is wrong: error"),
@@ -213,7 +213,7 @@ def test_a_winner_that_fails_later_is_replaced_by_eager(
 def test_out_of_memory_while_choosing_runs_eager(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The truth is computed in float64, for which there may be no memory."""
+    """The reference is computed in float64, which may not fit in memory."""
 
     def full(*args: Any) -> Truth:
         raise CUDA_FULL
@@ -230,7 +230,7 @@ def test_out_of_memory_while_choosing_runs_eager(
     assert row.runs == "eager" and problem in row.why
 
 
-# what is chosen of what is right
+# choice among right candidates
 
 
 @pytest.mark.parametrize("order", [(0.9, 0.3, 0.6), (0.3, 0.6, 0.9), (0.9, 0.6, 0.3)], ids=str)
@@ -271,7 +271,7 @@ def test_a_winner_is_verified_for_another_shape(rig: EngineRig) -> None:
     assert second.what == "3x64x96" and "fast: map 2 is wrong" in second.others
 
 
-# faults inside: one op of a whole backbone
+# faults inside a backbone: one wrong op
 
 SWIN_OPS = (
     "patch_embed",
@@ -297,7 +297,7 @@ KERNEL_FAULTS = {
 
 @pytest.fixture(scope="module")
 def swin() -> Pair:
-    """Its weights are not to be changed."""
+    """A pair whose weights tests must not change."""
     return swin_pair()
 
 
@@ -335,7 +335,7 @@ def test_the_maps_are_right_with_every_kernel_broken(fault: str, swin_rig: Engin
 
 
 def test_a_wrong_kernel_without_the_check_changes_the_maps(swin_rig: EngineRig) -> None:
-    """What the tests above rest on: each of these ops is used, and these pixels show it."""
+    """Control for the tests above: each of these ops, if wrong, changes the maps."""
     for op in SWIN_OPS:
         with gpu(**{op: broken.wrong(op)}), pytest.raises(AssertionError, match="differs by"):
             swin_rig.assert_right(swin_rig.pair.ours.prepare("triton"))

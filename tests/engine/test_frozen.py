@@ -57,7 +57,7 @@ def test_rewritten_backbones_equal_upstream(make: Any) -> None:
 
 
 class Made(nn.Module):
-    """Constants of every kind: of parameters, of none, of a tuple; and what must stay."""
+    """Constants from parameters, from nothing and from a tuple; and ops that must stay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_constants_are_folded_and_random_numbers_are_not() -> None:
 
 
 class Written(nn.Module):
-    """A mask that is made empty and then filled, as timm's Swins make theirs."""
+    """A mask that is allocated and then filled in place, as in timm's Swin."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.zeros(4)

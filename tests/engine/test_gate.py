@@ -40,7 +40,7 @@ def right(*ops: str) -> dict[str, Callable[..., Any]]:
 
 
 class Unasked(SelfCheck):
-    """A check that nobody may ask."""
+    """A check that fails the test when it is asked."""
 
     def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         raise AssertionError(f"asked about {op}")
@@ -51,7 +51,7 @@ class Unasked(SelfCheck):
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_op_asks_the_check_with_its_name_device_and_dtype(op: str) -> None:
-    """The cases of an op run through its public function, where the question is."""
+    """Runs the cases of an op through its public function, which asks the check."""
     asked = []
 
     class Asked(SelfCheck):
@@ -99,7 +99,7 @@ def test_only_a_machine_with_a_gpu_has_a_self_check(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
-    """Where the block has no kernel its parts run, each with its own check."""
+    """A block without a kernel runs its parts, each with its own check."""
     check = self_check(tmp_path)
     launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
     without_kernel = mock.patch("fastbb_kernels.op.use_block", lambda *args: False)
@@ -127,7 +127,7 @@ def test_the_parts_of_a_broken_block_run_by_their_kernels(tmp_path: Path) -> Non
         assert_close(y, find_op(BLOCK).eager(*arguments))
         calls = [launched[part].call_count for part in PARTS]
         assert calls == [3, 3]  # of which two are the check
-        # "triton" for all: the block has no kernel that works, its parts have
+        # "triton" for all ops: the block has no working kernel, its parts have
         with use_impl("triton"):
             swin_mlp_block(*arguments)
         assert [launched[part].call_count for part in PARTS] == [n + 1 for n in calls]
@@ -183,7 +183,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
         hardware.capturing = True
         layer_norm_nchw(*arguments)
         assert launches[NORM].call_count == 2 + 2
-    # what another process found needs no check
+    # a result of another process needs no check
     with launching(layer_norm_nchw=custom_op(NORM)) as launches:
         with use(self_check(tmp_path, hardware)):
             layer_norm_nchw(*arguments)
@@ -214,7 +214,7 @@ def test_threads_share_one_check(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        # each of them had begun, and one of them checked
+        # every thread had launched once, and one of them checked
         assert launches[NORM].call_count <= 4 + 1 and len(warned) == 1
         expected = layer_norm_nchw(*arguments, impl="eager")
     assert len(found) == 4 and all(torch.equal(y, expected) for y in found)
@@ -241,7 +241,7 @@ class Norm(nn.Module):
 @pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
 @pytest.mark.usefixtures("without_what_was_compiled_before")
 def test_the_check_is_asked_while_a_compiler_traces(is_right: bool, tmp_path: Path) -> None:
-    """In one graph, and the answer is a constant of it."""
+    """The function compiles to one graph, in which the answer is a constant."""
     arguments = norm_arguments()
     if not is_right:
         find_out(tmp_path)

@@ -92,18 +92,18 @@ def test_threads_replay_one_after_the_other() -> None:
     assert recorder.most_at_once == 1 and len(recorder.recorded) == 1
 
 
-# what the engine records
+# recordings of the engine
 
 
 class Graphs:
-    """In the place of recording: bakes a backbone, and replays it.
+    """Replaces recording: bakes a backbone, and replays it.
 
     Attributes:
-        recorded: batch and width of what was recorded, in order.
-        backbone: what is baked.
-        error: is raised by a recording, if there is one.
-        broken: is raised by a replay, if there is one.
-        spoil: what a replay does to the maps.
+        recorded: batch and width of each recording, in order.
+        backbone: the backbone that is baked.
+        error: raised by a recording, unless None.
+        broken: raised by a replay, unless None.
+        spoil: changes the maps of a replay.
     """
 
     def __init__(self, backbone: Backbone, device: Device) -> None:
@@ -131,7 +131,7 @@ class Graphs:
 
 @pytest.fixture
 def pair() -> Pair:
-    """A backbone of this test alone, since weights change."""
+    """A backbone for one test, since its weights change."""
     return resnet_pair()
 
 
@@ -147,7 +147,7 @@ def recording(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 
 def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
-    """Prepared for our kernels: `prepare` refuses cuda_graph=True on a GPU that is none."""
+    """Prepares without `prepare`, which refuses cuda_graph=True on a pretended GPU."""
     prepared = without_engine(backbone)
     prepared._engine = Engine(BackboneMaps(prepared), Settings("triton", cuda_graph=cuda_graph))
     return prepared
@@ -182,7 +182,7 @@ def test_a_large_batch_is_recorded_only_with_cuda_graph_true(
         rig.assert_right(prepared, *[PIXELS] * (OFTEN + 2), WIDE)
         rows = explained(prepared).rows
     if graph is True:
-        assert recording.recorded == [(2, 64), (2, 96)]  # at once
+        assert recording.recorded == [(2, 64), (2, 96)]  # each at its first call
     else:
         assert not recording.recorded and {row.runs for row in rows} == {"triton"}
         assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")

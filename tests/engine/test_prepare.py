@@ -77,7 +77,7 @@ def test_a_backbone_in_training_mode_is_refused() -> None:
     ids=["pixels", "double", "tuple", "list"],
 )
 def test_prepare_with_an_example_compiles_at_once(example: Any, compiler: Compiler) -> None:
-    """Also where a gradient would be recorded."""
+    """Compiles also with grad mode on."""
     pair = resnet_pair()
     with no_warning():
         backbone = pair.ours.prepare("compile", example=example)
@@ -87,7 +87,7 @@ def test_prepare_with_an_example_compiles_at_once(example: Any, compiler: Compil
     assert len(compiler.compiled) == 1
 
 
-# precision, and what is shared
+# precision and shared weights
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", *DTYPES])
@@ -155,7 +155,7 @@ def test_pixels_of_another_dtype_are_converted(precision: str | None) -> None:
         backbone(PIXELS.byte())
 
 
-# what is asked of a call
+# requested outputs
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def test_wrong_input_raises_the_error_of_the_unprepared_backbone() -> None:
         assert str(prepared.value) == str(plain.value)
 
 
-# where nothing but the backbone's own forward may run
+# calls that must run the backbone's own forward
 
 
 def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair) -> None:

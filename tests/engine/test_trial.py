@@ -34,11 +34,11 @@ WRONG = (torch.zeros(2),)
 
 
 class Course:
-    """Trials whose candidates take what is written of them.
+    """Trials whose candidates take the declared times on a pretended clock.
 
     Attributes:
-        log: what was built and run, in order: "+a" and "a".
-        said: what was reported.
+        log: builds ("+a") and runs ("a") of candidates, in order.
+        said: the progress reports.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Course:
     def candidate(
         self, name: str, seconds: Sequence[float] = (1.0,), build_s: float = 0.0, **more: Any
     ) -> Candidate:
-        """One whose runs take these seconds in turn, the last of them for ever."""
+        """Candidate whose runs take these seconds in turn, then repeat the last."""
         left = list(seconds)
 
         def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class Course:
         return Candidate(name, build, **more)
 
     def run(self, *candidates: Candidate, budget_s: float = 0.5) -> dict[str, Trial]:
-        """The trials by name."""
+        """Returns the trials by name."""
         trials, self.runs = run_trials(
             candidates,
             PIXELS,
@@ -89,7 +89,7 @@ def problem_of(maps: Sequence[Tensor]) -> str | None:
 
 
 def returning(name: str, *results: Any) -> Candidate:
-    """One whose runs return these in turn, the last of them for ever; exceptions are raised."""
+    """Candidate whose runs return (or raise) these results in turn, then repeat the last."""
     left = list(results)
 
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ def test_compiling_candidates_are_tried_last_and_keep_their_place() -> None:
 
 
 def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
-    """All else is tried: the first of all pays for what a new device has to get ready."""
+    """Candidates that do not compile are still tried after the budget is spent."""
     course = Course()
     trials = course.run(
         course.candidate("a"),
@@ -144,7 +144,7 @@ def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
     assert compiled == Trial("compiled", None, "not tried, the time for measuring was over")
     assert is_not_tried(compiled) and not is_not_tried(trials["c"])
     assert "+compiled" not in course.log and "compiled" not in course.runs
-    # there are rounds, however long it took to get ready
+    # rounds run even if preparing took the whole budget
     assert {course.log.count(name) for name in "abc"} == {1 + MIN_ROUNDS}
     assert {trials[name].seconds for name in "abc"} == {1.0}
 
@@ -227,7 +227,7 @@ def test_winner_takes_the_margin_of_a_tie_as_an_argument() -> None:
     assert winner(trials, tie=0.25) == trials[0] and winner(trials, tie=0.0) == trials[1]
 
 
-# what is remembered and printed
+# storing and printing
 
 
 @pytest.mark.parametrize("trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")])
