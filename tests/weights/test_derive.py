@@ -24,7 +24,7 @@ def doubled(weight: Tensor) -> tuple[Tensor]:
 def test_source_changed_during_derive_is_derived_again(linear: nn.Linear, traceless: bool) -> None:
     def interrupted(weight: Tensor) -> tuple[Tensor]:
         value = doubled(weight)
-        (weight.data if traceless else weight).zero_()  # as another thread would
+        (weight.data if traceless else weight).zero_()  # as another thread might
         if traceless:
             forget_derived(linear)
         return value

@@ -48,7 +48,7 @@ def hf_resnet() -> Any:
 
 
 def timm_mobilenet() -> Any:
-    """Batch norms folded where timm's own forward runs."""
+    """A timm model that runs timm's own forward, with folded batch norms."""
     return randomize_(TimmBackbone(TimmBackboneConfig("test_efficientnet", out_indices=[2])))
 
 
@@ -58,7 +58,7 @@ CONVOLUTIONS = {"hf_resnet": hf_resnet, "timm_mobilenet": timm_mobilenet}
 
 @pytest.fixture(params=[*SWINS.values(), *CONVOLUTIONS.values()], ids=list(SWINS | CONVOLUTIONS))
 def backbone(request: pytest.FixtureRequest) -> Any:
-    """A tiny model that has computed, and so remembers."""
+    """A tiny model that has run once, so that it holds derived values."""
     model = request.param()
     infer(model)
     return model
@@ -84,7 +84,7 @@ def rebuilt(backbone: Any) -> Any:
 
 
 class Gathers(TorchDispatchMode):
-    """Counts the gathers from a table."""
+    """Counts gathers from a table."""
 
     n_gathers = 0
 
@@ -102,7 +102,7 @@ def test_the_second_forward_derives_nothing(swin: Any, mode: Any) -> None:
         assert gathers.n_gathers == expected
 
 
-# changes that are followed without being told
+# changes that are followed without `refresh`
 
 
 def optimizer_step(optimizer: type, **options: Any) -> Callable[[Any], None]:
@@ -171,7 +171,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def assert_follows(backbone: Any, before: Tensor) -> None:
     maps, want = infer(backbone), infer(rebuilt(backbone))
     assert maps.dtype != before.dtype or not torch.equal(maps, before)
-    # what cannot be remembered is not folded, so that it rounds otherwise
+    # values that cannot be kept are not folded, so they round differently
     if any(p.is_inference() for p in backbone.parameters()):
         assert_equals_upstream(maps, want)
     else:
@@ -193,7 +193,7 @@ def test_changed_inference_tensors_are_followed(backbone: Any) -> None:
     assert_follows(backbone, before)
 
 
-# changes that leave no trace, and what makes a backbone look again
+# changes without a trace, and calls that make a backbone look again
 
 LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
     "refresh": lambda backbone: backbone.refresh(),
@@ -218,7 +218,7 @@ def test_changes_through_data_are_followed_after_refresh_train_or_apply(
 
 @pytest.mark.parametrize("change", [lambda backbone: backbone.half(), load()], ids=["half", "load"])
 def test_swapped_parameters_are_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
-    # torch swaps no tensor that something refers to weakly
+    # torch cannot swap a tensor that has weak references
     before = infer(backbone)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -228,7 +228,7 @@ def test_swapped_parameters_are_followed(backbone: Any, change: Callable[[Any], 
     assert_follows(backbone, before)
 
 
-# nothing of it shows
+# attributes, state dict and pickle
 
 
 def test_deriving_leaves_the_modules_unchanged() -> None:
@@ -300,7 +300,7 @@ def test_fake_tensors_and_autocast_leave_no_derived_values(backbone: Any, run: A
     assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
 
 
-# in a graph it is computed from the parameters
+# a graph computes derived values from the parameters
 
 GRAPHS: dict[str, Callable[[Any], Any]] = {
     "compile": lambda backbone: torch.compile(backbone, backend="aot_eager", fullgraph=True),

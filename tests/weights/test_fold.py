@@ -43,7 +43,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Detectron2Conv(nn.Conv2d):
-    """What detectron2's Conv2d does, which owns its norm and activation."""
+    """Copy of detectron2's Conv2d, which owns its norm and activation."""
 
     def __init__(self, *args: Any, norm: nn.Module, activation: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -236,7 +236,7 @@ def test_a_convolution_that_scales_its_input_is_refused() -> None:
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Another one of that name, which computes the same while its weights are new."""
+    """Another class of this name; it computes the same only while its weights are new."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ def test_change_names_the_changed_setting() -> None:
 
 
 def test_copied_settings_watch_the_copied_module() -> None:
-    """A `Folding` is copied with the model that it is in."""
+    """A `Folding` is copied together with its model."""
     module, settings = copy.deepcopy((model := Odd(), ModuleSettings(model)))
     model.layer.eps = 1.0
     assert settings.change() is None
@@ -59,7 +59,7 @@ def test_copied_settings_watch_the_copied_module() -> None:
 
 
 class Seconds:
-    """Returns one number after the other, the last for ever."""
+    """Returns the numbers in turn, then repeats the last."""
 
     def __init__(self, *seconds: float) -> None:
         self.left = list(seconds)
@@ -77,7 +77,7 @@ def test_outliers_do_not_decide_a_comparison(slow: tuple[float, ...]) -> None:
 
 
 def test_comparison_that_ours_loses_is_measured_twice() -> None:
-    """Something else runs on the machine while the first half is measured."""
+    """The first half of the measurement is disturbed by another program."""
     stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
     stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
