@@ -1,4 +1,4 @@
-"""Arguments that `accelerate` cannot take, or only in part: refused with a reason."""
+"""Arguments that `accelerate` refuses with a reason, in full or in part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def is_untouched(model: nn.Module) -> bool:
     return not any(replacement_of(m) or "forward" in vars(m) for m in model.modules())
 
 
-# what is given
+# odd inputs
 
 
 def test_model_without_a_known_backbone_is_left_unchanged() -> None:
@@ -137,7 +137,7 @@ def test_strict_leaves_a_model_as_it_was() -> None:
     assert not report.left_alone
 
 
-# modules that are not what they were
+# modules that are compiled, scripted or traced
 
 
 def compiled_in_place(model: Any) -> Any:
@@ -179,7 +179,7 @@ def test_weights_on_the_meta_device_are_left_alone_until_loaded(make: Callable[[
         "its weights are on the meta device: load them first"
     }
     model.load_state_dict(make().state_dict(), assign=True)
-    for name, buffer in make().named_buffers():  # those of no state dict
+    for name, buffer in make().named_buffers():  # buffers outside the state dict
         parent, _, own = name.rpartition(".")
         model.get_submodule(parent)._buffers[own] = buffer
     report = fastbb.accelerate(model, mode="eager")
@@ -204,7 +204,7 @@ def test_fake_tensors_and_meta_weights_run_upstreams_forward(make: Callable[[], 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("make", [swin_classifier, swin_backbone, maskformer_swin])
 def test_quantized_linears_run_upstreams_forward(make: Callable[[], Any]) -> None:
-    """Of torch.ao, which copies the model."""
+    """Uses torch.ao, which copies the model."""
 
     def quantized(model: Any) -> Any:
         quantize = torch.ao.quantization.quantize_dynamic

@@ -40,7 +40,7 @@ TRANSFORMERS = [swin_classifier, swin_backbone, maskformer_swin, resnet_backbone
 
 
 def assert_alike(got: Any, want: Any) -> None:
-    """Tensors close, in the same containers, with the same other values."""
+    """Asserts close tensors in the same containers, and equal other values."""
     (ours, spec), (theirs, upstream_spec) = tree_flatten(got), tree_flatten(want)
     assert type(got) is type(want) and spec == upstream_spec
     for a, b in zip(ours, theirs):
@@ -50,7 +50,7 @@ def assert_alike(got: Any, want: Any) -> None:
 
 
 def assert_same_outcome(model: Any, twin: Any, *args: Any, **kwargs: Any) -> None:
-    """The same result, or the same error."""
+    """Asserts the same result or the same error."""
     try:
         want = twin(*args, **kwargs)
     except Exception as error:
@@ -66,7 +66,7 @@ def assert_same_outcome(model: Any, twin: Any, *args: Any, **kwargs: Any) -> Non
         assert_alike(got, want)
 
 
-# what is asked for
+# requested outputs
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -85,7 +85,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", TRANSFORMERS)
 def test_requested_outputs_equal_upstream(make: Callable[..., Any], attention: str) -> None:
-    """One after the other, twice: what one asked for must not show in the answer to another."""
+    """Runs all requests in a row, twice: the outputs of one request must not leak into another."""
     takes = make in (swin_classifier, swin_backbone)
     options = {"attn_implementation": attention} if takes else {}
     model, twin, report = accelerated(lambda: make(**options))
@@ -170,7 +170,7 @@ def test_methods_keep_their_signatures(make: Callable[[], Any]) -> None:
         assert hasattr(model, name) == hasattr(twin, name)
 
 
-# what is given
+# odd inputs
 
 INPUTS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "double": lambda: ((PIXELS.double(),), {}),
@@ -204,13 +204,13 @@ def test_odd_inputs_have_the_outcome_of_upstream(make: Callable[[], Any], given:
     args, kwargs = given()
     for _ in range(2):  # at first before ours ran
         assert_same_outcome(model, twin, *args, **kwargs)
-        assert_same_outcome(model, twin, PIXELS)  # tiny ones change upstream's windows for good
+        assert_same_outcome(model, twin, PIXELS)  # tiny images change windows permanently
 
 
 @torch.no_grad()
 def test_wrong_input_after_many_sizes_raises_upstreams_error(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated(make)
-    for size in range(32, 76, 4):  # more kinds than are checked
+    for size in range(32, 76, 4):  # more forms of call than are checked
         pixels = images(size, 32, batch=1)
         assert_alike(model(pixels), twin(pixels))
     for pixels in (images(32, 32, channels=4), PIXELS[0]):
@@ -272,7 +272,7 @@ def test_functional_transforms_equal_upstream(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-# ours being at fault
+# faults of our replacement
 
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "wrong": (

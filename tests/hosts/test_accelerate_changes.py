@@ -39,7 +39,7 @@ pytestmark = [
 ]
 
 
-# changes that are followed without being told
+# changes that are followed without `refresh`
 
 
 def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
@@ -79,7 +79,7 @@ def replace_data(model: Any) -> None:
 def replace_parameters(model: Any) -> None:
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            p.data.mul_(0.7)  # in the same memory, and without a trace
+            p.data.mul_(0.7)  # in the same memory, without a change of version
             setattr(module, name, nn.Parameter(p.data))
 
 
@@ -263,7 +263,7 @@ HISTORIES = {
 def test_lora_around_an_accelerated_model_equals_upstream(
     make: Callable[[], Any], ran_before: bool, runs_adapted: bool, frozen: bool
 ) -> None:
-    """Merging writes through `.data`, and may leave behind the very modules that were there."""
+    """Merging writes through `.data` and may put the original modules back."""
     model, upstream = (make().requires_grad_(not frozen) for _ in range(2))
     report = fastbb.accelerate(model, mode="eager")
     before = infer(upstream)
@@ -274,14 +274,14 @@ def test_lora_around_an_accelerated_model_equals_upstream(
         assert_close(infer(adapted.eval()), infer(theirs.eval()))
         assert any("layers inside it were replaced" in why for why in reasons_of(report))
     merged, theirs = adapted.merge_and_unload(), theirs.merge_and_unload()
-    want = infer(theirs)  # nothing has called eval() since, which would make ours look again
+    want = infer(theirs)  # no eval() since then, which would make ours look again
     assert merged is model and not torch.allclose(want[-1], before[-1], rtol=1e-2)
     assert_close(infer(model), want)
     assert_ours_ran(report)
 
 
 def test_lora_that_starts_at_zero_takes_effect_when_it_changes(make: Callable[[], Any]) -> None:
-    """At first an adapted model computes what the model did; ours must not run on for that."""
+    """An adapter of zeros changes nothing at first; ours must stop once it is trained."""
     model, upstream, _ = accelerated(make)
     both = (model, upstream)
     adapted, theirs = (adapt(make, either, starts_at_zero=True).eval() for either in both)

@@ -45,7 +45,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def hooked(model: Any, modules: list[nn.Module]) -> tuple[list[Any], list[Any]]:
-    """Hooks of all kinds on modules; what they were called with, and their handles."""
+    """Registers hooks of all kinds; returns what they were called with, and their handles."""
     names, seen, handles = names_of(model), [], []
 
     def after(module: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -97,7 +97,7 @@ def test_hooks_see_the_values_of_upstream(
         results = tensors(either(PIXELS))
         torch.stack([result.square().mean() for result in results]).sum().backward()
     assert_seen_alike(got, want)
-    # upstreams break if all modules have such hooks, and those of a dataclass are not called
+    # upstream fails if all modules have such hooks; hooks of a dataclass are not called
     assert any(kind == "backward" for kind, *_ in got) == (which in BACKWARD)
     for handle in handles:
         handle.remove()
@@ -143,7 +143,7 @@ def test_global_hooks_see_every_module(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-# layers that compute their weights, classes and forwards of somebody else
+# parametrized layers, subclasses and patched forwards
 
 PARAMETRIZED: dict[str, Callable[[Any], Any]] = {
     "weight_norm": parametrizations.weight_norm,

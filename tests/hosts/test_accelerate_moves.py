@@ -22,7 +22,7 @@ PIXELS = images(64, 64)
 
 
 def test_forward_rebound_by_a_wrapper_equals_upstream() -> None:
-    """As accelerate's Accelerator does for mixed precision."""
+    """Rebinds the forward as accelerate's Accelerator does for mixed precision."""
     model, twin, _ = accelerated(timm_resnet)
     infer(model)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""The float64 truth that ours is held to: folding, memory, copies that fail, calls that grow."""
+"""Comparison with float64: folding, memory, modules that cannot be copied, growing calls."""
 
 import copy
 import gc
@@ -26,7 +26,7 @@ def timm_maps() -> Any:
 @pytest.mark.parametrize("mode", ["auto", "eager"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_bf16_and_fp16_backbones_run_ours_without_a_warning(mode: str, precision: str) -> None:
-    """Their first call happens inside a folded backbone."""
+    """The first call of the blocks happens inside a folded backbone."""
     model, twin = timm_resnet(), timm_resnet()
     report = fastbb.accelerate(model, mode=mode, precision=precision)
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Fresh heads of transformers around pretrained backbones: all of the backbone is loaded."""
+"""New heads of transformers around pretrained backbones load every weight of the backbone."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ DETR = {
 }
 UPERNET = {"hidden_size": 16, "auxiliary_channels": 8, "pool_scales": [1, 2]}
 
-# head, its configuration, the checkpoint, maps that the head takes without being told
+# head, its configuration, the checkpoint, number of maps that it takes by default
 CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "maskformer-swin": ("MaskFormerForInstanceSegmentation", MASKFORMER, "swin", 4),
     "maskformer-resnet": ("MaskFormerForInstanceSegmentation", MASKFORMER, "resnet", 4),
@@ -132,7 +132,7 @@ def assert_same(again: Any, head: Any) -> None:
     state, want = again.state_dict(), head.state_dict()
     assert state.keys() == want.keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in state.items())
-    # where a tensor lies in memory changes the last bit of some convolutions
+    # the memory address changes the last bit of some convolutions
     assert_equals_upstream(outputs(again), outputs(head))
 
 
@@ -197,7 +197,7 @@ def test_maskformer_config_behaves_as_in_transformers_4(
     loaded = load_file(Path(checkpoints["resnet"]) / "model.safetensors")[f"resnet.{bias}"]
     assert torch.equal(backbone_of(head).state_dict()[bias], loaded) is pretrained
 
-    # what is saved is transformers' own, and asks for no weights
+    # the saved configuration is transformers' own, without pretrained weights
     config.save_pretrained(tmp_path / "config")
     written = json.loads((tmp_path / "config" / "config.json").read_text())
     theirs = transformers.MaskFormerConfig.from_pretrained(tmp_path / "config")

@@ -1,4 +1,4 @@
-"""Configurations of heads: the backbone that each one names is built."""
+"""Configurations of heads give the backbone that they name."""
 
 import json
 from typing import Any

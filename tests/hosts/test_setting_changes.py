@@ -62,7 +62,7 @@ MAKES: dict[str, Callable[[], Any]] = {
     ANY_SIZE: partial(timm_swin, strict_img_size=False),
     "timm_swin": timm_swin,
 }
-# which models have what is changed; upstream runs all of these
+# models to which each change applies; upstream runs all of them
 APPLIES: dict[str, list[str]] = {
     "eps": [*SWINS, *RESNETS, ANY_SIZE],
     "eps of one norm of a block": ["swin_backbone", "maskformer_swin"],
@@ -84,7 +84,7 @@ APPLIES: dict[str, list[str]] = {
     "statistics": RESNETS,
     "a bias that was not there": [*SWINS, ANY_SIZE],
 }
-# what ours cannot express, in the words of the report
+# changes that ours cannot express, with the reason in the report
 REFUSED = {
     "scale": "its attention scale is",
     "function of the activation": "its activation is a GELUActivation",
@@ -188,7 +188,7 @@ def test_odd_settings_have_the_outcome_of_upstream(odd: Callable[[Any], None]) -
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
 def test_threads_follow_changed_settings(precision: str | None) -> None:
-    """Nothing of the model may be moved while another thread runs it."""
+    """No thread may move the model while another one runs it."""
     model, upstream = timm_efficientnet(), timm_efficientnet()
     fastbb.accelerate(model, mode="eager", precision=precision)
     infer(model, PIXELS)
