@@ -136,7 +136,7 @@ def test_folded_model_equals_timm_and_follows_changes(name: str) -> None:
     now = ours.state_dict()
     assert list(now) == list(state) and all(torch.equal(now[key], state[key]) for key in state)
 
-    # statistics move without a trace in their tensors
+    # statistics change without a new version of their tensors
     models: list[Any] = [ours, upstream]
     for model in models:
         model.train()
@@ -145,7 +145,7 @@ def test_folded_model_equals_timm_and_follows_changes(name: str) -> None:
         model.eval()
     assert_same_maps()
 
-    # an edit in place of what is folded
+    # folded weights are edited in place
     for model in models:
         for parameter in list(model.parameters())[:3]:
             parameter.mul_(1.5)

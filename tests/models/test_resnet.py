@@ -180,7 +180,7 @@ def test_training_gives_upstreams_gradients_and_statistics(variant: str) -> None
 
 
 def test_after_training_the_new_statistics_are_used() -> None:
-    # whatever was folded for inference before must be gone
+    # values folded for inference before must not be used
     upstream, pixels = hf_resnet(), images(60, 44)
     ours = from_hf(upstream)
     with torch.no_grad():

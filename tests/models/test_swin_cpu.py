@@ -40,7 +40,7 @@ def test_parts_hold_every_token_once(
 
 
 def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the maps whose block is computed in parts from now on."""
+    """Records the shapes of maps whose blocks run in parts from now on."""
     shapes: list[tuple[int, ...]] = []
     own = swin_forward.swin_block_on_cpu
 
@@ -118,7 +118,7 @@ def test_packed_products_equal_torch(
         "groups": groups,
     }
     plain = torch.conv2d(x, weight, bias, **geometry)
-    for shape in (tuple(x.shape), (1, inputs, 40, 40)):  # also weights packed for another shape
+    for shape in (tuple(x.shape), (1, inputs, 40, 40)):  # or packed for another shape
         packed = onednn.pack_conv(weight, shape, **geometry)
         got = onednn.packed_conv(x, packed, bias, activation=activation, **geometry)
         assert_equals_upstream(got, act(plain), rel)

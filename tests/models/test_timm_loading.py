@@ -15,7 +15,7 @@ PIXELS = torch.randn(1, 3, 64, 64)
 
 @pytest.fixture
 def timm_directory(tmp_path):
-    """What timm saves of a classifier built with `output_stride=16`."""
+    """Directory with the files that timm saves of a classifier with `output_stride=16`."""
     model = randomize_(timm.create_model("test_resnet", output_stride=16))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
