@@ -86,7 +86,7 @@ def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
 
 
 def _as_a_binary(launch: Launch) -> Launch:
-    """Notes one binary for a launch that notes none itself."""
+    """Records one binary for a launch that records none itself."""
 
     def noted(*args: Any) -> Any:
         with noting() as launched:

@@ -22,8 +22,8 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.op import op_names
 from fastbb_kernels.result_cache import ResultCache
 
-MANY = 10**6  # images for which compiling pays, whatever a call costs here
-MIN_RUNS = 4  # of a candidate that is measured: once by itself, and in three rounds
+MANY = 10**6  # number of images for which compiling always pays
+MIN_RUNS = 4  # calls of a measured candidate: one alone, and three rounds
 
 
 @contextmanager
@@ -154,7 +154,7 @@ def explained(backbone: Backbone) -> Explanation:
 
 
 def only_row(backbone: Backbone) -> Row:
-    """The one row of an explanation."""
+    """Returns the only row of an explanation."""
     (row,) = explained(backbone).rows
     return row
 
