@@ -1,4 +1,4 @@
-"""`fastbb tune` measures the ways to run a model, and mode "auto" remembers what won."""
+"""`fastbb tune` measures the ways to run a model; mode "auto" runs the winner."""
 
 import re
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Puts something in the place of the compiler."""
+    """Replaces the compiler."""
 
     def put(compile_maps: Callable[..., Any]) -> None:
         monkeypatch.setattr(ways, "compile_maps", compile_maps)
@@ -51,7 +51,7 @@ def test_tune_prints_the_winner_and_the_other_candidates(user_cache: Path, compi
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     heads = [line for line in lines if line.startswith("fp32, ")]
-    # the largest batch first: what it needs of memory is needed by all
+    # the largest batch comes first, since it needs most memory
     assert re.match(r"fp32, 2x32x40: (eager|compile), \d+\.\d images/s", heads[0])
     assert re.match(r"fp32, 1x32x40: (eager|compile), \d+\.\d images/s", heads[1])
     tried = [line.split(":")[0].strip() for line in lines if line.startswith("  ")]

@@ -1,4 +1,4 @@
-"""The model that `verify` compares with: the family's, or our own without its library."""
+"""Reference model of `verify`: the family's upstream, or our own if its library is missing."""
 
 import sys
 from dataclasses import replace

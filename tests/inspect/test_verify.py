@@ -1,4 +1,4 @@
-"""`verify` passes what equals upstream, and nothing else."""
+"""`verify` passes backbones that equal upstream, and fails all others."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def wrong(report: VerifyReport) -> list[str]:
 
 
 def change_map(backbone: Any, stage: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Lets a backbone return something else for one stage."""
+    """Changes the map of one stage that a backbone returns."""
     original = backbone.feature_map
 
     def feature_map(name: str, hidden_state: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_bf16_and_fp64_backbones_pass_and_their_wrong_maps_fail(dtype: torch.dty
         report = verify(backbone)
         assert report.passed, str(report)
         assert str(dtype).removeprefix("torch.") in str(report).splitlines()[0]
-    # half of what is allowed is eager's own error, a tenth of the map is far more
+    # eager's own error is half of the allowed one; a tenth of the map is far more
     backbone = swin().ours.to(dtype)
     change_map(backbone, "stage4", lambda x: x * 1.1)
     assert wrong(verify(backbone)) == ["stage4"] * 2
@@ -226,7 +226,7 @@ def test_nonfinite_reference_fails_every_map() -> None:
 
 
 class Recorder(nn.Module):
-    """A reference that notes what fp32 products it was allowed."""
+    """A reference that records the fp32 precision it runs in."""
 
     seen: list[str] = []
 

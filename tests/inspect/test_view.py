@@ -1,4 +1,4 @@
-"""Contact sheets: what is drawn where, and that it depends on the features alone."""
+"""Contact sheets: layout, and pictures that depend on the features alone."""
 
 from pathlib import Path
 

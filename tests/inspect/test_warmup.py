@@ -1,4 +1,4 @@
-"""`fastbb warmup` compiles what a model will launch, before it does."""
+"""`fastbb warmup` compiles the kernels of a model before it launches them."""
 
 import json
 import os
@@ -48,12 +48,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def warmed(cache: Path) -> Result:
-    """What the first warm-up says."""
+    """Result of the first warm-up."""
     return fastbb_warmup(*TINY, "--batch", "1,2", "--arch", "90", "--workers", "2")
 
 
 def counts(result: Result) -> tuple[int, int, int]:
-    """Binaries: all, compiled, from the cache."""
+    """Numbers of binaries: all, compiled, from the cache."""
     found = re.search(r"(\d+) binaries, (\d+) compiled and (\d+) from the cache", result.stdout)
     assert found is not None, result.output
     total, compiled, cached = map(int, found.groups())
@@ -98,7 +98,7 @@ print(len(hits), sum(hits))
 
 
 def test_forward_pass_after_warmup_compiles_nothing(warmed: Result) -> None:
-    """In a process of its own: where kernels were interpreted, Triton may hash them otherwise."""
+    """Runs in a new process, since Triton may hash kernels differently after interpreting them."""
     done = subprocess.run(
         [sys.executable, "-c", FORWARD, MODEL], capture_output=True, text=True, check=True
     )
@@ -207,7 +207,7 @@ def test_arguments_survive_the_encoding_for_a_worker() -> None:
 def on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, folder: Path, arch: Any = 90, **launches: Any
 ) -> Result:
-    """The command where a GPU is pretended: nothing compiles, forward passes run on the CPU."""
+    """Runs the command on a pretended GPU: nothing compiles, forward passes run on the CPU."""
     forward = warmup.forward
 
     def on_it(*arguments: Any) -> Any:
@@ -228,7 +228,7 @@ def test_each_batch_runs_once_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     ran = [line for line in result.stdout.splitlines() if line.startswith("batch ")]
     assert [line.split(":")[0] for line in ran] == ["batch 1", "batch 2"]
     assert "one forward pass, checks included, in " in ran[0]
-    assert list(tmp_path.iterdir())  # what was checked is remembered
+    assert list(tmp_path.iterdir())  # results of the checks are stored
 
 
 def test_gpu_that_is_not_compiled_for_only_runs(
