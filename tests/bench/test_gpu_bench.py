@@ -1,4 +1,4 @@
-"""What becomes of the stages of `make gpu` that go wrong, and of its arguments."""
+"""Stages of `make gpu` that fail, hang or crash, and wrong arguments."""
 
 import inspect
 import os
@@ -104,7 +104,7 @@ def test_failing_stages_leave_the_other_stages_running(tmp_path: Path) -> None:
     assert found["hangs"].startswith("cut off after ")
     assert found["fine"] == "finished"
     assert all(f"| {stage} | {outcome} |" in tables for stage, outcome in found.items())
-    # what was found before it went wrong stays, and what was not is named
+    # results from before the failure stay, and missing ones are named
     reached = [row["stage"] for row in data["sections"]["ops"]]
     assert reached == ["hangs", "raises", "fine"]
     assert "- hangs: not reached: two" in tables

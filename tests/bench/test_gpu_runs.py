@@ -1,4 +1,4 @@
-"""The three runs of `make gpu`, rehearsed without a GPU, and what they must not get wrong."""
+"""Dry runs of the three runs of `make gpu`, and parts of them that must be right."""
 
 import json
 import resource
@@ -38,7 +38,7 @@ SECTIONS = {
     2: ["environment", "sweep", "conv3x3", "ops"],
     3: ["environment", "tools", "models", "checks"],
 }
-# what each run must have asked a GPU for
+# calls of torch.cuda that each run must make
 PRETENDED = {
     1: {"capture", "CUDAGraph.replay", "Event.record", "Stream", "profile"},
     2: {"capture", "CUDAGraph.replay", "Event.record", "Event.query", "_sleep"},
@@ -50,7 +50,7 @@ PRETENDED = {
 def rehearsal(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, Path]]:
-    """A dry run of one of the three where nothing but torch and triton is installed."""
+    """Dry run of one of the three runs, with nothing but torch and triton installed."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(BLOCKER)
     out, before = folder / "results", resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -58,7 +58,7 @@ def rehearsal(
     done = gpu_command(*options, first=str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # on a machine that does nothing else; waiting for others is not ours
+    # limit on an idle machine, in processor time
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     assert f"results: {out}" in done.stdout
     yield request.param, out
@@ -76,7 +76,7 @@ def test_dry_run_finishes_every_stage(rehearsal: tuple[int, Path]) -> None:
     facts = {row["item"]: row["value"] for row in data["sections"]["environment"]}
     assert facts["torch"] == torch.__version__
     assert not [fact for fact in facts.values() if fact.startswith("unknown")]
-    # what upstream's libraries would have been needed for says that it did without
+    # stages that need upstream's libraries say that they ran without them
     for row in data["sections"].get("models", []):
         columns = row.get("columns", {})
         assert not columns or row["upstream"].startswith("fastbb eager (transformers: ModuleNot")
@@ -129,7 +129,7 @@ print(torch.cuda.is_initialized(), "torch._inductor.async_compile" in gpu.sys.mo
 
 
 def test_imports_before_a_fork_do_not_initialise_cuda() -> None:
-    """A process that forks and has counted GPUs has children that cannot use them."""
+    """A forked child cannot use GPUs if its parent has counted them."""
     done = gpu_command("-c", IMPORTING, script=False)
     assert done.stdout == "False False\n", done.stdout + done.stderr
 
@@ -302,7 +302,7 @@ def test_the_floor_of_a_model_counts_the_bytes_of_its_launches(op_name: str) -> 
             op.call(**arguments, impl="triton")
         with gpu_measure.OurBytes() as counted, torch.no_grad():
             op.custom_op(*launch.call_args.args)
-        # what a window leaves out at the edges of an odd map
+        # pixels that no window covers at the edges of an odd map
         assert op.n_bytes(**arguments) == pytest.approx(counted.n_bytes, rel=0.02)
         assert counted.n_launches == 1
 
@@ -326,7 +326,7 @@ class Event:
     """A CUDA event on a clock that only `work` moves."""
 
     now_ms = 0.0
-    is_late = False  # whether the GPU was done with its sleep before the host had queued all
+    is_late = False  # whether the GPU woke up before the host had queued all calls
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0.0
@@ -372,7 +372,7 @@ def test_a_flushing_clock_times_only_what_was_queued(
         Event.is_late = cycles < host_cycles
 
     def work() -> None:
-        # what is not queued takes as long as the host
+        # calls that are not queued take as long as the host
         Event.now_ms += 100.0 if Event.is_late else 0.5
 
     with pretended_gpu():

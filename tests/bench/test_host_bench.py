@@ -1,4 +1,4 @@
-"""bench/hosts.py: a host is measured, its backbone counted; one that fails costs its row."""
+"""bench/hosts.py measures a host and counts its backbone; a host that fails loses only its row."""
 
 import json
 import sys

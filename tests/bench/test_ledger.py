@@ -1,4 +1,4 @@
-"""The ledger of bytes and launches: its rule on cases counted by hand, upstream's numbers, ours."""
+"""Ledger of bytes and launches: cases counted by hand, upstream's numbers, ours."""
 
 import functools
 from collections.abc import Callable
@@ -253,7 +253,7 @@ def test_bytes_of_upstreams_swin_equal_those_counted_by_hand() -> None:
     # two additions of two maps to a third, and the activation of four maps
     assert parts[RESIDUAL] == blocks * 2 * 3
     assert parts[ACTIVATION] == blocks * 2 * 4
-    # every map is padded by nothing, which copies it
+    # every map is padded by zero rows, which still copies it
     assert parts[PAD] == blocks * 2
     # in every second block, there and back, two dimensions each
     assert parts[ROLL] == blocks // 2 * 2 * 2 * 2
@@ -281,7 +281,7 @@ LIMITS = {
     ("resnet50", "fastbb"): (52 * MB * 64, 60),
     ("resnet50", "fastbb, tail kernels"): (46 * MB * 64, 60),
 }
-# of transformers' traffic: what the limit of Swin-T was set as, for the other models
+# share of transformers' traffic: the limit of Swin-T, applied to the other models
 LARGEST_SHARE = 4.6 / 11.0
 
 

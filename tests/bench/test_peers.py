@@ -1,4 +1,4 @@
-"""The comparison with peers: its statistics with pretended peers and time, and a tiny run."""
+"""Comparison with peers: statistics of pretended peers on a pretended clock, and a tiny run."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ UPSTREAM = PEERS["transformers eager"]
 
 
 class Clock:
-    """Time that only pretended calls let pass."""
+    """Clock that only pretended calls advance."""
 
     def __init__(self) -> None:
         self.now = 0.0

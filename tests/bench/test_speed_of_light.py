@@ -1,4 +1,4 @@
-"""The report of floors: what a kernel executes is at least what its result needs."""
+"""Report of floors: a kernel executes at least as much as its result needs."""
 
 import pytest
 from speed_of_light import markdown, speed_of_light
