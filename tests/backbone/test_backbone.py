@@ -89,7 +89,7 @@ def test_state_dict_of_a_transformers_model_loads(wrap):
         wrap(backbone).load_state_dict(wrap(upstream).state_dict())
     maps = backbone(PIXELS).feature_maps
     assert_equals_upstream(maps[1], upstream(PIXELS).feature_maps[0])
-    # the norm that did not come is the identity, not that of other weights
+    # the missing norm is the identity, not the norm of older weights
     assert torch.equal(backbone.hidden_states_norms["stage1"].weight, torch.ones(8))
 
 
@@ -175,7 +175,7 @@ def test_the_attention_mask_is_not_repeated_for_each_image():
     backbone, sizes = SwinBackbone(config), []
     for batch in (1, 8):
         largest = 0
-        # without oneDNN no window is computed beside the ops
+        # without oneDNN all windows are computed by the ops
         with torch.backends.mkldnn.flags(enabled=False), Watch():
             backbone(torch.randn(batch, 3, 64, 64))
         sizes.append(largest)

@@ -98,7 +98,7 @@ def test_gradient_checkpointing_compiles(make):
     plain = randomize_(make()).double().train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable()
-    # a backend that recomputes in the backward what is checkpointed
+    # a backend that recomputes checkpointed parts in the backward
     compiled = torch.compile(checkpointed, backend="aot_eager_decomp_partition", fullgraph=True)
     pixels = PIXELS.detach().double()
     got = gradients(compiled, pixels)

@@ -161,7 +161,7 @@ def test_6_any_image_size_may_follow_any_other() -> None:
 
 def live_bytes() -> int:
     gc.collect()
-    # what oneDNN packed for other tests has no storage to ask
+    # tensors that oneDNN packed in other tests have no storage
     tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and not o.is_mkldnn]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -179,7 +179,7 @@ def test_7_nothing_is_prepared_for_one_image_size() -> None:
             assert counter.frame_count == i + 1  # one more compilation for each size
 
         for size in sizes:
-            ours(images(*size))  # remembers where windows lie, of a bounded number of sizes
+            ours(images(*size))  # remembers the window positions of a bounded number of sizes
         prepared = live_bytes()
         for size in sizes:
             ours(images(*size))

@@ -147,7 +147,7 @@ def test_split_checkpoint_loads_and_missing_shards_are_refused(swin):
 
 
 class Trap:
-    """Unpickling this would run code."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return print, ("the pickle ran",)
@@ -267,7 +267,7 @@ def test_find_prefix_takes_the_best_and_refuses_a_tie():
 
 
 class TestHub:
-    """The same through a server that speaks the Hub's language."""
+    """Loads checkpoints from a local server with the Hub's API."""
 
     @pytest.fixture
     def repo(self, hub, tmp_path):

@@ -116,7 +116,7 @@ def test_a_failed_setter_raises_upstreams_message_and_changes_nothing(
     with pytest.raises(ValueError) as raised:
         setattr(ours, name, value)
     assert str(raised.value) == str(expected.value)
-    assert selection(theirs) != before  # upstream is left between two states
+    assert selection(theirs) != before  # upstream keeps the invalid value
     assert selection(ours) == before
 
 
@@ -313,7 +313,7 @@ def test_configs_of_one_class_do_not_share_lists(family: str) -> None:
 
 
 def test_timm_backbone_config_takes_the_name_first() -> None:
-    # the call of the reference page, which transformers 5 refuses
+    # this call of the reference page is refused by transformers 5
     with pytest.raises(ValueError):
         transformers.TimmBackboneConfig("resnet50", use_pretrained_backbone=True)
     config = TimmBackboneConfig("resnet50", use_pretrained_backbone=True)

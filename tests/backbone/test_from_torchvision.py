@@ -108,7 +108,7 @@ def test_incomplete_weights_raise_value_error(name: str | None) -> None:
 
 @pytest.fixture
 def download(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is downloaded; torchvision's weights are those of a fresh model."""
+    """Records each download and returns the weights of a new model in its place."""
     asked: list[Any] = []
 
     def get_state_dict(member: Any, **options: Any) -> dict[str, torch.Tensor]:

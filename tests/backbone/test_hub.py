@@ -1,4 +1,4 @@
-"""Resolution of names to files: `~`, incomplete repositories, Hub errors, timm's formats."""
+"""Names are resolved to files: `~`, incomplete repositories, Hub errors, timm's formats."""
 
 import json
 from http import HTTPStatus

@@ -30,7 +30,7 @@ def save_timm(folder: Path) -> None:
     save_file({name: t.clone() for name, t in state.items()}, folder / "model.safetensors")
 
 
-# how each kind of model is saved, and one of its weights
+# for each kind of model: how it is saved, and one of its weights
 MODELS = {
     "resnet": (
         lambda folder: ResNetBackbone(ResNetConfig(**RESNET)).save_pretrained(folder),
@@ -42,7 +42,7 @@ MODELS = {
     ),
     "timm": (save_timm, "layer1.0.conv1.weight"),
 }
-# a part of the name by which the error calls it
+# part of the name in the error
 CALLED = {
     "resnet": "layers.0.shortcut.convolution.weight",
     "swin": "relative_position_bias.relative_position_bias_table",
@@ -52,7 +52,7 @@ CALLED = {
 
 @pytest.fixture(params=MODELS)
 def model(request: Any, tmp_path: Path) -> tuple[str, Path, dict[str, Tensor], str]:
-    """A kind of model, a directory with its config.json, its tensors, the name of one."""
+    """Kind of model, directory with its config.json, tensors, and the name of one of them."""
     save, weight = MODELS[request.param]
     save(tmp_path)
     state = read_state_dict(tmp_path)
@@ -68,7 +68,7 @@ def write(folder: Path, filename: str, state: Any) -> None:
 
 
 def command_line(folder: Path, tmp_path: Path) -> str:
-    """What `fastbb extract` says of a model that it refuses."""
+    """Returns the error that `fastbb extract` prints for a model that it refuses."""
     Image.new("RGB", (9, 8)).save(tmp_path / "image.png")
     arguments = ["extract", str(tmp_path / "image.png"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*arguments, "--model", str(folder)])

@@ -27,7 +27,7 @@ def upstream_tests() -> ModuleType:
 
 
 class ModelTester:
-    """What the mixin asks for a small model and an input of it."""
+    """Attributes that the mixin reads: a small model and its input."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -88,7 +88,7 @@ def test_of_upstreams_mixin_passes(family: str, name: str, upstream_tests: Modul
 
     class Case(upstream_tests.BackboneTesterMixin, unittest.TestCase):
         all_model_classes = (backbone_class,)
-        # of timm's, upstream's own tester says no: asking for them is an error
+        # upstream's tester says no for timm, where asking for attentions is an error
         has_attentions = backbone_class.has_attentions and family != "timm"
 
         def runTest(self) -> None:

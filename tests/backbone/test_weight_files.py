@@ -16,7 +16,7 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}
 
 @pytest.fixture
 def resnet(tmp_path):
-    """A saved ResNet's directory and its tensors, whose file is gone."""
+    """Directory of a saved ResNet without its weights file, and the tensors of that file."""
     randomize_(ResNetBackbone(ResNetConfig(**RESNET))).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
