@@ -46,7 +46,7 @@ def assert_same(image: Image.Image, expected: Image.Image | np.ndarray) -> None:
 
 
 def upstream_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """What transformers makes of transparency, since there is a rule."""
+    """RGB pixels of transformers' rule for transparency."""
     pytest.importorskip("transformers", minversion="5.21")
     from transformers.image_transforms import convert_to_rgb
 
@@ -90,7 +90,7 @@ def test_16_bit_is_scaled_not_saturated(mode: str) -> None:
     dtype = ">u2" if mode == "I;16B" else "<u2"
     image = Image.frombytes(mode, (26, 26), values.astype(dtype).tobytes())
     assert_same(to_rgb(image), np.repeat(values[..., None] >> 8, 3, axis=-1))
-    assert np.asarray(image.convert("RGB")).mean() > 250  # what upstream makes of it: white
+    assert np.asarray(image.convert("RGB")).mean() > 250  # upstream gives white
 
 
 def test_16_bit_png_file_is_scaled_to_8_bits() -> None:

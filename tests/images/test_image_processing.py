@@ -33,7 +33,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def timm_pixels(pretrained_cfg: dict, image: Image.Image) -> torch.Tensor:
-    """What timm's own evaluation transform makes of an image, at the test-time size."""
+    """Pixels of timm's own evaluation transform, at the test-time size."""
     data = resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=True)
     return create_transform(**data, is_training=False)(image)  # type: ignore[operator]
 

@@ -19,7 +19,7 @@ transformers.logging.set_verbosity_error()
 
 SIZES = [(1, 1), (1, 9), (11, 1), (2, 97), (37, 61), (61, 37), (224, 224), (225, 223), (240, 320)]
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-# as they are on the Hub, mean and std left out, oldest layouts included; 800/1333 made smaller
+# files of the Hub, oldest layouts included, without mean and std, with smaller sizes
 HUB_FILES: dict[str, dict[str, Any]] = json.loads("""{
 "swin": {"do_normalize": true, "do_resize": true, "feature_extractor_type": "ViTFeatureExtractor",
     "resample": 3, "size": 224},
@@ -67,7 +67,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def load_both(directory: Path, config: dict[str, Any], **overrides):
-    """transformers' PIL processor and ours, of one file."""
+    """Loads transformers' PIL processor and ours from one file."""
     (directory / "preprocessor_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", **overrides)
     assert type(theirs).__name__.endswith("Pil")
@@ -75,7 +75,7 @@ def load_both(directory: Path, config: dict[str, Any], **overrides):
 
 
 def assert_same(ours, theirs) -> None:
-    """Both batches have the same entries, bit for bit; ours is fp32 also without any arithmetic."""
+    """Asserts equal entries, bit for bit; ours is fp32 even if no step computes."""
     assert set(ours) == set(theirs)
     assert ours["pixel_values"].dtype == torch.float32
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"].float())
@@ -112,7 +112,7 @@ TYPES = sorted({spec_from_config(config).image_processor_type for config in HUB_
 def test_class_defaults_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name})
     images = [picture(48, 64), picture(30, 20)]
-    images[1].info["transparency"] = images[1].getpixel((10, 15))  # white where it converts
+    images[1].info["transparency"] = images[1].getpixel((10, 15))  # becomes white in RGB
     assert_same(ours(images), theirs(images, return_tensors="pt"))
 
 
@@ -123,7 +123,7 @@ def test_max_size_without_size_equals_transformers(name: str, tmp_path: Path) ->
 
 
 def random_config(rng: random.Random) -> dict[str, Any]:
-    """Any combination of keys, small sizes, absent and null values included."""
+    """Random combination of keys, with small sizes, absent keys and null values."""
 
     def edge() -> int:
         return rng.choice([1, 2, 5, 13, 16, 31, 32, 40, 57])
@@ -236,7 +236,7 @@ def test_images_in_memory_equal_transformers(kind: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES["dinov2"])  # converts to RGB
     image = Image.open(io.BytesIO(file_of(kind)))
     assert_same(ours(image), theirs(image, return_tensors="pt"))
-    theirs, ours = load_both(tmp_path, HUB_FILES["swin"])  # does not: raises on all but RGB
+    theirs, ours = load_both(tmp_path, HUB_FILES["swin"])  # raises for all modes but RGB
     if image.mode == "RGB":
         assert_same(ours(image), theirs(image, return_tensors="pt"))
     else:
