@@ -219,7 +219,7 @@ def test_every_batch_is_full_and_within_its_shard(
 
     monkeypatch.setattr(FeatureExtractor, "_forward", watching)
     extract(model, root, tmp_path / "out", batch_size=4, shard_rows=6)
-    # zero images stand for what fails and what is missing
+    # images of zeros replace failed and missing ones
     full = [[bool(image.any()) for image in pixels] for pixels in seen]
     assert full == [
         [True, False, True, True],

@@ -1,4 +1,4 @@
-"""How the model runs is chosen once, recorded, and taken by a resumed run."""
+"""The mode of a run is chosen once, recorded in the plan, and used again by a resumed run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastbb.extraction.store import FeatureWriter, PlanMismatchError
 
 @pytest.fixture
 def compiled_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes that a pretended compiler was asked for."""
+    """Replaces the compiler and returns the shapes that it is asked to compile."""
     shapes: list[tuple[int, ...]] = []
 
     def compile_maps(backbone: Backbone, example: Tensor, impl: str) -> Run:

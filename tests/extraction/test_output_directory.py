@@ -1,4 +1,4 @@
-"""What may be in a features directory already: somebody's files, damage, another request."""
+"""Output directories with other files, damaged files, or the plan of another request."""
 
 import errno
 import json

@@ -15,7 +15,7 @@ from fastbb.extraction.job import extract
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Equal up to the order of sums, which may differ with the size of a batch."""
+    """Asserts equality up to the order of sums, which may differ with the batch size."""
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -252,7 +252,7 @@ def test_a_batch_too_large_for_the_memory_asks_for_a_smaller_one(
 def test_an_image_that_the_processor_refuses_is_a_failed_row(
     aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
-    # one pixel high and resized to its own shape: nothing is left
+    # one pixel high: resizing rounds its height to zero
     (tmp_path / "thin.png").write_bytes(encoded(1, (1, 5000)))
     (batch,) = FeatureExtractor(aspect_model).stream([tmp_path / "thin.png"])
     assert [error.kind for error in batch.errors] == ["transform"] and not batch.ids

@@ -143,7 +143,7 @@ def test_every_field_of_the_plan_is_compared(run: Callable[..., Report], tmp_pat
     run()
     path = tmp_path / "out" / "plan.json"
     text = path.read_text()
-    found = ("rows", "rows_sha256", "runs")  # by the first start
+    found = ("rows", "rows_sha256", "runs")  # fields that the first start computes
     fields = [field for field in flatten(json.loads(text)) if field[0] not in found]
     assert {field[0] for field in fields} == {
         *("format", "model", "preprocessing", "limits", "features", "outputs", "precision"),
@@ -251,7 +251,7 @@ def test_file_size_limit_is_reported_as_an_output_error(
 
 
 class Broken(BaseException):
-    """Not an Exception: nothing may catch it."""
+    """A BaseException, so that `except Exception` does not catch it."""
 
 
 @pytest.mark.parametrize("point", ["fsync", "replace", "after"])
