@@ -122,7 +122,7 @@ def test_wrong_values_are_usage_errors_that_name_what_was_wanted(
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the Hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no request
     result = fastbb("extract", images, "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())

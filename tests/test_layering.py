@@ -1,4 +1,4 @@
-"""Imports point in one direction: from what users call down to the operations."""
+"""Imports point in one direction: from the command line and public API down to the ops."""
 
 import ast
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ LAYERS = [
     "fastbb.inspect",
     "fastbb.cli",
 ]
-# what a user calls on a backbone is imported by the method that hands the call on
+# methods of a backbone import the function that they hand the call to
 HANDED_ON = {
     "fastbb.backbone.base": {
         "fastbb.engine.prepare.prepare",
@@ -35,7 +35,7 @@ HANDED_ON = {
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
-# modules that nothing imports before they are used, and that are made of the package
+# modules that are imported at first use only, and that need the package
 IMPORTED_WITH = {"click": ("fastbb.cli",), "transformers": ("fastbb.hosts.heads",)}
 
 
@@ -50,7 +50,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, inside_functions: bool) -> Iterator[tuple[int, str]]:
-    """Absolute names that a file imports, "package.name" also for `from package import name`."""
+    """Absolute names that a file imports; "package.name" for `from package import name`."""
 
     def walk(node: ast.AST) -> Iterator[tuple[int, str]]:
         for child in ast.iter_child_nodes(node):
@@ -159,7 +159,7 @@ def test_kernels_import_only_torch_triton_and_themselves() -> None:
 
 
 def test_only_checks_import_the_harness() -> None:
-    """`fastbb_kernels.testing` needs the extra of that name."""
+    """`fastbb_kernels.testing` needs the extra "testing", so only checks may import it."""
     users = ("fastbb_kernels.testing", "fastbb_kernels.check")
     wrong = [
         f"{where(path, line)}: {name}"

@@ -1,4 +1,4 @@
-"""One wheel with two import packages, and an import that costs nothing."""
+"""One wheel with two import packages, whose import is fast."""
 
 import importlib.metadata
 import json
@@ -55,7 +55,7 @@ def test_the_kernels_folder_is_no_package() -> None:
 
 
 def test_import_kernels_never_finds_our_folder() -> None:
-    # seen from the repository root, where a folder of that name lies first on the path
+    # in the repository root, a folder named `kernels` comes first on the path
     code = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
     origin = python("-c", code).stdout.strip()
     try:
@@ -83,7 +83,7 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
         folder = f"fastbb/assets/{model}"
         assert {f"{folder}/config.json", f"{folder}/model.safetensors"} <= set(names)
     assert not [name for name in names if name.endswith((".pyc", ".pt", ".pkl", ".bin"))]
-    # what runs from the checkout must be in the wheel
+    # files that the checkout uses must be in the wheel
     for package, root in (("fastbb", ROOT), ("fastbb_kernels", ROOT / "kernels")):
         modules = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py")}
         assert modules <= set(names)
@@ -127,7 +127,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
-    """What importing fastbb does to a new interpreter."""
+    """Effects of importing fastbb in a new interpreter: times, modules, names."""
     return json.loads(python("-c", FRESH_IMPORT).stdout)
 
 

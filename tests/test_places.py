@@ -46,7 +46,7 @@ FURTHER: dict[str, dict[str, str]] = {
 
 
 def families() -> list[str]:
-    """Modules of `fastbb.models` that register a family; timm is a library, named everywhere."""
+    """Modules of `fastbb.models` that register a family; timm is left out, a library."""
     files = (ROOT / "fastbb" / "models").glob("*.py")
     return sorted(p.stem for p in files if "register(" in p.read_text() and p.stem != "timm")
 
@@ -90,7 +90,7 @@ def ops_of(family: str) -> set[str]:
 
 @cache
 def names_in(path: Path) -> set[str]:
-    """Identifiers and strings of a module but for its prose, in lower case."""
+    """Identifiers and strings of a module without its docstrings, in lower case."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     docstrings = {

@@ -118,7 +118,7 @@ def resnet(hub: HubServer, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def resnet50(hub: HubServer, tmp_path: Path) -> Any:
-    """timm's, of full size: its name says what is built."""
+    """timm's resnet50 in full size, since the page names it."""
     model = timm.create_model("resnet50")
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     hub.add_repo("timm/resnet50.a1_in1k", tmp_path)
@@ -153,7 +153,7 @@ def test_head_with_a_pretrained_backbone_has_its_weights(resnet: Any) -> None:
     with torch.no_grad():
         assert model.eval()(images(64, 80)).class_queries_logits.isfinite().all()
 
-    # transformers 5 itself takes the same arguments, and draws the weights
+    # transformers 5 takes the same arguments, but draws random weights
     config = transformers.MaskFormerConfig(backbone=RESNET, use_pretrained_backbone=True)
     theirs = transformers.MaskFormerForInstanceSegmentation(config)
     drawn = "embedder.embedder.convolution.weight"

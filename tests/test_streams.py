@@ -1,4 +1,4 @@
-"""Commands whose standard streams are closed, missing, full or read by nobody."""
+"""Commands whose standard streams are closed, missing, full, or a pipe without a reader."""
 
 import os
 import subprocess
