@@ -1,4 +1,4 @@
-"""How many files a change touches: those of a family and its ops, and shared files that name it.
+"""Number of files that a family takes, lengths of files, and folders of tests.
 
 CONTRIBUTING.md lists the files of a new family. Each family of the tree is counted here: four files
 of its own, four for each of its ops, and further ones only with a reason.
@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "fastbb_kernels"
-OWN, PER_OP = 4, 4  # files: of a family by itself, of each of its ops
+OWN, PER_OP = 4, 4  # files of a family by itself, and of each of its ops
+LONGEST = {  # lines of a file, by folder
+    "fastbb": 600,
+    "kernels/fastbb_kernels": 600,
+    "kernels/fastbb_kernels/ops": 500,
+    "bench": 600,
+    "scripts": 600,
+    "tests": 400,
+}
+# folders of tests beside those of fastbb's packages
+OTHER_TESTS = {"ops", "harness", "bench", "support"}
 
 # files beyond that, each with its reason
 PUBLIC = {
@@ -204,3 +214,16 @@ def test_only_library_and_family_files_name_host_classes() -> None:
         )
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("folder", LONGEST)
+def test_no_file_is_longer_than_its_limit(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert not {str(path): n for path, n in lengths.items() if n > LONGEST[folder]}
+
+
+def test_folders_of_tests_have_the_names_of_the_packages() -> None:
+    packages = {path.parent.name for path in (ROOT / "fastbb").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders == packages | OTHER_TESTS
