@@ -144,7 +144,9 @@ def test_another_models_enum_is_refused_before_the_download(
     assert not download
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value")])
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("invalid hash value")], ids=str
+)
 def test_failed_download_raises_os_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error

@@ -123,7 +123,9 @@ def test_a_bin_of_parameters_loads_as_buffers_and_parameters(tmp_path: Path) -> 
         AutoBackbone.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), MemoryError()], ids=repr
+)
 def test_errors_of_unreadable_files_do_not_say_delete_it(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +202,9 @@ def test_the_state_dict_of_a_training_run_loads(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("data", [b"", b"\x80", b"cos\nsystem\n.", b"\x80\x04]}.", b"\0" * 64])
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80", b"cos\nsystem\n.", b"\x80\x04]}.", b"\0" * 64], ids=repr
+)
 def test_any_error_of_the_unpickler_becomes_an_os_error_of_one_line(
     model: Any, data: bytes
 ) -> None:

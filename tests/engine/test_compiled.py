@@ -60,6 +60,7 @@ def numbered(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (13, [4, 4, 4], [1]),
         (15, [4, 4, 4, 4], []),
     ],
+    ids=str,
 )
 def test_the_last_chunk_is_padded_or_runs_eager(
     batch: int, compiled: list[int], eager: list[int]
@@ -71,7 +72,9 @@ def test_the_last_chunk_is_padded_or_runs_eager(
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [(0, [0]), (3, [3]), (4, [4]), (9, [4, 4, 1])])
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(0, [0]), (3, [3]), (4, [4]), (9, [4, 4, 1])], ids=str
+)
 def test_the_last_chunk_may_be_smaller(batch: int, sizes: list[int]) -> None:
     run = Calls()
     maps = in_chunks(run, N)(numbered(batch))

@@ -230,7 +230,9 @@ def test_winner_takes_the_margin_of_a_tie_as_an_argument() -> None:
 # storing and printing
 
 
-@pytest.mark.parametrize("trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")])
+@pytest.mark.parametrize(
+    "trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")], ids=str
+)
 def test_a_trial_survives_json(trial: Trial) -> None:
     assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
 

@@ -81,6 +81,7 @@ def flags_of_the_user() -> Iterator[tuple[str, bool]]:
         ("tf32", ("medium", True)),  # which is TF32 on a GPU
         ("bf16", ("medium", True)),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_fp32_flags_are_set_during_a_call_only(

@@ -63,6 +63,7 @@ def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
         ("*/[bd].*", ["x/b.jpg", "x/d.png"]),
         ("x/?.png", ["d.png"]),
     ],
+    ids=str,
 )
 def test_glob_ids_start_at_the_fixed_part(
     tmp_path: Path, pattern: str, expected: list[str]

@@ -52,7 +52,7 @@ def swin_pair(variant: str, source: str) -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("source", "size"), [("hf", (53, 70)), ("torchvision", (53, 70)), ("hf", (3, 2))]
+    ("source", "size"), [("hf", (53, 70)), ("torchvision", (53, 70)), ("hf", (3, 2))], ids=str
 )
 def test_sizes_that_are_no_multiple_of_a_patch_equal_upstream(
     source: str, size: tuple[int, int]

@@ -63,7 +63,7 @@ def test_parts_of_any_size_equal_upstream(part_bytes: int, monkeypatch: pytest.M
     assert len(shapes) == sum(pair.ours.config.depths)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
     if not onednn.packs(dtype):
@@ -80,7 +80,7 @@ def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "padding", "dilation", "groups"),
     [
@@ -90,6 +90,7 @@ def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
         ((8, 16), 1, 2, 0, 1, 2),
         ((8, 8), 3, 1, 2, 2, 8),
     ],
+    ids=str,
 )
 @torch.no_grad()
 def test_packed_products_equal_torch(

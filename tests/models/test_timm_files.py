@@ -54,7 +54,7 @@ def test_options_survive_saving(tmp_path, fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, indices", [("resnet18", [1, 3]), ("test_vit", [0, 1])])
+@pytest.mark.parametrize("name, indices", [("resnet18", [1, 3]), ("test_vit", [0, 1])], ids=str)
 def test_files_pruned_by_transformers_load(tmp_path, name, indices):
     transformers = pytest.importorskip("transformers")
     config = transformers.TimmBackboneConfig(backbone=name, out_indices=indices)

@@ -235,6 +235,7 @@ NAME = ("bottleneck_tail",)
         ("gfx942", "auto", (), "triton", 64, OWN),
         ("gfx942", "auto", (), "eager", 64, []),
     ],
+    ids=str,
 )
 def test_impl_and_channels_decide_which_kernels_run(
     arch: Architecture,

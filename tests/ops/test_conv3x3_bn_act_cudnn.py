@@ -321,6 +321,7 @@ def test_impl_and_platform_decide_what_runs_on_a_gpu(
         (90, "auto", 2, ["_bias_act_fwd_kernel"]),
         ("gfx942", "auto", 1, ["_bias_act_fwd_kernel"]),
     ],
+    ids=str,
 )
 def test_pretended_gpus_launch_the_same_kernels_as_a_gpu(
     arch: Any, impl: Any, stride: int, launched: list[str], monkeypatch: pytest.MonkeyPatch

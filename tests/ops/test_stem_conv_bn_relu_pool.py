@@ -253,6 +253,7 @@ def test_compiled_and_exported_op_equals_eager(op: Any, normalization: Any) -> N
         ((2, 3, 1, 1), 8),
         ((1, 3, 4, 1), 1),
     ],
+    ids=str,
 )
 def test_custom_op_passes_opcheck(shape: tuple[int, ...], channels: int) -> None:
     normalization = [0.5] * 3, [0.2] * 3

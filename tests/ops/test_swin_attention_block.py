@@ -299,6 +299,7 @@ LARGE = {"window": (9, 9)}  # more than the block's kernel takes
         ("eager", (), "auto", LARGE, SEPARATE),
         ("eager", (), None, LARGE, []),
     ],
+    ids=str,
 )
 def test_impl_and_shape_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, options: dict, kernels: list[str]

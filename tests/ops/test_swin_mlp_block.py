@@ -248,6 +248,7 @@ OWN = ("swin_mlp_block",)
         ("eager", (), "auto", 512, SEPARATE),
         ("eager", (), None, 512, []),
     ],
+    ids=str,
 )
 def test_impl_and_channels_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, channels: int, kernels: list[str]

@@ -241,7 +241,9 @@ def test_deriving_leaves_the_modules_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))]
+    "make_copy",
+    [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))],
+    ids=["deepcopy", "pickle"],
 )
 def test_copies_are_independent(backbone: Any, make_copy: Callable[[Any], Any]) -> None:
     before = infer(backbone)

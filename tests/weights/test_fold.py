@@ -174,7 +174,11 @@ def test_a_folded_module_called_alone_computes_as_before() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_folds_its_own_weights(make_copy: Callable[[Any], Any]) -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     folding = fold(model)

@@ -187,7 +187,11 @@ def stash(module: Any, y: Tensor) -> None:
     module.last = y
 
 
-@pytest.mark.parametrize("keep", [lambda _, y: Maps(y), lambda _, y: {"y": [y]}, stash])
+@pytest.mark.parametrize(
+    "keep",
+    [lambda _, y: Maps(y), lambda _, y: {"y": [y]}, stash],
+    ids=["object", "dict", "attribute"],
+)
 def test_a_convolution_result_that_is_kept_forbids_folding(keep: Any) -> None:
     model = Kept(keep).eval().double()
     (norm,) = fold(model).report.norms

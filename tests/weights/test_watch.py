@@ -68,7 +68,9 @@ class Seconds:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
 
-@pytest.mark.parametrize("slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)])
+@pytest.mark.parametrize(
+    "slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)], ids=str
+)
 def test_outliers_do_not_decide_a_comparison(slow: tuple[float, ...]) -> None:
     found = measuring.compare(Seconds(*slow, 1.0), Seconds(1.2), tie=0.03)
     assert found.ratio < 1 and (found.ours, found.theirs) == (1.0, 1.2)
