@@ -13,7 +13,8 @@ from pretended_device import MANY, Compiler, Device, explained, no_warning
 from reference_models import images, timm_pair
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
+from weight_changes import WEIGHT_CHANGES, load, optimizer_step, replace_data, scale_
 
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
@@ -54,34 +55,6 @@ def maps_of(model: Any, pixels: Tensor = PIXELS) -> tuple[Tensor, ...]:
 # changes of weights that their versions show, or that are followed by `refresh`
 
 
-def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        for p in backbone.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(backbone.parameters(), lr=0.1, **options).step()
-
-    return change
-
-
-def load(assign: bool) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        state = {name: tensor.detach() * 0.5 for name, tensor in backbone.state_dict().items()}
-        backbone.load_state_dict(state, assign=assign)
-
-    return change
-
-
-@torch.no_grad()
-def in_place(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.mul_(0.5)
-
-
-def replace_data(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.data = p.data * 0.5
-
-
 def edit_data(backbone: Any) -> None:
     for p in backbone.parameters():
         p.data.mul_(0.5)
@@ -109,14 +82,14 @@ def replace_a_layer(backbone: Any) -> None:
                 return
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
+CHANGES: dict[str, Callable[[Any], Any]] = {
     "adamw": optimizer_step(AdamW),
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
-    "load": load(assign=False),
+    "adamw-fused": WEIGHT_CHANGES["adamw-fused"],
+    "sgd-fused": WEIGHT_CHANGES["sgd-fused"],
+    "load": load(),
     "load-assign": load(assign=True),
-    "in_place": in_place,
-    "in_place-inference_mode": torch.inference_mode()(in_place),
+    "in_place": scale_,
+    "in_place-inference_mode": torch.inference_mode()(scale_),
     "data_replaced": replace_data,
     "data_edited-refresh": edit_data,
     "data_of_one-refresh": edit_data_of_one,
@@ -288,7 +261,7 @@ def test_a_change_before_compiling_gives_no_warning(compiler: Compiler, tmp_path
     tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
     maps_of(prepared, PIXELS[:0])
-    in_place(prepared)
+    scale_(prepared)
     want = maps_of(upstream_of(prepared))
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
@@ -302,7 +275,7 @@ def test_no_shape_is_compiled_after_a_change(
 ) -> None:
     tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", example=PIXELS, expected_images=MANY, tools=tools)
-    in_place(prepared)
+    scale_(prepared)
     pixels = images(*size, batch=3)
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared, pixels)
@@ -312,7 +285,7 @@ def test_no_shape_is_compiled_after_a_change(
 
 def test_preparing_again_compiles_the_current_weights(compiler: Compiler) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
-    in_place(prepared)
+    scale_(prepared)
     again = prepared.prepare("compile", example=PIXELS)
     with no_warning():
         assert_equals_upstream(maps_of(again), maps_of(upstream_of(again)))

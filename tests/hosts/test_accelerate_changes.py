@@ -27,9 +27,9 @@ from tiny_hosts import (
     twin_of,
 )
 from tolerance import assert_as_accurate_as_eager
-from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from weight_changes import WEIGHT_CHANGES, scale_
 
 import fastbb
 
@@ -40,15 +40,6 @@ pytestmark = [
 
 
 # changes that are followed without `refresh`
-
-
-def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(model.parameters(), lr=0.1, **options).step()
-
-    return change
 
 
 def trained_a_step(model: Any) -> None:
@@ -66,36 +57,6 @@ def step_by_hand(model: Any) -> None:
 
 
 @torch.no_grad()
-def scale_(model: Any) -> None:
-    for p in model.parameters():
-        p.mul_(0.7)
-
-
-def replace_data(model: Any) -> None:
-    for p in model.parameters():
-        p.data = p.data * 0.7
-
-
-def replace_parameters(model: Any) -> None:
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            p.data.mul_(0.7)  # in the same memory, without a change of version
-            setattr(module, name, nn.Parameter(p.data))
-
-
-def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        module = nn.Sequential(model) if wrap else model
-        state = {
-            name: tensor.detach() * 0.7 if tensor.is_floating_point() else tensor
-            for name, tensor in module.state_dict().items()
-        }
-        module.load_state_dict(state, assign=assign)
-
-    return change
-
-
-@torch.no_grad()
 def statistics_of_training(model: Any) -> None:
     model.train()
     model(3 * PIXELS)
@@ -104,20 +65,9 @@ def statistics_of_training(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "adamw-foreach": optimizer_step(AdamW, foreach=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
+    **WEIGHT_CHANGES,
     "trained_a_step": trained_a_step,
     "step_by_hand": step_by_hand,
-    "in_place": scale_,
-    "in_place-inference_mode": torch.inference_mode()(scale_),
-    "data_replaced": replace_data,
-    "parameters_replaced": replace_parameters,
-    "load": load(),
-    "load-wrapped": load(wrap=True),
-    "load-assign": load(assign=True),
-    "load-inference_mode": torch.inference_mode()(load()),
-    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
     "half_and_back": lambda model: model.half().float(),
     "bfloat16_and_back-inside": lambda model: [c.bfloat16().float() for c in model.children()],
     "statistics": statistics_of_training,

@@ -13,9 +13,10 @@ from tolerance import assert_equal_gradients, assert_equals_upstream
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from weight_changes import WEIGHT_CHANGES, load, scale_
 
 from fastbb import (
     AutoBackbone,
@@ -105,15 +106,6 @@ def test_the_second_forward_derives_nothing(swin: Any, mode: Any) -> None:
 # changes that are followed without `refresh`
 
 
-def optimizer_step(optimizer: type, **options: Any) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        for p in backbone.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(backbone.parameters(), lr=0.1, **options).step()
-
-    return change
-
-
 def step_by_hand(backbone: Any) -> None:
     backbone(PIXELS)[0][-1].sum().backward()
     for p in backbone.parameters():
@@ -121,47 +113,9 @@ def step_by_hand(backbone: Any) -> None:
             p.data.sub_(p.grad, alpha=1e-3)
 
 
-@torch.no_grad()
-def scale_(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.mul_(0.5)
-
-
-def replace_data(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.data = p.data * 0.5
-
-
-def replace_parameters(backbone: Any) -> None:
-    for module in backbone.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            p.data.mul_(0.5)
-            setattr(module, name, nn.Parameter(p.data))
-
-
-def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        module = nn.Sequential(backbone) if wrap else backbone
-        state = {name: tensor.detach() * 0.5 for name, tensor in module.state_dict().items()}
-        module.load_state_dict(state, assign=assign)
-
-    return change
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "adamw-foreach": optimizer_step(AdamW, foreach=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
+    **WEIGHT_CHANGES,
     "step_by_hand": step_by_hand,
-    "in_place": scale_,
-    "in_place-inference_mode": torch.inference_mode()(scale_),
-    "data_replaced": replace_data,
-    "parameters_replaced": replace_parameters,
-    "load": load(),
-    "load-wrapped": load(wrap=True),
-    "load-assign": load(assign=True),
-    "load-inference_mode": torch.inference_mode()(load()),
-    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
     "half": lambda backbone: backbone.half(),
     "to_bfloat16": lambda backbone: backbone.to(torch.bfloat16),
     "inside_to_bfloat16": lambda backbone: [child.bfloat16() for child in backbone.children()],
