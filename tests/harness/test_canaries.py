@@ -8,7 +8,6 @@ every check.
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from buggy_kernels import (
     _scale_kernel,
     _window_attention_kernel,
 )
+from canary import Canary
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor
 from torch.nn import functional as F
@@ -139,14 +139,6 @@ def upstream_window_attention(
     return y[0, :n_rows, :n_cols].unflatten(-1, (n_heads, head_dim))
 
 
-class Canary(NamedTuple):
-    """A bug, the check that runs it, and the error that it must raise."""
-
-    check: Callable[[str], None]
-    caught_by: type[Exception]
-    message: str
-
-
 WRONG_NUMBERS = r"y_ptr: error \S+, allowed"
 
 CANARIES = {
@@ -189,10 +181,7 @@ CANARIES = {
 
 @pytest.mark.parametrize("bug", CANARIES)
 def test_bug_is_caught(bug: str) -> None:
-    canary = CANARIES[bug]
-    with pytest.raises(canary.caught_by, match=canary.message) as caught:
-        canary.check(bug)
-    assert type(caught.value) is canary.caught_by
+    CANARIES[bug].assert_caught(bug)
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ own modules. The same kernel without the bug passes every check.
 # a launch passes plain values for constexpr parameters
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 from buggy_conv_kernels import _conv_kernel, _max_pool_kernel, _stem_kernel
+from canary import Canary
 from tolerance import assert_as_accurate_as_eager
 from torch import nn
 
@@ -84,14 +84,6 @@ def check_max_pool(bug: str) -> None:
     assert torch.equal(y, nn.MaxPool2d(3, 2, 1)(x[None])[0]), "y_ptr differs from torch's maxima"
 
 
-class Canary(NamedTuple):
-    """A bug, the check that runs it, and the error that it must raise."""
-
-    check: Callable[[str], None]
-    caught_by: type[Exception]
-    message: str
-
-
 WRONG_NUMBERS = r"y_ptr: error \S+, allowed"
 WRONG_MAXIMA = "differs from torch's maxima"
 
@@ -113,10 +105,7 @@ CANARIES = {
 
 @pytest.mark.parametrize("bug", CANARIES)
 def test_bug_is_caught(bug: str) -> None:
-    canary = CANARIES[bug]
-    with pytest.raises(canary.caught_by, match=canary.message) as caught:
-        canary.check(bug)
-    assert type(caught.value) is canary.caught_by
+    CANARIES[bug].assert_caught(bug)
 
 
 @pytest.mark.parametrize(
