@@ -6,7 +6,7 @@ from pathlib import Path
 import broken_kernels as broken
 import pytest
 import torch
-from broken_kernels import custom_op, launching, self_check
+from broken_kernels import correct, launching, self_check
 from cli_runner import cli_runner
 from click.testing import Result
 
@@ -50,7 +50,7 @@ def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str) -
 
 
 def test_working_ops_are_shown_as_ok(tmp_path: Path) -> None:
-    with launching(**{op: custom_op(op) for op in op_names()}), use(self_check(tmp_path)):
+    with launching(**{op: correct(op) for op in op_names()}), use(self_check(tmp_path)):
         result = fastbb_check("--device", "cpu")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()

@@ -11,7 +11,7 @@ from unittest import mock
 import broken_kernels as broken
 import pytest
 import torch
-from broken_kernels import CPU, PretendedHardware, custom_op, launching, self_check
+from broken_kernels import CPU, PretendedHardware, correct, launching, self_check
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
@@ -36,7 +36,7 @@ def block_arguments() -> tuple[Tensor, ...]:
 
 
 def right(*ops: str) -> dict[str, Callable[..., Any]]:
-    return {op: custom_op(op) for op in ops}
+    return {op: correct(op) for op in ops}
 
 
 class Unasked(SelfCheck):
@@ -59,7 +59,7 @@ def test_every_op_asks_the_check_with_its_name_device_and_dtype(op: str) -> None
             asked.append((op, device, dtype))
             return "is off"
 
-    kernels = {name: custom_op(name) for name in op_names()}
+    kernels = {name: correct(name) for name in op_names()}
     for case in small_cases():
         if case.op == op:
             asked.clear()
@@ -80,7 +80,7 @@ def test_the_check_is_not_asked_on_a_cpu_or_a_pretended_device() -> None:
         layer_norm_nchw(*arguments, impl="eager")
         with pytest.raises(NotImplementedError, match="needs a CUDA or ROCm device"):
             layer_norm_nchw(*arguments, impl="triton")
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+    with launching(layer_norm_nchw=correct(NORM)) as launches:
         layer_norm_nchw(*arguments)
         assert current() is None and launches[NORM].call_count == 1
 
@@ -101,7 +101,7 @@ def test_only_a_machine_with_a_gpu_has_a_self_check(monkeypatch: pytest.MonkeyPa
 def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
     """A block without a kernel runs its parts, each with its own check."""
     check = self_check(tmp_path)
-    launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
+    launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: correct(PARTS[1])}
     without_kernel = mock.patch("fastbb_kernels.op.use_block", lambda *args: False)
     arguments = block_arguments()
     with launching(**launches), use(check), without_kernel:
@@ -164,7 +164,7 @@ def test_out_of_memory_does_not_turn_a_kernel_off(tmp_path: Path) -> None:
         pytest.raises(torch.OutOfMemoryError),
     ):
         layer_norm_nchw(*arguments)
-    with launching(layer_norm_nchw=custom_op(NORM)), use(self_check(tmp_path, hardware)):
+    with launching(layer_norm_nchw=correct(NORM)), use(self_check(tmp_path, hardware)):
         layer_norm_nchw(*arguments, impl="triton")
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
     arguments = norm_arguments()
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches, use(check):
+    with launching(layer_norm_nchw=correct(NORM)) as launches, use(check):
         hardware.capturing = True
         for _ in range(2):
             layer_norm_nchw(*arguments)
@@ -184,7 +184,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
         layer_norm_nchw(*arguments)
         assert launches[NORM].call_count == 2 + 2
     # a result of another process needs no check
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+    with launching(layer_norm_nchw=correct(NORM)) as launches:
         with use(self_check(tmp_path, hardware)):
             layer_norm_nchw(*arguments)
         assert launches[NORM].call_count == 1
@@ -272,7 +272,7 @@ def test_fake_tensors_start_no_check(is_known: bool, tmp_path: Path) -> None:
         torch.no_grad(),
         FakeTensorMode(),
         use(self_check(tmp_path)),
-        launching(layer_norm_nchw=custom_op(NORM)) as launches,
+        launching(layer_norm_nchw=correct(NORM)) as launches,
     ):
         arguments = tuple(torch.empty(shape) for shape in ((1, 3, 4, 8), (8,), (8,)))
         with pytest.warns(KernelWarning, match="is off") if is_known else nullcontext():

@@ -12,7 +12,7 @@ from broken_kernels import (
     CPU,
     MACHINE,
     PretendedHardware,
-    custom_op,
+    correct,
     launch_of,
     launching,
     self_check,
@@ -67,7 +67,7 @@ class Launcher:
         tiling = chosen_config("tiles", tiles, x.device, len(x)).name
         note_binary(f"digest of {tiling}")
         self.seen.append((tiling, len(x)))
-        y = custom_op(OP)(x, *args)
+        y = correct(OP)(x, *args)
         if tiling == self.wrong:
             y[-1, -1] += y.abs().max()
         return y
@@ -121,7 +121,7 @@ def test_binary_that_depends_on_the_rows_is_checked_with_all_rows(tmp_path: Path
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         note_binary(f"{len(x) == MANY}")
-        return (broken.wrong if len(x) == MANY else custom_op)(OP)(x, *args)
+        return (broken.wrong if len(x) == MANY else correct)(OP)(x, *args)
 
     with (
         launching(linear_residual=launch),
@@ -136,7 +136,7 @@ def test_a_binary_that_no_check_launches_is_not_used(tmp_path: Path) -> None:
 
     def launch(*args: Any) -> Tensor:
         note_binary(f"another each time: {next(calls)}")
-        return custom_op(OP)(*args)
+        return correct(OP)(*args)
 
     with launching(linear_residual=launch), use(self_check(tmp_path)):
         with pytest.warns(KernelWarning, match="not checked: other kernels are launched"):

@@ -15,7 +15,7 @@ from broken_kernels import (
     CPU,
     MACHINE,
     PretendedHardware,
-    custom_op,
+    correct,
     launch_of,
     launching,
     self_check,
@@ -94,7 +94,7 @@ def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path)
 
 def test_a_right_kernel_is_used(tmp_path: Path) -> None:
     for launches_of_check in (2, 0):  # then it is remembered
-        with launching(patch_merging=custom_op(OP)) as launches, use(self_check(tmp_path)):
+        with launching(patch_merging=correct(OP)) as launches, use(self_check(tmp_path)):
             patch_merging(*arguments())
             assert launches[OP].call_count == launches_of_check + 1
             patch_merging(*arguments())
@@ -104,7 +104,7 @@ def test_a_right_kernel_is_used(tmp_path: Path) -> None:
 
 def test_dtypes_are_checked_separately(tmp_path: Path) -> None:
     def launch(x: Tensor, *args: Any) -> Tensor:
-        return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else custom_op(OP)(x, *args)
+        return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else correct(OP)(x, *args)
 
     check = self_check(tmp_path)
     with launching(patch_merging=launch) as launches, use(check):
@@ -131,7 +131,7 @@ def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path:
                 patch_merging(*arguments())
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
     hardware.full = False
-    with launching(patch_merging=custom_op(OP)), use(check):
+    with launching(patch_merging=correct(OP)), use(check):
         patch_merging(*arguments())
     assert remembered(tmp_path) == {KEY: {"problem": None}}
 
@@ -144,7 +144,7 @@ def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path:
 def test_failed_comparison_is_not_remembered(error: Exception, tmp_path: Path) -> None:
     """The comparison may fail by itself: it needs more memory than the launch, and synchronizes."""
     check = self_check(tmp_path)
-    with launching(patch_merging=custom_op(OP)) as launches, use(check):
+    with launching(patch_merging=correct(OP)) as launches, use(check):
         with (
             mock.patch("fastbb_kernels.comparison.max_magnitude", side_effect=error),
             pytest.warns(KernelWarning, match=f"is off.*not checked: .*{error}") as warned,
@@ -161,7 +161,7 @@ def test_batch_too_large_for_memory_does_not_turn_the_kernel_off(tmp_path: Path)
     def launch(x: Tensor, *args: Any) -> Tensor:
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
-        return custom_op(OP)(x, *args)
+        return correct(OP)(x, *args)
 
     x, *others = arguments()
     with launching(patch_merging=launch), use(self_check(tmp_path)):
@@ -176,12 +176,12 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
 
     def launch(*args: Any) -> Tensor:
         hardware.lost = True  # every later call fails, whatever it does
-        return custom_op(OP)(*args)
+        return correct(OP)(*args)
 
     check = self_check(tmp_path, hardware)
     other = "linear_residual"
     x = torch.ones(2, 8)
-    with launching(patch_merging=launch, linear_residual=custom_op(other)) as launches:
+    with launching(patch_merging=launch, linear_residual=correct(other)) as launches:
         with use(check):
             with pytest.warns(KernelWarning, match="lost to this process, which.*illegal memory"):
                 patch_merging(*arguments())
@@ -202,7 +202,7 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
 
 def test_failed_reference_is_not_remembered_as_a_broken_kernel(tmp_path: Path) -> None:
     absent = RuntimeError("cuBLAS is not there")
-    with launching(patch_merging=custom_op(OP)) as launches:
+    with launching(patch_merging=correct(OP)) as launches:
         with (
             mock.patch.object(Case, "arguments", side_effect=absent),
             pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
@@ -242,7 +242,7 @@ def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
     """CUDA reports an earlier error at the next call, whichever op makes it."""
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
-    with launching(patch_merging=custom_op(OP)) as launches, use(check):
+    with launching(patch_merging=correct(OP)) as launches, use(check):
         patch_merging(*arguments())
         launches[OP].side_effect = RuntimeError("CUDA error: device-side assert triggered")
         hardware.lost = True
@@ -271,7 +271,7 @@ def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> N
             )
 
     bind: Any = find_op(OP).bind
-    with launching(patch_merging=custom_op(OP)):
+    with launching(patch_merging=correct(OP)):
         assert problem(0, 5e-6) is None and problem(0, 2e-5) is not None
         assert problem(1e-3, 1.9e-3) is None and problem(1e-3, 2.1e-3) is not None
 
@@ -318,7 +318,7 @@ def test_invalid_cached_value_is_checked_again(value: Any, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("field", ["driver", "triton", "kernels", "device"])
 def test_another_driver_triton_or_device_is_checked_again(field: str, tmp_path: Path) -> None:
-    with launching(patch_merging=custom_op(OP)):
+    with launching(patch_merging=correct(OP)):
         self_check(tmp_path).check(OP, CPU, torch.float32)
     updated = self_check(tmp_path, machine=replace(MACHINE, **{field: "new"}))
     with launching(patch_merging=broken.wrong(OP)), use(updated), pytest.warns(KernelWarning):
@@ -350,7 +350,7 @@ def test_explicit_check_runs_the_kernel_again(tmp_path: Path) -> None:
         # runs the kernel, though it is off
         assert check.check(OP, CPU, torch.float32) is not None
     check = self_check(tmp_path)
-    with launching(patch_merging=custom_op(OP)):
+    with launching(patch_merging=correct(OP)):
         assert check.check(OP, CPU, torch.float32) is None
     assert check.problem(OP, CPU, torch.float32) is None
     assert remembered(tmp_path) == {KEY: {"problem": None}}
@@ -363,7 +363,7 @@ def inputs_of_a_check(check: Callable[..., SelfCheck], folder: Path) -> list[Ten
         assert impl == "triton" and not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
         seen.append(arguments["x"].clone())
-        return custom_op(OP)(*arguments.values(), 1e-5)
+        return correct(OP)(*arguments.values(), 1e-5)
 
     with launching():
         check(folder, run_case=run).check(OP, CPU, torch.bfloat16)

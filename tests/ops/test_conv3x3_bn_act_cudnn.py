@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from broken_kernels import PretendedHardware, custom_op, launching, self_check
+from broken_kernels import PretendedHardware, correct, launching, self_check
 from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -95,7 +95,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Cudnn:
 @contextmanager
 def kernels() -> Iterator[dict[str, mock.Mock]]:
     """Our two kernels, right on the CPU."""
-    with launching(conv3x3_bn_act=custom_op(TRITON), bias_act=custom_op(EPILOGUE)) as launches:
+    with launching(conv3x3_bn_act=correct(TRITON), bias_act=correct(EPILOGUE)) as launches:
         yield launches
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_kernels import MACHINE, custom_op, launching
+from broken_kernels import MACHINE, correct, launching
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
@@ -29,7 +29,7 @@ MIN_RUNS = 4  # calls of a measured candidate: one alone, and three rounds
 @contextmanager
 def gpu(**launches: Callable[..., Any]) -> Iterator[None]:
     """Treats CPU tensors as a GPU's; kernels compute the right results, except `launches`."""
-    with launching(**{**{op: custom_op(op) for op in op_names()}, **launches}):
+    with launching(**{**{op: correct(op) for op in op_names()}, **launches}):
         yield
 
 
