@@ -115,7 +115,7 @@ def test_extract_failures_have_their_exit_codes(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_values_are_usage_errors_that_name_what_was_wanted(
+def test_wrong_option_values_are_usage_errors(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -109,7 +109,7 @@ def test_every_module_has_a_layer() -> None:
     assert not lost, f"give these modules a place in LAYERS: {lost}"
 
 
-def test_imports_point_down() -> None:
+def test_packages_import_only_lower_layers() -> None:
     wrong = []
     for path in python_files():
         own = layer(module_name(path))
@@ -192,7 +192,7 @@ def test_families_never_import_each_other() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(NEVER_AT_IMPORT))
-def test_slow_packages_are_imported_where_they_are_used(package: str) -> None:
+def test_slow_packages_are_imported_inside_functions(package: str) -> None:
     wrong = [
         where(path, line)
         for path in python_files()

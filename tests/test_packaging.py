@@ -89,7 +89,7 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
         assert modules <= set(names)
 
 
-def test_the_floor_run_pins_what_the_package_declares() -> None:
+def test_floor_constraints_equal_the_declared_minimum_versions() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -146,7 +146,7 @@ def test_every_public_name_is_there_and_listed(fresh: dict[str, Any]) -> None:
     assert PUBLIC <= set(fresh["names"]) <= set(fresh["listed"])
 
 
-def test_the_tests_that_the_makefile_names_are_there() -> None:
+def test_files_named_by_the_makefile_exist() -> None:
     lines = subprocess.run(
         ["make", "--dry-run", "test-quick", "test", "test-floor"],
         cwd=ROOT,

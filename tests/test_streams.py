@@ -48,7 +48,7 @@ def test_extraction_completes_with_closed_full_or_missing_streams(
 
 
 @pytest.mark.parametrize("arguments", ["--help", "show --help", "--version", "list nano-resnet*"])
-def test_printing_to_a_full_stdout_exits_with_6_and_to_a_closed_pipe_with_0(arguments: str) -> None:
+def test_full_stdout_exits_with_6_and_a_closed_pipe_with_0(arguments: str) -> None:
     full = shell(arguments, ">/dev/full")
     assert (full.returncode, full.stderr.count("\n")) == (6, 1), full.stderr
     gone = shell(arguments, "| head -c 0; exit ${PIPESTATUS[0]}")

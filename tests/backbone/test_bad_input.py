@@ -122,7 +122,7 @@ def test_config_that_is_no_json_object_raises_value_error(tmp_path, text):
         AutoBackbone.from_pretrained(tmp_path)
 
 
-def test_unsupported_model_type_lists_what_is_supported(tmp_path):
+def test_unsupported_model_type_error_lists_supported_types(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     wanted = "model_type 'bert' is not supported: .*maskformer-swin, resnet, swin, timm_backbone"
     for auto in (AutoBackbone, AutoConfig):

@@ -97,7 +97,7 @@ def test_preprocessing_equals_upstream(name: str) -> None:
 
 
 @every_model
-def test_config_is_what_transformers_writes(name: str) -> None:
+def test_bundled_config_has_the_fields_of_transformers(name: str) -> None:
     config = json.loads((ASSETS / name / "config.json").read_text())
     assert config["model_type"] == name.split("-")[1]
     assert config["out_features"] == ["stage4"] and config["out_indices"] == [4]

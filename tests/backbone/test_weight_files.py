@@ -113,7 +113,7 @@ def test_device_reaches_every_tensor(resnet):
     assert all(tensor.is_meta for tensor in loaded.state_dict().values())
 
 
-def test_tensors_that_are_not_needed_are_ignored_and_named(tmp_path):
+def test_unneeded_tensors_are_ignored_and_listed(tmp_path):
     sizes = {"depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "embed_dim": 8}
     SwinBackbone(SwinConfig(**sizes)).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")

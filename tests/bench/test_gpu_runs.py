@@ -362,7 +362,7 @@ def test_gpu_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("host_cycles", [1, 9_000_000, 10**12], ids=["fast", "slow", "hopeless"])
-def test_a_flushing_clock_times_only_what_was_queued(
+def test_flushing_clock_times_only_queued_calls(
     host_cycles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[int] = []

@@ -149,7 +149,7 @@ def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
     assert {trials[name].seconds for name in "abc"} == {1.0}
 
 
-def test_one_candidate_is_compiled_whatever_the_budget() -> None:
+def test_one_candidate_is_compiled_for_any_budget() -> None:
     course = Course()
     failing = returning("failing", RuntimeError("no"))
     one, other = (course.candidate(name, compiles=True) for name in "ab")

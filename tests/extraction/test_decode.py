@@ -46,7 +46,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_decodes_what_pillow_decodes(encoded: Callable[..., bytes], name: str) -> None:
+def test_decoded_pixels_equal_pillow(encoded: Callable[..., bytes], name: str) -> None:
     format, options = FORMATS[name]
     data = encoded(1, (33, 47), format, **options)
     np.testing.assert_array_equal(decode(data), Image.open(io.BytesIO(data)))

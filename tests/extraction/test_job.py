@@ -195,7 +195,7 @@ def test_timings_are_logged_in_run_jsonl(
     ],
     ids=["shard_rows", "shard_rows float", "max_error_rate"],
 )
-def test_wrong_arguments_say_what_was_wanted(
+def test_wrong_arguments_raise_value_error(
     model: Path, tmp_path: Path, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

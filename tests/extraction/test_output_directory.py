@@ -162,7 +162,7 @@ def test_the_error_budget_counts_failures_of_earlier_runs(run: Run, tmp_path: Pa
         run(max_error_rate=0)
 
 
-def test_the_first_difference_of_long_lists_is_named(model: Path, tmp_path: Path) -> None:
+def test_error_names_the_first_difference_of_long_lists(model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"shard_rows": 1, "inputs": [f"/photos/{i:05d}" for i in range(99)]}
     with pytest.raises(PlanMismatchError) as caught:
         store._check_plan(tmp_path, {**settings, "inputs": settings["inputs"][:7]}, settings)

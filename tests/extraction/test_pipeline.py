@@ -135,7 +135,7 @@ def test_addresses_are_refused_without_their_credentials(model: Path) -> None:
         ex("https://user:pa55@host.org/a.jpg?key=s3cret")
 
 
-def test_stream_keeps_the_order_and_reports_what_fails(
+def test_stream_keeps_the_order_and_reports_failed_images(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
     root = make_images(9)
@@ -338,6 +338,6 @@ def test_few_images_are_held_at_a_time(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_say_what_was_wanted(model: Path, options: dict, message: str) -> None:
+def test_wrong_arguments_raise_value_error(model: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureExtractor(model, **options)

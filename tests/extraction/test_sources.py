@@ -30,7 +30,7 @@ def test_directory_is_sorted_bytewise_on_the_whole_path(tmp_path: Path) -> None:
     assert ids(tmp_path) == sorted(names, key=os.fsencode)
 
 
-def test_directory_passes_over_what_is_no_image_and_says_so(tmp_path: Path) -> None:
+def test_directory_listing_skips_and_counts_files_that_are_no_images(tmp_path: Path) -> None:
     root = touch(tmp_path / "in", "a.jpg", "labels.csv", ".hidden.jpg", ".git/x.png", "._a.jpg")
     outside = touch(tmp_path / "outside", "secret.jpg")
     (root / "link.jpg").symlink_to(outside / "secret.jpg")
@@ -267,7 +267,7 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
     ]
     + ["long.txt", "long_id.txt", "nul.txt", "empty.txt", "text.parquet"],
 )
-def test_bad_input_says_what_was_wanted(tmp_path: Path, kind: str) -> None:
+def test_bad_input_raises_input_error(tmp_path: Path, kind: str) -> None:
     inputs, pattern = bad_input(kind, tmp_path)
     with pytest.raises(InputError, match=pattern) as caught:
         ids(*inputs)

@@ -104,7 +104,7 @@ def test_pillow_knows_every_name_of_the_table() -> None:
     }
 
 
-def test_support_is_what_pillow_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_support_follows_the_build_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(formats.pillow_support()[name] for name in ("JPEG", "PNG", "GIF", "BMP", "PPM"))
     monkeypatch.setattr(features, "check", lambda feature: feature != "webp")
     monkeypatch.delitem(Image.OPEN, "TIFF")

@@ -149,7 +149,7 @@ def test_kernel_that_does_not_compile_is_reported_and_exits_with_1(
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_worker_that_dies_is_named_and_replaced(
+def test_worker_that_dies_is_reported_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dying = calling("os.kill(os.getpid(), 9)", tmp_path, monkeypatch)
@@ -252,7 +252,7 @@ def test_unsupported_gpu_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nothing to compile for this GPU: needs an NVIDIA GPU of compute" in result.stderr
 
 
-def test_a_kernel_that_fails_its_check_is_named(
+def test_kernel_that_fails_its_check_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = on_a_gpu(monkeypatch, tmp_path, patch_embed=broken.nan("patch_embed"))
@@ -261,7 +261,7 @@ def test_a_kernel_that_fails_its_check_is_named(
 
 
 @torch.no_grad()
-def test_a_batch_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_that_does_not_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = AutoBackbone.from_pretrained(MODEL)
 
     def no_memory(pixel_values: torch.Tensor) -> None:

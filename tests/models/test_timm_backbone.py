@@ -249,7 +249,7 @@ def test_attentions_are_refused_as_upstream_does() -> None:
         ours(images(64, 64), output_attentions=True)
 
 
-def test_forward_with_filtered_kwargs_drops_what_timm_does_not_know() -> None:
+def test_forward_with_filtered_kwargs_drops_unknown_arguments() -> None:
     ours = TimmBackbone(TimmBackboneConfig("resnet10t")).eval()
     with torch.no_grad():
         out = ours.forward_with_filtered_kwargs(images(64, 64), interpolate_pos_encoding=True)

@@ -166,7 +166,9 @@ def test_fastest_measured_way_runs(cudnn: Cudnn, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuses", "is wrong"])
-def test_our_kernel_runs_where_cudnn_fails(cudnn: Cudnn, fault: str, tmp_path: Path) -> None:
+def test_our_kernel_runs_for_sizes_where_cudnn_fails(
+    cudnn: Cudnn, fault: str, tmp_path: Path
+) -> None:
     """Our kernel replaces cuDNN for the sizes that failed, and not for others."""
     if fault == "refuses":
         cudnn.error = RuntimeError("Unable to find an engine")
@@ -287,7 +289,7 @@ def test_compiled_and_exported_op_equals_eager(residual: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "use_impl"])
-def test_impl_and_platform_decide_what_runs_on_a_gpu(
+def test_impl_and_platform_decide_which_way_runs_on_a_gpu(
     by: str,
     hip: str | None,
     impl: Any,
