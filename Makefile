@@ -24,7 +24,7 @@ QUICK_TESTS := $(addprefix tests/,test_layering.py test_places.py test_cli.py we
 	ops/test_layer_norm_nchw.py ops/test_layer_norm_linear.py ops/test_window_attention.py \
 	harness/test_interpret.py harness/test_canaries.py harness/test_self_check.py)
 
-.PHONY: demo test test-quick test-all test-floor check bench gpu budgets clean
+.PHONY: demo test test-quick test-all test-floor check docs dist bench gpu budgets clean
 
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
@@ -45,10 +45,18 @@ test-floor: .venv-floor/.tests
 	$(FLOOR)/python -m fastbb_kernels.check --arch 90
 	@echo "all well with the versions in constraints-floor.txt"
 
-check: .venv/.dev
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# the pages of docs/ as a site; a broken link or an undocumented name is an error
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
+
+# a wheel and the sources, for `pip install dist/*.whl`
+dist: .venv/.dev
+	$(BIN)/python -m hatchling build
 
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
@@ -66,7 +74,7 @@ budgets: .venv/.dev
 	$(BIN)/python -m fastbb_kernels.check --write-budgets
 
 clean:
-	rm -rf .venv .venv-floor demo-output
+	rm -rf .venv .venv-floor demo-output dist site
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,7 @@
 """Counts the bytes of a forward pass: transformers, timm and fastbb by one rule, no GPU.
 
     python bench/ledger.py                      # every model: traffic, launches, by category
-    python bench/ledger.py --markdown           # only the tables that the README shows
+    python bench/ledger.py --markdown           # only the tables of docs/benchmarks/traffic.md
     python bench/ledger.py --model swin_t_224 --plot ledger.png
 
 Everything runs on the meta device: bf16, eval, no gradients, all four stages returned. The
@@ -215,7 +215,7 @@ def kernel_category(kernel: str) -> str:
 
 
 def summary(ledgers: dict[str, Ledger]) -> str:
-    """Formats the tables of the README: traffic, ratio to upstream's, and launches, by family.
+    """Formats traffic, ratio to upstream's, and launches, by family: docs/benchmarks/traffic.md.
 
     Args:
         ledgers: by name of the case.

@@ -1,7 +1,7 @@
 """Number of files that a family takes, lengths of files, and folders of tests.
 
-CONTRIBUTING.md lists the files of a new family. Each family of the tree is counted here: four files
-of its own, four for each of its ops, and further ones only with a reason.
+docs/contributing/family.md lists the files of a new family. Each family of the tree is counted
+here: four files of its own, four for each of its ops, and further ones only with a reason.
 """
 
 import ast
@@ -45,6 +45,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "fastbb/hosts/heads.py": "transformers' classes that `heads.register` replaces",
         "fastbb/models/swin_parts.py": "its layers in four libraries",
         "fastbb/models/swin_forward.py": "its forward",
+        "fastbb/models/swin_modules.py": "its modules",
         "fastbb/models/swin_cpu.py": "a block on a CPU",
         "fastbb/models/swin_names.py": "names of its weights in files and in torchvision",
         "kernels/fastbb_kernels/__init__.py": "typed exports of its ops, which are found without",

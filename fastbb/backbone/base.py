@@ -219,6 +219,13 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         stages = self.forward_stages(pixel_values, self.out_features)
         return tuple(self.feature_map(name, stages[name]) for name in self.out_features)
 
+    def called_modules(self) -> dict[str, str]:
+        """The modules that run layer by layer, by name, with the reason: hooks, or other layers.
+
+        The name "" stands for the backbone itself.
+        """
+        return {}
+
     def _takes(self, kwargs: dict[str, Any]) -> bool:
         """Whether one of these arguments changes the result of the family's forward."""
         return any(kwargs.get(name) for name in self.forward_options)
@@ -523,12 +530,32 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
             count = len(info.ignored)
             logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
 
+    def check_own_weights(self) -> None:
+        """Checks that the weights have the names that a backbone of this configuration has.
+
+        Raises:
+            ValueError: adapters or other layers were put into it.
+        """
+        with shapes_only():
+            own = type(self)(type(self.config).from_dict(self.config.to_dict())).state_dict()
+        foreign = sorted(self.state_dict().keys() - own.keys())
+        if foreign:
+            raise ValueError(
+                f"this {type(self).__name__} has {len(foreign)} weights of no checkpoint, for "
+                f"example {foreign[0]!r}: merge adapters first (merge_and_unload of PEFT), or save "
+                "them by their own library"
+            )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Writes config.json and model.safetensors, from which transformers computes equal outputs.
 
         Args:
             save_directory: created if it does not exist.
+
+        Raises:
+            ValueError: adapters or other layers have weights that a checkpoint has no names for.
         """
+        self.check_own_weights()
         config = type(self.config).from_dict(self.config.to_dict())
         config.architectures = [type(self).__name__]
         config.dtype = str(self.dtype).removeprefix("torch.")

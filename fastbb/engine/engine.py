@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels.fp32_precision import fp32_products, is_in_force
 
+from ..backbone.base import Backbone
 from ..weights.derived import is_tracing
 from ..weights.watch import ModuleStamp, statistics_note
 from .choose import Chooser, Plan, by
@@ -52,6 +53,7 @@ class Engine:
         with self._lock:
             self._state: tuple[Any, ...] | None = None  # outputs, dtype and device of the plans
             self._modules: list[nn.Module] | None = None
+            self._hooks: list[Any] = []  # those of the layers inside
             self._chooser: Chooser | None = None
             self._stamp: ModuleStamp | None = None  # of what is baked into plans
             self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
@@ -157,6 +159,15 @@ class Engine:
         module = self._computation.module
         if self._modules is None:
             self._modules = list(module.modules())
+            self._hooks = [
+                hooks
+                for m in self._modules[1:]
+                for hooks in (m._forward_hooks, m._forward_pre_hooks)
+            ]
+        if any(self._hooks):  # measuring would call them, and compiled code might not
+            reason = "layers have hooks, which only run where it runs eager"
+            is_slower = self.settings.mode != "auto" or self._has_compiled
+            return (self._warn_once if is_slower else self._note)("hooks", reason)
         if any(part.training for part in self._modules):
             return self._note("training", "in training mode: call .eval()")
         if torch.is_autocast_enabled(pixel_values.device.type):
@@ -274,4 +285,10 @@ class Engine:
 def notes_on(module: nn.Module) -> list[Row]:
     """Notes on a model that hold for every way to run it."""
     note = statistics_note(module)
-    return [] if note is None else [Row("note", "-", note)]
+    rows = [] if note is None else [Row("note", "-", note)]
+    called = module.called_modules() if isinstance(module, Backbone) else {}
+    for reason in dict.fromkeys(called.values()):
+        first, *more = [name or "all" for name, why in called.items() if why == reason]
+        names = f"{first} and {len(more)} more" if more else first
+        rows.append(Row("note", "layer by layer", f"{names}: {reason}"))
+    return rows

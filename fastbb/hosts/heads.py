@@ -164,15 +164,16 @@ _NAMING = ("backbone", "use_pretrained_backbone", "use_timm_backbone", "backbone
 
 
 class MaskFormerForInstanceSegmentation:
-    """Builds transformers' model of that name, and loads the backbone that its configuration names.
-
-    Args:
-        config: of fastbb or transformers.
-    """
+    """Builds transformers' model of that name, with the backbone that its configuration names."""
 
     def __new__(
         cls, config: transformers.MaskFormerConfig
     ) -> transformers.MaskFormerForInstanceSegmentation:
+        """Builds the model.
+
+        Args:
+            config: of fastbb or transformers.
+        """
         head = transformers.MaskFormerForInstanceSegmentation(config)
         if getattr(config, "use_pretrained_backbone", False):
             _load_backbone(head, config.backbone, _hub_options(config.backbone_kwargs))

@@ -173,9 +173,9 @@ class Replacement(OwnForward):
 
     def bind(self) -> None:
         """Replaces the module's forward, and the methods that move its parameters."""
-        for name in ("forward", *self._make.methods, *MOVES):
-            if hasattr(type(self.module), name):
-                setattr(self.module, name, getattr(self, name))
+        methods = [n for n in ("forward", *self._make.methods) if hasattr(type(self.module), n)]
+        for name in (*methods, *MOVES):
+            setattr(self.module, name, getattr(self, name))
 
     def _method(self, name: str) -> Callable[..., Any]:
         """Makes a method that replaces one of the module, with the same signature."""
@@ -486,7 +486,7 @@ class Replacement(OwnForward):
 # a call with this many times the elements is compared and timed again
 MUCH_LARGER = 4
 
-MOVES = ("train", "_apply", "_replicate_for_data_parallel")
+MOVES = ("train", "_apply", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 def replacement_of(module: nn.Module) -> "Replacement | None":

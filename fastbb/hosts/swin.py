@@ -154,9 +154,10 @@ class TransformersSwin(TransformersHostBackbone):
         attention = getattr(self.module.config, "_attn_implementation", "eager")
         if attention not in ("eager", "sdpa", None):
             return f"attn_implementation={attention!r} is the host's choice"
-        if self._parts.embedding.positions.position_embeddings is not None:
+        parts: Any = self._parts  # none of them is called as a module
+        if parts.embedding.positions.position_embeddings is not None:
             return "it has absolute position embeddings"
-        problems = (block.misfit() for stage in self._parts.stages for block in stage.blocks)
+        problems = (block.misfit() for stage in parts.stages for block in stage.blocks)
         return next((problem for problem in problems if problem is not None), None)
 
     def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:

@@ -26,8 +26,9 @@ def upstream_of(backbone: Backbone) -> tuple[Upstream, str | None]:
     PyTorch stands in.
 
     Raises:
-        ValueError: the family names no model.
+        ValueError: the family names no model, or the backbone has weights that no such model has.
     """
+    backbone.check_own_weights()
     family, _ = family_of(backbone.config.model_type)
     if family.upstream is None:
         raise ValueError(

@@ -6,6 +6,7 @@ Upstream: transformers `models/resnet/modeling_resnet.py`.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from fastbb_kernels import ACTIVATIONS
 
 from ..backbone.base import Backbone
 from ..backbone.checkpoint import StateDict
+from ..backbone.checkpointing import BlockRunner
 from ..backbone.configuration import (
     BackboneConfig,
     check_boolean,
@@ -25,8 +27,8 @@ from ..backbone.configuration import (
 )
 from ..backbone.registry import Family, TransformersModel, register
 from .layers import ConvNorm
-from .parts import kept_parts
-from .resnet_forward import resnet_maps
+from .parts import Called, kept_parts, untouched
+from .resnet_forward import max_pool, resnet_maps
 from .resnet_parts import ResNetBlockParts, ResNetParts, StemLayer, timm_parts
 
 REDUCTION = 4  # of the channels inside a bottleneck
@@ -87,66 +89,132 @@ class ResNetConfig(BackboneConfig):
         self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
 
 
-class _ConvNorm(nn.Module):
-    def __init__(self, inputs: int, outputs: int, kernel_size: int = 3, stride: int = 1) -> None:
+class ResNetConvLayer(nn.Module):
+    """A convolution, its batch norm and its activation, if it has one."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        activation: str | None = "relu",
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.convolution = nn.Conv2d(
             inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
         )
         self.normalization = nn.BatchNorm2d(outputs)
 
-    @property
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.normalization(self.convolution(x))
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
     def pair(self) -> ConvNorm:
-        return ConvNorm(self.convolution, self.normalization)
+        """Reads the layers; raises `Refused` if one has to be called."""
+        norm = untouched(self.normalization, nn.BatchNorm2d, nn.SyncBatchNorm)
+        return ConvNorm(untouched(self.convolution, nn.Conv2d), norm)
 
 
-class _Block(nn.Module):
+class ResNetLayer(nn.Module):
     """Basic or bottleneck residual block: adds `shortcut` to the convolutions of `layer`."""
 
     def __init__(self, config: ResNetConfig, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
+        self.activation = config.hidden_act
         reshapes = inputs != outputs or stride != 1
-        self.shortcut = _ConvNorm(inputs, outputs, 1, stride) if reshapes else nn.Identity()
+        self.shortcut = (
+            ResNetConvLayer(inputs, outputs, 1, stride, None) if reshapes else nn.Identity()
+        )
         if config.layer_type == "basic":
-            layers = [_ConvNorm(inputs, outputs, 3, stride), _ConvNorm(outputs, outputs)]
+            layers = [
+                ResNetConvLayer(inputs, outputs, 3, stride),
+                ResNetConvLayer(outputs, outputs, activation=None),
+            ]
         else:
             inner = outputs // REDUCTION
             first, second = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
             layers = [
-                _ConvNorm(inputs, inner, 1, first),
-                _ConvNorm(inner, inner, 3, second),
-                _ConvNorm(inner, outputs, 1),
+                ResNetConvLayer(inputs, inner, 1, first),
+                ResNetConvLayer(inner, inner, 3, second),
+                ResNetConvLayer(inner, outputs, 1, activation=None),
             ]
         self.layer = nn.ModuleList(layers)
 
-    def parts(self, activation: str) -> ResNetBlockParts:
-        pairs = tuple(layer.pair for layer in self.layer if isinstance(layer, _ConvNorm))
-        shortcut = self.shortcut.pair if isinstance(self.shortcut, _ConvNorm) else None
-        return ResNetBlockParts(pairs, shortcut, activation)
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.shortcut(x)
+        for layer in self.layer:
+            x = layer(x)
+        return ACTIVATIONS[self.activation](x + residual)
+
+    def parts(self) -> ResNetBlockParts:
+        """Reads the layers; raises `Refused` if one has to be called."""
+        layers: Any = self.layer
+        pairs = tuple(untouched(layer, ResNetConvLayer).pair() for layer in layers)
+        shortcut = untouched(self.shortcut, ResNetConvLayer, nn.Identity)
+        return ResNetBlockParts(
+            pairs,
+            shortcut.pair() if isinstance(shortcut, ResNetConvLayer) else None,
+            self.activation,
+        )
 
 
-class _Embedder(nn.Module):
+class ResNetEmbeddings(nn.Module):
+    """The stem with its max pool."""
+
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
-        self.embedder = _ConvNorm(config.num_channels, config.embedding_size, 7, stride=2)
+        self.embedder = ResNetConvLayer(
+            config.num_channels, config.embedding_size, 7, stride=2, activation=config.hidden_act
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return max_pool(self.embedder(pixel_values))
+
+    def parts(self) -> StemLayer:
+        """Reads the stem without its pool; raises `Refused` if a layer has to be called."""
+        layer = untouched(self.embedder, ResNetConvLayer)
+        return StemLayer(layer.pair(), layer.activation)
 
 
-class _Stage(nn.Module):
+class ResNetStage(nn.Module):
+    """Residual blocks."""
+
     def __init__(self, config: ResNetConfig, stage: int) -> None:
         super().__init__()
         inputs = config.hidden_sizes[stage - 1] if stage else config.embedding_size
         outputs = config.hidden_sizes[stage]
         halves = stage > 0 or config.downsample_in_first_stage
         self.layers = nn.ModuleList(
-            _Block(config, outputs if block else inputs, outputs, 2 if halves and not block else 1)
+            ResNetLayer(
+                config, outputs if block else inputs, outputs, 2 if halves and not block else 1
+            )
             for block in range(config.depths[stage])
         )
 
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
 
-class _Encoder(nn.Module):
+
+class ResNetEncoder(nn.Module):
+    """The stages."""
+
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(_Stage(config, stage) for stage in range(len(config.depths)))
+        self.stages = nn.ModuleList(
+            ResNetStage(config, stage) for stage in range(len(config.depths))
+        )
+
+    def forward(
+        self, x: Tensor, wanted: Sequence[int], run_block: BlockRunner | None = None
+    ) -> list[Tensor]:
+        maps = {0: x}
+        for index, stage in enumerate(self.stages[: max(wanted)], start=1):
+            x = maps[index] = stage(x) if run_block is None else run_block(stage, x)
+        return [maps[index] for index in wanted]
 
 
 class ResNetBackbone(Backbone):
@@ -167,8 +235,8 @@ class ResNetBackbone(Backbone):
         config = self.config  # converted to ours if it was transformers'
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.embedding_size, *config.hidden_sizes]
-        self.embedder = _Embedder(config)
-        self.encoder = _Encoder(config)
+        self.embedder = ResNetEmbeddings(config)
+        self.encoder = ResNetEncoder(config)
         self._init_weights()
 
     @torch.no_grad()
@@ -186,26 +254,44 @@ class ResNetBackbone(Backbone):
     ) -> dict[str, Tensor]:
         if not wanted:
             return {}
-        maps = resnet_maps(
-            kept_parts(self, self._parts, options=self.config.hidden_act),
-            pixel_values,
-            [self.stage_names.index(name) for name in wanted],
-            run_block=self.block_runner(),
-        )
+        indices = [self.stage_names.index(name) for name in wanted]
+        parts, _ = kept_parts(self, self._parts)
+        if parts is None:
+            stem = self.embedder(pixel_values)
+            maps = self.encoder(stem, indices, run_block=self.block_runner())
+        else:
+            maps = resnet_maps(parts, pixel_values, indices, run_block=self.block_runner())
         return dict(zip(wanted, maps))
 
-    def _parts(self) -> ResNetParts:
-        activation = self.config.hidden_act
-        stem, stages = self.embedder, list(self.encoder.stages)
+    def called_modules(self) -> dict[str, str]:
+        return kept_parts(self, self._parts)[1].by_name(self)
+
+    def _parts(self, called: Called) -> ResNetParts:
+        """All layers except those that have to be called; see `kept_parts`."""
+        stem = untouched(self.embedder, ResNetEmbeddings)
+        stages = untouched(self.encoder, ResNetEncoder).stages
         return ResNetParts(
-            (StemLayer(stem.embedder.pair, activation),),
-            tuple(tuple(block.parts(activation) for block in stage.layers) for stage in stages),  # type: ignore[union-attr, operator]
+            (called.unless(stem.parts, stem.embedder),),
+            tuple(_read_stage(stage, called) for stage in stages),
         )
 
     def init_optional_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.num_batches_tracked = torch.tensor(0)
+
+
+def _read_stage(stage: Any, called: Called) -> tuple[ResNetBlockParts | nn.Module, ...]:
+    def read_blocks() -> tuple[ResNetBlockParts | nn.Module, ...]:
+        blocks = untouched(stage, ResNetStage).layers
+        return tuple(called.unless(partial(_read_block, block), block) for block in blocks)
+
+    blocks = called.unless(read_blocks, stage)
+    return blocks if isinstance(blocks, tuple) else (stage,)
+
+
+def _read_block(block: Any) -> ResNetBlockParts:
+    return untouched(block, ResNetLayer).parts()
 
 
 def torchvision_resnet(state: StateDict) -> tuple[ResNetConfig, StateDict]:

@@ -1,6 +1,8 @@
 """The forward of ResNets, computed from the parts of any owner."""
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,12 +42,10 @@ def resnet_maps(
         x = _pool(parts, x)
     for index, stage in enumerate(parts.stages[:last], start=1):
         for block in stage:
-            if not isinstance(block, ResNetBlockParts):
-                x = block(x)
-            elif run_block is None:
-                x = residual_block(x, block)
-            else:
-                x = run_block(residual_block, x, block)
+            run: Any = block
+            if isinstance(block, ResNetBlockParts):
+                run = partial(residual_block, parts=block)
+            x = run(x) if run_block is None else run_block(run, x)
         maps[index] = x
     return [maps[index] for index in wanted]
 
@@ -61,10 +61,11 @@ def _stem(parts: ResNetParts, x: Tensor, pools: bool) -> Tensor:
 
 
 def _pool(parts: ResNetParts, x: Tensor) -> Tensor:
-    return _max_pool(x) if parts.pool is None else parts.pool(x)
+    return max_pool(x) if parts.pool is None else parts.pool(x)
 
 
-def _max_pool(x: Tensor) -> Tensor:
+def max_pool(x: Tensor) -> Tensor:
+    """The pool of the stem, [B, C, H, W] to [B, C, h, w]."""
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -77,7 +78,7 @@ def _stem_layer(x: Tensor, pair: ConvNorm, activation: str | None, pools: bool) 
         weight, bias = folded(*pair)
         return stem_conv_bn_relu_pool(x, weight, bias, activation=activation, pool=pools)
     x = pair(x, activation)
-    return _max_pool(x) if pools else x
+    return max_pool(x) if pools else x
 
 
 _STEM = ((7, 7), (2, 2), (3, 3), (1, 1), 1)

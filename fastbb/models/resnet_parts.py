@@ -42,7 +42,7 @@ class StemLayer(NamedTuple):
     """A convolution of the stem, with its norm and the name of its activation."""
 
     pair: ConvNorm
-    activation: str
+    activation: str | None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.pair(x, self.activation)

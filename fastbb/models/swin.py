@@ -26,8 +26,17 @@ from ..backbone.configuration import (
     hierarchical_stage_names,
 )
 from ..backbone.registry import Family, TransformersModel, Upstream, register
-from .parts import kept_parts
+from .parts import Called, Refused, kept_parts, untouched
 from .swin_forward import normed_map, swin_maps
+from .swin_modules import (
+    SwinEmbeddings,
+    SwinEncoder,
+    SwinLayer,
+    SwinModel,
+    SwinPatchEmbeddings,
+    SwinPatchMerging,
+    SwinStage,
+)
 from .swin_names import (
     in_memory_name,
     legacy_name,
@@ -36,14 +45,7 @@ from .swin_names import (
     torchvision_fields,
     torchvision_upstream,
 )
-from .swin_parts import (
-    SwinBlockParts,
-    SwinBlockSpec,
-    SwinEmbedding,
-    SwinParts,
-    SwinStage,
-    timm_parts,
-)
+from .swin_parts import SwinBlockSpec, SwinParts, timm_parts
 
 
 class SwinConfig(BackboneConfig):
@@ -166,105 +168,6 @@ class TorchvisionSwinConfig(SwinConfig):
     model_type: ClassVar[str] = "fastbb-torchvision-swin"
 
 
-class _RelativePositionBias(nn.Module):
-    def __init__(self, spec: SwinBlockSpec) -> None:
-        super().__init__()
-        height, width = spec.geometry.window
-        table = torch.zeros((2 * height - 1) * (2 * width - 1), spec.num_heads)
-        self.relative_position_bias_table = nn.Parameter(table)
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: SwinConfig, channels: int, spec: SwinBlockSpec) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(channels, channels, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(channels, channels)
-        self.relative_position_bias = _RelativePositionBias(spec)
-
-
-class _Mlp(nn.Module):
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-
-class _Block(nn.Module):
-    def __init__(self, config: SwinConfig, channels: int, spec: SwinBlockSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.attention = _Attention(config, channels, spec)
-        self.layernorm_before = nn.LayerNorm(channels, eps=config.layer_norm_eps)
-        self.layernorm_after = nn.LayerNorm(channels, eps=config.layer_norm_eps)
-        self.mlp = _Mlp(channels, int(config.mlp_ratio * channels))
-
-    def parts(self) -> SwinBlockParts:
-        attention, mlp = self.attention, self.mlp
-        return SwinBlockParts(
-            owner=self,
-            norms=(self.layernorm_before, self.layernorm_after),
-            projections=(attention.q_proj, attention.k_proj, attention.v_proj),
-            proj=attention.o_proj,
-            fc1=mlp.fc1,
-            fc2=mlp.fc2,
-            bias=attention.relative_position_bias,
-            semantics=self.spec,
-            has_index=False,
-        )
-
-
-class _PatchMerging(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
-        self.norm = nn.LayerNorm(4 * channels)
-
-
-class _Stage(nn.Module):
-    def __init__(self, config: SwinConfig, stage: int, specs: Sequence[SwinBlockSpec]) -> None:
-        super().__init__()
-        channels = config.stage_channels(stage)
-        self.blocks = nn.ModuleList(_Block(config, channels, spec) for spec in specs)
-        is_last = stage == len(config.depths) - 1
-        self.downsample = None if is_last else _PatchMerging(channels)
-
-
-class _Embeddings(nn.Module):
-    def __init__(self, config: SwinConfig) -> None:
-        super().__init__()
-        patch = _pair(config.patch_size)
-        self.patch_embeddings = nn.Module()
-        self.patch_embeddings.projection = nn.Conv2d(
-            config.num_channels, config.embed_dim, kernel_size=patch, stride=patch
-        )
-        self.norm = nn.LayerNorm(config.embed_dim)
-        height, width = _pair(config.image_size)
-        positions = (height // patch[0]) * (width // patch[1])
-        self.position_embeddings = (
-            nn.Parameter(torch.zeros(1, positions, config.embed_dim))
-            if config.use_absolute_embeddings
-            else None
-        )
-
-
-class _Encoder(nn.Module):
-    def __init__(self, config: SwinConfig) -> None:
-        super().__init__()
-        specs = _block_specs(config)
-        self.layers = nn.ModuleList(_Stage(config, i, own) for i, own in enumerate(specs))
-
-
-class _Swin(nn.Module):
-    def __init__(self, config: SwinConfig) -> None:
-        super().__init__()
-        self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
-        # no feature map is computed with it; it is kept because checkpoints have it
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-
 class SwinBackbone(Backbone):
     """Swin with transformers' parameter names. Calls may have images of different sizes.
 
@@ -290,7 +193,7 @@ class SwinBackbone(Backbone):
         self.num_features = [config.embed_dim] + [
             config.stage_channels(stage) for stage in range(len(config.depths))
         ]
-        self.swin = _Swin(config)
+        self.swin = _model(config)
         # all stages have a norm, as `out_indices` may change; those of selected stages are saved
         is_normed = not isinstance(config, TorchvisionSwinConfig)
         normed = self.out_feature_channels if is_normed else {}
@@ -305,16 +208,16 @@ class SwinBackbone(Backbone):
     ) -> None:
         """Accepts state dicts of transformers' modules, with the norms of selected stages only."""
         own = self.state_dict()
-        untrained = set()
-        for name in own:
-            if prefix + name not in state_dict and name.startswith(
-                ("hidden_states_norms.", "swin.layernorm.")
-            ):
+        optional = [n for n in own if n.startswith(("hidden_states_norms.", "swin.layernorm."))]
+        absent = [name for name in optional if prefix + name not in state_dict]
+        # a part of the weights (those of an adapter) leaves the norms as they are
+        if absent and all(prefix + name in state_dict for name in own.keys() - optional):
+            for name in absent:
                 value = torch.ones_like if name.endswith("weight") else torch.zeros_like
                 state_dict[prefix + name] = value(own[name])
-                untrained.add(name.split(".")[1])
-        self._untrained_norms = frozenset(untrained & set(self.hidden_states_norms))
-        self.outputs_changed()
+            untrained = {name.split(".")[1] for name in absent}
+            self._untrained_norms = frozenset(untrained & set(self.hidden_states_norms))
+            self.outputs_changed()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
@@ -335,43 +238,35 @@ class SwinBackbone(Backbone):
     ) -> dict[str, Tensor]:
         if not wanted:
             return {}
-        maps = swin_maps(
-            kept_parts(self, self._parts, options=self.config.hidden_dropout_prob),
-            pixel_values,
-            [self.stage_names.index(name) for name in wanted],
-            training=self.training,
-            attentions=attentions,
-            interpolate_positions=interpolate_pos_encoding,
-            run_block=self.block_runner(),
-        )
+        indices = [self.stage_names.index(name) for name in wanted]
+        options = {
+            "attentions": attentions,
+            "interpolate_positions": interpolate_pos_encoding,
+            "run_block": self.block_runner(),
+        }
+        parts, _ = kept_parts(self, self._parts)
+        if parts is None:
+            states = self.swin(pixel_values, indices, **options)
+            maps = [x.permute(0, 3, 1, 2) for x in states]
+        else:
+            maps = swin_maps(parts, pixel_values, indices, training=self.training, **options)
         return dict(zip(wanted, maps))
+
+    def _parts(self, called: Called) -> SwinParts:
+        """All layers except the norms of maps, and those that have to be called."""
+        return untouched(self.swin, SwinModel).parts(called)
+
+    def called_modules(self) -> dict[str, str]:
+        return kept_parts(self, self._parts)[1].by_name(self)
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
         if stage not in self.hidden_states_norms:
             return hidden_state
-        return normed_map(hidden_state.permute(0, 2, 3, 1), self.hidden_states_norms[stage])
-
-    def _parts(self) -> SwinParts:
-        """All layers except the norms of maps, which are not applied to hidden states."""
-        embeddings, stages = self.swin.embeddings, list(self.swin.encoder.layers)
-        projection = embeddings.patch_embeddings.projection
-        assert isinstance(projection, nn.Conv2d)
-        embedding = SwinEmbedding(
-            projection,
-            embeddings.norm,
-            ragged="drop" if isinstance(self.config, TorchvisionSwinConfig) else "pad",
-            positions=embeddings,
-            dropout=self.config.hidden_dropout_prob,
-        )
-        # transformers' names put a merging into the stage before it
-        mergings: list[Any] = [None, *(stage.downsample for stage in stages)]
-        return SwinParts(
-            embedding,
-            tuple(
-                SwinStage(merging, tuple(block.parts() for block in stage.blocks))  # type: ignore[union-attr, operator]
-                for merging, stage in zip(mergings, stages)
-            ),
-        )
+        norm, x = self.hidden_states_norms[stage], hidden_state.permute(0, 2, 3, 1)
+        try:
+            return normed_map(x, untouched(norm, nn.LayerNorm))
+        except Refused:
+            return norm(x).permute(0, 3, 1, 2)
 
     def outputs_changed(self) -> None:
         names = [name for name in self.out_features if name in self._untrained_norms]
@@ -473,6 +368,32 @@ def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
         specs.append(stage)
         done += depth
     return specs
+
+
+def _model(config: SwinConfig) -> SwinModel:
+    patch, (height, width) = _pair(config.patch_size), _pair(config.image_size)
+    embeddings = SwinEmbeddings(
+        SwinPatchEmbeddings(config.num_channels, config.embed_dim, patch),
+        config.embed_dim,
+        n_positions=(
+            (height // patch[0]) * (width // patch[1]) if config.use_absolute_embeddings else None
+        ),
+        ragged="drop" if isinstance(config, TorchvisionSwinConfig) else "pad",
+        dropout=config.hidden_dropout_prob,
+    )
+    stages = []
+    for index, specs in enumerate(_block_specs(config)):
+        channels = config.stage_channels(index)
+        hidden, eps = int(config.mlp_ratio * channels), config.layer_norm_eps
+        is_last = index == len(config.depths) - 1
+        stages.append(
+            SwinStage(
+                [SwinLayer(channels, hidden, eps, config.qkv_bias, spec) for spec in specs],
+                None if is_last else SwinPatchMerging(channels),
+            )
+        )
+    norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+    return SwinModel(embeddings, SwinEncoder(stages), norm)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import (
@@ -24,10 +24,11 @@ from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
+    Ragged,
     SwinBlockParts,
     SwinBlockSpec,
     SwinBlockWeights,
-    SwinEmbedding,
+    SwinEmbeddingParts,
     SwinParts,
     cuts_patches,
 )
@@ -60,42 +61,41 @@ def swin_maps(
     Raises:
         ValueError: the image does not fit.
     """
-    x = _embed(parts.embedding, pixel_values, training, interpolate_positions)
+    if isinstance(parts.embedding, SwinEmbeddingParts):
+        x = _embed(parts.embedding, pixel_values, training, interpolate_positions)
+    else:
+        x = parts.embedding(pixel_values, interpolate_positions)
     maps = {}
     first, last = 0, max(wanted)
     if parts.has_stem:
         first = 1
         if 0 in wanted:
             maps[0] = _map(parts, 0, x)
-    for index, (downsample, blocks) in enumerate(parts.stages, start=first):
+    for index, (downsample, blocks, calls_downsample) in enumerate(parts.stages, start=first):
         if index > last:
             break
         if downsample is not None:
-            x = merge_patches(x, downsample)
+            x = downsample(x) if calls_downsample else merge_patches(x, downsample)
         for block in blocks:
             collected = attentions if block is blocks[-1] else None
-            run = partial(swin_block, parts=block, training=training, attentions=collected)
+            run: Any
+            if isinstance(block, SwinBlockParts):
+                run = partial(swin_block, parts=block, training=training, attentions=collected)
+            else:
+                run = block if collected is None else partial(block, attentions=collected)
             x = run(x) if run_block is None else run_block(run, x)
         if index in wanted:
             maps[index] = _map(parts, index, x)
     return [maps[index] for index in wanted]
 
 
-def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpolate: bool) -> Tensor:
+def _embed(
+    parts: SwinEmbeddingParts, pixel_values: Tensor, training: bool, interpolate: bool
+) -> Tensor:
     """Embeds patches as tokens [B, h, w, C]."""
-    projection, norm = parts.projection, parts.norm
-    height, width = pixel_values.shape[2:]
-    h, w = projection.kernel_size
-    if parts.ragged == "drop" and (height < h or width < w):
-        raise ValueError(
-            f"the image must be at least one patch of {h}x{w} pixels, got {height}x{width}"
-        )
-    if parts.ragged == "refuse" and (height % h or width % w):
-        raise ValueError(
-            f"timm's Swin needs a height and width divisible by its patch of {h}x{w} pixels, "
-            f"got {height}x{width}"
-        )
+    projection, norm, ragged = parts.projection, parts.norm, parts.ragged
     if cuts_patches(projection):
+        _check_patches(projection.kernel_size, pixel_values, ragged)
         x = patch_embed(
             pixel_values,
             projection.weight,
@@ -103,19 +103,53 @@ def _embed(parts: SwinEmbedding, pixel_values: Tensor, training: bool, interpola
             norm.weight,
             norm.bias,
             eps=norm.eps,
-            ceil_mode=parts.ragged == "pad",
+            ceil_mode=ragged == "pad",
         )
     else:  # the stride or padding was changed
-        if parts.ragged == "pad":
-            pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
-        x = norm(projection(pixel_values).permute(0, 2, 3, 1))
+        x = norm(embed_patches(projection, projection.kernel_size, pixel_values, ragged))
     positions = getattr(parts.positions, "position_embeddings", None)
     if positions is not None:
-        x = x + _positions(positions, x, interpolate)
+        x = x + absolute_positions(positions, x, interpolate)
     return F.dropout(x, parts.dropout) if training else x
 
 
-def _positions(positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
+def embed_patches(
+    projection: nn.Module, patch: Sequence[int], pixel_values: Tensor, ragged: Ragged
+) -> Tensor:
+    """Calls the convolution of patches, [B, C_in, H, W] to tokens [B, h, w, C].
+
+    Args:
+        projection: the convolution, or a layer in its place.
+        patch: height and width of a patch.
+        pixel_values: [B, C_in, H, W].
+        ragged: rule for pixels beyond the last whole patch.
+
+    Raises:
+        ValueError: the image does not fit.
+    """
+    _check_patches(patch, pixel_values, ragged)
+    height, width = pixel_values.shape[2:]
+    h, w = patch
+    if ragged == "pad":
+        pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
+    return projection(pixel_values).permute(0, 2, 3, 1)
+
+
+def _check_patches(patch: Sequence[int], pixel_values: Tensor, ragged: Ragged) -> None:
+    height, width = pixel_values.shape[2:]
+    h, w = patch
+    if ragged == "drop" and (height < h or width < w):
+        raise ValueError(
+            f"the image must be at least one patch of {h}x{w} pixels, got {height}x{width}"
+        )
+    if ragged == "refuse" and (height % h or width % w):
+        raise ValueError(
+            f"timm's Swin needs a height and width divisible by its patch of {h}x{w} pixels, "
+            f"got {height}x{width}"
+        )
+
+
+def absolute_positions(positions: Tensor, x: Tensor, interpolate: bool) -> Tensor:
     """Absolute embeddings [1, P, C] for the tokens of x [B, H, W, C]."""
     height, width = x.shape[1:3]
     grid = positions.shape[1]

@@ -178,23 +178,30 @@ class SwinBlockParts:
         return None
 
 
-class SwinStage(NamedTuple):
+class SwinStageParts(NamedTuple):
     """A stage: a patch merging or None, then blocks.
 
-    A merging has `norm` and `reduction`, which is how all libraries name them.
+    Attributes:
+        downsample: has `norm` and `reduction`, which is how all libraries name them.
+        blocks: in order of depth; a module is called, and may stand for several blocks.
+        calls_downsample: whether the merging is called, too.
     """
 
     downsample: nn.Module | None
-    blocks: tuple[SwinBlockParts, ...]
+    blocks: tuple[SwinBlockParts | nn.Module, ...]
+    calls_downsample: bool = False
 
 
-class SwinEmbedding(NamedTuple):
+Ragged = Literal["pad", "drop", "refuse"]  # pixels beyond the last whole patch; "pad" with zeros
+
+
+class SwinEmbeddingParts(NamedTuple):
     """The patch embedding.
 
     Attributes:
         projection: convolution of patches.
         norm: after it.
-        ragged: rule for pixels beyond the last whole patch: "pad" with zeros, "drop" or "refuse".
+        ragged: rule for pixels beyond the last whole patch.
         positions: module with absolute `position_embeddings` [1, P, C] or None; None if no module
             has any.
         dropout: after it, in training.
@@ -202,7 +209,7 @@ class SwinEmbedding(NamedTuple):
 
     projection: nn.Conv2d
     norm: nn.LayerNorm
-    ragged: Literal["pad", "drop", "refuse"]
+    ragged: Ragged
     positions: Any = None
     dropout: float = 0.0
 
@@ -212,14 +219,14 @@ class SwinParts:
     """A Swin.
 
     Attributes:
-        embedding: of patches.
+        embedding: of patches; a module is called.
         stages: in order of depth.
         norms: of returned maps, by index; empty if maps are returned without a norm.
         has_stem: whether map 0 is the embedding; otherwise it is the first stage.
     """
 
-    embedding: SwinEmbedding
-    stages: tuple[SwinStage, ...]
+    embedding: SwinEmbeddingParts | nn.Module
+    stages: tuple[SwinStageParts, ...]
     norms: Mapping[int, nn.LayerNorm] = field(default_factory=dict)
     has_stem: bool = True
 
@@ -432,9 +439,9 @@ def transformers_parts(backbone: Any) -> SwinParts:
     for merging in mergings:
         check_merging(merging)
     return SwinParts(
-        SwinEmbedding(projection, embeddings.norm, "pad", embeddings),
+        SwinEmbeddingParts(projection, embeddings.norm, "pad", embeddings),
         tuple(
-            SwinStage(merging, tuple(map(read, stage.blocks)))
+            SwinStageParts(merging, tuple(map(read, stage.blocks)))
             for merging, stage in zip([None, *mergings], stages)
         ),
         norms,
@@ -480,5 +487,7 @@ def timm_parts(features: nn.Module) -> SwinParts:
             if misfit is not None:
                 raise Refused(misfit)
             blocks.append(parts)
-        read.append(SwinStage(merging if type(merging) is PatchMerging else None, tuple(blocks)))
-    return SwinParts(SwinEmbedding(projection, norm, "refuse"), tuple(read), has_stem=False)
+        read.append(
+            SwinStageParts(merging if type(merging) is PatchMerging else None, tuple(blocks))
+        )
+    return SwinParts(SwinEmbeddingParts(projection, norm, "refuse"), tuple(read), has_stem=False)

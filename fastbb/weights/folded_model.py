@@ -115,6 +115,7 @@ class Folding:
     def _take(self, model: nn.Module, name: str, module: Any, forward: Any) -> None:
         module.forward = forward
         module._replicate_for_data_parallel = partial(replica_without, module, _TAKEN)
+        module.__prepare_scriptable__ = forward.__self__.__prepare_scriptable__
         parent, _, child = name.rpartition(".")
         self._places.add(model.get_submodule(parent), child, module)
 
@@ -152,7 +153,7 @@ def _release(module: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-_TAKEN = ("forward", "_replicate_for_data_parallel")
+_TAKEN = ("forward", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 def replica_without(module: nn.Module, names: Iterable[str]) -> nn.Module:

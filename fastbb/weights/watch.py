@@ -120,6 +120,13 @@ def _kept(values: Any) -> Any:
 class OwnForward:
     """Base of objects with a bound method that fastbb sets as the forward of a module."""
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Raises an error; set on the module too, where torch.jit.script calls it."""
+        raise RuntimeError(
+            "torch.jit.script cannot read the forwards that fastbb puts on modules: call "
+            "fastbb.restore(model) first, or take torch.export or torch.jit.trace"
+        )
+
 
 def own_forward(module: nn.Module) -> OwnForward | None:
     """The `OwnForward` whose method is set as the forward of a module, or None."""
@@ -178,6 +185,17 @@ class ModuleStructure:
         if not any(self._hooks):
             return []
         return [hook for hooks in self._hooks for hook in hooks.values()]
+
+    def observed(self) -> list[int]:
+        """Indices of what observes the layers inside: kinds of hooks, and forwards of other code.
+
+        Equal lists mean that the same layers are observed.
+        """
+        found = [i for i, hooks in enumerate(self._hooks) if hooks] if any(self._hooks) else []
+        foreign = self.foreign_forwards()
+        if foreign:
+            found += [-1 - i for i, m in enumerate(self._inside) if m in foreign]
+        return found
 
     def foreign_forwards(self) -> list[nn.Module]:
         """The layers inside on which other code set a forward."""

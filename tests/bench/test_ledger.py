@@ -379,3 +379,15 @@ def test_command_prints_a_breakdown_and_draws_a_picture(
         "| MB per image                         |               62.5 |                 15.6 |",
     ]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_shows_what_is_counted() -> None:
+    page = Path(ledger.__file__).parents[1] / "docs" / "benchmarks" / "traffic.md"
+    shown = {" ".join(line.split()) for line in page.read_text().splitlines()}
+    for name, case in CASES.items():
+        sides = {
+            side: launches_of(name, side)
+            for side in ledger.IMPLEMENTATIONS[case.family]
+            if case.config is not None or side != "transformers"
+        }
+        assert " ".join(ledger.summary({name: sides}).splitlines()[-1].split()) in shown

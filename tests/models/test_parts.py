@@ -74,7 +74,9 @@ def readings(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     read: list[nn.Module] = []
     for cls in (SwinBackbone, ResNetBackbone):
         own: Any = cls._parts
-        monkeypatch.setattr(cls, "_parts", lambda self, own=own: read.append(self) or own(self))
+        monkeypatch.setattr(
+            cls, "_parts", lambda self, *args, own=own: read.append(self) or own(self, *args)
+        )
     for family in FAMILIES:
         if family.timm_parts is not None:
 
@@ -171,12 +173,14 @@ def test_hooks_and_training_select_timms_own_forward(
     assert backbone.native_forward() is not None and torch.equal(infer(backbone), first)
 
 
-def test_a_changed_forward_of_a_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_forward_of_a_class_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = randomize_(swin())
-    infer(backbone)
+    first = infer(backbone)
     monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, x: x)
-    with pytest.raises(ValueError, match="LayerNorm put in place of"):
-        infer(backbone)
+    changed = infer(backbone)
+    assert not torch.allclose(changed, first)
+    monkeypatch.undo()
+    assert torch.equal(infer(backbone), first)
 
 
 def test_refusals_of_builders_name_the_reason() -> None:
@@ -217,12 +221,8 @@ def test_every_family_in_the_folder_is_registered() -> None:
 
 
 @torch.no_grad()
-def test_parts_follow_changed_activation_and_position_embeddings() -> None:
+def test_parts_follow_absolute_positions() -> None:
     pixels = images(32, 32)
-    resnet = from_hf(hf_resnet())
-    resnet(pixels)
-    resnet.config.hidden_act = "gelu"
-    assert_equals_upstream(resnet(pixels).feature_maps, copy.deepcopy(resnet)(pixels).feature_maps)
     swin = from_hf(hf_swin())
     before = swin(pixels).feature_maps
     swin.swin.embeddings.position_embeddings = nn.Parameter(torch.randn(1, 64, 16))

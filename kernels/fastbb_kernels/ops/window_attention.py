@@ -205,6 +205,8 @@ def _unwindow(windows: Tensor, height: int, width: int, geometry: WindowGeometry
     batch = windows.shape[0] // (rows * columns)
     x = windows.unflatten(2, (h, w)).unflatten(0, (batch, rows, columns))
     x = x.permute(0, 1, 4, 2, 5, 3, 6)  # [B, rows, h, columns, w, heads, head_dim]
+    if torch.compiler.is_exporting():  # else views are recorded that only fit this device's strides
+        x = x.clone(memory_format=torch.contiguous_format)
     x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2)
     if geometry.roll_first:
         return _roll(x[:, :height, :width], geometry.shift, 1)

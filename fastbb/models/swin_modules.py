@@ -1,0 +1,315 @@
+"""The modules of a native Swin, with transformers' names of layers and parameters.
+
+`swin_maps` computes from their parameters. The forwards of the modules are plain PyTorch, one call
+per layer: they run wherever hooks must see the calls, or adapters (LoRA) and other layers were put
+inside, in inference and training.
+
+Tokens are maps [B, h, w, C], which transformers has flattened.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastbb_kernels import ACTIVATIONS, window_attention, window_attention_weights
+
+from ..backbone.checkpointing import BlockRunner
+from .layers import drop_path
+from .parts import Called, untouched
+from .swin_forward import absolute_positions, embed_patches
+from .swin_parts import (
+    Ragged,
+    SwinBlockParts,
+    SwinBlockSpec,
+    SwinEmbeddingParts,
+    SwinParts,
+    SwinStageParts,
+    relative_position_bias,
+)
+
+
+class SwinRelativePositionBias(nn.Module):
+    """The bias of the attention scores of a window."""
+
+    def __init__(self, spec: SwinBlockSpec) -> None:
+        super().__init__()
+        self.window = spec.geometry.window
+        height, width = self.window
+        table = torch.zeros((2 * height - 1) * (2 * width - 1), spec.num_heads)
+        self.relative_position_bias_table = nn.Parameter(table)
+
+    def forward(self) -> Tensor:
+        return relative_position_bias(self.relative_position_bias_table, self.window)
+
+
+class SwinAttention(nn.Module):
+    """Attention within the windows of a map [B, H, W, C]."""
+
+    def __init__(self, channels: int, qkv_bias: bool, spec: SwinBlockSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = nn.Linear(channels, channels, bias=qkv_bias)
+        self.k_proj = nn.Linear(channels, channels, bias=qkv_bias)
+        self.v_proj = nn.Linear(channels, channels, bias=qkv_bias)
+        self.o_proj = nn.Linear(channels, channels)
+        self.relative_position_bias = SwinRelativePositionBias(spec)
+
+    def forward(self, x: Tensor, attentions: list[Tensor] | None = None) -> Tensor:
+        spec, (height, width) = self.spec, x.shape[1:3]
+        geometry = spec.geometry_for(height, width)
+        # before the projections, because an adapter may make something else than a bias of zeros
+        h, w = geometry.window
+        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % h))
+        qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
+        options: dict[str, Any] = {
+            "num_heads": spec.num_heads,
+            "geometry": geometry,
+            "dropout_p": spec.attention_dropout if self.training else 0.0,
+        }
+        bias = self.relative_position_bias()
+        if attentions is None:
+            y = window_attention(qkv, bias, None, **options)
+        else:
+            y, weights = window_attention_weights(qkv, bias, None, **options)
+            attentions.append(weights)
+        return self.o_proj(y[:, :height, :width])
+
+
+class SwinMlp(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, channels: int, hidden: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class SwinLayer(nn.Module):
+    """A block: window attention and MLP, each with a norm and a residual, of a map [B, H, W, C]."""
+
+    def __init__(
+        self, channels: int, hidden: int, eps: float, qkv_bias: bool, spec: SwinBlockSpec
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.attention = SwinAttention(channels, qkv_bias, spec)
+        self.layernorm_before = nn.LayerNorm(channels, eps=eps)
+        self.layernorm_after = nn.LayerNorm(channels, eps=eps)
+        self.mlp = SwinMlp(channels, hidden, spec.activation)
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        if type(self.attention).forward is not SwinAttention.forward:
+            raise ValueError(
+                f"a {type(self.attention).__name__} was put in place of the attention of a Swin "
+                "block, which would get no windows: replace the whole block by a module that takes "
+                "and returns a map of tokens [B, H, W, C]"
+            )
+        y = self.attention(self.layernorm_before(x), **options)
+        x = x + self._branch(y, self.spec.drop_path)
+        y = self.mlp(self.layernorm_after(x))
+        return x + self._branch(y, self.spec.mlp_drop_path)
+
+    def _branch(self, y: Tensor, path_rate: float) -> Tensor:
+        return drop_path(F.dropout(y, self.spec.dropout, self.training), path_rate, self.training)
+
+    def parts(self) -> SwinBlockParts:
+        """Reads the layers; raises `Refused` if one has to be called."""
+        attention, mlp = untouched(self.attention, SwinAttention), untouched(self.mlp, SwinMlp)
+        norms = (self.layernorm_before, self.layernorm_after)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for norm in norms:
+            untouched(norm, nn.LayerNorm)
+        for linear in (*projections, attention.o_proj, mlp.fc1, mlp.fc2):
+            untouched(linear, nn.Linear)
+        return SwinBlockParts(
+            owner=self,
+            norms=norms,
+            projections=projections,
+            proj=attention.o_proj,
+            fc1=mlp.fc1,
+            fc2=mlp.fc2,
+            bias=untouched(attention.relative_position_bias, SwinRelativePositionBias),
+            semantics=self.spec,
+            has_index=False,
+        )
+
+
+class SwinPatchMerging(nn.Module):
+    """Concatenates, normalizes and reduces 2x2 neighbours, [B, H, W, C] to [B, h, w, 2C]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        self.norm = nn.LayerNorm(4 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = torch.cat([x[:, i::2, j::2] for j in range(2) for i in range(2)], dim=-1)
+        return self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """A stage; its forward leaves out the merging, which only the next stage needs."""
+
+    def __init__(self, blocks: Sequence[SwinLayer], downsample: SwinPatchMerging | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return last(x, **options)
+
+
+class SwinPatchEmbeddings(nn.Module):
+    """Embeds patches of pixels [B, C_in, H, W]."""
+
+    def __init__(self, n_pixel_channels: int, channels: int, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.patch = patch
+        self.projection = nn.Conv2d(n_pixel_channels, channels, kernel_size=patch, stride=patch)
+
+    def forward(self, pixel_values: Tensor, ragged: Ragged) -> Tensor:
+        return embed_patches(self.projection, self.patch, pixel_values, ragged)
+
+
+class SwinEmbeddings(nn.Module):
+    """Embeds patches with a norm, and absolute positions if there are any.
+
+    Args:
+        patches: embeds them.
+        channels: of the embedding.
+        n_positions: number of absolute positions, or None.
+        ragged: see `SwinEmbeddingParts`.
+        dropout: see `SwinEmbeddingParts`.
+    """
+
+    def __init__(
+        self,
+        patches: SwinPatchEmbeddings,
+        channels: int,
+        n_positions: int | None,
+        ragged: Ragged,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.ragged: Ragged = ragged
+        self.dropout = dropout
+        self.patch_embeddings = patches
+        self.norm = nn.LayerNorm(channels)
+        self.position_embeddings = (
+            None if n_positions is None else nn.Parameter(torch.zeros(1, n_positions, channels))
+        )
+
+    def forward(self, pixel_values: Tensor, interpolate_positions: bool = False) -> Tensor:
+        x = self.norm(self.patch_embeddings(pixel_values, self.ragged))
+        if self.position_embeddings is not None:
+            x = x + absolute_positions(self.position_embeddings, x, interpolate_positions)
+        return F.dropout(x, self.dropout, self.training)
+
+    def parts(self) -> SwinEmbeddingParts:
+        """Reads the layers; raises `Refused` if one has to be called."""
+        patches = untouched(self.patch_embeddings, SwinPatchEmbeddings)
+        projection = untouched(patches.projection, nn.Conv2d)
+        norm = untouched(self.norm, nn.LayerNorm)
+        return SwinEmbeddingParts(projection, norm, self.ragged, self, self.dropout)
+
+
+class SwinEncoder(nn.Module):
+    """The stages."""
+
+    def __init__(self, stages: Sequence[SwinStage]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(stages)
+
+    def forward(
+        self,
+        x: Tensor,
+        wanted: Sequence[int],
+        attentions: list[Tensor] | None = None,
+        run_block: BlockRunner | None = None,
+    ) -> list[Tensor]:
+        states: dict[int, Tensor] = {0: x}
+        merging: Any = None
+        for index, stage in enumerate(self.layers, start=1):
+            if index > max(wanted):
+                break
+            if merging is not None:
+                x = merging(x)
+            run = stage if attentions is None else partial(stage, attentions=attentions)
+            x = states[index] = run(x) if run_block is None else run_block(run, x)
+            merging = stage.downsample
+        return [states[index] for index in wanted]
+
+
+class SwinModel(nn.Module):
+    """Embeddings and stages: pixels [B, C_in, H, W] to the wanted states, tokens [B, h, w, C]."""
+
+    def __init__(
+        self, embeddings: SwinEmbeddings, encoder: SwinEncoder, norm: nn.LayerNorm
+    ) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+        self.encoder = encoder
+        # no feature map is computed with it; it is kept because checkpoints have it
+        self.layernorm = norm
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[int],
+        interpolate_positions: bool = False,
+        **options: Any,
+    ) -> list[Tensor]:
+        x = self.embeddings(pixel_values, interpolate_positions)
+        return self.encoder(x, wanted, **options)
+
+    def parts(self, called: Called) -> SwinParts:
+        """Reads the layers, except those that have to be called.
+
+        Args:
+            called: gets these.
+
+        Raises:
+            Refused: the whole has to be called.
+        """
+        encoder = untouched(self.encoder, SwinEncoder)
+        stages, merging = [], None
+        for stage in encoder.layers:
+            stages.append(_read_stage(merging, stage, called))
+            merging = stage.downsample
+        return SwinParts(called.unless(self._read_embeddings, self.embeddings), tuple(stages))
+
+    def _read_embeddings(self) -> SwinEmbeddingParts:
+        return untouched(self.embeddings, SwinEmbeddings).parts()
+
+
+def _read_stage(merging: Any, stage: Any, called: Called) -> SwinStageParts:
+    """Reads a stage and the merging before it, which transformers has in the stage before."""
+
+    def read_merging() -> None:
+        untouched(untouched(merging, SwinPatchMerging).norm, nn.LayerNorm)
+        untouched(merging.reduction, nn.Linear)
+
+    def read_blocks() -> tuple[SwinBlockParts | nn.Module, ...]:
+        blocks = untouched(stage, SwinStage).blocks
+        return tuple(called.unless(partial(_read_block, block), block) for block in blocks)
+
+    calls_merging = merging is not None and called.unless(read_merging, merging) is merging
+    blocks = called.unless(read_blocks, stage)
+    return SwinStageParts(merging, blocks if isinstance(blocks, tuple) else (stage,), calls_merging)
+
+
+def _read_block(block: Any) -> SwinBlockParts:
+    return untouched(block, SwinLayer).parts()
