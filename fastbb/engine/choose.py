@@ -65,7 +65,7 @@ class Chooser:
         self._cost: CompileCost | None = None
 
     def renew_ways(self) -> None:
-        """Forgets compiled artefacts and recorded graphs."""
+        """Forgets what was compiled and recorded."""
         self.ways = Ways(self._computation, lambda seconds: self.cost.record(seconds))
 
     @property
@@ -98,7 +98,7 @@ class Chooser:
         return self._tools.cache
 
     def warn(self, text: str) -> None:
-        """Warns of a way that does not run as requested."""
+        """Warns of something that does not run as it was asked to."""
         warnings.warn(f"{self.name}: {text}", EngineWarning, stacklevel=2)
 
     def decide(self, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:

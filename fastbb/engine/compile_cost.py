@@ -10,7 +10,7 @@ from fastbb_kernels.result_cache import ResultCache
 from .measuring import Clock, duration
 from .trial import Run
 
-# for a model not compiled on this machine yet (Swin-T and ResNet-50 on 2 cores of a CPU)
+# of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
 USUAL_COMPILE_S = 90.0
 USUAL_GAIN = 0.15  # share of the time of a forward pass
 _NOBODY_SAID = "compiling takes a minute or more: say expected_images=, or mode='compile'"
@@ -42,7 +42,7 @@ class CompileCost:
 
     @property
     def compile_s(self) -> float:
-        """Seconds to compile; those of this model on this machine, if they were measured."""
+        """Seconds that compiling takes: of this model on this machine, if it was measured."""
         measured = self._cache.get("compile_s", self._key)
         return float(measured) if isinstance(measured, (int, float)) else USUAL_COMPILE_S
 

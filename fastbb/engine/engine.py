@@ -34,9 +34,9 @@ class Engine:
     """Runs one computation; `Backbone.prepare` makes it.
 
     Args:
-        computation: the computation to run.
-        settings: the requested settings.
-        tools: clock, cache and candidates.
+        computation: to run.
+        settings: that were asked for.
+        tools: to measure and remember with.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Times calls, and formats times and errors."""
+"""Times of calls, and times and errors in words."""
 
 import statistics
 import time

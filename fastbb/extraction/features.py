@@ -98,7 +98,7 @@ class Features:
                 yield ids, {name: file.get_tensor(name) for name in names}
 
     def errors(self) -> list[RowError]:
-        """Returns the rows without features, in the order of the input."""
+        """The rows that have no features, in the order of the input."""
         return list(self._errors())
 
     def describe(self) -> str:

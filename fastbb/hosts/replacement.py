@@ -64,9 +64,9 @@ class Choice:
 
     Attributes:
         ours: whether ours does.
-        why: the reason.
-        size: of the call that decided, see `size_of`; a much larger call decides again.
-        formats: memory format of each tensor of upstream's result; None for other strides.
+        why: it does, or does not.
+        size: of the call that decided, see `size_of`; a much larger call decides anew.
+        formats: memory format of each tensor of upstream's result; None where it has another.
     """
 
     ours: bool
@@ -165,7 +165,7 @@ class Replacement(OwnForward):
 
     @property
     def is_running_ours(self) -> bool:
-        """Whether ours ran for the form of call decided last, without a reason against it."""
+        """Whether ours runs: for the form of call decided last, and nothing spoke against it."""
         choices = list(self.choices.values())
         return self.last_reason is None and bool(choices) and choices[-1].ours
 

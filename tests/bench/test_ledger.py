@@ -381,7 +381,7 @@ def test_command_prints_a_breakdown_and_draws_a_picture(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_shows_what_is_counted() -> None:
+def test_traffic_page_shows_the_counted_numbers() -> None:
     page = Path(ledger.__file__).parents[1] / "docs" / "benchmarks" / "traffic.md"
     shown = {" ".join(line.split()) for line in page.read_text().splitlines()}
     for name, case in CASES.items():

@@ -1,4 +1,4 @@
-"""Contact sheets: layout, and pictures that depend on the features alone."""
+"""Contact sheets: what is drawn where, and that it depends on the features alone."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_a_picture_does_not_depend_on_sign_scale_offset_or_dtype(change) -> None
     assert max_difference(before, contact_sheet(image, [change(maps)], ["stage1"])) <= 1
 
 
-def test_signs_are_fixed_for_an_image_of_one_colour() -> None:
+def test_signs_are_settled_for_an_image_of_one_colour_too() -> None:
     grey = half_and_half(128, 128)
     for maps in random_maps(*[(1, 8, 12, 16)] * 8):
         sheets = [contact_sheet(grey, [m], ["stage1"]) for m in (maps, maps.flip(1), -maps)]
@@ -189,7 +189,7 @@ def test_flat_map_is_grey_and_not_amplified_rounding() -> None:
     ],
     ids=["no-image", "sizes", "names", "batch", "3-d", "empty-map", "nan"],
 )
-def test_wrong_input_raises_value_error(images, maps, names, message: str) -> None:
+def test_bad_input_is_named(images, maps, names, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         contact_sheet([Image.new("RGB", size) for size in images], maps, names)
 
@@ -241,7 +241,7 @@ def test_view_writes_the_sheet_of_all_stages(photo: Path, tmp_path: Path, size) 
         assert max_difference(sheet, want) <= 1
 
 
-def test_view_error_suggests_the_only_size_a_model_takes(
+def test_view_names_the_size_of_a_model_that_takes_no_other(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
