@@ -251,7 +251,7 @@ def test_a_prepared_backbone_with_hooks_calls_them_once(mode: str) -> None:
     assert calls == [1]
 
 
-def test_torchvision_backbone_with_hooks_equals_torchvision() -> None:
+def test_hooks_leave_the_maps_of_a_torchvision_backbone_unchanged() -> None:
     import torchvision
 
     upstream: Any = torchvision.models.SwinTransformer([2, 2], 16, [2, 2], [2, 2], [7, 7])
