@@ -1,4 +1,4 @@
-"""Times whole backbones, eager, beside the library whose weights they take."""
+"""Times whole backbones in eager mode, beside the library that their weights come from."""
 
 from collections.abc import Callable
 from typing import Any

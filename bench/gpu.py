@@ -6,11 +6,11 @@
     PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --stage models # a part of it
     PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --dry-run      # rehearsed on the CPU
 
-Each run says something by itself. It takes the Python, torch and triton that the machine has,
-installs and downloads nothing, and leaves out what an absent package was needed for. Every stage
-is a process of its own with a time box, those first that tell most: one that fails, hangs or
-crashes is named in the results, and the next one runs; where it crashed at one of its items, the
-others get another process. Results are written after each stage, to bench/results/.
+Each run is useful by itself. It uses the Python, torch and triton of the machine, installs and
+downloads nothing, and leaves out measurements whose package is missing. Every stage runs in a
+separate process with a limited time, the most informative stages first. The results name a stage
+that fails, hangs or crashes, and the next one runs; after a crash at one item, another process runs
+the others. Results are written after each stage, to bench/results/.
 """
 
 import argparse

@@ -24,8 +24,8 @@ NVIDIA_SMI = (
     "compute_mode",
     "mig.mode.current",
 )
-MOST_PROCESSES = 12  # on the GPU at once, each with a separate context
-_PROCESS_MIB = 6000  # of a process that holds the largest case and its copy in float64
+MOST_PROCESSES = 12  # processes that use the GPU at once, each with a separate context
+_PROCESS_MIB = 6000  # memory of a process with the largest case and its copy in float64
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def profiled(call: Callable[[], object], n_calls: int) -> dict[str, Any]:
     found: dict[str, Any] = {"host_us": host_us(call, n_calls)}
     try:
         activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        # by its module: a dry run replaces it there
+        # called through its module, in which a dry run replaces it
         with torch.profiler.profile(activities=activities) as profile:
             for _ in range(n_calls):
                 call()

@@ -227,7 +227,7 @@ def sweep(work: Work, dry_run: bool) -> None:
             if gain > _GAIN or (dry_run and gain):
                 _keep(shape, row, device, path)
             torch.cuda.synchronize()  # raises if the device is lost: a new process runs the rest
-            torch.cuda.empty_cache()  # of the graphs
+            torch.cuda.empty_cache()  # frees the memory of the graphs
 
 
 def _fastest(

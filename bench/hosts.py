@@ -4,10 +4,11 @@
     python bench/hosts.py --host mask2former --dtype float32 --rounds 5
     python bench/hosts.py --ledger-only               # bytes and launches of the backbones on a GPU
 
-Random weights of the full architectures, one image. Both copies of a model take turns on the same
-input; medians count. `share` is the part of the time spent inside the modules that fastbb replaced.
-Traffic and launches are counted, not measured: those of the backbone on a GPU in bf16, by the rule
-of `bench/ledger.py`, upstream's against our kernels'.
+The models have their full size and random weights, and run one image. Both copies of a model take
+turns on the same input; the tables show medians. `share` is the share of the time spent inside the
+modules that fastbb replaced.
+Traffic and launches are counted, not measured: for the backbone on a GPU in bf16, by the rule of
+`bench/ledger.py`, for upstream and for our kernels.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     python bench/ledger.py --markdown           # only the tables of docs/benchmarks/traffic.md
     python bench/ledger.py --model swin_t_224 --plot ledger.png
 
-Everything runs on the meta device: bf16, eval, no gradients, all four stages returned. Ops are seen
-by the dispatcher, our kernels by their launches; `ledger_count` has the rule. Each model runs twice
-and the second run counts, so that nobody pays for what is computed once per set of weights.
+Everything runs on the meta device: bf16, eval, no gradients, all four stages returned. The
+dispatcher reports ops, and the launcher our kernels; `ledger_count` has the rule. Each model runs
+twice and the second run counts, without values that are computed once per set of weights.
 """
 
 import argparse

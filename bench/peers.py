@@ -1,15 +1,15 @@
-"""Backbones on this machine's CPU beside everything else that runs them, in one interleaved run.
+"""Backbones on this machine's CPU beside other libraries that run them, interleaved.
 
     python bench/peers.py --json peers.json --plot peers.png    # every cell; takes an hour or two
     python bench/peers.py --model resnet50 --dtype float32 --batch 8 --only peers
     python bench/peers.py --only memory --only early_exit
 
 A cell is a model, a dtype and a batch. All peers of a cell are built once, then take turns: in
-every round each runs for some seconds, and each round begins with another peer, so that what else
-the machine does meets all. Medians over all repetitions count, beside the lowest and highest median
-of a round. A new process repeats it. Every peer gets the same weights and images and as many
-threads as torch takes, returns all four stages, and is checked once against transformers' eager
-fp32 maps.
+every round each runs for some seconds, and each round begins with another peer, so that other
+load of the machine affects all. The tables show the median over all repetitions, and the lowest and
+highest median of a round. A new process repeats the measurement. Every peer gets the same weights,
+images and number of threads, returns all four stages, and is checked once against transformers'
+eager fp32 maps.
 
 The other sections measure one cell per model, the first dtype and the largest batch: the time to a
 first result, the time to a first result in a second size, peak memory (each in processes of their

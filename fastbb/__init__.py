@@ -1,4 +1,4 @@
-"""Vision backbones, fast, computing exactly what their own libraries compute."""
+"""Fast vision backbones that compute exactly what their own libraries compute."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _of_a_family(name: str) -> Any:
-    """A class of a family that has no line above."""
+    """Finds a class of a family that has no line above."""
     import_module(".models", __name__)
     for family in import_module(".backbone.registry", __name__).FAMILIES:
         for cls in (family.backbone, *family.configs):

@@ -230,10 +230,10 @@ def _torchvision_state(weights: Any, wanted: Sequence[str]) -> StateDict:
 def _read_torchvision(
     name: str | None, state: StateDict
 ) -> tuple[Family, BackboneConfig, StateDict]:
-    """The family, configuration and renamed tensors of a torchvision model's weights.
+    """Returns family, configuration and renamed tensors of a torchvision model's weights.
 
     Raises:
-        ValueError: they are of another model than the named one, or of no family.
+        ValueError: the weights are those of another model than the named one, or of no family.
     """
     refusals: dict[str, ValueError] = {}
     for family in FAMILIES:
@@ -256,7 +256,7 @@ def _read_torchvision(
 
 
 def _check_torchvision_model(name: str, family: Family, config: BackboneConfig) -> None:
-    """Refuses weights of another shape than the named model's."""
+    """Refuses weights whose shapes are not those of the named model."""
     for model, shape in family.torchvision_models.items():
         if all(getattr(config, field) == value for field, value in shape.items()):
             if model == name:

@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Makes what a test draws at random the same in every run."""
+    """Seeds random numbers, so that every run of a test draws the same."""
     torch.manual_seed(0)
 
 

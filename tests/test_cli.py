@@ -44,7 +44,7 @@ def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None
     assert features.plan["model"]["name"] == MODEL
 
 
-def test_options_arrive(images: Path, tmp_path: Path) -> None:
+def test_extract_options_reach_the_plan(images: Path, tmp_path: Path) -> None:
     result = fastbb(
         *("extract", images, "--out", tmp_path / "out", "--model", MODEL),
         *("--features", "maps, pooled", "--out-indices", "1,-1", "--precision", "bf16"),
@@ -69,7 +69,9 @@ def failing(kind: str) -> Callable[..., Any]:
     return forward
 
 
-def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extract_failures_have_their_exit_codes(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def extract(*options: Any, out: str = "out") -> Result:
         return fastbb("extract", images, "--out", tmp_path / out, "--model", MODEL, *options)
 
@@ -113,14 +115,14 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_wrong_values_are_usage_errors_that_name_what_was_wanted(
+def test_wrong_option_values_are_usage_errors(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the Hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no request
     result = fastbb("extract", images, "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
@@ -139,7 +141,7 @@ def test_wrong_inputs_are_usage_errors(tmp_path: Path) -> None:
         assert "s3cret" not in result.output
 
 
-def test_show(images: Path, tmp_path: Path) -> None:
+def test_show_prints_the_plan_and_the_failures(images: Path, tmp_path: Path) -> None:
     (images / "bad.png").write_bytes(b"text")
     (images / os.fsdecode(b"caf\xe9.png")).write_bytes(b"text")
     fastbb("extract", images, "--out", tmp_path / "out")
@@ -165,7 +167,7 @@ def test_control_characters_are_shown_as_escapes(images: Path, tmp_path: Path) -
     assert r"  'a\nfailed    99\x1b[2J.png': unsupported_format" in shown and "\x1b" not in shown
 
 
-def test_list() -> None:
+def test_list_prints_the_names_that_match() -> None:
     result = fastbb("list", "*digits")
     assert result.exit_code == 0
     assert result.stdout.split() == ["nano-resnet-digits", "nano-swin-digits"]
@@ -174,7 +176,7 @@ def test_list() -> None:
     assert nothing.exit_code == 2 and "wanted a pattern that matches" in nothing.stderr
 
 
-def test_view(images: Path, tmp_path: Path) -> None:
+def test_view_writes_a_sheet_and_refuses_wrong_input(images: Path, tmp_path: Path) -> None:
     arguments = ("view", images / "1.png", "--model", MODEL, "-o", tmp_path / "sheet.png")
     result = fastbb(*arguments)
     assert result.exit_code == 0 and str(tmp_path / "sheet.png") in result.stdout, result.output

@@ -1,4 +1,4 @@
-"""Imports point in one direction: from what users call down to the operations."""
+"""Imports point in one direction: from the command line and public API down to the ops."""
 
 import ast
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ LAYERS = [
     "fastbb.inspect",
     "fastbb.cli",
 ]
-# what a user calls on a backbone is imported by the method that hands the call on
+# methods of a backbone import the function that they hand the call to
 HANDED_ON = {
     "fastbb.backbone.base": {
         "fastbb.engine.prepare.prepare",
@@ -35,7 +35,7 @@ HANDED_ON = {
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
-# modules that nothing imports before they are used, and that are made of the package
+# modules that are imported at first use only, and that need the package
 IMPORTED_WITH = {"click": ("fastbb.cli",), "transformers": ("fastbb.hosts.heads",)}
 
 
@@ -50,7 +50,7 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, inside_functions: bool) -> Iterator[tuple[int, str]]:
-    """Absolute names that a file imports, "package.name" also for `from package import name`."""
+    """Absolute names that a file imports; "package.name" for `from package import name`."""
 
     def walk(node: ast.AST) -> Iterator[tuple[int, str]]:
         for child in ast.iter_child_nodes(node):
@@ -96,7 +96,7 @@ def where(path: Path, line: int) -> str:
     return f"{path.relative_to(ROOT)}:{line}"
 
 
-def test_a_newcomer_finds_at_most_twelve_rooms() -> None:
+def test_package_has_at_most_twelve_entries() -> None:
     usual = {"__init__.py", "__main__.py", "py.typed", "cli.py", "__pycache__"}
     rooms = {entry.name for entry in FASTBB.iterdir()} - usual
     known = {name.partition(".")[2] for name in LAYERS[1:-1]} | {"assets"}
@@ -109,7 +109,7 @@ def test_every_module_has_a_layer() -> None:
     assert not lost, f"give these modules a place in LAYERS: {lost}"
 
 
-def test_imports_point_down() -> None:
+def test_packages_import_only_lower_layers() -> None:
     wrong = []
     for path in python_files():
         own = layer(module_name(path))
@@ -122,7 +122,7 @@ def test_imports_point_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-def test_nothing_goes_through_the_lazy_names() -> None:
+def test_no_module_imports_the_lazy_names_of_fastbb() -> None:
     modules = {module_name(path) for path in python_files()}
     wrong = [
         f"{where(path, line)}: {name}"
@@ -134,7 +134,7 @@ def test_nothing_goes_through_the_lazy_names() -> None:
     assert "fastbb" in modules and not wrong, "\n".join(wrong)
 
 
-def test_no_module_imports_itself_over_others() -> None:
+def test_imports_have_no_cycles() -> None:
     modules = {module_name(path) for path in python_files()}
     graph = {
         module_name(path): {
@@ -159,7 +159,7 @@ def test_kernels_import_only_torch_triton_and_themselves() -> None:
 
 
 def test_only_checks_import_the_harness() -> None:
-    """`fastbb_kernels.testing` needs the extra of that name."""
+    """`fastbb_kernels.testing` needs the extra "testing", so only checks may import it."""
     users = ("fastbb_kernels.testing", "fastbb_kernels.check")
     wrong = [
         f"{where(path, line)}: {name}"
@@ -192,7 +192,7 @@ def test_families_never_import_each_other() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(NEVER_AT_IMPORT))
-def test_slow_packages_are_imported_where_they_are_used(package: str) -> None:
+def test_slow_packages_are_imported_inside_functions(package: str) -> None:
     wrong = [
         where(path, line)
         for path in python_files()

@@ -1,4 +1,4 @@
-"""One wheel with two import packages, and an import that costs nothing."""
+"""One wheel with two import packages, whose import is fast."""
 
 import importlib.metadata
 import json
@@ -54,8 +54,8 @@ def test_the_kernels_folder_is_no_package() -> None:
     assert not (ROOT / "tests" / "__init__.py").exists()
 
 
-def test_kernels_is_never_ours() -> None:
-    # seen from the repository root, where a folder of that name lies first on the path
+def test_import_kernels_never_finds_our_folder() -> None:
+    # in the repository root, a folder named `kernels` comes first on the path
     code = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
     origin = python("-c", code).stdout.strip()
     try:
@@ -83,13 +83,13 @@ def test_the_wheel_holds_exactly_the_two_packages(tmp_path: Path) -> None:
         folder = f"fastbb/assets/{model}"
         assert {f"{folder}/config.json", f"{folder}/model.safetensors"} <= set(names)
     assert not [name for name in names if name.endswith((".pyc", ".pt", ".pkl", ".bin"))]
-    # what runs from the checkout must be in the wheel
+    # files that the checkout uses must be in the wheel
     for package, root in (("fastbb", ROOT), ("fastbb_kernels", ROOT / "kernels")):
         modules = {p.relative_to(root).as_posix() for p in (root / package).rglob("*.py")}
         assert modules <= set(names)
 
 
-def test_the_floor_run_pins_what_the_package_declares() -> None:
+def test_floor_constraints_equal_the_declared_minimum_versions() -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -127,11 +127,11 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def fresh() -> dict[str, Any]:
-    """What importing fastbb does to a new interpreter."""
+    """Effects of importing fastbb in a new interpreter: times, modules, names."""
     return json.loads(python("-c", FRESH_IMPORT).stdout)
 
 
-def test_importing_adds_little_to_torch(fresh: dict[str, Any]) -> None:
+def test_importing_fastbb_adds_little_time_to_torch(fresh: dict[str, Any]) -> None:
     assert fresh["package_s"] < 0.3
     assert fresh["names_s"] < 0.5
 
@@ -146,7 +146,7 @@ def test_every_public_name_is_there_and_listed(fresh: dict[str, Any]) -> None:
     assert PUBLIC <= set(fresh["names"]) <= set(fresh["listed"])
 
 
-def test_the_tests_that_the_makefile_names_are_there() -> None:
+def test_files_named_by_the_makefile_exist() -> None:
     lines = subprocess.run(
         ["make", "--dry-run", "test-quick", "test", "test-floor"],
         cwd=ROOT,

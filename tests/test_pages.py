@@ -124,7 +124,7 @@ def test_a_block_that_calls_a_model_with_gradients_is_found() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_block_is_of_a_known_language(page: Path) -> None:
+def test_every_block_has_a_known_language(page: Path) -> None:
     text = page.read_text()
     found = blocks(text)
     assert len(re.findall(r"^ *```", text, re.M)) == 2 * len(found)
@@ -167,7 +167,7 @@ def check_command(line: str, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_the_commands_of_a_page_can_be_given(page: Path, desk: Path) -> None:
+def test_commands_of_a_page_parse(page: Path, desk: Path) -> None:
     for line, whole in commands(page.read_text()):
         if line.split(" ")[0] in ("fastbb", "make", "python"):
             check_command(line, whole)
@@ -186,7 +186,7 @@ def test_the_commands_of_a_page_can_be_given(page: Path, desk: Path) -> None:
         "python bench/none.py",
     ],
 )
-def test_a_command_that_cannot_be_given_is_found(line: str, desk: Path) -> None:
+def test_wrong_command_is_found(line: str, desk: Path) -> None:
     with pytest.raises((click.UsageError, KeyError, AssertionError)):
         check_command(line, whole=True)
 
@@ -206,7 +206,7 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_files_that_a_page_names_are_there(page: Path) -> None:
+def test_files_named_by_a_page_exist(page: Path) -> None:
     """Links, and paths of files of the repository in code."""
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)

@@ -1,4 +1,4 @@
-"""How many files a change touches: those of a family and its ops, and shared files that name it.
+"""Number of files that a family takes, lengths of files, and folders of tests.
 
 docs/contributing/family.md lists the files of a new family. Each family of the tree is counted
 here: four files of its own, four for each of its ops, and further ones only with a reason.
@@ -13,7 +13,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "fastbb_kernels"
-OWN, PER_OP = 4, 4  # files: of a family by itself, of each of its ops
+OWN, PER_OP = 4, 4  # files of a family by itself, and of each of its ops
+LONGEST = {  # lines of a file, by folder
+    "fastbb": 600,
+    "kernels/fastbb_kernels": 600,
+    "kernels/fastbb_kernels/ops": 500,
+    "bench": 600,
+    "scripts": 600,
+    "tests": 400,
+}
+# folders of tests beside those of fastbb's packages
+OTHER_TESTS = {"ops", "harness", "bench", "support"}
 
 # files beyond that, each with its reason
 PUBLIC = {
@@ -47,7 +57,7 @@ FURTHER: dict[str, dict[str, str]] = {
 
 
 def families() -> list[str]:
-    """Modules of `fastbb.models` that register a family; timm is a library, named everywhere."""
+    """Modules of `fastbb.models` that register a family; timm is left out, a library."""
     files = (ROOT / "fastbb" / "models").glob("*.py")
     return sorted(p.stem for p in files if "register(" in p.read_text() and p.stem != "timm")
 
@@ -91,7 +101,7 @@ def ops_of(family: str) -> set[str]:
 
 @cache
 def names_in(path: Path) -> set[str]:
-    """Identifiers and strings of a module but for its prose, in lower case."""
+    """Identifiers and strings of a module without its docstrings, in lower case."""
     tree = ast.parse(path.read_text())
     found: set[str] = set()
     docstrings = {
@@ -149,7 +159,7 @@ def test_a_family_takes_no_more_files_than_it_may(family: str) -> None:
 
 @pytest.mark.parametrize("family", families())
 @pytest.mark.parametrize("where", ["own", "shared", "op"])
-def test_one_file_more_is_one_too_many(
+def test_extra_file_of_a_family_is_counted(
     family: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     op = min(ops_of(family))
@@ -189,7 +199,7 @@ def test_one_class_decides_when_a_cpu_compiles() -> None:
     assert costs == ["compile_cost.py"]
 
 
-def test_a_host_library_is_a_row_and_its_classes() -> None:
+def test_only_library_and_family_files_name_host_classes() -> None:
     """Import paths of model classes stand in `libraries.py` and in the files of families."""
     hosts = ROOT / "fastbb" / "hosts"
     allowed = {"libraries.py", *(f"{family}.py" for family in families())}
@@ -205,3 +215,16 @@ def test_a_host_library_is_a_row_and_its_classes() -> None:
         )
     ]
     assert not wrong
+
+
+@pytest.mark.parametrize("folder", LONGEST)
+def test_no_file_is_longer_than_its_limit(folder: str) -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
+    assert lengths
+    assert not {str(path): n for path, n in lengths.items() if n > LONGEST[folder]}
+
+
+def test_folders_of_tests_have_the_names_of_the_packages() -> None:
+    packages = {path.parent.name for path in (ROOT / "fastbb").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders == packages | OTHER_TESTS

@@ -118,7 +118,7 @@ def resnet(hub: HubServer, tmp_path: Path) -> Any:
 
 @pytest.fixture
 def resnet50(hub: HubServer, tmp_path: Path) -> Any:
-    """timm's, of full size: its name says what is built."""
+    """timm's resnet50 in full size, since the page names it."""
     model = timm.create_model("resnet50")
     timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     hub.add_repo("timm/resnet50.a1_in1k", tmp_path)
@@ -134,7 +134,7 @@ def assert_holds(module: Any, weights: dict[str, torch.Tensor], prefix: str = ""
 
 @torch.no_grad()
 @pytest.mark.parametrize("block", [LOAD, AUTO_BACKBONE], ids=["first", "second"])
-def test_auto_backbone(block: str, swin: Any) -> None:
+def test_auto_backbone_block_equals_transformers(block: str, swin: Any) -> None:
     model = run(block)["model"]
     assert model.out_features == ["stage1"]
     theirs = transformers.SwinBackbone.from_pretrained(SWIN, out_indices=[1]).eval()
@@ -144,7 +144,7 @@ def test_auto_backbone(block: str, swin: Any) -> None:
     assert torch.equal(model.state_dict()[table], swin.state_dict()[table])
 
 
-def test_a_head_with_a_pretrained_backbone(resnet: Any) -> None:
+def test_head_with_a_pretrained_backbone_has_its_weights(resnet: Any) -> None:
     model = run(PRETRAINED)["model"]
     assert type(model) is transformers.MaskFormerForInstanceSegmentation
     encoder = model.model.pixel_level_module.encoder
@@ -153,7 +153,7 @@ def test_a_head_with_a_pretrained_backbone(resnet: Any) -> None:
     with torch.no_grad():
         assert model.eval()(images(64, 80)).class_queries_logits.isfinite().all()
 
-    # transformers 5 itself takes the same arguments, and draws the weights
+    # transformers 5 takes the same arguments, but draws random weights
     config = transformers.MaskFormerConfig(backbone=RESNET, use_pretrained_backbone=True)
     theirs = transformers.MaskFormerForInstanceSegmentation(config)
     drawn = "embedder.embedder.convolution.weight"
@@ -161,7 +161,7 @@ def test_a_head_with_a_pretrained_backbone(resnet: Any) -> None:
     assert not torch.equal(random, resnet.resnet.state_dict()[drawn])
 
 
-def test_a_head_around_a_configuration() -> None:
+def test_head_around_a_configuration_has_its_backbone() -> None:
     with pytest.warns(UserWarning, match="cannot run on a single feature map"):
         names = run(CONFIGURATION)
     encoder = names["model"].model.pixel_level_module.encoder
@@ -169,7 +169,7 @@ def test_a_head_around_a_configuration() -> None:
     assert encoder.config.to_dict() == transformers.ResNetConfig().to_dict()
 
 
-def test_a_head_around_timm(resnet50: Any) -> None:
+def test_head_around_timm_has_the_pretrained_weights(resnet50: Any) -> None:
     weights = resnet50.state_dict()
     named = run(TIMM)["model"]
     with pytest.warns(UserWarning, match="cannot run on a single feature map"):
@@ -181,7 +181,7 @@ def test_a_head_around_timm(resnet50: Any) -> None:
         assert_holds(encoder, weights, "_backbone.")
 
 
-def test_feature_extraction(swin: Any, tmp_path: Path) -> None:
+def test_feature_extraction_block_prints_the_documented_shape(swin: Any, tmp_path: Path) -> None:
     photo = tmp_path / "photo.png"
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photo)

@@ -1,4 +1,4 @@
-"""Commands whose standard streams are closed, missing, full or read by nobody."""
+"""Commands whose standard streams are closed, missing, full, or a pipe without a reader."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def shell(arguments: str, redirections: str = "") -> subprocess.CompletedProcess
         ("| head -c 0; exit ${PIPESTATUS[0]}", 0),
     ],
 )
-def test_an_extraction_is_whole_whatever_the_streams(
+def test_extraction_completes_with_closed_full_or_missing_streams(
     redirections: str, code: int, images: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -48,7 +48,7 @@ def test_an_extraction_is_whole_whatever_the_streams(
 
 
 @pytest.mark.parametrize("arguments", ["--help", "show --help", "--version", "list nano-resnet*"])
-def test_every_command_that_prints(arguments: str) -> None:
+def test_full_stdout_exits_with_6_and_a_closed_pipe_with_0(arguments: str) -> None:
     full = shell(arguments, ">/dev/full")
     assert (full.returncode, full.stderr.count("\n")) == (6, 1), full.stderr
     gone = shell(arguments, "| head -c 0; exit ${PIPESTATUS[0]}")
@@ -56,12 +56,12 @@ def test_every_command_that_prints(arguments: str) -> None:
 
 
 @pytest.mark.parametrize("redirections", ["2>/dev/full", "2>&-", "", ">&- 2>&-"])
-def test_a_usage_error_that_nobody_can_read(redirections: str) -> None:
+def test_usage_error_exits_with_2_if_stderr_is_full_or_closed(redirections: str) -> None:
     assert shell("nosuchcommand", redirections).returncode == 2
     assert shell("extract", redirections).returncode == 2
 
 
-def test_missing_streams_of_a_host_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_with_no_stderr_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     with _Progress(True) as progress:
         progress.say("nobody hears it")
@@ -79,7 +79,7 @@ class Full:
         return False
 
 
-def test_what_cannot_be_said_is_not_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_full_stderr_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream: Any = Full()
     monkeypatch.setattr(sys, "stderr", stream)
     with _Progress(True) as progress:

@@ -1,4 +1,4 @@
-"""The choice of what runs for one shape of input: what the mode says, or what was measured."""
+"""Chooses the way to run one shape of input: the one of the mode, or the measured fastest."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from .truth import Truth
 from .ways import GRAPH, Way, Ways, bakes, compiles, on_gpu
 
 MAX_TUNED = 8  # shapes that mode "auto" measures by itself in one process
-# a second shape is measured, and a graph of it recorded, when it came so often
+# calls after which a second shape is measured, and its graph recorded
 SEEN_BEFORE_TUNED = 3
-# up to as many pixels in a batch, launches cost more than what they launch
+# pixels of a batch up to which launches cost more than the kernels
 SMALL_BATCH_PIXELS = 16 * 224 * 224
 _FASTEST = "the fastest that passed its check (ties within 3 % go to the simpler)"
 
@@ -30,10 +30,10 @@ class Plan:
     """The way in which one shape of input runs, and the reason.
 
     Attributes:
-        way: that runs.
-        why: it does.
-        trials: of the ways that were tried.
-        n_left: times that it runs before the shape is decided anew; None: it is decided.
+        way: the way that runs.
+        why: the reason.
+        trials: outcomes of the ways that were tried.
+        n_left: calls before the shape is decided again; None: the decision is final.
     """
 
     way: Way
@@ -49,13 +49,13 @@ class Chooser:
     """Chooses the way to run each shape of input of one computation.
 
     Args:
-        computation: to run.
-        settings: that were asked for.
-        tools: to measure and remember with.
+        computation: the computation to run.
+        settings: the requested settings.
+        tools: clock, cache and candidates.
 
     Attributes:
-        ways: that there are.
-        cost: of compiling.
+        ways: builds the ways to run.
+        cost: decides whether compiling pays.
     """
 
     def __init__(self, computation: Computation, settings: Settings, tools: Tools) -> None:
@@ -84,7 +84,7 @@ class Chooser:
 
     @property
     def precision(self) -> str:
-        """The precision that computes."""
+        """Precision of the computation."""
         dtype = dtype_of(self._computation.module)
         names = {dtype: name for name, dtype in DTYPES.items()}
         own = names.get(dtype, str(dtype).removeprefix("torch."))
@@ -92,7 +92,7 @@ class Chooser:
 
     @property
     def cache(self) -> ResultCache:
-        """The file in which measured choices are remembered."""
+        """Cache file of measured choices."""
         if self._tools.cache is None:
             self._tools.cache = ResultCache(Machine.of(device_of(self._computation.module)))
         return self._tools.cache
@@ -102,11 +102,11 @@ class Chooser:
         warnings.warn(f"{self.name}: {text}", EngineWarning, stacklevel=2)
 
     def decide(self, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
-        """The plan for pixels of this shape.
+        """Returns the plan for pixels of this shape.
 
         Args:
             pixels: [B, C, H, W].
-            seen_often: whether the shape came often enough for what pays only then.
+            seen_often: whether the shape came often enough for measuring and recording to pay.
             is_first: whether no other shape has a plan.
         """
         mode = self._settings.mode
@@ -123,14 +123,14 @@ class Chooser:
         return self.eager_plan(pixels, f"mode={mode!r}")
 
     def eager_plan(self, pixels: Tensor, why: str, *trials: Trial) -> Plan:
-        """Eager for pixels of this shape; in parts of a batch where a CPU gains from that."""
+        """Returns the eager plan for this shape; a CPU may split the batch to save memory."""
         return Plan(self.ways.build("eager", pixels), why, list(trials))
 
     def plain_plan(self, why: str) -> Plan:
-        """Eager for pixels of any shape, a batch at once."""
+        """Returns the eager plan for pixels of any shape, with whole batches."""
         return Plan(Way("eager", self.ways.eager), why)
 
-    # --- by the mode that was asked for
+    # --- by the requested mode
 
     def _compiled(self, mode: str, pixels: Tensor) -> Plan:
         if not self.ways.has_artefact(mode):
@@ -141,7 +141,7 @@ class Chooser:
         return self._verified_plan(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
 
     def _op_by_op(self, mode: str, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
-        """On a GPU; as a CUDA graph where that was asked for, or the batch is small and usual."""
+        """Returns the plan op by op on a GPU, as a CUDA graph if requested or worth it."""
         plan = Plan(self.ways.build(mode, pixels), f"mode={mode!r}")
         asked = self._settings.cuda_graph is True
         if not self._may_capture(pixels):
@@ -161,7 +161,7 @@ class Chooser:
     def _verified_plan(
         self, name: str, pixels: Tensor, why: str, instead: Plan | None = None
     ) -> Plan:
-        """A way that is held to the truth once; another plan, with the reason, if it fails."""
+        """Returns the plan of a way if its maps are right, else another plan with the reason."""
         try:
             way = self._way(name, pixels)
             problem = None
@@ -169,14 +169,14 @@ class Chooser:
                 problem = Truth.of(self._computation, pixels).problem(way.run(pixels))
             if problem is None:
                 return Plan(way, why)
-        except Exception as error:  # whatever a compiler, a capture or a device raises
+        except Exception as error:  # any error of a compiler, a capture or a device
             problem = describe(error)
         instead = instead or self.eager_plan(pixels, "")
         self.warn(f"{name} is off, {instead.way.runs} runs: {problem}")
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
 
     def _way(self, name: str, pixels: Tensor) -> Way:
-        """A way by its name, among the engine's own and those of `tools`."""
+        """Builds a way by its name, among the engine's own and those of `tools`."""
         for candidate in self._tools.candidates:
             if candidate.name == name:
                 return Way(name, candidate.build(), True)
@@ -185,7 +185,7 @@ class Chooser:
     # --- mode "auto"
 
     def _fastest(self, pixels: Tensor, seen_often: bool) -> Plan:
-        """The measured choice, for this shape or a similar one; else it is measured."""
+        """Returns the measured choice for this or a similar shape; measures if there is none."""
         remembered = self._remembered(pixels)
         if remembered:
             return self._best_remembered(pixels, remembered)
@@ -195,7 +195,7 @@ class Chooser:
             if why_not is not None and not is_gpu:
                 return self.eager_plan(pixels, why_not)
             return self.tune(pixels, compiling=why_not is None)
-        # most like it: the size first, then the number of images
+        # the most similar shape: by size first, then by number of images
         like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
         name = self._tuned[like].removesuffix(GRAPH)
         plan = self._verified_plan(name, pixels, f"what won for {by(like)}")
@@ -204,7 +204,7 @@ class Chooser:
         return plan
 
     def _best_remembered(self, pixels: Tensor, trials: list[Trial]) -> Plan:
-        """The best of earlier trials; one that has to be compiled only where that pays now."""
+        """Returns the best of earlier trials; a compiled one only if compiling pays now."""
         best = winner(trials)
         assert best is not None and best.seconds is not None
         plain = winner([trial for trial in trials if not compiles(trial.name)])
@@ -219,11 +219,11 @@ class Chooser:
         return plan
 
     def tune(self, pixels: Tensor, compiling: bool = True) -> Plan:
-        """Measures the candidates on these pixels, remembers and returns the best.
+        """Measures the candidates on these pixels; stores and returns the best.
 
         Args:
             pixels: [B, C, H, W].
-            compiling: also those that need a compiler.
+            compiling: whether to measure candidates that need a compiler too.
         """
         pixels = pixels.detach()
         candidates = self._candidates(pixels, compiling)
@@ -254,7 +254,7 @@ class Chooser:
         return plan
 
     def _candidates(self, pixels: Tensor, compiling: bool) -> list[Candidate]:
-        """The ways to run, simplest first."""
+        """Returns the ways to run, simplest first."""
         names = ["triton", "eager", "triton+compile", "compile"]
         if not on_gpu(pixels):
             names = ["eager", "compile"]
@@ -271,7 +271,7 @@ class Chooser:
         return [*own, *(c for c in self._tools.candidates if compiling or not c.compiles)]
 
     def _remembered(self, pixels: Tensor) -> list[Trial]:
-        """The trials of an earlier process, if their winner still can be built."""
+        """Returns the trials of an earlier process if their winner can still be built."""
         value: Any = self.cache.get("tuned", self.key(pixels))
         try:
             trials = [Trial.from_dict(trial) for trial in value["trials"]]
@@ -282,12 +282,12 @@ class Chooser:
         return trials if best is not None and all(t.name in names for t in trials) else []
 
     def key(self, pixels: Tensor) -> str:
-        """The key of a measured choice: model, maps, precision and shape."""
+        """Key of a measured choice: model, maps, precision and shape."""
         shape = "x".join(map(str, (len(pixels), *pixels.shape[2:])))
         return f"{self._computation.cache_key}/{self.precision}/{shape}"
 
     def _plain(self, pixels: Tensor) -> Run:
-        """The run without a compiler."""
+        """Returns the run without a compiler."""
         return self.ways.build("triton" if on_gpu(pixels) else "eager", pixels).run
 
     @property
@@ -296,11 +296,11 @@ class Chooser:
 
 
 def by(shape: tuple[int, ...]) -> str:
-    """Images, height and width of a shape [B, C, H, W], for people."""
+    """Formats images, height and width of a shape [B, C, H, W]."""
     return "x".join(map(str, (shape[0], *shape[2:])))
 
 
 def _distance(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[bool, int, int]:
-    """The difference of two shapes [B, C, H, W]: in size, in pixels, in images."""
+    """Returns the differences of two shapes [B, C, H, W]: in size, in pixels, in images."""
     pixels = abs(one[2] * one[3] - other[2] * other[3])
     return one[2:] != other[2:], pixels, abs(one[0] - other[0])

@@ -1,4 +1,4 @@
-"""Whether compiling pays: the seconds that it takes against those that it saves."""
+"""Decides whether compiling pays: the seconds that it takes against the seconds that it saves."""
 
 import statistics
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .trial import Run
 
 # of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
 USUAL_COMPILE_S = 90.0
-USUAL_GAIN = 0.15  # of the time of a forward pass
+USUAL_GAIN = 0.15  # share of the time of a forward pass
 _NOBODY_SAID = "compiling takes a minute or more: say expected_images=, or mode='compile'"
 
 
@@ -47,7 +47,7 @@ class CompileCost:
         return float(measured) if isinstance(measured, (int, float)) else USUAL_COMPILE_S
 
     def record(self, seconds: float) -> None:
-        """Remembers how long compiling took."""
+        """Stores the seconds of a compilation."""
         self._cache.put("compile_s", self._key, round(seconds, 1))
 
     def saved_s(self, pixel_values: Tensor) -> float:
@@ -58,7 +58,7 @@ class CompileCost:
             if self._first_s_per_pixel is None:
                 self._first_s_per_pixel = self._time(few)() / few.shape[2:].numel()
             if self._first_s_per_pixel * saved_pixels < self.compile_s:
-                # no first run is faster than those that follow
+                # a first run is never faster than later ones
                 return self._first_s_per_pixel * saved_pixels
             time = self._time(pixel_values)
             time()
@@ -73,13 +73,13 @@ class CompileCost:
         return self._compared(self.saved_s(pixel_values))
 
     def why_not_measured(self, saved_s_per_image: float) -> str | None:
-        """As `why_not`, if the seconds that it saves on an image were measured before."""
+        """Does the same as `why_not`, with the measured seconds saved on an image."""
         if self._expected is None:
             return _NOBODY_SAID
         return self._compared(saved_s_per_image * self._expected)
 
     def wasted(self, pixel_values: Tensor) -> str | None:
-        """The reason why compiling is a waste for the images that were named, or None."""
+        """The reason why compiling does not pay for the expected images, or None."""
         return None if self._expected is None else self.why_not(pixel_values)
 
     def _compared(self, saved_s: float) -> str | None:

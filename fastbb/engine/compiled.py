@@ -1,4 +1,4 @@
-"""A whole backbone through torch.compile, for one size of images, its weights frozen in."""
+"""Compiles a whole backbone by torch.compile, for one size of images, with frozen weights."""
 
 import types
 from collections.abc import Callable
@@ -24,8 +24,8 @@ _INDUCTOR_ON_CPU = {**_INDUCTOR, "cpp_wrapper": True}
 def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager") -> Run:
     """Compiles the maps of a computation for the shape of an example.
 
-    The weights are baked in: whoever calls the result watches them (`ModuleStamp`), and calls it
-    with pixels of that very shape, dtype and device.
+    The weights are baked in: the caller has to watch them by a `ModuleStamp`, and to pass pixels of
+    exactly this shape, dtype and device.
 
     Args:
         computation: in eval mode.
@@ -34,10 +34,10 @@ def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager"
             graph as they are.
 
     Raises:
-        Exception: whatever the compiler raises.
+        Exception: any error of the compiler.
     """
     on_cpu = example.device.type == "cpu"
-    example = example.contiguous()  # as what is run; guards, which would ask, there are none
+    example = example.contiguous()  # as every call; no guard checks it
     # inference tensors do not trace
     with torch.inference_mode(False), torch.no_grad(), use_impl(impl):
         forward = _frozen(computation, example) if on_cpu else computation.feature_maps
@@ -45,7 +45,7 @@ def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager"
             own_code(lambda pixel_values: forward(pixel_values)),
             fullgraph=True,
             dynamic=False,
-            # what guards would ask in every call, the engine knows
+            # the engine checks what guards would check in every call
             options={"guard_filter_fn": lambda guards: [False] * len(guards)},
         )
         with local_inductor_options(_INDUCTOR_ON_CPU if on_cpu else _INDUCTOR):
@@ -59,7 +59,7 @@ def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager"
 
 
 class _Maps(nn.Module):
-    """The feature maps as a module, which is what can be exported."""
+    """The feature maps as a module, because only modules can be exported."""
 
     def __init__(self, computation: Computation) -> None:
         super().__init__()
@@ -73,10 +73,10 @@ class _Maps(nn.Module):
 
 
 def _frozen(computation: Computation, example: Tensor) -> Callable[[Tensor], Any]:
-    """The forward pass as a graph in which all that does not depend on pixels is a constant.
+    """Exports the forward pass as a graph; everything independent of the pixels is a constant.
 
-    The compiler folds parameters too, but not what is made of `arange`, as masks and the indices of
-    relative positions are; those it would compute for every element of every window.
+    The compiler folds parameters too, but not tensors made of `arange`, such as masks and indices
+    of relative positions; it would compute these for every element of every window.
     """
     try:
         graph: Any = torch.export.export(_Maps(computation), (example.clone(),)).module()
@@ -90,14 +90,14 @@ def _frozen(computation: Computation, example: Tensor) -> Callable[[Tensor], Any
 
 
 def local_inductor_options(options: dict[str, Any] = _INDUCTOR) -> AbstractContextManager[None]:
-    """The compiler's options, set for the block only."""
+    """Sets the compiler's options inside the block."""
     from torch._inductor import config
 
     return config.patch(options)
 
 
 def own_code(function: Callable) -> Callable:
-    """The function with a code object of its own: dynamo counts and keeps artefacts per code."""
+    """Copies a function with its own code object: dynamo counts and keeps artefacts per code."""
     copy = types.FunctionType(
         function.__code__.replace(),
         function.__globals__,
@@ -115,8 +115,8 @@ def in_chunks(run: Run, n_images: int, other: Run | None = None) -> Run:
     Args:
         run: takes `n_images`, and any number if `other` is None.
         n_images: images per call.
-        other: takes the rest of a batch where it is less than half of `n_images`; a longer rest is
-            filled up with empty images.
+        other: takes the rest of a batch if it is less than half of `n_images`; a longer rest is
+            padded with empty images.
     """
 
     def chunked(pixel_values: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The interface of an engine to a native backbone, or to one inside another library's model."""
+"""Interface of an engine to a native backbone, or to a backbone inside another library's model."""
 
 import copy
 import hashlib
@@ -26,12 +26,12 @@ class Computation(Protocol):
 
     @property
     def outputs(self) -> Hashable:
-        """The selection of results; where it changes, everything that was chosen is forgotten."""
+        """Selection of results; a change makes the engine forget every choice."""
         ...
 
     @property
     def cache_key(self) -> str:
-        """Name of model and outputs, under which measured choices are remembered."""
+        """Key of measured choices: names of model and outputs."""
         ...
 
     @property
@@ -40,17 +40,17 @@ class Computation(Protocol):
         ...
 
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The results for checked pixels [B, C, H, W], op by op."""
+        """Computes the results for checked pixels [B, C, H, W], op by op."""
         ...
 
     def copied(self) -> "Computation":
-        """The same computation over copies of all modules and weights."""
+        """Returns the same computation over copies of all modules and weights."""
         ...
 
 
 @dataclass(frozen=True)
 class BackboneMaps:
-    """The feature maps of a native backbone."""
+    """Computes the feature maps of a native backbone."""
 
     module: Backbone
 
@@ -76,7 +76,7 @@ class BackboneMaps:
 
 
 def without_engine(backbone: AnyBackbone) -> AnyBackbone:
-    """The same backbone, unprepared, over the same modules and parameters."""
+    """Returns the same backbone, unprepared, over the same modules and parameters."""
     other = copy.copy(backbone)
     other.config = copy.copy(backbone.config)
     other._engine = None
@@ -84,7 +84,7 @@ def without_engine(backbone: AnyBackbone) -> AnyBackbone:
 
 
 def in_precision(computation: Computation, precision: str | None) -> Computation:
-    """The computation, or one over a copy of the weights where a precision is another dtype."""
+    """Returns the computation, or one over converted weights if the precision has another dtype."""
     dtype = None if precision is None else DTYPES.get(precision, torch.float32)
     if dtype in (None, dtype_of(computation.module)):
         return computation

@@ -25,7 +25,7 @@ _NATIVE = {
 
 
 def has_arithmetic(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies in a dtype; one that does not converts in every operation."""
+    """Whether this CPU multiplies in a dtype; otherwise PyTorch converts in every operation."""
     return dtype not in _NATIVE or bool(_NATIVE[dtype] & cpu_flags())
 
 
@@ -57,7 +57,7 @@ def _measure_convolution() -> bool:
     with torch.inference_mode():
         calls = (lambda: F.linear(x, weight)), (lambda: torch.conv2d(rows, filters))
         times = [[seconds(call) for call in calls] for _ in range(9)]
-    # what else runs only ever adds time
+    # other load only ever adds time
     linear, convolution = (min(taken) for taken in zip(*times))
     return convolution < 0.97 * linear
 
@@ -78,15 +78,15 @@ def even_part(batch: int, n_bytes: float) -> int:
 
 
 def largest_tensor(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
-    """Bytes of the largest tensor that a forward pass makes, which is run twice."""
-    run(pixel_values)  # makes what it remembers of the weights, some of it larger than maps
+    """Bytes of the largest tensor that a forward pass makes; runs it twice."""
+    run(pixel_values)  # makes tensors derived from the weights, some of them larger than maps
     with _LargestTensor() as largest:
         run(pixel_values)
     return largest.n_bytes
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Sees every result of an operation that is memory of its own."""
+    """Records every result that has its own memory."""
 
     def __init__(self) -> None:
         super().__init__()

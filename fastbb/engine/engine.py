@@ -1,7 +1,7 @@
-"""One object decides how a backbone runs, and can always say why.
+"""Engine: decides how a backbone runs, and explains why.
 
-Static reasons first (device, gradient, changed weights), then the choice for the shape of the input
-(`choose.Chooser`). Whatever fails, eager runs.
+Static reasons come first (device, gradient, changed weights), then the choice for the shape of the
+input (`choose.Chooser`). If anything fails, eager runs.
 """
 
 import copy
@@ -49,9 +49,9 @@ class Engine:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was compiled, captured and chosen."""
+        """Forgets compiled artefacts, graphs and choices."""
         with self._lock:
-            self._state: tuple[Any, ...] | None = None  # what plans were made for
+            self._state: tuple[Any, ...] | None = None  # outputs, dtype and device of the plans
             self._modules: list[nn.Module] | None = None
             self._hooks: list[Any] = []  # those of the layers inside
             self._chooser: Chooser | None = None
@@ -74,18 +74,18 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The module with the weights that compute, a converted copy where that was asked for."""
+        """The module that computes; a converted copy if another precision was requested."""
         return self._computation.module
 
     @property
     def chooser(self) -> Chooser:
-        """Chooses for each shape; made when it is first needed."""
+        """The chooser of each shape; made at first use."""
         if self._chooser is None:
             self._chooser = Chooser(self._computation, self.settings, self.tools)
         return self._chooser
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps, checked pixels [B, C, H, W] given."""
+        """Computes the feature maps of checked pixels [B, C, H, W]."""
         self._follow_outputs()
         if self._why_plain(pixel_values) is not None:
             return self._computation.feature_maps(pixel_values)
@@ -101,12 +101,12 @@ class Engine:
             return maps
 
     def prepare_for(self, pixel_values: Tensor) -> None:
-        """Compiles, captures and measures now what pixels of this shape need."""
+        """Compiles, captures and measures now for pixels of this shape."""
         with torch.no_grad():  # it is inference that is prepared for
             self(pixel_values)
 
     def tune(self, pixel_values: Tensor) -> Plan:
-        """Measures now what is fastest for pixels of this shape, and takes it."""
+        """Measures the candidates for pixels of this shape now, and takes the fastest."""
         with self._lock, torch.no_grad():
             self._stamp = self._stamp or ModuleStamp(self._computation.module)
             plan = self.in_precision(self.chooser.tune, pixel_values)
@@ -114,9 +114,9 @@ class Engine:
         return plan
 
     def mode_for(self, pixel_values: Tensor) -> str:
-        """The mode that computes the maps of pixels of this shape, now and in other processes.
+        """Returns the mode that computes the same maps for this shape here and in other processes.
 
-        Mode "auto" measures, and may choose otherwise the next time.
+        Mode "auto" measures, and may choose another mode the next time.
         """
         self._follow_outputs()
         with torch.no_grad():
@@ -124,12 +124,12 @@ class Engine:
             return "eager" if plain else self._plan(pixel_values).way.mode
 
     def trials_of(self, pixel_values: Tensor) -> list[Trial]:
-        """The measured ways for pixels of this shape; none if nothing was measured for it."""
+        """Returns the measured ways for pixels of this shape; empty if none were measured."""
         plan = self._plans.get(tuple(pixel_values.shape))
         return [] if plan is None else plan.trials
 
     def in_precision(self, run: Callable[[Tensor], Any], pixel_values: Tensor) -> Any:
-        """A call with fp32 multiplied as `precision` asks, which PyTorch keeps in global flags."""
+        """Runs a call in the precision of fp32 products, which PyTorch keeps in global flags."""
         precision = self.settings.precision
         if precision is None or dtype_of(self._computation.module) != torch.float32:
             return run(pixel_values)
@@ -141,7 +141,7 @@ class Engine:
         return run(pixel_values)
 
     def _follow_outputs(self) -> None:
-        """Forgets everything where other maps are wanted, or of another dtype or device."""
+        """Forgets everything if the selected maps, the dtype or the device changed."""
         computation = self._computation
         module = computation.module
         state = (computation.outputs, dtype_of(module), device_of(module))
@@ -197,13 +197,13 @@ class Engine:
         return self._stamp is None or self._stamp.is_current()
 
     def _after_change(self) -> Plan | None:
-        """Forgets what was baked; the plan that runs instead where making it again takes long."""
+        """Forgets baked ways; returns the plan to run instead if making them again takes long."""
         with self._lock:
             return None if self._is_current() else self._forget_baked()
 
     @property
     def _has_compiled(self) -> bool:
-        """Whether a shape runs a way that takes long to make again."""
+        """Whether some shape runs a way that takes long to make again."""
         return any(compiles(plan.way.name) for plan in list(self._plans.values()))
 
     def _forget_baked(self) -> Plan | None:
@@ -222,7 +222,7 @@ class Engine:
     # --- what to run
 
     def _plan(self, pixel_values: Tensor) -> Plan:
-        """The plan for pixels of this shape; made once, and once more when the shape came often."""
+        """Returns the plan for this shape; made once, and again when the shape is frequent."""
         key = tuple(pixel_values.shape)
         plan = self._plans.get(key)
         if plan is not None and plan.n_left is None:
@@ -255,7 +255,7 @@ class Engine:
             return chooser.plain_plan(problem)
 
     def _replace(self, pixel_values: Tensor, plan: Plan, problem: str) -> None:
-        """A plan failed where eager did not: this shape runs eager from now on."""
+        """Makes a shape run eager from now on, after its plan failed and eager did not."""
         self.chooser.warn(f"{plan.way.runs} failed, eager runs: {problem}")
         trials = [*plan.trials, Trial(plan.way.name, problem=problem)]
         instead = self.chooser.eager_plan(pixel_values, f"{plan.way.runs} failed", *trials)
@@ -263,7 +263,7 @@ class Engine:
             self._plans[tuple(pixel_values.shape)] = instead
 
     def explain(self) -> Explanation:
-        """The way that runs for each shape so far, and why."""
+        """Returns the way that runs for each shape so far, and the reason."""
         rows = [
             Row(
                 by(shape),
@@ -283,7 +283,7 @@ class Engine:
 
 
 def notes_on(module: nn.Module) -> list[Row]:
-    """Remarks on a model that hold however it runs."""
+    """Notes on a model that hold for every way to run it."""
     note = statistics_note(module)
     rows = [] if note is None else [Row("note", "-", note)]
     called = module.called_modules() if isinstance(module, Backbone) else {}

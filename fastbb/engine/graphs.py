@@ -16,18 +16,18 @@ _WARM_UP = 3  # runs before a capture, which must not allocate, tune or check an
 
 
 class GraphPool:
-    """Graphs of one way to run a backbone, by shape of the pixels; the least recently used goes.
+    """Graphs of one way to run a backbone, by shape of the pixels; drops the least recently used.
 
-    All graphs of a pool share memory: one replay after the other may overwrite the maps of the one
-    before, so maps are copied out before they are returned, and never alias. Threads wait for each
-    other, and so do streams: no two graphs compute at the same time.
+    All graphs of a pool share memory, and a replay may overwrite the maps of an earlier one, so the
+    maps are copied before they are returned. Threads and streams wait for each other: no two graphs
+    compute at the same time.
     """
 
     def __init__(self, run: Run, max_graphs: int = MAX_GRAPHS, capture: Any = None) -> None:
         """
         Args:
-            run: what is recorded.
-            max_graphs: shapes that are kept.
+            run: the function to record.
+            max_graphs: number of shapes with a graph.
             capture: records `run(pixels)`; default: on the device of the pixels.
         """
         self._run = run
@@ -39,7 +39,7 @@ class GraphPool:
         )
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Replays the graph of this shape, recording it first where there is none.
+        """Replays the graph of this shape; records it first if there is none.
 
         Raises:
             RuntimeError: the forward pass cannot be captured.
@@ -63,12 +63,12 @@ _recording = threading.Lock()
 
 
 class _Memory:
-    """Memory of one device that graphs share, each of them as if it were its own.
+    """Memory of one device that all graphs share.
 
     Attributes:
-        pool: where PyTorch takes it from.
-        stream: that records: only graphs of one stream are given the same memory.
-        idle: recorded after the last use, by whatever graph on whatever stream.
+        pool: PyTorch's memory pool.
+        stream: the recording stream, because only graphs of one stream share memory.
+        idle: event after the last use by any graph on any stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -101,7 +101,7 @@ class _Capture:
                 current.wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with (
-                _recording,  # a recording begins with a wait for the device, which breaks others
+                _recording,  # its first wait for the device breaks other recordings
                 holding_derived() as held,
                 # other threads may go on: by default their first allocation breaks the recording
                 torch.cuda.graph(
@@ -109,7 +109,7 @@ class _Capture:
                 ),
             ):
                 maps = run(static)
-            for x in maps:  # a graph that recorded nothing must not pass for one that did
+            for x in maps:  # maps of an empty graph must not pass for results
                 x.fill_(torch.nan)
             memory.idle.record(current)
         return _Graph(graph, static, maps, held, memory)
@@ -128,11 +128,11 @@ class _Graph:
     ) -> None:
         """
         Args:
-            graph: what was recorded.
-            static: the pixels that it reads.
-            maps: that it writes.
-            held: what else it reads, and nobody else may keep.
-            memory: what all this lies in.
+            graph: the recorded graph.
+            static: the pixels that the graph reads.
+            maps: the maps that it writes.
+            held: further tensors that it reads, to keep them alive.
+            memory: the memory of the graph.
         """
         self._graph, self._static, self._maps = graph, static, maps
         self._memory = memory
@@ -144,7 +144,7 @@ class _Graph:
         if stream not in self._streams:  # once is enough
             self._streams.add(stream)
             for x in (self._static, *self._maps):
-                x.record_stream(stream)  # what is freed is not used anew before the stream is done
+                x.record_stream(stream)  # freed memory is not reused before the stream is done
         stream.wait_event(self._memory.idle)
         try:
             self._static.copy_(pixel_values)

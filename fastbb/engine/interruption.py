@@ -1,10 +1,10 @@
 """Signals that end a command: raised where they arrive, and never lost.
 
-What a handler raises comes out wherever the main thread happens to be. In a weakref callback, in
-`__del__` or in the garbage collector Python swallows it; in a lock, an import or a C++ call it
-turns into another error. So the handler also sets a flag: `check_interrupted` looks at it between
+A handler raises its exception at the current point of the main thread. In a weakref callback, in
+`__del__` or in the garbage collector, Python swallows the exception; in a lock, an import or a C++
+call it becomes another error. So the handler also sets a flag: `check_interrupted` reads it between
 two batches, any error counts as the interruption once it is set, and the exception is raised again
-every second until it is under way.
+every second until some block handles it.
 """
 
 import os
@@ -35,7 +35,7 @@ def interruption_code() -> int | None:
 
 
 def check_interrupted() -> None:
-    """Raises if a signal came, whatever became of the exception that it raised.
+    """Raises if a signal came, also if the exception of its handler was lost.
 
     Raises:
         Interrupted: inside `ending_on_signals` only.
@@ -106,7 +106,7 @@ def _raise_again(number: int, frame: FrameType | None) -> None:
 
 
 def _is_under_way() -> bool:
-    """Whether a block that the main thread is in handles the interruption, or cleans up for it."""
+    """Whether some block of the main thread is handling the interruption, or cleaning up for it."""
     error: BaseException | None = sys.exc_info()[1]
     while error is not None:
         if isinstance(error, Interrupted):

@@ -12,7 +12,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def wall_clock(device: torch.device) -> Clock:
-    """A clock for a device: it waits for the device before and after the call."""
+    """Makes a clock for a device, which waits for the device before and after the call."""
 
     def clock(call: Callable[[], object]) -> float:
         synchronize(device)
@@ -29,8 +29,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         ours: seconds of ours.
-        theirs: seconds of what ours is compared with.
-        ratio: of the two in a pair, above 1 where ours is slower.
+        theirs: seconds of the other call.
+        ratio: ours to theirs within a pair; above 1 if ours is slower.
     """
 
     ours: float
@@ -43,10 +43,10 @@ MIN_PAIRS, MAX_PAIRS, ENOUGH_S = 5, 10, 0.1  # seconds of ours
 
 
 def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float = TIE) -> Comparison:
-    """Times two calls in turns, so that what slows the machine down slows both.
+    """Times two calls in turns, so that other load of the machine slows both.
 
-    No single call decides, however long it took: there are at least five pairs, and their median
-    ratio counts. Where ours seems slower, as many pairs again have to say so too.
+    The result is the median ratio of at least five pairs, so no single call decides. If ours seems
+    slower, as many pairs again must confirm it.
 
     Args:
         ours: makes a call and returns its seconds.
@@ -70,13 +70,13 @@ def compare(ours: Callable[[], float], theirs: Callable[[], float], tie: float =
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a device has done its work; a CPU always has."""
+    """Waits until a device has finished its work; does nothing for a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line."""
+    """Formats an error in one line."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
@@ -85,7 +85,7 @@ def describe(error: BaseException) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people: 1.23 ms, 45.6 ms, 7.89 s."""
+    """Formats seconds: 1.23 ms, 45.6 ms, 7.89 s."""
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 999.5:
             return f"{seconds * scale:.3g} {unit}"

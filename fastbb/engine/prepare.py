@@ -24,7 +24,7 @@ def prepare(
     expected_images: int | None = None,
     tools: Tools | None = None,
 ) -> AnyBackbone:
-    """See `Backbone.prepare`; `tools` replaces the clock, the cache and so on."""
+    """Prepares a backbone, see `Backbone.prepare`; `tools` replaces clock, cache and progress."""
     settings = Settings(mode, precision, cuda_graph, expected_images)  # type: ignore[arg-type]
     if any(module.training for module in backbone.modules()):
         raise ValueError("prepare() is for inference, the backbone is training: call .eval() first")
@@ -38,7 +38,7 @@ def prepare(
 
 
 def explain(backbone: Backbone) -> Explanation:
-    """The way that runs and why; of a backbone that is not prepared, how its ops run."""
+    """Explains the way that runs; for an unprepared backbone, how its ops run."""
     if backbone._engine is not None:
         return backbone._engine.explain()
     on_gpu = backbone.device.type == "cuda"
@@ -51,7 +51,7 @@ def explain(backbone: Backbone) -> Explanation:
 
 
 def example_pixels(backbone: Backbone, example: Any) -> Tensor:
-    """The example as checked pixels [B, C, H, W]; random ones for (batch, height, width)."""
+    """Returns the example as checked pixels [B, C, H, W]; random for (batch, height, width)."""
     if isinstance(example, Tensor):
         pixels = example.to(backbone.device, backbone.dtype)
     else:

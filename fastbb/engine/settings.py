@@ -1,4 +1,4 @@
-"""Settings of an engine, and the tools with which it measures and remembers."""
+"""Settings of an engine, and its tools: clock, cache, candidates, progress."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class EngineWarning(UserWarning):
-    """A prepared backbone does not run as it was asked to; the maps are right all the same."""
+    """A prepared backbone does not run as requested; the maps are still right."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The measured choice: candidates run in turns, those that are wrong drop out, the fastest wins."""
+"""Measured choice: candidates run in turns, wrong ones drop out, the fastest wins."""
 
 import logging
 import math
@@ -47,8 +47,8 @@ class Trial:
 
     Attributes:
         name: of the candidate.
-        seconds: median time of a forward pass, None where it may not run or was not timed.
-        problem: why it may not run, or None.
+        seconds: median time of a forward pass; None if it may not run or was not timed.
+        problem: the reason why it may not run, or None.
     """
 
     name: str
@@ -86,7 +86,7 @@ def run_trials(
     budget_s: float,
     report: Report,
 ) -> tuple[list[Trial], dict[str, Run]]:
-    """Builds candidates, holds them to the truth, and times those that pass, in turns.
+    """Builds candidates, checks their maps, and times in turns those that pass.
 
     A candidate that raises, runs out of memory or is wrong in any of its runs drops out with the
     reason. Those that a compiler has to build come last, and only while there is time; all others
@@ -109,15 +109,15 @@ def run_trials(
     spent = 0.0
 
     def attempt(name: str, run: Callable[[], Sequence[Tensor]]) -> float | None:
-        """Seconds of a call; what is wrong with it is among the problems."""
+        """Returns the seconds of a call; adds its problem, if any, to the problems."""
         nonlocal spent
         maps: list[Tensor] = []
         try:
             seconds = clock(lambda: maps.extend(run()))
             spent += seconds
             problems[name] = problem_of(maps)
-        except Exception as error:  # whatever a candidate does, another one runs
-            check_interrupted()  # which is no fault of the candidate
+        except Exception as error:  # another candidate runs after any error
+            check_interrupted()  # not a fault of the candidate
             problems[name], seconds = describe(error), None
         if problems[name] is not None:
             runs.pop(name, None)
@@ -155,7 +155,7 @@ def run_trials(
 
 
 def is_not_tried(trial: Trial) -> bool:
-    """Whether there was no time for a candidate, of which nothing is known therefore."""
+    """Whether there was no time for a candidate, so that nothing is known about it."""
     return trial.problem == _NOT_TRIED
 
 
@@ -174,7 +174,7 @@ def winner(trials: Sequence[Trial], tie: float = TIE) -> Trial | None:
 
 
 def tuning_bar(n_candidates: int) -> Report:
-    """A progress bar on a terminal, elsewhere lines in the log."""
+    """Makes a progress bar on a terminal, else lines in the log."""
     if sys.stderr is None or not sys.stderr.isatty():
         return logger.info
     from tqdm import tqdm

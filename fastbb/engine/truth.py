@@ -1,4 +1,4 @@
-"""The reference that results are held to: plain PyTorch in float64, by the one accuracy rule."""
+"""Reference of results: plain PyTorch in float64, compared by the accuracy rule."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +20,8 @@ class Truth:
     """The maps of some images of a batch.
 
     Attributes:
-        eager: plain PyTorch's in the precision that is wanted.
-        exact: in float64.
+        eager: maps of plain PyTorch in the requested precision.
+        exact: maps in float64.
         rows: indices of these images in the batch; the last image is among them.
         rel: `Computation.exactness`.
     """
@@ -34,7 +34,7 @@ class Truth:
     @classmethod
     @torch.no_grad()
     def of(cls, computation: Computation, pixel_values: Tensor) -> "Truth":
-        """Computes it for the first and the last images of a batch [B, C, H, W]."""
+        """Computes the maps of the first and last images of a batch [B, C, H, W]."""
         batch = len(pixel_values)
         rows = sorted({*range(batch)[:N_CHECKED], *range(batch)[-N_CHECKED:]})
         pixels = pixel_values[rows]
@@ -51,7 +51,7 @@ class Truth:
         return truth
 
     def problem(self, maps: Sequence[Tensor]) -> str | None:
-        """The reason why the maps of the whole batch are not accepted, or None."""
+        """Returns the reason why the maps of the whole batch are wrong, or None."""
         if len(maps) != len(self.exact):
             return f"{len(maps)} maps, eager {len(self.exact)}"
         for index, (got, eager, exact) in enumerate(zip(maps, self.eager, self.exact)):

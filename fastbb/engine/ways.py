@@ -1,4 +1,4 @@
-"""The ways in which one computation can run: op by op, compiled, replayed as a CUDA graph."""
+"""Ways to run a computation: op by op, compiled, replayed as a CUDA graph."""
 
 import threading
 import time
@@ -27,11 +27,11 @@ class Way(NamedTuple):
     """One way to run one shape of input.
 
     Attributes:
-        name: that builds it.
-        run: from pixels to maps.
-        is_baked: whether weights, layers and hooks are inside, as they were.
-        why: a remark on it, "" if there is none.
-        detail: of how it runs, "" if there is none.
+        name: name by which it is built.
+        run: computes maps from pixels.
+        is_baked: whether it contains weights, layers and hooks of the time it was made.
+        why: a note for reports, "" if there is none.
+        detail: how it runs, "" if there is nothing to say.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Way(NamedTuple):
 
     @property
     def runs(self) -> str:
-        """Its name for people."""
+        """Name of the way that runs, for reports."""
         return f"{self.name}, {self.detail}" if self.detail else self.name
 
     @property
     def mode(self) -> str:
-        """The mode that computes the same: a graph replays what was recorded."""
+        """The mode that computes the same values: for a graph, the recorded mode."""
         return self.name.removesuffix(GRAPH)
 
 
@@ -95,7 +95,7 @@ class Ways:
             pixel_values: [B, C, H, W]; the way is for this shape.
 
         Raises:
-            Exception: whatever a compiler or a capture raises.
+            Exception: any error of a compiler or a capture.
         """
         base = name.removesuffix(GRAPH)
         if name != base:
@@ -106,7 +106,7 @@ class Ways:
         return self._compile(name, pixel_values) if compiles(name) else self._eager(pixel_values)
 
     def eager(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """PyTorch's operations one by one, in fp32 where the CPU lacks the dtype."""
+        """Builds eager PyTorch, in fp32 if the CPU lacks arithmetic in the dtype."""
         with torch.no_grad(), use_impl("eager"):
             inside = self._arithmetic_computation()
             if inside is self._computation:
@@ -116,7 +116,7 @@ class Ways:
             return tuple(x.to(dtype) for x in maps)
 
     def triton(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Our kernels, where they passed their check, and eager elsewhere."""
+        """Builds a run with our kernels that passed their check, and eager ops."""
         with torch.no_grad(), use_impl("auto"):
             return self._computation.feature_maps(pixel_values)
 
@@ -125,7 +125,7 @@ class Ways:
         return name in self._artefacts
 
     def _eager(self, pixel_values: Tensor) -> Way:
-        """Eager; on a CPU as many images at once as memory stays cheap for."""
+        """Builds eager PyTorch; a CPU runs as many images at once as memory stays cheap for."""
         if on_gpu(pixel_values):
             return Way("eager", self.eager)
         run, why, details = self.eager, [], []
@@ -141,7 +141,7 @@ class Ways:
         return Way("eager", run, why="; ".join(why), detail=", ".join(details))
 
     def _at_once(self, pixel_values: Tensor) -> int:
-        """Images at once for which a CPU's memory stays cheap; measured for the first size."""
+        """Images at once for which a CPU's memory stays cheap, measured for the first size."""
         batch, _, height, width = pixel_values.shape
         if batch < 2:
             return batch
@@ -159,7 +159,7 @@ class Ways:
         with self._lock:
             artefact = self._artefacts.get(name)
             if artefact is None:
-                if name in self._failed:  # it would take as long, and fail again
+                if name in self._failed:  # another try would take as long and fail again
                     raise RuntimeError(self._failed[name])
                 started = time.perf_counter()
                 try:
@@ -192,7 +192,7 @@ class Ways:
         return Way(name, pool, True, way.why, way.detail)
 
     def _arithmetic_computation(self) -> Computation:
-        """The computation, or where the CPU does not multiply in its dtype a copy in fp32."""
+        """Returns the computation, or a copy in fp32 if the CPU has no arithmetic in its dtype."""
         own = self._computation
         device = device_of(own.module)
         if device.type != "cpu" or launches_on(device) or has_arithmetic(dtype_of(own.module)):
@@ -206,7 +206,7 @@ class Ways:
             return self._wide[0]
 
     def _in_own_dtype(self, run: Run) -> Run:
-        """A run of the arithmetic computation with the dtype of the weights outside."""
+        """Wraps a run, so that its maps have the dtype of the weights."""
         dtype = dtype_of(self._computation.module)
         inside = dtype_of(self._arithmetic_computation().module)
         if dtype == inside:
@@ -220,10 +220,10 @@ def compiles(name: str) -> bool:
 
 
 def bakes(name: str) -> bool:
-    """Whether a way has the weights inside, as they were."""
+    """Whether a way contains the weights of the time it was made."""
     return name not in ("eager", "triton")
 
 
 def on_gpu(pixel_values: Tensor) -> bool:
-    """Whether pixels are on a GPU, or on one that is pretended."""
+    """Whether pixels are on a GPU or a pretended GPU."""
     return launches_on(pixel_values.device)

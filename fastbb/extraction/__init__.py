@@ -1,4 +1,4 @@
-"""Features of folders, lists and archives of images, stored so that nothing is lost or shifted.
+"""Extracts features of folders, lists and archives of images; no row is lost or shifted.
 
 sources -> decode -> pipeline -> store; `job` runs them over a whole input.
 """

@@ -1,7 +1,7 @@
 """Decoding of a `Source` to pixels in memory, or to one of a closed set of error kinds.
 
-The header is read and judged before any pixel is decoded, and only formats of an allow-list are
-opened, so a file that claims to be enormous, or an exotic one, costs nothing.
+The header is checked before any pixel is decoded, and only formats of an allow-list are opened, so
+a file of an enormous size or an exotic format costs nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _FIRST_WAIT_S = 0.1
 
 
 class ImageError(Exception):
-    """An image has no features. The error becomes a row of the output and stops no other image.
+    """An image has no features; the error becomes a row of the output, and other images go on.
 
     Attributes:
         kind: one of `ERROR_KINDS`.

@@ -1,4 +1,4 @@
-"""A whole extraction: lists the inputs, plans, runs shard by shard, and resumes."""
+"""Runs an extraction: lists the inputs, plans, runs shard by shard, and resumes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .store import ExtractionError, FeatureWriter, is_started, totals
 
 _DEFAULT_SHARD_ROWS = 4096
 _MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
-# a share of failures says little before this many rows
+# number of rows after which a share of failures is meaningful
 _MIN_BUDGET_ROWS = 1000
 _SECONDS_PER_LINE = 30.0
 
@@ -73,7 +73,7 @@ class Report:
 
 
 class _Progress:
-    """Progress on stderr: a bar on a terminal, else a line now and then."""
+    """Progress on stderr: a bar on a terminal, else a line at intervals."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -95,7 +95,7 @@ class _Progress:
 
     def say(self, text: str) -> None:
         if self._enabled and sys.stderr is not None:
-            with suppress(OSError):  # nobody can be told, and the run does not depend on it
+            with suppress(OSError):  # progress cannot be shown, and the run does not depend on it
                 print(text, file=sys.stderr, flush=True)
 
     def start(self, n_rows: int, n_done: int) -> None:
@@ -198,7 +198,7 @@ def extract(
 
     def choose_mode(n_rows: int) -> str:
         chosen = extractor.choose_mode(mode, n_rows)
-        check_interrupted()  # before the plan records what an interrupted trial may have chosen
+        check_interrupted()  # before the plan records a choice of an interrupted trial
         return chosen
 
     settings = {**extractor.settings(), "mode": mode}
@@ -295,7 +295,7 @@ def _check_budget(
 def _shard_content(
     parts: list[FeatureBatch], outputs: dict[str, Any]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Tensors and index of a shard."""
+    """Returns tensors and index of a shard."""
     rows = [row for part in parts for row in part.rows]
     tensors = {"row_id": torch.tensor(rows, dtype=torch.int64)}
     for name, output in outputs.items():

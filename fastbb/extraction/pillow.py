@@ -1,7 +1,7 @@
 """Pillow's process-wide settings, kept at its defaults while images are extracted.
 
-Programs set them for purposes of their own, and they decide whether and how a file decodes. Pillow
-keeps them in its modules, so there is no way to set them for our threads alone.
+Other code of a program may set them, and they decide whether and how a file decodes. Pillow keeps
+them in its modules, so they cannot be set for our threads alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SETTINGS: list[tuple[ModuleType | None, str, Any]] = [
     (AvifImagePlugin, "DECODE_CODEC_CHOICE", "auto"),
 ]
 _PRESENT = [(module, name, value) for module, name, value in _SETTINGS if hasattr(module, name)]
-# as `warnings.filterwarnings` makes it: where warnings are errors, one would fail an image
+# as made by `warnings.filterwarnings`: a warning raised as an error would fail an image
 _FILTER: Any = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 # reentrant: the garbage collector may end an abandoned run inside of it
@@ -92,7 +92,7 @@ def fix_settings() -> object:
 
 
 def _give_back() -> None:
-    fix_settings()  # notes the values that the program has set since the last image
+    fix_settings()  # records values that the program has set since the last image
     for (module, name, _), value in zip(_PRESENT, _before):
         setattr(module, name, value)
     for filters in [*_filter_lists, warnings.filters]:

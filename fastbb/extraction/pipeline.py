@@ -1,8 +1,8 @@
 """Feature extraction: decode threads -> bounded look-ahead -> batch -> features.
 
-An image that fails leaves a zero image in its place in the batch and its row is dropped after the
-forward pass, batches never cross shards, and the last one is padded. So the neighbours of a row are
-always the same, whatever fails and however often the run is interrupted.
+A failed image is replaced by zeros in the batch, and its row is dropped after the forward pass.
+Batches never cross shards, and the last one is padded. So the neighbours of a row are always the
+same, for any failures and interruptions.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .store import canonical_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES = ("pooled", "maps")
-# position in the input, id, and what is to be read
+# position in the input, id, and the source
 Row = tuple[int, str, Any]
 
 
@@ -66,7 +66,7 @@ class FeatureBatch:
 
 
 class FeatureExtractor:
-    """A backbone with its preprocessing, made for many images.
+    """Extracts features of many images: a backbone with its preprocessing.
 
     From the first image that it computes features of to the last, Pillow's settings for decoding
     (`ImageFile.LOAD_TRUNCATED_IMAGES`, `Image.MAX_IMAGE_PIXELS` ...) are Pillow's defaults and its
@@ -327,12 +327,12 @@ class FeatureExtractor:
                 image = read_bytes(image)
             if isinstance(image, (bytes, bytearray, memoryview)):
                 spec = self.processor.spec
-                # cut from the image as it is, a crop alone makes nothing large
+                # a crop without a resize makes no image larger
                 limited = spec.resize is not None or spec.output_size is None
                 image = decode(bytes(image), spec.resized_size if limited else None)
                 try:
                     return self.processor.process(self.processor.rgb_from_file(image))
-                except Exception as error:  # whatever an odd image makes a library raise
+                except Exception as error:  # any error that a library raises for an odd image
                     return ImageError("transform", f"{type(error).__name__}: {error}")
         except ImageError as error:
             return error
@@ -346,7 +346,7 @@ class FeatureExtractor:
         except OSError as error:  # Pillow reads a file that it has opened only when it is used
             return ImageError("truncated" if "truncated" in str(error) else "corrupt", str(error))
         except (TypeError, ValueError) as error:
-            text = str(error).removeprefix("images[0]: ")  # a list of its own, not the caller's
+            text = str(error).removeprefix("images[0]: ")  # a separate list, not the caller's
             raise type(error)(f"image {n}: {text}") from error
 
     def _batch(
@@ -389,7 +389,7 @@ class FeatureExtractor:
             return self._forward(pixels)
         except (RuntimeError, ValueError) as error:
             out_of_memory = _is_out_of_memory(error)
-            # only where images differ in size does one image's size decide
+            # only if images differ in size does the size of one image matter
             if self.processor.output_size is None:
                 size = f"at {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width)"
                 if out_of_memory:
@@ -406,7 +406,7 @@ class FeatureExtractor:
         )
 
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Features on the CPU of fp32 [B, 3, H, W]."""
+        """Returns features of fp32 pixels [B, 3, H, W], on the CPU."""
         return self._features_of(self.model, pixels)
 
     @torch.no_grad()

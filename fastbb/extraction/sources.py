@@ -1,7 +1,7 @@
 """Inputs of an extraction: every INPUT becomes an ordered sequence of `Source` rows.
 
-Nothing is opened here but directories, lists and the headers of archives; a file that is not
-there, or is no image, becomes a failed row later. A directory that cannot be read is passed over
+Only directories, lists and headers of archives are opened here; a file that is missing or no image
+becomes a failed row later. A directory that cannot be read is passed over
 and named. Archives are never unpacked, links are never followed, addresses are never fetched.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from ..images.formats import has_image_suffix
 
 LIST_SUFFIXES = (".txt", ".csv", ".jsonl", ".parquet")
-# errors that say that nothing is there
+# errors of missing files
 ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG})
 _UNREADABLE = "unreadable directories"
 _N_SHOWN = 3
@@ -34,7 +34,7 @@ _READ_BYTES = 2**20
 
 
 class InputError(ValueError):
-    """An INPUT cannot be listed: it is not there, not understood, or holds no image."""
+    """An INPUT cannot be listed: it is missing, of an unknown kind, or without images."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def list_sources(
 
     Args:
         inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
-        skipped: is filled with what was passed over and how often.
+        skipped: gets the kinds of files that are skipped, with their number.
         unreadable: is filled with the directories that could not be read, each with the reason.
 
     Raises:
@@ -182,7 +182,7 @@ def _is_directory(path: str) -> bool:
     """Whether a path is a directory.
 
     Raises:
-        OSError: nothing is there, or one may not look.
+        OSError: nothing is there, or access is denied.
     """
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)

@@ -56,7 +56,7 @@ _READ_BYTES = 2**20
 
 
 class ExtractionError(RuntimeError):
-    """An extraction cannot go on; what is committed stays.
+    """An extraction cannot continue; committed shards stay.
 
     Attributes:
         exit_code: of the command line.
@@ -122,7 +122,7 @@ class FeatureWriter:
         return self
 
     def _check_that_it_is_ours(self) -> None:
-        """Raises where a user's own files are; nothing has been made or removed yet."""
+        """Raises if the directory holds files of the user, before anything is made or removed."""
         if is_started(self.directory):
             plan = read_plan(self.directory / "plan.json")
             if plan["format"] != FORMAT:
@@ -140,7 +140,7 @@ class FeatureWriter:
             )
 
     def _our_files(self, end: str) -> Iterator[Path]:
-        """The paths with a name that only this class gives, followed by the pattern `end`."""
+        """Yields the paths whose names only this class gives, followed by the pattern `end`."""
         for name, pattern in _OUR_NAMES.items():
             for path in self._entries(name):
                 if re.fullmatch(rf"({pattern}){end}", path.name):
@@ -151,7 +151,7 @@ class FeatureWriter:
         return list(directory.iterdir()) if directory.exists() else []
 
     def _clear(self) -> None:
-        """Makes the directories, without what a killed run left in them."""
+        """Makes the directories, and removes files that a killed run left in them."""
         with _writing(self.directory):
             for name in _OUR_NAMES:
                 (self.directory / name).mkdir(exist_ok=True)
@@ -208,7 +208,7 @@ class FeatureWriter:
 
     def _freeze(self, sources: Iterable[Source], shard_rows: int) -> tuple[int, list[str]]:
         with _writing(self.directory):
-            for path in self.directory.glob("rows/rows-*.jsonl"):  # of a run that died listing
+            for path in self.directory.glob("rows/rows-*.jsonl"):  # of a run killed while listing
                 path.unlink()
         n_rows, digests, lines = 0, [], []
 
@@ -429,7 +429,7 @@ def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str,
     now = _flatten(settings)
     differing = [
         f"{name}: {_compared(was.get(name, 'nothing'), now.get(name, 'nothing'))}"
-        # another precision changes the weights too, but is what was asked for
+        # another precision changes the weights too, so it is named first
         for name in sorted(was.keys() | now.keys(), key=lambda name: (name != "precision", name))
         if name not in was or name not in now or was[name] != now[name]
     ]
@@ -441,7 +441,7 @@ def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str,
 
 
 def _compared(was: Any, now: Any) -> str:
-    """Two differing values in words; of long lists, the first entry that differs."""
+    """Describes two different values; for long lists, the first entry that differs."""
     if isinstance(was, list) and isinstance(now, list) and len(repr(was + now)) > 100:
         n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(was, now)))
         first = _compared(*((x[n_same] if n_same < len(x) else "nothing") for x in (was, now)))

@@ -1,4 +1,4 @@
-"""Calls of a module: their form, the memory layout of results, the difference of two results."""
+"""Calls of a module: form, memory layout of results, difference of two results."""
 
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ N_COMPARED = 2  # images at each end of a batch
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors among some values, and in lists and tuples among them."""
+    """Yields the tensors among values, and in lists and tuples among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -42,7 +42,7 @@ def size_of(args: Any, kwargs: Any) -> int:
 
 
 def rows_to_compare(args: Any, kwargs: Any, result: Any) -> list[int] | None:
-    """The first and the last two images of a call; None if its tensors do not share a batch."""
+    """Returns indices of the first and last two images of a call; None without a common batch."""
     tensors = [*tensors_in((*args, *kwargs.values())), *tensors_in(tree_leaves(result))]
     batches = {len(x) if x.ndim else 0 for x in tensors}
     if len(batches) != 1:
@@ -52,12 +52,12 @@ def rows_to_compare(args: Any, kwargs: Any, result: Any) -> list[int] | None:
 
 
 def picked(values: Any, rows: list[int] | None) -> Any:
-    """The same containers with these rows of every tensor; all rows for None."""
+    """Returns the same containers with these rows of every tensor; all rows for None."""
     return values if rows is None else tree_map_only(Tensor, lambda x: x[rows], values)
 
 
 def format_of(x: Tensor) -> torch.memory_format | None:
-    """Contiguous, channels last, or None for other strides."""
+    """Returns the memory format: contiguous, channels last, or None for other strides."""
     if x.is_contiguous():
         return torch.contiguous_format
     is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
@@ -65,7 +65,7 @@ def format_of(x: Tensor) -> torch.memory_format | None:
 
 
 def in_formats(result: Any, formats: list[torch.memory_format | None]) -> Any:
-    """The result with tensors laid out as upstream's, for hosts that take views of them."""
+    """Converts a result to upstream's memory formats, for hosts that take views of it."""
     if isinstance(result, Tensor):  # the usual result of a block
         wanted = formats[0] if formats else None
         return result if wanted is None else result.contiguous(memory_format=wanted)
@@ -79,7 +79,7 @@ def in_formats(result: Any, formats: list[torch.memory_format | None]) -> Any:
 
 
 def cast(values: Any, dtype: torch.dtype) -> Any:
-    """The same containers with every floating tensor in a dtype."""
+    """Converts every floating tensor in containers to a dtype."""
 
     def converted(x: Tensor) -> Tensor:
         return x.to(dtype) if x.is_floating_point() else x

@@ -1,4 +1,4 @@
-"""transformers' heads (MaskFormer, UperNet, DETR ...) around pretrained and around fast backbones.
+"""transformers' heads (MaskFormer, UperNet, DETR ...) around pretrained or fast backbones.
 
 transformers 4 loaded the backbone that a head's configuration names. transformers 5 still takes
 `backbone=` and `use_pretrained_backbone=True` and leaves the weights random; here they are loaded.
@@ -37,7 +37,7 @@ from .accelerate import accelerate
 Head = TypeVar("Head", bound=PreTrainedModel)
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
-# what transformers' TimmBackbone builds its model from
+# fields from which transformers' TimmBackbone builds its model
 _TIMM_FIELDS = (
     "backbone",
     "num_channels",
@@ -236,7 +236,7 @@ def _configuration(
     asked |= kwargs
     if isinstance(config, BackboneConfig):
         named = _upstream_config(type(config).from_dict(config.to_dict(), **asked))
-        for name in ("img_size", "always_partition"):  # what OmDet-Turbo hands on to timm
+        for name in ("img_size", "always_partition"):  # options that OmDet-Turbo passes to timm
             if is_timm and hasattr(default, name):
                 setattr(named, name, getattr(default, name))
         return named
@@ -248,7 +248,7 @@ def _configuration(
 
 
 def _read_config(name: str, hub: dict[str, Any]) -> Any:
-    """Configuration of a backbone: fastbb's, or transformers' of a family that only that has."""
+    """Reads the configuration of a backbone: fastbb's, or transformers' for its other families."""
     try:
         return pretrained_config(name, HubOptions(**hub))
     except ValueError:
@@ -266,7 +266,7 @@ def _hub_options(backbone_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _asked_of(config: Any, default: Any) -> dict[str, Any]:
-    """Options that a head sets on its default backbone, as fields of another configuration."""
+    """Converts options that a head sets on its default backbone to fields of another config."""
     if default is None:
         return {}
     count = len(default.out_indices)
@@ -280,7 +280,7 @@ def _asked_of(config: Any, default: Any) -> dict[str, Any]:
 
 
 def _upstream_config(config: Any) -> Any:
-    """transformers' configuration of the same backbone; others than fastbb's as they are."""
+    """Converts a configuration of fastbb to transformers'; returns others unchanged."""
     if not isinstance(config, BackboneConfig):
         return config
     known = transformers.CONFIG_MAPPING
@@ -313,7 +313,7 @@ def _load_timm_backbone(head: PreTrainedModel) -> None:
 
 
 def _load_backbone(head: PreTrainedModel, name: str, hub: dict[str, Any]) -> None:
-    """Gives the backbone inside a head the weights of a checkpoint, all or an error."""
+    """Loads all weights of a checkpoint into the backbone inside a head, or raises."""
     backbone, config, is_wrapped = _backbone_of(head)
     state = _weights(name, config, hub)
     if not is_wrapped:
@@ -359,7 +359,7 @@ def _weights(name: str, config: Any, hub: dict[str, Any]) -> StateDict:
 
 
 def _backbone_of(head: PreTrainedModel) -> tuple[Any, Any, bool]:
-    """The backbone inside a head, its configuration, and whether it is one of transformers.
+    """Returns the backbone inside a head, its configuration, and whether it is transformers'.
 
     DETR and its relatives hold timm's module without the wrapper.
     """
@@ -367,7 +367,7 @@ def _backbone_of(head: PreTrainedModel) -> tuple[Any, Any, bool]:
     for module in modules:
         if isinstance(module, BackboneMixin):
             backbone: Any = module
-            # not the head's: a MaskFormer's Swin is one of another type, with more norms
+            # not that of the head: a MaskFormer's Swin has another type, with more norms
             return backbone, backbone.config, True
     for module in modules:
         if hasattr(module, "feature_info"):
@@ -382,9 +382,9 @@ def _backbone_of(head: PreTrainedModel) -> tuple[Any, Any, bool]:
 def register() -> None:
     """Has transformers build fast Swin, ResNet and timm backbones into its heads.
 
-    Whatever asks `transformers.AutoBackbone` for a backbone from now on, heads with
-    `from_pretrained` and `from_config` among it, gets transformers' own module, which is
-    accelerated (`fastbb.accelerate`) at its first call outside training. Parameters, state dicts
+    From now on, `transformers.AutoBackbone`, and every head that uses it in `from_pretrained` or
+    `from_config`, builds transformers' own module, which is accelerated (`fastbb.accelerate`) at
+    its first call outside training. Parameters, state dicts
     and saved files stay transformers'. DETR and its relatives take timm's module out of the
     backbone: accelerate those models themselves. A second call changes nothing.
     """
@@ -399,7 +399,7 @@ def unregister() -> None:
     """Undoes `register`; backbones that were built stay as they are."""
     for config_class, before in _BEFORE.items():
         if _registered().get(config_class) is not _ADAPTERS[config_class]:
-            continue  # somebody else's by now
+            continue  # another class has been registered since
         if before is None:
             del _registered()[config_class]
         else:
@@ -408,9 +408,9 @@ def unregister() -> None:
 
 
 def _adapter(upstream: Any) -> Any:
-    """`upstream` until its first call outside training, `upstream` and accelerated from then on.
+    """Makes a subclass of `upstream` that is accelerated at its first call outside training.
 
-    Not earlier: only then all weights are there, and a DETR has put its norms into place.
+    Only then are all weights loaded, and the norms of a DETR replaced.
     """
 
     @wraps(upstream.forward)
@@ -425,7 +425,7 @@ def _adapter(upstream: Any) -> Any:
         "forward": forward,
         "__module__": __name__,
         "waits_for_fastbb": upstream,
-        # transformers passes the names in old files over for classes that are not its own
+        # transformers does not convert names of old files for classes of other packages
         "is_custom_code": classmethod(lambda cls: False),
     }
     return type(upstream.__name__, (upstream,), members)
@@ -439,9 +439,9 @@ _ADAPTERS = {
     adapter.config_class: adapter
     for adapter in (SwinBackbone, MaskFormerSwinBackbone, ResNetBackbone, TimmBackbone)
 }
-_BEFORE: dict[Any, Any] = {}  # what was registered for each configuration, or None
+_BEFORE: dict[Any, Any] = {}  # class registered for each configuration before, or None
 
 
 def _registered() -> dict[Any, Any]:
     mapping: Any = transformers.AutoBackbone._model_mapping
-    return mapping._extra_content  # nothing public takes an entry away
+    return mapping._extra_content  # there is no public way to remove an entry

@@ -1,4 +1,4 @@
-"""A whole backbone inside a host: folded, and run by the engine, behind the host's own contract."""
+"""Whole backbones inside hosts: folded, and run by the engine, with the host's own results."""
 
 import copy
 import hashlib
@@ -34,13 +34,13 @@ from .replacement import replacement_of, upstream_only
 
 # in a configuration of transformers
 _DECIDE_THE_RESULT = ("return_dict", "output_hidden_states", "output_attentions")
-MAX_PREPARED = 4  # forms of calls that are kept ready, each maybe with a copy of the weights
-TRACED_SIZE = 224  # pixels, of the image that the dataflow is read off
+MAX_PREPARED = 4  # forms of calls whose engines are kept, each maybe with a copy of the weights
+TRACED_SIZE = 224  # side of the image for tracing the dataflow, pixels
 MEASURING_S = 1.0  # for one choice of the engine, upstream's forward among the candidates
 
 
 class NothingToDo(Refused):
-    """A module that gains nothing from being replaced as a whole; its blocks may."""
+    """Raised for a module that gains nothing as a whole; its blocks may be replaced."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class HostBackboneMaps:
         host = copy.deepcopy(self.module, memo)
         own = replacement_of(host)
         if own is not None:
-            own.unbind()  # the copy is run by whom it was made for
+            own.unbind()  # only the engine that made the copy runs it
         return HostBackboneMaps(type(self.backbone)(host, self.backbone.settings), self.constants)
 
 
 class HostBackbone(ModuleForward):
-    """A module of a host that takes pixels: its norms folded, its calls run by the engine."""
+    """Runs a module of a host that takes pixels: folds its norms, and calls the engine."""
 
     methods = ("forward_features", "forward_intermediates")
     folds: ClassVar[bool] = True  # and runs the module's own forward
@@ -97,14 +97,14 @@ class HostBackbone(ModuleForward):
 
     def __init__(self, module: nn.Module, settings: Settings) -> None:
         super().__init__(module, settings)
-        unfold(module)  # what the copy of a module has from the original
+        unfold(module)  # removes folded forwards copied from another module
         self._folding = Folding(module, _norms(module) if self.folds else [])
         compiles = "compile" in settings.mode
         self.runs_parts = self.folds and settings.precision is None and not compiles
         # converted copies are watched by stamps of their own
         self.reads_settings = self.reads_settings or compiles
         self.follows_settings = not compiles
-        if compiles:  # what was compiled reads nothing
+        if compiles:  # compiled artefacts do not read settings
             self.read_at_every_call = ()
         # by the form of a call: the containers of its result, and the engine that computes it
         self._lock = threading.RLock()
@@ -120,7 +120,7 @@ class HostBackbone(ModuleForward):
 
     @property
     def helps(self) -> bool:
-        """Whether computing op by op gains something, beyond what its blocks gain."""
+        """Whether computing the whole op by op gains more than its replaced blocks."""
         return bool(self.fold_report.folded)
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class HostBackbone(ModuleForward):
         return tree_unflatten(list(self.computed(given[0], **given[1])), spec)
 
     def computed(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-        """The tensors of the result, as the engine computes them; in the dtype of the pixels."""
+        """Computes the tensors of the result by the engine, in the dtype of the pixels."""
         if computes_nothing():
             return self.tensors(pixel_values, **constants)
         engine = self.engine(**constants)
@@ -161,7 +161,7 @@ class HostBackbone(ModuleForward):
         return self.run("forward_intermediates", *args, **kwargs)
 
     def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """The module's own method, with norms folded and blocks replaced."""
+        """Runs the module's own method, with norms folded and blocks replaced."""
 
         def call() -> Any:
             return getattr(type(self.module), method)(self.module, *args, **kwargs)
@@ -170,16 +170,16 @@ class HostBackbone(ModuleForward):
 
     @cached_property
     def _has_blocks(self) -> bool:
-        """Whether most convolutions are in blocks that are replaced, and fold by themselves."""
+        """Whether most convolutions are in replaced blocks, which fold by themselves."""
         inner = itertools.islice(self.module.modules(), 1, None)
         return any(replacement_of(part) is not None for part in inner)
 
     def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-        """The tensors of the module's result for pixels [B, C, H, W]."""
+        """Computes the tensors of the module's result for pixels [B, C, H, W]."""
         return tuple(tree_flatten(self.run("forward", pixel_values, **constants))[0])
 
     def engine(self, **constants: Any) -> Engine:
-        """The engine for a form of call, made anew where a converted copy is out of date."""
+        """Returns the engine for a form of call; a new one if its converted copy is out of date."""
         form = self._form(constants)
         with self._lock:
             if form in self._engines:
@@ -208,7 +208,7 @@ class HostBackbone(ModuleForward):
         return Comparison(ours, theirs, ours / theirs)
 
     def _upstream_candidate(self, constants: dict[str, Any]) -> tuple[Candidate, ...]:
-        """Upstream's own forward, for the engine to measure beside its ways."""
+        """Returns upstream's own forward as a candidate for the engine."""
         if self.settings.mode != "auto" or self.settings.precision is not None:
             return ()
 
@@ -238,7 +238,7 @@ _UPSTREAM = "upstream"
 
 
 def _pixels_and_constants(args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any]] | None:
-    """The pixels of a call, and its options by name; None if there is more to it."""
+    """Returns the pixels of a call and its options by name; None if it has other arguments."""
     constants = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
     pixels = [*args, *(value for name, value in kwargs.items() if name not in constants)]
     if len(pixels) != 1 or not isinstance(pixels[0], Tensor) or pixels[0].ndim != 4:
@@ -252,9 +252,9 @@ _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states",
 
 
 class TransformersHostBackbone(HostBackbone):
-    """A backbone of transformers that computes no stage beyond the last that is asked for.
+    """A backbone of transformers that computes no stage after the last requested one.
 
-    Upstream computes everything but the maps. Subclasses give `tensors`, the maps.
+    Upstream's code makes everything but the maps. Subclasses define `tensors`, the maps.
     """
 
     folds = False
@@ -281,11 +281,11 @@ class TransformersHostBackbone(HostBackbone):
         raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
-        # whatever the result is packed in, the engine measured what gives its maps
+        # the engine measured the maps, which do not depend on the container of the result
         return super().measured(method, (args[0] if args else kwargs["pixel_values"],), {})
 
     def _asked(self, kwargs: dict[str, Any], name: str) -> Any:
-        """An argument, or the configuration's value where it is not given."""
+        """Returns an argument, or the configuration's value if it was not given."""
         value = kwargs.get(name)
         return getattr(self.module.config, name, None) if value is None else value
 
@@ -302,7 +302,7 @@ def check_parts(module: nn.Module) -> None:
 
 
 def _norms(module: nn.Module) -> Sequence[Any]:
-    """The batch norms of a module, and which convolution each belongs to.
+    """Finds the batch norms of a module, and the convolution that each belongs to.
 
     Raises:
         Refused: the module does not take pixels alone.

@@ -1,4 +1,4 @@
-"""The libraries whose models `accelerate` knows, a row each."""
+"""Table of the libraries whose models `accelerate` knows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

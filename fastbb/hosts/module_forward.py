@@ -1,4 +1,4 @@
-"""The forward of one module of somebody else's model, computed by fastbb."""
+"""Forward of one module of another library's model, computed by fastbb."""
 
 from collections.abc import Hashable
 from typing import Any, ClassVar
@@ -19,20 +19,20 @@ class ModuleForward:
 
     Args:
         module: of exactly the class that this is written for.
-        settings: mode and precision that were asked for.
+        settings: the requested mode and precision.
 
     Raises:
         Refused: the module computes something that is not covered.
     """
 
-    # methods beside `forward` that hosts call, and that are replaced too
+    # methods besides `forward` that hosts call; they are replaced too
     methods: ClassVar[tuple[str, ...]] = ()
-    # whether it calls the modules inside, which may be replaced too
+    # whether it calls the modules inside, which may be replaced as well
     runs_parts: bool = False
-    # whether it was made of settings of the module, and those that it reads at every call
+    # whether it keeps settings of the module, and settings that it reads at every call
     reads_settings: bool = False
     read_at_every_call: tuple[str, ...] = ()
-    # whether it is made anew where a setting changes, or takes too long to make
+    # whether it is made again after a setting changed; otherwise that takes too long
     follows_settings: bool = True
     # allowed error in fp32, relative to the largest magnitude of a result
     exactness: ClassVar[float] = FP32_REL
@@ -54,23 +54,23 @@ class ModuleForward:
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The result of the module's own forward."""
+        """Computes the result of the module's own forward."""
         raise NotImplementedError
 
     def comparable(self, result: Any) -> Any:
-        """The part of a result that has to equal upstream's."""
+        """Returns the part of a result that must equal upstream's."""
         return result
 
     def state(self) -> Hashable:
-        """The settings outside a call's arguments that decide what is returned, as they are now."""
+        """Returns the current settings, outside a call's arguments, that decide its result."""
         return None
 
     def learn(self, result: Any, method: str, args: Any, kwargs: Any) -> None:
         """Called with upstream's result, before ours first computes a call of its form."""
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
-        """The times of ours and of upstream's, if computing this call has measured them."""
+        """Returns the times of ours and upstream's, if this call has measured them."""
         return None
 
     def close(self) -> None:
-        """Takes away what it put on modules."""
+        """Removes everything that it has set on modules."""

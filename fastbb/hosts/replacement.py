@@ -2,8 +2,8 @@
 
 A `ModuleForward` computes the result of a module from the module's own parameters. A `Replacement`
 binds it on the instance and decides at every call whether it may run: the module's own forward runs
-wherever a gradient or a graph is recorded, something inside was changed or is watched, the results
-differ, or ours takes longer.
+if a gradient or a graph is recorded, a layer inside was changed or has hooks, the results differ,
+or ours takes longer.
 """
 
 import copy
@@ -55,7 +55,7 @@ from .module_forward import ModuleForward
 
 
 class AccelerateWarning(UserWarning):
-    """Part of an accelerated model runs as it did before; results are right all the same."""
+    """Part of an accelerated model runs upstream's forward; results are still right."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Timings:
     def of(
         self, timing_key: Hashable, form: Hashable, measure: Callable[[], Comparison]
     ) -> Comparison:
-        """The times of modules with this key; measured once."""
+        """Returns the times of modules with this key; measured once."""
         key = (timing_key, form)
         if key not in self._measured:
             self._measured[key] = measure()
@@ -98,13 +98,13 @@ class Replacement(OwnForward):
         module: of the host.
         name: of the module in the host.
         make: class that computes its result.
-        settings: mode and precision that were asked for.
+        settings: the requested mode and precision.
         timings: of the host.
 
     Attributes:
         choices: made so far, by form of call.
-        last_reason: why the last call went to upstream's forward, or None.
-        off: why it will not run again, or None.
+        last_reason: the reason why the last call ran upstream's forward, or None.
+        off: the reason why it will not run again, or None.
 
     Raises:
         Refused: by `make`.
@@ -125,11 +125,11 @@ class Replacement(OwnForward):
         self._make, self._timings = make, timings
         self._ours: ModuleForward | None = self._made()
         self._module_settings = self._read_module_settings()
-        # at once: what is replaced before the first call has to be noticed
+        # at once, to notice layers that are replaced before the first call
         self._structure: ModuleStructure | None = self._read_structure()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
-        # the copied module is not whole yet, so what reads it is made at its first call
+        # the copied module is incomplete here, so our forward is made at its first call
         other = object.__new__(type(self))
         memo[id(self)] = other
         other.__dict__.update(self.__getstate__())
@@ -153,7 +153,7 @@ class Replacement(OwnForward):
         """Makes our forward, from the module as it is now.
 
         Raises:
-            Refused: whatever is odd about the module; upstream may run it all the same.
+            Refused: something about the module is not covered; upstream may still run it.
         """
         try:
             with upstream_only():
@@ -172,36 +172,36 @@ class Replacement(OwnForward):
     # --- bound on the module
 
     def bind(self) -> None:
-        """Puts itself over the module's forward, and over what moves its parameters."""
+        """Replaces the module's forward, and the methods that move its parameters."""
         methods = [n for n in ("forward", *self._make.methods) if hasattr(type(self.module), n)]
         for name in (*methods, *MOVES):
             setattr(self.module, name, getattr(self, name))
 
     def _method(self, name: str) -> Callable[..., Any]:
-        """A method to put over one of the module, with its signature."""
+        """Makes a method that replaces one of the module, with the same signature."""
 
         @wraps(getattr(type(self.module), name))
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(self, Replacement):  # a library bound it on the module once more
+            if not isinstance(self, Replacement):  # a library bound the method on the module again
                 return getattr(type(self), name)(self, *args, **kwargs)
             return self._call(name, args, kwargs)
 
-        method.__name__ = name  # by which a pickle finds it
+        method.__name__ = name  # a pickle finds the method by this name
         return MethodType(method, self)
 
     def unbind(self) -> None:
-        """Takes itself away."""
+        """Restores the module's own methods."""
         for name in ("forward", *self._make.methods, *MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)
         if self._ours is not None:
             self._ours.close()
-        else:  # a copy that has not run has what the original put on its modules
+        else:  # a copy that has not run still has folded forwards of the original
             unfold(self.module)
         forget_derived(self.module)
 
     def refresh(self) -> None:
-        """Forgets and makes anew what was computed from the parameters, converted copies too."""
+        """Forgets everything derived from the parameters; the next call computes it again."""
         forget_derived(self.module)
         note_written(self.module.parameters())
 
@@ -231,16 +231,16 @@ class Replacement(OwnForward):
     # --- what runs
 
     def upstream(self, method: str, args: Any, kwargs: Any) -> Any:
-        """The result of the module's own method."""
+        """Computes the result of the module's own method."""
         return getattr(type(self.module), method)(self.module, *args, **kwargs)
 
     def _call(self, method: str, args: Any, kwargs: Any) -> Any:
-        # a graph that is recorded is the host's: its compiler fuses what upstream wrote
+        # a traced graph holds upstream's forward, which the compiler of the host fuses
         if is_tracing() or _local.upstream_only or self in _local.running:
             return self.upstream(method, args, kwargs)
         if self._module_settings is not None and self._module_settings.change() is not None:
             self._follow()
-        # what runs ours around this has looked at everything inside it
+        # a replacement around this one has checked everything inside it
         outer = _local.running[-1]._structure if _local.running else None
         is_inner = outer is not None and self.module in outer
         if is_inner and self.off is None and self._ours is not None:
@@ -249,12 +249,12 @@ class Replacement(OwnForward):
             look = self._why_upstream
         try:
             reason = look(*args, **kwargs)
-        except TypeError as error:  # arguments by other names than ours knows
+        except TypeError as error:  # arguments with names that ours does not know
             reason = describe(error)
         self.last_reason = reason
         if reason is not None:
             return self.upstream(method, args, kwargs)
-        if computes_nothing():  # so there is nothing to compare with or to time
+        if computes_nothing():  # there is no result to compare with or to time
             return self._run(Choice(True, ""), method, args, kwargs)
         form = (method, self.ours.state(), *form_of(args, kwargs))
         choice, size = self.choices.get(form), size_of(args, kwargs)
@@ -266,7 +266,7 @@ class Replacement(OwnForward):
             return self.upstream(method, args, kwargs)
         try:
             return self._run(choice, method, args, kwargs)
-        except Exception as error:  # where the input is at fault, upstream raises its own
+        except Exception as error:  # if the input is wrong, upstream raises its own error
             result = self.upstream(method, args, kwargs)
             if not isinstance(error, torch.OutOfMemoryError | MemoryError):
                 self._turn_off(describe(error))
@@ -283,7 +283,7 @@ class Replacement(OwnForward):
                 result = getattr(self.ours, method)(*args, **kwargs)
         finally:
             _local.running.pop()
-        # between parts of one backbone nobody looks at strides
+        # parts of one backbone ignore strides
         return in_formats(result, choice.formats) if outermost else result
 
     def _why_upstream(self, *args: Any, **kwargs: Any) -> str | None:
@@ -293,7 +293,7 @@ class Replacement(OwnForward):
             with _making:
                 try:
                     _ = self.ours
-                except Refused as refused:  # by what was changed since
+                except Refused as refused:  # because of a change since then
                     self.off, self._module_settings = str(refused), self._read_module_settings()
                     return self.off
                 self._structure = self._structure or self._read_structure()
@@ -319,7 +319,7 @@ class Replacement(OwnForward):
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) or is_transformed(tensor):
                 return "it is called by a transform of torch.func, or with fake tensors"
-            if not tensor.numel():  # where many upstream models raise
+            if not tensor.numel():  # many upstream models raise for it
                 return "the input is empty"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
@@ -328,7 +328,7 @@ class Replacement(OwnForward):
         return self.ours.why_not(*args, **kwargs)
 
     def _why_not_parameters(self, structure: ModuleStructure) -> str | None:
-        """Why the parameters inside do not say what the module computes, or None."""
+        """Returns why the parameters inside do not determine the module's result, or None."""
         if structure.trains():
             return "it is in training mode: call .eval()"
         if not all(map(_is_capturing, structure.hooks())):
@@ -345,7 +345,7 @@ class Replacement(OwnForward):
         for parameter in parameters:
             if type(parameter) is not nn.Parameter:
                 return f"a parameter inside it is a {type(parameter).__name__}"
-        # freezing comes with changes that leave no trace in a parameter, such as merged LoRA
+        # freezing often comes with changes without a new version, such as merged LoRA
         trained = [parameter.requires_grad for parameter in parameters]
         if trained != self._trained:
             self._trained = trained
@@ -364,10 +364,10 @@ class Replacement(OwnForward):
         return ModuleSettings(self.module, made.read_at_every_call)
 
     def _follow(self) -> None:
-        """Makes ours anew of the settings of now, to be held to upstream's again."""
+        """Makes ours again from the current settings; it is compared with upstream's again."""
         with _making:
             change = self._module_settings and self._module_settings.change()
-            if change is None:  # another thread was here
+            if change is None:  # another thread has followed the change
                 return
             ours = self._ours
             forget_derived(self.module)
@@ -388,11 +388,11 @@ class Replacement(OwnForward):
         with upstream_only():
             want = self.upstream(method, args, kwargs)
         if self._module_settings is not None:
-            # what upstream's forward sets is no change
+            # settings that upstream's forward sets are no change
             self._module_settings = self._read_module_settings()
         self.ours.learn(want, method, args, kwargs)
         compared = self.ours.comparable
-        if not is_telling(compared(want)):  # another call decides
+        if not is_telling(compared(want)):  # a later call decides
             self.last_reason = "its last result has no finite values to compare with"
             return want
         formats = [format_of(x) for x in tree_leaves(want) if isinstance(x, Tensor)]
@@ -406,10 +406,10 @@ class Replacement(OwnForward):
         try:
             got = self._run(choice, method, args, kwargs)
             problem = difference(compared(got), compared(want), truth, self.ours.exactness)
-        except (torch.OutOfMemoryError, MemoryError) as error:  # another call may fit
+        except (torch.OutOfMemoryError, MemoryError) as error:  # a later call may fit into memory
             self.last_reason = describe(error)
             return want
-        except Exception as error:  # whatever ours does, upstream's result is there
+        except Exception as error:  # upstream's result is returned after any error of ours
             problem = describe(error)
         if problem is not None:
             self._turn_off(problem)
@@ -455,12 +455,12 @@ class Replacement(OwnForward):
         return want, exact
 
     def _upstream_twin(self) -> nn.Module:
-        """A copy of the module without anything of ours on it, which would keep it alive."""
+        """Copies the module without our forwards, which would keep the copy alive."""
         twin = copy.deepcopy(self.module)
         for part in twin.modules():
             own = replacement_of(part)
             if own is not None:
-                own.unbind()  # which also takes folded forwards off
+                own.unbind()  # this also removes folded forwards
         return twin
 
     def _time(self, choice: Choice, method: str, args: Any, kwargs: Any) -> Comparison:
@@ -483,19 +483,19 @@ class Replacement(OwnForward):
         warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
 
 
-# a call that has so many times the elements is compared and timed again
+# a call with this many times the elements is compared and timed again
 MUCH_LARGER = 4
 
 MOVES = ("train", "_apply", "_replicate_for_data_parallel", "__prepare_scriptable__")
 
 
 def replacement_of(module: nn.Module) -> "Replacement | None":
-    """The replacement that is bound on a module, or None."""
+    """Returns the replacement that is bound on a module, or None."""
     own = own_forward(module)
     return own if isinstance(own, Replacement) else None
 
 
-# one at a time: what is made of a module is not to change while another thread makes it
+# one thread at a time, so that a module does not change while another thread reads it
 _making = threading.RLock()
 
 
@@ -503,7 +503,7 @@ class _Local(threading.local):
     upstream_only = False
 
     def __init__(self) -> None:
-        self.running: list[Replacement] = []  # those whose ours is running, the outermost first
+        self.running: list[Replacement] = []  # whose forward is running, outermost first
 
 
 _local = _Local()
@@ -511,7 +511,7 @@ _local = _Local()
 
 @contextmanager
 def upstream_only() -> Iterator[None]:
-    """Every forward that this thread calls is upstream's."""
+    """Makes every forward that this thread calls upstream's, inside the block."""
     before, _local.upstream_only = _local.upstream_only, True
     try:
         with unfolded():

@@ -81,7 +81,7 @@ class TransformersSwinBlock(_SwinBlock):
         if config._attn_implementation == "eager" and self.module._forward_hooks:
             return "it has hooks, which may look at the attention weights"
         if not always_partition:
-            self.module.set_shift_and_window_size(input_dimensions)  # as its own forward does
+            self.module.set_shift_and_window_size(input_dimensions)  # as in its own forward
         return self._parts.misfit()
 
     def forward(self, x: Tensor, input_dimensions: tuple[int, int], *_: Any, **__: Any) -> Any:
@@ -93,7 +93,7 @@ class TransformersSwinBlock(_SwinBlock):
         return swin_block(tokens, self._parts).view(x.shape)
 
     def comparable(self, result: Any) -> Any:
-        return result[0]  # beside it are attention weights, which nobody asked for
+        return result[0]  # the other results are attention weights, which were not requested
 
 
 class MaskFormerSwinBlock(TransformersSwinBlock):

@@ -1,4 +1,4 @@
-"""Image file formats: the one table behind listing, reading and `fastbb doctor`.
+"""Image file formats: the table for listing, reading and `fastbb doctor`.
 
 A format is added by a row of `FORMATS`; nothing else in the package names formats or suffixes.
 """
@@ -32,7 +32,7 @@ FORMATS = (
     ImageFormat("PPM", (".ppm", ".pgm", ".pbm", ".pnm")),
     ImageFormat("AVIF", (".avif",), "avif"),
 )
-# images that are listed and not read: each becomes a failed row instead of being passed over
+# images that are listed but not read: each becomes a failed row, instead of being skipped
 UNREAD_SUFFIXES = (
     *(".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf"),

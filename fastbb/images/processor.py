@@ -1,4 +1,4 @@
-"""Image processors: images in, exactly the reference's pixel values out.
+"""Image processors: convert images to exactly the reference's pixel values.
 
 The reference is the library that a checkpoint comes from: transformers' PIL backend (`hf`) or
 timm's evaluation transform (`timm`). For 8-bit RGB the result is bit-identical to it;
@@ -59,7 +59,7 @@ class BatchFeature(dict[str, Any]):
 
 
 class ImageProcessor:
-    """Turns images into a model's input, by a spec.
+    """Converts images to the input of a model, by a spec.
 
     Args:
         spec: everything that decides a pixel.
@@ -292,7 +292,7 @@ class ImageProcessor:
 def _center_crop(
     values: np.ndarray, size: tuple[int, int], fill: tuple[int, int, int], reference: str
 ) -> np.ndarray:
-    """The middle [h, w, 3] of [H, W, 3] values; a view unless the image is too small."""
+    """Returns the middle [h, w, 3] of [H, W, 3] values; a view unless the image is too small."""
     starts = []
     for length, wanted in zip(values.shape, size):
         spare = length - wanted

@@ -149,7 +149,7 @@ def _resize_and_crop(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edges_to_resize_to(kind: str, values: Mapping[str, Any]) -> dict[str, int]:
-    """The size that is asked for, with the `max_size` that old files have beside it."""
+    """Returns the requested size, with the separate `max_size` of old files."""
     if kind not in ("detr", "maskformer"):
         return _edges("size", _needed("size", values), bool(values["default_to_square"]))
     size, longest = values.get("size"), values.get("max_size", 1333 if kind == "detr" else None)
@@ -178,7 +178,7 @@ def _padding(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _edges(name: str, value: Any, square: bool, longest: int | None = None) -> dict[str, int]:
-    """A size of any age as a dict: {height, width}, {shortest_edge[, longest_edge]}, ..."""
+    """Converts a size of any age to a dict: {height, width}, {shortest_edge[, longest_edge]}..."""
     if isinstance(value, Mapping):
         return {key: edge for key, edge in value.items() if edge is not None}
     if isinstance(value, (list, tuple)) and len(value) == 2:
@@ -208,7 +208,7 @@ _EDGES_OF_RULE = {
 
 
 def _resize_rule(edges: dict[str, int]) -> tuple[str, tuple[int, ...]]:
-    """The resize rule that a size's keys mean, and its numbers."""
+    """Returns the resize rule of a size's keys, and its numbers."""
     for rule, keys in _EDGES_OF_RULE.items():
         if set(edges) == set(keys):
             return rule, tuple(edges[key] for key in keys)

@@ -1,1 +1,1 @@
-"""Tensors computed from weights, and what notices that weights or settings changed."""
+"""Tensors computed from weights, and detection of changed weights and settings."""

@@ -24,7 +24,7 @@ def swin(**kwargs) -> Any:
 class TestOutput:
     maps = (torch.zeros(1), torch.ones(1))
 
-    def test_is_object_dictionary_and_tuple(self):
+    def test_output_is_object_dictionary_and_tuple(self):
         output = BackboneOutput(self.maps)
         assert output.feature_maps is output["feature_maps"] is output[0] is self.maps
         assert output.hidden_states is None and output.attentions is None
@@ -44,7 +44,7 @@ class TestOutput:
         ],
         ids=["copy", "deepcopy", "rebuilt", "tree_map"],
     )
-    def test_survives_copying_and_rebuilding(self, again):
+    def test_output_survives_copying_and_rebuilding(self, again):
         rebuilt: Any = again(BackboneOutput(self.maps, attentions=self.maps))
         assert type(rebuilt) is BackboneOutput and isinstance(rebuilt.feature_maps, tuple)
         assert torch.equal(rebuilt.feature_maps[1], self.maps[1])
@@ -52,7 +52,7 @@ class TestOutput:
 
 
 @torch.no_grad()
-def test_hidden_states_by_index():
+def test_hidden_states_can_be_requested_by_index():
     backbone = swin(out_indices=[1])
     every = backbone(PIXELS, output_hidden_states=True).hidden_states
     some = backbone(PIXELS, output_hidden_states=[-1]).hidden_states
@@ -64,7 +64,7 @@ def test_hidden_states_by_index():
 
 
 @torch.no_grad()
-def test_transformers_configurations_are_taken():
+def test_transformers_configurations_are_accepted():
     transformers = pytest.importorskip("transformers")
     config = transformers.SwinConfig(**SWIN, out_indices=[1, 2])
     backbone = AutoBackbone.from_config(config)
@@ -80,7 +80,7 @@ class Wrapper(nn.Module):
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrap", [lambda module: module, Wrapper], ids=["bare", "wrapped"])
-def test_loads_what_transformers_holds_in_memory(wrap):
+def test_state_dict_of_a_transformers_model_loads(wrap):
     transformers = pytest.importorskip("transformers")
     config = transformers.SwinConfig(**SWIN, out_indices=[2])
     upstream = randomize_(transformers.SwinBackbone(config))
@@ -89,7 +89,7 @@ def test_loads_what_transformers_holds_in_memory(wrap):
         wrap(backbone).load_state_dict(wrap(upstream).state_dict())
     maps = backbone(PIXELS).feature_maps
     assert_equals_upstream(maps[1], upstream(PIXELS).feature_maps[0])
-    # the norm that did not come is the identity, not that of other weights
+    # the missing norm is the identity, not the norm of older weights
     assert torch.equal(backbone.hidden_states_norms["stage1"].weight, torch.ones(8))
 
 
@@ -139,7 +139,7 @@ def test_backward_hooks_and_replaced_forwards_run():
     assert_equals_upstream(backbone(PIXELS).feature_maps[-1], before)
 
 
-def test_arguments_that_are_no_field_are_refused(tmp_path):
+def test_unknown_arguments_are_refused(tmp_path):
     swin().save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="SwinConfig has no field out_indicies; its fields are"):
         AutoBackbone.from_pretrained(tmp_path, out_indicies=[0])
@@ -151,7 +151,7 @@ def test_arguments_that_are_no_field_are_refused(tmp_path):
     assert AutoBackbone.from_pretrained(tmp_path, torch_dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_saving_writes_nothing_when_the_configuration_is_no_json(tmp_path):
+def test_saving_writes_nothing_if_the_configuration_is_not_json(tmp_path):
     backbone = swin()
     backbone.config.note = object()
     with pytest.raises(TypeError):
@@ -178,7 +178,7 @@ def test_the_attention_mask_is_not_repeated_for_each_image():
     backbone, sizes = SwinBackbone(config), []
     for batch in (1, 8):
         largest = 0
-        # without oneDNN no window is computed beside the ops
+        # without oneDNN all windows are computed by the ops
         with torch.backends.mkldnn.flags(enabled=False), Watch():
             backbone(torch.randn(batch, 3, 64, 64))
         sizes.append(largest)

@@ -30,7 +30,7 @@ def swin(**kwargs) -> Any:
 
 
 @torch.no_grad()
-def test_the_configuration_holds_the_defaults_of_forward():
+def test_forward_takes_its_defaults_from_the_configuration():
     backbone = swin(output_attentions=True, output_hidden_states=True, return_dict=False)
     output = backbone(PIXELS)
     assert isinstance(output, tuple) and [len(item) for item in output] == [1, 3, 2]
@@ -41,7 +41,7 @@ def test_the_configuration_holds_the_defaults_of_forward():
 
 
 @torch.no_grad()
-def test_attentions_are_of_every_stage_whatever_is_returned():
+def test_attentions_cover_every_stage_for_any_out_indices():
     assert len(swin(out_indices=[0])(PIXELS, output_attentions=True).attentions) == 2
 
 
@@ -98,7 +98,7 @@ def test_gradient_checkpointing_compiles(make):
     plain = randomize_(make()).double().train()
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable()
-    # a backend that recomputes in the backward what is checkpointed
+    # a backend that recomputes checkpointed parts in the backward
     compiled = torch.compile(checkpointed, backend="aot_eager_decomp_partition", fullgraph=True)
     pixels = PIXELS.detach().double()
     got = gradients(compiled, pixels)
@@ -108,7 +108,7 @@ def test_gradient_checkpointing_compiles(make):
         assert torch.allclose(ours, buffer), name  # a batch is counted once
 
 
-def test_configurations_are_copied_where_they_are_taken(tmp_path):
+def test_configurations_given_to_backbones_are_copied(tmp_path):
     config = SwinConfig(**SWIN)
     backbone = AutoBackbone.from_config(config)
     backbone.out_indices = [0, 1]
@@ -128,7 +128,7 @@ def test_our_own_configuration_of_another_type_is_refused():
         ResNetBackbone(Relative(**SWIN))  # type: ignore[arg-type]  # the point
 
 
-def test_options_of_from_config_and_from_pretrained(tmp_path):
+def test_dtype_given_to_from_config_and_from_pretrained_applies(tmp_path):
     backbone = AutoBackbone.from_config(
         SwinConfig(**SWIN), dtype=torch.bfloat16, attn_implementation="sdpa"
     )
@@ -138,7 +138,7 @@ def test_options_of_from_config_and_from_pretrained(tmp_path):
     assert loaded.dtype == torch.bfloat16
 
 
-def test_options_of_from_torchvision():
+def test_options_given_to_from_torchvision_apply():
     state = torchvision_resnet().state_dict()
     backbone = AutoBackbone.from_torchvision(
         None, state, out_features=["stem", "stage2"], dtype="bfloat16", device="meta"
@@ -147,7 +147,7 @@ def test_options_of_from_torchvision():
     assert backbone.dtype == torch.bfloat16 and backbone.device.type == "meta"
 
 
-def test_filtered_arguments_keep_what_the_backbone_takes():
+def test_forward_with_filtered_kwargs_drops_unsupported_arguments():
     resnet = ResNetBackbone(ResNetConfig(**RESNET)).eval()
     kwargs = {"output_attentions": True, "output_hidden_states": True}
     assert list(resnet.forward_with_filtered_kwargs(PIXELS, **kwargs)) == [
@@ -165,13 +165,13 @@ def test_every_kind_of_hook_runs(kind):
     assert seen == [1]
 
 
-def test_names_with_weights_carry_their_tags():
+def test_names_with_pretrained_weights_have_timm_tags():
     named = list_backbones("*resnet18*", pretrained=True)
     assert "resnet18.a1_in1k" in named and "resnet18" not in named
     assert list_backbones("nano-*", pretrained=True) == ["nano-resnet-digits", "nano-swin-digits"]
 
 
-def test_a_saved_directory_loads_as_timm_on_request(tmp_path):
+def test_use_timm_backbone_loads_only_saved_timm_backbones(tmp_path):
     TimmBackbone(TimmBackboneConfig("test_resnet")).save_pretrained(tmp_path)
     assert type(AutoBackbone.from_pretrained(tmp_path, use_timm_backbone=True)) is TimmBackbone
     swin().save_pretrained(tmp_path / "swin")

@@ -55,12 +55,12 @@ def backbone(request):
     ],
     ids=["3-D", "channels", "no-pixels", "uint8", "bool", "complex", "device", "None", "list"],
 )
-def test_wrong_pixels(backbone, pixels, message):
+def test_wrong_pixels_raise_value_error(backbone, pixels, message):
     with pytest.raises(ValueError, match=message):
         backbone(pixels)
 
 
-def test_empty_batch(backbone):
+def test_empty_batch_gives_empty_maps(backbone):
     maps = backbone(torch.zeros(0, 3, 32, 32)).feature_maps
     assert [m.shape[0] for m in maps] == [0] and maps[0].shape[1] == backbone.channels[0]
 
@@ -71,7 +71,7 @@ def test_no_stage_selected_computes_nothing(backbone):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 7)], ids=str)
-def test_images_smaller_than_a_patch(size):
+def test_images_smaller_than_a_patch_give_one_pixel_maps(size):
     pixels = torch.zeros(1, 3, *size)
     assert swin()(pixels).feature_maps[0].shape == (1, 16, 1, 1)
     assert BACKBONES["resnet"]()(pixels).feature_maps[0].shape == (1, 32, 1, 1)
@@ -90,14 +90,14 @@ def test_images_smaller_than_a_patch(size):
     ],
     ids=str,
 )
-def test_wrong_out_indices_leave_the_backbone_as_it_was(backbone, out_indices, message):
+def test_wrong_out_indices_raise_and_leave_the_backbone_unchanged(backbone, out_indices, message):
     before = backbone.out_indices, backbone.out_features
     with pytest.raises(ValueError, match=message):
         backbone.out_indices = out_indices
     assert (backbone.out_indices, backbone.out_features) == before
 
 
-def test_unknown_names_come_with_close_ones():
+def test_unknown_name_error_suggests_close_names():
     with pytest.raises(OSError, match="Did you mean .*nano-swin-digits"):
         AutoBackbone.from_pretrained("nano-swin-digit", local_files_only=True)
     with pytest.raises(OSError, match="Did you mean .*resnet50"):
@@ -108,19 +108,19 @@ def test_unknown_names_come_with_close_ones():
         TimmBackbone(TimmBackboneConfig())
 
 
-def test_directory_without_config(tmp_path):
+def test_directory_without_config_raises_os_error(tmp_path):
     with pytest.raises(OSError, match="has no config.json, so it is not a saved model"):
         AutoBackbone.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""], ids=repr)
-def test_config_that_is_not_an_object(tmp_path, text):
+def test_config_that_is_no_json_object_raises_value_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json (is not valid JSON|must hold a JSON obj)"):
         AutoBackbone.from_pretrained(tmp_path)
 
 
-def test_unsupported_model_type_lists_what_is_supported(tmp_path):
+def test_unsupported_model_type_error_lists_supported_types(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     wanted = "model_type 'bert' is not supported: .*maskformer-swin, resnet, swin, timm_backbone"
     for auto in (AutoBackbone, AutoConfig):
@@ -130,7 +130,7 @@ def test_unsupported_model_type_lists_what_is_supported(tmp_path):
         SwinBackbone.from_pretrained(tmp_path)
 
 
-def test_wrong_configuration_class():
+def test_wrong_configuration_class_is_refused():
     with pytest.raises(ValueError, match="SwinBackbone needs a SwinConfig, got ResNetConfig"):
         SwinBackbone.from_config(ResNetConfig(**RESNET))
     with pytest.raises(OSError, match="AutoBackbone is designed to be instantiated using"):
@@ -139,7 +139,7 @@ def test_wrong_configuration_class():
         AutoBackbone.from_config(SwinConfig(**SWIN), depths=[1])
 
 
-def test_unknown_torchvision_model():
+def test_unknown_torchvision_model_is_refused():
     with pytest.raises(ValueError, match="torchvision's 'vit_b_16' is not supported; .* swin_t"):
         AutoBackbone.from_torchvision("vit_b_16", {})
     for name in ("swin_t", "resnet18"):
@@ -147,7 +147,7 @@ def test_unknown_torchvision_model():
             AutoBackbone.from_torchvision(name, {"weight": torch.zeros(1)})
 
 
-def test_timm_options_it_does_not_take():
+def test_options_that_a_timm_model_does_not_take_are_refused():
     pytest.importorskip("timm", minversion="1.0.31")  # Swin takes anything before
     bad: list[dict[str, Any]] = [{"output_stride": 8}, {"backbone_kwargs": {"no_such_option": 1}}]
     for options in bad:
@@ -157,7 +157,7 @@ def test_timm_options_it_does_not_take():
         TimmBackbone(TimmBackboneConfig("test_resnet", out_features=["layer9"]))
 
 
-def test_timm_refuses_a_size_in_words():
+def test_image_size_that_timm_does_not_take_raises_value_error():
     backbone = TimmBackbone(TimmBackboneConfig("test_vit", out_indices=[-1])).eval()
     with pytest.raises(ValueError, match="timm's 'test_vit' does not take .*63"):
         backbone(torch.zeros(1, 3, 63, 63))

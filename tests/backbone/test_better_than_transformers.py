@@ -44,7 +44,7 @@ def has_weights_of(ours: Any, model: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", ["local_directory", "relative_path", "offline_cache"])
-def test_1_auto_backbone_loads_what_is_already_here(
+def test_1_auto_backbone_loads_directories_and_cached_repositories(
     name: str, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     upstream = hf_swin()
@@ -78,7 +78,7 @@ def test_1_auto_backbone_loads_hub_and_timm_names(hub: HubServer, tmp_path: Path
     assert has_weights_of(AutoBackbone.from_pretrained(TIMM_NAME, use_timm_backbone=True), model)
 
 
-def test_2_pretrained_means_pretrained(hub: HubServer, tmp_path: Path) -> None:
+def test_2_use_pretrained_backbone_loads_weights(hub: HubServer, tmp_path: Path) -> None:
     config = transformers.TimmBackboneConfig(backbone=TIMM_NAME, use_pretrained_backbone=True)
     one, two = (transformers.TimmBackbone(config) for _ in range(2))
     drawn = "_backbone.layer1.0.conv1.weight"
@@ -107,7 +107,7 @@ def test_3_stages_after_the_last_requested_one_do_not_run() -> None:
     assert len(out.hidden_states) == 5
 
 
-def test_4_validation_comes_before_assignment() -> None:
+def test_4_invalid_out_indices_leave_the_config_unchanged() -> None:
     theirs, ours = transformers.SwinConfig(out_indices=[1]), SwinConfig(out_indices=[1])
     for config in (theirs, ours):
         with pytest.raises(ValueError, match="out_indices must be valid indices"):
@@ -139,7 +139,7 @@ def test_5_timm_maps_are_nchw_and_follow_out_indices() -> None:
         assert len(ours(pixels, output_hidden_states=True).hidden_states) == 4
 
 
-def test_6_any_size_after_any_size() -> None:
+def test_6_any_image_size_may_follow_any_other() -> None:
     upstream = hf_swin(image_size=64)
     theirs = transformers.SwinModel(upstream.config).eval()
     ours = from_hf(upstream)
@@ -161,7 +161,7 @@ def test_6_any_size_after_any_size() -> None:
 
 def live_bytes() -> int:
     gc.collect()
-    # what oneDNN packed for other tests has no storage to ask
+    # tensors that oneDNN packed in other tests have no storage
     tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor and not o.is_mkldnn]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
@@ -179,7 +179,7 @@ def test_7_nothing_is_prepared_for_one_image_size() -> None:
             assert counter.frame_count == i + 1  # one more compilation for each size
 
         for size in sizes:
-            ours(images(*size))  # remembers where windows lie, of a bounded number of sizes
+            ours(images(*size))  # remembers the window positions of a bounded number of sizes
         prepared = live_bytes()
         for size in sizes:
             ours(images(*size))
@@ -207,7 +207,7 @@ def test_8_checkpoints_have_transformers_names_in_both_directions(
     assert_equals_upstream(swin_maps(theirs), swin_maps(upstream))
 
 
-def test_8_what_upstream_would_compute_differently_it_refuses(tmp_path: Path) -> None:
+def test_8_transformers_refuses_configs_that_it_would_compute_differently(tmp_path: Path) -> None:
     # torchvision's Swin shifts and norms differently from transformers', under the same tensors
     torchvision = pytest.importorskip("torchvision")
     weights = randomize_(torchvision.models.swin_t()).state_dict()

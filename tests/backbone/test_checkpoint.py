@@ -96,7 +96,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_backbone_inside_a_head(head, swin):
+def test_backbone_inside_a_head_loads(head, swin):
     backbone, directory = swin
     prefix = HEADS[head]
     change_weights(
@@ -108,7 +108,7 @@ def test_backbone_inside_a_head(head, swin):
     assert isinstance(loaded, SwinBackbone) and loaded.config.model_type == "swin"
 
 
-def test_detr_with_a_timm_backbone_and_frozen_norms(tmp_path):
+def test_detr_with_a_timm_backbone_and_frozen_norms_loads(tmp_path):
     timm = pytest.importorskip("timm")
     model = randomize_(timm.create_model("test_resnet", features_only=True))
     prefix = "model.backbone.conv_encoder.model."
@@ -122,7 +122,7 @@ def test_detr_with_a_timm_backbone_and_frozen_norms(tmp_path):
         assert_equals_upstream(loaded(PIXELS).feature_maps, model(PIXELS)[1:], rel=1e-5)
 
 
-def test_split_checkpoint_with_index(swin):
+def test_split_checkpoint_loads_and_missing_shards_are_refused(swin):
     backbone, directory = swin
     state = load_file(directory / "model.safetensors")
     names = sorted(state)
@@ -147,7 +147,7 @@ def test_split_checkpoint_with_index(swin):
 
 
 class Trap:
-    """Unpickling this would run code."""
+    """An object whose unpickling runs code."""
 
     def __reduce__(self):
         return print, ("the pickle ran",)
@@ -166,7 +166,7 @@ def test_bin_files_load_as_weights_only(swin, capsys):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, 0.5, 0.99], ids=str)
-def test_truncated_safetensors(keep, swin):
+def test_truncated_safetensors_raise_os_error(keep, swin):
     _, directory = swin
     path = directory / "model.safetensors"
     data = path.read_bytes()
@@ -188,7 +188,7 @@ def test_truncated_safetensors(keep, swin):
     ],
     ids=["missing", "unknown", "shape", "nearly-empty"],
 )
-def test_weights_that_do_not_fit_are_listed(change, message, swin):
+def test_weights_that_do_not_fit_raise_value_error(change, message, swin):
     _, directory = swin
 
     def changed(state):
@@ -212,7 +212,7 @@ def test_every_problem_is_in_one_error(swin):
         AutoBackbone.from_pretrained(directory)
 
 
-def test_dtype_is_the_checkpoints_unless_given(swin):
+def test_dtype_is_that_of_the_checkpoint_unless_given(swin):
     backbone, directory = swin
     backbone.to(torch.bfloat16).save_pretrained(directory)
     assert AutoBackbone.from_pretrained(directory).dtype == torch.bfloat16
@@ -267,7 +267,7 @@ def test_find_prefix_takes_the_best_and_refuses_a_tie():
 
 
 class TestHub:
-    """The same through a server that speaks the Hub's language."""
+    """Loads checkpoints from a local server with the Hub's API."""
 
     @pytest.fixture
     def repo(self, hub, tmp_path):
@@ -277,7 +277,7 @@ class TestHub:
         hub.add_repo("acme/tiny-resnet", tmp_path / "resnet")
         return backbone
 
-    def test_download_cache_and_offline(self, hub, repo):
+    def test_repository_loads_online_and_offline_from_the_cache(self, hub, repo):
         assert_same("acme/tiny-resnet", repo)
         with hub.offline():
             assert_same("acme/tiny-resnet", repo)
@@ -285,7 +285,7 @@ class TestHub:
             with pytest.raises(OSError, match="Hub cannot be reached .* cache has no 'config.json"):
                 AutoBackbone.from_pretrained("acme/another")
 
-    def test_revision_and_cache_dir(self, hub, repo, tmp_path):
+    def test_revision_and_cache_dir_are_followed(self, hub, repo, tmp_path):
         other = randomize_(ResNetBackbone(ResNetConfig(**RESNET, out_features=STAGES)), seed=1)
         other.save_pretrained(tmp_path / "other")
         hub.add_repo("acme/tiny-resnet", tmp_path / "other", revision="v2")
@@ -295,13 +295,13 @@ class TestHub:
         with pytest.raises(OSError, match="has no revision 'v3'"):
             AutoBackbone.from_pretrained("acme/tiny-resnet", revision="v3")
 
-    def test_gated_repository(self, hub, repo, tmp_path):
+    def test_gated_repository_needs_its_token(self, hub, repo, tmp_path):
         hub.add_repo("acme/secret", tmp_path / "resnet", token="hf_key")
         with pytest.raises(OSError, match="(?i)gated|private"):
             AutoBackbone.from_pretrained("acme/secret")
         assert_same("acme/secret", repo, token="hf_key")
 
-    def test_unknown_repository(self, hub):
+    def test_unknown_repository_raises_os_error(self, hub):
         with pytest.raises(OSError, match="'acme/nothing' is neither a local directory"):
             AutoBackbone.from_pretrained("acme/nothing")
 
@@ -326,7 +326,7 @@ class TestHub:
         with pytest.raises(OSError, match="has no weights 'nope'; it has"):
             AutoBackbone.from_pretrained("test_resnet.nope")
 
-    def test_timm_weights_with_a_hole_are_refused(self, hub, tmp_path):
+    def test_incomplete_timm_weights_are_refused(self, hub, tmp_path):
         import timm
 
         state = timm.create_model("test_resnet").state_dict()
@@ -350,7 +350,7 @@ def test_read_only_directory_still_loads(swin):
         directory.chmod(0o755)
 
 
-def test_a_directory_without_weights(tmp_path):
+def test_directory_without_weights_raises_os_error(tmp_path):
     SwinConfig(**SWIN).save_pretrained(tmp_path)
     with pytest.raises(OSError, match=r"has no weights: wanted one of model\.safetensors"):
         read_state_dict(tmp_path)

@@ -97,7 +97,7 @@ FAILED_SETS = [item for a in INVALID if len(a) == 1 for item in a.items()]
 
 @families
 @pytest.mark.parametrize(("name", "value"), SETS, ids=str)
-def test_setters_realign_the_other_one(family: str, name: str, value: Any) -> None:
+def test_setting_one_selection_realigns_the_other(family: str, name: str, value: Any) -> None:
     ours, theirs = (config(out_indices=[2, 3]) for config in PAIRS[family])
     setattr(ours, name, value)
     setattr(theirs, name, value)
@@ -116,13 +116,13 @@ def test_a_failed_setter_raises_upstreams_message_and_changes_nothing(
     with pytest.raises(ValueError) as raised:
         setattr(ours, name, value)
     assert str(raised.value) == str(expected.value)
-    assert selection(theirs) != before  # upstream is left between two states
+    assert selection(theirs) != before  # upstream keeps the invalid value
     assert selection(ours) == before
 
 
 @families
 @pytest.mark.parametrize("value", [("stage1", "stage2"), "stage1"], ids=str)
-def test_setters_want_out_features_as_a_list(family: str, value: Any) -> None:
+def test_setting_out_features_needs_a_list(family: str, value: Any) -> None:
     # transformers' SwinConfig says the same in huggingface_hub's words
     theirs = transformers.ResNetConfig()
     with pytest.raises(ValueError) as expected:
@@ -181,7 +181,9 @@ def test_too_negative_indices_are_a_value_error(family: str, indices: list[int])
     ],
     ids=str,
 )
-def test_constructor_type_errors_are_value_errors(family: str, arguments: dict[str, Any]) -> None:
+def test_wrong_types_in_the_constructor_raise_value_error(
+    family: str, arguments: dict[str, Any]
+) -> None:
     # upstream raises huggingface_hub's StrictDataclassFieldValidationError, which is none
     ours, theirs = PAIRS[family]
     with pytest.raises(Exception):  # noqa: B017 - several unrelated classes upstream
@@ -201,7 +203,7 @@ def test_constructor_type_errors_are_value_errors(family: str, arguments: dict[s
     ],
     ids=str,
 )
-def test_wrong_fields_are_named(config: Any, arguments: dict[str, Any]) -> None:
+def test_wrong_field_error_names_the_field(config: Any, arguments: dict[str, Any]) -> None:
     (name,) = arguments
     with pytest.raises(ValueError, match=name):
         config(**arguments)
@@ -215,7 +217,7 @@ def test_a_choice_is_compared_with_its_type(value: Any) -> None:
         check_choice("graph", value, choices)
 
 
-def test_layer_type_has_upstreams_message() -> None:
+def test_unknown_layer_type_raises_upstreams_message() -> None:
     with pytest.raises(ValueError, match="layer_type=foo is not one of basic,bottleneck"):
         ResNetConfig(layer_type="foo")
 
@@ -239,7 +241,7 @@ def json_value(value: Any) -> Any:
 
 
 @families
-def test_fields_and_defaults_are_upstreams(family: str) -> None:
+def test_fields_and_defaults_equal_upstream(family: str) -> None:
     ours, theirs = PAIRS[family]
     for name, default in own_fields(theirs).items():
         assert json_value(getattr(ours(), name)) == default, name
@@ -311,7 +313,7 @@ def test_configs_of_one_class_do_not_share_lists(family: str) -> None:
 
 
 def test_timm_backbone_config_takes_the_name_first() -> None:
-    # the call of the reference page, which transformers 5 refuses
+    # this call of the reference page is refused by transformers 5
     with pytest.raises(ValueError):
         transformers.TimmBackboneConfig("resnet50", use_pretrained_backbone=True)
     config = TimmBackboneConfig("resnet50", use_pretrained_backbone=True)
@@ -322,7 +324,7 @@ def test_timm_backbone_config_takes_the_name_first() -> None:
         assert json_value(getattr(TimmBackboneConfig(), name)) == default, name
 
 
-def test_timm_backbone_config_round_trip(tmp_path: Any) -> None:
+def test_timm_backbone_config_survives_saving_and_loading(tmp_path: Any) -> None:
     config = TimmBackboneConfig("resnet50", out_indices=(1, 2), output_stride=8, img_size=128)
     config.save_pretrained(tmp_path)
     again = TimmBackboneConfig.from_pretrained(tmp_path)

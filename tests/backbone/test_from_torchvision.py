@@ -91,7 +91,7 @@ def test_a_model_and_its_state_dict_load_alike() -> None:
     ],
     ids=repr,
 )
-def test_anything_else_is_a_type_error(weights: Any, message: str) -> None:
+def test_weights_of_another_type_raise_type_error(weights: Any, message: str) -> None:
     if weights == "ResNet18_Weights":
         weights = models.ResNet18_Weights
     with pytest.raises(TypeError, match=f"or a member of its enum of weights such as.*{message}"):
@@ -99,7 +99,7 @@ def test_anything_else_is_a_type_error(weights: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_t", None])
-def test_incomplete_weights_are_a_value_error(name: str | None) -> None:
+def test_incomplete_weights_raise_value_error(name: str | None) -> None:
     weights = weights_of("resnet18")
     del weights["layer1.0.conv2.weight"]
     with pytest.raises(ValueError, match="wanted the state dict|lack 'layer1.0.conv2.weight'"):
@@ -108,7 +108,7 @@ def test_incomplete_weights_are_a_value_error(name: str | None) -> None:
 
 @pytest.fixture
 def download(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is downloaded; torchvision's weights are those of a fresh model."""
+    """Records each download and returns the weights of a new model in its place."""
     asked: list[Any] = []
 
     def get_state_dict(member: Any, **options: Any) -> dict[str, torch.Tensor]:
@@ -144,10 +144,10 @@ def test_another_models_enum_is_refused_before_the_download(
     assert not download
 
 
-@pytest.mark.parametrize("error", [URLError("no network"), RuntimeError("invalid hash value")])
-def test_a_failed_download_is_an_os_error(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("invalid hash value")], ids=str
+)
+def test_failed_download_raises_os_error(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 

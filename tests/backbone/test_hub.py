@@ -1,4 +1,4 @@
-"""Resolution of names to files: `~`, incomplete repositories, Hub errors, timm's formats."""
+"""Names are resolved to files: `~`, incomplete repositories, Hub errors, timm's formats."""
 
 import json
 from http import HTTPStatus
@@ -40,7 +40,7 @@ def test_the_home_of_an_unknown_user_is_refused():
 
 
 @pytest.mark.parametrize("options", [{}, {"revision": "v2"}, {"cache_dir": "elsewhere"}], ids=str)
-def test_offline_a_file_that_the_cached_repository_lacks_is_none(hub, tmp_path, options):
+def test_file_missing_in_the_cached_repository_is_none_offline(hub, tmp_path, options):
     if "cache_dir" in options:
         options = {"cache_dir": tmp_path / "elsewhere"}
     save_resnet(tmp_path / "model")
@@ -166,7 +166,7 @@ def test_the_number_of_classes_is_read_as_timm_reads_it(tmp_path):
     assert source.pretrained_cfg["num_classes"] == 5
 
 
-def test_a_config_of_transformers_may_name_an_architecture(tmp_path):
+def test_transformers_config_with_an_architecture_is_not_taken_for_timm(tmp_path):
     config = {**ResNetConfig(**RESNET).to_dict(), "architecture": "resnet50"}
     assert timm_source(write_config(tmp_path, config)) is None
     assert isinstance(AutoConfig.from_pretrained(tmp_path), ResNetConfig)
@@ -179,13 +179,13 @@ def test_a_directory_named_like_a_timm_model_comes_first(tmp_path, monkeypatch):
     assert timm_source("resnet18") is None
 
 
-def test_json_in_another_encoding_is_named(tmp_path):
+def test_json_in_another_encoding_raises_value_error(tmp_path):
     (tmp_path / "config.json").write_bytes('{"a": "é"}'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         read_json(tmp_path / "config.json")
 
 
-def test_whatever_the_http_library_raises_is_an_os_error(hub, tmp_path, monkeypatch):
+def test_any_error_of_the_http_library_becomes_an_os_error(hub, tmp_path, monkeypatch):
     def break_off(*args, **kwargs):
         raise RuntimeError("peer closed the connection")
 

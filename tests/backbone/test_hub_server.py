@@ -107,7 +107,9 @@ def test_cut_download_resumes_with_a_range_request(
     ],
     ids=["inside", "past-the-end", "outside"],
 )
-def test_range(hub: HubServer, folder: Path, asked: str, status: int, content_range: str) -> None:
+def test_range_requests_get_partial_content(
+    hub: HubServer, folder: Path, asked: str, status: int, content_range: str
+) -> None:
     hub.add_repo(REPO, folder)
     response = get_session().get(hf_hub_url(REPO, "model.safetensors"), headers={"Range": asked})
     assert (response.status_code, response.headers["Content-Range"]) == (status, content_range)
@@ -116,7 +118,7 @@ def test_range(hub: HubServer, folder: Path, asked: str, status: int, content_ra
         assert response.content == WEIGHTS[start : start + len(response.content)]
 
 
-def test_model_info_and_file_lists(hub: HubServer, folder: Path) -> None:
+def test_model_info_and_file_lists_name_the_files(hub: HubServer, folder: Path) -> None:
     commit = hub.add_repo(REPO, folder)
     names = ["config.json", "model.safetensors", "onnx/deep/weights é.bin"]
     info = model_info(REPO)
@@ -130,9 +132,7 @@ def test_model_info_and_file_lists(hub: HubServer, folder: Path) -> None:
     assert api.file_exists(REPO, names[2]) and not api.file_exists(REPO, "missing.json")
 
 
-def test_endpoint_argument_instead_of_the_fixtures_redirection(
-    hub: HubServer, folder: Path
-) -> None:
+def test_endpoint_argument_reaches_the_server(hub: HubServer, folder: Path) -> None:
     hub.add_repo("plain-name", folder)
     assert HfApi(endpoint=hub.endpoint).model_info("plain-name").id == "plain-name"
 

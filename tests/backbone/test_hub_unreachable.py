@@ -67,7 +67,7 @@ def test_the_timeout_of_the_user_is_kept(
 
 
 def test_without_network_a_mistyped_name_takes_less_than_five_seconds(hub: HubServer) -> None:
-    # in a process of its own: the fixture takes the waits between retries away
+    # in a new process, since the fixture removes the waits between retries
     program = (
         "import time, fastbb\n"
         "start = time.perf_counter()\n"

@@ -30,7 +30,7 @@ def save_timm(folder: Path) -> None:
     save_file({name: t.clone() for name, t in state.items()}, folder / "model.safetensors")
 
 
-# how each kind of model is saved, and one of its weights
+# for each kind of model: how it is saved, and one of its weights
 MODELS = {
     "resnet": (
         lambda folder: ResNetBackbone(ResNetConfig(**RESNET)).save_pretrained(folder),
@@ -42,7 +42,7 @@ MODELS = {
     ),
     "timm": (save_timm, "layer1.0.conv1.weight"),
 }
-# a part of the name by which the error calls it
+# part of the name in the error
 CALLED = {
     "resnet": "layers.0.shortcut.convolution.weight",
     "swin": "relative_position_bias.relative_position_bias_table",
@@ -52,7 +52,7 @@ CALLED = {
 
 @pytest.fixture(params=MODELS)
 def model(request: Any, tmp_path: Path) -> tuple[str, Path, dict[str, Tensor], str]:
-    """A kind of model, a directory with its config.json, its tensors, the name of one."""
+    """Kind of model, directory with its config.json, tensors, and the name of one of them."""
     save, weight = MODELS[request.param]
     save(tmp_path)
     state = read_state_dict(tmp_path)
@@ -68,7 +68,7 @@ def write(folder: Path, filename: str, state: Any) -> None:
 
 
 def command_line(folder: Path, tmp_path: Path) -> str:
-    """What `fastbb extract` says of a model that it refuses."""
+    """Returns the error that `fastbb extract` prints for a model that it refuses."""
     Image.new("RGB", (9, 8)).save(tmp_path / "image.png")
     arguments = ["extract", str(tmp_path / "image.png"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*arguments, "--model", str(folder)])
@@ -123,7 +123,9 @@ def test_a_bin_of_parameters_loads_as_buffers_and_parameters(tmp_path: Path) -> 
         AutoBackbone.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), MemoryError()], ids=repr
+)
 def test_errors_of_unreadable_files_do_not_say_delete_it(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +138,7 @@ def test_errors_of_unreadable_files_do_not_say_delete_it(
     assert "delete it" not in str(raised.value)
 
 
-def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> None:
+def test_command_refuses_integer_weights_in_one_line(model: Any, tmp_path: Path) -> None:
     kind, folder, state, weight = model
     write(folder, "model.safetensors", {**state, weight: state[weight].to(torch.int8)})
     message = command_line(folder, tmp_path)
@@ -144,7 +146,7 @@ def test_the_command_refuses_them_in_one_line(model: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_every_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
+def test_every_floating_dtype_of_weights_loads(model: Any, dtype: torch.dtype) -> None:
     _, folder, state, _ = model
     write(folder, "model.safetensors", {n: t.to(dtype) for n, t in state.items()})
     assert AutoBackbone.from_pretrained(folder, dtype=torch.float32).dtype == torch.float32
@@ -172,7 +174,9 @@ NESTED = {
 
 
 @pytest.mark.parametrize("content", NESTED)
-def test_a_bin_file_of_something_else_is_refused_by_its_entry(model: Any, content: str) -> None:
+def test_bin_file_without_tensors_is_refused_with_the_name_of_its_entry(
+    model: Any, content: str
+) -> None:
     kind, folder, state, _ = model
     make, message = NESTED[content]
     write(folder, "pytorch_model.bin", make(state))
@@ -198,8 +202,12 @@ def test_the_state_dict_of_a_training_run_loads(model: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("data", [b"", b"\x80", b"cos\nsystem\n.", b"\x80\x04]}.", b"\0" * 64])
-def test_whatever_an_unpickler_raises_is_an_os_error_of_one_line(model: Any, data: bytes) -> None:
+@pytest.mark.parametrize(
+    "data", [b"", b"\x80", b"cos\nsystem\n.", b"\x80\x04]}.", b"\0" * 64], ids=repr
+)
+def test_any_error_of_the_unpickler_becomes_an_os_error_of_one_line(
+    model: Any, data: bytes
+) -> None:
     _, folder, _, _ = model
     (folder / "pytorch_model.bin").write_bytes(data)
     with pytest.raises(OSError, match=r"pytorch_model\.bin (is corrupt, tr|must hold)") as error:

@@ -1,4 +1,4 @@
-"""Imports of loading and running a native backbone: no compiler."""
+"""Loading and running a native backbone imports no compiler."""
 
 import subprocess
 import sys

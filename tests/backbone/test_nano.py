@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", CHANNELS)
 
 
 @every_model
-def test_linear_probe_reads_the_held_out_digits(name: str) -> None:
+def test_linear_probe_classifies_the_held_out_digits(name: str) -> None:
     assert linear_probe(name) >= 0.97
 
 
@@ -85,7 +85,7 @@ def test_maps_of_the_trained_weights_equal_upstream(name: str, size: tuple[int, 
 
 
 @every_model
-def test_upstream_reads_the_preprocessing(name: str) -> None:
+def test_preprocessing_equals_upstream(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     upstream = transformers.AutoImageProcessor.from_pretrained(ASSETS / name, backend="pil")
     _, held_out = digits_split()
@@ -97,13 +97,13 @@ def test_upstream_reads_the_preprocessing(name: str) -> None:
 
 
 @every_model
-def test_config_is_what_transformers_writes(name: str) -> None:
+def test_bundled_config_has_the_fields_of_transformers(name: str) -> None:
     config = json.loads((ASSETS / name / "config.json").read_text())
     assert config["model_type"] == name.split("-")[1]
     assert config["out_features"] == ["stage4"] and config["out_indices"] == [4]
 
 
-def test_demo_runs_offline_and_writes_what_it_says(tmp_path: Path) -> None:
+def test_demo_runs_offline_and_writes_its_sheets(tmp_path: Path) -> None:
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, inspect.getfile(demo)]
     run = subprocess.run(
@@ -116,7 +116,7 @@ def test_demo_runs_offline_and_writes_what_it_says(tmp_path: Path) -> None:
     assert len(sheets) == len(demo.MODELS) * (1 + len(demo.PHOTOS))
 
 
-def test_knn_accuracy_asks_only_the_other_rows() -> None:
+def test_knn_accuracy_leaves_out_the_row_itself() -> None:
     labels = torch.arange(10).repeat_interleave(8)
     clusters = torch.nn.functional.one_hot(labels).float() + 0.1 * torch.rand(80, 10)
     assert demo.knn_accuracy(clusters, labels) == 1

@@ -112,6 +112,6 @@ def test_autocast_keeps_the_pixels_as_they_are(backbone: Any) -> None:
 
 
 @torch.no_grad()
-def test_on_the_meta_device() -> None:
+def test_meta_pixels_are_converted_to_the_dtype_of_the_weights() -> None:
     maps = resnet().to("meta").eval()(PIXELS.half().to("meta")).feature_maps
     assert {x.dtype for x in maps} == {torch.float32}

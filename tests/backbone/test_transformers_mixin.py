@@ -27,7 +27,7 @@ def upstream_tests() -> ModuleType:
 
 
 class ModelTester:
-    """What the mixin asks for a small model and an input of it."""
+    """Attributes that the mixin reads: a small model and its input."""
 
     def __init__(self, config: Any):
         self.config = config
@@ -81,14 +81,14 @@ TESTS = [
 
 @pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_upstreams_mixin(family: str, name: str, upstream_tests: ModuleType) -> None:
+def test_of_upstreams_mixin_passes(family: str, name: str, upstream_tests: ModuleType) -> None:
     if family == "timm" and name == "test_config":
         pytest.skip("the stages of a timm config are known once its model is built")
     config_class, backbone_class, config = FAMILIES[family]
 
     class Case(upstream_tests.BackboneTesterMixin, unittest.TestCase):
         all_model_classes = (backbone_class,)
-        # of timm's, upstream's own tester says no: asking for them is an error
+        # upstream's tester says no for timm, where asking for attentions is an error
         has_attentions = backbone_class.has_attentions and family != "timm"
 
         def runTest(self) -> None:
@@ -103,12 +103,12 @@ def test_upstreams_mixin(family: str, name: str, upstream_tests: ModuleType) -> 
     assert not problems, "\n".join(problems)
 
 
-def test_the_mixin_has_no_test_that_is_not_listed(upstream_tests: ModuleType) -> None:
+def test_every_test_of_upstreams_mixin_is_listed(upstream_tests: ModuleType) -> None:
     mixin = upstream_tests.BackboneTesterMixin
     assert {name for name in vars(mixin) if name.startswith("test_")} == set(TESTS)
 
 
-def test_backbone_type_is_transformers_own() -> None:
+def test_backbone_type_is_the_enum_of_transformers() -> None:
     from transformers.backbone_utils import BackboneType
 
     assert SwinBackbone(swin_config()).backbone_type is BackboneType.TRANSFORMERS

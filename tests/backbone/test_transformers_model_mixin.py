@@ -1,8 +1,8 @@
-"""transformers' own model tests, on its SwinBackbone and on the same one accelerated.
+"""transformers' own model tests, on its SwinBackbone, plain and accelerated.
 
-Two of them, of transformers 5.23, fail on any Swin backbone: `test_model_get_set_embeddings` asks
-for token embeddings, `test_retain_grad_hidden_states_attentions` for a tensor where there is a
-tuple of maps.
+Two tests of transformers 5.23 fail on any Swin backbone: `test_model_get_set_embeddings` needs
+token embeddings, and `test_retain_grad_hidden_states_attentions` a tensor instead of a tuple of
+maps.
 """
 
 import unittest
@@ -21,7 +21,7 @@ from fastbb.hosts.swin import TransformersSwin, TransformersSwinBlock
 
 transformers = pytest.importorskip("transformers")
 
-# tests that end otherwise on the accelerated backbone, and why
+# tests with another outcome on the accelerated backbone, and why
 DIFFERENCES: dict[str, str] = {}
 MIN_PASSED = 90
 MIN_RAN_OURS = 25  # most others look at configurations, names and files, or train
@@ -36,7 +36,7 @@ DEPTHS, WINDOW = [1, 2, 1], 2
 
 
 def swin_config() -> Any:
-    """That of transformers' own tests of Swin."""
+    """Configuration of transformers' own tests of Swin."""
     return transformers.SwinConfig(
         image_size=32,
         patch_size=2,
@@ -50,11 +50,11 @@ def swin_config() -> Any:
 
 
 class ModelTester:
-    """What the mixin asks for a small model, an input of it, and sizes of its result."""
+    """Attributes that the mixin reads: a small model, its input, sizes of its result."""
 
     is_training = True
     batch_size = 13
-    num_hidden_layers: int | None = None  # to a test of it, Swin's three stages are too many
+    num_hidden_layers: int | None = None  # a test fails with Swin's three stages
     num_attention_heads = 2  # of the first
     seq_length = hidden_size = 16  # height and width of the first hidden state
 
@@ -66,7 +66,7 @@ class ModelTester:
 
 
 def accelerated(upstream: Any) -> Any:
-    """`upstream`, accelerated once it is built, and once its weights are loaded."""
+    """Subclass of `upstream` that is accelerated after construction and after loading weights."""
 
     def accelerate(model: Any) -> None:
         model.__class__ = upstream  # a class with methods of its own would be left alone
@@ -92,7 +92,7 @@ def accelerated(upstream: Any) -> Any:
 
 
 class Outcomes(unittest.TestResult):
-    """What became of each test, and how often ours ran in it."""
+    """Outcome of each test, and how often our forward ran in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def outcomes(mixin: Any, backbone_class: Any) -> Outcomes:
 
     found = Outcomes()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # else the mixin has pytest run this file, for a test that sets torch's default device
+        # otherwise the mixin runs pytest on this file, for a test that sets the default device
         patch.setenv("_INSIDE_SUB_PROCESS", "1")
         for fast in (TransformersSwin, TransformersSwinBlock):
             patch.setattr(fast, "forward", found.counting(fast.forward))

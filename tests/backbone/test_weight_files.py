@@ -16,7 +16,7 @@ RESNET = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]}
 
 @pytest.fixture
 def resnet(tmp_path):
-    """A saved ResNet's directory and its tensors, whose file is gone."""
+    """Directory of a saved ResNet without its weights file, and the tensors of that file."""
     randomize_(ResNetBackbone(ResNetConfig(**RESNET))).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
@@ -29,13 +29,13 @@ def assert_loads(directory, state):
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-def test_bin_file_of_a_training_run(resnet):
+def test_bin_file_of_a_training_run_loads(resnet):
     directory, state = resnet
     torch.save({"state_dict": state, "epoch": 3}, directory / "pytorch_model.bin")
     assert_loads(directory, state)
 
 
-def test_split_bin_files(resnet):
+def test_split_bin_files_load(resnet):
     directory, state = resnet
     shards = {"1.bin": sorted(state)[::2], "2.bin": sorted(state)[1::2]}
     for shard, names in shards.items():
@@ -56,7 +56,7 @@ def test_safetensors_are_preferred_to_a_bin_file(resnet):
 @pytest.mark.parametrize(
     "content", [{"epoch": 3}, [1, 2], torch.ones(2)], ids=["dict", "list", "t"]
 )
-def test_bin_file_of_something_else(resnet, content):
+def test_bin_file_without_tensors_raises_os_error(resnet, content):
     directory, _ = resnet
     torch.save(content, directory / "pytorch_model.bin")
     with pytest.raises(OSError, match=r"pytorch_model\.bin must hold a dictionary of tensors"):
@@ -64,7 +64,7 @@ def test_bin_file_of_something_else(resnet, content):
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5], ids=str)
-def test_truncated_bin_file(resnet, keep):
+def test_truncated_bin_file_raises_os_error(resnet, keep):
     directory, state = resnet
     path = directory / "pytorch_model.bin"
     torch.save(state, path)
@@ -74,7 +74,7 @@ def test_truncated_bin_file(resnet, keep):
         AutoBackbone.from_pretrained(directory)
 
 
-def test_views_are_saved_as_the_tensors_they_are(tmp_path):
+def test_views_are_saved_as_separate_tensors(tmp_path):
     base = torch.arange(12.0).view(3, 4)
     state = {"whole": base, "shared": base, "row": base[1], "turned": base.T}
     save_state_dict(state, tmp_path)
@@ -113,7 +113,7 @@ def test_device_reaches_every_tensor(resnet):
     assert all(tensor.is_meta for tensor in loaded.state_dict().values())
 
 
-def test_tensors_that_are_not_needed_are_ignored_and_named(tmp_path):
+def test_unneeded_tensors_are_ignored_and_listed(tmp_path):
     sizes = {"depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "embed_dim": 8}
     SwinBackbone(SwinConfig(**sizes)).save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
@@ -132,12 +132,12 @@ def test_tensors_that_are_not_needed_are_ignored_and_named(tmp_path):
     ]
 
 
-def test_a_module_found_by_the_end_of_a_name_only_is_not_found():
+def test_prefix_must_end_at_a_dot():
     with pytest.raises(ValueError, match="holds no ResNet"):
         find_prefix(["preconv1.weight"], ["conv1.weight"], "ResNet")
 
 
-def test_long_lists_of_problems_are_cut():
+def test_long_lists_of_problems_are_shortened():
     names = {f"x{i:02}": torch.ones(1) for i in range(30)}
     with pytest.raises(ValueError, match=r"unknown: x00, .*x19, \.\.\. \(30 in all\)$"):
         load_strict(torch.nn.Identity(), names, what="a module")

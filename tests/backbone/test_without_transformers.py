@@ -36,12 +36,12 @@ def run(code: str, cwd: Path) -> str:
     return result.stdout
 
 
-def test_the_blocker_blocks(tmp_path: Path) -> None:
+def test_transformers_cannot_be_imported_here(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="No module named 'transformers'"):
         run("import transformers", tmp_path)
 
 
-def test_build_save_and_load(tmp_path: Path) -> None:
+def test_backbones_build_save_and_load_without_transformers(tmp_path: Path) -> None:
     out = run(
         """
         import torch
@@ -79,7 +79,7 @@ def test_build_save_and_load(tmp_path: Path) -> None:
     assert out.endswith("done\n")
 
 
-def test_process_an_image_and_extract_a_folder(tmp_path: Path) -> None:
+def test_images_are_processed_and_extracted_without_transformers(tmp_path: Path) -> None:
     out = run(
         f"""
         from pathlib import Path

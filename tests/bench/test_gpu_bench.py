@@ -1,4 +1,4 @@
-"""What becomes of the stages of `make gpu` that go wrong, and of its arguments."""
+"""Stages of `make gpu` that fail, hang or crash, and wrong arguments."""
 
 import inspect
 import os
@@ -95,7 +95,7 @@ def run(code: str, out: Path) -> tuple[dict[str, Any], str, str]:
     return *files(out), printed
 
 
-def test_a_stage_that_goes_wrong_leaves_the_others(tmp_path: Path) -> None:
+def test_failing_stages_leave_the_other_stages_running(tmp_path: Path) -> None:
     data, tables, printed = run("run(hangs, raises, crashes, leaves, fine)", tmp_path)
     found = outcomes(data)
     assert found["raises"] == "failed: ValueError: no such thing"
@@ -104,14 +104,14 @@ def test_a_stage_that_goes_wrong_leaves_the_others(tmp_path: Path) -> None:
     assert found["hangs"].startswith("cut off after ")
     assert found["fine"] == "finished"
     assert all(f"| {stage} | {outcome} |" in tables for stage, outcome in found.items())
-    # what was found before it went wrong stays, and what was not is named
+    # results from before the failure stay, and missing ones are named
     reached = [row["stage"] for row in data["sections"]["ops"]]
     assert reached == ["hangs", "raises", "fine"]
     assert "- hangs: not reached: two" in tables
     assert printed.endswith("not all well\n")
 
 
-def test_what_follows_a_crash_gets_another_process(tmp_path: Path) -> None:
+def test_items_after_a_crash_run_in_another_process(tmp_path: Path) -> None:
     data, tables, _ = run("run(crashes_at_two)", tmp_path)
     rows = {row["item"]: row for row in data["sections"]["ops"]}
     assert rows["two"]["problem"] == "its process ended by SIGSEGV"
@@ -127,7 +127,7 @@ def test_a_stage_that_crashes_at_every_item_ends(tmp_path: Path) -> None:
     assert outcomes(data)["fine"] == "finished"
 
 
-def test_a_task_that_crashes_leaves_the_others(tmp_path: Path) -> None:
+def test_task_that_crashes_leaves_the_other_tasks_running(tmp_path: Path) -> None:
     data, _, _ = run("run(parallel)", tmp_path)
     rows = {row["item"]: row.get("value", row.get("problem")) for row in data["sections"]["ops"]}
     crash = "its process ended by SIGSEGV"
@@ -142,14 +142,14 @@ def test_a_task_that_hangs_is_ended_and_the_others_share_a_process(tmp_path: Pat
     assert outcomes(data) == {"one_hangs": "finished"}
 
 
-def test_stages_that_no_time_is_left_for_are_named(tmp_path: Path) -> None:
+def test_stages_without_time_left_are_reported(tmp_path: Path) -> None:
     data, tables, _ = run("run(hangs, fine, box_s=0.5, budget_s=2.0)", tmp_path)
     assert outcomes(data)["fine"] == "not reached: no time was left"
     assert "| fine | not reached: no time was left |" in tables
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "told to end"])
-def test_results_are_there_when_the_run_is_ended(tmp_path: Path, number: signal.Signals) -> None:
+def test_results_are_written_when_the_run_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     process = start("run(fine, hangs, box_s=30.0, budget_s=60.0)", tmp_path)
     pid = tmp_path / "pid"
     wait_for(pid.exists)
@@ -180,14 +180,14 @@ def is_running(pid: int) -> bool:
     return state != "Z"
 
 
-def test_results_of_an_earlier_run_stay(tmp_path: Path) -> None:
+def test_results_of_an_earlier_run_are_kept(tmp_path: Path) -> None:
     for _ in range(2):
         start("run(fine)", tmp_path).wait(30)
     first, second = sorted(tmp_path.glob("*.json"), key=lambda file: len(file.name))
     assert second.stem == f"{first.stem}-2"
 
 
-def test_without_a_gpu_it_says_so() -> None:
+def test_machine_without_a_gpu_exits_with_2() -> None:
     done = gpu_command(CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stderr.startswith("gpu.py: wanted a CUDA or ROCm GPU, and torch ")
@@ -205,7 +205,7 @@ def test_without_a_gpu_it_says_so() -> None:
     ],
     ids=["dry run among measurements", "no time", "a stage of another run", "no such run"],
 )
-def test_arguments_that_cannot_be_meant(options: list[str], message: str) -> None:
+def test_contradictory_arguments_exit_with_2(options: list[str], message: str) -> None:
     done = gpu_command(*options)
     assert done.returncode == 2
     assert message in done.stderr
@@ -230,7 +230,7 @@ def test_arguments_that_cannot_be_meant(options: list[str], message: str) -> Non
     ],
     ids=lambda function: function.__qualname__,
 )
-def test_a_pretended_gpu_takes_no_argument_that_a_real_one_does_not(
+def test_pretended_gpu_has_only_arguments_of_the_real_one(
     pretended: Callable[..., object], real: Callable[..., object]
 ) -> None:
     names = [set(inspect.signature(f).parameters) - {"self", "cls"} for f in (pretended, real)]

@@ -1,4 +1,4 @@
-"""The three runs of `make gpu`, rehearsed without a GPU, and what they must not get wrong."""
+"""Dry runs of the three runs of `make gpu`, and parts of them that must be right."""
 
 import json
 import resource
@@ -38,7 +38,7 @@ SECTIONS = {
     2: ["environment", "sweep", "conv3x3", "ops"],
     3: ["environment", "tools", "models", "checks"],
 }
-# what each run must have asked a GPU for
+# calls of torch.cuda that each run must make
 PRETENDED = {
     1: {"capture", "CUDAGraph.replay", "Event.record", "Stream", "profile"},
     2: {"capture", "CUDAGraph.replay", "Event.record", "Event.query", "_sleep"},
@@ -50,7 +50,7 @@ PRETENDED = {
 def rehearsal(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, Path]]:
-    """A dry run of one of the three where nothing but torch and triton is installed."""
+    """Dry run of one of the three runs, with nothing but torch and triton installed."""
     folder = tmp_path_factory.mktemp("rehearsal")
     (folder / "sitecustomize.py").write_text(BLOCKER)
     out, before = folder / "results", resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -58,13 +58,13 @@ def rehearsal(
     done = gpu_command(*options, first=str(folder), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # on a machine that does nothing else; waiting for others is not ours
+    # limit on an idle machine, in processor time
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
     assert f"results: {out}" in done.stdout
     yield request.param, out
 
 
-def test_a_rehearsal_takes_every_stage(rehearsal: tuple[int, Path]) -> None:
+def test_dry_run_finishes_every_stage(rehearsal: tuple[int, Path]) -> None:
     run, out = rehearsal
     data, tables = files(out)
     assert set(outcomes(data).values()) == {"finished"}
@@ -76,7 +76,7 @@ def test_a_rehearsal_takes_every_stage(rehearsal: tuple[int, Path]) -> None:
     facts = {row["item"]: row["value"] for row in data["sections"]["environment"]}
     assert facts["torch"] == torch.__version__
     assert not [fact for fact in facts.values() if fact.startswith("unknown")]
-    # what upstream's libraries would have been needed for says that it did without
+    # stages that need upstream's libraries say that they ran without them
     for row in data["sections"].get("models", []):
         columns = row.get("columns", {})
         assert not columns or row["upstream"].startswith("fastbb eager (transformers: ModuleNot")
@@ -89,7 +89,7 @@ def test_a_rehearsal_takes_every_stage(rehearsal: tuple[int, Path]) -> None:
     assert pretended >= PRETENDED[run]
 
 
-def test_a_rehearsal_leaves_what_its_run_is_for(rehearsal: tuple[int, Path]) -> None:
+def test_dry_run_writes_the_results_of_its_run(rehearsal: tuple[int, Path]) -> None:
     run, out = rehearsal
     sections = files(out)[0]["sections"]
     if run == 1:
@@ -128,8 +128,8 @@ print(torch.cuda.is_initialized(), "torch._inductor.async_compile" in gpu.sys.mo
 """
 
 
-def test_what_is_imported_before_processes_fork_leaves_cuda_alone() -> None:
-    """A process that forks and has counted GPUs has children that cannot use them."""
+def test_imports_before_a_fork_do_not_initialise_cuda() -> None:
+    """A forked child cannot use GPUs if its parent has counted them."""
     done = gpu_command("-c", IMPORTING, script=False)
     assert done.stdout == "False False\n", done.stdout + done.stderr
 
@@ -157,7 +157,7 @@ FORBIDDEN = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission"
     ],
     ids=["absent", "not permitted", "silent"],
 )
-def test_a_tool_that_does_not_run_here_is_named(
+def test_tool_that_does_not_run_is_reported_with_the_reason(
     program: str | None, reason: str, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if program is not None:
@@ -169,7 +169,7 @@ def test_a_tool_that_does_not_run_here_is_named(
     assert row["value"] == reason
 
 
-def test_what_a_sanitizer_finds_is_a_problem(tmp_path: Path) -> None:
+def test_findings_of_the_sanitizer_are_reported_as_a_problem(tmp_path: Path) -> None:
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
         "#!/bin/sh\necho '========= Invalid __global__ write of size 2 bytes'\n"
@@ -192,7 +192,7 @@ def test_candidates_are_near_the_default_and_fit() -> None:
     assert {config.num_warps for config in others} == {4}
 
 
-def test_a_configuration_that_is_wrong_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_configuration_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
     usual, wrong, raising, best = (GemmConfig(64, 64, 32, 4, stages) for stages in (1, 2, 3, 4))
     us = {usual: 10.0, wrong: 1.0, best: 5.0}
 
@@ -219,7 +219,7 @@ def test_a_configuration_that_is_wrong_cannot_win(monkeypatch: pytest.MonkeyPatc
     assert row["refused"][str(raising)] == "RuntimeError: out of resource"
 
 
-def test_a_gpu_that_nothing_compiles_ahead_for_is_swept_too(work: Work) -> None:
+def test_gpu_that_is_not_compiled_ahead_for_is_swept_too(work: Work) -> None:
     with mock.patch.object(gpu_sweep, "architecture_of_gpu", side_effect=ValueError("gfx000")):
         gpu_sweep.compile_ahead(work, dry_run=True)
     assert rows_of(work)[0]["problem"] == "nothing: ValueError: gfx000"
@@ -230,7 +230,7 @@ def test_a_gpu_that_nothing_compiles_ahead_for_is_swept_too(work: Work) -> None:
     assert all(len(shape.configs) == 3 for shape in found)
 
 
-def test_kernels_that_overlap_keep_the_gpu_busy_once() -> None:
+def test_overlapping_kernels_count_as_busy_once() -> None:
     with pretended_gpu():
         found = gpu_profile.profiled(lambda: None, 1)
     assert found["busy_us"] == 50
@@ -240,7 +240,7 @@ def test_kernels_that_overlap_keep_the_gpu_busy_once() -> None:
     ]
 
 
-def test_where_nothing_can_be_profiled_the_host_is_timed() -> None:
+def test_host_is_timed_if_the_profiler_fails() -> None:
     with pretended_gpu(), mock.patch.object(torch.profiler, "profile", side_effect=OSError("no")):
         found = gpu_profile.profiled(lambda: None, 1)
     assert found["profile_problem"] == "OSError: no" and found["host_us"] >= 0
@@ -302,7 +302,7 @@ def test_the_floor_of_a_model_counts_the_bytes_of_its_launches(op_name: str) -> 
             op.call(**arguments, impl="triton")
         with gpu_measure.OurBytes() as counted, torch.no_grad():
             op.custom_op(*launch.call_args.args)
-        # what a window leaves out at the edges of an odd map
+        # pixels that no window covers at the edges of an odd map
         assert op.n_bytes(**arguments) == pytest.approx(counted.n_bytes, rel=0.02)
         assert counted.n_launches == 1
 
@@ -326,7 +326,7 @@ class Event:
     """A CUDA event on a clock that only `work` moves."""
 
     now_ms = 0.0
-    is_late = False  # whether the GPU was done with its sleep before the host had queued all
+    is_late = False  # whether the GPU woke up before the host had queued all calls
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0.0
@@ -344,7 +344,7 @@ class Event:
         return end.at - self.at
 
 
-def test_a_gpus_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     calls: list[str] = []
 
@@ -362,7 +362,7 @@ def test_a_gpus_clock_repeats_short_calls_and_takes_turns(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("host_cycles", [1, 9_000_000, 10**12], ids=["fast", "slow", "hopeless"])
-def test_a_flushing_clock_times_only_what_was_queued(
+def test_flushing_clock_times_only_queued_calls(
     host_cycles: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[int] = []
@@ -372,7 +372,7 @@ def test_a_flushing_clock_times_only_what_was_queued(
         Event.is_late = cycles < host_cycles
 
     def work() -> None:
-        # what is not queued takes as long as the host
+        # calls that are not queued take as long as the host
         Event.now_ms += 100.0 if Event.is_late else 0.5
 
     with pretended_gpu():

@@ -1,4 +1,4 @@
-"""bench/hosts.py: a host is measured, its backbone counted; one that fails costs its row."""
+"""bench/hosts.py measures a host and counts its backbone; a host that fails loses only its row."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def broken() -> nn.Module:
     raise RuntimeError("no such weights")
 
 
-def test_a_table_has_what_was_measured_and_counted(
+def test_table_has_measured_hosts_and_the_reason_of_a_failed_one(
     hosts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(

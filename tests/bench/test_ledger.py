@@ -1,4 +1,4 @@
-"""The ledger of bytes and launches: its rule on cases counted by hand, upstream's numbers, ours."""
+"""Ledger of bytes and launches: cases counted by hand, upstream's numbers, ours."""
 
 import functools
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_a_linear_layer_reads_input_weight_and_bias_and_writes_its_output() -> N
     assert counted(lambda: module(x)) == [(GEMM, 2 * (6 * 4 + 20 + 5 + 6 * 5))]
 
 
-def test_a_linear_layer_without_bias() -> None:
+def test_linear_layer_without_bias_reads_input_and_weight() -> None:
     module, x = on_meta(nn.Linear(4, 5, bias=False)), meta(6, 4)
     assert counted(lambda: module(x)) == [(GEMM, 2 * (6 * 4 + 20 + 6 * 5))]
 
@@ -60,7 +60,7 @@ def test_a_layer_norm_writes_its_fp32_statistics_too() -> None:
     assert counted(lambda: module(x)) == [(NORM, 2 * (40 + 8 + 8 + 40) + 4 * (5 + 5))]
 
 
-def test_a_layer_norm_copies_what_is_strided() -> None:
+def test_layer_norm_copies_a_strided_input() -> None:
     module, x = on_meta(nn.LayerNorm(8)), meta(8, 5).t()
     assert [category for category, _ in counted(lambda: module(x))] == [COPY, NORM]
 
@@ -98,7 +98,7 @@ def test_views_and_allocations_are_free() -> None:
     assert counted(views) == []
 
 
-def test_a_copy_of_a_view() -> None:
+def test_copy_cast_and_cat_read_and_write_each_element() -> None:
     x = meta(2, 3, 4)
     assert counted(lambda: x.transpose(1, 2).contiguous()) == [(COPY, 2 * 48)]
     assert counted(lambda: x.float()) == [(COPY, 24 * (2 + 4))]
@@ -122,7 +122,7 @@ def test_an_addition_in_place_reads_what_it_overwrites() -> None:
     assert counted(lambda: x.add_(y)) == [(RESIDUAL, 2 * (48 + 48 + 48))]
 
 
-def test_numbers_are_no_traffic() -> None:
+def test_scalar_operands_count_no_traffic() -> None:
     x = meta(6, 8)
     assert counted(lambda: x * 0.5) == [(ATTENTION, 2 * 96)]
     assert counted(lambda: x * torch.tensor(0.5)) == [(ATTENTION, 2 * 96)]
@@ -148,7 +148,7 @@ def test_an_activation_in_place_reads_and_writes() -> None:
     assert counted(lambda: F.relu_(x)) == [(ACTIVATION, 2 * 96)]
 
 
-def test_a_gelu() -> None:
+def test_gelu_reads_and_writes_its_map() -> None:
     x = meta(6, 8)
     assert counted(lambda: F.gelu(x)) == [(ACTIVATION, 2 * 96)]
 
@@ -174,11 +174,11 @@ def test_attention_copies_a_mask_of_49_columns_into_rows_of_56() -> None:
     assert counted(attend(49, mask), mask) == [(MASK, 2 * wide), (MASK, 2 * (n + n)), attention]
 
 
-def test_the_output_of_attention_lies_as_the_next_layer_wants_it() -> None:
+def test_output_of_attention_needs_no_copy_before_the_next_layer() -> None:
     assert len(counted(lambda: attend(49, None)().transpose(1, 2).contiguous())) == 1
 
 
-def test_what_holds_no_image_data_is_mask_or_bias() -> None:
+def test_ops_without_image_data_count_as_mask_or_bias() -> None:
     x, table = meta(6, 8), meta(5, 8)
 
     def add_mask() -> None:
@@ -192,7 +192,7 @@ def test_what_holds_no_image_data_is_mask_or_bias() -> None:
     assert [category for category, _ in x_is_data] == [COPY, MASK, MASK, RESIDUAL]
 
 
-def test_an_op_that_is_not_known_is_refused_not_guessed() -> None:
+def test_unknown_op_is_refused() -> None:
     with pytest.raises(NotImplementedError, match="how many kernels aten.cumsum"):
         counted(lambda: meta(4).cumsum(0))
 
@@ -240,12 +240,12 @@ def launches_of(model: str, implementation: str) -> list[Launch]:
 
 
 @pytest.mark.parametrize(("model", "implementation"), UPSTREAM)
-def test_upstream_moves_what_it_moved(model: str, implementation: str) -> None:
+def test_bytes_and_launches_of_upstream_are_unchanged(model: str, implementation: str) -> None:
     launches = launches_of(model, implementation)
     assert (n_bytes(launches), len(launches)) == UPSTREAM[model, implementation]
 
 
-def test_the_parts_of_upstreams_swin_as_counted_by_hand() -> None:
+def test_bytes_of_upstreams_swin_equal_those_counted_by_hand() -> None:
     parts = bytes_by_category(launches_of("swin_t_224", "transformers, SDPA"))
     depths = (2, 2, 6, 2)
     maps = [2 * 64 * (56 >> stage) ** 2 * (96 << stage) for stage in range(4)]
@@ -253,13 +253,13 @@ def test_the_parts_of_upstreams_swin_as_counted_by_hand() -> None:
     # two additions of two maps to a third, and the activation of four maps
     assert parts[RESIDUAL] == blocks * 2 * 3
     assert parts[ACTIVATION] == blocks * 2 * 4
-    # every map is padded by nothing, which copies it
+    # every map is padded by zero rows, which still copies it
     assert parts[PAD] == blocks * 2
     # in every second block, there and back, two dimensions each
     assert parts[ROLL] == blocks // 2 * 2 * 2 * 2
 
 
-def test_the_parts_of_upstreams_resnet_as_counted_by_hand() -> None:
+def test_bytes_of_upstreams_resnet_equal_those_counted_by_hand() -> None:
     parts = bytes_by_category(launches_of("resnet50", "timm"))
     image, channels, depths = 2 * 64, (256, 512, 1024, 2048), (3, 4, 6, 3)
     ends = sum(
@@ -281,12 +281,12 @@ LIMITS = {
     ("resnet50", "fastbb"): (52 * MB * 64, 60),
     ("resnet50", "fastbb, tail kernels"): (46 * MB * 64, 60),
 }
-# of transformers' traffic: what the limit of Swin-T was set as, for the other models
+# share of transformers' traffic: the limit of Swin-T, applied to the other models
 LARGEST_SHARE = 4.6 / 11.0
 
 
 @pytest.mark.parametrize(("model", "implementation"), LIMITS)
-def test_ours_stays_within_its_limits(model: str, implementation: str) -> None:
+def test_our_bytes_and_launches_stay_within_their_limits(model: str, implementation: str) -> None:
     launches = launches_of(model, implementation)
     most_bytes, most_launches = LIMITS[model, implementation]
     assert n_bytes(launches) <= most_bytes
@@ -295,7 +295,7 @@ def test_ours_stays_within_its_limits(model: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", [SEPARATE, BLOCK])
 @pytest.mark.parametrize("model", ["swin_s_224", "swin_b_384", "swin_t_800x1088"])
-def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
+def test_our_share_of_upstreams_traffic_holds_on_other_swins(
     model: str, implementation: str
 ) -> None:
     upstream, _ = UPSTREAM[model, "transformers, SDPA"]
@@ -303,18 +303,18 @@ def test_ours_moves_the_same_share_of_upstreams_traffic_on_other_models(
 
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet101", "resnet50d"])
-def test_our_resnets_move_the_same_share_of_upstreams_traffic(model: str) -> None:
+def test_our_share_of_upstreams_traffic_holds_on_other_resnets(model: str) -> None:
     upstream, _ = UPSTREAM[model, "timm"]
     share = 52 / 163 if model != "resnet50d" else 58.5 / 175  # its average pools stay
     assert n_bytes(launches_of(model, "fastbb")) <= share * upstream
 
 
 @pytest.mark.parametrize("model", ["resnet50", "resnet18", "resnet101"])
-def test_our_resnets_are_nothing_but_convolutions(model: str) -> None:
+def test_our_resnets_launch_only_convolutions(model: str) -> None:
     assert bytes_by_category(launches_of(model, "fastbb")).keys() == {GEMM}
 
 
-def test_the_bytes_of_our_resnet_as_counted_by_hand() -> None:
+def test_bytes_of_our_resnet_equal_those_counted_by_hand() -> None:
     image, size, inputs = 2 * 64, 56, 64
     elements = 3 * 224**2 + 64 * 56**2  # of one image: the stem
     weights = 64 * 3 * 49 + 64
@@ -334,7 +334,7 @@ def test_the_bytes_of_our_resnet_as_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize("implementation", [SEPARATE, BLOCK])
-def test_ours_has_no_rolled_padded_or_masked_tensor_in_memory(implementation: str) -> None:
+def test_our_swin_stores_no_rolled_padded_or_masked_tensor(implementation: str) -> None:
     # 800x1088 needs padding in every stage
     parts = bytes_by_category(launches_of("swin_t_800x1088", implementation))
     assert parts.keys() <= {GEMM, ATTENTION, NORM}
@@ -351,7 +351,7 @@ def two_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "IMPLEMENTATIONS", {"swin": TWO_SIDES})
 
 
-def test_the_summary_is_a_row_per_model(two_sides: None) -> None:
+def test_summary_has_a_row_per_model(two_sides: None) -> None:
     sides = {side: launches(CASES["swin_t_224"]) for side, launches in TWO_SIDES.items()}
     assert ledger.summary({"swin_t_224": sides}).splitlines() == [
         "| traffic (ratio), launches | transformers, SDPA | fastbb, separate ops |",
@@ -360,7 +360,7 @@ def test_the_summary_is_a_row_per_model(two_sides: None) -> None:
     ]
 
 
-def test_the_command_prints_a_breakdown_and_draws_a_picture(
+def test_command_prints_a_breakdown_and_draws_a_picture(
     two_sides: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -381,7 +381,7 @@ def test_the_command_prints_a_breakdown_and_draws_a_picture(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_shows_what_is_counted() -> None:
+def test_traffic_page_shows_the_counted_numbers() -> None:
     page = Path(ledger.__file__).parents[1] / "docs" / "benchmarks" / "traffic.md"
     shown = {" ".join(line.split()) for line in page.read_text().splitlines()}
     for name, case in CASES.items():

@@ -1,4 +1,4 @@
-"""The comparison with peers: its statistics with pretended peers and time, and a tiny run."""
+"""Comparison with peers: statistics of pretended peers on a pretended clock, and a tiny run."""
 
 import json
 from collections.abc import Callable
@@ -20,7 +20,7 @@ UPSTREAM = PEERS["transformers eager"]
 
 
 class Clock:
-    """Time that only pretended calls let pass."""
+    """Clock that only pretended calls advance."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -53,7 +53,7 @@ def test_every_round_begins_with_another_peer() -> None:
     [(0.25, 8), (1.5, 3), (3.0, 3), (100.0, 1)],
     ids=["fast", "slower", "slow", "very-slow"],
 )
-def test_a_turn_lasts_its_seconds_or_three_repetitions_or_one(
+def test_turn_repeats_for_its_seconds_three_times_or_once_if_slow(
     call_s: float, repetitions: int
 ) -> None:
     clock = Clock()
@@ -61,7 +61,7 @@ def test_a_turn_lasts_its_seconds_or_three_repetitions_or_one(
     assert times == {"a": [[call_s] * repetitions] * 2}
 
 
-def test_a_peer_that_fails_on_the_way_leaves_the_others_alone() -> None:
+def test_peer_that_fails_leaves_the_other_peers_running() -> None:
     clock, calls = Clock(), 0
 
     def fails() -> None:
@@ -76,7 +76,7 @@ def test_a_peer_that_fails_on_the_way_leaves_the_others_alone() -> None:
     assert calls == 2
 
 
-def test_medians_spread_and_ratios() -> None:
+def test_summary_has_medians_spread_and_ratios() -> None:
     results = {
         # 2 images: the median of all is 0.5 s, those of the rounds 0.4, 0.5 and 1.0
         "transformers eager": Result("", rounds_s=[[0.4, 0.4, 9.0], [0.5], [1.0]]),
@@ -171,7 +171,7 @@ def test_wrong_and_failing_peers_are_marked_and_the_rest_is_measured() -> None:
     assert any(line.startswith("| the same, new process 1 [") for line in lines)
 
 
-def test_bf16_is_held_to_what_upstream_loses_in_bf16() -> None:
+def test_bf16_maps_are_allowed_the_bf16_error_of_upstream() -> None:
     cell = replace(CELL, dtype="bfloat16")
     pretended = {"right": UPSTREAM, "wrong": scaled(1.2)}
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_a_tiny_run_writes_tables_json_and_a_picture(
     assert tables.count("out_indices=(1,)") == 2
 
 
-def test_nothing_measured_is_a_failure(
+def test_run_without_any_measurement_exits_with_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(PEERS, "fastbb eager", raising(RuntimeError("broken")))

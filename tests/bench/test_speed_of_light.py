@@ -1,4 +1,4 @@
-"""The report of floors: what a kernel executes is at least what its result needs."""
+"""Report of floors: a kernel executes at least as much as its result needs."""
 
 import pytest
 from speed_of_light import markdown, speed_of_light
@@ -20,7 +20,7 @@ def test_floors_are_those_of_the_launched_binary(place: str) -> None:
     assert "not measured" in markdown([row])
 
 
-def test_a_kernel_that_does_not_run_there_has_no_row() -> None:
+def test_kernel_that_does_not_run_on_an_architecture_has_no_row() -> None:
     cases = {case.name: case for case in swin_cases(SWINS["swin_b"], (224, 224), 7, 1)}
     case = cases["swin_b-224-b1-stage2-block"]
     assert speed_of_light(case, ARCHITECTURES[120]) is None

@@ -12,7 +12,7 @@ from fastbb_kernels import _dispatch
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    """A backbone whose weights no test changes; files whose tests do override it."""
+    """A backbone whose weights stay unchanged; files with tests that change them override it."""
     return resnet_pair()
 
 
@@ -26,7 +26,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps caches in the test's folder, and the process's implementation of ops as it was."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # threads may leave what another one had set
+    # threads may leave the setting of another thread
     monkeypatch.setattr(_dispatch, "_default", _dispatch._default)
 
 

@@ -22,10 +22,10 @@ PIXELS, WIDE = images(64, 64), images(64, 96)
 
 
 class Stream:
-    """A stream, which knows what it comes after.
+    """A stream that records the operations it has waited for.
 
     Attributes:
-        after: numbers of the operations that are over before its next one begins.
+        after: numbers of the operations that end before its next one begins.
     """
 
     def __init__(self) -> None:
@@ -47,13 +47,13 @@ class Event:
 
 
 class Cuda(TorchDispatchMode):
-    """In the place of `torch.cuda`: what runs while a graph is recorded, the graph runs again.
+    """Replaces `torch.cuda`: a graph repeats the operations that ran while it was recorded.
 
     Attributes:
         current: the stream that operations go to.
         recorded: the stream, memory and mode of each recording.
-        at_once: operations that another one may run beside.
-        kept_for: streams that freed memory has to wait for, by address.
+        at_once: operations that may overlap with another one.
+        kept_for: streams that must finish before memory is reused, by address.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Cuda(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
     def operate(self, name: str) -> None:
-        """Takes note of an operation that may use the memory which all graphs share."""
+        """Records an operation that may use the memory shared by all graphs."""
         if self.current.after != set(range(self.n_operations)):
             self.at_once.append(name)
         self.current.after.add(self.n_operations)
@@ -138,7 +138,7 @@ def doubled(pixel_values: Tensor) -> tuple[Tensor, ...]:
     return (pixel_values * 2,)
 
 
-def test_replays_do_not_alias(cuda: Cuda) -> None:
+def test_later_replays_leave_earlier_maps_unchanged(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     pixels = [images(8, 8, seed=seed) for seed in range(3)]
     maps = [pool(x)[0] for x in pixels]
@@ -149,7 +149,7 @@ def test_replays_do_not_alias(cuda: Cuda) -> None:
     assert torch.equal(pool(pixels[0])[0], 2 * kept) and torch.equal(pixels[0], kept)
 
 
-def test_warm_up_runs_before_recording_and_never_after(cuda: Cuda) -> None:
+def test_warm_up_runs_only_before_the_recording(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     for _ in range(3):
         pool(PIXELS)
@@ -165,7 +165,7 @@ def test_graphs_share_one_memory_pool_and_do_not_block_threads(cuda: Cuda) -> No
     assert one[0] is not cuda.current and one[2] == "thread_local"
 
 
-def test_streams_wait_for_each_other(cuda: Cuda) -> None:
+def test_replays_on_several_streams_wait_for_each_other(cuda: Cuda) -> None:
     """Two shapes on two streams, each recorded while the other one may still compute."""
     pool = GraphPool(cuda.recordable(doubled), max_graphs=2)
     one, two = Stream(), Stream()
@@ -176,7 +176,7 @@ def test_streams_wait_for_each_other(cuda: Cuda) -> None:
         (two, WIDE),
         (one, WIDE),
         (two, PIXELS),
-        (one, images(8, 8)),  # a graph goes
+        (one, images(8, 8)),  # one graph is dropped
         (two, WIDE),
     )
     maps = []
@@ -217,7 +217,7 @@ def test_streams_wait_for_a_call_that_failed(cuda: Cuda, fault: str) -> None:
         with cuda.stream(one), pytest.raises(RuntimeError, match="out of memory"):
             pool(PIXELS)
         fails = False
-        if fault == "warming up":  # the pixels were read, which whoever made them may free now
+        if fault == "warming up":  # the pixels were read, so their owner may free them
             assert one.after == set(range(cuda.n_operations))
         with cuda.stream(two):
             if fault == "warming up":
@@ -238,7 +238,7 @@ def test_memory_is_kept_for_every_stream_that_replays(cuda: Cuda) -> None:
     assert cuda.kept_for == {address: [one, two] for address in used}
 
 
-def test_threads_may_replay_on_streams_of_their_own(cuda: Cuda) -> None:
+def test_threads_replay_on_their_own_streams(cuda: Cuda) -> None:
     pool = GraphPool(cuda.recordable(doubled))
     pool(PIXELS)
     results: list[bool] = []
@@ -257,7 +257,7 @@ def test_threads_may_replay_on_streams_of_their_own(cuda: Cuda) -> None:
 def test_a_graph_that_recorded_nothing_returns_nan(
     cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one does that was captured on another device."""
+    """A graph captured on another device records nothing."""
     pool = GraphPool(cuda.recordable(doubled))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
     assert pool(PIXELS)[0].isnan().all()

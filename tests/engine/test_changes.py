@@ -13,7 +13,8 @@ from pretended_device import MANY, Compiler, Device, explained, no_warning
 from reference_models import images, timm_pair
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
+from weight_changes import WEIGHT_CHANGES, load, optimizer_step, replace_data, scale_
 
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
@@ -51,35 +52,7 @@ def maps_of(model: Any, pixels: Tensor = PIXELS) -> tuple[Tensor, ...]:
     return model(pixels).feature_maps
 
 
-# what changes weights so that it shows in them, or is told to `refresh`
-
-
-def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        for p in backbone.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(backbone.parameters(), lr=0.1, **options).step()
-
-    return change
-
-
-def load(assign: bool) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        state = {name: tensor.detach() * 0.5 for name, tensor in backbone.state_dict().items()}
-        backbone.load_state_dict(state, assign=assign)
-
-    return change
-
-
-@torch.no_grad()
-def in_place(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.mul_(0.5)
-
-
-def replace_data(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.data = p.data * 0.5
+# changes of weights that their versions show, or that are followed by `refresh`
 
 
 def edit_data(backbone: Any) -> None:
@@ -109,14 +82,14 @@ def replace_a_layer(backbone: Any) -> None:
                 return
 
 
-CHANGES: dict[str, Callable[[Any], None]] = {
+CHANGES: dict[str, Callable[[Any], Any]] = {
     "adamw": optimizer_step(AdamW),
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
-    "load": load(assign=False),
+    "adamw-fused": WEIGHT_CHANGES["adamw-fused"],
+    "sgd-fused": WEIGHT_CHANGES["sgd-fused"],
+    "load": load(),
     "load-assign": load(assign=True),
-    "in_place": in_place,
-    "in_place-inference_mode": torch.inference_mode()(in_place),
+    "in_place": scale_,
+    "in_place-inference_mode": torch.inference_mode()(scale_),
     "data_replaced": replace_data,
     "data_edited-refresh": edit_data,
     "data_of_one-refresh": edit_data_of_one,
@@ -130,7 +103,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
 def test_changed_weights_are_used(
     change: Callable[[Any], None], of_original: bool, backbone: Any
 ) -> None:
-    """Also where the backbone is changed that was prepared: they share their weights."""
+    """The original and the prepared backbone share their weights, so either may be changed."""
     prepared = backbone.prepare("compile", example=PIXELS)
     before = maps_of(prepared)
     change(backbone if of_original else prepared)
@@ -240,7 +213,7 @@ def test_a_hook_of_the_backbone_keeps_the_compiled_run(compiler: Compiler) -> No
 
 @torch.no_grad()
 def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) -> None:
-    """The layers are those of the backbone that was prepared."""
+    """The prepared backbone shares its layers with the original."""
     prepared = backbone.prepare("compile")
     before = maps_of(prepared)
     backbone.train()
@@ -249,11 +222,11 @@ def test_training_mode_of_the_original_applies_to_the_prepared(backbone: Any) ->
     with pytest.raises(ValueError, match="training"):
         prepared.prepare("compile")
     backbone.eval()
-    if type(backbone).__name__ == "SwinBackbone":  # without statistics that have moved
+    if type(backbone).__name__ == "SwinBackbone":  # Swin has no running statistics
         assert all(map(torch.equal, maps_of(prepared), before))
 
 
-def test_a_patched_forward_of_a_layer_is_a_change() -> None:
+def test_patched_forward_of_a_layer_makes_the_stamp_outdated() -> None:
     backbone = resnet()
     stamp = ModuleStamp(backbone)
     layer: Any = backbone.embedder.embedder.convolution
@@ -263,7 +236,7 @@ def test_a_patched_forward_of_a_layer_is_a_change() -> None:
     assert stamp.is_current()
 
 
-def test_converting_the_dtype_is_a_change() -> None:
+def test_converted_dtype_is_followed_with_a_warning() -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
     prepared.half()
     with pytest.warns(EngineWarning, match=CHANGED):
@@ -280,11 +253,11 @@ def test_eager_follows_changes_without_a_warning(backbone: Any) -> None:
 
 
 def test_a_change_before_compiling_gives_no_warning(compiler: Compiler, tmp_path: Path) -> None:
-    """The first shape ran eager, and only for the second one something is compiled."""
+    """The empty batch runs eager; the next batch is compiled with the new weights."""
     tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", expected_images=MANY, tools=tools)
     maps_of(prepared, PIXELS[:0])
-    in_place(prepared)
+    scale_(prepared)
     want = maps_of(upstream_of(prepared))
     with no_warning():
         assert_equals_upstream(maps_of(prepared), want)
@@ -298,7 +271,7 @@ def test_no_shape_is_compiled_after_a_change(
 ) -> None:
     tools = Device().tools(tmp_path)
     prepared = prepare(resnet(), "compile", example=PIXELS, expected_images=MANY, tools=tools)
-    in_place(prepared)
+    scale_(prepared)
     pixels = images(*size, batch=3)
     with pytest.warns(EngineWarning, match=CHANGED) as warned:
         got = maps_of(prepared, pixels)
@@ -308,7 +281,7 @@ def test_no_shape_is_compiled_after_a_change(
 
 def test_preparing_again_compiles_the_current_weights(compiler: Compiler) -> None:
     prepared = resnet().prepare("compile", example=PIXELS)
-    in_place(prepared)
+    scale_(prepared)
     again = prepared.prepare("compile", example=PIXELS)
     with no_warning():
         assert_equals_upstream(maps_of(again), maps_of(upstream_of(again)))
@@ -316,7 +289,7 @@ def test_preparing_again_compiles_the_current_weights(compiler: Compiler) -> Non
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_the_fp32_copy_on_a_cpu_without_the_dtype_follows_changes(
+def test_fp32_copy_on_a_cpu_without_bf16_follows_changes(
     change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb.engine.ways.has_arithmetic", lambda dtype: dtype.itemsize > 2)
@@ -327,7 +300,7 @@ def test_the_fp32_copy_on_a_cpu_without_the_dtype_follows_changes(
     upstream = upstream_of(prepared).float()
     want = [x.bfloat16() for x in maps_of(upstream, PIXELS.bfloat16().float())]
     got = maps_of(prepared, PIXELS)
-    for ours, theirs in zip(got, want):  # rounded once, from what is within fp32's tolerance
+    for ours, theirs in zip(got, want):  # rounded once from fp32, which is within its tolerance
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - theirs.float()).abs().max() <= 2**-8 * theirs.abs().max()
 
@@ -343,7 +316,7 @@ def test_a_stamp_of_an_unchanged_module_is_current() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     module(PIXELS).sum().backward()
-    optimizer = AdamW(layers().parameters())  # of others
+    optimizer = AdamW(layers().parameters())  # of other parameters
     optimizer.step()
     module.eval()
     copy.deepcopy(module).zero_grad()
@@ -361,7 +334,7 @@ def test_a_stamp_notices_added_and_nested_layers() -> None:
     assert not stamp.is_current()
 
 
-def test_a_deleted_stamp_is_not_kept_alive() -> None:
+def test_deleted_stamp_is_not_kept_alive() -> None:
     module = layers()
     stamp = ModuleStamp(module)
     del stamp

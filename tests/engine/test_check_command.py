@@ -6,7 +6,7 @@ from pathlib import Path
 import broken_kernels as broken
 import pytest
 import torch
-from broken_kernels import custom_op, launching, self_check
+from broken_kernels import correct, launching, self_check
 from cli_runner import cli_runner
 from click.testing import Result
 
@@ -20,7 +20,7 @@ def fastbb_check(*arguments: str) -> Result:
     return cli_runner().invoke(main, ["check", *arguments])
 
 
-def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_a_gpu_has_nothing_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     for arguments in ((), ("--device", "cpu"), ("--op", "patch_merging", "--again")):
@@ -43,14 +43,14 @@ def test_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["op", "dtype", "device", "meta", "cuda"],
 )
-def test_wrong_arguments(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_exit_with_2(arguments: tuple[str, ...], message: str) -> None:
     result = fastbb_check(*arguments)
     assert result.exit_code == 2
     assert re.search(message, result.stderr), result.stderr
 
 
-def test_every_op_works(tmp_path: Path) -> None:
-    with launching(**{op: custom_op(op) for op in op_names()}), use(self_check(tmp_path)):
+def test_working_ops_are_shown_as_ok(tmp_path: Path) -> None:
+    with launching(**{op: correct(op) for op in op_names()}), use(self_check(tmp_path)):
         result = fastbb_check("--device", "cpu")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -62,14 +62,16 @@ def test_every_op_works(tmp_path: Path) -> None:
 
 
 def broken_check(folder: Path, *arguments: str) -> tuple[Result, int]:
-    """The command's result where a kernel gives NaN, and how often that was launched."""
+    """Runs the command with a kernel that gives NaN; returns result and number of launches."""
     launches = {"patch_merging": broken.nan("patch_merging")}
     with launching(**launches) as launched, use(self_check(folder)):
         result = fastbb_check("--device", "cpu", "--op", "patch_merging", *arguments)
     return result, launched["patch_merging"].call_count
 
 
-def test_a_broken_kernel(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_broken_kernel_is_shown_as_off_and_exits_with_1(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     result, n_launches = broken_check(tmp_path, "--dtype", "bf16", "--dtype", "fp32")
     assert result.exit_code == 1 and n_launches == 2
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [
@@ -78,7 +80,7 @@ def test_a_broken_kernel(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> No
     ]
     problems = [line for line in result.stdout.splitlines() if line.startswith("patch_merging, ")]
     assert len(problems) == 2 and all("NaN where eager PyTorch has numbers" in p for p in problems)
-    # what is remembered is not tried again, unless that is asked for
+    # remembered results are not checked again without --again
     assert broken_check(tmp_path, "--dtype", "bf16")[1] == 0
     assert broken_check(tmp_path, "--dtype", "bf16", "--again")[1] == 1
     assert len(recwarn) == 0

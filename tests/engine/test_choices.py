@@ -29,7 +29,7 @@ ENOUGH = round(COMPILE_S / COMPILE_GAIN / CALL_S) + 1  # images like ONE that ma
 
 @pytest.fixture
 def rig(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> EngineRig:
-    """A rig whose compiler makes calls a tenth faster than eager, and takes 90 s by estimate."""
+    """A rig: compiled calls are a tenth faster than eager, compiling takes about 90 s."""
     monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", COMPILE_S)
     monkeypatch.setattr(compile_cost, "USUAL_GAIN", COMPILE_GAIN)
     rig.device.own_s = CALL_S
@@ -37,7 +37,7 @@ def rig(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> EngineRig:
     return rig
 
 
-# how many images are expected, on a CPU
+# expected images, on a CPU
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_compile_mode_warns_when_it_does_not_pay(expected: int | None, rig: Engi
     assert only_row(backbone).runs == "compile, 1 images at once"
 
 
-# other batches and other sizes than what was compiled for
+# other batches and sizes than the compiled one
 
 
 def test_one_compilation_serves_every_batch_size(rig: EngineRig) -> None:
@@ -105,7 +105,9 @@ def test_one_compilation_serves_every_batch_size(rig: EngineRig) -> None:
 
 @pytest.mark.parametrize("expected", [None, MANY])
 @pytest.mark.parametrize("mode", ["auto", "compile"])
-def test_other_sizes_run_eager(mode: str, expected: int | None, rig: EngineRig) -> None:
+def test_image_sizes_that_were_not_compiled_run_eager(
+    mode: str, expected: int | None, rig: EngineRig
+) -> None:
     backbone = rig.prepare(mode=mode, example=PIXELS, expected_images=expected)
     with no_warning():
         for pixels in (WIDE, images(96, 96), images(33, 47, batch=1), PIXELS):
@@ -118,8 +120,8 @@ def test_other_sizes_run_eager(mode: str, expected: int | None, rig: EngineRig) 
     assert rig.compiler.compiled == [(2, 3, 64, 64)] * compiled
 
 
-def test_the_time_of_a_compilation_is_remembered(rig: EngineRig) -> None:
-    """Once compiling is known to take no time, it pays for few images too."""
+def test_measured_compile_time_decides_later_choices(rig: EngineRig) -> None:
+    """Compiling was measured to take no time, so it pays for few images too."""
     rig.prepare(mode="compile", example=ONE)
     backbone = rig.prepare(expected_images=2)
     rig.assert_right(backbone, ONE)

@@ -22,7 +22,7 @@ N = 4
 
 
 class Calls:
-    """A run of two maps that notes how many images it is given."""
+    """A run of two maps that records the number of images of each call."""
 
     def __init__(self, only: int | None = None) -> None:
         self.sizes: list[int] = []
@@ -60,6 +60,7 @@ def numbered(batch: int, dtype: torch.dtype = torch.float32) -> Tensor:
         (13, [4, 4, 4], [1]),
         (15, [4, 4, 4, 4], []),
     ],
+    ids=str,
 )
 def test_the_last_chunk_is_padded_or_runs_eager(
     batch: int, compiled: list[int], eager: list[int]
@@ -71,7 +72,9 @@ def test_the_last_chunk_is_padded_or_runs_eager(
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(("batch", "sizes"), [(0, [0]), (3, [3]), (4, [4]), (9, [4, 4, 1])])
+@pytest.mark.parametrize(
+    ("batch", "sizes"), [(0, [0]), (3, [3]), (4, [4]), (9, [4, 4, 1])], ids=str
+)
 def test_the_last_chunk_may_be_smaller(batch: int, sizes: list[int]) -> None:
     run = Calls()
     maps = in_chunks(run, N)(numbered(batch))
@@ -88,7 +91,7 @@ def test_padding_keeps_dtype_and_pixels(dtype: torch.dtype) -> None:
     assert got.dtype == dtype and torch.equal(got, before + 1) and torch.equal(pixels, before)
 
 
-# how many images at once
+# number of images at once
 
 
 def images_at_once(run: Callable[[Tensor], Any], images: Tensor) -> int:
@@ -101,7 +104,7 @@ def test_parts_keep_every_tensor_below_the_limit(monkeypatch: pytest.MonkeyPatch
     sizes: list[int] = []
 
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """1000 bytes an image in between, and a small result."""
+        """Makes an intermediate tensor of 1000 bytes per image, and a small result."""
         sizes.append(len(pixel_values))
         return (F.pad(pixel_values, (0, 240))[:, :1] * 2,)
 
@@ -137,12 +140,12 @@ def test_results_without_tensors_count_nothing() -> None:
     assert images_at_once(lambda x: x.shape, torch.ones(5, 10)) == 5
 
 
-# what a CPU can do
+# arithmetic of a CPU
 
 
 @pytest.fixture
 def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Puts a text, or nothing, in the place of what the kernel reports."""
+    """Replaces /proc/cpuinfo by a text, or removes it."""
     file = tmp_path / "cpuinfo"
     monkeypatch.setattr(machine, "_CPU_INFO", file)
 
@@ -166,7 +169,7 @@ def cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         ("", False, False),
     ],
 )
-def test_arithmetic_follows_the_cpu_flags(
+def test_has_arithmetic_follows_the_cpu_flags(
     line: str, bf16: bool, fp16: bool, cpuinfo: Callable[[str], None]
 ) -> None:
     cpuinfo(f"processor : 0\nmodel name : some CPU\n{line}\n\nprocessor : 1\n")
@@ -174,7 +177,7 @@ def test_arithmetic_follows_the_cpu_flags(
     assert has_arithmetic(torch.float32) and has_arithmetic(torch.float64)
 
 
-def test_no_arithmetic_is_assumed_without_cpu_flags(cpuinfo: Any) -> None:
+def test_has_no_bf16_arithmetic_without_cpu_flags(cpuinfo: Any) -> None:
     assert machine.cpu_flags() == frozenset()
     assert not has_arithmetic(torch.bfloat16) and has_arithmetic(torch.float32)
 
@@ -202,11 +205,11 @@ def test_compiler_options_are_restored_after_the_block() -> None:
 
 @torch.no_grad()
 def test_inductor_equals_upstream_for_every_batch() -> None:
-    """Once for one shape; other batches of it are cut, filled up, or left to eager."""
+    """One compiled shape; other batch sizes are cut into chunks, padded, or run eager."""
     upstream = hf_resnet(depths=(1,), hidden_sizes=[16], out_indices=[0, 1])
     pair = hf_pair(upstream)
     n_graphs = counters["stats"]["unique_graphs"]
-    # the first pixels may lie otherwise than those that follow
+    # the example may have another memory layout than later pixels
     laid_out = images(64, 64, N).contiguous(memory_format=torch.channels_last)
     run = compile_maps(BackboneMaps(pair.ours), laid_out)
     assert counters["stats"]["unique_graphs"] == n_graphs + 1

@@ -41,11 +41,11 @@ def rig(rig: EngineRig) -> EngineRig:
     return replace(rig, pixels=PIXELS)
 
 
-# what a candidate does to right maps
+# faults that a candidate adds to right maps
 
 
 def put(image: int, value: Callable[[Tensor], Tensor]) -> Change:
-    """Another value in one image of the last map."""
+    """Replaces a value in one image of the last map."""
 
     def change(maps: Maps) -> Maps:
         last = maps[-1].clone()
@@ -97,7 +97,7 @@ def cannot_be_built(error: Exception) -> Callable[[Run], Run]:
     return build
 
 
-# of each: how it is made of a right run, and what `explain` says of it
+# how each fault is made from a right run, and the text of `explain`
 FAULTS: dict[str, tuple[Callable[[Run], Run], str]] = {
     "wrong": (faulty(put(0, off)), "map 2 is wrong: error .*, allowed"),
     "wrong-last_image": (faulty(put(-1, off)), "map 2 is wrong: error"),
@@ -210,8 +210,10 @@ def test_a_winner_that_fails_later_is_replaced_by_eager(
     assert (row.runs, row.why) == ("eager", "fast failed") and f"fast: {problem}" in row.others
 
 
-def test_a_choice_that_fails_leaves_eager(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The truth is computed in float64, for which there may be no memory."""
+def test_out_of_memory_while_choosing_runs_eager(
+    rig: EngineRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is computed in float64, which may not fit in memory."""
 
     def full(*args: Any) -> Truth:
         raise CUDA_FULL
@@ -228,7 +230,7 @@ def test_a_choice_that_fails_leaves_eager(rig: EngineRig, monkeypatch: pytest.Mo
     assert row.runs == "eager" and problem in row.why
 
 
-# what is chosen of what is right
+# choice among right candidates
 
 
 @pytest.mark.parametrize("order", [(0.9, 0.3, 0.6), (0.3, 0.6, 0.9), (0.9, 0.6, 0.3)], ids=str)
@@ -245,7 +247,7 @@ def test_the_fastest_right_candidate_wins(order: tuple[float, ...], rig: EngineR
 @pytest.mark.parametrize(
     ("seconds", "runs"), [(1.0, "triton"), (0.975, "triton"), (0.96, "faster")], ids=str
 )
-def test_ties_go_to_the_simpler(seconds: float, runs: str, rig: EngineRig) -> None:
+def test_tied_candidates_run_the_simpler_one(seconds: float, runs: str, rig: EngineRig) -> None:
     one = rig.candidate("faster", seconds)
     with gpu(), no_warning():
         backbone = rig.prepare(one)
@@ -269,7 +271,7 @@ def test_a_winner_is_verified_for_another_shape(rig: EngineRig) -> None:
     assert second.what == "3x64x96" and "fast: map 2 is wrong" in second.others
 
 
-# faults inside: one op of a whole backbone
+# faults inside a backbone: one wrong op
 
 SWIN_OPS = (
     "patch_embed",
@@ -295,7 +297,7 @@ KERNEL_FAULTS = {
 
 @pytest.fixture(scope="module")
 def swin() -> Pair:
-    """Its weights are not to be changed."""
+    """A pair whose weights tests must not change."""
     return swin_pair()
 
 
@@ -333,7 +335,7 @@ def test_the_maps_are_right_with_every_kernel_broken(fault: str, swin_rig: Engin
 
 
 def test_a_wrong_kernel_without_the_check_changes_the_maps(swin_rig: EngineRig) -> None:
-    """What the tests above rest on: each of these ops is used, and these pixels show it."""
+    """Control for the tests above: each of these ops, if wrong, changes the maps."""
     for op in SWIN_OPS:
         with gpu(**{op: broken.wrong(op)}), pytest.raises(AssertionError, match="differs by"):
             swin_rig.assert_right(swin_rig.pair.ours.prepare("triton"))

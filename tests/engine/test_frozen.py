@@ -38,7 +38,7 @@ def targets(graph: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("make", [hf_swin, hf_resnet], ids=["swin", "resnet"])
 @torch.no_grad()
-def test_whole_backbones_equal_upstream(make: Any) -> None:
+def test_rewritten_backbones_equal_upstream(make: Any) -> None:
     upstream = make()
     x = images(50, 70)
     graph = exported(Maps(from_hf(upstream)), x)
@@ -57,7 +57,7 @@ def test_whole_backbones_equal_upstream(make: Any) -> None:
 
 
 class Made(nn.Module):
-    """Constants of every kind: of parameters, of none, of a tuple; and what must stay."""
+    """Constants from parameters, from nothing and from a tuple; and ops that must stay."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_constants_are_folded_and_random_numbers_are_not() -> None:
 
 
 class Written(nn.Module):
-    """A mask that is made empty and then filled, as timm's Swins make theirs."""
+    """A mask that is allocated and then filled in place, as in timm's Swin."""
 
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.zeros(4)
@@ -117,7 +117,7 @@ class Layers(nn.Module):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @torch.no_grad()
-def test_linear_layers_as_convolutions(
+def test_linear_layers_become_convolutions_with_equal_results(
     shape: tuple[int, ...], bias: bool, approximate: str
 ) -> None:
     module, x = Layers(approximate, bias), torch.randn(shape)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 @torch.no_grad()
-def test_attention_with_a_boolean_mask() -> None:
+def test_attention_with_a_boolean_mask_becomes_products() -> None:
     module, tensors = Attention(), [torch.randn(2, 3, 9, 8) for _ in range(3)]
     mask = torch.rand(1, 3, 9, 9) > 0.3
     mask[..., 0] = True

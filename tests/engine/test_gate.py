@@ -11,7 +11,7 @@ from unittest import mock
 import broken_kernels as broken
 import pytest
 import torch
-from broken_kernels import CPU, PretendedHardware, custom_op, launching, self_check
+from broken_kernels import CPU, PretendedHardware, correct, launching, self_check
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
@@ -36,11 +36,11 @@ def block_arguments() -> tuple[Tensor, ...]:
 
 
 def right(*ops: str) -> dict[str, Callable[..., Any]]:
-    return {op: custom_op(op) for op in ops}
+    return {op: correct(op) for op in ops}
 
 
 class Unasked(SelfCheck):
-    """A check that nobody may ask."""
+    """A check that fails the test when it is asked."""
 
     def problem(self, op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         raise AssertionError(f"asked about {op}")
@@ -51,7 +51,7 @@ class Unasked(SelfCheck):
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_op_asks_the_check_with_its_name_device_and_dtype(op: str) -> None:
-    """The cases of an op run through its public function, where the question is."""
+    """Runs the cases of an op through its public function, which asks the check."""
     asked = []
 
     class Asked(SelfCheck):
@@ -59,7 +59,7 @@ def test_every_op_asks_the_check_with_its_name_device_and_dtype(op: str) -> None
             asked.append((op, device, dtype))
             return "is off"
 
-    kernels = {name: custom_op(name) for name in op_names()}
+    kernels = {name: correct(name) for name in op_names()}
     for case in small_cases():
         if case.op == op:
             asked.clear()
@@ -80,12 +80,12 @@ def test_the_check_is_not_asked_on_a_cpu_or_a_pretended_device() -> None:
         layer_norm_nchw(*arguments, impl="eager")
         with pytest.raises(NotImplementedError, match="needs a CUDA or ROCm device"):
             layer_norm_nchw(*arguments, impl="triton")
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+    with launching(layer_norm_nchw=correct(NORM)) as launches:
         layer_norm_nchw(*arguments)
         assert current() is None and launches[NORM].call_count == 1
 
 
-def test_a_machine_with_a_gpu_has_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_machine_with_a_gpu_has_a_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_own_check", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert current() is None
@@ -99,9 +99,9 @@ def test_a_machine_with_a_gpu_has_a_check(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
-    """Where the block has no kernel its parts run, each with its own check."""
+    """A block without a kernel runs its parts, each with its own check."""
     check = self_check(tmp_path)
-    launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: custom_op(PARTS[1])}
+    launches = {PARTS[0]: broken.wrong(PARTS[0]), PARTS[1]: correct(PARTS[1])}
     without_kernel = mock.patch("fastbb_kernels.op.use_block", lambda *args: False)
     arguments = block_arguments()
     with launching(**launches), use(check), without_kernel:
@@ -127,7 +127,7 @@ def test_the_parts_of_a_broken_block_run_by_their_kernels(tmp_path: Path) -> Non
         assert_close(y, find_op(BLOCK).eager(*arguments))
         calls = [launched[part].call_count for part in PARTS]
         assert calls == [3, 3]  # of which two are the check
-        # "triton" for all: the block has no kernel that works, its parts have
+        # "triton" for all ops: the block has no working kernel, its parts have
         with use_impl("triton"):
             swin_mlp_block(*arguments)
         assert [launched[part].call_count for part in PARTS] == [n + 1 for n in calls]
@@ -164,7 +164,7 @@ def test_out_of_memory_does_not_turn_a_kernel_off(tmp_path: Path) -> None:
         pytest.raises(torch.OutOfMemoryError),
     ):
         layer_norm_nchw(*arguments)
-    with launching(layer_norm_nchw=custom_op(NORM)), use(self_check(tmp_path, hardware)):
+    with launching(layer_norm_nchw=correct(NORM)), use(self_check(tmp_path, hardware)):
         layer_norm_nchw(*arguments, impl="triton")
 
 
@@ -172,7 +172,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
     arguments = norm_arguments()
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches, use(check):
+    with launching(layer_norm_nchw=correct(NORM)) as launches, use(check):
         hardware.capturing = True
         for _ in range(2):
             layer_norm_nchw(*arguments)
@@ -183,8 +183,8 @@ def test_nothing_is_checked_while_a_graph_is_captured(tmp_path: Path) -> None:
         hardware.capturing = True
         layer_norm_nchw(*arguments)
         assert launches[NORM].call_count == 2 + 2
-    # what another process found needs no check
-    with launching(layer_norm_nchw=custom_op(NORM)) as launches:
+    # a result of another process needs no check
+    with launching(layer_norm_nchw=correct(NORM)) as launches:
         with use(self_check(tmp_path, hardware)):
             layer_norm_nchw(*arguments)
         assert launches[NORM].call_count == 1
@@ -214,7 +214,7 @@ def test_threads_share_one_check(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        # each of them had begun, and one of them checked
+        # every thread had launched once, and one of them checked
         assert launches[NORM].call_count <= 4 + 1 and len(warned) == 1
         expected = layer_norm_nchw(*arguments, impl="eager")
     assert len(found) == 4 and all(torch.equal(y, expected) for y in found)
@@ -241,7 +241,7 @@ class Norm(nn.Module):
 @pytest.mark.parametrize("is_right", [True, False], ids=["right", "wrong"])
 @pytest.mark.usefixtures("without_what_was_compiled_before")
 def test_the_check_is_asked_while_a_compiler_traces(is_right: bool, tmp_path: Path) -> None:
-    """In one graph, and the answer is a constant of it."""
+    """The function compiles to one graph, in which the answer is a constant."""
     arguments = norm_arguments()
     if not is_right:
         find_out(tmp_path)
@@ -272,7 +272,7 @@ def test_fake_tensors_start_no_check(is_known: bool, tmp_path: Path) -> None:
         torch.no_grad(),
         FakeTensorMode(),
         use(self_check(tmp_path)),
-        launching(layer_norm_nchw=custom_op(NORM)) as launches,
+        launching(layer_norm_nchw=correct(NORM)) as launches,
     ):
         arguments = tuple(torch.empty(shape) for shape in ((1, 3, 4, 8), (8,), (8,)))
         with pytest.warns(KernelWarning, match="is off") if is_known else nullcontext():

@@ -92,18 +92,18 @@ def test_threads_replay_one_after_the_other() -> None:
     assert recorder.most_at_once == 1 and len(recorder.recorded) == 1
 
 
-# what the engine records
+# recordings of the engine
 
 
 class Graphs:
-    """In the place of recording: bakes a backbone, and replays it.
+    """Replaces recording: bakes a backbone, and replays it.
 
     Attributes:
-        recorded: batch and width of what was recorded, in order.
-        backbone: what is baked.
-        error: is raised by a recording, if there is one.
-        broken: is raised by a replay, if there is one.
-        spoil: what a replay does to the maps.
+        recorded: batch and width of each recording, in order.
+        backbone: the backbone that is baked.
+        error: raised by a recording, unless None.
+        broken: raised by a replay, unless None.
+        spoil: changes the maps of a replay.
     """
 
     def __init__(self, backbone: Backbone, device: Device) -> None:
@@ -131,7 +131,7 @@ class Graphs:
 
 @pytest.fixture
 def pair() -> Pair:
-    """A backbone of this test alone, since weights change."""
+    """A backbone for one test, since its weights change."""
     return resnet_pair()
 
 
@@ -147,7 +147,7 @@ def recording(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> Graphs:
 
 
 def prepared_with(backbone: Backbone, cuda_graph: Any) -> Any:
-    """Prepared for our kernels: `prepare` refuses cuda_graph=True on a GPU that is none."""
+    """Prepares without `prepare`, which refuses cuda_graph=True on a pretended GPU."""
     prepared = without_engine(backbone)
     prepared._engine = Engine(BackboneMaps(prepared), Settings("triton", cuda_graph=cuda_graph))
     return prepared
@@ -182,7 +182,7 @@ def test_a_large_batch_is_recorded_only_with_cuda_graph_true(
         rig.assert_right(prepared, *[PIXELS] * (OFTEN + 2), WIDE)
         rows = explained(prepared).rows
     if graph is True:
-        assert recording.recorded == [(2, 64), (2, 96)]  # at once
+        assert recording.recorded == [(2, 64), (2, 96)]  # each at its first call
     else:
         assert not recording.recorded and {row.runs for row in rows} == {"triton"}
         assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")
@@ -202,7 +202,7 @@ def test_the_number_of_graphs_is_limited(rig: EngineRig, recording: Graphs) -> N
     ("fault", "problem"),
     [("raises", "RuntimeError: not permitted"), ("wrong", "map 0 is wrong"), ("nan", "error nan")],
 )
-def test_a_graph_that_fails_is_off(
+def test_graph_that_fails_or_is_wrong_is_off(
     fault: str, problem: str, rig: EngineRig, recording: Graphs
 ) -> None:
     recording.error = RuntimeError("not permitted\nat") if fault == "raises" else None
@@ -244,9 +244,7 @@ def test_auto_measures_graphs_too(rig: EngineRig, recording: Graphs) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "triton"])
-def test_after_a_change_of_weights_it_is_recorded_again(
-    mode: str, rig: EngineRig, recording: Graphs
-) -> None:
+def test_changed_weights_are_recorded_again(mode: str, rig: EngineRig, recording: Graphs) -> None:
     with gpu(), no_warning():
         prepared = rig.prepare(mode=mode)
         rig.assert_right(prepared, PIXELS)

@@ -60,7 +60,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_argument_is_named(name: str) -> None:
+def test_wrong_argument_raises_value_error(name: str) -> None:
     arguments, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         resnet_pair().ours.prepare(**arguments)
@@ -76,8 +76,8 @@ def test_a_backbone_in_training_mode_is_refused() -> None:
     [PIXELS, PIXELS.double(), (2, 64, 64), [2, 64, 64]],
     ids=["pixels", "double", "tuple", "list"],
 )
-def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler) -> None:
-    """Also where a gradient would be recorded."""
+def test_prepare_with_an_example_compiles_at_once(example: Any, compiler: Compiler) -> None:
+    """Compiles also with grad mode on."""
     pair = resnet_pair()
     with no_warning():
         backbone = pair.ours.prepare("compile", example=example)
@@ -87,7 +87,7 @@ def test_an_example_is_compiled_for_at_once(example: Any, compiler: Compiler) ->
     assert len(compiler.compiled) == 1
 
 
-# precision, and what is shared
+# precision and shared weights
 
 
 @pytest.mark.parametrize("precision", [None, "fp32", *DTYPES])
@@ -155,11 +155,11 @@ def test_pixels_of_another_dtype_are_converted(precision: str | None) -> None:
         backbone(PIXELS.byte())
 
 
-# what is asked of a call
+# requested outputs
 
 
 @torch.no_grad()
-def test_hidden_states_and_attentions_are_upstreams(pair: Pair) -> None:
+def test_hidden_states_and_attentions_equal_upstream(pair: Pair) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS)
     asked = {"output_hidden_states": True, "output_attentions": backbone.has_attentions}
     pair.upstream.set_attn_implementation("eager")  # others return no weights
@@ -174,7 +174,9 @@ def test_hidden_states_and_attentions_are_upstreams(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("by", ["out_indices", "out_features", "config"])
-def test_other_maps_can_be_chosen_afterwards(by: str, pair: Pair, compiler: Compiler) -> None:
+def test_out_indices_set_after_prepare_are_followed(
+    by: str, pair: Pair, compiler: Compiler
+) -> None:
     backbone = pair.ours.prepare("compile", example=PIXELS)
     if by == "out_features":
         backbone.out_features = backbone.stage_names[1:2]
@@ -188,7 +190,9 @@ def test_other_maps_can_be_chosen_afterwards(by: str, pair: Pair, compiler: Comp
 
 @pytest.mark.parametrize("mode", ["auto", "eager", "compile"])
 @torch.no_grad()
-def test_an_empty_batch(mode: str, pair: Pair, compiler: Compiler) -> None:
+def test_empty_batch_runs_eager_and_gives_empty_maps(
+    mode: str, pair: Pair, compiler: Compiler
+) -> None:
     backbone = pair.ours.prepare(mode)
     maps = backbone(PIXELS[:0]).feature_maps
     assert_equals_upstream(maps, [x[:0] for x in pair.maps(PIXELS)])  # upstream's Swin takes none
@@ -208,7 +212,7 @@ def test_wrong_input_raises_the_error_of_the_unprepared_backbone() -> None:
         assert str(prepared.value) == str(plain.value)
 
 
-# where nothing but the backbone's own forward may run
+# calls that must run the backbone's own forward
 
 
 def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair) -> None:
@@ -224,7 +228,7 @@ def test_a_gradient_is_computed_eager_with_one_warning(pair: Pair) -> None:
     assert reason in explained(backbone).rows[-1].why
 
 
-def test_a_gradient_of_the_pixels_alone_warns_too() -> None:
+def test_gradient_of_the_pixels_alone_runs_eager_with_a_warning() -> None:
     pair = resnet_pair()
     backbone = pair.ours.requires_grad_(False).prepare("compile", example=PIXELS)
     found = []
@@ -333,7 +337,7 @@ def test_threads_share_one_compilation(pair: Pair, compiler: Compiler) -> None:
 # explanations
 
 
-def test_an_unprepared_backbone_explains_itself() -> None:
+def test_explain_of_an_unprepared_backbone_says_eager() -> None:
     backbone = resnet_pair().ours
     explanation = explained(backbone)
     assert explanation.title == "ResNetBackbone in torch.float32 on cpu, not prepared"

@@ -31,17 +31,17 @@ REMEMBERED = "measured before on this machine"
 
 
 def later_process(rig: EngineRig) -> EngineRig:
-    """Only the folder is the same."""
+    """Returns a rig of a new process, which shares only the cache folder."""
     return replace(rig, device=Device())
 
 
 def prepared(rig: EngineRig, *candidates: Candidate, **options: Any) -> Any:
-    """A backbone for so many images that compiling pays."""
+    """Prepares for so many images that compiling pays."""
     return rig.prepare(*candidates, **{"expected_images": MANY, **options})
 
 
 def measure(rig: EngineRig) -> Path:
-    """Lets a first process measure; returns the file that remembers it."""
+    """Measures in a first process; returns the file with the results."""
     with gpu(), no_warning():
         rig.assert_right(prepared(rig, rig.candidate()))
     assert rig.device.n_timed
@@ -73,7 +73,7 @@ def test_a_remembered_choice_is_not_measured_again(n_shapes: int, rig: EngineRig
 def test_a_remembered_winner_is_compiled_only_if_that_pays(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # this compiler takes no time, which would be remembered
+    # the compile time is zero here and must not be remembered
     monkeypatch.setattr(CompileCost, "record", lambda self, seconds: None)
     first, second, third = rig, later_process(rig), later_process(rig)
     compiled: list[int] = []
@@ -115,7 +115,7 @@ def test_other_maps_precisions_and_shapes_are_measured_separately(rig: EngineRig
     assert set(precisions) == {"fp32", "bf16"} and set(shapes) == {"2x64x64", "3x64x64"}
 
 
-# files that are of no use
+# unusable files
 
 
 def machine_of_another_version(rig: EngineRig) -> None:
@@ -167,7 +167,7 @@ def test_an_unusable_file_is_ignored_and_replaced(file: str, rig: EngineRig) -> 
     assert rig.device.n_timed and row.runs == "fast" and "the fastest that passed" in row.why
     said = [other.why for other in others if other.what == "cache"]
     assert any(note in text for text in said) if note else not said
-    if file != "folder":  # what could be replaced was
+    if file != "folder":  # unusable files were replaced where possible
         again = later_process(rig)
         with gpu():
             again.assert_right(prepared(again, again.candidate()))
@@ -224,10 +224,10 @@ def test_an_unwritable_cache_keeps_results_in_memory(rig: EngineRig) -> None:
     assert rig.device.n_timed == n_timed
 
 
-# winners that do not win any more
+# winners that are no longer right or no longer exist
 
 
-def test_a_winner_that_is_gone_is_measured_again(rig: EngineRig) -> None:
+def test_remembered_winner_that_no_longer_exists_is_measured_again(rig: EngineRig) -> None:
     measure(rig)
     rig = later_process(rig)
     with gpu(), no_warning():

@@ -34,11 +34,11 @@ WRONG = (torch.zeros(2),)
 
 
 class Course:
-    """Trials whose candidates take what is written of them.
+    """Trials whose candidates take the declared times on a pretended clock.
 
     Attributes:
-        log: what was built and run, in order: "+a" and "a".
-        said: what was reported.
+        log: builds ("+a") and runs ("a") of candidates, in order.
+        said: the progress reports.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Course:
     def candidate(
         self, name: str, seconds: Sequence[float] = (1.0,), build_s: float = 0.0, **more: Any
     ) -> Candidate:
-        """One whose runs take these seconds in turn, the last of them for ever."""
+        """Candidate whose runs take these seconds in turn, then repeat the last."""
         left = list(seconds)
 
         def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class Course:
         return Candidate(name, build, **more)
 
     def run(self, *candidates: Candidate, budget_s: float = 0.5) -> dict[str, Trial]:
-        """The trials by name."""
+        """Returns the trials by name."""
         trials, self.runs = run_trials(
             candidates,
             PIXELS,
@@ -89,7 +89,7 @@ def problem_of(maps: Sequence[Tensor]) -> str | None:
 
 
 def returning(name: str, *results: Any) -> Candidate:
-    """One whose runs return these in turn, the last of them for ever; exceptions are raised."""
+    """Candidate whose runs return (or raise) these results in turn, then repeat the last."""
     left = list(results)
 
     def run(pixel_values: Tensor) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ def test_candidates_are_built_one_by_one_and_then_run_in_turns() -> None:
     assert list(course.runs) == ["a", "b"]
 
 
-def test_the_median_of_the_rounds_counts_and_not_the_first_run() -> None:
+def test_trial_time_is_the_median_without_the_first_run() -> None:
     course = Course()
     trials = course.run(course.candidate("a", [70, 5, 1, 2], build_s=100))
     assert trials["a"] == Trial("a", 2.0)
@@ -131,7 +131,7 @@ def test_compiling_candidates_are_tried_last_and_keep_their_place() -> None:
 
 
 def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
-    """All else is tried: the first of all pays for what a new device has to get ready."""
+    """Candidates that do not compile are still tried after the budget is spent."""
     course = Course()
     trials = course.run(
         course.candidate("a"),
@@ -144,12 +144,12 @@ def test_nothing_is_compiled_after_the_budget_is_spent() -> None:
     assert compiled == Trial("compiled", None, "not tried, the time for measuring was over")
     assert is_not_tried(compiled) and not is_not_tried(trials["c"])
     assert "+compiled" not in course.log and "compiled" not in course.runs
-    # there are rounds, however long it took to get ready
+    # rounds run even if preparing took the whole budget
     assert {course.log.count(name) for name in "abc"} == {1 + MIN_ROUNDS}
     assert {trials[name].seconds for name in "abc"} == {1.0}
 
 
-def test_one_candidate_is_compiled_whatever_the_budget() -> None:
+def test_one_candidate_is_compiled_for_any_budget() -> None:
     course = Course()
     failing = returning("failing", RuntimeError("no"))
     one, other = (course.candidate(name, compiles=True) for name in "ab")
@@ -222,15 +222,17 @@ def test_the_simplest_of_the_fastest_wins(seconds: list[float | None], best: int
     assert winner(trials) == (None if best is None else trials[best])
 
 
-def test_the_margin_of_a_tie_is_an_argument() -> None:
+def test_winner_takes_the_margin_of_a_tie_as_an_argument() -> None:
     trials = [Trial("a", 1.2), Trial("b", 1.0)]
     assert winner(trials, tie=0.25) == trials[0] and winner(trials, tie=0.0) == trials[1]
 
 
-# what is remembered and printed
+# storing and printing
 
 
-@pytest.mark.parametrize("trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")])
+@pytest.mark.parametrize(
+    "trial", [Trial("a", 0.5), Trial("a", None, "is wrong"), Trial("a")], ids=str
+)
 def test_a_trial_survives_json(trial: Trial) -> None:
     assert Trial.from_dict(json.loads(json.dumps(trial.to_dict()))) == trial
 
@@ -292,7 +294,7 @@ def pair() -> Pair:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 9])
 @torch.no_grad()
-def test_truth_accepts_upstreams_maps_only(pair: Pair, batch: int) -> None:
+def test_truth_accepts_upstreams_maps_and_rejects_wrong_ones(pair: Pair, batch: int) -> None:
     pixels = images(64, 96, batch)
     truth, maps = Truth.of(BackboneMaps(pair.ours), pixels), pair.maps(pixels)
     assert truth.rows == sorted({0, 1, batch - 2, batch - 1} & set(range(batch)))
@@ -337,7 +339,7 @@ def test_without_engine_shares_weights_and_copied_copies_them(pair: Pair) -> Non
         assert other.config is not prepared.config
 
 
-def test_tolerance_in_fp32() -> None:
+def test_fp32_tolerance_is_twice_eagers_error_and_at_least_fp32_rel() -> None:
     exact = torch.tensor([1.0, -2.0], dtype=torch.float64)
     near, far = exact.float() * (1 + 1e-6), exact.float() * 1.01
     assert allowed_rel(near, exact, FP32_REL) == FP32_REL

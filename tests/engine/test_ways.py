@@ -58,7 +58,7 @@ def test_a_cpu_without_the_dtype_computes_in_fp32(
     assert only_row(compiled).runs == "compile, 2 images at once"
 
 
-# how fp32 is multiplied, which PyTorch keeps for the whole process
+# precision of fp32 products, a setting of the whole process
 
 
 def flags() -> tuple[str, bool]:
@@ -67,7 +67,7 @@ def flags() -> tuple[str, bool]:
 
 @pytest.fixture
 def flags_of_the_user() -> Iterator[tuple[str, bool]]:
-    with fp32_products("tf32"):  # which leaves what was set before
+    with fp32_products("tf32"):  # restores the settings of before
         torch.set_float32_matmul_precision("medium")
         torch.backends.cudnn.allow_tf32 = True
         yield flags()
@@ -81,6 +81,7 @@ def flags_of_the_user() -> Iterator[tuple[str, bool]]:
         ("tf32", ("medium", True)),  # which is TF32 on a GPU
         ("bf16", ("medium", True)),
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("fails", [False, True])
 def test_fp32_flags_are_set_during_a_call_only(

@@ -37,7 +37,7 @@ def save_model(directory: Path, processor: dict) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sees images of 32 x 32."""
+    """A model for images of 32 x 32."""
     return save_model(
         tmp_path_factory.mktemp("model"),
         {
@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def aspect_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, seeing images of their own shape, shortest edge 32."""
+    """The same weights; images keep their aspect ratio, with a shortest edge of 32."""
     return save_model(
         tmp_path_factory.mktemp("aspect_model"),
         {
@@ -93,7 +93,7 @@ def make_images(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def images(make_images: Callable[..., Path]) -> Path:
-    """Ten images, the fourth is none."""
+    """Directory of ten files, of which the fourth is no image."""
     root = make_images(10)
     (root / "00003.png").write_bytes(b"text")
     return root

@@ -46,7 +46,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_decodes_what_pillow_decodes(encoded: Callable[..., bytes], name: str) -> None:
+def test_decoded_pixels_equal_pillow(encoded: Callable[..., bytes], name: str) -> None:
     format, options = FORMATS[name]
     data = encoded(1, (33, 47), format, **options)
     np.testing.assert_array_equal(decode(data), Image.open(io.BytesIO(data)))
@@ -108,7 +108,7 @@ def test_a_bad_file_has_an_error_kind_and_a_message(
 def test_a_bomb_is_refused_before_its_pixels_are_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: loaded.append(self.size))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as programs do that know no better
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some programs do
     with pytest.raises(ImageError, match=f"at most {MAX_PIXELS}"):
         decode(png_claiming(100_000, 100_000))
     assert not loaded

@@ -1,4 +1,4 @@
-"""A signal ends a command with its own exit code, wherever Python was when it came."""
+"""A signal ends a command with the exit code of that signal, at any point of the program."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ MODEL = "nano-resnet-digits"
 
 @pytest.fixture(autouse=True)
 def default_disposition() -> Iterator[None]:
-    """SIGINT as at a terminal; a background job starts its children with it ignored."""
+    """Restores Python's handler of SIGINT, which is ignored in children of a background job."""
     with foreground_signals():
         yield
 
@@ -44,7 +44,7 @@ def send(number: signal.Signals = signal.SIGINT) -> None:
 
 
 class Killer:
-    """Sends the signal when it is collected, where what the handler raises is swallowed."""
+    """Sends the signal from `__del__`, where Python swallows the exception of the handler."""
 
     def __init__(self, number: signal.Signals = signal.SIGINT) -> None:
         self.number = number
@@ -118,7 +118,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
             send(signal.SIGTERM)
 
 
-def test_other_threads_leave_signals_alone() -> None:
+def test_other_threads_install_no_signal_handlers() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def run() -> None:
@@ -131,7 +131,7 @@ def test_other_threads_leave_signals_alone() -> None:
     assert seen == [before]
 
 
-# inside another error, or none: the command says what it was
+# signals anywhere in a run, also swallowed or inside another error: the command reports them
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def broken_lock() -> None:
     try:
         send()
     except KeyboardInterrupt:
-        threading.Lock().release()  # what `ThreadPoolExecutor.submit` makes of it
+        threading.Lock().release()  # the error that `ThreadPoolExecutor.submit` raises for it
 
 
 PLACES: dict[str, tuple[Any, str, Callable[[], None]]] = {
@@ -266,7 +266,7 @@ def test_the_library_installs_no_handlers(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_even_a_long_call() -> None:
-    """Where the main thread is in a call that does not come back, no handler runs."""
+    """No Python handler runs while the main thread is inside a long C call."""
     program = (
         "import hashlib; from fastbb.engine.interruption import ending_on_signals\n"
         "with ending_on_signals():\n"
@@ -277,7 +277,7 @@ def test_a_second_signal_ends_even_a_long_call() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         for _ in range(2):
-            time.sleep(0.3)  # the call has begun; and two signals at once are one to the kernel
+            time.sleep(0.3)  # lets the call begin; and two signals at once would arrive as one
             process.send_signal(signal.SIGTERM)
         assert process.wait(SECOND_WITHIN_S) == 143
 

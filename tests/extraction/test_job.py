@@ -11,7 +11,7 @@ from fastbb.extraction import ErrorBudgetError, FeatureExtractor, InputError, jo
 from fastbb.extraction.job import extract
 
 
-def test_an_archive_gives_what_its_files_give(
+def test_archive_gives_the_same_features_as_its_files(
     model: Path, make_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_images(7)
@@ -26,7 +26,7 @@ def test_an_archive_gives_what_its_files_give(
     assert a["pooled"].equal(b["pooled"])
 
 
-def test_a_list_with_bad_rows(
+def test_list_with_bad_rows_keeps_the_good_ones_and_reports_the_others(
     model: Path, make_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_images(3)
@@ -104,7 +104,7 @@ def test_too_many_failures_stop_the_run(
     assert report.resumed_rows >= 4 and report.errors == {"unsupported_format": n_bad}
 
 
-def test_an_image_that_breaks_the_budget_after_a_thousand_counts_as_a_share(
+def test_error_rate_after_a_thousand_images_is_a_share_of_those_read(
     model: Path, make_images: Callable[..., Path], tmp_path: Path
 ) -> None:
     root = make_images(1)
@@ -135,7 +135,7 @@ def test_a_shard_of_maps_has_fewer_rows_by_default(
     assert open_features(tmp_path / "pooled").plan["shard_rows"] == 448
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(
+def test_progress_without_a_terminal_is_a_line_at_intervals(
     model: Path,
     make_images: Callable[..., Path],
     tmp_path: Path,
@@ -195,7 +195,7 @@ def test_timings_are_logged_in_run_jsonl(
     ],
     ids=["shard_rows", "shard_rows float", "max_error_rate"],
 )
-def test_wrong_arguments_say_what_was_wanted(
+def test_wrong_arguments_raise_value_error(
     model: Path, tmp_path: Path, options: dict, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -219,7 +219,7 @@ def test_every_batch_is_full_and_within_its_shard(
 
     monkeypatch.setattr(FeatureExtractor, "_forward", watching)
     extract(model, root, tmp_path / "out", batch_size=4, shard_rows=6)
-    # zero images stand for what fails and what is missing
+    # images of zeros replace failed and missing ones
     full = [[bool(image.any()) for image in pixels] for pixels in seen]
     assert full == [
         [True, False, True, True],

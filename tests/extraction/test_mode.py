@@ -1,4 +1,4 @@
-"""How the model runs is chosen once, recorded, and taken by a resumed run."""
+"""The mode of a run is chosen once, recorded in the plan, and used again by a resumed run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastbb.extraction.store import FeatureWriter, PlanMismatchError
 
 @pytest.fixture
 def compiled_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes that a pretended compiler was asked for."""
+    """Replaces the compiler and returns the shapes that it is asked to compile."""
     shapes: list[tuple[int, ...]] = []
 
     def compile_maps(backbone: Backbone, example: Tensor, impl: str) -> Run:
@@ -67,7 +67,7 @@ def interrupted(*args: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_many_images_are_measured(
+def test_many_images_choose_the_mode_by_measuring(
     model: Path,
     images: Path,
     compiled_for: list[tuple[int, ...]],
@@ -90,7 +90,7 @@ def test_images_of_many_shapes_run_eager(
     assert open_features(tmp_path / "out").plan["runs"] == "eager" and not compiled_for
 
 
-def test_another_mode_is_another_plan(run: Callable[..., Report]) -> None:
+def test_resuming_in_another_mode_is_refused(run: Callable[..., Report]) -> None:
     run()
     with pytest.raises(PlanMismatchError, match="mode: 'auto' there, 'eager' asked"):
         run(mode="eager")

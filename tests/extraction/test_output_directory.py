@@ -1,4 +1,4 @@
-"""What may be in a features directory already: somebody's files, damage, another request."""
+"""Output directories with other files, damaged files, or the plan of another request."""
 
 import errno
 import json
@@ -35,7 +35,9 @@ def everything(directory: Path) -> dict[str, bytes]:
         *("shards/photo.jpg", "rows/rows-1.jsonl.bak", ".git"),
     ],
 )
-def test_files_of_others_are_refused_unchanged(run: Run, tmp_path: Path, name: str) -> None:
+def test_directory_with_other_files_is_refused_unchanged(
+    run: Run, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "out" / name
     path.parent.mkdir(parents=True)
     path.write_text("x")
@@ -83,7 +85,9 @@ def test_only_our_own_unfinished_files_are_removed(run: Run, tmp_path: Path, tre
     "text",
     ["null", "[]", "{}", '{"files":{}}', '{"files":null}', "7"],
 )
-def test_a_damaged_commit_is_no_commit(run: Run, tmp_path: Path, tree: Tree, text: str) -> None:
+def test_shard_with_a_damaged_commit_is_computed_again(
+    run: Run, tmp_path: Path, tree: Tree, text: str
+) -> None:
     run()
     out = tmp_path / "out"
     before = tree(out)
@@ -93,7 +97,7 @@ def test_a_damaged_commit_is_no_commit(run: Run, tmp_path: Path, tree: Tree, tex
 
 
 @pytest.mark.parametrize("field", ["rows", "ok", "errors", "shard", "plan_sha256", "files"])
-def test_a_commit_without_a_field_is_no_commit(run: Run, tmp_path: Path, field: str) -> None:
+def test_commit_without_a_field_is_ignored(run: Run, tmp_path: Path, field: str) -> None:
     run()
     path = tmp_path / "out" / "shards" / "commit-00001.json"
     commit = json.loads(path.read_bytes())
@@ -102,7 +106,7 @@ def test_a_commit_without_a_field_is_no_commit(run: Run, tmp_path: Path, field: 
     assert "6 of 10" in open_features(tmp_path / "out").describe()
 
 
-def test_every_field_that_is_shown_is_required(run: Run, tmp_path: Path) -> None:
+def test_plan_without_a_shown_field_is_called_damaged(run: Run, tmp_path: Path) -> None:
     run()
     path = tmp_path / "out" / "plan.json"
     plan = json.loads(path.read_bytes())
@@ -158,7 +162,7 @@ def test_the_error_budget_counts_failures_of_earlier_runs(run: Run, tmp_path: Pa
         run(max_error_rate=0)
 
 
-def test_the_first_difference_of_long_lists_is_named(model: Path, tmp_path: Path) -> None:
+def test_error_names_the_first_difference_of_long_lists(model: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"shard_rows": 1, "inputs": [f"/photos/{i:05d}" for i in range(99)]}
     with pytest.raises(PlanMismatchError) as caught:
         store._check_plan(tmp_path, {**settings, "inputs": settings["inputs"][:7]}, settings)

@@ -1,4 +1,4 @@
-"""What a program sets in Pillow, before or while images are extracted, decides no row."""
+"""Global Pillow settings of a program, made before or during extraction, change no row."""
 
 import gc
 import io
@@ -30,7 +30,7 @@ from fastbb.extraction import (
 )
 from fastbb.extraction.pillow import fix_settings, fixed_settings
 
-# every setting, and another value than Pillow's own
+# every setting, with a value that is not Pillow's default
 CHANGED: list[tuple[Any, str, Any]] = [
     (ImageFile, "LOAD_TRUNCATED_IMAGES", True),
     (Image, "MAX_IMAGE_PIXELS", 50),
@@ -88,7 +88,7 @@ def bmp_with_alpha() -> bytes:
 
 @pytest.fixture
 def files(tmp_path: Path, encoded: Callable[..., bytes]) -> list[Path]:
-    """Good and bad ones, each decided otherwise by some setting or by warnings as errors."""
+    """Image files; each outcome would change under some setting or with warnings as errors."""
     exif = Image.Exif()
     exif[0x927C] = b"x" * 50
     contents = {
@@ -114,7 +114,7 @@ def files(tmp_path: Path, encoded: Callable[..., bytes]) -> list[Path]:
 
 
 def rows(batches: Any) -> list[Any]:
-    """All that is stored of batches."""
+    """Returns everything of batches that is stored."""
     found: list[Any] = []
     for batch in batches:
         assert isinstance(batch, FeatureBatch)
@@ -129,7 +129,7 @@ def extractor(model: Path) -> FeatureExtractor:
     return FeatureExtractor(model, batch_size=1)
 
 
-def test_settings_of_before_do_not_change_rows(
+def test_settings_made_before_do_not_change_rows(
     extractor: FeatureExtractor, files: list[Path]
 ) -> None:
     expected = rows(extractor.stream(files))
@@ -160,7 +160,7 @@ def test_settings_between_batches_do_not_change_rows(
     assert rows(setting_again()) == expected
     kept = [*DEFAULTS]
     kept[index] = value
-    assert settings() == kept  # what the program set last is not lost
+    assert settings() == kept  # the last setting of the program is restored
 
 
 def test_settings_during_decoding_do_not_change_rows(

@@ -15,7 +15,7 @@ from fastbb.extraction.job import extract
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Equal up to the order of sums, which may differ with the size of a batch."""
+    """Asserts equality up to the order of sums, which may differ with the batch size."""
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -92,7 +92,7 @@ def test_images_may_come_from_an_iterator(model: Path, make_images: Callable[...
         ex(iter([]))
 
 
-def test_a_bad_image_in_memory_is_named_by_its_place(
+def test_bad_image_in_memory_error_names_its_position(
     model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
     ex = FeatureExtractor(model, batch_size=2)
@@ -135,7 +135,7 @@ def test_addresses_are_refused_without_their_credentials(model: Path) -> None:
         ex("https://user:pa55@host.org/a.jpg?key=s3cret")
 
 
-def test_stream_keeps_the_order_and_reports_what_fails(
+def test_stream_keeps_the_order_and_reports_failed_images(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
     root = make_images(9)
@@ -252,7 +252,7 @@ def test_a_batch_too_large_for_the_memory_asks_for_a_smaller_one(
 def test_an_image_that_the_processor_refuses_is_a_failed_row(
     aspect_model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
-    # one pixel high and resized to its own shape: nothing is left
+    # one pixel high: resizing rounds its height to zero
     (tmp_path / "thin.png").write_bytes(encoded(1, (1, 5000)))
     (batch,) = FeatureExtractor(aspect_model).stream([tmp_path / "thin.png"])
     assert [error.kind for error in batch.errors] == ["transform"] and not batch.ids
@@ -338,6 +338,6 @@ def test_few_images_are_held_at_a_time(
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_say_what_was_wanted(model: Path, options: dict, message: str) -> None:
+def test_wrong_arguments_raise_value_error(model: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FeatureExtractor(model, **options)

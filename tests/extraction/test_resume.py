@@ -1,4 +1,4 @@
-"""Real processes, killed: a resumed run leaves what an uninterrupted one leaves."""
+"""Processes that are killed and resumed leave the same files as an uninterrupted run."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ CORRUPT = {3: b"", 400: b"text", 901: 30, 1300: 45, 1999: 50}
 PAUSE_S = 120.0
 
 COMMAND = "from fastbb.cli import main; main()"
-# gives who watches the time to see a commit before the next one
+# waits after each commit, so that the test sees it before the next
 RESTS_AFTER_COMMIT = (
     """
 import time
@@ -35,7 +35,7 @@ FeatureWriter.commit = resting
 """
     + COMMAND
 )
-# kills itself where the features of the last shard are stored and its commit is not
+# kills itself between storing the features of the last shard and its commit
 DIES_BEFORE_COMMIT = (
     """
 import os, signal
@@ -84,7 +84,7 @@ def wait_for_commits(process: subprocess.Popen[str], out: Path, n: int) -> None:
         time.sleep(0.001)
 
 
-def test_killed_and_resumed_is_byte_identical(
+def test_killed_and_resumed_run_is_byte_identical(
     arguments: list[str],
     model: Path,
     tmp_path: Path,

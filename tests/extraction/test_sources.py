@@ -25,12 +25,12 @@ def touch(root: Path, *names: str) -> Path:
 
 def test_directory_is_sorted_bytewise_on_the_whole_path(tmp_path: Path) -> None:
     names = ["a.jpg", "a/b.jpg", "a-b/c.jpg", "B.PNG", "é.jpg", "z/y/x/w.webp", "a0.jpg", "a/é.gif"]
-    names += ["\N{WAVING HAND SIGN}.jpg", os.fsdecode(b"\xff.jpg")]  # as text the other way round
+    names += ["\N{WAVING HAND SIGN}.jpg", os.fsdecode(b"\xff.jpg")]  # text sorts them reversed
     touch(tmp_path, *names)
     assert ids(tmp_path) == sorted(names, key=os.fsencode)
 
 
-def test_directory_passes_over_what_is_no_image_and_says_so(tmp_path: Path) -> None:
+def test_directory_listing_skips_and_counts_files_that_are_no_images(tmp_path: Path) -> None:
     root = touch(tmp_path / "in", "a.jpg", "labels.csv", ".hidden.jpg", ".git/x.png", "._a.jpg")
     outside = touch(tmp_path / "outside", "secret.jpg")
     (root / "link.jpg").symlink_to(outside / "secret.jpg")
@@ -63,6 +63,7 @@ def test_file_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
         ("*/[bd].*", ["x/b.jpg", "x/d.png"]),
         ("x/?.png", ["d.png"]),
     ],
+    ids=str,
 )
 def test_glob_ids_start_at_the_fixed_part(
     tmp_path: Path, pattern: str, expected: list[str]
@@ -101,7 +102,9 @@ def write_list(path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".csv", ".jsonl", ".parquet"])
-def test_list_keeps_its_order_and_starts_at_its_own_directory(tmp_path: Path, suffix: str) -> None:
+def test_list_keeps_its_order_and_resolves_paths_from_its_directory(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"list{suffix}"
     write_list(path)
     named = suffix != ".txt"
@@ -116,7 +119,7 @@ def test_file_name_column_of_image_folders_is_read(tmp_path: Path) -> None:
     assert ids(tmp_path / "metadata.csv") == ["a.jpg"]
 
 
-def test_a_line_of_text_is_a_path_unchanged(tmp_path: Path) -> None:
+def test_every_line_of_a_text_list_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("# a.jpg\n b .jpg \n\npipe:x.jpg\n")
     assert ids(tmp_path / "list.txt") == ["# a.jpg", " b .jpg ", "pipe:x.jpg"]
 
@@ -264,7 +267,7 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
     ]
     + ["long.txt", "long_id.txt", "nul.txt", "empty.txt", "text.parquet"],
 )
-def test_bad_input_says_what_was_wanted(tmp_path: Path, kind: str) -> None:
+def test_bad_input_raises_input_error(tmp_path: Path, kind: str) -> None:
     inputs, pattern = bad_input(kind, tmp_path)
     with pytest.raises(InputError, match=pattern) as caught:
         ids(*inputs)

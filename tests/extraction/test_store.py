@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def test_files_of_a_finished_directory(
+def test_finished_directory_holds_plan_manifest_rows_and_shards(
     run: Callable[..., Report], images: Path, tmp_path: Path, tree: Tree
 ) -> None:
     run()
@@ -143,7 +143,7 @@ def test_every_field_of_the_plan_is_compared(run: Callable[..., Report], tmp_pat
     run()
     path = tmp_path / "out" / "plan.json"
     text = path.read_text()
-    found = ("rows", "rows_sha256", "runs")  # by the first start
+    found = ("rows", "rows_sha256", "runs")  # fields that the first start computes
     fields = [field for field in flatten(json.loads(text)) if field[0] not in found]
     assert {field[0] for field in fields} == {
         *("format", "model", "preprocessing", "limits", "features", "outputs", "precision"),
@@ -176,7 +176,7 @@ def test_every_field_of_the_plan_is_compared(run: Callable[..., Report], tmp_pat
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_request_is_refused(
+def test_resuming_with_other_options_is_refused(
     run: Callable[..., Report], tmp_path: Path, tree: Tree, options: dict, field: str
 ) -> None:
     run()
@@ -234,7 +234,7 @@ def test_an_output_that_cannot_be_written_is_an_output_error(
     assert caught.value.exit_code == 6
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk(
+def test_file_size_limit_is_reported_as_an_output_error(
     run: Callable[..., Report], tmp_path: Path, tree: Tree
 ) -> None:
     run(tmp_path / "whole")
@@ -251,7 +251,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(
 
 
 class Broken(BaseException):
-    """Not an Exception: nothing may catch it."""
+    """A BaseException, so that `except Exception` does not catch it."""
 
 
 @pytest.mark.parametrize("point", ["fsync", "replace", "after"])

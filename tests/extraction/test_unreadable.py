@@ -1,4 +1,4 @@
-"""Directories that cannot be read, or are gone when they are to be read."""
+"""Directories that cannot be read, or that vanish before they are read."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ DENIED = {"a/locked": errno.EACCES, "gone": errno.ENOENT}
 
 
 class Entry:
-    """A directory entry whose kind the file system does not say."""
+    """Directory entry whose file system does not report its type."""
 
     def __init__(self, entry: os.DirEntry[str], number: int) -> None:
         self.name, self.path, self.number = entry.name, entry.path, number
@@ -31,7 +31,7 @@ class Entry:
 
 @pytest.fixture
 def deny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """deny(root, {name: errno}, {name: errno}): what cannot be listed, and not even looked at."""
+    """deny(root, listing, stat): errors of listing directories and of stat of entries, by name."""
 
     def deny(root: Path, lists: dict[str, int], looks: dict[str, int] | None = None) -> None:
         def failing(path: Any) -> Any:

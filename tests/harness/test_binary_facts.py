@@ -96,7 +96,7 @@ def test_tritons_wheel_contains_the_disassemblers() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
-def test_a_gemm_in_bf16(arch: Arch) -> None:
+def test_bf16_gemm_uses_matrix_instructions_and_does_not_spill(arch: Arch) -> None:
     facts = gemm_facts(arch)
     assert (facts.kernel, facts.arch, facts.num_warps) == ("_gemm_fwd_kernel", arch, 4)
     assert facts.mma_class == ARCHITECTURES[arch].mma_class
@@ -120,7 +120,7 @@ def test_fp32_without_tf32_has_no_matrix_instruction() -> None:
 
 
 @pytest.mark.parametrize("arch", [100, "gfx942"], ids=str)
-def test_widths_of_global_accesses(arch: Arch) -> None:
+def test_dense_accesses_count_as_wide_and_strided_ones_as_narrow(arch: Arch) -> None:
     n_threads = 4 * ARCHITECTURES[arch].warp_size
     dense, strided = copy_facts(arch, 1), copy_facts(arch, 3)
     per_thread = 1024 // n_threads
@@ -160,7 +160,9 @@ def test_a_tile_that_is_too_large_for_its_registers_spills(
     assert facts.mma_class == ARCHITECTURES[arch].mma_class
 
 
-def test_tensor_memory_bounds_the_occupancy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_occupancy_is_bounded_by_tensor_memory_on_blackwell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     blackwell = ARCHITECTURES[100]
     assert ctas_per_sm(32, 0, 4, blackwell, tensor_columns=128) == (4, "tensor memory")
     monkeypatch.setattr(binary, "_known", {})
@@ -169,7 +171,7 @@ def test_tensor_memory_bounds_the_occupancy(monkeypatch: pytest.MonkeyPatch) -> 
     assert (facts.ctas_per_sm, facts.occupancy_limit) == (1, "tensor memory")
 
 
-def test_facts_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binary_facts_are_read_once_and_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = copy_facts(80, 1)
     run_tool = binary._tool
 
@@ -192,7 +194,7 @@ def test_the_occupancy_is_that_of_the_architecture_asked_for() -> None:
     assert (on_86.arch, on_86.ctas_per_sm, on_86.occupancy_limit) == (86, 12, "threads")
 
 
-def test_peaks_agree_with_clocks() -> None:
+def test_peak_flops_agree_with_clock_rates() -> None:
     for gpu in ARCHITECTURES.values():
         if gpu.clock_hz is not None:
             lanes = 64 if gpu.name in (80, "gfx90a") else 128
@@ -200,7 +202,7 @@ def test_peaks_agree_with_clocks() -> None:
             assert gpu.fp32_flops == pytest.approx(flops, rel=0.01), gpu.gpu
 
 
-# by NVIDIA's occupancy calculator and AMD's ISA guide
+# expected values from NVIDIA's occupancy calculator and AMD's ISA guide
 @pytest.mark.parametrize(
     ("arch", "registers", "shared", "num_warps", "expected"),
     [
@@ -219,7 +221,7 @@ def test_peaks_agree_with_clocks() -> None:
         pytest.param("gfx942", 64, 32 << 10, 4, (2, "shared memory"), id="LDS"),
     ],
 )
-def test_occupancy(
+def test_occupancy_is_bounded_by_the_scarcest_resource(
     arch: Arch, registers: int, shared: int, num_warps: int, expected: tuple[int, str]
 ) -> None:
     assert ctas_per_sm(registers, shared, num_warps, ARCHITECTURES[arch]) == expected

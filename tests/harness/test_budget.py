@@ -88,7 +88,7 @@ def test_a_written_budget_is_read_back(folder: Path) -> None:
     assert violations(committed, committed) == []
 
 
-def test_a_line_per_case_and_architecture_in_a_fixed_order(tmp_path: Path) -> None:
+def test_file_has_a_line_per_case_and_architecture_in_fixed_order(tmp_path: Path) -> None:
     archs = ["gfx942", 120, 80, 90]
     names = ["swin_t-224-b64-bf16", "swin_t-224-b8-bf16", "swin_t-1088-b8-bf16"]
     case = CaseCost(1, 1000, None, dict.fromkeys(archs, COST))
@@ -139,7 +139,9 @@ def test_rewriting_keeps_allowances(folder: Path) -> None:
         ),
     ],
 )
-def test_an_invalid_budget_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_budget_file_raises_an_error_that_names_it(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / f"{OP}.json").write_text(text)
     with pytest.raises(ValueError, match=rf"{OP}\.json is no budget: .*{message}"):
         read_budget(OP, tmp_path)
@@ -190,7 +192,7 @@ WASTE = {
 
 
 @pytest.mark.parametrize(("measured", "message"), WASTE.values(), ids=WASTE)
-def test_violations_are_named(measured: Budget, message: str) -> None:
+def test_each_kind_of_waste_is_reported_as_a_violation(measured: Budget, message: str) -> None:
     found = violations(measured, budget(CASE_COST))
     (sentence,) = [sentence for sentence in found if message in sentence]
     (case,) = measured.cases
@@ -217,7 +219,7 @@ def test_a_violation_names_the_architecture() -> None:
         pytest.param(Budget(OP, "abc", {}), id="no case"),
     ],
 )
-def test_these_differences_are_no_violation(measured: Budget) -> None:
+def test_harmless_differences_are_no_violation(measured: Budget) -> None:
     assert violations(measured, budget(CASE_COST)) == []
 
 
@@ -269,7 +271,7 @@ def test_limits_of_another_triton_are_reported_and_not_enforced(
     assert unenforced(measured, budget(CASE_COST)) == [], "the same Triton"
 
 
-def test_several_kernels_count_as_their_worst() -> None:
+def test_costs_of_several_kernels_are_those_of_the_worst() -> None:
     norm = replace(
         FACTS,
         registers=32,
@@ -334,7 +336,7 @@ def test_the_source_hash_follows_the_files_of_its_op(
 def test_the_source_hash_follows_the_configurations_of_its_op(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was measured for one op leaves the budgets of the others alone."""
+    """A configuration measured for one op leaves the budgets of other ops valid."""
     monkeypatch.setattr(budget_module, "_PACKAGE", tmp_path)
     paths = package(tmp_path)
     for op in ("gemm", "norm"):

@@ -1,6 +1,6 @@
 """Kernels with a known bug: the check for its kind catches each, and names it.
 
-What passes here unnoticed would pass in a real kernel too. The same kernel without the bug passes
+A bug that passes here would pass in a real kernel too. The same kernel without the bug passes
 every check.
 """
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -8,7 +8,6 @@ every check.
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from buggy_kernels import (
     _scale_kernel,
     _window_attention_kernel,
 )
+from canary import Canary
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor
 from torch.nn import functional as F
@@ -123,7 +123,7 @@ def check_window_attention(bug: str) -> None:
 def upstream_window_attention(
     qkv: Tensor, bias: Tensor, window: int, shift: int, scale: float
 ) -> Tensor:
-    """Pads, rolls, partitions and masks as transformers' SwinLayer does."""
+    """Window attention that pads, rolls, partitions and masks as transformers' SwinLayer does."""
     n_rows, n_cols, _, n_heads, head_dim = qkv.shape
     height, width = -(-n_rows // window) * window, -(-n_cols // window) * window
     padded = bias.expand(height, width, *bias.shape).clone()
@@ -139,18 +139,10 @@ def upstream_window_attention(
     return y[0, :n_rows, :n_cols].unflatten(-1, (n_heads, head_dim))
 
 
-class Canary(NamedTuple):
-    """A bug, and what must be raised because of it."""
-
-    check: Callable[[str], None]
-    caught_by: type[Exception]
-    message: str
-
-
 WRONG_NUMBERS = r"y_ptr: error \S+, allowed"
 
 CANARIES = {
-    # the tracer, at the access
+    # raised by the tracer at the access
     "dropped_mask": Canary(check_linear, OutOfBounds, r"program \(1, 0, 0\): load of x_ptr"),
     "one_row_too_many": Canary(check_linear, OutOfBounds, r"program \(1, 0, 0\): store of y_ptr"),
     "wrong_stride_on_a_view": Canary(check_linear, OutOfBounds, "load of x_ptr outside its view"),
@@ -160,21 +152,21 @@ CANARIES = {
     ),
     "written_twice_in_one_store": Canary(check_scale, Race, r"writes element \(0,\) of y_ptr more"),
     "missing_barrier": Canary(check_reverse, Race, r"loads element \(31,\) of scratch_ptr after"),
-    # the tracer, after the launch
+    # raised by the tracer after the launch
     "race_between_programs": Canary(
         check_column_sum, Race, r"programs \(0, 0, 0\) and \(2, 0, 0\) both store element \(0,\)"
     ),
     "race_in_place": Canary(
         check_normalize_in_place, Race, r"\(0, 0, 0\) loads element \(1, 0\) of x_ptr, which .*1, 0"
     ),
-    # the trace, when it is asked
+    # raised by the checks of the trace
     "missing_last_row": Canary(
         check_linear, AssertionError, r"23 elements of y_ptr, .* never; the first is \(18, 0\)"
     ),
     "written_twice": Canary(
         check_linear, AssertionError, r"437 elements of y_ptr, .* more than once; .* \(0, 0\)"
     ),
-    # the numbers of the interpreter, against upstream's
+    # wrong numbers in the interpreter, compared with upstream's
     "missing_other": Canary(check_linear, AssertionError, "y_ptr: error nan"),
     "bf16_accumulator": Canary(check_deep_linear, AssertionError, WRONG_NUMBERS),
     "tf32_where_ieee_was_asked": Canary(check_fp32_linear, AssertionError, WRONG_NUMBERS),
@@ -189,10 +181,7 @@ CANARIES = {
 
 @pytest.mark.parametrize("bug", CANARIES)
 def test_bug_is_caught(bug: str) -> None:
-    canary = CANARIES[bug]
-    with pytest.raises(canary.caught_by, match=canary.message) as caught:
-        canary.check(bug)
-    assert type(caught.value) is canary.caught_by
+    CANARIES[bug].assert_caught(bug)
 
 
 @pytest.mark.parametrize(

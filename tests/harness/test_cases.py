@@ -1,4 +1,4 @@
-"""Files and cases of every op, and cases of every family of models, are found."""
+"""Files and cases of every op and every family of models are found."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_every_op_with_a_kernel_is_found() -> None:
 
 
 @pytest.mark.parametrize("op", op_names())
-def test_an_op_has_its_files_and_its_cases(op: str) -> None:
+def test_every_op_has_a_budget_tests_and_cases(op: str) -> None:
     assert (PACKAGE / "budgets" / f"{op}.json").is_file()
     assert (TESTS / "ops" / f"test_{op}.py").is_file()
     assert find_op(op).call is getattr(fastbb_kernels, op)
@@ -45,7 +45,7 @@ def test_every_family_is_found() -> None:
         assert names and names <= {case.name for case in real_cases()}
 
 
-def test_names_tell_cases_apart() -> None:
+def test_case_names_are_unique() -> None:
     for cases in (small_cases(), real_cases()):
         names = [(case.op, case.name) for case in cases]
         assert len(set(names)) == len(names)

@@ -22,7 +22,9 @@ def names(cases: Sequence[Case]) -> list[str]:
     return [case.name for case in cases]
 
 
-def test_quick_takes_an_op_up_every_rung(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_check_runs_opcheck_interpreter_and_compiler(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert check.main(["--quick", "--op", "bias_act"]) == 0
     out, err = capsys.readouterr()
     header, row = out.splitlines()[:2]
@@ -39,8 +41,8 @@ def test_quick_compiles_one_case_of_every_op(op: str) -> None:
     assert names(quick.small) == names(full.small) != []
 
 
-def test_every_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that find a problem: at the end nothing is left."""
+def test_progress_counts_failed_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that find a problem count too, so that nothing is left at the end."""
     monkeypatch.setattr(check, "check_interpreted", lambda case, dtype: 1 / 0)
     plan = Plan.of("bias_act", [90, "gfx942"], [torch.bfloat16, torch.float32], None, quick=True)
     weights = []
@@ -50,7 +52,7 @@ def test_every_step_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_plans([]) == []
 
 
-def test_a_terminal_has_a_bar_with_the_remaining_time() -> None:
+def test_progress_on_a_terminal_is_a_bar_with_the_remaining_time() -> None:
     file = Terminal()
     progress = Progress(4, file)
     progress.begin("patch_embed")
@@ -60,7 +62,7 @@ def test_a_terminal_has_a_bar_with_the_remaining_time() -> None:
     assert "\r" in file.getvalue() and "left: " in file.getvalue()
 
 
-def test_without_a_terminal_lines_are_few() -> None:
+def test_progress_without_a_terminal_prints_few_lines() -> None:
     file = io.StringIO()
     progress = Progress(1000, file)
     progress.begin("patch_embed")
@@ -73,7 +75,7 @@ def test_without_a_terminal_lines_are_few() -> None:
     assert lines[-1].startswith("100% done in 00:00, about 00:00 left: patch_embed")
 
 
-def test_a_line_says_how_far_it_is_and_how_long_the_rest_takes(
+def test_progress_line_shows_percentage_and_remaining_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("fastbb_kernels.progress._LINES_S", 0.0)

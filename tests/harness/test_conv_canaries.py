@@ -7,11 +7,11 @@ own modules. The same kernel without the bug passes every check.
 # a launch passes plain values for constexpr parameters
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
 from buggy_conv_kernels import _conv_kernel, _max_pool_kernel, _stem_kernel
+from canary import Canary
 from tolerance import assert_as_accurate_as_eager
 from torch import nn
 
@@ -24,7 +24,7 @@ def check_conv(bug: str, stride: int = 1) -> None:
     norm = nn.BatchNorm2d(channels, eps).eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):
         nn.init.normal_(tensor)
-    # no larger than eps, as of channels that hardly vary
+    # variances up to eps, as of channels that hardly vary
     nn.init.uniform_(norm.running_var, 0.0, eps)
     block = nn.Sequential(conv, norm).requires_grad_(False)
     x = torch.randn(1, in_channels, height, width)
@@ -84,23 +84,15 @@ def check_max_pool(bug: str) -> None:
     assert torch.equal(y, nn.MaxPool2d(3, 2, 1)(x[None])[0]), "y_ptr differs from torch's maxima"
 
 
-class Canary(NamedTuple):
-    """A bug, and what must be raised because of it."""
-
-    check: Callable[[str], None]
-    caught_by: type[Exception]
-    message: str
-
-
 WRONG_NUMBERS = r"y_ptr: error \S+, allowed"
 WRONG_MAXIMA = "differs from torch's maxima"
 
 CANARIES = {
-    # the trace, when it is asked
+    # raised by the checks of the trace
     "width_rounded_down": Canary(
         check_strided_conv, AssertionError, r"elements of y_ptr, .* never; the first is \(2, 1, 0\)"
     ),
-    # the numbers of the interpreter, against those of torch's modules
+    # wrong numbers in the interpreter, compared with torch's modules
     "pixel_after_the_strided_one": Canary(check_strided_conv, AssertionError, WRONG_NUMBERS),
     "no_left_border": Canary(check_conv, AssertionError, WRONG_NUMBERS),
     "fixed_eps": Canary(check_conv, AssertionError, WRONG_NUMBERS),
@@ -113,10 +105,7 @@ CANARIES = {
 
 @pytest.mark.parametrize("bug", CANARIES)
 def test_bug_is_caught(bug: str) -> None:
-    canary = CANARIES[bug]
-    with pytest.raises(canary.caught_by, match=canary.message) as caught:
-        canary.check(bug)
-    assert type(caught.value) is canary.caught_by
+    CANARIES[bug].assert_caught(bug)
 
 
 @pytest.mark.parametrize(

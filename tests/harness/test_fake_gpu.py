@@ -28,7 +28,7 @@ def _scale_fwd_kernel(x_ptr, y_ptr, n_elements, SCALE: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _gram_fwd_kernel(x_ptr, y_ptr, n_columns, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """y = x @ x.T for x [BLOCK, n_columns]: what is in flight lies in shared memory."""
+    """y = x @ x.T for x [BLOCK, n_columns]; loads in flight occupy shared memory."""
     rows, k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     y = tl.zeros((BLOCK, BLOCK), tl.float32)
     for start in range(0, n_columns, BLOCK_K):
@@ -74,7 +74,7 @@ def test_a_launch_compiles_for_the_architecture(arch: int | str) -> None:
         assert f"--{arch}" in kernel.asm["amdgcn"]
 
 
-def test_the_binary_depends_on_what_production_specialises_on() -> None:
+def test_alignment_divisibility_and_dtype_decide_the_binary() -> None:
     x = torch.empty(129)
     with fake_gpu(80) as gpu:
         scale(x[:128])
@@ -89,7 +89,9 @@ def test_the_binary_depends_on_what_production_specialises_on() -> None:
     assert [kernel.hash for kernel in gpu.kernels] == [aligned, *others]
 
 
-def test_nothing_runs_and_cuda_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fake_gpu_runs_no_kernel_and_does_not_initialise_cuda(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def touch_cuda() -> None:
         raise AssertionError("torch.cuda was initialised")
 
@@ -100,7 +102,7 @@ def test_nothing_runs_and_cuda_is_not_touched(monkeypatch: pytest.MonkeyPatch) -
     assert y.eq(7.0).all(), "the launcher's own fill"
 
 
-def test_a_second_block_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_block_reuses_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(128)
     archs = (80, 90, "gfx942")
     for arch in archs:
@@ -117,7 +119,7 @@ def test_a_second_block_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         assert gpu.kernels[0].metadata.target.arch == arch, "each has its own cache"
 
 
-def test_a_warm_up_compiles_and_launches_nothing() -> None:
+def test_triton_warmup_compiles_without_a_launch() -> None:
     with fake_gpu(80) as gpu:
         kernel = _scale_fwd_kernel.warmup(torch.float32, torch.float32, 128, 2.0, 128, grid=(1,))
     assert kernel is not None
@@ -144,18 +146,18 @@ def test_too_many_threads_are_refused_as_on_the_device() -> None:
         scale(torch.empty(4096), num_warps=32)
 
 
-def test_a_kernel_that_does_not_compile_is_named() -> None:
+def test_compile_error_names_the_kernel() -> None:
     message = r"(?s)_scale_fwd_kernel on sm_90 \(.*test_fake_gpu\): Comp.*must be a power of 2"
     with fake_gpu(90), pytest.raises(LaunchError, match=message):
         scale(torch.empty(128), block=100)
 
 
-def test_a_wrong_call_is_named() -> None:
+def test_wrong_argument_error_names_the_kernel() -> None:
     with fake_gpu(90), pytest.raises(LaunchError, match="_scale_fwd_kernel on sm_90.*blocks"):
         scale(torch.empty(128), blocks=3)
 
 
-def test_errors_restore_everything() -> None:
+def test_errors_inside_the_block_restore_triton() -> None:
     run, active = JITFunction.run, driver._active
     with pytest.raises(ZeroDivisionError), fake_gpu(90):
         _ = 1 / 0
@@ -166,7 +168,7 @@ def test_errors_restore_everything() -> None:
 
 
 @pytest.mark.parametrize("outer", [fake_gpu, record_launches])
-def test_blocks_do_not_nest(outer) -> None:
+def test_nested_blocks_are_refused(outer) -> None:
     message = "do not nest: leave the outer block first"
     with outer(90) as recording:
         with pytest.raises(RuntimeError, match=message), fake_gpu(80):

@@ -12,7 +12,7 @@ from broken_kernels import (
     CPU,
     MACHINE,
     PretendedHardware,
-    custom_op,
+    correct,
     launch_of,
     launching,
     self_check,
@@ -67,13 +67,13 @@ class Launcher:
         tiling = chosen_config("tiles", tiles, x.device, len(x)).name
         note_binary(f"digest of {tiling}")
         self.seen.append((tiling, len(x)))
-        y = custom_op(OP)(x, *args)
+        y = correct(OP)(x, *args)
         if tiling == self.wrong:
             y[-1, -1] += y.abs().max()
         return y
 
 
-def test_each_configuration_is_tried_at_its_first_launch(tmp_path: Path) -> None:
+def test_each_launch_config_is_checked_at_its_first_launch(tmp_path: Path) -> None:
     launcher = Launcher(wrong="large")
     with launching(linear_residual=launcher), use(self_check(tmp_path)):
         for _ in range(2):
@@ -91,7 +91,7 @@ def test_each_configuration_is_tried_at_its_first_launch(tmp_path: Path) -> None
         assert len(launcher.seen) == 2
 
 
-def test_another_process_tries_only_what_is_new(tmp_path: Path) -> None:
+def test_another_process_checks_only_new_launch_configs(tmp_path: Path) -> None:
     with launching(linear_residual=Launcher()), use(self_check(tmp_path)):
         linear_residual(*arguments(FEW))
     launcher = Launcher()
@@ -108,7 +108,7 @@ def test_another_process_tries_only_what_is_new(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 1, "true", {}], ids=str)
-def test_a_binary_with_an_invalid_record_is_checked(value: Any, tmp_path: Path) -> None:
+def test_binary_with_an_invalid_record_is_checked_again(value: Any, tmp_path: Path) -> None:
     check = self_check(tmp_path)
     check.cache(CPU).put(BINARIES, f"{OP}/torch.float32/digest of small", value)
     launcher = Launcher(wrong="small")
@@ -116,12 +116,12 @@ def test_a_binary_with_an_invalid_record_is_checked(value: Any, tmp_path: Path) 
         assert torch.equal(linear_residual(*arguments(FEW)), expected(FEW))
 
 
-def test_a_binary_that_few_rows_do_not_launch_is_checked_with_all(tmp_path: Path) -> None:
-    """A binary that depends on the rows themselves, and not on a configuration."""
+def test_binary_that_depends_on_the_rows_is_checked_with_all_rows(tmp_path: Path) -> None:
+    """The binary depends on the number of rows, not on a launch configuration."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         note_binary(f"{len(x) == MANY}")
-        return (broken.wrong if len(x) == MANY else custom_op)(OP)(x, *args)
+        return (broken.wrong if len(x) == MANY else correct)(OP)(x, *args)
 
     with (
         launching(linear_residual=launch),
@@ -136,7 +136,7 @@ def test_a_binary_that_no_check_launches_is_not_used(tmp_path: Path) -> None:
 
     def launch(*args: Any) -> Tensor:
         note_binary(f"another each time: {next(calls)}")
-        return custom_op(OP)(*args)
+        return correct(OP)(*args)
 
     with launching(linear_residual=launch), use(self_check(tmp_path)):
         with pytest.warns(KernelWarning, match="not checked: other kernels are launched"):
@@ -146,7 +146,7 @@ def test_a_binary_that_no_check_launches_is_not_used(tmp_path: Path) -> None:
         assert next(calls) == n_calls + 1
 
 
-def test_the_result_of_a_new_binary_is_not_used_while_a_graph_is_captured(tmp_path: Path) -> None:
+def test_unchecked_binary_is_not_used_while_a_graph_is_captured(tmp_path: Path) -> None:
     hardware = PretendedHardware()
     launcher = Launcher(wrong="large")
     with launching(linear_residual=launcher), use(self_check(tmp_path, hardware)):
@@ -172,8 +172,8 @@ def test_a_launch_inside_a_compiled_graph_is_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("op", op_names())
-def test_random_arguments_suit_every_kernel(op: str, tmp_path: Path) -> None:
-    """In the interpreter, where kernels are right."""
+def test_every_kernel_passes_its_check_with_random_arguments(op: str, tmp_path: Path) -> None:
+    """Runs in the interpreter, where kernels are right."""
     cases = [case for case in small_cases() if case.op == op]
     case = min(cases, key=lambda case: find_op(op).n_bytes(**case.arguments("meta", torch.half)))
     check = self_check(tmp_path)
@@ -182,10 +182,10 @@ def test_random_arguments_suit_every_kernel(op: str, tmp_path: Path) -> None:
     assert check.results(CPU) == {(op, torch.float16): None}
 
 
-# what few images are made of
+# inputs of a check with few images
 
 
-def test_few_images_have_the_strides_and_the_alignment_of_all() -> None:
+def test_check_inputs_keep_the_strides_and_alignment_of_the_call() -> None:
     launch = launch_of("window_attention")
     memory = torch.zeros(8 * 4 * 4 * 96 + 3)
     qkv = memory[3:].view(8, 4, 4, 96).transpose(1, 2)
@@ -200,7 +200,7 @@ def test_few_images_have_the_strides_and_the_alignment_of_all() -> None:
     assert launch.alike((qkv, bias), None, seed=0)[0].shape == qkv.shape
 
 
-def test_values_have_the_magnitude_of_their_kind() -> None:
+def test_check_inputs_have_realistic_magnitudes() -> None:
     launch = launch_of("layer_norm_linear")
     zeros = [torch.zeros(shape) for shape in ((3, 5, 1024), (1024,), (1024,), (256, 1024), (256,))]
     x, norm_weight, norm_bias, weight, bias = launch.alike((*zeros, 1e-5, None), None, seed=0)[:5]

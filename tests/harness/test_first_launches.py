@@ -23,8 +23,8 @@ def test_every_production_binary_is_covered(
     assert found.missed == ()
 
 
-def test_without_its_configuration_a_launch_is_not_covered() -> None:
-    """What the test above rests on."""
+def test_launch_without_its_configuration_is_not_covered() -> None:
+    """Control for the test above."""
     with mock.patch("fastbb_kernels.check.forced", lambda configs: launching.forced({})):
         assert len(first_launches("swin_t", BATCHES, torch.bfloat16, 90).missed) > 5
 

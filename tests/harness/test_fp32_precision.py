@@ -24,7 +24,7 @@ from fastbb_kernels.fp32_precision import (
 )
 from fastbb_kernels.testing import interpret
 
-# what a user may say in `b = torch.backends`, and whether matrices are then multiplied in TF32
+# settings of a user (`b = torch.backends`), and whether products are then in TF32
 SETTINGS = {
     "pass": False,
     "torch.set_float32_matmul_precision('high')": True,
@@ -73,7 +73,7 @@ NAMES = {"torch": torch, "b": BACKENDS}
 
 
 def in_another_process(call: Callable[[], None]) -> None:
-    """Some settings, once set, have no way back to what they were in a new process."""
+    """Runs in another process, since some settings cannot be set back to their initial values."""
     context = multiprocessing.get_context("fork")
     said, saying = context.Pipe(duplex=False)
 
@@ -94,7 +94,7 @@ def in_another_process(call: Callable[[], None]) -> None:
 
 
 def said() -> dict[str, Any]:
-    """What every getter says."""
+    """Values of every public getter."""
 
     def value(getter: str) -> Any:
         try:
@@ -106,7 +106,7 @@ def said() -> dict[str, Any]:
 
 
 def stored() -> list[dict[str, Any]]:
-    """What every getter says, also where what it follows is set otherwise."""
+    """Values of every getter, also after the setting that it follows is changed."""
     found = [said()]
     own = own_setting("generic")
     for generic, cuda in product(("none", "ieee", "tf32", "bf16"), ("none", "ieee", "tf32")):
@@ -125,7 +125,7 @@ def own_setting(backend: str) -> str:
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
+def test_kernels_follow_the_tf32_settings_of_pytorch(setting: str) -> None:
     x, weight, residual = torch.randn(16, 64), torch.randn(32, 64), torch.zeros(16, 32)
     exact = x.double() @ weight.double().T
 
@@ -146,7 +146,7 @@ def test_kernels_multiply_as_pytorch_is_told_to(setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("precision", [None, "fp32", "tf32"])
-def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> None:
+def test_engine_restores_the_tf32_settings_of_the_user(precision: Any, setting: str) -> None:
     backbone: Any = nn.Linear(1, 1)  # of a backbone, only the dtype of its weights is read
     engine = Engine(BackboneMaps(backbone), Settings("eager", precision))
     pixels = torch.zeros(1)
@@ -179,7 +179,7 @@ def test_an_engine_restores_the_users_settings(precision: Any, setting: str) -> 
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-def test_old_getters_report_the_precision(precision: Any) -> None:
+def test_old_getters_of_pytorch_report_the_precision(precision: Any) -> None:
     def check() -> None:
         torch.set_float32_matmul_precision("highest" if precision == "tf32" else "medium")
         torch.backends.cudnn.allow_tf32 = precision == "ieee"
@@ -194,7 +194,7 @@ def test_old_getters_report_the_precision(precision: Any) -> None:
     in_another_process(check)
 
 
-def test_dynamo_traces_what_reads_them() -> None:
+def test_dynamo_traces_functions_that_read_the_precision() -> None:
     def scaled(x: Tensor) -> Tensor:
         return x * (2 if input_precision(x.dtype) == convolution_precision() == "tf32" else 3)
 

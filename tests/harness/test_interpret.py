@@ -158,19 +158,19 @@ def test_casts_round_like_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_casts_keep_what_is_not_finite(dtype: torch.dtype) -> None:
+def test_casts_keep_infinity_and_nan(dtype: torch.dtype) -> None:
     x = torch.tensor([float("inf"), float("-inf"), float("nan"), 3.4e38])
     torch.testing.assert_close(cast(x, dtype), x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_fp8_saturates_as_the_instruction_does(dtype: torch.dtype) -> None:
+def test_fp8_casts_saturate(dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     got = cast(torch.tensor([float("inf"), -1e9, float("nan"), 2 * largest]), dtype).float()
     assert got[[0, 1, 3]].tolist() == [largest, -largest, largest] and got[2].isnan()
 
 
-def test_round_toward_zero() -> None:
+def test_rtz_casts_truncate() -> None:
     x = random(4096)
     got, nearest = cast(x, torch.bfloat16, "rtz").float(), x.bfloat16().float()
     truncated = (x.view(torch.int32) & -65536).view(torch.float32)
@@ -199,12 +199,12 @@ def test_integer_dots_are_exact() -> None:
     assert torch.equal(dot(a, b, torch.int32), a.int() @ b.int())
 
 
-def test_a_dot_may_accumulate_in_fp16() -> None:
+def test_fp16_dot_is_the_rounded_fp32_product() -> None:
     a, b = random(32, 64, dtype=torch.float16), random(64, 16, dtype=torch.float16)
     assert torch.equal(dot(a, b, torch.float16), (a.float() @ b.float()).half())
 
 
-def test_input_precision_of_fp32_dots() -> None:
+def test_input_precision_sets_the_error_of_fp32_dots() -> None:
     a, b = random(32, 64), random(64, 32)
     exact = a.double() @ b.double()
     error = {
@@ -232,7 +232,7 @@ def test_input_precision_of_fp32_dots() -> None:
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_functions_of_libdevice(name: str, function: Any) -> None:
+def test_libdevice_functions_equal_torch(name: str, function: Any) -> None:
     x = random(256).abs() + 0.1
     y = torch.empty_like(x)
     with interpret():
@@ -240,7 +240,7 @@ def test_functions_of_libdevice(name: str, function: Any) -> None:
     torch.testing.assert_close(y, function(x), rtol=1e-6, atol=0)
 
 
-def test_what_libdevice_has_and_we_do_not_is_named() -> None:
+def test_missing_libdevice_function_raises_an_error_that_names_it() -> None:
     with interpret(), pytest.raises(InterpreterError, match="no __nv_j0f of libdevice"):
         _function_kernel[(1,)](random(8), random(8), NAME="j0", N=8)
 
@@ -250,7 +250,7 @@ def test_what_libdevice_has_and_we_do_not_is_named() -> None:
     [(torch.float32, float("nan")), (torch.bfloat16, float("nan")), (torch.int32, 2**31 - 1)],
     ids=str,
 )
-def test_lanes_without_other_are_poisoned(dtype: torch.dtype, undefined: float) -> None:
+def test_masked_lanes_without_other_are_poisoned(dtype: torch.dtype, undefined: float) -> None:
     x, y = torch.ones(8, dtype=dtype), torch.zeros(8, dtype=dtype)
     with interpret():
         _masked_load_kernel[(1,)](x, y, 5, OTHER=None, N=8)
@@ -262,7 +262,7 @@ def test_lanes_without_other_are_poisoned(dtype: torch.dtype, undefined: float) 
 
 
 def test_a_float_argument_is_fp32_as_in_compiled_code() -> None:
-    # as a Python number it would take the dtype of x, and the products would round to bf16
+    # a Python number would take the dtype of x, so the products would round to bf16
     x, y = random(64, dtype=torch.bfloat16), torch.empty(1)
     with interpret():
         _scaled_sum_kernel[(1,)](x, y, 0.1, N=64)
@@ -281,7 +281,7 @@ def test_autotuning_runs_every_configuration(monkeypatch: pytest.MonkeyPatch) ->
     x, y = torch.ones(64), torch.zeros(64)
     with interpret():
         _tuned_kernel[(1,)](x, y)
-    # the last one ran on what was there before the others
+    # the last configuration ran on the original contents of y
     assert seen == [32, 64] and y.tolist() == [1.0] * 64
 
 
@@ -293,7 +293,7 @@ def patched_state() -> dict[str, dict[str, Any]]:
     return {**state, "dispatch": {"pretending": _dispatch.launches_directly()}}
 
 
-def test_everything_is_restored() -> None:
+def test_interpret_restores_triton_afterwards() -> None:
     x, y = torch.ones(64), torch.zeros(64)
     before = patched_state()
     with interpret(), interpret():
@@ -316,7 +316,7 @@ def test_leaving_an_inner_block_keeps_interpreting() -> None:
         assert _dispatch.launches_directly() and y[0] == 128
 
 
-def test_a_pretended_gpu_does_not_compute() -> None:
+def test_interpret_inside_record_launches_is_refused() -> None:
     with (
         record_launches(90),
         pytest.raises(RuntimeError, match="leave that first"),
@@ -326,7 +326,7 @@ def test_a_pretended_gpu_does_not_compute() -> None:
     assert not _dispatch.launches_directly()
 
 
-def test_compiling_works_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compile_before_and_after_interpret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.compilation, "always_compile", True)
     x, y = torch.ones(64), torch.zeros(64)
     for n in (32, 64):
@@ -338,7 +338,7 @@ def test_compiling_works_before_and_after(monkeypatch: pytest.MonkeyPatch) -> No
         assert y[0] == 2 * n
 
 
-def test_kernels_that_are_defined_inside_the_block_are_compiled_later(tmp_path: Path) -> None:
+def test_kernel_defined_inside_the_block_compiles_afterwards(tmp_path: Path) -> None:
     file = tmp_path / "late.py"
     file.write_text(
         "import triton\nimport triton.language as tl\n\n@triton.jit\n"
@@ -370,7 +370,7 @@ def test_errors_name_kernel_and_program() -> None:
     ]
 
 
-def test_tensors_elsewhere_are_refused() -> None:
+def test_meta_tensors_are_refused() -> None:
     y = torch.zeros(3, device="meta")
     with (
         interpret(),
@@ -379,7 +379,7 @@ def test_tensors_elsewhere_are_refused() -> None:
         _fail_in_program_kernel[(3,)](y, 3)
 
 
-def test_triton_s_own_switch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_interpret_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), interpret():
         pass

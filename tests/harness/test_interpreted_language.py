@@ -27,12 +27,12 @@ def interpreted() -> Iterator[None]:
 def _logic_kernel(a_ptr, b_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     a, b = tl.load(a_ptr + i), tl.load(b_ptr + i)
-    # of whole tiles, where Python would ask whether the first tile is true
+    # of whole tiles, whose truth value Python would need
     y = (a > 0 and b > 0) or not (a < b)
     tl.store(y_ptr + i, y)
 
 
-def test_and_or_not_of_tiles() -> None:
+def test_and_or_not_of_tiles_are_elementwise() -> None:
     a, b = torch.randn(64), torch.randn(64)
     y = torch.empty(64, dtype=torch.bool)
     _logic_kernel[(1,)](a, b, y, N=64)
@@ -41,14 +41,14 @@ def test_and_or_not_of_tiles() -> None:
 
 @triton.jit
 def _short_circuit_kernel(y_ptr, N: tl.constexpr, x_ptr=None):
-    # the right side is not evaluated, or there would be an error
+    # evaluating the right side would raise an error
     if x_ptr is not None and tl.load(x_ptr) > 0:
         tl.store(y_ptr, 2.0)
     if not N > 3 or x_ptr is None:
         tl.store(y_ptr, 1.0)
 
 
-def test_and_or_not_of_constants_stop_early() -> None:
+def test_and_or_not_of_constants_short_circuit() -> None:
     y = torch.zeros(1)
     _short_circuit_kernel[(1,)](y, N=4)
     assert y.item() == 1
@@ -66,7 +66,7 @@ def _extremes_kernel(x_ptr, y_ptr, i_ptr, M: tl.constexpr, N: tl.constexpr):
     tl.store(i_ptr + M, tl.argmin(tl.min(x, 0), 0))
 
 
-def test_the_first_of_equal_extremes_wins_and_nan_loses() -> None:
+def test_argmax_takes_the_first_of_equal_values_and_ignores_nan() -> None:
     x = torch.randint(-4, 4, (8, 32)).float()
     y, i = torch.empty(10), torch.empty(9, dtype=torch.int32)
     for skipped in (0, 1):
@@ -95,7 +95,7 @@ def _variance_kernel(x_ptr, y_ptr, M: tl.constexpr, N: tl.constexpr):
     tl.store(y_ptr + m, m2 / count)
 
 
-def test_reductions_with_a_function_of_the_kernel() -> None:
+def test_reduce_with_a_custom_combine_function_equals_torch() -> None:
     x, y = torch.randn(16, 128) + 5, torch.empty(16)
     _variance_kernel[(1,)](x, y, M=16, N=128)
     torch.testing.assert_close(y, x.var(1, correction=0))
@@ -111,7 +111,7 @@ def _sums_kernel(x_ptr, total_ptr, running_ptr, AXIS: tl.constexpr, N: tl.conste
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32], ids=str)
 @pytest.mark.parametrize("axis", [0, 1, -1])
-def test_sums(axis: int, dtype: torch.dtype) -> None:
+def test_sum_and_cumsum_equal_torch(axis: int, dtype: torch.dtype) -> None:
     x = torch.randint(-9, 9, (16, 16)).to(dtype)
     total, running = torch.empty(16, dtype=dtype), torch.empty(16, 16, dtype=dtype)
     _sums_kernel[(1,)](x, total, running, AXIS=axis, N=16)
@@ -144,7 +144,7 @@ def _arguments_kernel(pair, y_ptr, flag, nothing, TYPE: tl.constexpr, N: tl.cons
     tl.store(y_ptr + i, x.to(TYPE))
 
 
-def test_arguments_of_every_kind() -> None:
+def test_tuple_none_dtype_and_constexpr_arguments_are_passed() -> None:
     x, y = torch.randn(40), torch.empty(32, dtype=torch.float16)
     _arguments_kernel[lambda meta: (meta["N"] // 32,)](
         Pair(x, 8), y, True, None, TYPE=tl.float16, N=32, num_warps=2
@@ -185,7 +185,7 @@ def _atomic_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.atomic_add(y_ptr + i % 4, tl.load(x_ptr + tl.program_id(0) * N + i))
 
 
-def test_atomics() -> None:
+def test_atomic_adds_of_all_programs_add_up() -> None:
     x, y = torch.randint(0, 9, (3, 16)).float(), torch.zeros(4)
     _atomic_kernel[(3,)](x, y, N=16)
     assert torch.equal(y, x.view(-1, 4).sum(0))
@@ -205,7 +205,7 @@ def _loop_kernel(x_ptr, y_ptr, n, STEP: tl.constexpr):
     tl.store(y_ptr + i, acc + left)
 
 
-def test_loops() -> None:
+def test_for_static_range_and_while_loops_equal_python() -> None:
     x, y = torch.randn(40), torch.empty(16)
     _loop_kernel[(1,)](x, y, 40, STEP=16)
     want = 4 * torch.cat([x, torch.zeros(8)]).view(3, 16).sum(0) + 8
@@ -226,7 +226,7 @@ def scaled(kernel: triton.JITFunction) -> float:
     return x.item()
 
 
-def test_kernels_see_the_variables_around_them() -> None:
+def test_kernels_read_constexprs_of_their_closure() -> None:
     twice, thrice = kernel_around(tl.constexpr(2)), kernel_around(tl.constexpr(3))
     assert (scaled(twice), scaled(thrice), scaled(twice)) == (2, 3, 2)
 
@@ -238,7 +238,7 @@ def _heuristic_kernel(y_ptr, n, EVEN: tl.constexpr):
 
 
 @pytest.mark.parametrize("n", [32, 33])
-def test_heuristics(n: int) -> None:
+def test_heuristics_set_the_constexpr(n: int) -> None:
     y = torch.empty(1)
     _heuristic_kernel[(1,)](y, n)
     assert y.item() == (n == 32)
@@ -251,7 +251,7 @@ def _broadcast_pointer_kernel(x_ptr, y_ptr, N: tl.constexpr):
     tl.store(tl.broadcast_to(y_ptr + i[:, None], (N, N)), x, mask=i[None, :] == 3)
 
 
-def test_broadcast_pointers() -> None:
+def test_broadcast_pointers_load_the_same_element() -> None:
     x, y = torch.randn(8), torch.empty(8)
     _broadcast_pointer_kernel[(1,)](x, y, N=8)
     assert torch.equal(y, x[3].expand(8))

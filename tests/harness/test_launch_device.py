@@ -19,7 +19,7 @@ SECOND = torch.device("cuda:1")
 
 
 class Driver:
-    """Two GPUs, of which the first is current; notes where kernels are launched.
+    """Two GPUs, of which the first is current; records where kernels are launched.
 
     Attributes:
         current: index of the current device.
@@ -53,7 +53,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
 @contextmanager
 def on_second_gpu() -> Iterator[None]:
-    """Tensors may say that they are on a GPU that is not there."""
+    """Makes fake tensors on a second GPU that does not exist."""
     with FakeTensorMode(), torch.no_grad():
         yield
 
@@ -77,7 +77,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(op: str, driver: Driver) -
     assert driver.launched_on == [1]
 
 
-def test_a_launch_that_fails_leaves_the_current_device(
+def test_failed_launch_keeps_the_current_device(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
@@ -90,12 +90,12 @@ def test_a_launch_that_fails_leaves_the_current_device(
         launch(x, torch.empty(8, 8, device=SECOND), None, x)
 
 
-def test_the_tests_above_launch_as_on_a_gpu() -> None:
-    """As on a GPU, or the tests above would show nothing."""
+def test_these_tests_do_not_launch_directly() -> None:
+    """Control for the tests above: launches take the path of a GPU."""
     assert not _dispatch.launches_directly()
 
 
-def test_kernels_launch_on_gpus_and_on_pretended_ones() -> None:
+def test_kernels_launch_only_on_gpus_and_pretended_gpus() -> None:
     devices = [torch.device(name) for name in ("cuda:1", "cpu", "meta")]
     assert [_dispatch.launches_on(device) for device in devices] == [True, False, False]
     with _dispatch.pretend(90):

@@ -32,7 +32,7 @@ NVIDIA_DRIVER = (
 )
 
 
-def test_cpu() -> None:
+def test_cpu_machine_has_torch_threads_and_capability() -> None:
     machine = Machine.of(torch.device("cpu"))
     assert all(isinstance(value, str) for value in asdict(machine).values())
     assert machine.device and machine.kernels and machine.driver == ""
@@ -47,7 +47,9 @@ def test_cpu() -> None:
     [(None, "", "9.0", "570.86.15"), ("7.0", "gfx942:sramecc+:xnack-", "gfx942", "6.12.12")],
     ids=["nvidia", "amd"],
 )
-def test_gpu(hip: str | None, arch: str, capability: str, driver: str, tmp_path: Path) -> None:
+def test_gpu_machine_has_driver_and_capability(
+    hip: str | None, arch: str, capability: str, driver: str, tmp_path: Path
+) -> None:
     nvidia, amd = tmp_path / "nvidia", tmp_path / "amd"
     nvidia.write_text(NVIDIA_DRIVER)
     amd.write_text("6.12.12\n")
@@ -85,7 +87,7 @@ def test_every_field_changes_the_key(field: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["_dispatch.py", "ops/patch_embed.py", "triton_kernels/config.py"])
-def test_the_digest_follows_the_sources(name: str, tmp_path: Path) -> None:
+def test_changed_kernel_source_changes_the_digest(name: str, tmp_path: Path) -> None:
     copy = tmp_path / "fastbb_kernels"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "budgets"))
     with mock.patch.object(machine_module, "_PACKAGE", copy):
@@ -96,7 +98,7 @@ def test_the_digest_follows_the_sources(name: str, tmp_path: Path) -> None:
 
 
 def test_the_machine_is_known_without_package_metadata(tmp_path: Path) -> None:
-    """As on a machine where nothing may be installed: no metadata, another folder."""
+    """Runs from a copied folder without package metadata."""
     shutil.copytree(
         PACKAGE, tmp_path / "fastbb_kernels", ignore=shutil.ignore_patterns("__pycache__")
     )

@@ -55,7 +55,7 @@ def chosen(n_rows: int, features: int = 96, dtype: torch.dtype = torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfCheck]:
-    """A GPU of which nothing is known, and an empty package."""
+    """A GPU without any results, and a package without configurations."""
     monkeypatch.setattr(measured, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: NAME)
     monkeypatch.setattr(launching, "architecture", lambda device: 90)
@@ -68,7 +68,7 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SelfCheck
 
 @contextmanager
 def pretend_only(check: SelfCheck) -> Iterator[None]:
-    """A machine with this check, on which another GPU is pretended."""
+    """A machine with this check, on which a GPU is pretended."""
     installed, own = _dispatch._installed_check, _dispatch._own_check
     _dispatch._installed_check, _dispatch._own_check = None, check
     try:
@@ -80,15 +80,15 @@ def pretend_only(check: SelfCheck) -> Iterator[None]:
 
 
 def forget() -> None:
-    """As another process."""
+    """Forgets what was read, as a new process."""
     measured.forget()
 
 
-def test_nothing_was_measured() -> None:
+def test_default_config_is_used_if_nothing_was_measured() -> None:
     assert chosen(1000) is USUAL
 
 
-def test_what_was_measured_runs() -> None:
+def test_measured_config_is_used_for_its_sizes() -> None:
     path = write_configs(NAME, {TABLE: [entry(1000)]}, {"torch": "2.14"})
     assert path.name == "pretended-gpu.json" and path == config_path(NAME)
     assert json.loads(path.read_text())["device"] == NAME
@@ -107,7 +107,7 @@ def test_a_measured_config_holds_for_half_to_twice_its_rows() -> None:
     assert rows == {499: 64, 500: 16, 1000: 16, 1700: 16, 1800: 32, 3000: 32, 6000: 32, 6001: 64}
 
 
-def test_the_package_comes_before_the_cache(check: SelfCheck) -> None:
+def test_package_config_wins_over_a_cached_config(check: SelfCheck) -> None:
     check.cache(CUDA).put(SECTION, TABLE, [entry(1000, rows=16)])
     assert chosen(1000).tile.rows == 16
     write_configs(NAME, {TABLE: [entry(1000, rows=32)]}, {})
@@ -116,7 +116,7 @@ def test_the_package_comes_before_the_cache(check: SelfCheck) -> None:
     assert chosen(400).tile.rows == 64
 
 
-def test_a_forced_config_wins_over_both() -> None:
+def test_forced_config_wins_over_package_and_cache() -> None:
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     other = USUAL._replace(resident=True)
     with forced({TABLE: other}):
@@ -145,14 +145,14 @@ def test_a_file_that_cannot_be_used_is_ignored(text: str, check: SelfCheck) -> N
     assert chosen(1000) is USUAL
 
 
-def test_pretended_devices_know_nothing_measured() -> None:
-    """What is compiled for an architecture does not depend on one GPU of it."""
+def test_pretended_devices_use_the_default_config() -> None:
+    """Code compiled for an architecture does not depend on one GPU of that architecture."""
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     cpu = torch.device("cpu")
     assert chosen_config(TABLE, launch_config, cpu, 1000, 96, torch.bfloat16) is USUAL
 
 
-def test_what_is_compiled_for_a_gpu_takes_what_was_measured_on_it() -> None:
+def test_compiling_for_a_named_gpu_uses_its_measured_config() -> None:
     write_configs(NAME, {TABLE: [entry(1000)]}, {})
     cpu = torch.device("cpu")
     with configured_as_on(CUDA):
@@ -160,8 +160,8 @@ def test_what_is_compiled_for_a_gpu_takes_what_was_measured_on_it() -> None:
     assert config.tile.rows == 128
 
 
-def test_a_cached_config_is_used_there_too(check: SelfCheck) -> None:
-    """Though a pretended GPU has no check, and what is read once is kept."""
+def test_compiling_for_a_named_gpu_uses_its_cached_config(check: SelfCheck) -> None:
+    """The pretended GPU has no check of its own, and a config that was read is kept."""
     check.cache(CUDA).put(SECTION, TABLE, [entry(1000, rows=16)])
     cpu = torch.device("cpu")
     with pretend_only(check), configured_as_on(CUDA):
@@ -172,7 +172,7 @@ def test_a_cached_config_is_used_there_too(check: SelfCheck) -> None:
 
 @pytest.mark.parametrize("op", op_names())
 def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
-    """What a sweep writes is what a launch reads."""
+    """A launch reads the configuration that a sweep wrote."""
     case = next(case for case in checked_cases() if case.op == op)
     with (
         record_launches(90),
@@ -191,10 +191,10 @@ def test_every_configuration_survives_json(op: str, check: SelfCheck) -> None:
         assert config == usual and config is not usual and type(config) is type(usual)
 
 
-def test_gpus_of_one_architecture_launch_what_was_measured_on_each(
+def test_gpus_of_one_architecture_use_their_own_measured_configs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The file of the README; what a GPU's file does not have is the architecture's."""
+    """Uses the example file of the README; entries that it lacks come from the architecture."""
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200"]
     h100, h200 = (torch.device("cuda", index) for index in range(2))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])

@@ -1,4 +1,4 @@
-"""Pins of Triton's internals: what `interpret` replaces or calls exists with these signatures.
+"""Pins of Triton's internals: names and signatures that `interpret` replaces or calls.
 
 A failure here after an upgrade of triton says what changed, before other tests fail for reasons
 that are hard to see.
@@ -24,7 +24,7 @@ from fastbb_kernels.testing.numpy_builder import NumpyBuilder
 # the floor of pyproject.toml, and the pin of constraints.txt
 VERSIONS = ("3.6.", "3.8.")
 
-# what numpy_builder.py overrides has the signature of upstream's, which another test compares
+# operations that numpy_builder.py overrides are compared in another test
 SIGNATURES = {
     # interpreter.py: _patched
     "interpreter._LangPatchScope.set_attr": "(self, obj, name, value)",
@@ -98,12 +98,12 @@ def find(name: str) -> Any:
 
 
 def signature(function: Any) -> str:
-    """Parameters and their defaults; annotations say nothing about calls."""
+    """Parameters and their defaults; annotations do not matter to callers."""
     parameters = inspect.signature(function).parameters.values()
     return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 
 
-def test_version() -> None:
+def test_triton_version_is_a_tested_one() -> None:
     assert triton.__version__.startswith(VERSIONS), (
         f"the harness was tested with triton {VERSIONS}, this is {triton.__version__}: the other "
         "tests of this file say what to repair; then change VERSIONS and constraints.txt"
@@ -111,20 +111,20 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_signature(name: str) -> None:
+def test_signature_is_unchanged(name: str) -> None:
     got = signature(find(name))
     assert got == SIGNATURES[name], f"triton {triton.__version__}: {name}{got}: {WHERE}"
 
 
 @pytest.mark.parametrize("name", PRESENT)
-def test_presence(name: str) -> None:
+def test_name_exists_in_triton(name: str) -> None:
     find(name)
 
 
 @pytest.mark.parametrize(
     "name", [n for n in vars(NumpyBuilder) if n.startswith(("create", "cast"))]
 )
-def test_overridden_operation(name: str) -> None:
+def test_overridden_operation_has_the_signature_of_triton(name: str) -> None:
     upstream = find(f"interpreter.InterpreterBuilder.{name}")
     ours = signature(getattr(NumpyBuilder, name))
     assert signature(upstream) == ours, (
@@ -133,13 +133,13 @@ def test_overridden_operation(name: str) -> None:
     )
 
 
-def test_options_of_the_builder() -> None:
+def test_interpreter_options_are_unchanged() -> None:
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     assert options.default_dot_input_precision == "tf32", f"another default precision: {WHERE}"
     assert {"tf32", "tf32x3", "ieee"} == set(options.allowed_dot_input_precisions), WHERE
 
 
-def test_initial_state_of_tritons_objects() -> None:
+def test_initial_state_of_tritons_objects_is_unchanged() -> None:
     @triton.jit
     def _kernel(x_ptr, N: tl.constexpr):
         pass

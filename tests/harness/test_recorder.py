@@ -46,7 +46,7 @@ def add(x: Tensor, y: Tensor | None, block: int = 64, **options) -> Tensor:
     return out
 
 
-def test_a_launch_is_written_down_as_production_makes_it() -> None:
+def test_recorded_launch_has_grid_constants_scalars_and_tensors() -> None:
     x, y = meta(10, 20, dtype=torch.bfloat16), meta(20, 10).T
     with record_launches() as recording:
         add(x, y, block=32, num_warps=8)
@@ -62,7 +62,7 @@ def test_a_launch_is_written_down_as_production_makes_it() -> None:
     assert (launch.num_warps, launch.num_stages) == (8, 3)
 
 
-def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_launches_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_anything(*args, **kwargs) -> None:
         raise AssertionError("compiled")
 
@@ -76,7 +76,7 @@ def test_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         _ = recording.launches[0].shared
 
 
-def test_none_is_a_constant() -> None:
+def test_none_argument_is_recorded_as_a_constant() -> None:
     with record_launches() as recording:
         add(meta(8), None)
     assert recording.launches[0].constexprs == {"y_ptr": None, "BLOCK": 64}
@@ -120,13 +120,13 @@ def test_tensors_in_tuples_and_descriptors_have_names() -> None:
         pytest.param(lambda x: x[0].unfold(0, 3, 1), 6, id="overlapping windows"),
     ],
 )
-def test_distinct_elements_count_once(view: Callable[[Tensor], Tensor], n_elements: int) -> None:
+def test_elements_of_a_view_count_once(view: Callable[[Tensor], Tensor], n_elements: int) -> None:
     x = view(torch.arange(24.0).reshape(4, 6))
     assert n_elements == len(set(x.flatten().tolist()))
     assert TensorArgument.of(x).n_elements == n_elements
 
 
-def test_bytes_are_those_of_each_argument_once() -> None:
+def test_bytes_of_each_argument_count_once() -> None:
     x, bias = meta(16, 8, dtype=torch.bfloat16), meta(8)
     with record_launches() as recording:
         _add_fwd_kernel[(1,)](x, bias.expand(16, 8), x, 128, 64)
@@ -168,7 +168,7 @@ def test_an_autotuned_kernel_is_refused_by_name() -> None:
         _tuned_fwd_kernel[(1,)](x, 8)
 
 
-def test_a_wrong_architecture_is_named() -> None:
+def test_unknown_architecture_raises_value_error() -> None:
     with (
         pytest.raises(ValueError, match=r"one of \[80, 86.*'gfx942'\], got 91"),
         record_launches(91),
@@ -176,7 +176,7 @@ def test_a_wrong_architecture_is_named() -> None:
         pass
 
 
-def test_blocks_do_not_nest_and_errors_restore_everything() -> None:
+def test_nested_blocks_are_refused_and_errors_restore_triton() -> None:
     run = JITFunction.run
     with pytest.raises(RuntimeError, match="do not nest"):  # noqa: SIM117  (the inner one raises)
         with record_launches():

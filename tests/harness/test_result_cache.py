@@ -30,14 +30,14 @@ def content(**changes: object) -> bytes:
     return json.dumps({**good, **changes}).encode()
 
 
-def test_results_outlive_the_cache(folder: Path) -> None:
+def test_results_are_read_by_a_new_cache_object(folder: Path) -> None:
     cache = ResultCache(MACHINE, folder)
     assert cache.get("times", "a") is None and cache.items("times") == {}
     cache.put("times", "a", {"median_s": 0.25, "name": "größer", "tries": (1, 2)})
     cache.put("times", "b", None)
     cache.put("self_check", "a", False)
     for same in (cache, ResultCache(MACHINE, folder)):
-        # what a value becomes in JSON, it is at once
+        # values are converted as by JSON, at once
         assert same.get("times", "a") == {"median_s": 0.25, "name": "größer", "tries": [1, 2]}
         assert same.items("times").keys() == {"a", "b"}
         assert same.items("self_check") == {"a": False}
@@ -88,7 +88,7 @@ def test_a_file_that_cannot_be_used_is_ignored_then_replaced(
     assert again.items("times") == {"b": 2} and again.notes == []
 
 
-def test_a_good_file_is_read(folder: Path) -> None:
+def test_valid_file_is_read(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / f"{MACHINE.key}.json").write_bytes(content())
     assert ResultCache(MACHINE, folder).items("times") == {"a": 1}
@@ -138,7 +138,7 @@ def test_a_path_that_is_no_file_is_ignored(
     assert any("cannot be written" in note for note in cache.notes) == (not writable)
 
 
-def test_results_are_held_where_nothing_can_be_written(folder: Path) -> None:
+def test_failed_writes_keep_results_in_memory(folder: Path) -> None:
     cache = ResultCache(MACHINE, folder)
     with mock.patch("tempfile.mkstemp", side_effect=OSError(28, "No space left on device", "x1")):
         cache.put("times", "a", 1)
@@ -157,7 +157,7 @@ def test_results_are_held_where_nothing_can_be_written(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder(folder: Path) -> None:
+def test_read_only_folder_keeps_results_in_memory(folder: Path) -> None:
     ResultCache(MACHINE, folder).put("times", "a", 1)
     folder.chmod(0o500)
     try:
@@ -254,7 +254,9 @@ def test_a_lock_that_is_never_released_is_not_waited_for(folder: Path) -> None:
     assert ResultCache(MACHINE, folder).get("times", "a") == 1
 
 
-def test_path_of_the_cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_path_follows_xdg_cache_home_and_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert ResultCache(MACHINE).path.parent == tmp_path / "xdg" / "fastbb"
@@ -263,7 +265,7 @@ def test_path_of_the_cache_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert ResultCache(MACHINE).path.parent == tmp_path / "home" / ".cache" / "fastbb"
 
 
-def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home_keeps_results_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     with mock.patch("os.path.expanduser", lambda path: path):
         cache = ResultCache(MACHINE)

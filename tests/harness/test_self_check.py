@@ -15,7 +15,7 @@ from broken_kernels import (
     CPU,
     MACHINE,
     PretendedHardware,
-    custom_op,
+    correct,
     launch_of,
     launching,
     self_check,
@@ -94,7 +94,7 @@ def test_a_broken_kernel_is_not_used(launcher: Any, reason: str, tmp_path: Path)
 
 def test_a_right_kernel_is_used(tmp_path: Path) -> None:
     for launches_of_check in (2, 0):  # then it is remembered
-        with launching(patch_merging=custom_op(OP)) as launches, use(self_check(tmp_path)):
+        with launching(patch_merging=correct(OP)) as launches, use(self_check(tmp_path)):
             patch_merging(*arguments())
             assert launches[OP].call_count == launches_of_check + 1
             patch_merging(*arguments())
@@ -104,7 +104,7 @@ def test_a_right_kernel_is_used(tmp_path: Path) -> None:
 
 def test_dtypes_are_checked_separately(tmp_path: Path) -> None:
     def launch(x: Tensor, *args: Any) -> Tensor:
-        return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else custom_op(OP)(x, *args)
+        return broken.wrong(OP)(x, *args) if x.dtype == torch.float16 else correct(OP)(x, *args)
 
     check = self_check(tmp_path)
     with launching(patch_merging=launch) as launches, use(check):
@@ -121,17 +121,17 @@ def test_dtypes_are_checked_separately(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "launcher", [broken.out_of_memory, broken.driver_out_of_memory], ids=["torch", "driver"]
 )
-def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -> None:
+def test_out_of_memory_does_not_count_as_a_failed_check(launcher: Any, tmp_path: Path) -> None:
     hardware = PretendedHardware()
     hardware.full = True
     check = self_check(tmp_path, hardware)
     with launching(patch_merging=launcher(OP)), use(check):
-        for _ in range(2):  # the caller is told, as by eager PyTorch
+        for _ in range(2):  # the caller gets the error, as from eager PyTorch
             with pytest.raises(RuntimeError, match="out of memory"):
                 patch_merging(*arguments())
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
     hardware.full = False
-    with launching(patch_merging=custom_op(OP)), use(check):
+    with launching(patch_merging=correct(OP)), use(check):
         patch_merging(*arguments())
     assert remembered(tmp_path) == {KEY: {"problem": None}}
 
@@ -141,10 +141,10 @@ def test_a_full_device_is_not_the_kernels_fault(launcher: Any, tmp_path: Path) -
     [torch.OutOfMemoryError("no 80 GiB"), RuntimeError("a synchronizing operation")],
     ids=str,
 )
-def test_a_comparison_that_fails_is_not_the_kernels_fault(error: Exception, tmp_path: Path) -> None:
-    """It takes more memory than the launch, and waits for its results."""
+def test_failed_comparison_is_not_remembered(error: Exception, tmp_path: Path) -> None:
+    """The comparison may fail by itself: it needs more memory than the launch, and synchronizes."""
     check = self_check(tmp_path)
-    with launching(patch_merging=custom_op(OP)) as launches, use(check):
+    with launching(patch_merging=correct(OP)) as launches, use(check):
         with (
             mock.patch("fastbb_kernels.comparison.max_magnitude", side_effect=error),
             pytest.warns(KernelWarning, match=f"is off.*not checked: .*{error}") as warned,
@@ -155,13 +155,13 @@ def test_a_comparison_that_fails_is_not_the_kernels_fault(error: Exception, tmp_
     assert remembered(tmp_path) == {} and check.results(CPU) == {}
 
 
-def test_a_batch_that_is_too_large_is_not_the_kernels_fault(tmp_path: Path) -> None:
-    """Few images pass, and the caller is told what eager PyTorch would tell."""
+def test_batch_too_large_for_memory_does_not_turn_the_kernel_off(tmp_path: Path) -> None:
+    """A few images pass the check, and the caller gets the error that eager PyTorch would raise."""
 
     def launch(x: Tensor, *args: Any) -> Tensor:
         if len(x) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
-        return custom_op(OP)(x, *args)
+        return correct(OP)(x, *args)
 
     x, *others = arguments()
     with launching(patch_merging=launch), use(self_check(tmp_path)):
@@ -176,12 +176,12 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
 
     def launch(*args: Any) -> Tensor:
         hardware.lost = True  # every later call fails, whatever it does
-        return custom_op(OP)(*args)
+        return correct(OP)(*args)
 
     check = self_check(tmp_path, hardware)
     other = "linear_residual"
     x = torch.ones(2, 8)
-    with launching(patch_merging=launch, linear_residual=custom_op(other)) as launches:
+    with launching(patch_merging=launch, linear_residual=correct(other)) as launches:
         with use(check):
             with pytest.warns(KernelWarning, match="lost to this process, which.*illegal memory"):
                 patch_merging(*arguments())
@@ -200,9 +200,9 @@ def test_a_lost_device_is_remembered_by_the_next_process(tmp_path: Path) -> None
         assert following.problem(other, CPU, torch.float32) is None
 
 
-def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None:
+def test_failed_reference_is_not_remembered_as_a_broken_kernel(tmp_path: Path) -> None:
     absent = RuntimeError("cuBLAS is not there")
-    with launching(patch_merging=custom_op(OP)) as launches:
+    with launching(patch_merging=correct(OP)) as launches:
         with (
             mock.patch.object(Case, "arguments", side_effect=absent),
             pytest.warns(KernelWarning, match="not checked: PyTorch's own ops fail.*cuBLAS"),
@@ -221,8 +221,8 @@ def test_a_reference_that_fails_is_not_the_kernels_fault(tmp_path: Path) -> None
     assert remembered(tmp_path) == {}
 
 
-def test_case_problem_runs_the_kernel_itself(tmp_path: Path) -> None:
-    """Not what a check has put in its place, also where it is known to be wrong."""
+def test_case_problem_with_impl_triton_runs_a_kernel_that_is_off(tmp_path: Path) -> None:
+    """impl="triton" runs the kernel itself, not the reference that replaced it."""
     check = self_check(tmp_path)
     with launching(patch_merging=broken.nan(OP)), use(check):
         with pytest.warns(KernelWarning):
@@ -239,10 +239,10 @@ def test_small_cases_run_kernels_that_auto_does_not_choose(op: str, tmp_path: Pa
 
 
 def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
-    """CUDA tells what went wrong before to whoever asks next."""
+    """CUDA reports an earlier error at the next call, whichever op makes it."""
     hardware = PretendedHardware()
     check = self_check(tmp_path, hardware)
-    with launching(patch_merging=custom_op(OP)) as launches, use(check):
+    with launching(patch_merging=correct(OP)) as launches, use(check):
         patch_merging(*arguments())
         launches[OP].side_effect = RuntimeError("CUDA error: device-side assert triggered")
         hardware.lost = True
@@ -252,7 +252,7 @@ def test_an_earlier_cuda_error_is_not_blamed_on_an_op(tmp_path: Path) -> None:
 
 
 def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> None:
-    """Where eager PyTorch itself multiplies in TF32, no kernel has to be better than that."""
+    """A kernel may lose twice what eager PyTorch loses, which may itself multiply in TF32."""
 
     def off_by(error: float, y: Tensor) -> Tensor:
         return y + error * y.abs().max() if y.dtype == torch.float32 else y
@@ -271,7 +271,7 @@ def test_tf32_is_checked_separately_with_the_error_of_eager(tmp_path: Path) -> N
             )
 
     bind: Any = find_op(OP).bind
-    with launching(patch_merging=custom_op(OP)):
+    with launching(patch_merging=correct(OP)):
         assert problem(0, 5e-6) is None and problem(0, 2e-5) is not None
         assert problem(1e-3, 1.9e-3) is None and problem(1e-3, 2.1e-3) is not None
 
@@ -290,7 +290,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("written", UNUSABLE.values(), ids=UNUSABLE)
-def test_a_cache_that_cannot_be_used(
+def test_invalid_cache_file_is_ignored_and_replaced(
     written: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / f"{MACHINE.key}.json").write_text(written)
@@ -308,7 +308,7 @@ def test_a_cache_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("value", [None, "ok", 1, [], {}, {"problem": 3}], ids=str)
-def test_an_invalid_value_is_checked_again(value: Any, tmp_path: Path) -> None:
+def test_invalid_cached_value_is_checked_again(value: Any, tmp_path: Path) -> None:
     check = self_check(tmp_path)
     check.cache(CPU).put(SECTION, KEY, value)
     assert check.results(CPU) == {}
@@ -317,15 +317,15 @@ def test_an_invalid_value_is_checked_again(value: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["driver", "triton", "kernels", "device"])
-def test_another_version_is_checked_again(field: str, tmp_path: Path) -> None:
-    with launching(patch_merging=custom_op(OP)):
+def test_another_driver_triton_or_device_is_checked_again(field: str, tmp_path: Path) -> None:
+    with launching(patch_merging=correct(OP)):
         self_check(tmp_path).check(OP, CPU, torch.float32)
     updated = self_check(tmp_path, machine=replace(MACHINE, **{field: "new"}))
     with launching(patch_merging=broken.wrong(OP)), use(updated), pytest.warns(KernelWarning):
         assert torch.equal(patch_merging(*arguments()), reference())
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unwritable_cache_checks_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     check = self_check(tmp_path / "file")
     with (
@@ -342,15 +342,15 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptur
     assert len(caplog.records) == len({record.message for record in caplog.records}) == 2
 
 
-def test_checked_again_when_asked(tmp_path: Path) -> None:
+def test_explicit_check_runs_the_kernel_again(tmp_path: Path) -> None:
     check = self_check(tmp_path)
     with launching(patch_merging=broken.wrong(OP)), use(check), pytest.warns(KernelWarning):
         patch_merging(*arguments())
         assert check.problem(OP, CPU, torch.float32) is not None
-        # by its kernel, though that is off
+        # runs the kernel, though it is off
         assert check.check(OP, CPU, torch.float32) is not None
     check = self_check(tmp_path)
-    with launching(patch_merging=custom_op(OP)):
+    with launching(patch_merging=correct(OP)):
         assert check.check(OP, CPU, torch.float32) is None
     assert check.problem(OP, CPU, torch.float32) is None
     assert remembered(tmp_path) == {KEY: {"problem": None}}
@@ -363,14 +363,14 @@ def inputs_of_a_check(check: Callable[..., SelfCheck], folder: Path) -> list[Ten
         assert impl == "triton" and not torch.is_grad_enabled()
         assert not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
         seen.append(arguments["x"].clone())
-        return custom_op(OP)(*arguments.values(), 1e-5)
+        return correct(OP)(*arguments.values(), 1e-5)
 
     with launching():
         check(folder, run_case=run).check(OP, CPU, torch.bfloat16)
     return seen
 
 
-def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
+def test_check_is_deterministic_and_keeps_random_state_and_modes(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     first = inputs_of_a_check(self_check, tmp_path / "first")
     assert torch.equal(torch.get_rng_state(), state)
@@ -382,8 +382,8 @@ def test_a_check_repeats_itself_and_leaves_no_trace(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_results_are_filled_with_nan_before_a_check(tmp_path: Path) -> None:
-    """Where results are put, the check leaves NaN first: what a kernel does not write shows."""
+def test_memory_that_a_kernel_does_not_write_is_found(tmp_path: Path) -> None:
+    """The check fills the memory of results with NaN, so that unwritten elements are found."""
     made: list[Tensor] = []
     full_like = torch.full_like
 
@@ -392,7 +392,7 @@ def test_results_are_filled_with_nan_before_a_check(tmp_path: Path) -> None:
         return made[-1]
 
     def run(case: Case, arguments: dict[str, Any], impl: Any) -> Tensor:
-        return made.pop()  # as an allocator does
+        return made.pop()  # memory is reused, as by an allocator
 
     with launching(), mock.patch("torch.full_like", recorded), pytest.warns(KernelWarning):
         problem = self_check(tmp_path, run_case=run).check(OP, CPU, torch.float32)

@@ -81,7 +81,7 @@ def traced(launch: Callable[[], object]) -> dict[str, TensorTrace]:
     return t.launches[-1].tensors
 
 
-def test_bytes_of_a_linear_layer_by_hand() -> None:
+def test_bytes_of_a_linear_layer_equal_those_counted_by_hand() -> None:
     (n_rows, depth), n_cols = (19, 40), 40
     x, weight = torch.randn(n_rows, depth).bfloat16(), torch.randn(depth, n_cols).bfloat16()
     bias, y = torch.randn(n_cols), torch.empty(n_rows, n_cols).bfloat16()
@@ -113,7 +113,7 @@ def test_bytes_of_a_linear_layer_by_hand() -> None:
 
 
 @pytest.mark.parametrize("offset, stride, sectors", [(0, 1, 2), (1, 1, 3), (0, 8, 16), (4, 16, 16)])
-def test_sectors(offset: int, stride: int, sectors: int) -> None:
+def test_strided_loads_count_every_touched_sector(offset: int, stride: int, sectors: int) -> None:
     # 16 fp32 are two sectors of 32 bytes if they lie together at a multiple of 32 bytes
     x, y = torch.randn(16 * stride + offset)[offset:], torch.empty(16)
     got = traced(lambda: run_copy(x, y, stride=stride))
@@ -121,14 +121,14 @@ def test_sectors(offset: int, stride: int, sectors: int) -> None:
     assert got["x_ptr"].load.requested_bytes == got["x_ptr"].load.unique_bytes == 64
 
 
-def test_sectors_of_lanes_in_any_order() -> None:
+def test_gathered_lanes_count_each_sector_once() -> None:
     x, y = torch.randn(64), torch.empty(32)
     index = torch.tensor([63, 0, 62, 1] * 8)
     got = traced(lambda: _gather_kernel[(1,)](x, index, y, N=32))["x_ptr"].load
     assert (got.sector_bytes, got.unique_bytes, got.requested_bytes) == (64, 16, 128)
 
 
-def test_a_neighbour_in_memory_is_out_of_bounds() -> None:
+def test_access_to_a_neighbouring_tensor_is_out_of_bounds() -> None:
     pool = torch.zeros(60)
     x, y = pool[:20], pool[20:40]
     with pytest.raises(OutOfBounds) as caught:
@@ -139,7 +139,7 @@ def test_a_neighbour_in_memory_is_out_of_bounds() -> None:
     traced(lambda: run_copy(x, y))
 
 
-def test_the_gaps_of_a_view_are_out_of_bounds() -> None:
+def test_access_to_the_gaps_of_a_view_is_out_of_bounds() -> None:
     wide = torch.zeros(4, 16)
     with pytest.raises(OutOfBounds, match="store of y_ptr .* the first at element 12 "):
         traced(lambda: run_copy(torch.zeros(64), wide[:, :12], n=64))
@@ -149,7 +149,7 @@ def test_the_gaps_of_a_view_are_out_of_bounds() -> None:
         traced(lambda: run_copy(wide.view(-1)[32:], torch.zeros(2), stride=-1))
 
 
-def test_empty_tensors() -> None:
+def test_load_from_an_empty_tensor_is_out_of_bounds() -> None:
     empty, y = torch.empty(0), torch.zeros(16)
     traced(lambda: _copy_kernel[(1,)](empty, empty, 0, 1, N=16))
     with pytest.raises(OutOfBounds, match="load of x_ptr .* in 1 of 1 active lanes"):
@@ -159,27 +159,27 @@ def test_empty_tensors() -> None:
     assert t.launches[0].n_programs == 0
 
 
-def test_addresses_far_from_every_tensor() -> None:
+def test_address_outside_every_tensor_is_out_of_bounds() -> None:
     x, y = torch.zeros(16), torch.zeros(16)
     with pytest.raises(OutOfBounds, match="load at address 0x[0-9a-f]+, which is in no argument"):
         traced(lambda: run_copy(x, y, stride=2**60))
 
 
 @pytest.mark.filterwarnings("ignore:tl.make_block_ptr is deprecated")
-def test_tuples_descriptors_and_block_pointers() -> None:
+def test_tuples_descriptors_and_block_pointers_are_traced() -> None:
     x, y = torch.randn(64), torch.empty(64)
     got = traced(lambda: _tuple_kernel[(1,)]((x, y), N=64))
     assert got["tensors.0"].load.unique_bytes == got["tensors.1"].store.unique_bytes == 256
     x, y = torch.randn(5, 8), torch.empty(8, 8)
     descriptor = TensorDescriptor.from_tensor(x, [8, 8])
     got = traced(lambda: _descriptor_kernel[(1,)](descriptor, y, N=8))
-    # what a descriptor pads is not read
+    # the padding of a descriptor is not read
     assert got["x_desc"].load.requested_bytes == x.nbytes and not y[5:].any()
     with pytest.raises(OutOfBounds, match="load of x_ptr .* in 24 of 64 active lanes"):
         traced(lambda: _block_pointer_kernel[(1,)](x, y, 8, N=8))
 
 
-def test_aliases_count_once() -> None:
+def test_aliased_arguments_count_their_memory_once() -> None:
     x, y = torch.randn(48), torch.empty(32)
     with trace() as t:
         _add_kernel[(2,)](x[:32], x[16:], y, N=16)
@@ -199,11 +199,11 @@ def test_expanded_tensors_count_their_memory_once() -> None:
     assert (got.load.requested_bytes, got.load.unique_bytes) == (64, 4)
 
 
-def test_launches_add_up_and_are_ordered() -> None:
+def test_bytes_of_launches_add_up_and_launches_do_not_race() -> None:
     x, y, z = torch.randn(32), torch.empty(32), torch.empty(32)
     with trace() as t:
         run_copy(x, y)
-        run_copy(y, z)  # another program may read it now
+        run_copy(y, z)  # a program of a later launch may read it
         run_copy(y, x)
     assert len(t.launches) == 3 and t.unique_bytes == 6 * x.nbytes
     assert t.sector_bytes == t.requested_bytes == t.unique_bytes
@@ -238,7 +238,7 @@ def test_one_access_may_reach_several_tensors() -> None:
         traced(lambda: _select_kernel[(1,)](a, b[:8], y, N=16))
 
 
-def test_missing_elements_are_named_by_their_index() -> None:
+def test_unwritten_elements_are_reported_by_their_index() -> None:
     y = torch.zeros(4, 6)[:, :4].unflatten(1, (2, 2))
     with trace() as t:
         run_copy(torch.zeros(16), y, n=3)
@@ -252,7 +252,7 @@ def test_missing_elements_are_named_by_their_index() -> None:
         t.assert_written_once()
 
 
-def test_chosen_programs_and_addresses_alone() -> None:
+def test_trace_of_chosen_programs_or_of_addresses_alone() -> None:
     x, y = torch.ones(1024), torch.zeros(1024)
     with trace(programs=lambda grid: [(3, 0, 0), (grid[0] - 1, 0, 0)]) as t:
         run_copy(x, y)
@@ -278,12 +278,12 @@ def test_meta_tensors_are_traced_without_memory() -> None:
         _copy_rows_kernel[(2**21,)](x, y, -4096, BUG="", N=4096)
 
 
-def test_corners() -> None:
+def test_corners_are_the_first_and_last_programs_of_each_axis() -> None:
     assert corners((5, 1, 2)) == [(0, 0, 0), (0, 0, 1), (4, 0, 0), (4, 0, 1)]
     assert corners((1, 1, 1)) == [(0, 0, 0)] and corners((3, 0, 1)) == []
 
 
-def test_blocks_nest_but_traces_do_not() -> None:
+def test_interpret_blocks_nest_and_nested_traces_are_refused() -> None:
     x, y = torch.ones(16), torch.zeros(16)
     with interpret(), trace() as t:
         with interpret():
@@ -313,7 +313,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_elements_of_views(name: str) -> None:
+def test_elements_of_views_are_ranked_by_offset(name: str) -> None:
     tensor = VIEWS[name]
     every = torch.arange(200).as_strided(tensor.shape, tensor.stride())
     offsets = sorted(set(every.flatten().tolist()))

@@ -1,4 +1,4 @@
-"""Arguments that `accelerate` cannot take, or only in part: refused with a reason."""
+"""Arguments that `accelerate` refuses with a reason, in full or in part."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,10 +34,10 @@ def is_untouched(model: nn.Module) -> bool:
     return not any(replacement_of(m) or "forward" in vars(m) for m in model.modules())
 
 
-# what is given
+# odd inputs
 
 
-def test_a_model_with_nothing_to_accelerate() -> None:
+def test_model_without_a_known_backbone_is_left_unchanged() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     report = fastbb.accelerate(model)
     assert report.accelerated == [] and report.rows() == []
@@ -63,7 +63,7 @@ def test_a_non_module_is_a_type_error(given: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["fast", "", None])
-def test_unknown_modes(mode: Any) -> None:
+def test_unknown_mode_raises_value_error(mode: Any) -> None:
     model = swin_classifier()
     with pytest.raises(ValueError, match="mode"):
         fastbb.accelerate(model, mode=mode)
@@ -71,7 +71,7 @@ def test_unknown_modes(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["triton", "triton+compile"])
-def test_modes_for_a_gpu(mode: str) -> None:
+def test_triton_mode_on_a_cpu_raises_value_error(mode: str) -> None:
     model = swin_classifier()
     with pytest.raises(ValueError, match="needs a CUDA or ROCm device, the model is on cpu"):
         fastbb.accelerate(model, mode=mode)
@@ -79,14 +79,14 @@ def test_modes_for_a_gpu(mode: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["int8", torch.float16, "tf32"], ids=str)
-def test_unknown_precisions_and_those_for_a_gpu(precision: Any) -> None:
+def test_unknown_or_gpu_only_precision_raises_value_error(precision: Any) -> None:
     model = swin_backbone()
     with pytest.raises(ValueError, match="precision"):
         fastbb.accelerate(model, precision=precision)
     assert is_untouched(model)
 
 
-def test_a_precision_without_a_whole_backbone_is_named() -> None:
+def test_precision_without_a_whole_backbone_is_reported() -> None:
     model = nn.Sequential(block_of(timm_resnet()))
     report = fastbb.accelerate(model, precision="bf16")
     assert "is for whole backbones" in report.left_alone[-1].why
@@ -137,7 +137,7 @@ def test_strict_leaves_a_model_as_it_was() -> None:
     assert not report.left_alone
 
 
-# modules that are not what they were
+# modules that are compiled, scripted or traced
 
 
 def compiled_in_place(model: Any) -> Any:
@@ -157,7 +157,9 @@ CLOSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("inside", [False, True], ids=["", "inside"])
 @pytest.mark.parametrize("close, why", CLOSED.values(), ids=CLOSED)
-def test_closed_modules_are_left_alone(close: Any, why: str, inside: bool) -> None:
+def test_compiled_scripted_and_traced_modules_are_left_alone(
+    close: Any, why: str, inside: bool
+) -> None:
     twin = timm_resnet()
     closed = close(timm_resnet())
     model = nn.Sequential(closed) if inside else closed
@@ -169,7 +171,7 @@ def test_closed_modules_are_left_alone(close: Any, why: str, inside: bool) -> No
 
 
 @pytest.mark.parametrize("make", [swin_classifier, timm_resnet])
-def test_weights_on_the_meta_device(make: Callable[[], Any]) -> None:
+def test_weights_on_the_meta_device_are_left_alone_until_loaded(make: Callable[[], Any]) -> None:
     model = make().to("meta")
     report = fastbb.accelerate(model, mode="eager")
     assert not report.replaced
@@ -177,7 +179,7 @@ def test_weights_on_the_meta_device(make: Callable[[], Any]) -> None:
         "its weights are on the meta device: load them first"
     }
     model.load_state_dict(make().state_dict(), assign=True)
-    for name, buffer in make().named_buffers():  # those of no state dict
+    for name, buffer in make().named_buffers():  # buffers outside the state dict
         parent, _, own = name.rpartition(".")
         model.get_submodule(parent)._buffers[own] = buffer
     report = fastbb.accelerate(model, mode="eager")
@@ -185,7 +187,7 @@ def test_weights_on_the_meta_device(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_moved_to_the_meta_device_and_fake_tensors(make: Callable[[], Any]) -> None:
+def test_fake_tensors_and_meta_weights_run_upstreams_forward(make: Callable[[], Any]) -> None:
     model = make()
     report = fastbb.accelerate(model, mode="eager")
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -201,8 +203,8 @@ def test_moved_to_the_meta_device_and_fake_tensors(make: Callable[[], Any]) -> N
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("make", [swin_classifier, swin_backbone, maskformer_swin])
-def test_quantized_linears(make: Callable[[], Any]) -> None:
-    """Of torch.ao, which copies the model."""
+def test_quantized_linears_run_upstreams_forward(make: Callable[[], Any]) -> None:
+    """Uses torch.ao, which copies the model."""
 
     def quantized(model: Any) -> Any:
         quantize = torch.ao.quantization.quantize_dynamic
@@ -222,7 +224,7 @@ def test_quantized_linears(make: Callable[[], Any]) -> None:
     assert has_run_ours(model) and not has_run_ours(after)
 
 
-def test_a_backbone_in_two_places() -> None:
+def test_backbone_used_in_two_places_is_accelerated_once() -> None:
     class Siamese(nn.Module):
         def __init__(self, backbone: nn.Module) -> None:
             super().__init__()
@@ -242,7 +244,7 @@ def test_a_backbone_in_two_places() -> None:
     assert is_untouched(model)
 
 
-def test_distributed_data_parallel(tmp_path: Any) -> None:
+def test_distributed_data_parallel_equals_upstream(tmp_path: Any) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
     )
@@ -264,7 +266,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_accelerated_twice_and_restored(make: Callable[[], Any]) -> None:
+def test_accelerating_twice_and_restoring_equal_upstream(make: Callable[[], Any]) -> None:
     model, twin = make(), make()
     first = fastbb.accelerate(model, mode="eager")
     infer(model)

@@ -40,7 +40,7 @@ TRANSFORMERS = [swin_classifier, swin_backbone, maskformer_swin, resnet_backbone
 
 
 def assert_alike(got: Any, want: Any) -> None:
-    """Tensors close, in the same containers, with the same other values."""
+    """Asserts close tensors in the same containers, and equal other values."""
     (ours, spec), (theirs, upstream_spec) = tree_flatten(got), tree_flatten(want)
     assert type(got) is type(want) and spec == upstream_spec
     for a, b in zip(ours, theirs):
@@ -50,7 +50,7 @@ def assert_alike(got: Any, want: Any) -> None:
 
 
 def assert_same_outcome(model: Any, twin: Any, *args: Any, **kwargs: Any) -> None:
-    """The same result, or the same error."""
+    """Asserts the same result or the same error."""
     try:
         want = twin(*args, **kwargs)
     except Exception as error:
@@ -66,7 +66,7 @@ def assert_same_outcome(model: Any, twin: Any, *args: Any, **kwargs: Any) -> Non
         assert_alike(got, want)
 
 
-# what is asked for
+# requested outputs
 
 REQUESTS: dict[str, dict[str, Any]] = {
     "nothing": {},
@@ -84,8 +84,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("make", TRANSFORMERS)
-def test_requests_are_answered_as_upstream_does(make: Callable[..., Any], attention: str) -> None:
-    """One after the other, twice: what one asked for must not show in the answer to another."""
+def test_requested_outputs_equal_upstream(make: Callable[..., Any], attention: str) -> None:
+    """Runs all requests in a row, twice: the outputs of one request must not leak into another."""
     takes = make in (swin_classifier, swin_backbone)
     options = {"attn_implementation": attention} if takes else {}
     model, twin, report = accelerated(lambda: make(**options))
@@ -106,7 +106,9 @@ CONFIGS = [{"output_hidden_states": True}, {"return_dict": False}, {"output_atte
 @torch.no_grad()
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("make", TRANSFORMERS)
-def test_requests_by_the_configuration(make: Callable[..., Any], config: dict[str, bool]) -> None:
+def test_outputs_requested_by_the_configuration_equal_upstream(
+    make: Callable[..., Any], config: dict[str, bool]
+) -> None:
     takes = make in (swin_classifier, swin_backbone)
     options = {"attn_implementation": "eager"} if takes else {}
     model, twin, report = accelerated(lambda: make(**options))
@@ -129,7 +131,7 @@ def test_requests_by_the_configuration(make: Callable[..., Any], config: dict[st
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", TRANSFORMERS[1:])
-def test_other_stages_of_the_same_host(make: Callable[..., Any]) -> None:
+def test_out_indices_set_later_equal_upstream(make: Callable[..., Any]) -> None:
     model, twin, report = accelerated(make)
     for indices in ([0, 1, 2], [2], [1, 2], [0, 1, 2]):
         for either in (model, twin):
@@ -140,7 +142,7 @@ def test_other_stages_of_the_same_host(make: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone])
-def test_other_stages_of_a_converted_copy(make: Callable[..., Any]) -> None:
+def test_out_indices_set_later_apply_to_a_bf16_copy(make: Callable[..., Any]) -> None:
     model, twin, report = accelerated(make, precision="bf16")
     infer(model)
     model.out_indices = twin.out_indices = [2]
@@ -151,7 +153,7 @@ def test_other_stages_of_a_converted_copy(make: Callable[..., Any]) -> None:
 
 
 @torch.no_grad()
-def test_other_methods_of_a_host() -> None:
+def test_other_forward_methods_equal_upstream() -> None:
     model, twin, report = accelerated(timm_resnet)
     for _ in range(2):
         for method in ("forward_features", "forward", "forward_intermediates", "forward"):
@@ -168,7 +170,7 @@ def test_methods_keep_their_signatures(make: Callable[[], Any]) -> None:
         assert hasattr(model, name) == hasattr(twin, name)
 
 
-# what is given
+# odd inputs
 
 INPUTS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
     "double": lambda: ((PIXELS.double(),), {}),
@@ -202,13 +204,13 @@ def test_odd_inputs_have_the_outcome_of_upstream(make: Callable[[], Any], given:
     args, kwargs = given()
     for _ in range(2):  # at first before ours ran
         assert_same_outcome(model, twin, *args, **kwargs)
-        assert_same_outcome(model, twin, PIXELS)  # tiny ones change upstream's windows for good
+        assert_same_outcome(model, twin, PIXELS)  # tiny images change windows permanently
 
 
 @torch.no_grad()
-def test_many_sizes_and_then_a_wrong_one(make: Callable[[], Any]) -> None:
+def test_wrong_input_after_many_sizes_raises_upstreams_error(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated(make)
-    for size in range(32, 76, 4):  # more kinds than are checked
+    for size in range(32, 76, 4):  # more forms of call than are checked
         pixels = images(size, 32, batch=1)
         assert_alike(model(pixels), twin(pixels))
     for pixels in (images(32, 32, channels=4), PIXELS[0]):
@@ -221,7 +223,9 @@ def test_many_sizes_and_then_a_wrong_one(make: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["", "first"])
-def test_pixels_that_are_not_finite(make: Callable[[], Any], first: bool, value: float) -> None:
+def test_nan_and_infinite_pixels_equal_upstream(
+    make: Callable[[], Any], first: bool, value: float
+) -> None:
     model, twin, report = accelerated(make)
     pixels = PIXELS.clone()
     pixels[1, 0, 3, 4] = value
@@ -240,7 +244,7 @@ def test_pixels_that_are_not_finite(make: Callable[[], Any], first: bool, value:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_transforms(make: Callable[[], Any]) -> None:
+def test_functional_transforms_equal_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated(make)
     infer(model)
     other = {name: 0.7 * p.detach() for name, p in twin.named_parameters()}
@@ -268,7 +272,7 @@ def test_transforms(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-# ours being at fault
+# faults of our replacement
 
 BROKEN: dict[str, tuple[Callable[..., Any], str]] = {
     "wrong": (

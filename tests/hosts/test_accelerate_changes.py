@@ -27,9 +27,9 @@ from tiny_hosts import (
     twin_of,
 )
 from tolerance import assert_as_accurate_as_eager
-from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import AdamW
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from weight_changes import WEIGHT_CHANGES, scale_
 
 import fastbb
 
@@ -39,16 +39,7 @@ pytestmark = [
 ]
 
 
-# changes that are followed without being told
-
-
-def optimizer_step(optimizer: Any, **options: Any) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        for p in model.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(model.parameters(), lr=0.1, **options).step()
-
-    return change
+# changes that are followed without `refresh`
 
 
 def trained_a_step(model: Any) -> None:
@@ -66,36 +57,6 @@ def step_by_hand(model: Any) -> None:
 
 
 @torch.no_grad()
-def scale_(model: Any) -> None:
-    for p in model.parameters():
-        p.mul_(0.7)
-
-
-def replace_data(model: Any) -> None:
-    for p in model.parameters():
-        p.data = p.data * 0.7
-
-
-def replace_parameters(model: Any) -> None:
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            p.data.mul_(0.7)  # in the same memory, and without a trace
-            setattr(module, name, nn.Parameter(p.data))
-
-
-def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
-    def change(model: Any) -> None:
-        module = nn.Sequential(model) if wrap else model
-        state = {
-            name: tensor.detach() * 0.7 if tensor.is_floating_point() else tensor
-            for name, tensor in module.state_dict().items()
-        }
-        module.load_state_dict(state, assign=assign)
-
-    return change
-
-
-@torch.no_grad()
 def statistics_of_training(model: Any) -> None:
     model.train()
     model(3 * PIXELS)
@@ -104,20 +65,9 @@ def statistics_of_training(model: Any) -> None:
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "adamw-foreach": optimizer_step(AdamW, foreach=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
+    **WEIGHT_CHANGES,
     "trained_a_step": trained_a_step,
     "step_by_hand": step_by_hand,
-    "in_place": scale_,
-    "in_place-inference_mode": torch.inference_mode()(scale_),
-    "data_replaced": replace_data,
-    "parameters_replaced": replace_parameters,
-    "load": load(),
-    "load-wrapped": load(wrap=True),
-    "load-assign": load(assign=True),
-    "load-inference_mode": torch.inference_mode()(load()),
-    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
     "half_and_back": lambda model: model.half().float(),
     "bfloat16_and_back-inside": lambda model: [c.bfloat16().float() for c in model.children()],
     "statistics": statistics_of_training,
@@ -140,7 +90,9 @@ def test_the_next_inference_uses_the_new_weights(
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
-def test_changes_through_data_need_refresh(make: Callable[[], Any], precision: str | None) -> None:
+def test_changes_through_data_are_used_after_refresh(
+    make: Callable[[], Any], precision: str | None
+) -> None:
     model = make()
     if precision and make not in (swin_backbone, resnet_backbone):
         pytest.skip("one of each family has converted copies")
@@ -174,7 +126,9 @@ def test_a_copy_in_another_precision_follows_changes(make: Callable[[], Any], na
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=["bf16", "fp64"])
-def test_another_dtype(make: Callable[[], Any], dtype: torch.dtype) -> None:
+def test_model_moved_to_another_dtype_is_as_accurate_as_upstream(
+    make: Callable[[], Any], dtype: torch.dtype
+) -> None:
     model = make()
     report = fastbb.accelerate(model, mode="eager")
     infer(model)
@@ -207,7 +161,9 @@ AVERAGES = {"swa_utils": averaged, "timm": ema(False), "timm-foreach": ema(True)
 
 
 @pytest.mark.parametrize("start", AVERAGES.values(), ids=AVERAGES)
-def test_moving_averages(make: Callable[[], Any], start: Any) -> None:
+def test_moving_average_model_uses_its_own_current_weights(
+    make: Callable[[], Any], start: Any
+) -> None:
     model = make()
     fastbb.accelerate(model, mode="eager")
     infer(model)
@@ -254,10 +210,10 @@ HISTORIES = {
 
 
 @pytest.mark.parametrize("ran_before, runs_adapted, frozen", HISTORIES.values(), ids=HISTORIES)
-def test_lora_around_an_accelerated_model(
+def test_lora_around_an_accelerated_model_equals_upstream(
     make: Callable[[], Any], ran_before: bool, runs_adapted: bool, frozen: bool
 ) -> None:
-    """Merging writes through `.data`, and may leave behind the very modules that were there."""
+    """Merging writes through `.data` and may put the original modules back."""
     model, upstream = (make().requires_grad_(not frozen) for _ in range(2))
     report = fastbb.accelerate(model, mode="eager")
     before = infer(upstream)
@@ -268,14 +224,14 @@ def test_lora_around_an_accelerated_model(
         assert_close(infer(adapted.eval()), infer(theirs.eval()))
         assert any("layers inside it were replaced" in why for why in reasons_of(report))
     merged, theirs = adapted.merge_and_unload(), theirs.merge_and_unload()
-    want = infer(theirs)  # nothing has called eval() since, which would make ours look again
+    want = infer(theirs)  # no eval() since then, which would make ours look again
     assert merged is model and not torch.allclose(want[-1], before[-1], rtol=1e-2)
     assert_close(infer(model), want)
     assert_ours_ran(report)
 
 
-def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
-    """At first an adapted model computes what the model did; ours must not run on for that."""
+def test_lora_that_starts_at_zero_takes_effect_when_it_changes(make: Callable[[], Any]) -> None:
+    """An adapter of zeros changes nothing at first; ours must stop once it is trained."""
     model, upstream, _ = accelerated(make)
     both = (model, upstream)
     adapted, theirs = (adapt(make, either, starts_at_zero=True).eval() for either in both)
@@ -289,7 +245,7 @@ def test_lora_that_starts_at_zero_is_not_lost(make: Callable[[], Any]) -> None:
     assert not torch.allclose(infer(adapted)[-1], before[-1], rtol=1e-2)
 
 
-def test_an_adapted_model_is_accelerated_where_it_is_plain(make: Callable[[], Any]) -> None:
+def test_adapted_model_is_accelerated_where_it_has_no_adapter(make: Callable[[], Any]) -> None:
     adapted, theirs = (adapt(make, make()).eval() for _ in range(2))
     report = fastbb.accelerate(adapted, mode="eager")
     assert report.left_alone, str(report)
@@ -302,7 +258,7 @@ def test_an_adapted_model_is_accelerated_where_it_is_plain(make: Callable[[], An
     assert not report.left_alone
 
 
-def test_a_copy_that_is_adapted_before_it_ran(make: Callable[[], Any]) -> None:
+def test_adapter_on_a_copy_that_has_not_run_equals_upstream(make: Callable[[], Any]) -> None:
     model = make()
     fastbb.accelerate(model, mode="eager")
     infer(model)

@@ -46,5 +46,5 @@ def test_another_precision_returns_the_dtype_of_the_input(make: Any) -> None:
     for _ in range(2):
         got = infer(model)
         assert_equals_upstream(got, want, rel=6e-2)
-        assert max(map(max_error, got, want)) > 1e-4  # it is not fp32 that was computed
+        assert max(map(max_error, got, want)) > 1e-4  # the result was not computed in fp32
     assert all(p.dtype == torch.float32 for p in model.parameters())

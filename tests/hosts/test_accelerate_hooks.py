@@ -45,7 +45,7 @@ def names_of(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def hooked(model: Any, modules: list[nn.Module]) -> tuple[list[Any], list[Any]]:
-    """Hooks of all kinds on modules; what they were called with, and their handles."""
+    """Registers hooks of all kinds; returns what they were called with, and their handles."""
     names, seen, handles = names_of(model), [], []
 
     def after(module: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -97,7 +97,7 @@ def test_hooks_see_the_values_of_upstream(
         results = tensors(either(PIXELS))
         torch.stack([result.square().mean() for result in results]).sum().backward()
     assert_seen_alike(got, want)
-    # upstreams break if all modules have such hooks, and those of a dataclass are not called
+    # upstream fails if all modules have such hooks; hooks of a dataclass are not called
     assert any(kind == "backward" for kind, *_ in got) == (which in BACKWARD)
     for handle in handles:
         handle.remove()
@@ -106,7 +106,7 @@ def test_hooks_see_the_values_of_upstream(
 
 
 @pytest.mark.parametrize("which", HOOKED.values(), ids=HOOKED)
-def test_hooks_that_change_values(
+def test_hooks_that_change_values_take_effect(
     make: Callable[[], Any], which: Callable[[Any], list[nn.Module]]
 ) -> None:
     def negative(module: Any, args: Any) -> Any:
@@ -143,7 +143,7 @@ def test_global_hooks_see_every_module(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-# layers that compute their weights, classes and forwards of somebody else
+# parametrized layers, subclasses and patched forwards
 
 PARAMETRIZED: dict[str, Callable[[Any], Any]] = {
     "weight_norm": parametrizations.weight_norm,
@@ -157,7 +157,7 @@ PARAMETRIZED: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone, torchvision_swin])
 @pytest.mark.parametrize("when", ["before", "after", "after_a_call"])
 @pytest.mark.parametrize("parametrize", PARAMETRIZED.values(), ids=PARAMETRIZED)
-def test_parametrized_layers(
+def test_parametrized_layers_equal_upstream(
     make: Callable[[], Any], parametrize: Callable[[Any], Any], when: str
 ) -> None:
     def change(model: Any) -> None:
@@ -200,7 +200,7 @@ def doubled(cls: type) -> type:
 
 
 @pytest.mark.parametrize("when", ["before", "after", "after_a_call"])
-def test_a_subclass_with_its_own_forward(make: Callable[[], Any], when: str) -> None:
+def test_subclass_with_its_own_forward_runs_it(make: Callable[[], Any], when: str) -> None:
     def change(model: Any) -> None:
         block = block_of(model)
         block.__class__ = doubled(type(block))
@@ -222,7 +222,7 @@ def test_a_subclass_with_its_own_forward(make: Callable[[], Any], when: str) -> 
 
 
 @pytest.mark.parametrize("make", [maskformer_swin, resnet_backbone, torchvision_swin])
-def test_a_subclass_that_computes_the_same(make: Callable[[], Any]) -> None:
+def test_subclass_without_its_own_forward_runs_ours(make: Callable[[], Any]) -> None:
     model = make()
     block_of(model).__class__ = type("Same", (type(block_of(model)),), {"extra": 1})
     report = fastbb.accelerate(model, mode="eager")
@@ -231,7 +231,7 @@ def test_a_subclass_that_computes_the_same(make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("which", [block_of, lambda model: model], ids=["block", "model"])
-def test_a_patched_forward_stays(make: Callable[[], Any], which: Any) -> None:
+def test_patched_forward_is_kept(make: Callable[[], Any], which: Any) -> None:
     def patch(model: Any) -> Any:
         own = which(model).forward
 

@@ -21,8 +21,8 @@ from fastbb.weights.folded_model import is_folded
 PIXELS = images(64, 64)
 
 
-def test_a_wrapper_that_binds_the_forward_again() -> None:
-    """As accelerate's Accelerator does for mixed precision."""
+def test_forward_rebound_by_a_wrapper_equals_upstream() -> None:
+    """Rebinds the forward as accelerate's Accelerator does for mixed precision."""
     model, twin, _ = accelerated(timm_resnet)
     infer(model)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16)
@@ -32,7 +32,7 @@ def test_a_wrapper_that_binds_the_forward_again() -> None:
         assert torch.equal(ours, theirs)
 
 
-def test_accelerator_with_mixed_precision() -> None:
+def test_accelerator_with_mixed_precision_equals_upstream() -> None:
     library = pytest.importorskip("accelerate")
     model, twin, _ = accelerated(timm_resnet)
     prepare = library.Accelerator(cpu=True, mixed_precision="bf16").prepare_model
@@ -52,7 +52,7 @@ def test_replicas_of_data_parallel_run_upstreams_forward(make: Any) -> None:
     assert not any({"forward", *MOVES} & vars(module).keys() for module in model.modules())
 
 
-def test_a_patched_train_method_stays() -> None:
+def test_patched_train_method_is_kept() -> None:
     model = hf_resnet()
 
     def frozen(self: nn.Module, mode: bool = True) -> nn.Module:
@@ -98,7 +98,7 @@ def test_each_form_of_call_keeps_its_own_engine() -> None:
     assert copies[0] is copies[2] is not copies[1]
 
 
-def test_weights_are_packed_for_two_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_weights_are_kept_for_two_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, _ = accelerated(resnet_backbone)
     shapes = [images(64, 64), images(48, 80)]
     for pixels in shapes:
@@ -139,7 +139,7 @@ def test_forward_mode_derivatives_equal_upstream(make: Any) -> None:
     assert_equals_upstream(derivative(), want)
 
 
-def test_default_dtype_and_device_do_not_matter() -> None:
+def test_changed_default_dtype_and_device_equal_upstream() -> None:
     model, twin, _ = accelerated(timm_resnet)
     fastbb.restore(model)
     torch.set_default_dtype(torch.float64)
@@ -152,7 +152,7 @@ def test_default_dtype_and_device_do_not_matter() -> None:
     assert "" in report.accelerated
 
 
-def test_arguments_by_name() -> None:
+def test_keyword_arguments_equal_upstream() -> None:
     model, twin, _ = accelerated(swin_classifier)
     layers = [m.swin.encoder.layers[0].blocks[1] for m in (model, twin)]
     channels = layers[0].layernorm_before.normalized_shape[0]

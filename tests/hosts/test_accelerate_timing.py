@@ -23,12 +23,12 @@ from fastbb.engine.settings import Tools
 from fastbb.hosts import host_backbone, replacement
 from fastbb.hosts.replacement import replacement_of
 
-OURS, UPSTREAM = 0.5, 1.0  # seconds by the clock of these tests
+OURS, UPSTREAM = 0.5, 1.0  # seconds on the clock of these tests
 
 
 @pytest.fixture
 def measuring_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[str]]:
-    """The engine chooses as on a GPU; the number is the time of its own ways."""
+    """Lets the engine choose as on a GPU; the argument is the time of our candidates."""
     monkeypatch.setattr(choose, "on_gpu", lambda pixels: True)
     timed: list[str] = []
 
@@ -88,7 +88,7 @@ def test_a_whole_backbone_is_measured_by_the_engine_alone(
 
 
 @torch.no_grad()
-def test_a_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_form_of_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[int] = []
 
     def compare(ours: Any, theirs: Any) -> Comparison:

@@ -49,7 +49,7 @@ def accelerated_and_run(make: Callable[[], Any]) -> tuple[Any, Any, AccelerateRe
 
 def trained(model: Any, pixels: Tensor = PIXELS) -> list[Tensor]:
     """Results, gradients and buffers of one forward and backward."""
-    torch.manual_seed(5)  # of what drops at random
+    torch.manual_seed(5)  # seeds dropout and drop path
     model.zero_grad(set_to_none=True)
     results = tensors(model(pixels))
     torch.stack([result.square().mean() for result in results]).sum().backward()
@@ -71,7 +71,7 @@ def test_gradients_equal_upstream_bit_by_bit(make: Callable[[], Any], training: 
     assert_ours_ran(report)
 
 
-def test_a_gradient_of_the_pixels(make: Callable[[], Any]) -> None:
+def test_gradient_of_the_pixels_equals_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated_and_run(make)
     got, want = [], []
     for either, gradients in ((model, got), (twin, want)):
@@ -81,12 +81,12 @@ def test_a_gradient_of_the_pixels(make: Callable[[], Any]) -> None:
         gradients.append(pixels.grad)
     assert_bit_equal(got, want)
     assert any("a gradient is needed" in reason for reason in reasons_of(report))
-    model(PIXELS)  # of frozen weights none is needed
+    model(PIXELS)  # frozen weights need no gradient
     assert_ours_ran(report)
 
 
 def test_a_layer_in_training_mode_runs_as_upstream(make: Callable[[], Any]) -> None:
-    """A frozen backbone with some layer in training mode, as norms under fine-tuning are."""
+    """A frozen backbone with one norm in training mode, as in fine-tuning."""
     model, twin, report = accelerated_and_run(make)
     for either in (model, twin):
         next(m for m in either.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm)).train()
@@ -128,7 +128,7 @@ def test_dropout_acts_in_training_only(make_with: Any, options: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("make", [swin_classifier, swin_backbone, maskformer_swin])
-def test_gradient_checkpointing(make: Callable[[], Any]) -> None:
+def test_gradient_checkpointing_recomputes_and_equals_upstream(make: Callable[[], Any]) -> None:
     model, twin, report = accelerated_and_run(make)
     want = trained(twin.train())
     calls: dict[Any, list[int]] = {model: [], twin: []}
@@ -215,7 +215,7 @@ def _owner(module: Any) -> Any:
     return getattr(own, "module", getattr(own, "conv", None))
 
 
-def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
+def test_copy_that_has_not_run_can_be_restored(make: Callable[[], Any]) -> None:
     model, twin, _ = accelerated_and_run(make)
     other = copy.deepcopy(model)
     fastbb.restore(other)
@@ -226,8 +226,8 @@ def test_a_copy_is_restored_before_it_ran(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_a_shallow_copy_shares_everything(make: Callable[[], Any]) -> None:
-    """Its parameters are those of the original, and so are its layers; what it computes too."""
+def test_shallow_copy_shares_weights_and_results(make: Callable[[], Any]) -> None:
+    """A shallow copy shares parameters and layers with the original, so its results do too."""
     model, twin, _ = accelerated_and_run(make)
     other = copy.copy(model)
     assert_close(infer(other), infer(twin))
@@ -284,7 +284,7 @@ def test_saved_models_load_without_fastbb(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     got = torch.load(tmp_path / "results.pt")
-    # a pickle names the classes that it is of
+    # a pickle names its classes
     assert got.pop("error") == "No module named 'fastbb'"
     for name, results in got.items():
         assert_bit_equal(tensors(results), want[name])
@@ -359,8 +359,8 @@ def test_fx_traces_upstreams_forward(make: Callable[[], Any]) -> None:
     assert_ours_ran(report)
 
 
-def test_threads_share_a_host(make: Callable[[], Any]) -> None:
-    """Also at the first call, when each of them decides."""
+def test_threads_that_share_a_host_get_right_results(make: Callable[[], Any]) -> None:
+    """Threads share the first call too, in which each of them decides."""
     model, twin, report = accelerated(make)
     inputs = [images(32, 32, batch=1 + index % 2, seed=index) for index in range(4)]
     want = [infer(twin, pixels) for pixels in inputs]

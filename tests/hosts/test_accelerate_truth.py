@@ -1,4 +1,4 @@
-"""The float64 truth that ours is held to: folding, memory, copies that fail, calls that grow."""
+"""Comparison with float64: folding, memory, modules that cannot be copied, growing calls."""
 
 import copy
 import gc
@@ -25,8 +25,8 @@ def timm_maps() -> Any:
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["auto", "eager"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_blocks_run_in_a_lower_precision(mode: str, precision: str) -> None:
-    """Their first call happens inside a folded backbone."""
+def test_bf16_and_fp16_backbones_run_ours_without_a_warning(mode: str, precision: str) -> None:
+    """The first call of the blocks happens inside a folded backbone."""
     model, twin = timm_resnet(), timm_resnet()
     report = fastbb.accelerate(model, mode=mode, precision=precision)
     with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def test_a_module_that_cannot_be_copied_runs_ours(make: Any) -> None:
 
 
 @torch.no_grad()
-def test_no_memory_for_the_check_turns_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_the_check_turns_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = timm_resnet(), timm_resnet()
     report = fastbb.accelerate(model, mode="eager")
 
@@ -81,7 +81,7 @@ def test_no_memory_for_the_check_turns_nothing_off(monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
-def test_a_much_larger_call_decides_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_much_larger_call_is_decided_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin = swin_classifier(), swin_classifier()
     fastbb.accelerate(model, mode="eager")
     (first, *_) = [r for m in model.modules() if (r := replacement_of(m)) is not None]
@@ -100,7 +100,7 @@ def test_a_much_larger_call_decides_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @torch.no_grad()
-def test_layouts_follow_a_call_with_larger_maps() -> None:
+def test_memory_layout_equals_upstream_after_one_pixel_maps() -> None:
     """A map of one pixel is contiguous and channels-last."""
     model, twin = timm_maps(), timm_maps()
     for either in (model, twin):
@@ -112,7 +112,7 @@ def test_layouts_follow_a_call_with_larger_maps() -> None:
             assert got.stride() == want.stride()
 
 
-def test_a_copy_keeps_nothing_of_ours() -> None:
+def test_upstream_twin_has_none_of_our_forwards() -> None:
     model = timm_resnet()
     fastbb.accelerate(model, mode="eager")
     infer(model)

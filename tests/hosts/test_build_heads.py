@@ -1,4 +1,4 @@
-"""Fresh heads of transformers around pretrained backbones: all of the backbone is loaded."""
+"""New heads of transformers around pretrained backbones load every weight of the backbone."""
 
 import copy
 import json
@@ -59,7 +59,7 @@ DETR = {
 }
 UPERNET = {"hidden_size": 16, "auxiliary_channels": 8, "pool_scales": [1, 2]}
 
-# head, its configuration, the checkpoint, maps that the head takes without being told
+# head, its configuration, the checkpoint, number of maps that it takes by default
 CASES: dict[str, tuple[str, dict[str, Any], str, int]] = {
     "maskformer-swin": ("MaskFormerForInstanceSegmentation", MASKFORMER, "swin", 4),
     "maskformer-resnet": ("MaskFormerForInstanceSegmentation", MASKFORMER, "resnet", 4),
@@ -132,13 +132,15 @@ def assert_same(again: Any, head: Any) -> None:
     state, want = again.state_dict(), head.state_dict()
     assert state.keys() == want.keys()
     assert all(torch.equal(tensor, want[name]) for name, tensor in state.items())
-    # where a tensor lies in memory changes the last bit of some convolutions
+    # the memory address changes the last bit of some convolutions
     assert_equals_upstream(outputs(again), outputs(head))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", CASES)
-def test_the_backbone_is_loaded(case: str, checkpoints: dict[str, str], tmp_path: Path) -> None:
+def test_head_loads_all_weights_of_the_backbone(
+    case: str, checkpoints: dict[str, str], tmp_path: Path
+) -> None:
     class_name, config, kind, count = CASES[case]
     head_class = getattr(transformers, class_name)
     name = checkpoints[kind]
@@ -178,7 +180,7 @@ def test_heads_differ_in_nothing_but_the_backbone(checkpoints: dict[str, str]) -
 
 
 @pytest.mark.parametrize("pretrained", [True, False])
-def test_maskformers_configuration_is_that_of_transformers_4(
+def test_maskformer_config_behaves_as_in_transformers_4(
     pretrained: bool, checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
     config: Any = fastbb.MaskFormerConfig(
@@ -195,7 +197,7 @@ def test_maskformers_configuration_is_that_of_transformers_4(
     loaded = load_file(Path(checkpoints["resnet"]) / "model.safetensors")[f"resnet.{bias}"]
     assert torch.equal(backbone_of(head).state_dict()[bias], loaded) is pretrained
 
-    # what is saved is transformers' own, and asks for no weights
+    # the saved configuration is transformers' own, without pretrained weights
     config.save_pretrained(tmp_path / "config")
     written = json.loads((tmp_path / "config" / "config.json").read_text())
     theirs = transformers.MaskFormerConfig.from_pretrained(tmp_path / "config")
@@ -212,7 +214,9 @@ def test_maskformers_configuration_is_that_of_transformers_4(
         assert_same(same, head)
 
 
-def test_options_of_the_backbone(checkpoints: dict[str, str], hub: HubServer) -> None:
+def test_backbone_options_reach_the_backbone_of_the_head(
+    checkpoints: dict[str, str], hub: HubServer
+) -> None:
     config: Any = fastbb.MaskFormerConfig(
         backbone=checkpoints["resnet"], backbone_kwargs={"out_indices": (2, 3)}, **MASKFORMER
     )
@@ -248,7 +252,7 @@ def test_options_of_the_backbone(checkpoints: dict[str, str], hub: HubServer) ->
     assert head.config.timm_kwargs == {"img_size": 640, "always_partition": True}
 
 
-def test_a_checkpoint_in_half_precision(tmp_path: Path) -> None:
+def test_half_precision_checkpoint_is_loaded_in_fp32(tmp_path: Path) -> None:
     resnet = transformers.ResNetForImageClassification(transformers.ResNetConfig(**RESNET))
     randomize_(resnet).half().save_pretrained(tmp_path)
     head = fastbb.heads.build(
@@ -263,7 +267,7 @@ def test_a_checkpoint_in_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nano-swin-digits", "nano-resnet-digits"])
-def test_bundled_models(name: str) -> None:
+def test_bundled_models_load_into_heads(name: str) -> None:
     ours = AutoBackbone.from_pretrained(name)
     head = fastbb.heads.build(
         transformers.UperNetForSemanticSegmentation,
@@ -275,7 +279,9 @@ def test_bundled_models(name: str) -> None:
     assert all(torch.equal(tensor, want[key]) for key, tensor in state.items())
 
 
-def test_configurations_of_fastbb(hub: HubServer, checkpoints: dict[str, str]) -> None:
+def test_fastbb_configurations_are_accepted_as_backbone_config(
+    hub: HubServer, checkpoints: dict[str, str]
+) -> None:
     head_class = transformers.MaskFormerForInstanceSegmentation
     for own in (SwinConfig(**SWIN), ResNetConfig(**RESNET), TimmBackboneConfig(TIMM_NAME)):
         head = fastbb.heads.build(head_class, backbone_config=own, **MASKFORMER)
@@ -292,7 +298,9 @@ def test_configurations_of_fastbb(hub: HubServer, checkpoints: dict[str, str]) -
         assert_equals_upstream(maps, upstreams_maps("timm", TIMM_NAME, [1, 2]))
 
 
-def test_half_a_checkpoint_is_an_error(checkpoints: dict[str, str], tmp_path: Path) -> None:
+def test_checkpoint_with_missing_weights_raises_value_error(
+    checkpoints: dict[str, str], tmp_path: Path
+) -> None:
     file = Path(checkpoints["resnet"]) / "model.safetensors"
     state = load_file(file)
     gone = "encoder.stages.1.layers.0.layer.0.convolution.weight"
@@ -347,7 +355,7 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) ->
 
 
 @torch.no_grad()
-def test_families_that_only_transformers_has(tmp_path: Path) -> None:
+def test_families_that_only_transformers_has_are_loaded(tmp_path: Path) -> None:
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -378,7 +386,7 @@ def test_families_that_only_transformers_has(tmp_path: Path) -> None:
         )
 
 
-def test_models_that_hold_no_backbone() -> None:
+def test_models_without_a_backbone_are_refused() -> None:
     build: Callable[..., Any] = fastbb.heads.build
     with pytest.raises(ValueError, match="SwinModel has no backbone"):
         build(transformers.SwinModel, backbone="nano-swin-digits")

@@ -1,4 +1,4 @@
-"""Configurations of heads: the backbone that each one names is built."""
+"""Configurations of heads give the backbone that they name."""
 
 import json
 from typing import Any
@@ -25,7 +25,7 @@ DETR: dict[str, Any] = {"model_type": "detr", "backbone": "test_resnet"}
     ],
     ids=str,
 )
-def test_heads_that_name_a_timm_model(tmp_path, head, timm_fields):
+def test_head_that_names_a_timm_model_gives_its_timm_config(tmp_path, head, timm_fields):
     (tmp_path / "config.json").write_text(json.dumps({**DETR, **head}))
     config = AutoConfig.from_pretrained(tmp_path)
     assert config == TimmBackboneConfig(
@@ -33,13 +33,13 @@ def test_heads_that_name_a_timm_model(tmp_path, head, timm_fields):
     )
 
 
-def test_the_configuration_of_the_head_is_left_as_it_was():
+def test_reading_a_head_leaves_its_configuration_unchanged():
     head = {**DETR, "dilation": True, "backbone_kwargs": {"drop_rate": 0.1}}
     unwrap_head(head)
     assert head["backbone_kwargs"] == {"drop_rate": 0.1}
 
 
-def test_heads_that_name_a_repository_of_the_hub(hub, tmp_path):
+def test_head_that_names_a_hub_repository_gives_its_config(hub, tmp_path):
     ResNetConfig(**RESNET).save_pretrained(tmp_path / "resnet")
     hub.add_repo("acme/resnet", tmp_path / "resnet")
     head = {**DETR, "backbone": "acme/resnet", "backbone_kwargs": {"hidden_act": "gelu"}}
@@ -49,7 +49,7 @@ def test_heads_that_name_a_repository_of_the_hub(hub, tmp_path):
         assert config == ResNetConfig(**RESNET, hidden_act="gelu", out_indices=[0, 1])
 
 
-def test_a_timm_backbone_is_no_head(tmp_path):
+def test_timm_backbone_config_is_not_taken_for_a_head(tmp_path):
     # it names its `backbone` too
     config = TimmBackboneConfig("test_resnet", out_indices=[0])
     config.save_pretrained(tmp_path)

@@ -37,7 +37,7 @@ BACKBONES = {
     "timm": (TIMM, transformers.TimmBackbone),
 }
 PIXELS = images(64, 72)
-HEAD_REL = 1e-4  # of what a head computes from maps that differ by rounding
+HEAD_REL = 1e-4  # tolerance of a head whose maps differ by rounding
 
 
 def registered() -> dict[type, Any]:
@@ -66,7 +66,7 @@ def head(config: Any) -> Any:
 
 
 def runs_ours(module: Any) -> bool:
-    """Whether a forward of fastbb is on the module, and has run there."""
+    """Whether the module has a forward of fastbb, and that forward has run."""
     replacement = replacement_of(module)
     return replacement is not None and replacement.off is None and bool(replacement.choices)
 
@@ -94,7 +94,7 @@ def test_heads_get_fast_backbones(kind: str, register: None, tmp_path: Path) -> 
     state, kept = ours.state_dict(), theirs.state_dict()
     assert list(state) == list(kept) and all(torch.equal(state[n], kept[n]) for n in state)
 
-    # what is saved is transformers' again
+    # the saved model is one of transformers
     ours.save_pretrained(tmp_path / "ours")
     fastbb.unregister()
     again = type(theirs).from_pretrained(tmp_path / "ours")
@@ -134,7 +134,7 @@ def test_a_compiled_graph_holds_upstreams_forward(register: None) -> None:
 
 
 @torch.no_grad()
-def test_detr_with_its_own_norms(register: None) -> None:
+def test_detr_with_frozen_norms_equals_upstream_and_runs_ours(register: None) -> None:
     config = transformers.DetrConfig(
         backbone_config=copy.deepcopy(RESNET),
         d_model=32,
@@ -155,7 +155,9 @@ def test_detr_with_its_own_norms(register: None) -> None:
 
 
 @torch.no_grad()
-def test_auto_backbone(register: None, hub: HubServer, tmp_path: Path) -> None:
+def test_auto_backbone_of_transformers_runs_ours(
+    register: None, hub: HubServer, tmp_path: Path
+) -> None:
     theirs = randomize_(transformers.SwinBackbone(SWIN))
     theirs.save_pretrained(tmp_path)
     hub.add_repo("acme/swin", tmp_path)
@@ -185,7 +187,7 @@ def test_register_and_unregister_are_idempotent_and_keep_other_classes() -> None
         assert registered() == with_theirs and type(auto.from_config(RESNET)) is Theirs
 
         fastbb.register()
-        auto.register(transformers.ResNetConfig, Theirs, exist_ok=True)  # after us: it is theirs
+        auto.register(transformers.ResNetConfig, Theirs, exist_ok=True)  # stays registered
         fastbb.unregister()
         assert registered() == with_theirs
     finally:

@@ -62,7 +62,7 @@ MAKES: dict[str, Callable[[], Any]] = {
     ANY_SIZE: partial(timm_swin, strict_img_size=False),
     "timm_swin": timm_swin,
 }
-# which models have what is changed; upstream runs all of these
+# models to which each change applies; upstream runs all of them
 APPLIES: dict[str, list[str]] = {
     "eps": [*SWINS, *RESNETS, ANY_SIZE],
     "eps of one norm of a block": ["swin_backbone", "maskformer_swin"],
@@ -84,7 +84,7 @@ APPLIES: dict[str, list[str]] = {
     "statistics": RESNETS,
     "a bias that was not there": [*SWINS, ANY_SIZE],
 }
-# what ours cannot express, in the words of the report
+# changes that ours cannot express, with the reason in the report
 REFUSED = {
     "scale": "its attention scale is",
     "function of the activation": "its activation is a GELUActivation",
@@ -100,7 +100,7 @@ def test_every_change_has_models() -> None:
 @pytest.mark.parametrize(
     ("name", "host"), [(name, host) for name, hosts in APPLIES.items() for host in hosts]
 )
-def test_an_accelerated_model_follows(name: str, host: str) -> None:
+def test_accelerated_model_follows_changed_settings(name: str, host: str) -> None:
     make, change = MAKES[host], CHANGES[name]
     pixels = images(32, 32) if host == "timm_swin" else PIXELS
     model, upstream = make(), make()
@@ -142,7 +142,7 @@ def test_the_report_shows_a_whole_backbone_that_runs_again() -> None:
     assert {runs for _, _, runs, _ in report.rows()} == {"fastbb", "-"}, str(report)
 
 
-def test_a_copy_of_a_changed_model_runs_ours_when_it_is_changed_back() -> None:
+def test_copy_of_a_changed_model_runs_ours_when_changed_back() -> None:
     model = swin_classifier()
     fastbb.accelerate(model, mode="eager")
     infer(model)
@@ -187,8 +187,8 @@ def test_odd_settings_have_the_outcome_of_upstream(odd: Callable[[Any], None]) -
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"])
-def test_threads_follow_a_change(precision: str | None) -> None:
-    """Nothing of the model may be moved while another thread runs it."""
+def test_threads_follow_changed_settings(precision: str | None) -> None:
+    """No thread may move the model while another one runs it."""
     model, upstream = timm_efficientnet(), timm_efficientnet()
     fastbb.accelerate(model, mode="eager", precision=precision)
     infer(model, PIXELS)
@@ -220,7 +220,7 @@ def test_statistics_with_gaps_in_memory_are_followed() -> None:
 
 
 @pytest.mark.parametrize("make", [swin_backbone, resnet_backbone], ids=["swin", "resnet"])
-def test_a_compiled_host_falls_back_and_says_why(
+def test_compiled_host_with_changed_settings_falls_back_with_a_reason(
     make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler = install(Compiler(), monkeypatch)
@@ -279,7 +279,7 @@ OF_NATIVE: dict[str, list[str]] = {
 @pytest.mark.parametrize(
     ("name", "model"), [(name, model) for name, models in OF_NATIVE.items() for model in models]
 )
-def test_a_native_backbone_follows(name: str, model: str, mode: str | None) -> None:
+def test_native_backbone_follows_changed_settings(name: str, model: str, mode: str | None) -> None:
     pair, pixels, change = NATIVE[model](), images(64, 72), CHANGES[name]
     ours = pair.ours if mode is None else pair.ours.prepare(mode)
     with torch.no_grad():
@@ -292,7 +292,7 @@ def test_a_native_backbone_follows(name: str, model: str, mode: str | None) -> N
 
 
 @pytest.mark.parametrize("name", ["eps", "stride", "statistics"])
-def test_a_compiled_backbone_falls_back(
+def test_compiled_backbone_with_changed_settings_falls_back(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     install(Compiler(), monkeypatch)
@@ -317,7 +317,7 @@ def test_a_fused_activation_that_changes_is_reported() -> None:
     assert any("its activation was changed: it is a Tanh, was a SiLU" in str(r) for r in refused)
 
 
-def test_a_report_says_what_a_gpu_does_not_notice() -> None:
+def test_report_says_that_changed_statistics_on_a_gpu_need_refresh() -> None:
     norm = nn.BatchNorm2d(4)
     assert statistics_note(norm) is None
     with FakeTensorMode():

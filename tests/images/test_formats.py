@@ -16,7 +16,7 @@ PACKAGE = Path(fastbb.__file__).parent
 HEADER = b"qoif\0\0\0\1\0\0\0\1\3\0"  # one pixel, RGB
 QOI = HEADER + b"\xfe\xc8\x64\x32" + bytes(7) + b"\1"
 ROW = '    ImageFormat("QOI", (".qoi",), "zlib"),\n'
-# what listing, decoding, the processor and the doctor make of a QOI file, by a table on stdin
+# prints how listing, decoding, processor and doctor treat a QOI file, with the table on stdin
 PROGRAM = """
 import collections, json, sys, types
 import fastbb.images
@@ -104,7 +104,7 @@ def test_pillow_knows_every_name_of_the_table() -> None:
     }
 
 
-def test_support_is_what_pillow_was_built_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_support_follows_the_build_of_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(formats.pillow_support()[name] for name in ("JPEG", "PNG", "GIF", "BMP", "PPM"))
     monkeypatch.setattr(features, "check", lambda feature: feature != "webp")
     monkeypatch.delitem(Image.OPEN, "TIFF")

@@ -46,7 +46,7 @@ def assert_same(image: Image.Image, expected: Image.Image | np.ndarray) -> None:
 
 
 def upstream_rgb(image: Image.Image | np.ndarray) -> np.ndarray:
-    """What transformers makes of transparency, since there is a rule."""
+    """RGB pixels of transformers' rule for transparency."""
     pytest.importorskip("transformers", minversion="5.21")
     from transformers.image_transforms import convert_to_rgb
 
@@ -59,7 +59,7 @@ def test_opaque_modes_equal_pillow(mode: str) -> None:
     assert_same(to_rgb(image), image.convert("RGB"))
 
 
-def test_the_a_of_lab_is_not_alpha() -> None:
+def test_band_a_of_lab_is_not_taken_for_alpha() -> None:
     image = picture("LAB")
     upstream = upstream_rgb(image)
     assert (upstream == 255).all()  # its bands are L, A, B, and upstream takes the A for alpha
@@ -72,7 +72,7 @@ def test_rgb_is_not_copied() -> None:
 
 
 @pytest.mark.parametrize("planes", ["cmyk", "ycck"])
-def test_four_colour_jpeg(planes: str) -> None:
+def test_cmyk_and_ycck_jpegs_equal_pillow(planes: str) -> None:
     buffer = io.BytesIO()
     picture("CMYK").save(buffer, "JPEG")
     data = buffer.getvalue()
@@ -90,10 +90,10 @@ def test_16_bit_is_scaled_not_saturated(mode: str) -> None:
     dtype = ">u2" if mode == "I;16B" else "<u2"
     image = Image.frombytes(mode, (26, 26), values.astype(dtype).tobytes())
     assert_same(to_rgb(image), np.repeat(values[..., None] >> 8, 3, axis=-1))
-    assert np.asarray(image.convert("RGB")).mean() > 250  # what upstream makes of it: white
+    assert np.asarray(image.convert("RGB")).mean() > 250  # upstream gives white
 
 
-def test_16_bit_png_file() -> None:
+def test_16_bit_png_file_is_scaled_to_8_bits() -> None:
     buffer = io.BytesIO()
     Image.fromarray(np.array([[0, 255, 256, 32768, 65535]], np.uint16)).save(buffer, "PNG")
     image = to_rgb(Image.open(buffer))
@@ -143,7 +143,7 @@ def test_dropped_alpha_equals_pillow(mode: str) -> None:
         assert_same(converted, image.convert("RGB"))
 
 
-def test_transparent_red_is_white_or_red() -> None:
+def test_transparent_red_is_white_or_red_by_the_alpha_rule() -> None:
     image = Image.new("RGBA", (1, 1), (255, 0, 0, 0))
     assert to_rgb(image, alpha="white").getpixel((0, 0)) == (255, 255, 255)
     assert to_rgb(image, alpha="drop").getpixel((0, 0)) == (255, 0, 0)
@@ -165,7 +165,7 @@ def test_the_image_given_is_not_changed(mode: str, alpha) -> None:
     assert (image.mode, image.tobytes(), dict(image.info)) == before
 
 
-def test_an_unknown_mode_is_named() -> None:
+def test_unknown_mode_raises_value_error() -> None:
     image = picture()
     image._mode = "BGR;15"  # Pillow 13 has no mode left that is unknown
     with pytest.raises(ValueError, match="'BGR;15' has no rule"):
@@ -175,7 +175,7 @@ def test_an_unknown_mode_is_named() -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float32", "float64"])
-def test_arrays_follow_transformers(channels: int, layout: str, dtype: str) -> None:
+def test_arrays_equal_transformers(channels: int, layout: str, dtype: str) -> None:
     shape = (channels, 9, 8) if layout == "first" else (9, 8, channels)
     values = np.random.default_rng(0).random(shape)
     array = (values if dtype.startswith("float") else values * 255).astype(dtype)
@@ -186,7 +186,7 @@ def test_arrays_follow_transformers(channels: int, layout: str, dtype: str) -> N
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_gray_arrays_and_dropped_alpha() -> None:
+def test_gray_arrays_are_repeated_and_alpha_is_dropped() -> None:
     gray = np.arange(20, dtype=np.uint8).reshape(4, 5)
     np.testing.assert_array_equal(array_to_rgb(gray), np.stack([gray] * 3, axis=-1))
     rgba = np.random.default_rng(0).integers(0, 256, (7, 5, 4), dtype=np.uint8)

@@ -33,7 +33,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def timm_pixels(pretrained_cfg: dict, image: Image.Image) -> torch.Tensor:
-    """What timm's own evaluation transform makes of an image, at the test-time size."""
+    """Pixels of timm's own evaluation transform, at the test-time size."""
     data = resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=True)
     return create_transform(**data, is_training=False)(image)  # type: ignore[operator]
 
@@ -99,7 +99,7 @@ def test_pixels_of_a_timm_name_equal_timm(name: str) -> None:
     assert processor.output_size == expected.shape[1:]
 
 
-def test_a_directory_in_timms_format(tmp_path: Path) -> None:
+def test_directory_in_timms_format_equals_timm(tmp_path: Path) -> None:
     cfg = {"input_size": [3, 28, 28], "crop_pct": 0.9, "crop_mode": "squash"}
     config = {"architecture": "resnet18", "pretrained_cfg": cfg}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -112,7 +112,9 @@ def test_a_directory_in_timms_format(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("reference", ["hf", "timm"])
-def test_exif_orientation(reference: str, orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation_applies_to_files_of_transformers_models_only(
+    reference: str, orientation: int, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "photo.png"
@@ -134,7 +136,7 @@ def test_exif_orientation(reference: str, orientation: int, tmp_path: Path) -> N
         assert torch.equal(processor(source).pixel_values, processor(upright).pixel_values)
 
 
-def test_alpha_rules_of_files_and_memory(tmp_path: Path) -> None:
+def test_alpha_rules_differ_for_files_and_images_in_memory(tmp_path: Path) -> None:
     clear_red = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     path = tmp_path / "clear.png"
     path.write_bytes(png(clear_red))
@@ -175,7 +177,7 @@ def test_all_kinds_of_input_give_the_same_pixels(config: dict | None, tmp_path: 
     assert torch.equal(processor((image,), return_tensors=None)["pixel_values"], batch[:1])
 
 
-def test_timm_takes_float_arrays_as_8_bit_pictures() -> None:
+def test_timm_processor_takes_float_arrays_as_8_bit_pictures() -> None:
     processor = ImageProcessor(spec_from_timm({"input_size": (3, 32, 32)}))
     array = np.random.default_rng(0).random((40, 50, 3))
     image = Image.fromarray((array * 255).astype(np.uint8))
@@ -214,7 +216,9 @@ def test_batch_is_a_mapping_for_models() -> None:
     ],
     ids=["exact", "crop", "shortest-edge", "as-is", "detr-exact", "detr", "padded", "divisor"],
 )
-def test_output_size(config: dict, size: tuple[int, int] | None) -> None:
+def test_output_size_is_that_of_every_image_or_none(
+    config: dict, size: tuple[int, int] | None
+) -> None:
     processor = processor_for(config)
     assert processor.output_size == size
     shapes = {tuple(processor.process(picture(*s)).shape[1:]) for s in [(40, 50), (31, 30)]}
@@ -250,7 +254,7 @@ def test_spec_survives_json() -> None:
     ],
     ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if type(value) is dict else "",
 )
-def test_spec_refuses(changes: dict, message: str) -> None:
+def test_wrong_spec_raises_value_error(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageProcessorSpec.from_dict({**spec_from_config(VIT).to_dict(), **changes})
 
@@ -280,12 +284,12 @@ def test_spec_from_dict_needs_every_field() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_call_refuses(images, kind: type[Exception], message: str) -> None:
+def test_wrong_images_are_refused(images, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         processor_for(VIT)(images)
 
 
-def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+def test_truncated_file_error_names_the_file(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
     path.write_bytes(png(picture(40, 40))[:-2000])
     with pytest.raises(OSError, match=r"cut\.png: .*truncated"):

@@ -19,7 +19,7 @@ transformers.logging.set_verbosity_error()
 
 SIZES = [(1, 1), (1, 9), (11, 1), (2, 97), (37, 61), (61, 37), (224, 224), (225, 223), (240, 320)]
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-# as they are on the Hub, mean and std left out, oldest layouts included; 800/1333 made smaller
+# files of the Hub, oldest layouts included, without mean and std, with smaller sizes
 HUB_FILES: dict[str, dict[str, Any]] = json.loads("""{
 "swin": {"do_normalize": true, "do_resize": true, "feature_extractor_type": "ViTFeatureExtractor",
     "resample": 3, "size": 224},
@@ -67,7 +67,7 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def load_both(directory: Path, config: dict[str, Any], **overrides):
-    """transformers' PIL processor and ours, of one file."""
+    """Loads transformers' PIL processor and ours from one file."""
     (directory / "preprocessor_config.json").write_text(json.dumps(config))
     theirs = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", **overrides)
     assert type(theirs).__name__.endswith("Pil")
@@ -75,7 +75,7 @@ def load_both(directory: Path, config: dict[str, Any], **overrides):
 
 
 def assert_same(ours, theirs) -> None:
-    """Both batches have the same entries, bit for bit; ours is fp32 also without any arithmetic."""
+    """Asserts equal entries, bit for bit; ours is fp32 even if no step computes."""
     assert set(ours) == set(theirs)
     assert ours["pixel_values"].dtype == torch.float32
     assert torch.equal(ours["pixel_values"], theirs["pixel_values"].float())
@@ -94,7 +94,7 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", HUB_FILES)
-def test_a_saved_processor_loads_in_both(name: str, tmp_path: Path) -> None:
+def test_saved_processor_loads_here_and_in_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name])
     ours.save_pretrained(tmp_path / "saved")
     assert AutoImageProcessor.from_pretrained(tmp_path / "saved").spec == ours.spec
@@ -112,18 +112,18 @@ TYPES = sorted({spec_from_config(config).image_processor_type for config in HUB_
 def test_class_defaults_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name})
     images = [picture(48, 64), picture(30, 20)]
-    images[1].info["transparency"] = images[1].getpixel((10, 15))  # white where it converts
+    images[1].info["transparency"] = images[1].getpixel((10, 15))  # becomes white in RGB
     assert_same(ours(images), theirs(images, return_tensors="pt"))
 
 
 @pytest.mark.parametrize("name", ["DetrImageProcessor", "MaskFormerImageProcessor"])
-def test_max_size_without_size(name: str, tmp_path: Path) -> None:
+def test_max_size_without_size_equals_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name, "max_size": 300})
     assert_same(ours(picture(30, 90)), theirs(picture(30, 90), return_tensors="pt"))
 
 
 def random_config(rng: random.Random) -> dict[str, Any]:
-    """Any combination of keys, small sizes, absent and null values included."""
+    """Random combination of keys, with small sizes, absent keys and null values."""
 
     def edge() -> int:
         return rng.choice([1, 2, 5, 13, 16, 31, 32, 40, 57])
@@ -178,7 +178,7 @@ def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> 
 )
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "float16", "float32", "float64"])
 @pytest.mark.parametrize("scale", [1, 255], ids=["0..1", "0..255"])
-def test_arrays_are_taken_as_upstream_takes_them(name, steps, dtype, scale, tmp_path) -> None:
+def test_arrays_equal_transformers(name, steps, dtype, scale, tmp_path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name], **steps)
     values = np.random.default_rng(0).random((40, 50, 3)) * scale
     array = (values if scale == 1 else values.round()).astype(dtype)
@@ -222,7 +222,7 @@ FILE_KINDS = [
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("kind", FILE_KINDS)
 @pytest.mark.parametrize("name", ["swin", "dinov2"])
-def test_files_are_read_as_load_image_reads_them(name: str, kind: str, tmp_path: Path) -> None:
+def test_files_equal_transformers_load_image(name: str, kind: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES[name])
     path = tmp_path / "image"
     path.write_bytes(file_of(kind))
@@ -232,11 +232,11 @@ def test_files_are_read_as_load_image_reads_them(name: str, kind: str, tmp_path:
 
 
 @pytest.mark.parametrize("kind", FILE_KINDS)
-def test_images_in_memory_are_taken_as_upstream_takes_them(kind: str, tmp_path: Path) -> None:
+def test_images_in_memory_equal_transformers(kind: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, HUB_FILES["dinov2"])  # converts to RGB
     image = Image.open(io.BytesIO(file_of(kind)))
     assert_same(ours(image), theirs(image, return_tensors="pt"))
-    theirs, ours = load_both(tmp_path, HUB_FILES["swin"])  # does not: raises on all but RGB
+    theirs, ours = load_both(tmp_path, HUB_FILES["swin"])  # raises for all modes but RGB
     if image.mode == "RGB":
         assert_same(ours(image), theirs(image, return_tensors="pt"))
     else:
@@ -266,7 +266,9 @@ def test_overrides_equal_transformers(name: str, overrides: dict, tmp_path: Path
     ("model_type", "expected"),
     [("swin", "ViTImageProcessor"), ("resnet", "ConvNextImageProcessor")],
 )
-def test_a_file_without_type_goes_by_the_model(model_type, expected, tmp_path: Path) -> None:
+def test_processor_file_without_type_follows_the_model_type(
+    model_type, expected, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs, ours = load_both(tmp_path, {"size": {"shortest_edge": 40}})
     assert type(theirs).__name__.removesuffix("Pil") == ours.spec.image_processor_type == expected
@@ -301,7 +303,7 @@ def test_a_file_without_type_goes_by_the_model(model_type, expected, tmp_path: P
     ],
     ids=str,
 )
-def test_files_that_are_refused(changes: dict, message: str) -> None:
+def test_unsupported_processor_files_raise_value_error(changes: dict, message: str) -> None:
     config = {"image_processor_type": "ViTImageProcessor", "size": 32, **changes}
     with pytest.raises(ValueError, match=message):
         spec_from_config(config)

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong first, with a remedy, and survives what it examines."""
+"""The doctor puts problems first, each with a remedy, and survives a broken machine."""
 
 import json
 import os
@@ -45,7 +45,7 @@ class Pretended:
     cuda: str | None = "13.0"
     gpus: tuple[Machine, ...] = ()
     gpu_sign: str = ""
-    gpu_error: str | None = None  # which torch raises where it is asked for a GPU
+    gpu_error: str | None = None  # torch's error without a GPU
     gpu_warning: str | None = None
     gpus_hidden_by: str = ""
     cores: int = 8
@@ -60,7 +60,7 @@ class Pretended:
     triton_cache_problem: str | None = None
 
     def apply(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-        """Puts this machine in the place of the real one."""
+        """Replaces the real machine by this one."""
 
         def is_available() -> bool:
             if self.gpu_warning is not None:
@@ -152,7 +152,7 @@ def test_a_healthy_machine_has_neither_problems_nor_hints(
 
 OLD_TORCH = (Package("torch", "2.8.1", ">=2.9", None),)
 NO_TRITON = (Package("triton", None, ">=3.6", None),)
-# what differs from a healthy machine, the problem, its remedy
+# difference from a healthy machine, the problem, its remedy
 PROBLEMS: dict[str, tuple[dict[str, Any], str, str]] = {
     "old_torch": (
         {"packages": OLD_TORCH},
@@ -242,7 +242,7 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", HINTS)
-def test_a_hint_is_no_problem(examine: Any, name: str) -> None:
+def test_hint_is_not_counted_as_a_problem(examine: Any, name: str) -> None:
     changes, remedy = HINTS[name]
     found = examine(**changes)
     (hint,) = found.hints
@@ -303,7 +303,7 @@ def test_results_of_earlier_runs_are_shown(examine: Any, tmp_path: Path) -> None
         cache.put("self_check", op, value)
     cache.put("tuned", "swin/fp32/8x224x224", {"winner": "triton", "trials": []})
     cache.put("tuned", "odd", {"trials": []})
-    # alike GPUs share their results, and tell them once
+    # equal GPUs share their results, which are shown once
     found = examine(gpus=(GPU, GPU), gpu_sign=NVIDIA)
     (problem,) = found.problems
     assert problem.what == "patch_embed float32 tf32 failed its check on NVIDIA H100: NaN"
@@ -319,7 +319,7 @@ def test_the_cache_of_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = ResultCache(Machine.of(torch.device("cpu")))
     assert doctor().facts["cache"]["writable"]
-    assert not any(tmp_path.iterdir())  # looking makes nothing
+    assert not any(tmp_path.iterdir())  # nothing is created
     cache.put("self_check", "patch_embed/torch.float32", {"problem": "wrong by 3"})
     cache.put("tuned", "swin/fp32/1x64x64", {"winner": "compile", "trials": []})
     result = CliRunner().invoke(main, ["doctor"])
@@ -331,7 +331,7 @@ def test_the_cache_of_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert "found out again" in hint.remedy
 
 
-def test_the_command_and_its_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_command_and_its_json_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     threads = torch.get_num_threads()
     text, as_json = (CliRunner().invoke(main, ["doctor", *extra]) for extra in ([], ["--json"]))

@@ -35,7 +35,7 @@ def problems(result: subprocess.CompletedProcess[str]) -> list[str]:
     return [problem["what"] for problem in json.loads(result.stdout)["problems"]]
 
 
-def test_the_floors_are_those_of_the_package() -> None:
+def test_needed_versions_equal_pyproject() -> None:
     lines = (ROOT / "pyproject.toml").read_text()
     for line in NEEDED:
         assert f'"{line}"' in lines
@@ -52,13 +52,13 @@ def test_the_floors_are_those_of_the_package() -> None:
     ],
     ids=["plain", "platform", "extra", "any_version", "platform_and_extra"],
 )
-def test_requirements(line: str, name: str, wanted: str, extra: str | None) -> None:
+def test_requirement_lines_are_parsed(line: str, name: str, wanted: str, extra: str | None) -> None:
     (package,) = packages_of([line], ["dev", "parquet", "testing"])
     assert (package.name, package.wanted, package.extra) == (name, wanted, extra)
 
 
 @pytest.mark.parametrize("line", ["pywin32; sys_platform == 'win32'", "ruff; extra == 'dev'"])
-def test_requirements_that_are_not_of_users_here(line: str) -> None:
+def test_requirements_of_other_platforms_and_of_developers_are_left_out(line: str) -> None:
     assert not list(packages_of([line], ["dev"]))
 
 
@@ -68,7 +68,7 @@ def test_packages_of_this_machine_are_new_enough() -> None:
     assert names["torch"]._replace(wanted=">=99").is_old
 
 
-def test_a_checkout_needs_torch_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkout_without_metadata_needs_torch_and_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -93,7 +93,7 @@ def test_a_checkout_needs_torch_and_triton(monkeypatch: pytest.MonkeyPatch) -> N
     ],
     ids=["v2", "no_limit", "parent", "v1", "v1_no_limit", "no_period", "none"],
 )
-def test_limits_of_control_groups(
+def test_cgroup_limits_give_the_number_of_cores(
     tmp_path: Path, files: dict[str, str], cgroups: str, cores: float | None
 ) -> None:
     for name, text in files.items():
@@ -102,7 +102,7 @@ def test_limits_of_control_groups(
     assert core_limit(cgroups, tmp_path) == cores
 
 
-def test_a_directory_that_can_be_made_is_not_made(tmp_path: Path) -> None:
+def test_missing_directory_that_can_be_made_is_writable_and_not_made(tmp_path: Path) -> None:
     state = directory_state(str(tmp_path / "a" / "b"))
     assert state["writable"] and state["problem"] is None and state["free_bytes"] > 0
     assert not any(tmp_path.iterdir())
@@ -116,12 +116,12 @@ def test_a_directory_below_a_file_cannot_be_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
-def test_a_directory_that_not_even_root_can_make_is_no_full_disk() -> None:
+def test_directory_that_root_cannot_make_is_not_reported_as_a_full_disk() -> None:
     state = directory_state("/proc/fastbb")
     assert not state["writable"] and state["problem"] and state["free_bytes"] is None
 
 
-def test_survives_a_machine_without_anything() -> None:
+def test_doctor_survives_a_machine_without_any_package() -> None:
     code = """
 import sys, pathlib
 for name in ("torch", "timm", "transformers", "triton", "PIL", "numpy"):
@@ -137,7 +137,7 @@ pathlib.Path.read_text = pathlib.Path.iterdir = unreadable
     assert "triton is not installed" in found
 
 
-def test_survives_a_machine_without_packaging() -> None:
+def test_doctor_survives_a_machine_without_packaging() -> None:
     found = problems(run("import sys; sys.modules['packaging'] = None" + DOCTOR))
     assert found[0].startswith("packages cannot be examined: ModuleNotFoundError")
 
@@ -150,13 +150,15 @@ def test_survives_a_machine_without_packaging() -> None:
     ],
     ids=["torch", "triton"],
 )
-def test_survives_a_broken_package(package: str, source: str, problem: str, tmp_path: Path) -> None:
+def test_doctor_survives_a_broken_package(
+    package: str, source: str, problem: str, tmp_path: Path
+) -> None:
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").write_text(source)
     assert any(found.startswith(problem) for found in problems(run(DOCTOR, tmp_path)))
 
 
-def test_imports_no_package_only_to_ask_its_version() -> None:
+def test_doctor_imports_no_package_to_read_its_version() -> None:
     code = """
 import sys
 from fastbb.inspect.doctor import doctor

@@ -1,4 +1,4 @@
-"""`fastbb tune` measures the ways to run a model, and mode "auto" remembers what won."""
+"""`fastbb tune` measures the ways to run a model; mode "auto" runs the winner."""
 
 import re
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Puts something in the place of the compiler."""
+    """Replaces the compiler."""
 
     def put(compile_maps: Callable[..., Any]) -> None:
         monkeypatch.setattr(ways, "compile_maps", compile_maps)
@@ -46,12 +46,12 @@ def tune(*arguments: str) -> Result:
     return cli_runner().invoke(main, ["tune", *arguments])
 
 
-def test_prints_what_won_and_what_else_was_tried(user_cache: Path, compiler: Any) -> None:
+def test_tune_prints_the_winner_and_the_other_candidates(user_cache: Path, compiler: Any) -> None:
     result = tune(MODEL, "--batch", "1", "--batch", "2", "--size", "32x40", "--budget", "0.1")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     heads = [line for line in lines if line.startswith("fp32, ")]
-    # the largest batch first: what it needs of memory is needed by all
+    # the largest batch comes first, since it needs most memory
     assert re.match(r"fp32, 2x32x40: (eager|compile), \d+\.\d images/s", heads[0])
     assert re.match(r"fp32, 1x32x40: (eager|compile), \d+\.\d images/s", heads[1])
     tried = [line.split(":")[0].strip() for line in lines if line.startswith("  ")]
@@ -60,7 +60,7 @@ def test_prints_what_won_and_what_else_was_tried(user_cache: Path, compiler: Any
     assert "measuring fp32, 2x32x40" in result.stderr
 
 
-def test_auto_takes_what_was_tuned(user_cache: Path, compiler: Any) -> None:
+def test_mode_auto_runs_the_tuned_winner(user_cache: Path, compiler: Any) -> None:
     device = Device()
 
     def slow(backbone: Backbone, example: Tensor, impl: str) -> Any:
@@ -90,7 +90,7 @@ def test_auto_takes_what_was_tuned(user_cache: Path, compiler: Any) -> None:
     assert "measured before" not in ready.explain().rows[0].why
 
 
-def test_what_fails_is_named_and_eager_stays(user_cache: Path, compiler: Any) -> None:
+def test_failing_candidate_is_reported_and_eager_wins(user_cache: Path, compiler: Any) -> None:
     def fails(*args: Any) -> Any:
         raise RuntimeError("no compiler here")
 
@@ -117,7 +117,7 @@ def test_what_fails_is_named_and_eager_stays(user_cache: Path, compiler: Any) ->
     ],
     ids=["model", "size", "batch", "dtype", "tf32", "device", "budget"],
 )
-def test_wrong_arguments(
+def test_wrong_arguments_exit_with_2(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -125,7 +125,7 @@ def test_wrong_arguments(
     assert result.exit_code == 2 and message in result.stderr, result.stderr
 
 
-def test_a_cache_that_cannot_be_written_costs_nothing_but_the_memory(
+def test_unwritable_cache_does_not_fail_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: Any
 ) -> None:
     (tmp_path / "file").write_text("")

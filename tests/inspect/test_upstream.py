@@ -1,4 +1,4 @@
-"""The model that `verify` compares with: the family's, or our own without its library."""
+"""Reference model of `verify`: the family's upstream, or our own if its library is missing."""
 
 import sys
 from dataclasses import replace
@@ -14,7 +14,9 @@ from fastbb.inspect.verify import verify
 pytest.importorskip("transformers")
 
 
-def test_without_transformers_it_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_without_transformers_uses_our_own_reference_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for pair in (hf_pair(hf_swin(image_size=64)), hf_pair(hf_resnet())):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "transformers", None)
@@ -29,7 +31,7 @@ def test_without_transformers_it_falls_back_and_says_so(monkeypatch: pytest.Monk
             assert not verify(pair.ours, pair.upstream, images(64, 64)).passed
 
 
-def test_a_family_that_names_no_upstream_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_family_without_upstream_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = hf_pair(hf_resnet())
     family, config = family_of("resnet")
     unlisted = replace(family, upstream=None)

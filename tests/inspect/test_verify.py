@@ -1,4 +1,4 @@
-"""`verify` passes what equals upstream, and nothing else."""
+"""`verify` passes backbones that equal upstream, and fails all others."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -52,7 +52,7 @@ def wrong(report: VerifyReport) -> list[str]:
 
 
 def change_map(backbone: Any, stage: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Lets a backbone return something else for one stage."""
+    """Changes the map of one stage that a backbone returns."""
     original = backbone.feature_map
 
     def feature_map(name: str, hidden_state: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def change_map(backbone: Any, stage: str, change: Callable[[Tensor], Tensor]) ->
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_what_equals_upstream_passes_at_two_sizes(name: str) -> None:
+def test_backbone_that_equals_upstream_passes_at_two_sizes(name: str) -> None:
     backbone = PAIRS[name]().ours
     report = verify(backbone)
     assert report.passed, str(report)
@@ -81,7 +81,7 @@ def test_what_equals_upstream_passes_at_two_sizes(name: str) -> None:
     assert report.rows[0].allowed == pytest.approx(FP32_REL if native else FP32_REL_FOLDED)
 
 
-def test_sizes_that_the_reference_takes() -> None:
+def test_default_sizes_are_sizes_that_the_reference_takes() -> None:
     odd = verify(PAIRS["transformers 5.*, ResNetBackbone"]().ours).rows[-1].input_shape
     assert odd == (2, 3, 167, 197)
     name, options = timm_options("swin", "w7")
@@ -90,13 +90,13 @@ def test_sizes_that_the_reference_takes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_bf16_and_fp64_backbones_pass_and_their_wrong_maps_fail(dtype: torch.dtype) -> None:
     for name in ("transformers 5.*, SwinBackbone", "timm 1.*, mobilenetv2_035"):
         backbone = PAIRS[name]().ours.to(dtype)
         report = verify(backbone)
         assert report.passed, str(report)
         assert str(dtype).removeprefix("torch.") in str(report).splitlines()[0]
-    # half of what is allowed is eager's own error, a tenth of the map is far more
+    # eager's own error is half of the allowed one; a tenth of the map is far more
     backbone = swin().ours.to(dtype)
     change_map(backbone, "stage4", lambda x: x * 1.1)
     assert wrong(verify(backbone)) == ["stage4"] * 2
@@ -128,7 +128,7 @@ def test_another_shape_or_dtype_is_wrong() -> None:
 
 
 @torch.no_grad()
-def test_finds_a_stale_derived_weight() -> None:
+def test_stale_derived_weight_is_found() -> None:
     backbone = swin().ours
     backbone(images(64, 64))
     backbone.swin.encoder.layers[1].blocks[0].attention.q_proj.weight.data.mul_(2)
@@ -137,7 +137,7 @@ def test_finds_a_stale_derived_weight() -> None:
     assert verify(backbone, inputs=images(64, 64)).passed
 
 
-def test_finds_a_fold_gone_wrong() -> None:
+def test_stale_folded_weight_is_found() -> None:
     backbone = timm_pair("mobilenetv2_035").ours
     backbone(images(64, 64))
     backbone._backbone.blocks[1][0].bn2.weight.data[3] *= 1.01
@@ -163,7 +163,7 @@ class Wrapped(nn.Module):
     [list, tuple, lambda m: dict(enumerate(m)), lambda m: SimpleNamespace(feature_maps=m)],
     ids=["list", "tuple", "dict", "feature_maps"],
 )
-def test_a_module_of_the_user(pack: Callable[[Any], Any]) -> None:
+def test_reference_module_of_the_user_is_compared(pack: Callable[[Any], Any]) -> None:
     pair = swin()
     reference = Wrapped(pair.upstream, pack).train()
     report = verify(pair.ours, reference)
@@ -190,7 +190,7 @@ def test_a_module_of_the_user(pack: Callable[[Any], Any]) -> None:
     ],
     ids=["count", "tensor", "none", "nhwc"],
 )
-def test_a_reference_that_does_not_fit_is_an_error(
+def test_reference_with_other_maps_raises_value_error(
     pack: Callable[[Any], Any], message: str
 ) -> None:
     pair = swin()
@@ -200,7 +200,7 @@ def test_a_reference_that_does_not_fit_is_an_error(
         verify(pair.ours, "upstream")
 
 
-def test_a_reference_that_is_itself_inexact_allows_twice_its_error() -> None:
+def test_inexact_reference_allows_twice_its_error() -> None:
     pair = swin()
 
     def inexact(error: float) -> nn.Module:
@@ -216,7 +216,7 @@ def test_a_reference_that_is_itself_inexact_allows_twice_its_error() -> None:
     assert wrong(verify(pair.ours, inexact(4e-4), images(64, 64))) == ["stage4"]
 
 
-def test_a_reference_without_numbers_proves_nothing() -> None:
+def test_nonfinite_reference_fails_every_map() -> None:
     pair = swin()
     reference = Wrapped(
         pair.upstream, lambda maps: [m if m.dtype == torch.float64 else m * torch.inf for m in maps]
@@ -226,7 +226,7 @@ def test_a_reference_without_numbers_proves_nothing() -> None:
 
 
 class Recorder(nn.Module):
-    """A reference that notes what fp32 products it was allowed."""
+    """A reference that records the fp32 precision it runs in."""
 
     seen: list[str] = []
 
@@ -239,7 +239,7 @@ class Recorder(nn.Module):
         return self.model(x)
 
 
-def test_the_reference_is_allowed_what_a_prepared_backbone_is() -> None:
+def test_reference_runs_in_the_precision_of_the_prepared_backbone() -> None:
     pair = swin()
     prepared = pair.ours.prepare(mode="eager", precision="fp32")
     with fp32_products("tf32"):
@@ -256,7 +256,9 @@ def scaled(run: Callable[[Tensor], Sequence[Tensor]]) -> Callable[[Tensor], tupl
 
 
 @pytest.mark.parametrize("precision", [None, "bf16"], ids=str)
-def test_a_prepared_backbone(precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepared_backbone_passes_and_its_wrong_maps_fail(
+    precision: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in list(PAIRS)[2:5]:
         pair = PAIRS[name]()
         prepared = pair.ours.prepare(mode="eager", precision=precision)
@@ -270,7 +272,7 @@ def test_a_prepared_backbone(precision: str | None, monkeypatch: pytest.MonkeyPa
         assert wrong(prepared.verify(inputs=images(64, 64))) == [prepared.out_features[-1]]
 
 
-def test_a_config_that_the_library_cannot_express_falls_back() -> None:
+def test_config_that_the_library_cannot_express_uses_our_own_reference() -> None:
     backbone = torchvision_pair(torchvision_swin()).ours
     backbone.config.layer_norm_eps = 1e-6
     again = type(backbone).from_config(backbone.config).eval()
@@ -279,7 +281,7 @@ def test_a_config_that_the_library_cannot_express_falls_back() -> None:
     assert report.passed and "torchvision has no such Swin" in report.notes[0]
 
 
-def test_selected_maps_at_any_size_after_any_other() -> None:
+def test_selected_maps_pass_at_changing_sizes() -> None:
     for name in list(PAIRS)[:4]:
         backbone = PAIRS[name]().ours
         backbone.out_indices = [1, 3]
@@ -293,7 +295,7 @@ def test_selected_maps_at_any_size_after_any_other() -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_touches_nothing(name: str) -> None:
+def test_verify_leaves_backbone_pixels_and_random_state_unchanged(name: str) -> None:
     backbone = PAIRS[name]().ours
     backbone.config.return_dict = False
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
@@ -311,13 +313,13 @@ def test_touches_nothing(name: str) -> None:
     assert verify(backbone, inputs=pixels).passed
 
 
-def test_training_mode_is_an_error() -> None:
+def test_training_mode_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"call backbone.eval\(\) first"):
         verify(swin().ours.train())
 
 
 @pytest.mark.parametrize("inputs", [[], "photo.jpg", 3, [images(8, 8), None]], ids=repr)
-def test_inputs_that_are_no_images(inputs: Any) -> None:
+def test_inputs_that_are_no_images_raise_value_error(inputs: Any) -> None:
     with pytest.raises(ValueError, match="images .B, C, H, W. or a list of such tensors, got"):
         verify(AutoBackbone.from_pretrained("nano-swin-digits"), inputs=inputs)
     with pytest.raises(ValueError, match="Expected 3 channels"):
@@ -339,7 +341,7 @@ def command(*arguments: Any) -> Result:
     return cli_runner().invoke(main, ["verify-model", *map(str, arguments)])
 
 
-def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_command_prints_results_and_exit_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     result = command("nano-swin-digits")
     assert result.exit_code == 0, result.output
     assert "SwinBackbone: passed" in result.stdout and "2x3x47x57  stage4" in result.stdout
@@ -360,7 +362,7 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1 and "1 of 1 maps are wrong" in result.stdout
 
 
-def test_the_command_prepares_in_a_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_command_prepares_in_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[dict[str, Any]] = []
 
     def prepare(self: Backbone, **options: Any) -> Backbone:
@@ -384,6 +386,8 @@ def test_the_command_prepares_in_a_mode(monkeypatch: pytest.MonkeyPatch) -> None
     ],
     ids=["name", "device", "out_indices", "size", "mode"],
 )
-def test_wrong_arguments_of_the_command(arguments: tuple[str, ...], message: str) -> None:
+def test_wrong_arguments_of_the_command_exit_with_2(
+    arguments: tuple[str, ...], message: str
+) -> None:
     result = command(*arguments)
     assert result.exit_code == 2 and message in result.stderr.replace("\n", " ")

@@ -1,4 +1,4 @@
-"""`fastbb warmup` compiles what a model will launch, before it does."""
+"""`fastbb warmup` compiles the kernels of a model before it launches them."""
 
 import json
 import os
@@ -48,19 +48,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def warmed(cache: Path) -> Result:
-    """What the first warm-up says."""
+    """Result of the first warm-up."""
     return fastbb_warmup(*TINY, "--batch", "1,2", "--arch", "90", "--workers", "2")
 
 
 def counts(result: Result) -> tuple[int, int, int]:
-    """Binaries: all, compiled, from the cache."""
+    """Numbers of binaries: all, compiled, from the cache."""
     found = re.search(r"(\d+) binaries, (\d+) compiled and (\d+) from the cache", result.stdout)
     assert found is not None, result.output
     total, compiled, cached = map(int, found.groups())
     return total, compiled, cached
 
 
-def test_compiles_in_two_processes_and_says_so(warmed: Result, cache: Path) -> None:
+def test_warmup_compiles_and_prints_a_row_per_kernel(warmed: Result, cache: Path) -> None:
     assert warmed.exit_code == 0, warmed.output
     total, compiled, cached = counts(warmed)
     assert total == compiled >= 5 and cached == 0
@@ -74,7 +74,7 @@ def test_compiles_in_two_processes_and_says_so(warmed: Result, cache: Path) -> N
     assert len(list(cache.glob("*/*.cubin"))) == total
 
 
-def test_the_second_time_all_comes_from_the_cache(warmed: Result) -> None:
+def test_second_warmup_takes_every_binary_from_the_cache(warmed: Result) -> None:
     again = fastbb_warmup(*TINY, "--batch", "2,1", "--arch", "90")
     total, _, _ = counts(warmed)
     assert again.exit_code == 0 and counts(again) == (total, 0, total)
@@ -97,8 +97,8 @@ print(len(hits), sum(hits))
 """
 
 
-def test_a_forward_pass_finds_all_of_it(warmed: Result) -> None:
-    """In a process of its own: where kernels were interpreted, Triton may hash them otherwise."""
+def test_forward_pass_after_warmup_compiles_nothing(warmed: Result) -> None:
+    """Runs in a new process, since Triton may hash kernels differently after interpreting them."""
     done = subprocess.run(
         [sys.executable, "-c", FORWARD, MODEL], capture_output=True, text=True, check=True
     )
@@ -106,7 +106,7 @@ def test_a_forward_pass_finds_all_of_it(warmed: Result) -> None:
     assert done.stdout.split() == [str(n_binaries)] * 2
 
 
-def test_what_a_library_convolves_is_not_compiled_but_what_follows_is() -> None:
+def test_conv3x3_run_by_cudnn_is_not_compiled_but_its_epilogue_is() -> None:
     backbone = AutoBackbone.from_pretrained("nano-resnet-digits", dtype=torch.bfloat16).to("meta")
     for arch in (90, "gfx942"):
         kernels = {job.kernel for job in warmup.launched_by(backbone, [1], (32, 32), arch)}
@@ -131,7 +131,9 @@ def calling(code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_that_does_not_compile_is_reported_and_exits_with_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     broken_job, good = good_jobs()
     request = json.loads(broken_job.request)
     request[4]["mapping"]["BLOCK_N"] = 48  # no power of 2
@@ -147,7 +149,7 @@ def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_worker_that_dies_is_named_and_replaced(
+def test_worker_that_dies_is_reported_and_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dying = calling("os.kill(os.getpid(), 9)", tmp_path, monkeypatch)
@@ -178,7 +180,7 @@ def test_an_interruption_ends_the_workers(tmp_path: Path, monkeypatch: pytest.Mo
         os.kill(int(pid_file.read_text()), 0)
 
 
-def test_what_a_compiler_prints_is_no_reply(
+def test_text_printed_by_a_compiler_is_not_taken_for_a_reply(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = calling('print("hello")\nreturn lambda: None', tmp_path, monkeypatch)
@@ -186,7 +188,7 @@ def test_what_a_compiler_prints_is_no_reply(
     assert compiled.problem is None and not compiled.cached
 
 
-def test_arguments_survive_the_way_to_a_worker() -> None:
+def test_arguments_survive_the_encoding_for_a_worker() -> None:
     tensor = torch.empty(99, dtype=torch.bfloat16, device="meta")[3:].as_strided((4, 2), (5, 0), 3)
     values = (tensor, 1e-5, float("inf"), None, True, 7, "relu", (0.1, (tensor,)))
     text = json.dumps(precompiling._encoded(values))
@@ -205,7 +207,7 @@ def test_arguments_survive_the_way_to_a_worker() -> None:
 def on_a_gpu(
     monkeypatch: pytest.MonkeyPatch, folder: Path, arch: Any = 90, **launches: Any
 ) -> Result:
-    """The command where a GPU is pretended: nothing compiles, forward passes run on the CPU."""
+    """Runs the command on a pretended GPU: nothing compiles, forward passes run on the CPU."""
     forward = warmup.forward
 
     def on_it(*arguments: Any) -> Any:
@@ -226,10 +228,10 @@ def test_each_batch_runs_once_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     ran = [line for line in result.stdout.splitlines() if line.startswith("batch ")]
     assert [line.split(":")[0] for line in ran] == ["batch 1", "batch 2"]
     assert "one forward pass, checks included, in " in ran[0]
-    assert list(tmp_path.iterdir())  # what was checked is remembered
+    assert list(tmp_path.iterdir())  # results of the checks are stored
 
 
-def test_a_relative_of_what_is_compiled_for_only_runs(
+def test_gpu_that_is_not_compiled_for_only_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = on_a_gpu(monkeypatch, tmp_path, arch=103)
@@ -239,7 +241,7 @@ def test_a_relative_of_what_is_compiled_for_only_runs(
     assert [line.split(":")[0] for line in lines[1:]] == ["batch 1", "batch 2"]
 
 
-def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_gpu_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(
@@ -250,7 +252,7 @@ def test_a_gpu_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nothing to compile for this GPU: needs an NVIDIA GPU of compute" in result.stderr
 
 
-def test_a_kernel_that_fails_its_check_is_named(
+def test_kernel_that_fails_its_check_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = on_a_gpu(monkeypatch, tmp_path, patch_embed=broken.nan("patch_embed"))
@@ -259,7 +261,7 @@ def test_a_kernel_that_fails_its_check_is_named(
 
 
 @torch.no_grad()
-def test_a_batch_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_that_does_not_run_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = AutoBackbone.from_pretrained(MODEL)
 
     def no_memory(pixel_values: torch.Tensor) -> None:
@@ -273,7 +275,7 @@ def test_a_batch_that_does_not_run_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 # without one, and wrong arguments
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_gpu_and_no_arch_exits_with_2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = fastbb_warmup(MODEL)
     assert result.exit_code == 2
@@ -298,7 +300,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, tuple) else "",
 )
-def test_wrong_arguments(
+def test_wrong_arguments_exit_with_2(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -307,11 +309,11 @@ def test_wrong_arguments(
     assert message in " ".join(result.stderr.split())
 
 
-def test_the_architectures_of_the_command() -> None:
+def test_arch_option_lists_every_architecture() -> None:
     assert tuple(map(str, ARCHITECTURES)) == cli.ARCHITECTURES
 
 
-def test_a_model_without_our_kernels() -> None:
+def test_report_of_a_model_without_our_kernels_says_so() -> None:
     report = warmup.Warmth(90, (), 0.0, 1, ())
     assert str(report) == (
         "nothing to compile for sm_90: the model launches none of fastbb's kernels"

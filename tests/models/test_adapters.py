@@ -79,7 +79,7 @@ def loss(model: Any, pixels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_an_adapter_gives_the_maps_of_upstreams_model_with_it(case: str) -> None:
+def test_adapted_backbone_equals_upstreams_model_with_the_adapter(case: str) -> None:
     theirs, ours = adapted(case)
     assert_equals_upstream(maps(ours), maps(theirs))
     with theirs.disable_adapter(), ours.disable_adapter():
@@ -88,7 +88,7 @@ def test_an_adapter_gives_the_maps_of_upstreams_model_with_it(case: str) -> None
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_training_moves_an_adapter_as_upstreams(case: str) -> None:
+def test_trained_adapter_equals_that_of_upstreams_model(case: str) -> None:
     states = []
     for model in adapted(case):
         model.double().train()
@@ -181,7 +181,7 @@ def test_a_prepared_backbone_follows_an_adapter() -> None:
     assert_equals_upstream(maps(prepared), maps(theirs))
 
 
-def test_a_copy_has_an_adapter_of_its_own() -> None:
+def test_copy_has_its_own_adapter() -> None:
     _, ours = adapted("swin_qv")
     before, twin = maps(ours), copy.deepcopy(ours)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""torch.compile and torch.export see our ops where a GPU would run them, and plain PyTorch on CPU.
+"""Graphs of torch.compile and torch.export hold our ops for a GPU, and plain PyTorch for a CPU.
 
-Fake tensors have a CUDA device that nothing is computed on.
+The CUDA device is that of fake tensors, so nothing is computed on it.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
-"""Number of binaries that a model needs: other batch sizes add few, whichever came first.
+"""Number of binaries of a model: other batch sizes add few, whichever came first.
 
-Models on the meta device, batches 1 to 64 without a gap; nothing compiles. They have two blocks
-per stage instead of up to six: a test holds that the others launch nothing else.
+The models are on the meta device and run every batch from 1 to 64; nothing compiles. They have two
+blocks per stage instead of up to six; a test checks that more blocks add no binary.
 """
 
 from functools import cache
@@ -36,7 +36,7 @@ def backbone(name: str, depths: tuple[int, ...]) -> Backbone:
 
 @torch.no_grad()
 def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = TWO) -> set[str]:
-    """What decides the binaries of a forward pass, Triton's 3x3 convolution among them."""
+    """Specializations of all launches of a forward pass, Triton's 3x3 convolution included."""
     pixels = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
     with use_impl("auto"), record_launches(arch) as recording:
         backbone(name, depths)(pixels)
@@ -45,7 +45,7 @@ def binaries(name: str, arch: int | str, batch: int, depths: tuple[int, ...] = T
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", DEPTHS)
-def test_few_new_binaries_for_other_batches(name: str, arch: int | str) -> None:
+def test_other_batch_sizes_add_few_binaries(name: str, arch: int | str) -> None:
     of_batch = {batch: binaries(name, arch, batch) for batch in BATCHES}
     together = set().union(*of_batch.values())
     new = {first: len(together - of_batch[first]) for first in (1, 8, 64)}

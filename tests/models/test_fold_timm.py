@@ -102,7 +102,7 @@ REFUSED = {
 CHAOTIC = {"efficientvim_m1", "efficientvit_m0", "repvit_m1", "visformer_tiny"}
 
 
-def test_there_are_sixty_families() -> None:
+def test_at_least_sixty_families_are_tested() -> None:
     assert len(set(FAMILIES)) == len(FAMILIES) >= 60
 
 
@@ -114,7 +114,7 @@ def side(name: str) -> int:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_folded_model_computes_what_timm_computes(name: str) -> None:
+def test_folded_model_equals_timm_and_follows_changes(name: str) -> None:
     upstream = timm_features(name)
     ours = from_timm(name, upstream, out_indices=list(upstream.feature_info.out_indices))
     report = ours.fold_report
@@ -136,7 +136,7 @@ def test_a_folded_model_computes_what_timm_computes(name: str) -> None:
     now = ours.state_dict()
     assert list(now) == list(state) and all(torch.equal(now[key], state[key]) for key in state)
 
-    # statistics move without a trace in their tensors
+    # statistics change without a new version of their tensors
     models: list[Any] = [ours, upstream]
     for model in models:
         model.train()
@@ -145,7 +145,7 @@ def test_a_folded_model_computes_what_timm_computes(name: str) -> None:
         model.eval()
     assert_same_maps()
 
-    # an edit in place of what is folded
+    # folded weights are edited in place
     for model in models:
         for parameter in list(model.parameters())[:3]:
             parameter.mul_(1.5)

@@ -88,7 +88,7 @@ def test_hooks_on_every_module_run_once_and_change_no_map(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
-def test_a_hook_that_changes_a_layers_output_changes_maps_as_upstreams(
+def test_hook_that_changes_a_layers_output_changes_maps_as_in_upstream(
     name: str, layer: str
 ) -> None:
     upstream = MODELS[name]()
@@ -113,7 +113,7 @@ def test_a_replaced_layer_computes_as_in_upstreams_model(name: str, layer: str) 
 
 
 @pytest.mark.parametrize(("name", "layer"), LAYERS)
-def test_gradients_through_hooks_and_replaced_layers_are_upstreams(name: str, layer: str) -> None:
+def test_gradients_through_hooks_and_replaced_layers_equal_upstream(name: str, layer: str) -> None:
     upstream = MODELS[name]().double()
     backbone = from_hf(upstream).double()
     gradients = []
@@ -137,7 +137,7 @@ def test_gradients_through_hooks_and_replaced_layers_are_upstreams(name: str, la
 
 
 @pytest.mark.parametrize("name", ["basic_resnet", "bottleneck_resnet"])
-def test_hooks_on_modules_of_a_resnet_see_what_upstreams_do(name: str) -> None:
+def test_hooks_on_modules_of_a_resnet_see_the_values_of_upstream(name: str) -> None:
     upstream = MODELS[name]()
     backbone = from_hf(upstream)
     seen: dict[Any, dict[str, Tensor]] = {upstream: {}, backbone: {}}
@@ -218,7 +218,7 @@ def test_a_parametrized_layer_is_still_computed_from_its_weight() -> None:
 
 
 @pytest.mark.parametrize("layer", ["", "swin", "swin.encoder", "swin.encoder.layers.3", "q_proj"])
-def test_attentions_and_early_exit_with_hooks(layer: str) -> None:
+def test_attentions_and_early_exit_with_hooks_are_unchanged(layer: str) -> None:
     backbone = from_hf(hf_swin())
     want = backbone(PIXELS, output_attentions=True, output_hidden_states=True)
     name = "swin.encoder.layers.3.blocks.1.attention.q_proj" if layer == "q_proj" else layer
@@ -251,7 +251,7 @@ def test_a_prepared_backbone_with_hooks_calls_them_once(mode: str) -> None:
     assert calls == [1]
 
 
-def test_torchvisions_semantics_are_kept_layer_by_layer() -> None:
+def test_hooks_leave_the_maps_of_a_torchvision_backbone_unchanged() -> None:
     import torchvision
 
     upstream: Any = torchvision.models.SwinTransformer([2, 2], 16, [2, 2], [2, 2], [7, 7])

@@ -70,7 +70,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
 
 @pytest.fixture
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
-    """The modules whose parts are read from now on."""
+    """Records the modules whose parts are read from now on."""
     read: list[nn.Module] = []
     for cls in (SwinBackbone, ResNetBackbone):
         own: Any = cls._parts
@@ -108,7 +108,7 @@ def test_a_layer_replaced_later_is_read(make: Callable[[], Any], readings: list[
     parent, name = LAYERS[make]
     old = getattr(backbone.get_submodule(parent), name)
     new = copy.deepcopy(old)
-    vars(new).pop("forward", None)  # a folded one's
+    vars(new).pop("forward", None)  # the forward of a folded layer
     with torch.no_grad():
         new.weight.mul_(2)
     setattr(backbone.get_submodule(parent), name, new)
@@ -242,8 +242,8 @@ def test_parts_follow_absolute_positions() -> None:
     ],
     ids=["native", "folded_timm"],
 )
-def test_weights_merged_while_a_layer_was_out_are_noticed(make: Callable[[], Any]) -> None:
-    """So merges LoRA: it wraps a layer, writes through `.data` and puts the layer back."""
+def test_weights_changed_while_a_layer_was_wrapped_are_noticed(make: Callable[[], Any]) -> None:
+    """LoRA merges like this: it wraps a layer, writes through `.data` and puts the layer back."""
     pixels, backbone = images(32, 32), make()
     backbone(pixels)
     convolutions = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]

@@ -58,7 +58,9 @@ def resnet_pair(variant: str, source: str) -> Pair:
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("size", [(53, 70), (1, 1)], ids=["53x70", "1x1"])
-def test_sizes_that_are_no_multiple_of_a_stride(source: str, size: tuple[int, int]) -> None:
+def test_sizes_that_are_no_multiple_of_a_stride_equal_upstream(
+    source: str, size: tuple[int, int]
+) -> None:
     pair, pixels = resnet_pair("bottleneck", source), images(*size)
     with torch.no_grad():
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
@@ -77,7 +79,7 @@ def test_sizes_that_are_no_multiple_of_a_stride(source: str, size: tuple[int, in
     ],
     ids=lambda config: "-".join(config),
 )
-def test_config_fields(config: dict[str, Any]) -> None:
+def test_config_fields_equal_upstream(config: dict[str, Any]) -> None:
     pair = hf_pair(hf_resnet(**config))
     pixels = images(60, 44, channels=pair.ours.config.num_channels)
     with torch.no_grad():
@@ -85,7 +87,7 @@ def test_config_fields(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("variant", RESNET)
-def test_saved_here_loads_in_transformers(variant: str, tmp_path: Any) -> None:
+def test_saved_backbone_loads_in_transformers(variant: str, tmp_path: Any) -> None:
     config = ResNetConfig(
         **RESNET[variant],
         embedding_size=16,
@@ -140,7 +142,7 @@ def test_out_indices_changed_later_changes_the_maps() -> None:
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_output_is_object_dict_and_tuple_as_upstreams(options: dict[str, bool]) -> None:
+def test_output_is_object_dict_and_tuple_as_upstream(options: dict[str, bool]) -> None:
     pair, pixels = resnet_pair("basic", "hf"), images(32, 32)
     with torch.no_grad():
         out, theirs = (m.forward_with_filtered_kwargs(pixels, **options) for m in pair_models(pair))
@@ -159,7 +161,7 @@ def pair_models(pair: Pair) -> tuple[Any, Any]:
     return pair.ours, pair.upstream
 
 
-def test_wrong_number_of_channels_says_what_is_wanted() -> None:
+def test_wrong_number_of_channels_raises_value_error() -> None:
     message = "channel dimension of the pixel values match"
     for model in pair_models(resnet_pair("basic", "hf")):
         with pytest.raises(ValueError, match=message):
@@ -178,7 +180,7 @@ def test_training_gives_upstreams_gradients_and_statistics(variant: str) -> None
 
 
 def test_after_training_the_new_statistics_are_used() -> None:
-    # whatever was folded for inference before must be gone
+    # values folded for inference before must not be used
     upstream, pixels = hf_resnet(), images(60, 44)
     ours = from_hf(upstream)
     with torch.no_grad():
@@ -260,7 +262,7 @@ def test_torchvision_resnet_is_a_native_backbone() -> None:
     assert ours.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
 
 
-def test_torchvision_resnet50_by_name() -> None:
+def test_torchvision_resnet50_by_name_equals_upstream() -> None:
     torchvision = pytest.importorskip("torchvision")
     upstream = randomize_(torchvision.models.resnet50())
     pair, pixels = torchvision_pair(upstream, "resnet50"), images(64, 64, batch=1)
@@ -275,7 +277,7 @@ def test_torchvisions_relatives_of_resnet_are_refused(name: str) -> None:
         AutoBackbone.from_torchvision(name, torchvision_resnet("bottleneck").state_dict())
 
 
-def test_torchvision_lists_lost_tensors() -> None:
+def test_torchvision_weights_error_lists_missing_tensors() -> None:
     weights = torchvision_resnet().state_dict()
     lost = "layer2.0.bn1.running_mean"
     del weights[lost]

@@ -52,9 +52,11 @@ def swin_pair(variant: str, source: str) -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("source", "size"), [("hf", (53, 70)), ("torchvision", (53, 70)), ("hf", (3, 2))]
+    ("source", "size"), [("hf", (53, 70)), ("torchvision", (53, 70)), ("hf", (3, 2))], ids=str
 )
-def test_sizes_that_are_no_multiple_of_a_patch(source: str, size: tuple[int, int]) -> None:
+def test_sizes_that_are_no_multiple_of_a_patch_equal_upstream(
+    source: str, size: tuple[int, int]
+) -> None:
     # transformers pads, torchvision floors, timm refuses
     pair, pixels = swin_pair("w7", source), images(*size)
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_sizes_that_are_no_multiple_of_a_patch(source: str, size: tuple[int, int
     ],
     ids=lambda config: "-".join(config),
 )
-def test_config_fields(config: dict[str, Any]) -> None:
+def test_config_fields_equal_upstream(config: dict[str, Any]) -> None:
     pair, pixels = (
         hf_pair(hf_swin(**config)),
         images(60, 44, channels=config.get("num_channels", 3)),
@@ -85,7 +87,7 @@ def test_config_fields(config: dict[str, Any]) -> None:
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
 
 
-def test_absolute_embeddings_and_their_interpolation() -> None:
+def test_absolute_embeddings_and_their_interpolation_equal_upstream() -> None:
     pair = hf_pair(hf_swin(use_absolute_embeddings=True, image_size=64))
     pixels, larger = images(64, 64), images(96, 64)
     with torch.no_grad():
@@ -99,7 +101,7 @@ def test_absolute_embeddings_and_their_interpolation() -> None:
 
 
 @pytest.mark.parametrize("side", [56, 60, 4], ids=["even", "odd", "one_token"])
-def test_patch_merging_of_even_and_odd_maps(side: int) -> None:
+def test_patch_merging_of_even_and_odd_maps_equals_upstream(side: int) -> None:
     pair, pixels = swin_pair("w7", "hf"), images(side, 4 * side)
     with torch.no_grad():
         maps = pair.ours(pixels).feature_maps
@@ -107,7 +109,7 @@ def test_patch_merging_of_even_and_odd_maps(side: int) -> None:
     assert maps[-1].shape[-2:] == (-(-side // 32), -(-side // 8))
 
 
-def test_saved_here_loads_in_transformers(tmp_path: Any) -> None:
+def test_saved_backbone_loads_in_transformers(tmp_path: Any) -> None:
     config = SwinConfig(embed_dim=16, depths=[2, 1], num_heads=[2, 4], out_indices=(0, 2))
     ours = randomize_(SwinBackbone(config))
     ours.save_pretrained(tmp_path)
@@ -146,7 +148,7 @@ def test_out_indices_changed_later_uses_the_norms_of_the_checkpoint() -> None:
     assert ours.channels == [32, 128] and ours.out_features == ["stage2", "stage4"]
 
 
-def test_maskformer_checkpoints_in_both_directions(tmp_path: Any) -> None:
+def test_maskformer_checkpoints_load_in_both_directions(tmp_path: Any) -> None:
     pair, pixels = hf_pair(hf_maskformer_swin()), images(60, 44)
     with torch.no_grad():
         theirs = pair.maps(pixels)
@@ -176,7 +178,7 @@ def test_training_gives_upstreams_gradients() -> None:
 
 
 @pytest.mark.parametrize("source", ["hf", "timm"])
-def test_drop_path_drops_the_branches_upstream_drops(source: str) -> None:
+def test_drop_path_drops_the_same_branches_as_upstream(source: str) -> None:
     # at this rate the first block never drops and the second one always does: transformers its
     # attention only, timm its MLP too
     options: dict[str, Any] = {
@@ -230,7 +232,7 @@ def test_timm_keeps_timms_names_and_layout_of_the_state_dict() -> None:
     ],
     ids=lambda options: "-".join(options),
 )
-def test_timm_options(options: dict[str, Any], native: bool) -> None:
+def test_timm_options_equal_upstream(options: dict[str, Any], native: bool) -> None:
     arguments = {**SWIN["w7"], "depths": (2, 1, 2, 2), **options}
     pair = timm_pair("swin_tiny_patch4_window7_224", native=native, **arguments)
     for size in [(64, 96), (104, 72)]:
@@ -239,7 +241,7 @@ def test_timm_options(options: dict[str, Any], native: bool) -> None:
             assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
 
 
-def test_timm_needs_whole_patches() -> None:
+def test_timm_refuses_sizes_without_whole_patches() -> None:
     with pytest.raises(ValueError, match="divisible by"):
         swin_pair("w7", "timm").ours(images(54, 72))
 
@@ -256,21 +258,21 @@ def test_timm_native_changes_only_the_forward() -> None:
     assert native.stage_names == plain.stage_names and native.channels == plain.channels
 
 
-def test_an_untrained_timm_backbone_trains() -> None:
+def test_untrained_timm_backbone_has_finite_gradients() -> None:
     config = TimmBackboneConfig(
         "swin_tiny_patch4_window7_224", backbone_kwargs={**SWIN["w7"], "depths": (1, 1, 1, 1)}
     )
     assert all(g.isfinite().all() for g in gradients(TimmBackbone(config), images(64, 64)).values())
 
 
-def test_torchvision_stages_carry_no_norm() -> None:
+def test_torchvision_backbone_has_no_stage_norms() -> None:
     ours = swin_pair("w7", "torchvision").ours
     assert isinstance(ours, SwinBackbone)
     assert ours.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert not [name for name in ours.state_dict() if "hidden_states_norms" in name]
 
 
-def test_torchvision_swin_t_by_name() -> None:
+def test_torchvision_swin_t_by_name_equals_upstream() -> None:
     torchvision = pytest.importorskip("torchvision")
     upstream = randomize_(torchvision.models.swin_t())
     pair, pixels = torchvision_pair(upstream, "swin_t"), images(64, 96, batch=1)
@@ -279,7 +281,7 @@ def test_torchvision_swin_t_by_name() -> None:
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
 
 
-def test_torchvision_defaults_to_the_last_stage_and_lists_lost_tensors() -> None:
+def test_torchvision_defaults_to_the_last_stage_and_lists_missing_tensors() -> None:
     weights = torchvision_swin().state_dict()
     assert AutoBackbone.from_torchvision(None, weights).out_features == ["stage4"]
     lost = "features.1.0.attn.qkv.weight"

@@ -24,7 +24,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("n_windows", [1, 3, 1000])
 @pytest.mark.parametrize("size", [(14, 21), (5, 9), (1, 1), (20, 7)], ids=str)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_every_token_is_in_one_window_once(
+def test_parts_hold_every_token_once(
     geometry: WindowGeometry, size: tuple[int, int], n_windows: int
 ) -> None:
     batch, (height, width) = 3, size
@@ -40,7 +40,7 @@ def test_every_token_is_in_one_window_once(
 
 
 def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the maps whose block is computed in parts from now on."""
+    """Records the shapes of maps whose blocks run in parts from now on."""
     shapes: list[tuple[int, ...]] = []
     own = swin_forward.swin_block_on_cpu
 
@@ -63,7 +63,7 @@ def test_parts_of_any_size_equal_upstream(part_bytes: int, monkeypatch: pytest.M
     assert len(shapes) == sum(pair.ours.config.depths)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
 def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
     if not onednn.packs(dtype):
@@ -80,7 +80,7 @@ def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "silu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "padding", "dilation", "groups"),
     [
@@ -90,6 +90,7 @@ def test_low_precision_loses_no_more_than_eager(dtype: torch.dtype) -> None:
         ((8, 16), 1, 2, 0, 1, 2),
         ((8, 8), 3, 1, 2, 2, 8),
     ],
+    ids=str,
 )
 @torch.no_grad()
 def test_packed_products_equal_torch(
@@ -118,7 +119,7 @@ def test_packed_products_equal_torch(
         "groups": groups,
     }
     plain = torch.conv2d(x, weight, bias, **geometry)
-    for shape in (tuple(x.shape), (1, inputs, 40, 40)):  # also weights packed for another shape
+    for shape in (tuple(x.shape), (1, inputs, 40, 40)):  # or packed for another shape
         packed = onednn.pack_conv(weight, shape, **geometry)
         got = onednn.packed_conv(x, packed, bias, activation=activation, **geometry)
         assert_equals_upstream(got, act(plain), rel)

@@ -81,7 +81,7 @@ def test_low_precision_is_as_accurate_as_upstream(
     check_low_precision(build_pair(source), SIZES, dtype, blocks)
 
 
-def test_bundled_model_in_bf16() -> None:
+def test_bundled_model_in_bf16_is_as_accurate_as_upstream() -> None:
     check_low_precision(build_pair("bundled"), [(32, 32), (28, 36)], torch.bfloat16, blocks=True)
 
 

@@ -83,7 +83,7 @@ def test_twenty_families_give_timms_maps_as_nchw(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_hidden_states_are_all_features_whatever_wraps_the_model(name: str) -> None:
+def test_hidden_states_are_all_features_for_every_wrapper_of_timm(name: str) -> None:
     upstream = timm_features(name)
     assert type(upstream).__name__ == WRAPPERS[name]
     n_stages = len(upstream.feature_info.info)
@@ -138,7 +138,7 @@ def test_stages_after_the_last_requested_one_do_not_run(name: str, native: bool)
 
 @pytest.mark.parametrize("size", [(64, 96), (104, 72)], ids=str)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "convnext_zepto_rms"])
-def test_any_image_size_where_timm_can(name: str, size: tuple[int, int]) -> None:
+def test_any_image_size_that_timm_takes_equals_timm(name: str, size: tuple[int, int]) -> None:
     dynamic = {"dynamic_img_size": True, "dynamic_img_pad": True} if "vit" in name else {}
     upstream = timm_features(name, **dynamic)
     ours = from_timm(name, upstream, out_indices=upstream.feature_info.out_indices)
@@ -213,7 +213,7 @@ def test_every_norm_has_the_eps_of_its_module(name: str) -> None:
         assert_equals_upstream(ours(pixels).feature_maps, timm_maps(upstream, pixels))
 
 
-def test_unknown_stages_are_named() -> None:
+def test_unknown_stages_raise_value_error() -> None:
     with pytest.raises(ValueError, match=r"layer9.*|.*act1.*layer1") as error:
         TimmBackbone(TimmBackboneConfig(backbone="resnet10t", out_features=["layer1", "layer9"]))
     assert "layer9" in str(error.value) and "layer4" in str(error.value)
@@ -230,7 +230,7 @@ def test_unsorted_or_repeated_indices_are_refused(out_indices: list[int]) -> Non
         TimmBackbone(TimmBackboneConfig(backbone="resnet10t", out_indices=out_indices))
 
 
-def test_an_unknown_name_comes_with_close_ones() -> None:
+def test_unknown_name_error_suggests_close_names() -> None:
     with pytest.raises(ValueError, match="resnet50"):
         TimmBackbone(TimmBackboneConfig(backbone="resnet5O"))
     with pytest.raises(ValueError, match="backbone is not set in the config"):
@@ -249,7 +249,7 @@ def test_attentions_are_refused_as_upstream_does() -> None:
         ours(images(64, 64), output_attentions=True)
 
 
-def test_forward_with_filtered_kwargs_drops_what_timm_does_not_know() -> None:
+def test_forward_with_filtered_kwargs_drops_unknown_arguments() -> None:
     ours = TimmBackbone(TimmBackboneConfig("resnet10t")).eval()
     with torch.no_grad():
         out = ours.forward_with_filtered_kwargs(images(64, 64), interpolate_pos_encoding=True)
@@ -257,7 +257,7 @@ def test_forward_with_filtered_kwargs_drops_what_timm_does_not_know() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mambaout_femto", "mobilenetv2_035"])
-def test_saved_and_loaded_again(name: str, tmp_path: Any) -> None:
+def test_saved_backbone_loads_with_equal_maps(name: str, tmp_path: Any) -> None:
     upstream, pixels = timm_features(name), images(64, 64)
     ours = from_timm(name, upstream, out_indices=[1, 3])
     ours.save_pretrained(tmp_path)
@@ -271,7 +271,7 @@ def test_saved_and_loaded_again(name: str, tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "convnext_zepto_rms"])
-def test_gradient_checkpointing(name: str) -> None:
+def test_gradient_checkpointing_saves_memory_and_keeps_gradients(name: str) -> None:
     if name == "resnet10t" and torch.__version__.startswith("2.11."):
         pytest.skip("torch 2.11 does not recompute timm's ReLU in place, in timm's model either")
     # without drop path, which is random
@@ -284,7 +284,7 @@ def test_gradient_checkpointing(name: str) -> None:
     assert_equal_gradients(gradients(ours, pixels), want)
 
 
-def test_low_precision_and_empty_batches() -> None:
+def test_low_precision_and_empty_batches_equal_timm() -> None:
     upstream = timm_features("mambaout_femto")
     ours = from_timm("mambaout_femto", upstream).to(torch.bfloat16)
     pixels = images(64, 64).bfloat16()
@@ -295,7 +295,7 @@ def test_low_precision_and_empty_batches() -> None:
     assert [m.shape for m in empty] == [(0, *m.shape[1:]) for m in want]
 
 
-def test_values_of_the_wrong_shape_or_dtype_are_refused() -> None:
+def test_pixels_of_the_wrong_shape_are_refused() -> None:
     ours = TimmBackbone(TimmBackboneConfig("resnet10t"))
     with pytest.raises(ValueError, match="channel"):
         ours(images(64, 64, channels=4))

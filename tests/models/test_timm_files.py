@@ -54,8 +54,8 @@ def test_options_survive_saving(tmp_path, fields):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name, indices", [("resnet18", [1, 3]), ("test_vit", [0, 1])])
-def test_files_that_transformers_pruned(tmp_path, name, indices):
+@pytest.mark.parametrize("name, indices", [("resnet18", [1, 3]), ("test_vit", [0, 1])], ids=str)
+def test_files_pruned_by_transformers_load(tmp_path, name, indices):
     transformers = pytest.importorskip("transformers")
     config = transformers.TimmBackboneConfig(backbone=name, out_indices=indices)
     upstream = randomize_(transformers.TimmBackbone(config))
@@ -79,7 +79,7 @@ def test_low_precision_reaches_buffers_that_are_not_saved(tmp_path, name):
         assert loaded(PIXELS.to(loaded.dtype)).feature_maps[0].dtype == loaded.dtype
 
 
-def test_config_and_overrides_go_together(tmp_path):
+def test_config_argument_and_overrides_are_combined(tmp_path):
     timm_directory(tmp_path)
     config = TimmBackboneConfig("test_resnet")
     loaded = AutoBackbone.from_pretrained(tmp_path, config=config, out_indices=[1, 2])
@@ -99,7 +99,7 @@ def test_model_args_of_a_timm_directory_reach_the_configuration(tmp_path):
     assert_equals_upstream(again(PIXELS).feature_maps, plain(PIXELS).feature_maps, rel=0)
 
 
-def test_options_of_timm_on_a_saved_directory(tmp_path):
+def test_timm_options_apply_to_a_saved_directory(tmp_path):
     saved(tmp_path, backbone_kwargs={"drop_path_rate": 0.1})
     loaded = AutoBackbone.from_pretrained(tmp_path, drop_rate=0.5)
     assert loaded.config.backbone_kwargs == {"drop_path_rate": 0.1, "drop_rate": 0.5}
@@ -127,7 +127,7 @@ def test_loads_in_threads_leave_logging_as_it_was(tmp_path):
 
 
 @torch.no_grad()
-def test_dropout_left_on_under_an_eval_parent_stays_on():
+def test_dropout_in_training_mode_acts_under_an_eval_parent():
     kwargs = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 2, 3, 4)}
     backbone = TimmBackbone(
         TimmBackboneConfig(

@@ -15,7 +15,7 @@ PIXELS = torch.randn(1, 3, 64, 64)
 
 @pytest.fixture
 def timm_directory(tmp_path):
-    """What timm saves of a classifier built with `output_stride=16`."""
+    """Directory with the files that timm saves of a classifier with `output_stride=16`."""
     model = randomize_(timm.create_model("test_resnet", output_stride=16))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors")
@@ -41,14 +41,14 @@ def save(directory, out_indices, drop=()):
 
 
 @torch.no_grad()
-def test_pruned_files_with_indices_from_the_end(tmp_path):
+def test_pruned_files_with_negative_indices_load(tmp_path):
     backbone = save(tmp_path, [-4], drop=["layer2", "layer3", "layer4"])
     loaded = AutoBackbone.from_pretrained(tmp_path)
     assert torch.equal(loaded(PIXELS).feature_maps[0], backbone(PIXELS).feature_maps[0])
 
 
 @torch.no_grad()
-def test_files_without_counters_are_not_taken_for_pruned_ones(tmp_path):
+def test_files_without_counters_are_not_taken_for_pruned_files(tmp_path):
     backbone = save(tmp_path, [1], drop=["num_batches_tracked"])
     loaded = AutoBackbone.from_pretrained(tmp_path)
     loaded.out_indices = backbone.out_indices = [4]
@@ -68,19 +68,19 @@ def test_arguments_win_over_those_of_a_timm_directory(timm_directory):
     assert loaded(PIXELS).feature_maps[0].shape[-1] == 8
 
 
-def test_dtype_and_device_of_a_timm_directory(timm_directory):
+def test_dtype_and_device_apply_to_a_timm_directory(timm_directory):
     loaded = AutoBackbone.from_pretrained(timm_directory, torch_dtype="bfloat16", device="meta")
     assert loaded.dtype == torch.bfloat16 and loaded.device.type == "meta"
 
 
-def test_native_can_be_refused_wherever_the_weights_come_from(timm_directory, tmp_path):
+def test_native_false_is_followed_for_timm_and_saved_directories(timm_directory, tmp_path):
     save(tmp_path / "saved", [1])
     for directory in (timm_directory, tmp_path / "saved"):
         assert AutoBackbone.from_pretrained(directory).native
         assert not AutoBackbone.from_pretrained(directory, native=False).native
 
 
-def test_bin_files_of_timm(timm_directory):
+def test_timm_bin_files_load(timm_directory):
     state = load_file(timm_directory / "model.safetensors")
     want = AutoBackbone.from_pretrained(timm_directory).state_dict()
     (timm_directory / "model.safetensors").unlink()

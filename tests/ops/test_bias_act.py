@@ -65,11 +65,11 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS], ids=str)
-def test_activations(activation: str | None) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None) -> None:
     assert_right(*arguments((2, 24, 3, 5), torch.float32, True), activation)
 
 
-def test_other_layouts_are_copied() -> None:
+def test_inputs_in_other_layouts_equal_upstream() -> None:
     x, bias, residual = (torch.randn(shape) for shape in ((2, 8, 6, 7), (16,), (2, 8, 12, 7)))
     bias, residual = bias[::2], residual[:, :, ::2]
     with torch.no_grad(), interpret():
@@ -78,13 +78,13 @@ def test_other_layouts_are_copied() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 0, 3, 3)], ids=str)
-def test_empty(shape: tuple[int, ...]) -> None:
+def test_empty_input_gives_an_empty_result(shape: tuple[int, ...]) -> None:
     x, bias, _ = arguments(shape, torch.bfloat16, False)
     with torch.no_grad(), interpret():
         assert bias_act(x, bias, impl="triton").shape == shape
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds() -> None:
     shape = (8, 64, 2100, 2100)
     x = meta_image(*shape)
     assert x.numel() > 2**31
@@ -93,7 +93,7 @@ def test_offsets_beyond_32_bits() -> None:
     assert [launch.n_programs for launch in t.launches] == [2]
 
 
-def test_maps_are_loaded_wide() -> None:
+def test_bf16_maps_are_loaded_with_wide_accesses() -> None:
     x = meta_image(8, 64, 9, 9, dtype=torch.bfloat16)
     with torch.no_grad(), fake_gpu(90) as gpu:
         bias_act(x, x[0, :, 0, 0], residual=x, activation="relu", impl="triton")
@@ -102,7 +102,7 @@ def test_maps_are_loaded_wide() -> None:
 
 
 @pytest.mark.parametrize("op", [bias_act, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
             return op(x, bias, residual=residual, activation="relu")
@@ -115,12 +115,12 @@ def test_compiles_and_exports(op: Any) -> None:
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
-def test_custom_op_is_registered_rightly(residual: bool) -> None:
+def test_custom_op_passes_opcheck(residual: bool) -> None:
     for shape in ((2, 6, 3, 5), (0, 6, 3, 5)):
         torch.library.opcheck(CUSTOM_OP, (*arguments(shape, torch.float32, residual), "relu"))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     args = arguments((2, 6, 3, 5), torch.float32, True)
     tensors = [tensor.requires_grad_() for tensor in args if tensor is not None]
     x, bias, residual = tensors
@@ -139,13 +139,13 @@ def test_gradients_take_the_eager_path() -> None:
     ],
     ids=["x", "bias", "residual"],
 )
-def test_wrong_shapes_are_named(shapes: list[tuple[int, ...]], message: str) -> None:
+def test_wrong_shapes_raise_value_error(shapes: list[tuple[int, ...]], message: str) -> None:
     x, bias, *residual = (torch.randn(shape) for shape in shapes)
     with pytest.raises(ValueError, match=f"bias_act: {message}"):
         bias_act(x, bias, residual=residual[0] if residual else None)
 
 
-def test_other_dtypes_are_refused() -> None:
+def test_wrong_dtypes_raise_value_error() -> None:
     x, bias, _ = arguments((2, 6, 3, 5), torch.float32, False)
     with pytest.raises(ValueError, match="bias must be torch.float32 as x, got torch.float16"):
         bias_act(x, bias.half())
@@ -155,7 +155,7 @@ def test_other_dtypes_are_refused() -> None:
         bias_act(x.int(), bias.int())
 
 
-def test_an_unknown_activation_and_a_cpu_are_refused() -> None:
+def test_unknown_activation_and_impl_triton_on_a_cpu_are_refused() -> None:
     x, bias, _ = arguments((2, 6, 3, 5), torch.float32, False)
     with pytest.raises(ValueError, match="bias_act: activation must be None or one of"):
         bias_act(x, bias, activation="tanh")

@@ -97,14 +97,14 @@ def test_kernel_is_as_accurate_as_eager(
 
 @pytest.mark.parametrize("dilation", [1, 2, 4])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_strides_and_dilations(stride: int, dilation: int) -> None:
+def test_strides_and_dilations_are_as_accurate_as_eager(stride: int, dilation: int) -> None:
     for size in (8, 9):
         reference = Reference(out_channels=64, stride=stride, dilation=dilation)
         assert_right(reference, image(1, 64, size, 5, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations(activation: str | None) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None) -> None:
     reference = Reference(out_channels=64, activation=activation)
     assert_right(reference, image(1, 64, 3, 3, dtype=torch.bfloat16))
 
@@ -121,7 +121,9 @@ def every_config() -> list[tuple[int, GemmConfig]]:
 
 
 @pytest.mark.parametrize(("channels", "config"), every_config(), ids=str)
-def test_every_tile(channels: int, config: GemmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_launch_config_is_as_accurate_as_eager(
+    channels: int, config: GemmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert config.num_warps == 4  # such loops have miscompiled with 8
     monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
     reference = Reference(channels, out_channels=128)
@@ -136,7 +138,7 @@ def test_few_pixels_get_small_tiles(arch: Architecture) -> None:
     assert few.block_m < many.block_m
 
 
-def test_any_strides() -> None:
+def test_tensors_of_any_strides_give_the_same_result() -> None:
     def at(name: str, view: Tensor) -> Tensor:
         """The argument `name`, with the strides of a view."""
         return view.copy_(kwargs[name])
@@ -158,14 +160,14 @@ def test_any_strides() -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "eager"])
-def test_no_images(impl: Any) -> None:
+def test_empty_batch_gives_an_empty_map(impl: Any) -> None:
     with torch.no_grad(), interpret():
         y = bottleneck_tail(**arguments((0, 64, 3, 4), stride=2), impl=impl)
     assert y.shape == (0, 256, 2, 2)
 
 
 @pytest.mark.parametrize("shape", [(2**11, 64, 64, 65), (1, 64, 2900, 2901)], ids=["many", "large"])
-def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(shape: tuple[int, int, int, int]) -> None:
     batch, channels, height, width = shape
     tensors = (
         meta_image(*shape),
@@ -181,7 +183,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
-def test_compiles_and_exports(custom: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(custom: bool) -> None:
     class Model(nn.Module):
         def forward(self, *tensors: Tensor) -> Tensor:
             if custom:
@@ -199,7 +201,7 @@ def test_compiles_and_exports(custom: bool) -> None:
     assert torch.equal(exported(*large), OP.eager(*large, stride=2))
 
 
-def test_custom_op_is_registered_rightly() -> None:
+def test_custom_op_passes_opcheck() -> None:
     for kwargs in (
         arguments((2, 8, 3, 4), torch.float32, dilation=2),
         arguments((1, 64, 3, 3), stride=2),
@@ -211,7 +213,7 @@ def test_custom_op_is_registered_rightly() -> None:
 
 OWN = ["_bottleneck_tail_fwd_kernel"]
 SEPARATE = ["_conv3x3_bn_act_fwd_kernel", "_conv1x1_bn_act_fwd_kernel"]
-# the 3x3 is a library's; not its fused one, because these tests forbid what may differ each time
+# cuDNN runs the 3x3, unfused: the fused op is not deterministic, which these tests require
 AUTO = ["_bias_act_fwd_kernel", "_conv1x1_bn_act_fwd_kernel"]
 NAME = ("bottleneck_tail",)
 
@@ -233,8 +235,9 @@ NAME = ("bottleneck_tail",)
         ("gfx942", "auto", (), "triton", 64, OWN),
         ("gfx942", "auto", (), "eager", 64, []),
     ],
+    ids=str,
 )
-def test_which_kernels_run(
+def test_impl_and_channels_decide_which_kernels_run(
     arch: Architecture,
     set_impl: Any,
     ops: tuple[str, ...],
@@ -257,7 +260,9 @@ def test_which_kernels_run(
     ],
     ids=["channels", "out-channels", "fp32"],
 )
-def test_impl_triton_raises_the_reason(kwargs: dict[str, Any], message: str) -> None:
+def test_impl_triton_raises_the_reason_for_unsupported_shapes(
+    kwargs: dict[str, Any], message: str
+) -> None:
     call = arguments(**kwargs)
     message = f"bottleneck_tail: impl='triton' cannot run this call: {message}"
     with record_launches(), torch.no_grad():
@@ -277,19 +282,19 @@ def test_impl_triton_raises_the_reason(kwargs: dict[str, Any], message: str) -> 
     ],
     ids=["dtype", "weight-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
     kwargs = arguments()
     kwargs[name] = change(kwargs[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         bottleneck_tail(**kwargs, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     with pytest.raises(NotImplementedError, match="bottleneck_tail: .* CUDA or ROCm .* got cpu"):
         bottleneck_tail(**arguments(), impl="triton")
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     reference = Reference(4, torch.float64)
     kwargs = reference.arguments(torch.randn(1, 4, 3, 5).double())
     leaves = [kwargs[name].requires_grad_() for name in ("x", "residual")]
@@ -314,7 +319,7 @@ def test_gradients_take_the_eager_path() -> None:
         ({"activation": "relu6"}, "activation must be None or one of .* got 'relu6'"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     kwargs = arguments((2, 8, 3, 4), torch.float32)
     for name, value in change.items():
         kwargs[name] = torch.randn(value) if name in NAMES else value

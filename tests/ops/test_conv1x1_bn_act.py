@@ -113,7 +113,7 @@ def test_kernel_is_as_accurate_as_upstream(
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations(activation: str | None, residual: bool) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None, residual: bool) -> None:
     assert_right(arguments((1, 16, 5, 5), 16, 1, residual, activation, torch.bfloat16))
 
 
@@ -139,7 +139,7 @@ def test_a_stride_starts_at_the_first_pixel_of_each_image(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_tiles_of_every_architecture(
+def test_launch_configs_of_every_architecture_are_as_accurate_as_eager(
     arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {
@@ -195,8 +195,8 @@ def test_x_is_requested_once_for_all_columns_of_a_tile() -> None:
     assert x.load.requested_bytes == x.load.unique_bytes
 
 
-def test_a_large_residual_is_added_last() -> None:
-    # a sum that began with it would round every product to its last place
+def test_large_residual_loses_no_precision() -> None:
+    # adding the residual first would round every product to its last place
     args = arguments((1, 512, 2, 4), 32, residual=True)
     args["residual"] = args["residual"] + 1e4
     exact = exactly(args)
@@ -205,7 +205,9 @@ def test_a_large_residual_is_added_last() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_maps_that_are_not_channels_last(dtype: torch.dtype, stride: int) -> None:
+def test_maps_that_are_not_channels_last_are_as_accurate_as_eager(
+    dtype: torch.dtype, stride: int
+) -> None:
     args = arguments((2, 24, 7, 9), 40, stride, True, "relu", dtype)
     wide = torch.randn(2, 70, 20, 20).to(dtype)
     views = (
@@ -234,7 +236,7 @@ def test_channels_last_maps_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_no_images(stride: int) -> None:
+def test_empty_batch_gives_an_empty_map(stride: int) -> None:
     args = arguments((0, 16, 7, 7), 24, stride, True, "relu", torch.bfloat16)
     with torch.no_grad(), interpret():
         y = conv1x1_bn_act(**args, impl="triton")
@@ -246,7 +248,9 @@ def test_no_images(stride: int) -> None:
     [((700, 64, 224, 224), 1), ((700, 64, 224, 225), 2), ((1, 64, 6000, 6001), 2)],
     ids=["stride-1", "many-images", "huge-image"],
 )
-def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(
+    pixels: tuple[int, int, int, int], stride: int
+) -> None:
     y = (pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
     weight, bias = meta_image(64, 64, 1, 1), torch.empty(64, device="meta")
     with torch.no_grad(), trace(programs=corners, data=False) as t:
@@ -258,7 +262,7 @@ def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) 
 
 @pytest.mark.parametrize("op", [conv1x1_bn_act, CUSTOM_OP], ids=["public", "custom"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_compiles_and_exports(op: Any, stride: int) -> None:
+def test_compiled_and_exported_op_equals_eager(op: Any, stride: int) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
             options = {"stride": stride, "residual": residual, "activation": "relu"}
@@ -286,13 +290,13 @@ def test_compiles_and_exports(op: Any, stride: int) -> None:
     ids=["map", "one-pixel", "one-channel", "one-row", "empty"],
 )
 @pytest.mark.parametrize("stride", [1, 2])
-def test_custom_op_is_registered_rightly(
+def test_custom_op_passes_opcheck(
     pixels: tuple[int, int, int, int], out_channels: int, stride: int
 ) -> None:
     args = arguments(pixels, out_channels, stride, True, "relu")
     torch.library.opcheck(CUSTOM_OP, (), args)
     torch.library.opcheck(CUSTOM_OP, (), {**args, "residual": None, "activation": None})
-    # strides that count as channels-last where a size is 1, and are not those of the fake
+    # sizes of 1: strides count as channels-last but differ from those of the fake
     args["x"] = args["x"].clone(memory_format=torch.contiguous_format)
     meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in args.items()}
     with torch.no_grad(), interpret():
@@ -300,7 +304,7 @@ def test_custom_op_is_registered_rightly(
     assert CUSTOM_OP(**args).stride() == CUSTOM_OP(**meta).stride() == launched.stride()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_eager() -> None:
     args = arguments((2, 8, 5, 5), 8, 2, True, "relu")
     tensors = [v.requires_grad_() for v in args.values() if isinstance(v, Tensor)]
     got = torch.autograd.grad(conv1x1_bn_act(**args).square().sum(), tensors)
@@ -310,7 +314,7 @@ def test_gradients_take_the_eager_path() -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_eager_changes_none_of_its_inputs(activation: str | None) -> None:
+def test_eager_leaves_its_inputs_unchanged(activation: str | None) -> None:
     args = arguments((2, 8, 5, 5), 8, 1, True, activation)
     before = copy.deepcopy(args)
     assert_equals_upstream(conv1x1_bn_act(**args, impl="eager"), eager(before))
@@ -335,7 +339,7 @@ def test_eager_changes_none_of_its_inputs(activation: str | None) -> None:
     ],
     ids=["x", "channels", "kernel", "ndim", "bias", "stride", "residual", "activation"],
 )
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     args = {**arguments((2, 6, 5, 5), 4, 2, True, "relu"), **change}
     with pytest.raises(ValueError, match=f"conv1x1_bn_act: {message}"):
         conv1x1_bn_act(**args)
@@ -352,14 +356,14 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     ],
     ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
     args = arguments((1, 8, 3, 3), 4, 1, True)
     args[name] = change(args[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         conv1x1_bn_act(**args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     args = arguments((1, 8, 3, 3), 4)
     with pytest.raises(NotImplementedError, match="conv1x1_bn_act: .* CUDA or ROCm .* got cpu"):
         conv1x1_bn_act(**args, impl="triton")

@@ -109,7 +109,7 @@ def test_kernel_is_as_accurate_as_upstream(
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations(activation: str | None) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None) -> None:
     assert_right(arguments((1, 16, 5, 5), 16, 24, 2, torch.bfloat16), 2, activation)
 
 
@@ -136,7 +136,7 @@ def test_a_stride_starts_at_the_first_pixel_of_each_image(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_tiles_of_every_architecture(
+def test_launch_configs_of_every_architecture_are_as_accurate_as_eager(
     arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configs = {
@@ -178,7 +178,7 @@ def test_both_maps_are_requested_once_for_all_columns_of_a_tile() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_maps_that_are_not_channels_last(dtype: torch.dtype) -> None:
+def test_maps_that_are_not_channels_last_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     args = arguments((2, 24, 7, 9), 40, 32, 2, dtype)
     wide = torch.randn(2, 70, 20, 20).to(dtype)
     weights = torch.randn(24, 99).to(dtype) / 8
@@ -203,7 +203,7 @@ def test_channels_last_maps_are_not_copied() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_no_images(stride: int) -> None:
+def test_empty_batch_gives_an_empty_map(stride: int) -> None:
     args = arguments((0, 16, 7, 7), 24, 32, stride, torch.bfloat16)
     with torch.no_grad(), interpret():
         y = conv1x1_dual(*args, stride=stride, impl="triton")
@@ -215,7 +215,9 @@ def test_no_images(stride: int) -> None:
     [((700, 64, 224, 224), 1), ((700, 64, 224, 225), 2), ((1, 64, 6000, 6001), 2)],
     ids=["stride-1", "many-images", "huge-image"],
 )
-def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(
+    pixels: tuple[int, int, int, int], stride: int
+) -> None:
     x = meta_image(pixels[0], 64, *(-(-side // stride) for side in pixels[2:]))
     weight, bias = meta_image(64, 64, 1, 1), torch.empty(64, device="meta")
     with torch.no_grad(), trace(programs=corners, data=False) as t:
@@ -225,7 +227,7 @@ def test_offsets_beyond_32_bits(pixels: tuple[int, int, int, int], stride: int) 
 
 @pytest.mark.parametrize("op", [conv1x1_dual, CUSTOM_OP], ids=["public", "custom"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_compiles_and_exports(op: Any, stride: int) -> None:
+def test_compiled_and_exported_op_equals_eager(op: Any, stride: int) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor) -> Tensor:
             return op(*args, stride=stride, activation="relu")
@@ -243,12 +245,10 @@ def test_compiles_and_exports(op: Any, stride: int) -> None:
     [((2, 8, 5, 7), 12), ((3, 8, 1, 1), 12), ((1, 8, 5, 7), 1), ((0, 8, 5, 7), 4)],
     ids=["map", "one-pixel", "one-channel", "empty"],
 )
-def test_custom_op_is_registered_rightly(
-    pixels: tuple[int, int, int, int], out_channels: int
-) -> None:
+def test_custom_op_passes_opcheck(pixels: tuple[int, int, int, int], out_channels: int) -> None:
     args = arguments(pixels, 16, out_channels, 2)
     torch.library.opcheck(CUSTOM_OP, (*args, 2, "relu"))
-    # strides that count as channels-last where a size is 1, and are not those of the fake
+    # sizes of 1: strides count as channels-last but differ from those of the fake
     args = [tensor.clone(memory_format=torch.contiguous_format) for tensor in args]
     torch.library.opcheck(CUSTOM_OP, (*args, 2, None))
     on_meta = [tensor.to("meta") for tensor in args]
@@ -258,7 +258,7 @@ def test_custom_op_is_registered_rightly(
     assert CUSTOM_OP(*on_meta, 2, None).stride() == launched.stride()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_eager() -> None:
     args = arguments((2, 8, 5, 5), 8, 6, 2)
     for tensor in args:
         tensor.requires_grad_()
@@ -283,14 +283,14 @@ def test_gradients_take_the_eager_path() -> None:
     ],
     ids=["x", "weight", "height", "width", "batch", "ndim", "shortcut_weight", "bias"],
 )
-def test_wrong_shapes_are_named(index: int, change: tuple[int, ...], message: str) -> None:
+def test_wrong_shapes_raise_value_error(index: int, change: tuple[int, ...], message: str) -> None:
     args = list(arguments((2, 8, 5, 5), 6, 4, 2))
     args[index] = torch.ones(change)
     with pytest.raises(ValueError, match=f"conv1x1_dual: {message}"):
         conv1x1_dual(*args, stride=2)
 
 
-def test_wrong_options_are_named() -> None:
+def test_wrong_options_raise_value_error() -> None:
     args = arguments((2, 8, 5, 5), 6, 4)
     with pytest.raises(ValueError, match="conv1x1_dual: stride must be at least 1, got 0"):
         conv1x1_dual(*args, stride=0)
@@ -309,14 +309,14 @@ def test_wrong_options_are_named() -> None:
     ],
     ids=["dtype", "weight-dtype", "device", "gradient", "bias-dtype"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     args = list(arguments((1, 8, 3, 3), 4, 4))
     args[index] = change(args[index])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         conv1x1_dual(*args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     args = arguments((1, 8, 3, 3), 4, 4)
     with pytest.raises(NotImplementedError, match="conv1x1_dual: .* CUDA or ROCm .* got cpu"):
         conv1x1_dual(*args, impl="triton")

@@ -105,7 +105,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 @pytest.mark.parametrize("dilation", [1, 2, 4, 9])
 @pytest.mark.parametrize("stride", [1, 2, 3])
-def test_strides_and_dilations(stride: int, dilation: int) -> None:
+def test_strides_and_dilations_are_as_accurate_as_eager(stride: int, dilation: int) -> None:
     for size in (8, 9, 10):
         reference = Reference(8, 8, stride=stride, dilation=dilation)
         assert_right(reference, image(2, 8, size, 11))
@@ -113,7 +113,7 @@ def test_strides_and_dilations(stride: int, dilation: int) -> None:
 
 @pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations(activation: str | None, residual: bool) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None, residual: bool) -> None:
     reference = Reference(8, 8, torch.bfloat16, activation=activation)
     assert_right(reference, image(1, 8, 5, 5, dtype=torch.bfloat16), residual)
 
@@ -139,7 +139,7 @@ def every_config(dtype: torch.dtype) -> list[GemmConfig]:
     [(dtype, c) for dtype in (torch.float32, torch.bfloat16) for c in every_config(dtype)],
     ids=str,
 )
-def test_every_tile(
+def test_every_launch_config_is_as_accurate_as_eager(
     config: GemmConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert config.num_warps == 4  # such loops have miscompiled with 8
@@ -160,7 +160,7 @@ def test_few_pixels_get_small_tiles(arch: Architecture) -> None:
 
 
 @pytest.mark.parametrize("channels", [40, 48])
-def test_channels_between_steps_do_not_spill(channels: int) -> None:
+def test_channel_counts_between_tile_sizes_do_not_spill(channels: int) -> None:
     x, weight, bias = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta")
         for shape in ((64, channels, 56, 56), (160, channels, 3, 3), (160,))
@@ -171,7 +171,7 @@ def test_channels_between_steps_do_not_spill(channels: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides(dtype: torch.dtype) -> None:
+def test_tensors_of_any_strides_give_the_same_result(dtype: torch.dtype) -> None:
     def at(name: str, view: Tensor) -> Tensor:
         """The argument `name`, with the strides of a view."""
         return view.copy_(kwargs[name])
@@ -192,7 +192,7 @@ def test_any_strides(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("impl", ["triton", "eager"])
-def test_no_images(impl: Any) -> None:
+def test_empty_batch_gives_an_empty_map(impl: Any) -> None:
     kwargs = arguments((0, 5, 6, 7), 4, stride=2)
     with torch.no_grad(), interpret():
         assert conv3x3_bn_act(**kwargs, impl=impl).shape == (0, 4, 3, 4)
@@ -200,7 +200,7 @@ def test_no_images(impl: Any) -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(2**13, 64, 64, 65), (1, 64, 5800, 5801)], ids=["many", "large"])
-def test_offsets_beyond_32_bits(shape: tuple[int, ...], stride: int) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(shape: tuple[int, ...], stride: int) -> None:
     residual = meta_image(shape[0], 64, *(-(-size // stride) for size in shape[2:]))
     with torch.no_grad(), trace(programs=corners, data=False) as t:
         conv3x3_bn_act(
@@ -216,7 +216,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], stride: int) -> None:
 
 @pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
 @pytest.mark.parametrize("residual", [False, True], ids=["no-residual", "residual"])
-def test_compiles_and_exports(custom: bool, residual: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(custom: bool, residual: bool) -> None:
     class Model(nn.Module):
         def forward(
             self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None
@@ -237,7 +237,7 @@ def test_compiles_and_exports(custom: bool, residual: bool) -> None:
         assert torch.equal(model(x, weight, bias, other), want)
 
 
-def test_custom_op_is_registered_rightly() -> None:
+def test_custom_op_passes_opcheck() -> None:
     for kwargs in (
         arguments(dilation=2),
         arguments((1, 5, 3, 3), stride=2, dtype=torch.bfloat16, residual=False),
@@ -248,7 +248,7 @@ def test_custom_op_is_registered_rightly() -> None:
             torch.library.opcheck(CUSTOM_OP, positional({**kwargs, "x": x}))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_torch() -> None:
     kwargs = arguments((1, 3, 4, 5), 2)
     tensors = [kwargs[name].requires_grad_() for name in ("x", "weight", "bias", "residual")]
     x, weight, bias, residual = tensors
@@ -260,7 +260,7 @@ def test_gradients_take_the_eager_path() -> None:
         assert max_error(ours, theirs) <= 1e-5
 
 
-def test_eager_is_dtype_generic_and_keeps_its_arguments() -> None:
+def test_eager_runs_fp64_and_leaves_its_residual_unchanged() -> None:
     kwargs = arguments(dtype=torch.float64)
     before = kwargs["residual"].clone()
     assert conv3x3_bn_act(**kwargs).dtype == torch.float64
@@ -281,7 +281,7 @@ def test_eager_is_dtype_generic_and_keeps_its_arguments() -> None:
     ],
     ids=["channels", "kernel", "x-ndim", "bias", "stride", "dilation", "residual", "activation"],
 )
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"conv3x3_bn_act: .*{message}"):
         conv3x3_bn_act(**{**arguments(), **change})
 
@@ -297,13 +297,13 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
     ],
     ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
     kwargs = arguments()
     kwargs[name] = change(kwargs[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         conv3x3_bn_act(**kwargs, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     with pytest.raises(NotImplementedError, match="conv3x3_bn_act: .* CUDA or ROCm .* got cpu"):
         conv3x3_bn_act(**arguments(), impl="triton")

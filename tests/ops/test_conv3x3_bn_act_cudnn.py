@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from broken_kernels import PretendedHardware, custom_op, launching, self_check
+from broken_kernels import PretendedHardware, correct, launching, self_check
 from torch import Tensor, channels_last, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -95,7 +95,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Cudnn:
 @contextmanager
 def kernels() -> Iterator[dict[str, mock.Mock]]:
     """Our two kernels, right on the CPU."""
-    with launching(conv3x3_bn_act=custom_op(TRITON), bias_act=custom_op(EPILOGUE)) as launches:
+    with launching(conv3x3_bn_act=correct(TRITON), bias_act=correct(EPILOGUE)) as launches:
         yield launches
 
 
@@ -112,7 +112,7 @@ def test_cudnn_gets_the_arguments_of_the_op(cudnn: Cudnn, residual: bool) -> Non
     assert y.is_contiguous(memory_format=channels_last)
     ((x, weight, z, alpha, bias, *geometry),) = cudnn.calls
     assert all(tensor.is_contiguous(memory_format=channels_last) for tensor in (x, weight))
-    # what is read in the place of a residual has values
+    # the tensor that stands in for a residual is initialised
     assert (z is args[5] and alpha == 1.0) if residual else (z is x and alpha == 0.0)
     assert bias.is_contiguous() and torch.equal(bias, args[2])
     assert geometry == [[1, 1], [3, 3], [3, 3], 1]
@@ -127,7 +127,7 @@ WITHOUT_FUSED = {
 
 
 @pytest.mark.parametrize("args", WITHOUT_FUSED.values(), ids=WITHOUT_FUSED)
-def test_a_plain_convolution_and_our_epilogue_run_without_the_fused_op(
+def test_plain_convolution_and_our_epilogue_run_if_the_fused_op_cannot(
     cudnn: Cudnn, args: Any
 ) -> None:
     with kernels() as launches:
@@ -150,7 +150,7 @@ def test_the_fused_op_does_not_run_under_flags_that_it_ignores(
 
 
 @pytest.mark.parametrize("name", ["fused", "plain", "triton"])
-def test_the_way_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
+def test_fastest_measured_way_runs(cudnn: Cudnn, name: str) -> None:
     args = arguments(stride=1)
     with kernels() as launches, forced({"conv3x3_way": Conv3x3Way(name)}):
         assert_close(op_module._run_fastest(*args), expected(*args))
@@ -166,8 +166,10 @@ def test_the_way_measured_to_be_fastest_runs(cudnn: Cudnn, name: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refuses", "is wrong"])
-def test_our_kernel_runs_where_cudnn_fails(cudnn: Cudnn, fault: str, tmp_path: Path) -> None:
-    """For such sizes, and not for others."""
+def test_our_kernel_runs_for_sizes_where_cudnn_fails(
+    cudnn: Cudnn, fault: str, tmp_path: Path
+) -> None:
+    """Our kernel replaces cuDNN for the sizes that failed, and not for others."""
     if fault == "refuses":
         cudnn.error = RuntimeError("Unable to find an engine")
         reason = "RuntimeError: Unable to find an engine"
@@ -197,19 +199,19 @@ def test_each_choice_of_cudnn_is_checked_with_all_of_its_images(
         for batch in (5, 7, 5):
             op_module._run_fastest(*arguments(batch=batch, stride=1))
         assert [len(call[0]) for call in cudnn.calls] == [5] * 3 + [7] * 3 + [5]
-        # other flags, other engines
+        # with other flags cuDNN chooses other engines, which are checked again
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
         op_module._run_fastest(*arguments(batch=5, stride=1))
         monkeypatch.setattr(op_module, "convolution_precision", lambda: "another")
         op_module._run_fastest(*arguments(batch=5, stride=1))
         assert len(cudnn.calls) == 7 + 3 + 3
-    # what it chose in this process says nothing of the next
+    # a new process may choose other engines, so they are checked again
     with kernels(), use(self_check(tmp_path)):
         op_module._run_fastest(*arguments(batch=5, stride=1))
         assert len(cudnn.calls) == 13 + 3
 
 
-def test_the_last_image_is_compared_too(cudnn: Cudnn, tmp_path: Path) -> None:
+def test_wrong_last_image_is_found_by_the_check(cudnn: Cudnn, tmp_path: Path) -> None:
     cudnn.spoil = 1e3  # of the last image alone
     with kernels(), use(self_check(tmp_path)), pytest.warns(KernelWarning, match="error "):
         op_module._run_fastest(*arguments(batch=5, stride=1))
@@ -231,7 +233,7 @@ def test_cudnn_does_not_run_unchecked_while_a_graph_is_captured(
         assert len(cudnn.calls) == 3 + 1
 
 
-def test_the_number_of_remembered_choices_is_limited(
+def test_number_of_remembered_cudnn_choices_is_limited(
     cudnn: Cudnn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastbb_kernels.self_check._LIBRARY_CALLS", 2)
@@ -242,23 +244,23 @@ def test_the_number_of_remembered_choices_is_limited(
     assert len(check._libraries) == 2 and len(cudnn.calls) == 3 * 3 + 1
 
 
-def test_the_fused_op_has_the_arguments_of_the_stand_in() -> None:
+def test_fused_op_of_torch_has_the_arguments_of_our_fake() -> None:
     schema = torch.ops.aten.cudnn_convolution_add_relu.default._schema
     names = ["self", "weight", "z", "alpha", "bias", "stride", "padding", "dilation", "groups"]
     assert [argument.name for argument in schema.arguments] == names
 
 
-# what torch knows
+# the real schema in torch
 
 
 @both
-def test_custom_op_is_registered_rightly(residual: bool) -> None:
+def test_custom_op_passes_opcheck(residual: bool) -> None:
     for batch in (2, 0):
         torch.library.opcheck(CUSTOM_OP, arguments(residual, batch))
 
 
 @both
-def test_compiles_and_exports(residual: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(residual: bool) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
             return CUSTOM_OP(x, *parameters, residual, "relu")
@@ -287,7 +289,7 @@ def test_compiles_and_exports(residual: bool) -> None:
     ],
 )
 @pytest.mark.parametrize("by", ["argument", "use_impl"])
-def test_impl_and_platform_decide_what_runs_on_a_gpu(
+def test_impl_and_platform_decide_which_way_runs_on_a_gpu(
     by: str,
     hip: str | None,
     impl: Any,
@@ -297,7 +299,7 @@ def test_impl_and_platform_decide_what_runs_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(op_module, "common_unsupported", lambda _: None)
-    # as on a GPU, whose tensors these are not
+    # as on a GPU, though these are CPU tensors
     monkeypatch.setattr("fastbb_kernels.op.is_plainly_eager", lambda *_: False)
     monkeypatch.setattr(op_module, "architecture", lambda _: 90)
     ran = {name: mock.Mock() for name in ("fastest", "triton", "eager")}
@@ -321,8 +323,9 @@ def test_impl_and_platform_decide_what_runs_on_a_gpu(
         (90, "auto", 2, ["_bias_act_fwd_kernel"]),
         ("gfx942", "auto", 1, ["_bias_act_fwd_kernel"]),
     ],
+    ids=str,
 )
-def test_pretended_gpus_launch_what_a_gpu_would(
+def test_pretended_gpus_launch_the_same_kernels_as_a_gpu(
     arch: Any, impl: Any, stride: int, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)

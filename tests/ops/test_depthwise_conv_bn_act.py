@@ -98,7 +98,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_every_activation(activation: str | None) -> None:
+def test_every_activation_is_as_accurate_as_eager(activation: str | None) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         reference = Reference(8, 3, dtype, activation=activation)
         assert_right(reference, image(1, 8, 5, 5, dtype=dtype))
@@ -109,18 +109,18 @@ def test_every_activation(activation: str | None) -> None:
     # strides and dilations that leave pixels out, and windows larger than the map
     [(3, 1, 2), (3, 2, 2), (5, 1, 3), (3, 4, 1), (5, 4, 2), (3, 3, 3), (7, 1, 4), (3, 20, 1)],
 )
-def test_strides_and_dilations(k: int, stride: int, dilation: int) -> None:
+def test_strides_and_dilations_are_as_accurate_as_eager(k: int, stride: int, dilation: int) -> None:
     assert_right(Reference(8, k, stride=stride, dilation=dilation), image(2, 8, 13, 10))
 
 
 @pytest.mark.parametrize("channels", [16, 32, 40, 96])
-def test_every_tile_of_channels(channels: int) -> None:
+def test_every_channel_tile_is_as_accurate_as_eager(channels: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert_right(Reference(channels, 3, dtype), image(1, channels, 6, 5, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_memory_formats_and_views(dtype: torch.dtype) -> None:
+def test_other_memory_formats_and_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     reference = Reference(8, 3, dtype, stride=2)
     views = (
         torch.randn(2, 8, 7, 6).to(dtype),
@@ -134,7 +134,7 @@ def test_other_memory_formats_and_views(dtype: torch.dtype) -> None:
         assert_right(reference, x)
 
 
-def test_weights_and_bias_of_any_strides() -> None:
+def test_weights_and_bias_of_any_strides_give_the_same_result() -> None:
     args = some_arguments(1, 8, 6, 5, k=5)
     weight, bias = args["weight"], args["bias"]
     want = run(args)
@@ -159,7 +159,7 @@ def test_channels_last_maps_and_weights_are_not_copied() -> None:
     assert storages == [tensor.untyped_storage()._cdata for tensor in (x, weight)]
 
 
-def test_images_are_independent() -> None:
+def test_nan_in_one_image_leaves_the_others_unchanged() -> None:
     x = image(3, 8, 4, 4)
     x[0::2] = torch.nan
     x[1] = 0.0
@@ -167,7 +167,7 @@ def test_images_are_independent() -> None:
     assert torch.equal(run(args)[1], args["bias"][:, None, None].expand(8, 4, 4))
 
 
-def test_nan_and_infinity_stay_in_their_windows() -> None:
+def test_nan_and_infinity_spread_as_in_eager() -> None:
     args = some_arguments(1, 8, 9, 9, activation="relu")
     args["x"][0, 2, 4, 4], args["x"][0, 5, 0, 8] = torch.nan, torch.inf
     got, want = run(args), OP.eager(**args)
@@ -176,7 +176,7 @@ def test_nan_and_infinity_stay_in_their_windows() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_empty_batch(stride: int) -> None:
+def test_empty_batch_gives_an_empty_map(stride: int) -> None:
     reference = Reference(8, 3, stride=stride)
     x = image(0, 8, 5, 6)
     with torch.no_grad(), trace() as t:
@@ -190,7 +190,7 @@ def test_empty_batch(stride: int) -> None:
     [(2**19, 32, 16, 16), (1, 64, 6, 2**23), (2**20, 8, 96, 128)],
     ids=["images", "map", "strips"],
 )
-def test_offsets_beyond_32_bits(shape: tuple[int, ...]) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(shape: tuple[int, ...]) -> None:
     x = meta_image(*shape)
     weight, bias = torch.empty(shape[1], 1, 3, 3, device="meta"), x.new_empty(shape[1])
     with torch.no_grad(), trace(programs=corners, data=False) as t:
@@ -222,7 +222,7 @@ def test_tiles_fill_the_channels(arch: Architecture | None) -> None:
 
 
 @pytest.mark.parametrize("op", [depthwise_conv_bn_act, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any) -> None:
+def test_compiled_and_exported_op_equals_eager(op: Any) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return op(x, weight, bias, **options)
@@ -238,7 +238,7 @@ def test_compiles_and_exports(op: Any) -> None:
 @pytest.mark.parametrize(
     "shape", [(2, 8, 5, 6), (2, 8, 1, 1), (3, 1, 4, 5), (1, 1, 1, 1), (0, 8, 5, 6)], ids=str
 )
-def test_custom_op_is_registered_rightly(shape: tuple[int, ...]) -> None:
+def test_custom_op_passes_opcheck(shape: tuple[int, ...]) -> None:
     for x in (torch.randn(shape), image(*shape)):
         args = Reference(shape[1], 3, stride=2, activation="silu").arguments(x)
         torch.library.opcheck(CUSTOM_OP, tuple(args.values()))
@@ -248,7 +248,7 @@ def test_custom_op_is_registered_rightly(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_gradients_take_the_eager_path(activation: str | None) -> None:
+def test_gradients_equal_torch(activation: str | None) -> None:
     args = some_arguments(2, 4, 5, 6, activation=activation)
     inputs = [args[name].requires_grad_() for name in ("x", "weight", "bias")]
     got = torch.autograd.grad(depthwise_conv_bn_act(**args).square().sum(), inputs)
@@ -274,7 +274,7 @@ def test_gradients_take_the_eager_path(activation: str | None) -> None:
     ],
     ids=str,
 )
-def test_wrong_calls_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     shapes = {"x": (2, 4, 6, 7), "weight": (4, 1, 3, 3), "bias": (4,)}
     args = {name: torch.randn(change.get(name, shape)) for name, shape in shapes.items()}
     options = {name: value for name, value in change.items() if name not in shapes}
@@ -294,20 +294,20 @@ def test_wrong_calls_are_named(change: dict[str, Any], message: str) -> None:
     ],
     ids=["dtype", "weight-dtype", "device", "gradient", "9x9", "1x1"],
 )
-def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
     args = some_arguments(1, 4, 5, 5)
     args[name] = change(args[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         depthwise_conv_bn_act(**args, impl="triton")
 
 
-def test_eager_runs_any_odd_kernel() -> None:
+def test_eager_runs_any_odd_kernel_size() -> None:
     for k in (1, 9):
         reference = Reference(4, k, torch.float64)
         x = image(2, 4, 6, 5, dtype=torch.float64)
         torch.testing.assert_close(depthwise_conv_bn_act(**reference.arguments(x)), reference(x))
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     with pytest.raises(NotImplementedError, match="depthwise_conv_bn_act: .* ROCm .* got cpu"):
         depthwise_conv_bn_act(**some_arguments(1, 4, 5, 5), impl="triton")

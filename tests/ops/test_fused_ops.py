@@ -44,7 +44,7 @@ def assert_holds(op, module, x, weights_of, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 24), (1, 24), (0, 7, 7, 24)], ids=str)
-def test_layer_norm_linear(shape, activation, dtype):
+def test_layer_norm_linear_equals_upstream(shape, activation, dtype):
     act = nn.GELU() if activation else nn.Identity()
     module = randomize(nn.Sequential(nn.LayerNorm(24, eps=1e-3), nn.Linear(24, 40), act))
 
@@ -58,7 +58,7 @@ def test_layer_norm_linear(shape, activation, dtype):
 
 
 @torch.no_grad()
-def test_linear_residual():
+def test_linear_residual_equals_upstream():
     linear, x, residual = nn.Linear(24, 40), torch.randn(2, 3, 24), torch.randn(2, 3, 40)
     y = linear_residual(x, linear.weight, linear.bias, residual)
     assert_equals_upstream(y, residual + linear(x))
@@ -67,7 +67,7 @@ def test_linear_residual():
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(4, 6), (5, 6), (4, 7), (5, 7), (1, 1)], ids=str)
-def test_patch_merging(size, dtype):
+def test_patch_merging_equals_upstream(size, dtype):
     from timm.models.swin_transformer import PatchMerging
 
     def weights_of(m):
@@ -80,7 +80,7 @@ def test_patch_merging(size, dtype):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(8, 12), (9, 15), (4, 4)], ids=str)
-def test_patch_embed(size, dtype):
+def test_patch_embed_equals_upstream(size, dtype):
     from torchvision.ops.misc import Permute
 
     module = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), Permute([0, 2, 3, 1]), nn.LayerNorm(16))
@@ -92,7 +92,7 @@ def test_patch_embed(size, dtype):
 
 
 @torch.no_grad()
-def test_layer_norm_nchw():
+def test_layer_norm_nchw_equals_upstream():
     norm, x = randomize(nn.LayerNorm(12, eps=1e-3)), torch.randn(2, 5, 3, 12)
     y = layer_norm_nchw(x, norm.weight, norm.bias, eps=1e-3)
     assert_equals_upstream(y, norm(x).permute(0, 3, 1, 2))
@@ -115,7 +115,7 @@ def test_layer_norm_nchw():
     ],
     ids=lambda conv: "-".join(f"{name}{value}" for name, value in conv.items()),
 )
-def test_conv_bn_act(conv, with_residual, dtype):
+def test_conv_bn_act_equals_upstream(conv, with_residual, dtype):
     class Reference(nn.Module):
         def __init__(self):
             super().__init__()
@@ -186,7 +186,7 @@ def test_conv_bn_act_runs_the_op_that_has_a_kernel(shape, geometry, op):
     assert_equals_upstream(y, want)
 
 
-def test_gradients_flow_through_conv_bn_act():
+def test_gradients_of_conv_bn_act_equal_torch():
     conv = nn.Conv2d(3, 4, 3)
     x, residual = torch.randn(2, 3, 7, 7), torch.randn(2, 4, 5, 5, requires_grad=True)
     leaves = [*conv.parameters(), residual]

@@ -31,7 +31,7 @@ def within_budget(op: str, costs: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.op}-{case}")
-def test_bf16_kernel_equals_the_reference_and_asks_for_no_more_bytes(case: Case) -> None:
+def test_bf16_kernel_equals_the_reference_within_its_traffic_budget(case: Case) -> None:
     result = check_interpreted(case, torch.bfloat16)
     assert result.problem is None, result.problem
     assert within_budget(case.op, {f"{case}-bf16": traced_cost(result)}) == []
@@ -53,13 +53,13 @@ def test_binaries_keep_their_budget(
     op: str, arch: Architecture, request: pytest.FixtureRequest
 ) -> None:
     if arch not in ALWAYS_COMPILED and not request.config.getoption("--all-architectures"):
-        # the sources are those that the committed figures are of
+        # only the source hash is compared
         assert within_budget(op, {}) == []
         pytest.skip("only its sources are compared; `make test-all` compiles for it")
     cases = distinct_cases()[op]
     costs = compiled_costs(cases, compiled_dtypes(arch), [arch])
     assert within_budget(op, costs) == []
-    # what once compiled may not become unsupported unseen
+    # a case that compiled before must not become unsupported
     committed = read_budget(op).cases
     for case in cases:
         for dtype in compiled_dtypes(arch):

@@ -26,7 +26,7 @@ CUSTOM_OP = OP.custom_op
 # not the default, so that a lost eps shows
 EPS = 1e-2
 
-# what "activation" means to those who name it: torch's own modules
+# torch's modules by the name of their activation
 MODULES: dict[str | None, nn.Module] = {
     None: nn.Identity(),
     "gelu": nn.GELU(),
@@ -88,7 +88,7 @@ def assert_right(args: Arguments, activation: str | None = None) -> None:
 
 @pytest.fixture(params=["resident", "streamed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the kernel, with tiles small enough to need several."""
+    """Runs a test for both paths of the kernel, with tiles so small that several are needed."""
     gemm = GemmConfig(32, 16, 32, num_warps=4, num_stages=1)
     resident = request.param == "resident"
     config = LayerNormLinearConfig(gemm, tiles_per_program=2 if resident else 1, resident=resident)
@@ -129,20 +129,20 @@ def test_kernel_is_as_accurate_as_eager(
     ],
     ids=["qkv-stage1-fp32", "fc1-stage1-fp16", "qkv-stage3-bf16", "wide-bf16"],
 )
-def test_kernel_is_as_accurate_at_model_sizes(
+def test_kernel_is_as_accurate_as_eager_at_model_sizes(
     features: int, out_features: int, activation: str | None, dtype: torch.dtype
 ) -> None:
     assert_right(arguments((49,), features, out_features, dtype), activation)
 
 
 @pytest.mark.usefixtures("path")
-def test_without_bias() -> None:
+def test_without_bias_is_as_accurate_as_eager() -> None:
     assert_right(arguments((40,), 48, 24, torch.bfloat16, bias=False))
 
 
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("features", [96, 100])
-def test_a_large_mean_does_not_cancel(features: int) -> None:
+def test_large_mean_loses_no_precision(features: int) -> None:
     def assert_close(x: Tensor) -> None:
         args = x, *arguments((1,), features, 20, torch.float32)[1:]
         exact = exactly(args)
@@ -150,13 +150,13 @@ def test_a_large_mean_does_not_cancel(features: int) -> None:
 
     noise = torch.randn(8, features)
     assert_close(100 + 0.01 * noise)
-    # every step of the statistics has a mean of its own
+    # each step of the statistics sees another mean
     assert_close(noise + 1e3 * torch.arange(features).div(32, rounding_mode="floor"))
     assert_close(noise.mul(1e3).index_fill(1, torch.tensor([0]), 1e6))
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_every_activation(activation: str) -> None:
+def test_every_activation_equals_torch_at_extreme_values(activation: str) -> None:
     values = [*torch.linspace(-12, 12, 90).tolist(), 1e4, -1e4, 1e30, -1e30, math.inf, math.nan]
     bias = torch.tensor(values)
     zeros = torch.zeros(bias.numel(), 8)
@@ -166,13 +166,13 @@ def test_every_activation(activation: str) -> None:
     torch.testing.assert_close(y.double(), exact, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
-def test_knows_every_activation() -> None:
+def test_every_activation_is_tested() -> None:
     assert MODULES.keys() == {None, *ACTIVATIONS}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.usefixtures("path")
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     copied = torch.randn(4, 9, 2, 77).to(dtype)[:, 3:8, 1, 5:45]  # rows at two strides
     columns = torch.randn(40, 70).to(dtype).t()[3:23]  # the stride of a column is 70
     sliced = torch.randn(20, 99).to(dtype)[:, 7:47]  # rows of 99
@@ -188,14 +188,14 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [(0,), (0, 7, 7), (3, 0)], ids=str)
-def test_empty(rows: tuple[int, ...]) -> None:
+def test_empty_input_gives_an_empty_result(rows: tuple[int, ...]) -> None:
     with torch.no_grad(), interpret():
         y = layer_norm_linear(*arguments(rows, 24, 40, torch.float32), impl="triton")
     assert y.shape == (*rows, 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_offsets_beyond_32_bits(dtype: torch.dtype) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(dtype: torch.dtype) -> None:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
 
@@ -222,7 +222,7 @@ def test_launches_fill_a_gpu(arch: Architecture, dtype: torch.dtype) -> None:
             assert resident == (dtype != torch.float32)
 
 
-def test_batches_share_a_binary() -> None:
+def test_batch_sizes_share_a_binary() -> None:
     def launched(batch: int, dtype: torch.dtype = torch.bfloat16) -> Any:
         tensors = [
             torch.empty(shape, device="meta", dtype=dtype)
@@ -236,7 +236,7 @@ def test_batches_share_a_binary() -> None:
     assert launched(64) != launched(64, torch.float16)
 
 
-def test_rows_are_read_twice_however_many_tiles_there_are() -> None:
+def test_each_row_is_read_twice_for_any_number_of_tiles() -> None:
     args = arguments((60,), 64, 300, torch.bfloat16)
     with torch.no_grad(), trace() as t:
         layer_norm_linear(*args, impl="triton")
@@ -246,7 +246,7 @@ def test_rows_are_read_twice_however_many_tiles_there_are() -> None:
 
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize("op", [layer_norm_linear, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any, activation: str | None) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any, activation: str | None) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor | None) -> Tensor:
             return op(*args, eps=EPS, activation=activation)
@@ -261,12 +261,12 @@ def test_compiles_and_exports(op: Any, activation: str | None) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_custom_op_is_registered_rightly(bias: bool) -> None:
+def test_custom_op_passes_opcheck(bias: bool) -> None:
     args = arguments((2, 3), 16, 24, torch.float32, bias)
     torch.library.opcheck(CUSTOM_OP, (*args, EPS, "gelu" if bias else None))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     args = [a.requires_grad_() for a in arguments((3,), 8, 5, torch.float32) if a is not None]
     y = layer_norm_linear(*args, eps=EPS, activation="gelu")
     got = torch.autograd.grad(y.square().sum(), args)
@@ -290,14 +290,14 @@ SHAPES = [(2, 8), (8,), (8,), (6, 8), (6,)]
     ],
     ids=["no-rows", "columns", "weight", "norm_weight", "norm_bias", "bias"],
 )
-def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...], message: str) -> None:
+def test_wrong_shapes_raise_value_error(index: int, shape: tuple[int, ...], message: str) -> None:
     args: list[Any] = [torch.randn(shape) for shape in SHAPES]
     args[index] = torch.randn(shape)
     with pytest.raises(ValueError, match=f"layer_norm_linear: {message}"):
         layer_norm_linear(*args)
 
 
-def test_an_unknown_activation_is_named() -> None:
+def test_unknown_activation_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r"layer_norm_linear: activation must .* got 'mish'"):
         layer_norm_linear(*arguments((2,), 8, 6, torch.float32), activation="mish")
 
@@ -314,13 +314,13 @@ def test_an_unknown_activation_is_named() -> None:
     ],
     ids=["dtype", "norm_weight-dtype", "norm_bias-dtype", "weight-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     args: list[Any] = list(arguments((2,), 8, 6, torch.float32))
     args[index] = change(args[index])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         layer_norm_linear(*args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     with pytest.raises(NotImplementedError, match="layer_norm_linear: .* CUDA or ROCm .* got cpu"):
         layer_norm_linear(*arguments((2,), 8, 6, torch.float32), impl="triton")

@@ -73,11 +73,11 @@ def test_kernel_is_as_accurate_as_eager(
     assert_right(*arguments(size, channels, dtype))
 
 
-def test_many_rows_share_a_program() -> None:
+def test_many_rows_in_a_program_are_as_accurate_as_eager() -> None:
     assert_right(*arguments((2, 61, 37), 16, torch.bfloat16))
 
 
-def test_a_large_mean_does_not_cancel() -> None:
+def test_large_mean_loses_no_precision() -> None:
     x, weight, bias = arguments((1, 4, 4), 96, torch.float32, scale=1e-2)
     x = x + 100
     exact = upstream(x.double(), weight.double(), bias.double(), 1e-12)
@@ -92,7 +92,7 @@ def test_a_constant_row_gives_the_bias() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     _, weight, bias = arguments((1, 1, 1), 24, dtype)
     wide = torch.randn(2, 9, 11, 77).to(dtype)
     views = {
@@ -113,7 +113,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 7, 7), (2, 0, 3)], ids=str)
-def test_empty(size: tuple[int, int, int]) -> None:
+def test_empty_input_gives_an_empty_result(size: tuple[int, int, int]) -> None:
     with torch.no_grad(), interpret():
         y = layer_norm_nchw(*arguments(size, 24, torch.bfloat16), impl="triton")
     batch, height, width = size
@@ -121,7 +121,7 @@ def test_empty(size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["nhwc", "nchw"])
-def test_offsets_beyond_32_bits(layout: str) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(layout: str) -> None:
     side, channels = 6000, 96
     weight = torch.empty(channels, device="meta")
     if layout == "nhwc":
@@ -142,7 +142,7 @@ def test_tiles_hold_whole_rows() -> None:
             assert config.block_m * config.block_n <= max(4096, config.block_n)
 
 
-def test_loads_are_wide_where_eight_divides_the_channels() -> None:
+def test_loads_are_wide_if_channels_are_a_multiple_of_eight() -> None:
     args = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in [(8, 9, 9, 24), (24,)]]
     with torch.no_grad(), fake_gpu(90) as gpu:
         layer_norm_nchw(args[0], args[1], args[1], impl="triton")
@@ -152,7 +152,7 @@ def test_loads_are_wide_where_eight_divides_the_channels() -> None:
 
 
 @pytest.mark.parametrize("op", [layer_norm_nchw, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return op(x, weight, bias, eps=EPS)
@@ -167,7 +167,7 @@ def test_compiles_and_exports(op: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "nchw", "crop"])
-def test_custom_op_is_registered_rightly(layout: str) -> None:
+def test_custom_op_passes_opcheck(layout: str) -> None:
     x, weight, bias = arguments((2, 5, 6), 12, torch.float32)
     if layout == "nchw":
         x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
@@ -177,7 +177,7 @@ def test_custom_op_is_registered_rightly(layout: str) -> None:
     torch.library.opcheck(CUSTOM_OP, (x, weight, bias, EPS))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     args = arguments((2, 3, 3), 8, torch.float32)
     for tensor in args:
         tensor.requires_grad_()
@@ -196,7 +196,7 @@ def test_gradients_take_the_eager_path() -> None:
     ],
     ids=["x", "weight", "bias"],
 )
-def test_wrong_shapes_are_named(shapes: list[tuple[int, ...]], message: str) -> None:
+def test_wrong_shapes_raise_value_error(shapes: list[tuple[int, ...]], message: str) -> None:
     with pytest.raises(ValueError, match=f"layer_norm_nchw: {message}"):
         layer_norm_nchw(*(torch.randn(shape) for shape in shapes))
 
@@ -211,14 +211,14 @@ def test_wrong_shapes_are_named(shapes: list[tuple[int, ...]], message: str) -> 
     ],
     ids=["dtype", "weight-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     args = list(arguments((1, 2, 2), 8, torch.float32))
     args[index] = change(args[index])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         layer_norm_nchw(*args, impl="triton")
 
 
-def test_refuses_the_cpu_and_too_many_channels() -> None:
+def test_impl_triton_refuses_cpu_tensors_and_too_many_channels() -> None:
     with pytest.raises(NotImplementedError, match="layer_norm_nchw: .* CUDA or ROCm .* got cpu"):
         layer_norm_nchw(*arguments((1, 2, 2), 8, torch.float32), impl="triton")
     wide = arguments((1, 1, 1), 8193, torch.float32)

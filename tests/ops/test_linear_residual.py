@@ -79,7 +79,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_large_tiles_of_every_architecture(
+def test_large_tiles_of_every_architecture_are_as_accurate_as_eager(
     arch: Architecture, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = kernel_module.launch_config(10**6, 96, 96, dtype, arch)
@@ -111,12 +111,12 @@ def test_two_programs_with_large_tiles_fit_a_multiprocessor(arch: Architecture) 
     assert facts.ctas_per_sm >= 2
 
 
-def test_without_bias() -> None:
+def test_without_bias_is_as_accurate_as_eager() -> None:
     assert_right(arguments((50,), 32, 48, torch.bfloat16, bias=False))
 
 
-def test_a_large_residual_is_added_last() -> None:
-    # a sum that began with it would round every product to its last place
+def test_large_residual_loses_no_precision() -> None:
+    # adding the residual first would round every product to its last place
     args = arguments((8,), 512, 32, torch.float32)
     args = *args[:3], args[3] + 1e4
     exact = exactly(args)
@@ -124,7 +124,7 @@ def test_a_large_residual_is_added_last() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     x = torch.randn(4, 9, 2, 77).to(dtype)[:, 3:8, 1, 5:45]  # rows at two strides: copied
     columns = torch.randn(40, 70).to(dtype).t()[3:23]  # the stride of a column is 70
     sliced = torch.randn(20, 99).to(dtype)[:, 7:47]  # rows of 99
@@ -141,7 +141,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [(0,), (2, 0, 7), ()], ids=str)
-def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
+def test_no_rows_and_a_single_vector_are_as_accurate_as_eager(rows: tuple[int, ...]) -> None:
     args = arguments(rows, 16, 24, torch.bfloat16)
     with torch.no_grad(), interpret():
         y = linear_residual(*args, impl="triton")
@@ -150,7 +150,7 @@ def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_offsets_beyond_32_bits(transposed: bool) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(transposed: bool) -> None:
     residual = torch.empty(2**31 // 64, 96, device="meta")
     weight, bias = torch.empty(96, 96, device="meta"), torch.empty(96, device="meta")
     x = residual.t().contiguous().t() if transposed else residual
@@ -161,7 +161,7 @@ def test_offsets_beyond_32_bits(transposed: bool) -> None:
 
 @pytest.mark.parametrize("op", [linear_residual, CUSTOM_OP], ids=["public", "custom"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_compiles_and_exports(op: Any, bias: bool) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any, bias: bool) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor | None) -> Tensor:
             return op(*args)
@@ -176,7 +176,7 @@ def test_compiles_and_exports(op: Any, bias: bool) -> None:
     assert torch.equal(exported(*large), upstream(*large))
 
 
-def test_custom_op_is_registered_rightly() -> None:
+def test_custom_op_passes_opcheck() -> None:
     for args in (
         arguments((2, 5), 16, 24, torch.float32),
         arguments((3,), 16, 24, torch.bfloat16, bias=False),
@@ -188,7 +188,7 @@ def test_custom_op_is_registered_rightly() -> None:
     assert y.is_contiguous()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     args = [a.requires_grad_() for a in arguments((4,), 8, 6, torch.float32) if a is not None]
     got = torch.autograd.grad(linear_residual(*args).square().sum(), args)
     want = torch.autograd.grad(upstream(*args).square().sum(), args)
@@ -207,7 +207,7 @@ def test_gradients_take_the_eager_path() -> None:
     ],
     ids=["features", "weight-ndim", "x-ndim", "bias", "residual"],
 )
-def test_wrong_shapes_are_named(change: dict[str, tuple[int, ...]], message: str) -> None:
+def test_wrong_shapes_raise_value_error(change: dict[str, tuple[int, ...]], message: str) -> None:
     shapes = {"x": (2, 3, 8), "weight": (4, 8), "bias": (4,), "residual": (2, 3, 4), **change}
     with pytest.raises(ValueError, match=f"linear_residual: {message}"):
         linear_residual(*(torch.randn(shape) for shape in shapes.values()))
@@ -224,7 +224,7 @@ def test_wrong_shapes_are_named(change: dict[str, tuple[int, ...]], message: str
     ],
     ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
     names = ("x", "weight", "bias", "residual")
     args: dict[str, Any] = dict(zip(names, arguments((3,), 8, 4, torch.float32)))
     args[name] = change(args[name])
@@ -232,6 +232,6 @@ def test_what_the_kernel_refuses(name: str, change: Any, message: str) -> None:
         linear_residual(**args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     with pytest.raises(NotImplementedError, match="linear_residual: .* CUDA or ROCm .* got cpu"):
         linear_residual(*arguments((3,), 8, 4, torch.float32), impl="triton")

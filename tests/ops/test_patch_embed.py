@@ -105,7 +105,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_most_channels(dtype: torch.dtype) -> None:
+def test_large_channel_count_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
     assert_right(arguments((1, 3, 20, 22), 500, dtype=dtype))
 
 
@@ -118,11 +118,11 @@ def test_an_image_smaller_than_a_patch_is_padded() -> None:
     [(False, True, True), (True, True, False), (True, False, False), (False, False, False)],
     ids=["no-bias", "no-norm-bias", "no-norm", "nothing"],
 )
-def test_without_parameters(vectors: tuple[bool, bool, bool]) -> None:
+def test_missing_bias_and_norm_are_as_accurate_as_eager(vectors: tuple[bool, bool, bool]) -> None:
     assert_right(arguments((1, 3, 10, 13), 24, dtype=torch.bfloat16, vectors=vectors))
 
 
-def test_a_large_mean_does_not_cancel() -> None:
+def test_large_mean_loses_no_precision() -> None:
     x, weight, bias, norm_weight, norm_bias = arguments((1, 3, 8, 12), 96)
     assert bias is not None
     args = x / 100, weight, bias / 100 + 100, norm_weight, norm_bias
@@ -132,7 +132,7 @@ def test_a_large_mean_does_not_cancel() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     x, weight, *vectors = arguments((2, 3, 13, 18), 24, dtype=dtype)
     wide = torch.randn(2, 7, 31, 51).to(dtype)
     views = {
@@ -155,7 +155,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("pixels", [(0, 3, 8, 8), (2, 3, 8, 8)], ids=str)
-def test_empty(pixels: tuple[int, int, int, int]) -> None:
+def test_empty_input_gives_an_empty_result(pixels: tuple[int, int, int, int]) -> None:
     with torch.no_grad(), interpret():
         y = patch_embed(*arguments(pixels, 24), impl="triton")
     assert y.shape == (pixels[0], 2, 2, 24)
@@ -172,7 +172,7 @@ def test_empty(pixels: tuple[int, int, int, int]) -> None:
     ],
     ids=["many-images", "huge-image", "channels-last", "rows-far-apart", "columns-far-apart"],
 )
-def test_offsets_beyond_32_bits(
+def test_offsets_beyond_32_bits_stay_in_bounds(
     pixels: tuple[int, int, int, int], strides: tuple[int, ...] | None
 ) -> None:
     x = torch.empty(pixels, device="meta")
@@ -186,7 +186,7 @@ def test_offsets_beyond_32_bits(
 
 
 @pytest.mark.parametrize("size", [(8, 12), (9, 12), (8, 13)], ids=str)
-def test_eager_pads_only_where_it_must(
+def test_eager_pads_only_partial_patches(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = arguments((2, 3, *size), 16)
@@ -204,7 +204,7 @@ def test_tiles_hold_whole_rows(dtype: torch.dtype) -> None:
     for channels in (1, 16, 96, 128, 192, 512):
         config = kernel_module.launch_config(48, channels, dtype, 90)
         assert channels <= config.block_n < max(2 * channels, 17)
-        assert 48 % config.block_k == 0  # nothing multiplied in vain
+        assert 48 % config.block_k == 0  # no multiplication with padding
 
 
 @pytest.mark.parametrize("size", [(252, 332), (801, 1088)], ids=str)
@@ -222,7 +222,7 @@ def test_aligned_rows_are_loaded_as_wide_as_those_of_224_pixels(size: tuple[int,
 
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["dropped", "padded"])
 @pytest.mark.parametrize("op", [patch_embed, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any, ceil_mode: bool) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any, ceil_mode: bool) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor | None) -> Tensor:
             return op(*args, eps=EPS, ceil_mode=ceil_mode)
@@ -238,12 +238,12 @@ def test_compiles_and_exports(op: Any, ceil_mode: bool) -> None:
 
 @pytest.mark.parametrize("ceil_mode", [False, True], ids=["dropped", "padded"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no-norm"])
-def test_custom_op_is_registered_rightly(norm: bool, ceil_mode: bool) -> None:
+def test_custom_op_passes_opcheck(norm: bool, ceil_mode: bool) -> None:
     args = arguments((2, 3, 9, 14), 12, vectors=(norm, norm, norm))
     torch.library.opcheck(CUSTOM_OP, (*args, EPS, ceil_mode))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     args = [a.requires_grad_() for a in arguments((1, 3, 9, 9), 8) if a is not None]
     got = torch.autograd.grad(patch_embed(*args, eps=EPS, ceil_mode=True).square().sum(), args)
     want = torch.autograd.grad(upstream(*args, ceil_mode=True).square().sum(), args)
@@ -268,7 +268,9 @@ SHAPES = [(1, 3, 8, 8), (6, 3, 4, 4), (6,), (6,), (6,)]
     ],
     ids=["pixels", "weight", "bias", "norm_weight", "norm_bias", "no-norm", "height", "width"],
 )
-def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...] | None, message: str) -> None:
+def test_wrong_shapes_raise_value_error(
+    index: int, shape: tuple[int, ...] | None, message: str
+) -> None:
     args: list[Any] = [torch.randn(shape) for shape in SHAPES]
     args[index] = None if shape is None else torch.randn(shape)
     with pytest.raises(ValueError, match=f"patch_embed: {message}"):
@@ -292,14 +294,14 @@ def test_an_empty_image_is_refused() -> None:
     ],
     ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     args: list[Any] = list(arguments((1, 3, 8, 8), 6))
     args[index] = change(args[index])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         patch_embed(*args, impl="triton")
 
 
-def test_refuses_the_cpu_and_too_many_channels() -> None:
+def test_impl_triton_refuses_cpu_tensors_and_too_many_channels() -> None:
     with pytest.raises(NotImplementedError, match="patch_embed: .* CUDA or ROCm .* got cpu"):
         patch_embed(*arguments((1, 3, 8, 8), 6), impl="triton")
     with interpret(), pytest.raises(NotImplementedError, match="at most 512 .* got 513"):

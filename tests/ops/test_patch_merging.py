@@ -68,7 +68,7 @@ def assert_right(module: PatchMerging, x: Tensor) -> None:
 
 @pytest.fixture(params=["resident", "streamed"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways through the kernel, with tiles small enough to need several."""
+    """Runs a test for both paths of the kernel, with tiles so small that several are needed."""
     gemm = GemmConfig(16, 16, 32, num_warps=4, num_stages=1)
     resident = request.param == "resident"
     config = LayerNormLinearConfig(gemm, tiles_per_program=2 if resident else 1, resident=resident)
@@ -95,7 +95,7 @@ def test_kernel_is_as_accurate_as_eager(
     [((1, 8, 6, 96), torch.bfloat16), ((1, 3, 4, 192), torch.float16), ((1, 2, 2, 96), None)],
     ids=["stage2-bf16", "stage3-fp16", "stage2-fp32"],
 )
-def test_kernel_is_as_accurate_at_model_sizes(
+def test_kernel_is_as_accurate_as_eager_at_model_sizes(
     shape: tuple[int, int, int, int], dtype: torch.dtype | None
 ) -> None:
     dtype = dtype or torch.float32
@@ -104,7 +104,7 @@ def test_kernel_is_as_accurate_at_model_sizes(
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(6, 4), (5, 7)], ids=str)
-def test_equals_transformers(size: tuple[int, int]) -> None:
+def test_patch_merging_equals_transformers(size: tuple[int, int]) -> None:
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     module = upstream(12, 24)
     theirs = swin.SwinPatchMerging(12)
@@ -117,7 +117,7 @@ def test_equals_transformers(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.usefixtures("path")
-def test_a_large_mean_does_not_cancel() -> None:
+def test_large_mean_loses_no_precision() -> None:
     module, x = upstream(24, 20), 100 + 0.01 * torch.randn(1, 4, 4, 24)
     exact = exactly(module, x)
     assert max_error(run(arguments(module, x)), exact) <= 2 * max_error(module(x), exact)
@@ -126,7 +126,7 @@ def test_a_large_mean_does_not_cancel() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("path")
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     module = upstream(20, 24, dtype)
     wide = torch.randn(3, 31, 33, 51).to(dtype)
     views = {
@@ -147,7 +147,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
         assert_as_accurate_as_eager(name, y, module(x), exactly(module, x))
 
 
-def test_no_map_is_gathered_or_padded() -> None:
+def test_odd_map_is_read_without_a_gather_or_pad() -> None:
     x = torch.empty(8, 7, 5, 96, device="meta")
     with torch.no_grad(), record_launches() as recording:
         patch_merging(*arguments(upstream(96, 192).to("meta"), x), impl="triton")
@@ -165,7 +165,7 @@ def test_map_sizes_share_a_binary() -> None:
     assert launched(55, 56) == launched(64, 47) == launched(201, 273)
 
 
-def test_empty() -> None:
+def test_empty_batch_gives_an_empty_map() -> None:
     with torch.no_grad(), interpret():
         y = patch_merging(*arguments(upstream(8, 16), torch.randn(0, 5, 6, 8)), impl="triton")
     assert y.shape == (0, 3, 3, 16)
@@ -176,7 +176,7 @@ def test_empty() -> None:
     [(70_001, 18, 18, 96), (1, 60_001, 38_001, 8)],
     ids=["many-images", "huge-map"],
 )
-def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(shape: tuple[int, int, int, int]) -> None:
     module = upstream(shape[-1], 16).to("meta")
     nhwc = torch.empty(shape, device="meta")
     nchw = torch.empty(shape[0], *shape[3:], *shape[1:3], device="meta").permute(0, 2, 3, 1)
@@ -188,7 +188,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("op", [patch_merging, CUSTOM_OP], ids=["public", "custom"])
-def test_compiles_and_exports(op: Any) -> None:
+def test_compiled_and_exported_op_equals_upstream(op: Any) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor) -> Tensor:
             return op(*args, eps=EPS)
@@ -205,12 +205,12 @@ def test_compiles_and_exports(op: Any) -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7)], ids=str)
-def test_custom_op_is_registered_rightly(size: tuple[int, int]) -> None:
+def test_custom_op_passes_opcheck(size: tuple[int, int]) -> None:
     args = [a.detach() for a in arguments(upstream(8, 16), torch.randn(2, *size, 8))]
     torch.library.opcheck(CUSTOM_OP, (*args, EPS))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     module, x = upstream(8, 16), torch.randn(2, 5, 7, 8, requires_grad=True)
     args = arguments(module, x)
     got = torch.autograd.grad(patch_merging(*args, eps=EPS).square().sum(), args)
@@ -232,7 +232,7 @@ SHAPES = [(1, 2, 2, 4), (16,), (16,), (8, 16)]
     ],
     ids=["map", "columns", "weight", "norm_weight", "norm_bias"],
 )
-def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...], message: str) -> None:
+def test_wrong_shapes_raise_value_error(index: int, shape: tuple[int, ...], message: str) -> None:
     args: list[Any] = [torch.randn(shape) for shape in SHAPES]
     args[index] = torch.randn(shape)
     with pytest.raises(ValueError, match=f"patch_merging: {message}"):
@@ -250,14 +250,14 @@ def test_wrong_shapes_are_named(index: int, shape: tuple[int, ...], message: str
     ],
     ids=["dtype", "norm_weight-dtype", "device", "weight-dtype", "gradient"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     args: list[Any] = [torch.randn(shape) for shape in SHAPES]
     args[index] = change(args[index])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         patch_merging(*args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     args = [torch.randn(shape) for shape in SHAPES]
     with pytest.raises(NotImplementedError, match="patch_merging: .* CUDA or ROCm .* got cpu"):
         patch_merging(*args, impl="triton")

@@ -111,7 +111,7 @@ def test_every_pixel_is_read_at_every_size(height: int) -> None:
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_activations_come_before_the_pool(activation: str | None) -> None:
+def test_activation_is_applied_before_the_pool(activation: str | None) -> None:
     assert_right(Stem(1, 8, activation), torch.randn(1, 1, 11, 14).bfloat16(), torch.bfloat16)
 
 
@@ -127,7 +127,7 @@ def every_config() -> list[tuple[torch.dtype, str, GemmConfig]]:
 
 
 @pytest.mark.parametrize(("dtype", "activation", "config"), every_config(), ids=str)
-def test_every_tile(
+def test_every_launch_config_is_as_accurate_as_eager(
     config: GemmConfig, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_module, "launch_config", lambda *_: config)
@@ -153,7 +153,7 @@ def test_the_pool_ignores_padding(size: tuple[int, int], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_other_layouts(dtype: torch.dtype) -> None:
+def test_pixels_in_other_layouts_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     stem = Stem()
     channels_last = torch.randn(2, 3, 9, 12).to(dtype, memory_format=CHANNELS_LAST)
     sliced = torch.randn(3, 5, 12, 17).to(dtype)[1:, 1:4, 2:11, 3:15:2]
@@ -162,7 +162,7 @@ def test_other_layouts(dtype: torch.dtype) -> None:
         assert_right(stem, x, dtype)
 
 
-def test_other_layouts_of_the_weight() -> None:
+def test_weights_in_other_layouts_give_the_same_result() -> None:
     arguments = Stem().arguments(torch.randn(1, 3, 9, 12).bfloat16(), torch.bfloat16)
     weight, bias = arguments["weight"], arguments["bias"]
     strided = torch.zeros(7, 16, 7, 5).to(weight).permute(1, 3, 0, 2)[:, 1:4].copy_(weight)
@@ -172,7 +172,7 @@ def test_other_layouts_of_the_weight() -> None:
         assert torch.equal(run({**arguments, **change}), want)
 
 
-def test_nan_and_infinity_stay_where_upstream_has_them() -> None:
+def test_nan_and_infinity_spread_as_in_upstream() -> None:
     for value in (float("nan"), float("inf")):
         x = torch.randn(1, 1, 26, 26)
         x[..., 12, 12:14] = value
@@ -185,7 +185,7 @@ def test_nan_and_infinity_stay_where_upstream_has_them() -> None:
 
 
 @pytest.mark.parametrize("pool", [True, False], ids=["pool", "no-pool"])
-def test_no_images(pool: bool) -> None:
+def test_empty_batch_gives_an_empty_map(pool: bool) -> None:
     arguments = Stem(pool=pool).arguments(torch.randn(0, 3, 9, 12).bfloat16(), torch.bfloat16)
     with torch.no_grad(), trace() as t:
         y = stem_conv_bn_relu_pool(**arguments, impl="triton")
@@ -194,7 +194,7 @@ def test_no_images(pool: bool) -> None:
 
 
 @pytest.mark.parametrize("channels_first", [False, True])
-def test_offsets_beyond_32_bits(channels_first: bool) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(channels_first: bool) -> None:
     batch = 2**30 // (64 * 64) + 2  # so that the last of three channels begins beyond
     x = torch.empty(batch, 3, 64, 64, device="meta")
     if channels_first:
@@ -207,7 +207,7 @@ def test_offsets_beyond_32_bits(channels_first: bool) -> None:
 
 @pytest.mark.parametrize("arch", [80, "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=str)
-def test_pixels_at_a_stride_spill_nothing(arch: Architecture, dtype: torch.dtype) -> None:
+def test_strided_pixels_do_not_spill_registers(arch: Architecture, dtype: torch.dtype) -> None:
     if (arch, dtype) == (80, torch.bfloat16) and triton.__version__.startswith("3.6."):
         pytest.skip("triton 3.6 keeps 64 bytes of stack here")
     x = torch.empty(8, 224, 225, 3, dtype=dtype, device="meta").permute(0, 3, 1, 2)
@@ -222,7 +222,7 @@ def test_pixels_at_a_stride_spill_nothing(arch: Architecture, dtype: torch.dtype
 
 @pytest.mark.parametrize("op", [stem_conv_bn_relu_pool, CUSTOM_OP], ids=["public", "custom"])
 @pytest.mark.parametrize("normalization", [None, ([0.5] * 3, [0.2] * 3)], ids=["float", "uint8"])
-def test_compiles_and_exports(op: Any, normalization: Any) -> None:
+def test_compiled_and_exported_op_equals_eager(op: Any, normalization: Any) -> None:
     class Model(nn.Module):
         def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             mean, std = normalization or (None, None)
@@ -253,8 +253,9 @@ def test_compiles_and_exports(op: Any, normalization: Any) -> None:
         ((2, 3, 1, 1), 8),
         ((1, 3, 4, 1), 1),
     ],
+    ids=str,
 )
-def test_custom_op_is_registered_rightly(shape: tuple[int, ...], channels: int) -> None:
+def test_custom_op_passes_opcheck(shape: tuple[int, ...], channels: int) -> None:
     normalization = [0.5] * 3, [0.2] * 3
     for x, stem in (
         (torch.randn(shape), Stem(3, channels)),
@@ -267,7 +268,7 @@ def test_custom_op_is_registered_rightly(shape: tuple[int, ...], channels: int) 
         assert CUSTOM_OP(*arguments.values()).stride() == launched.stride()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_torch() -> None:
     stem = Stem(activation="gelu").double()
     arguments = stem.arguments(torch.randn(2, 3, 9, 12).double(), torch.float64)
     inputs = [arguments[name].requires_grad_() for name in ("pixel_values", "weight", "bias")]
@@ -305,7 +306,7 @@ def test_gradients_take_the_eager_path() -> None:
         ),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     arguments = Stem(3, 4).arguments(torch.zeros(1, 3, 8, 8), torch.float32)
     with pytest.raises(ValueError, match=f"stem_conv_bn_relu_pool: {message}"):
         stem_conv_bn_relu_pool(**{**arguments, **change})
@@ -333,13 +334,13 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
         ),
     ],
 )
-def test_what_the_kernel_refuses(change: dict[str, Any], message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(change: dict[str, Any], message: str) -> None:
     arguments = Stem(3, 4).arguments(torch.zeros(1, 3, 8, 8), torch.float32)
     with interpret(), pytest.raises(NotImplementedError, match=message):
         stem_conv_bn_relu_pool(**{**arguments, **change}, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     arguments = Stem(3, 4).arguments(torch.zeros(1, 3, 8, 8), torch.float32)
     with pytest.raises(NotImplementedError, match="CUDA or ROCm .* got cpu"):
         stem_conv_bn_relu_pool(**arguments, impl="triton")

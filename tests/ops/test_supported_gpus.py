@@ -40,7 +40,7 @@ Gpu = Callable[[str], mock.Mock]
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """Says which GPU all devices are; gives what is asked for their properties."""
+    """Sets the capability of all devices; returns the mock of their properties."""
     monkeypatch.setattr(dispatch, "_gpus", {})
     monkeypatch.setattr(dispatch, "current_check", lambda: None)
 
@@ -73,14 +73,14 @@ def ran(impl: Any = "auto") -> bool:
 
 
 @pytest.mark.parametrize("capability", SUPPORTED)
-def test_a_supported_gpu_runs_kernels_by_a_table(gpu: Gpu, capability: str) -> None:
+def test_supported_gpu_runs_kernels_with_its_launch_table(gpu: Gpu, capability: str) -> None:
     gpu(capability)
     assert architecture(torch.device("cuda:0")) == SUPPORTED[capability]
     assert common_unsupported(LinearResidual(*arguments())) is None and ran() and ran("triton")
 
 
 @pytest.mark.parametrize("capability", UNSUPPORTED)
-def test_another_gpu_runs_pytorchs_own_ops(gpu: Gpu, capability: str) -> None:
+def test_unsupported_gpu_runs_pytorchs_own_ops_with_a_reason(gpu: Gpu, capability: str) -> None:
     gpu(capability)
     kind = "" if capability.startswith("gfx") else "compute capability "
     message = (
@@ -94,7 +94,7 @@ def test_another_gpu_runs_pytorchs_own_ops(gpu: Gpu, capability: str) -> None:
         ran("triton")
 
 
-def test_the_engine_says_that_no_kernel_runs(gpu: Gpu) -> None:
+def test_explain_says_that_no_kernel_runs_on_an_unsupported_gpu(gpu: Gpu) -> None:
     backbone: Any = SimpleNamespace(
         _engine=None, device=torch.device("cuda:0"), dtype=torch.float16, modules=list
     )

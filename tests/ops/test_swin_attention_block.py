@@ -78,7 +78,7 @@ class Reference:
         return double(x.double())
 
     def arguments(self, x: Tensor) -> dict[str, Any]:
-        """What our op is called with; columns of the bias that it must not use are NaN."""
+        """Arguments of our op; columns of the bias that it must not use are NaN."""
         norm, attention = self.block.norm1, self.block.attn
         window = self.options["geometry"].window
         n_tokens = window[0] * window[1]
@@ -115,13 +115,15 @@ def assert_right(reference: Reference, x: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("roll_first", [False, True], ids=["pad-roll", "roll-pad"])
-def test_padded_and_shifted_map(roll_first: bool, dtype: torch.dtype) -> None:
+def test_padded_and_shifted_map_is_as_accurate_as_upstream(
+    roll_first: bool, dtype: torch.dtype
+) -> None:
     reference = Reference(shift=(3, 3), roll_first=roll_first, dtype=dtype)
     assert_right(reference, torch.randn(2, 9, 13, 32).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_channels_of_swin_t(dtype: torch.dtype) -> None:
+def test_channels_of_swin_t_are_as_accurate_as_upstream(dtype: torch.dtype) -> None:
     assert_right(Reference(96, 3, dtype=dtype), torch.randn(1, 7, 7, 96).to(dtype) * 2 + 1)
 
 
@@ -136,7 +138,9 @@ def test_channels_of_swin_t(dtype: torch.dtype) -> None:
     ],
     ids=["whole-windows", "one-axis", "one-token", "below-a-window", "padded-rows"],
 )
-def test_maps(size: tuple[int, int], shift: tuple[int, int], roll_first: bool) -> None:
+def test_map_sizes_and_shifts_are_as_accurate_as_upstream(
+    size: tuple[int, int], shift: tuple[int, int], roll_first: bool
+) -> None:
     reference = Reference(shift=shift, roll_first=roll_first, dtype=torch.bfloat16)
     assert_right(reference, torch.randn(1, *size, 32).bfloat16())
 
@@ -146,12 +150,14 @@ def test_maps(size: tuple[int, int], shift: tuple[int, int], roll_first: bool) -
     [(32, 2, (4, 4)), (64, 1, (8, 8)), (64, 2, (2, 5)), (96, 6, (1, 1))],
     ids=["16-tokens", "64-tokens-head-64", "rectangular", "one-token-six-heads"],
 )
-def test_windows_and_heads(channels: int, num_heads: int, window: tuple[int, int]) -> None:
+def test_other_windows_and_heads_are_as_accurate_as_upstream(
+    channels: int, num_heads: int, window: tuple[int, int]
+) -> None:
     reference = Reference(channels, num_heads, window, dtype=torch.float16)
     assert_right(reference, torch.randn(1, window[0] + 1, window[1], channels).half())
 
 
-def test_any_roll_of_a_padded_map_without_biases() -> None:
+def test_padded_shifted_map_without_biases_equals_eager() -> None:
     x = torch.randn(1, 5, 9, 32)
     args = arguments(window=(4, 3), shift=(1, 2)) | {"x": x, "qkv_bias": None, "proj_bias": None}
     exact = {name: value.double() if name in NAMES and value is not None else value
@@ -159,13 +165,13 @@ def test_any_roll_of_a_padded_map_without_biases() -> None:
     assert_equals_upstream(run(args).double(), OP.eager(**exact))
 
 
-def test_a_large_mean_costs_no_digits() -> None:
+def test_large_mean_loses_no_precision() -> None:
     reference, x = Reference(), 100 + 0.01 * torch.randn(1, 7, 7, 32)
     exact = reference.exactly(x)
     assert max_error(run(reference.arguments(x)), exact) <= 2 * max_error(reference(x), exact)
 
 
-def test_eps() -> None:
+def test_eps_is_applied() -> None:
     args = arguments() | {"x": 1e-2 * torch.randn(1, 7, 7, 32)}
     for eps in (1e-5, 1e-3):
         y = run({**args, "eps": eps})
@@ -173,7 +179,7 @@ def test_eps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_give_the_same_result(dtype: torch.dtype) -> None:
     args = arguments(dtype)
     wide = torch.randn(2, 21, 19, 77).to(dtype)
     channels_first = torch.randn(1, 33, 9, 11).to(dtype)
@@ -191,13 +197,13 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("size", [(0, 7, 7), (2, 0, 7)], ids=str)
-def test_empty_maps(size: tuple[int, int, int]) -> None:
+def test_empty_map_gives_an_empty_result(size: tuple[int, int, int]) -> None:
     with torch.no_grad(), interpret():
         y = swin_attention_block(**arguments() | {"x": torch.randn(*size, 32)}, impl="triton")
     assert y.shape == (*size, 32)
 
 
-def test_offsets_beyond_32_bits() -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds() -> None:
     x = torch.empty(2**31 // (32 * 49 * 49) + 1, 49, 49, 32, device="meta")
     args = {
         name: value.to("meta") if isinstance(value, Tensor) else value
@@ -213,7 +219,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 @pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no-biases"])
-def test_compiles_and_exports(custom: bool, biases: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(custom: bool, biases: bool) -> None:
     small, large = arguments(shift=(3, 3)), torch.randn(5, 8, 9, 32)
     if not biases:
         small |= {"qkv_bias": None, "proj_bias": None}
@@ -237,7 +243,7 @@ def test_compiles_and_exports(custom: bool, biases: bool) -> None:
         assert torch.equal(exported(x, *tensors[1:]), want)
 
 
-def test_custom_op_is_registered_rightly() -> None:
+def test_custom_op_passes_opcheck() -> None:
     for args in (
         arguments(shift=(3, 3)),
         arguments(torch.bfloat16) | {"qkv_bias": None, "proj_bias": None},
@@ -250,7 +256,7 @@ def test_custom_op_is_registered_rightly() -> None:
         assert CUSTOM_OP(*tensors, args["num_heads"], *geometry, 1e-5).is_contiguous()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     reference, x = Reference(shift=(3, 3)), torch.randn(1, 9, 9, 32, requires_grad=True)
     args = reference.arguments(x)
     leaves = {name: args[name].requires_grad_() for name in NAMES if name != "x"}
@@ -293,8 +299,9 @@ LARGE = {"window": (9, 9)}  # more than the block's kernel takes
         ("eager", (), "auto", LARGE, SEPARATE),
         ("eager", (), None, LARGE, []),
     ],
+    ids=str,
 )
-def test_which_kernels_run(
+def test_impl_and_shape_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, options: dict, kernels: list[str]
 ) -> None:
     args = arguments(torch.bfloat16, **options)
@@ -303,7 +310,7 @@ def test_which_kernels_run(
     assert [launch.name for launch in recording.launches] == kernels
 
 
-def test_impl_triton_raises_the_reason() -> None:
+def test_impl_triton_raises_the_reason_for_unsupported_shapes() -> None:
     args = arguments(torch.bfloat16, **LARGE)
     message = "swin_attention_block: .* windows of at most 64 tokens, got 81"
     with record_launches(), torch.no_grad():
@@ -311,7 +318,7 @@ def test_impl_triton_raises_the_reason() -> None:
             swin_attention_block(**args, impl="triton")
         with use_impl("triton", ops=OWN), pytest.raises(NotImplementedError, match=message):
             swin_attention_block(**args)
-        # what no op can run is the first one's to explain
+        # a call that no op can run: the message is that of the block
         exact = {name: args[name].double() for name in NAMES}
         with (
             use_impl("triton"),
@@ -330,7 +337,7 @@ def test_impl_triton_raises_the_reason() -> None:
     ],
     ids=["dtype", "bias-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(
+def test_impl_triton_refuses_unsupported_tensors(
     name: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     args = arguments()
@@ -343,13 +350,15 @@ def test_what_the_kernel_refuses(
     ("channels", "num_heads", "message"),
     [(32, 4, "head dimension of .*, got 8"), (48, 3, "multiple of 32 channels, got 48")],
 )
-def test_channels_that_the_kernel_refuses(channels: int, num_heads: int, message: str) -> None:
+def test_impl_triton_refuses_unsupported_channels(
+    channels: int, num_heads: int, message: str
+) -> None:
     args = Reference(channels, num_heads).arguments(torch.randn(1, 7, 7, channels))
     with interpret(), torch.no_grad(), pytest.raises(NotImplementedError, match=message):
         swin_attention_block(**args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     message = "swin_attention_block: impl='triton' .* CUDA or ROCm device, got cpu"
     with pytest.raises(NotImplementedError, match=message):
         swin_attention_block(**arguments(), impl="triton")
@@ -376,7 +385,7 @@ def test_refuses_the_cpu() -> None:
         ({"geometry": WindowGeometry((7, 7), (0, -1))}, r"at least 0 .* got \(0, -1\)"),
     ],
 )
-def test_wrong_shapes_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_shapes_raise_value_error(change: dict[str, Any], message: str) -> None:
     args = arguments() | {"x": torch.randn(1, 7, 7, 32)}
     for name, value in change.items():
         args[name] = torch.randn(value) if name in NAMES else value

@@ -99,7 +99,7 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_tiles_of_every_architecture(
+def test_launch_configs_of_every_architecture_are_as_accurate_as_eager(
     arch: Architecture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = kernel_module.launch_config(10**6, 64, arch)._replace(compiler={})
@@ -115,7 +115,7 @@ def test_few_rows_get_small_tiles(arch: Architecture) -> None:
 
 
 @pytest.mark.parametrize("name", [None, *ACTIVATIONS])
-def test_activations(name: str | None) -> None:
+def test_every_activation_equals_eager(name: str | None) -> None:
     args = arguments() | {"activation": name}
     exact = {key: args[key].double() for key in NAMES}
     y = OP.eager(**exact, activation=name)
@@ -128,25 +128,25 @@ def test_the_default_activation_is_exact_gelu() -> None:
         assert_equals_upstream(swin_mlp_block(**reference.arguments(x)), reference(x))
 
 
-def test_without_biases() -> None:
+def test_without_biases_equals_eager() -> None:
     args = arguments() | {"fc1_bias": None, "fc2_bias": None}
     assert_equals_upstream(run(args), OP.eager(**args))
 
 
-def test_a_large_mean_costs_no_digits() -> None:
+def test_large_mean_loses_no_precision() -> None:
     reference, x = Reference(), 100 + 0.01 * torch.randn(7, 32)
     exact = reference.exactly(x)
     assert max_error(run(reference.arguments(x)), exact) <= 2 * max_error(reference(x), exact)
 
 
-def test_eps() -> None:
+def test_eps_is_applied() -> None:
     args = arguments() | {"x": 1e-2 * torch.randn(4, 32)}
     for eps in (1e-5, 1e-3):
         assert_equals_upstream(run({**args, "eps": eps}), OP.eager(**args, eps=eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_give_the_same_result(dtype: torch.dtype) -> None:
     args = arguments(dtype)
     views = {
         name: torch.cat([value, value], -1).unflatten(-1, (2, -1)).movedim(-2, 0)[1]
@@ -165,7 +165,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rows", [(0,), (2, 0, 7), ()], ids=str)
-def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
+def test_no_rows_and_a_single_vector_equal_upstream(rows: tuple[int, ...]) -> None:
     reference, x = Reference(), torch.randn(*rows, 32)
     with torch.no_grad(), interpret():
         y = swin_mlp_block(**reference.arguments(x), impl="triton")
@@ -173,7 +173,7 @@ def test_no_rows_and_one_vector(rows: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_offsets_beyond_32_bits(transposed: bool) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(transposed: bool) -> None:
     x = torch.empty(2**31 // 32 + 100, 32, device="meta")
     x = x.t().contiguous().t() if transposed else x
     args = {name: value.to("meta") for name, value in arguments().items()}
@@ -184,7 +184,7 @@ def test_offsets_beyond_32_bits(transposed: bool) -> None:
 
 @pytest.mark.parametrize("custom", [False, True], ids=["public", "custom"])
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no-biases"])
-def test_compiles_and_exports(custom: bool, biases: bool) -> None:
+def test_compiled_and_exported_op_equals_eager(custom: bool, biases: bool) -> None:
     args = arguments(rows=(2, 5))
     if not biases:
         args |= {"fc1_bias": None, "fc2_bias": None}
@@ -206,7 +206,7 @@ def test_compiles_and_exports(custom: bool, biases: bool) -> None:
         assert torch.equal(exported(x, *tensors[1:]), want)
 
 
-def test_custom_op_is_registered_rightly() -> None:
+def test_custom_op_passes_opcheck() -> None:
     for args in (
         arguments(rows=(2, 5)),
         arguments(torch.bfloat16) | {"fc1_bias": None, "fc2_bias": None},
@@ -218,7 +218,7 @@ def test_custom_op_is_registered_rightly() -> None:
         assert CUSTOM_OP(*tensors, 1e-5, None).is_contiguous()
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_upstream() -> None:
     reference, x = Reference(dtype=torch.float64), torch.randn(4, 32).double()
     args = reference.arguments(x)
     leaves = [args[name].requires_grad_() for name in NAMES]
@@ -248,8 +248,9 @@ OWN = ("swin_mlp_block",)
         ("eager", (), "auto", 512, SEPARATE),
         ("eager", (), None, 512, []),
     ],
+    ids=str,
 )
-def test_which_kernels_run(
+def test_impl_and_channels_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, channels: int, kernels: list[str]
 ) -> None:
     args = Reference(channels, dtype=torch.bfloat16).arguments(torch.randn(5, channels).bfloat16())
@@ -266,7 +267,9 @@ def test_which_kernels_run(
         (32, 96, "multiple of 32 channels and of 64 hidden channels, got 32 and 96"),
     ],
 )
-def test_impl_triton_raises_the_reason(channels: int, hidden: int, message: str) -> None:
+def test_impl_triton_raises_the_reason_for_unsupported_shapes(
+    channels: int, hidden: int, message: str
+) -> None:
     x = torch.randn(5, channels).bfloat16()
     args = Reference(channels, hidden, torch.bfloat16).arguments(x)
     message = f"swin_mlp_block: impl='triton' cannot run this call: .*{message}"
@@ -287,7 +290,7 @@ def test_impl_triton_raises_the_reason(channels: int, hidden: int, message: str)
     ],
     ids=["dtype", "weight-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(
+def test_impl_triton_refuses_unsupported_tensors(
     name: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     args = arguments()
@@ -296,7 +299,7 @@ def test_what_the_kernel_refuses(
         swin_mlp_block(**args, impl="triton")
 
 
-def test_refuses_the_cpu() -> None:
+def test_impl_triton_refuses_cpu_tensors() -> None:
     message = "swin_mlp_block: impl='triton' .* CUDA or ROCm device, got cpu"
     with pytest.raises(NotImplementedError, match=message):
         swin_mlp_block(**arguments(), impl="triton")
@@ -316,7 +319,7 @@ def test_refuses_the_cpu() -> None:
         ({"activation": "relu6"}, "activation must be None or one of .* got 'relu6'"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     args = arguments()
     for name, value in change.items():
         args[name] = torch.randn(value) if name in NAMES else value

@@ -8,7 +8,7 @@ from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import Impl, chosen_impl
 
 
-def test_the_innermost_block_counts() -> None:
+def test_innermost_use_impl_block_wins() -> None:
     with use_impl("eager"):
         with use_impl("triton"), use_impl("eager", ops=["patch_embed"]):
             with use_impl("eager"):
@@ -20,7 +20,7 @@ def test_the_innermost_block_counts() -> None:
     assert chosen_impl("patch_merging", None) == "auto"
 
 
-def test_errors_restore_the_implementation() -> None:
+def test_use_impl_is_restored_after_an_error() -> None:
     with pytest.raises(ZeroDivisionError), use_impl("eager"):
         raise ZeroDivisionError
     with pytest.raises(ValueError, match="impl must be one of"), use_impl("cuda"):  # type: ignore[arg-type]  # on purpose
@@ -28,8 +28,8 @@ def test_errors_restore_the_implementation() -> None:
     assert chosen_impl("patch_merging", None) == "auto"
 
 
-def test_overlapping_blocks_of_threads_restore_the_implementation() -> None:
-    """Whichever is left first: neither puts back what it found."""
+def test_overlapping_use_impl_blocks_of_threads_are_restored() -> None:
+    """The blocks may be left in either order; neither restores the value that it found."""
     for order in ((0, 1), (1, 0)):
         steps = [[threading.Event(), threading.Event()] for _ in range(2)]
 

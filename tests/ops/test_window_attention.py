@@ -39,7 +39,7 @@ def torchvision_attention(window=7, shift=3):
 
 
 def inputs_of(attention, x, window=7):
-    """What our op reads for upstream's attention of x [B, H, W, C]."""
+    """Inputs of our op for upstream's attention of x [B, H, W, C]."""
     table = attention.relative_position_bias_table
     index = relative_position_index((window, window), table.device)
     bias = table[index].view(window**2, window**2, -1).permute(2, 0, 1)
@@ -49,7 +49,7 @@ def inputs_of(attention, x, window=7):
 @torch.no_grad()
 @pytest.mark.parametrize("shift", [0, 3])
 @pytest.mark.parametrize("size", MAPS, ids=str)
-def test_pads_then_rolls_as_torchvision(size, shift):
+def test_pad_then_roll_equals_torchvision(size, shift):
     attention, x = torchvision_attention(shift=shift), torch.randn(2, *size, C).double()
     # torchvision does not shift along an axis that one window covers: that is the caller's choice
     shifts = (shift if size[0] > 7 else 0, shift if size[1] > 7 else 0)
@@ -61,7 +61,7 @@ def test_pads_then_rolls_as_torchvision(size, shift):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", MAPS, ids=str)
-def test_rolls_then_pads_as_timm(size):
+def test_roll_then_pad_equals_timm(size):
     block, x = timm_block(), torch.randn(2, *size, C).double()
     geometry = WindowGeometry((7, 7), (3, 3), roll_first=True)
     y = window_attention(*inputs_of(block.attn, x), num_heads=HEADS, geometry=geometry)
@@ -69,7 +69,7 @@ def test_rolls_then_pads_as_timm(size):
 
 
 @torch.no_grad()
-def test_the_two_orders_differ_where_padding_is_needed():
+def test_order_of_pad_and_roll_changes_padded_maps():
     block, x = timm_block(), torch.randn(1, 10, 10, C).double()
     inputs = inputs_of(block.attn, x)
     first, last = (
@@ -81,7 +81,7 @@ def test_the_two_orders_differ_where_padding_is_needed():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(14, 14), (9, 13), (3, 5)], ids=str)
-def test_shifts_small_maps_as_transformers(size):
+def test_shifted_small_maps_equal_transformers(size):
     swin = pytest.importorskip("transformers.models.swin.modeling_swin")
     config = swin.SwinConfig(embed_dim=C, num_heads=[HEADS], depths=[1], window_size=7)
     layer = swin.SwinLayer(config, C, (56, 56), HEADS, shift_size=3).eval().double()
@@ -119,7 +119,7 @@ def test_low_precision_loses_no_more_than_upstream(dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("roll_first", [False, True])
-def test_reads_views_with_gaps(roll_first):
+def test_strided_views_give_the_same_result(roll_first):
     block = timm_block()
     wide = torch.randn(2, 18, 26, 3 * C + 8).double()
     qkv = wide[:, ::2, ::2, 5 : 5 + 3 * C]
@@ -130,7 +130,7 @@ def test_reads_views_with_gaps(roll_first):
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (3, 3)], ids=str)
-def test_empty_batch(shift):
+def test_empty_batch_gives_an_empty_map(shift):
     qkv, bias = torch.randn(0, 9, 13, 3 * C), torch.randn(HEADS, 49, 49)
     geometry = WindowGeometry((7, 7), shift)
     y = window_attention(qkv, bias, None, num_heads=HEADS, geometry=geometry)
@@ -138,7 +138,7 @@ def test_empty_batch(shift):
 
 
 @pytest.mark.parametrize("window", [(2, 2), (4, 7), (7, 7), (12, 12)], ids=str)
-def test_relative_position_index_is_timms(window):
+def test_relative_position_index_equals_timm(window):
     from timm.models.swin_transformer import get_relative_position_index
 
     ours = relative_position_index(window, torch.device("cpu"))
@@ -157,13 +157,13 @@ def test_relative_position_index_is_timms(window):
     ],
     ids=["heads", "shift-too-large", "shift-negative", "bias-shape", "triton", "unknown-impl"],
 )
-def test_bad_input_is_named(change, message):
+def test_wrong_arguments_raise_an_error(change, message):
     arguments = {"num_heads": HEADS, "geometry": WindowGeometry((7, 7)), **change}
     with pytest.raises((ValueError, NotImplementedError), match=message):
         window_attention(torch.randn(1, 7, 7, 3 * C), torch.randn(HEADS, 49, 49), None, **arguments)
 
 
-def test_use_impl_forces_and_restores():
+def test_use_impl_forces_the_implementation_and_is_restored():
     arguments = {"num_heads": HEADS, "geometry": WindowGeometry((7, 7))}
     inputs = (torch.randn(1, 7, 7, 3 * C), torch.randn(HEADS, 49, 49), None)
     with use_impl("triton"), pytest.raises(NotImplementedError, match="needs a CUDA or ROCm"):

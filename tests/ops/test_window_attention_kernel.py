@@ -133,7 +133,7 @@ def assert_right(arguments: Arguments, geometry: WindowGeometry) -> None:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_kernel_is_exact_in_fp32(case: Case) -> None:
+def test_fp32_kernel_is_as_accurate_as_eager(case: Case) -> None:
     assert_right(case.arguments(torch.float32), case.geometry)
 
 
@@ -141,20 +141,20 @@ def test_kernel_is_exact_in_fp32(case: Case) -> None:
 @pytest.mark.parametrize(
     "name", ["whole-windows", "padded-shifted-as-timm", "window-8", "window-12", "window-16"]
 )
-def test_kernel_is_as_accurate_as_eager(name: str, dtype: torch.dtype) -> None:
+def test_low_precision_kernel_is_as_accurate_as_eager(name: str, dtype: torch.dtype) -> None:
     case = CASES[name]
     assert_right(case.arguments(dtype), case.geometry)
 
 
-def test_large_scores_neither_overflow_nor_unmask() -> None:
-    """Scores of some hundreds: softmax subtracts the maximum, and a mask is still only -100."""
+def test_large_scores_do_not_overflow_and_stay_masked() -> None:
+    """Scores of some hundreds: softmax subtracts the maximum, and masked scores get -100 only."""
     case = CASES["padded-shifted"]
     qkv, bias, pad = case.arguments(torch.float32)
     qkv[..., :128] *= 8  # queries and keys
     assert_right((qkv, bias, pad), case.geometry)
 
 
-def test_padding_stays_in_its_windows() -> None:
+def test_infinite_padding_affects_only_its_own_windows() -> None:
     case = CASES["padded"]
     qkv, bias, _ = case.arguments(torch.float32)
     with torch.no_grad(), interpret():
@@ -165,7 +165,7 @@ def test_padding_stays_in_its_windows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_views_with_gaps(dtype: torch.dtype) -> None:
+def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     case = CASES["padded-shifted"]
     qkv, bias, pad = case.arguments(dtype)
     assert pad is not None
@@ -190,7 +190,7 @@ def test_views_with_gaps(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (3, 3)], ids=str)
-def test_empty_batch(shift: tuple[int, int]) -> None:
+def test_empty_batch_gives_an_empty_map(shift: tuple[int, int]) -> None:
     case = Case((9, 13), shift=shift, batch=0)
     with torch.no_grad(), interpret():
         y = window_attention(
@@ -200,7 +200,7 @@ def test_empty_batch(shift: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("layout", ["one-large-map", "many-maps", "nchw", "columns-first"])
-def test_offsets_beyond_32_bits(layout: str) -> None:
+def test_offsets_beyond_32_bits_stay_in_bounds(layout: str) -> None:
     batch, side, channels = (30_000, 32, 96) if layout == "many-maps" else (1, 6000, 96)
     if layout == "nchw":
         qkv = torch.empty(batch, 3 * channels, side, side, device="meta").permute(0, 2, 3, 1)
@@ -217,7 +217,7 @@ def test_offsets_beyond_32_bits(layout: str) -> None:
 
 def test_one_binary_serves_all_sizes_and_stages() -> None:
     def specializations(*calls: tuple[int, tuple[int, int], int]) -> set[str]:
-        """Of shifted windows of 7 over `batch` maps of [height, width] with so many heads."""
+        """Specializations for shifted windows of 7 over `batch` maps of [height, width]."""
         with torch.no_grad(), record_launches() as recording:
             for batch, size, num_heads in calls:
                 qkv, bias, pad = (
@@ -258,7 +258,7 @@ def test_tiles_hold_every_token() -> None:
 
 
 @pytest.mark.parametrize("op", ["public", "custom"])
-def test_compiles_and_exports(op: str) -> None:
+def test_compiled_and_exported_op_equals_eager(op: str) -> None:
     case = CASES["padded-shifted"]
     geometry = case.geometry
 
@@ -281,7 +281,7 @@ def test_compiles_and_exports(op: str) -> None:
 
 
 @pytest.mark.parametrize("roll_first", [False, True])
-def test_custom_op_is_registered_rightly(roll_first: bool) -> None:
+def test_custom_op_passes_opcheck(roll_first: bool) -> None:
     geometry = WindowGeometry((4, 4), (2, 1), roll_first)
     qkv, bias, pad = Case((5, 9), window=(4, 4), head_dim=16).arguments(torch.float32)
     bias = bias[..., :16]
@@ -289,7 +289,7 @@ def test_custom_op_is_registered_rightly(roll_first: bool) -> None:
     torch.library.opcheck(CUSTOM_OP, (qkv[:, 1:, 1:], bias, None, 2, *geometry, 0.0))
 
 
-def test_gradients_take_the_eager_path() -> None:
+def test_gradients_equal_eager() -> None:
     case = CASES["padded-shifted"]
     arguments = [x.requires_grad_() for x in case.arguments(torch.float32) if x is not None]
     call: dict[str, Any] = {"num_heads": 2, "geometry": case.geometry}
@@ -311,7 +311,7 @@ def test_gradients_take_the_eager_path() -> None:
     ],
     ids=["dtype", "bias-dtype", "pad-dtype", "device", "gradient"],
 )
-def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
+def test_impl_triton_refuses_unsupported_tensors(index: int, change: Any, message: str) -> None:
     case = CASES["padded"]
     arguments: list[Any] = list(case.arguments(torch.float32))
     arguments[index] = change(arguments[index])
@@ -329,7 +329,7 @@ def test_what_the_kernel_refuses(index: int, change: Any, message: str) -> None:
     ],
     ids=["dropout", "window", "head-dim", "fp32"],
 )
-def test_calls_without_a_configuration_run_eager(
+def test_calls_without_a_launch_config_run_eager(
     case: Case, dropout_p: float, message: str
 ) -> None:
     arguments, call = case.arguments(torch.float32), {"num_heads": 2, "geometry": case.geometry}

@@ -53,7 +53,7 @@ def self_check(
     )
 
 
-def custom_op(op: str) -> Launch:
+def correct(op: str) -> Launch:
     """Returns a launcher that computes the op in float64 and rounds once.
 
     In fp32, results of a CPU depend on the memory of the operands; a check wants equal results.
@@ -86,7 +86,7 @@ def launching(**launches: Launch) -> Iterator[dict[str, mock.Mock]]:
 
 
 def _as_a_binary(launch: Launch) -> Launch:
-    """Notes one binary for a launch that notes none itself."""
+    """Records one binary for a launch that records none itself."""
 
     def noted(*args: Any) -> Any:
         with noting() as launched:
@@ -103,7 +103,7 @@ def wrong(op: str) -> Launch:
     """Returns a launcher whose last value is off by a tenth of the largest."""
 
     def launch(*args: Any) -> Tensor:
-        y = custom_op(op)(*args)
+        y = correct(op)(*args)
         y[..., -1, -1] += y.abs().max() / 10
         return y
 
@@ -112,7 +112,7 @@ def wrong(op: str) -> Launch:
 
 def nan(op: str) -> Launch:
     def launch(*args: Any) -> Tensor:
-        y = custom_op(op)(*args)
+        y = correct(op)(*args)
         y[..., -1, -1] = torch.nan
         return y
 
@@ -124,7 +124,7 @@ def flaky(op: str) -> Launch:
     calls = iter(range(10**6))
 
     def launch(*args: Any) -> Tensor:
-        y = custom_op(op)(*args)
+        y = correct(op)(*args)
         if next(calls) % 2:
             y[..., -1, -1].nextafter_(y.new_tensor(torch.inf))
         return y
@@ -133,11 +133,11 @@ def flaky(op: str) -> Launch:
 
 
 def other_shape(op: str) -> Launch:
-    return lambda *args: custom_op(op)(*args)[:, 1:]
+    return lambda *args: correct(op)(*args)[:, 1:]
 
 
 def other_dtype(op: str) -> Launch:
-    return lambda *args: custom_op(op)(*args).half()
+    return lambda *args: correct(op)(*args).half()
 
 
 def nothing(op: str) -> Launch:

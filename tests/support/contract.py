@@ -88,7 +88,9 @@ class BackboneContract:
             assert_as_accurate_as_eager(stage, *maps)
 
     @torch.no_grad()
-    def test_views_channels_last_and_empty_batches(self, pair_of: Callable[[], Pair]) -> None:
+    def test_views_channels_last_and_empty_batches_equal_upstream(
+        self, pair_of: Callable[[], Pair]
+    ) -> None:
         pair = pair_of()
         view = images(64, 131)[..., 1:97:2].transpose(2, 3)  # odd offset, strided, H and W swapped
         assert not view.is_contiguous()

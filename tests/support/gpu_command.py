@@ -9,7 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# what a machine with nothing but torch and triton lacks (and tqdm, which torch itself looks for)
+# packages that a machine with only torch and triton lacks (tqdm included, used by torch if there)
 ABSENT = (
     *("transformers", "timm", "torchvision", "huggingface_hub", "safetensors", "matplotlib"),
     *("click", "fsspec", "PIL", "scipy", "pytest"),

@@ -82,7 +82,7 @@ class Values:
             if not theirs.is_floating_point() or not theirs.numel():
                 assert torch.equal(ours, theirs)
                 continue
-            finite = theirs.isfinite()  # heads hide words behind -inf
+            finite = theirs.isfinite()  # heads mask words by -inf
             assert torch.equal(ours.where(~finite, 0), theirs.where(~finite, 0))
             assert_equals_upstream(ours.where(finite, 0), theirs.where(finite, 0), rel)
 
@@ -114,7 +114,7 @@ def call(host: Host) -> Any:
     return method(**inputs) if isinstance(inputs, dict) else method(*inputs)
 
 
-Maps = dict[str, list[Any]]  # what each outermost module returned, call by call
+Maps = dict[str, list[Any]]  # results of each outermost module, call by call
 
 
 @contextmanager

@@ -28,7 +28,7 @@ FEW_POINTS: dict[str, Any] = {"encoder_n_points": 2, "decoder_n_points": 2}
 def detr_like(
     name: str, backbone_config: Any, inner: int, path: str = "model.backbone.model", **config: Any
 ) -> Host:
-    """Model of the DETR family that does not rank queries."""
+    """Model of the DETR family without ranking of queries."""
     settings = getattr(hf, f"{name}Config")(backbone_config=backbone_config, **{**DETR, **config})
     model = getattr(hf, f"{name}ForObjectDetection")(settings)
     return Host(randomize_(model), pixels(), (path,), inner, "smooth")
@@ -187,5 +187,5 @@ def tvp() -> Host:
     ids = tokens(1, 5)
     inputs = {"pixel_values": frames, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
     outermost = ("model.vision_model.backbone",)
-    frozen = (*outermost, "model.visual_prompter")  # what comes before it
+    frozen = (*outermost, "model.visual_prompter")  # runs before the backbone
     return Host(randomize_(model), inputs, outermost, RESNET_BLOCKS, "smooth", frozen=frozen)

@@ -71,7 +71,7 @@ def swin_parts(path: str, depths: list[int]) -> tuple[str, ...]:
     return tuple(names)
 
 
-# --- backbones and what classifies with them
+# --- backbones and classifiers
 
 
 @host
@@ -239,7 +239,7 @@ def dpt() -> Host:
     config = hf.DPTConfig(
         backbone_config=swin_config(), neck_hidden_sizes=[16, 32, 64, 128], fusion_hidden_size=16
     )
-    config.neck_ignore_stages = [0, 1, 2, 3]  # maps that are images already
+    config.neck_ignore_stages = [0, 1, 2, 3]  # maps in the layout of images
     model = hf.DPTForDepthEstimation(config)
     # this head always asks for hidden states, so only the blocks are ours
     why = {"backbone": "output_hidden_states is asked for"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from broken_kernels import MACHINE, custom_op, launching
+from broken_kernels import MACHINE, correct, launching
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
@@ -22,14 +22,14 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.op import op_names
 from fastbb_kernels.result_cache import ResultCache
 
-MANY = 10**6  # images for which compiling pays, whatever a call costs here
-MIN_RUNS = 4  # of a candidate that is measured: once by itself, and in three rounds
+MANY = 10**6  # number of images for which compiling always pays
+MIN_RUNS = 4  # calls of a measured candidate: one alone, and three rounds
 
 
 @contextmanager
 def gpu(**launches: Callable[..., Any]) -> Iterator[None]:
     """Treats CPU tensors as a GPU's; kernels compute the right results, except `launches`."""
-    with launching(**{**{op: custom_op(op) for op in op_names()}, **launches}):
+    with launching(**{**{op: correct(op) for op in op_names()}, **launches}):
         yield
 
 
@@ -154,7 +154,7 @@ def explained(backbone: Backbone) -> Explanation:
 
 
 def only_row(backbone: Backbone) -> Row:
-    """The one row of an explanation."""
+    """Returns the only row of an explanation."""
     (row,) = explained(backbone).rows
     return row
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Change = Callable[[nn.Module], int]
 
 
-def eps_of(part: str = "") -> Change:
+def change_eps(part: str = "") -> Change:
     """Returns a change of eps of the norms whose name contains `part`."""
 
     def change(model: Any) -> int:
@@ -24,7 +24,7 @@ def eps_of(part: str = "") -> Change:
     return change
 
 
-def attribute(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
+def change_attributes(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
     """Returns a change of attributes of these names, in all modules that have them."""
 
     def change(model: nn.Module) -> int:
@@ -36,12 +36,12 @@ def attribute(names: tuple[str, ...], value: Callable[[Any], Any]) -> Change:
     return change
 
 
-def pair_of(number: int) -> Callable[[Any], Any]:
-    """Returns the number, or two of them in the container of before."""
+def number_or_pair(number: int) -> Callable[[Any], Any]:
+    """Returns a function that gives `number`, or a pair of it for an old pair."""
     return lambda old: number if isinstance(old, int) else type(old)([number, number])
 
 
-def convolutions(applies: Callable[[nn.Conv2d], bool], **settings: Any) -> Change:
+def change_convolutions(applies: Callable[[nn.Conv2d], bool], **settings: Any) -> Change:
     def change(model: nn.Module) -> int:
         found = [m for m in model.modules() if isinstance(m, nn.Conv2d) and applies(m)]
         for conv in found:
@@ -52,7 +52,7 @@ def convolutions(applies: Callable[[nn.Conv2d], bool], **settings: Any) -> Chang
     return change
 
 
-def class_of(old: type[nn.Module], new: type[nn.Module]) -> Change:
+def change_class(old: type[nn.Module], new: type[nn.Module]) -> Change:
     def change(model: Any) -> int:
         found: list[Any] = [m for m in model.modules() if type(m) is old]
         for module in found:
@@ -64,14 +64,14 @@ def class_of(old: type[nn.Module], new: type[nn.Module]) -> Change:
 
 
 @torch.no_grad()
-def index_in_place(model: nn.Module) -> int:
+def flip_index_in_place(model: nn.Module) -> int:
     found = [b for name, b in model.named_buffers() if name.endswith("relative_position_index")]
     for index in found:
         index.copy_(index.flatten().flip(0).view(index.shape))
     return len(found)
 
 
-def index_replaced(model: Any) -> int:
+def replace_index(model: Any) -> int:
     found = [m for m in model.modules() if "relative_position_index" in m._buffers]
     for module in found:
         index = module.relative_position_index
@@ -79,7 +79,7 @@ def index_replaced(model: Any) -> int:
     return len(found)
 
 
-def statistics(model: nn.Module) -> int:
+def change_statistics(model: nn.Module) -> int:
     """Changes running statistics by `F.batch_norm` on the buffers, which keeps their versions."""
     found = [m for m in model.modules() if isinstance(m, _BatchNorm)]
     for norm in found:
@@ -89,7 +89,7 @@ def statistics(model: nn.Module) -> int:
     return len(found)
 
 
-def bias_of_mergings(model: Any) -> int:
+def add_bias_to_mergings(model: Any) -> int:
     found = [m.reduction for m in model.modules() if hasattr(m, "reduction")]
     for linear in found:
         linear.bias = nn.Parameter(torch.ones(linear.out_features))
@@ -97,25 +97,27 @@ def bias_of_mergings(model: Any) -> int:
 
 
 CHANGES: dict[str, Change] = {
-    "eps": eps_of(),
-    "eps of one norm of a block": eps_of("before"),
-    "eps of mergings": eps_of("downsample.norm"),
-    "eps of stages": eps_of("hidden_states_norms"),
-    "scale": attribute(("scale", "scaling"), lambda scale: 2 * scale),
-    "function of the activation": attribute(("act",), lambda _: torch.tanh),
-    "approximate": attribute(("approximate",), lambda _: "tanh"),
-    "class of the activation": class_of(nn.ReLU, nn.LeakyReLU),
-    "index in place": index_in_place,
-    "index replaced": index_replaced,
-    "shift": attribute(("shift_size",), pair_of(1)),
-    "no shift": attribute(("shift_size",), pair_of(0)),
-    "stride": convolutions(lambda conv: conv.stride == (2, 2), stride=(1, 1)),
-    "stride of patches": convolutions(lambda conv: conv.stride == (4, 4), stride=(2, 2)),
-    "padding and dilation": convolutions(
+    "eps": change_eps(),
+    "eps of one norm of a block": change_eps("before"),
+    "eps of mergings": change_eps("downsample.norm"),
+    "eps of stages": change_eps("hidden_states_norms"),
+    "scale": change_attributes(("scale", "scaling"), lambda scale: 2 * scale),
+    "function of the activation": change_attributes(("act",), lambda _: torch.tanh),
+    "approximate": change_attributes(("approximate",), lambda _: "tanh"),
+    "class of the activation": change_class(nn.ReLU, nn.LeakyReLU),
+    "index in place": flip_index_in_place,
+    "index replaced": replace_index,
+    "shift": change_attributes(("shift_size",), number_or_pair(1)),
+    "no shift": change_attributes(("shift_size",), number_or_pair(0)),
+    "stride": change_convolutions(lambda conv: conv.stride == (2, 2), stride=(1, 1)),
+    "stride of patches": change_convolutions(lambda conv: conv.stride == (4, 4), stride=(2, 2)),
+    "padding and dilation": change_convolutions(
         lambda conv: conv.padding == (1, 1), padding=(2, 2), dilation=(2, 2)
     ),
-    "padding mode": convolutions(lambda conv: conv.padding == (1, 1), padding_mode="reflect"),
-    "pool": attribute(("ceil_mode",), lambda _: True),
-    "statistics": statistics,
-    "a bias that was not there": bias_of_mergings,
+    "padding mode": change_convolutions(
+        lambda conv: conv.padding == (1, 1), padding_mode="reflect"
+    ),
+    "pool": change_attributes(("ceil_mode",), lambda _: True),
+    "statistics": change_statistics,
+    "a bias that was not there": add_bias_to_mergings,
 }

@@ -21,10 +21,10 @@ def doubled(weight: Tensor) -> tuple[Tensor]:
 
 
 @pytest.mark.parametrize("traceless", [False, True])
-def test_a_change_while_it_is_computed_is_followed(linear: nn.Linear, traceless: bool) -> None:
+def test_source_changed_during_derive_is_derived_again(linear: nn.Linear, traceless: bool) -> None:
     def interrupted(weight: Tensor) -> tuple[Tensor]:
         value = doubled(weight)
-        (weight.data if traceless else weight).zero_()  # as another thread would
+        (weight.data if traceless else weight).zero_()  # as another thread might
         if traceless:
             forget_derived(linear)
         return value
@@ -71,7 +71,9 @@ def test_derived_values_carry_no_autograd_graph(linear: nn.Linear) -> None:
     ],
     ids=["forget", "dead_source", "same_name", "gradient"],
 )
-def test_memory_is_released(linear: nn.Linear, release: Callable[[Any], Any]) -> None:
+def test_memory_is_released_when_a_value_becomes_invalid(
+    linear: nn.Linear, release: Callable[[Any], Any]
+) -> None:
     with torch.enable_grad():
         value = weakref.ref(derive(linear, "doubled", doubled, linear.weight)[0])
         assert value() is derive(linear, "doubled", doubled, linear.weight)[0]

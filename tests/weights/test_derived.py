@@ -13,9 +13,10 @@ from tolerance import assert_equal_gradients, assert_equals_upstream
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.optim import SGD, AdamW
+from torch.optim import SGD
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from weight_changes import WEIGHT_CHANGES, load, scale_
 
 from fastbb import (
     AutoBackbone,
@@ -48,7 +49,7 @@ def hf_resnet() -> Any:
 
 
 def timm_mobilenet() -> Any:
-    """Batch norms folded where timm's own forward runs."""
+    """A timm model that runs timm's own forward, with folded batch norms."""
     return randomize_(TimmBackbone(TimmBackboneConfig("test_efficientnet", out_indices=[2])))
 
 
@@ -58,7 +59,7 @@ CONVOLUTIONS = {"hf_resnet": hf_resnet, "timm_mobilenet": timm_mobilenet}
 
 @pytest.fixture(params=[*SWINS.values(), *CONVOLUTIONS.values()], ids=list(SWINS | CONVOLUTIONS))
 def backbone(request: pytest.FixtureRequest) -> Any:
-    """A tiny model that has computed, and so remembers."""
+    """A tiny model that has run once, so that it holds derived values."""
     model = request.param()
     infer(model)
     return model
@@ -84,7 +85,7 @@ def rebuilt(backbone: Any) -> Any:
 
 
 class Gathers(TorchDispatchMode):
-    """Counts the gathers from a table."""
+    """Counts gathers from a table."""
 
     n_gathers = 0
 
@@ -102,16 +103,7 @@ def test_the_second_forward_derives_nothing(swin: Any, mode: Any) -> None:
         assert gathers.n_gathers == expected
 
 
-# changes that are followed without being told
-
-
-def optimizer_step(optimizer: type, **options: Any) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        for p in backbone.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer(backbone.parameters(), lr=0.1, **options).step()
-
-    return change
+# changes that are followed without `refresh`
 
 
 def step_by_hand(backbone: Any) -> None:
@@ -121,47 +113,9 @@ def step_by_hand(backbone: Any) -> None:
             p.data.sub_(p.grad, alpha=1e-3)
 
 
-@torch.no_grad()
-def scale_(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.mul_(0.5)
-
-
-def replace_data(backbone: Any) -> None:
-    for p in backbone.parameters():
-        p.data = p.data * 0.5
-
-
-def replace_parameters(backbone: Any) -> None:
-    for module in backbone.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            p.data.mul_(0.5)
-            setattr(module, name, nn.Parameter(p.data))
-
-
-def load(assign: bool = False, wrap: bool = False) -> Callable[[Any], None]:
-    def change(backbone: Any) -> None:
-        module = nn.Sequential(backbone) if wrap else backbone
-        state = {name: tensor.detach() * 0.5 for name, tensor in module.state_dict().items()}
-        module.load_state_dict(state, assign=assign)
-
-    return change
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
-    "adamw-fused": optimizer_step(AdamW, fused=True),
-    "adamw-foreach": optimizer_step(AdamW, foreach=True),
-    "sgd-fused": optimizer_step(SGD, fused=True),
+    **WEIGHT_CHANGES,
     "step_by_hand": step_by_hand,
-    "in_place": scale_,
-    "in_place-inference_mode": torch.inference_mode()(scale_),
-    "data_replaced": replace_data,
-    "parameters_replaced": replace_parameters,
-    "load": load(),
-    "load-wrapped": load(wrap=True),
-    "load-assign": load(assign=True),
-    "load-inference_mode": torch.inference_mode()(load()),
-    "load-assign-inference_mode": torch.inference_mode()(load(assign=True)),
     "half": lambda backbone: backbone.half(),
     "to_bfloat16": lambda backbone: backbone.to(torch.bfloat16),
     "inside_to_bfloat16": lambda backbone: [child.bfloat16() for child in backbone.children()],
@@ -171,7 +125,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 def assert_follows(backbone: Any, before: Tensor) -> None:
     maps, want = infer(backbone), infer(rebuilt(backbone))
     assert maps.dtype != before.dtype or not torch.equal(maps, before)
-    # what cannot be remembered is not folded, so that it rounds otherwise
+    # values that cannot be kept are not folded, so they round differently
     if any(p.is_inference() for p in backbone.parameters()):
         assert_equals_upstream(maps, want)
     else:
@@ -179,13 +133,13 @@ def assert_follows(backbone: Any, before: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_a_change_is_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
+def test_changed_weights_are_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
     before = infer(backbone)
     change(backbone)
     assert_follows(backbone, before)
 
 
-def test_a_change_of_inference_tensors_is_followed(backbone: Any) -> None:
+def test_changed_inference_tensors_are_followed(backbone: Any) -> None:
     torch.inference_mode()(load(assign=True))(backbone)
     assert all(p.is_inference() for p in backbone.parameters())
     before = infer(backbone)
@@ -193,7 +147,7 @@ def test_a_change_of_inference_tensors_is_followed(backbone: Any) -> None:
     assert_follows(backbone, before)
 
 
-# changes that leave no trace, and what makes a backbone look again
+# changes without a trace, and calls that make a backbone look again
 
 LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
     "refresh": lambda backbone: backbone.refresh(),
@@ -206,7 +160,7 @@ LOOKS_AGAIN: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("look_again", LOOKS_AGAIN.values(), ids=LOOKS_AGAIN)
-def test_changes_through_data_are_followed_after_looking_again(
+def test_changes_through_data_are_followed_after_refresh_train_or_apply(
     backbone: Any, look_again: Any
 ) -> None:
     before = infer(backbone)
@@ -217,8 +171,8 @@ def test_changes_through_data_are_followed_after_looking_again(
 
 
 @pytest.mark.parametrize("change", [lambda backbone: backbone.half(), load()], ids=["half", "load"])
-def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) -> None:
-    # torch swaps no tensor that something refers to weakly
+def test_swapped_parameters_are_followed(backbone: Any, change: Callable[[Any], Any]) -> None:
+    # torch cannot swap a tensor that has weak references
     before = infer(backbone)
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
@@ -228,7 +182,7 @@ def test_parameters_can_be_swapped(backbone: Any, change: Callable[[Any], Any]) 
     assert_follows(backbone, before)
 
 
-# nothing of it shows
+# attributes, state dict and pickle
 
 
 def test_deriving_leaves_the_modules_unchanged() -> None:
@@ -241,7 +195,9 @@ def test_deriving_leaves_the_modules_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "make_copy", [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))]
+    "make_copy",
+    [copy.deepcopy, lambda backbone: pickle.loads(pickle.dumps(backbone))],
+    ids=["deepcopy", "pickle"],
 )
 def test_copies_are_independent(backbone: Any, make_copy: Callable[[Any], Any]) -> None:
     before = infer(backbone)
@@ -252,7 +208,7 @@ def test_copies_are_independent(backbone: Any, make_copy: Callable[[Any], Any]) 
     assert torch.equal(infer(backbone), before)
 
 
-def test_gradients_are_those_of_a_new_model(backbone: Any) -> None:
+def test_gradients_equal_those_of_a_new_model(backbone: Any) -> None:
     backbone.double()
     infer(backbone)
     got, want = (gradients(model, PIXELS.double()) for model in (backbone, rebuilt(backbone)))
@@ -294,13 +250,13 @@ def under_autocast(backbone: Any) -> None:
 
 
 @pytest.mark.parametrize("run", [under_fake_tensors, under_autocast])
-def test_other_modes_leave_no_derived_values(backbone: Any, run: Any) -> None:
+def test_fake_tensors_and_autocast_leave_no_derived_values(backbone: Any, run: Any) -> None:
     backbone.requires_grad_(False).refresh()
     run(backbone)
     assert torch.equal(infer(backbone), infer(rebuilt(backbone)))
 
 
-# in a graph it is computed from the parameters
+# a graph computes derived values from the parameters
 
 GRAPHS: dict[str, Callable[[Any], Any]] = {
     "compile": lambda backbone: torch.compile(backbone, backend="aot_eager", fullgraph=True),
@@ -313,7 +269,9 @@ GRAPHS: dict[str, Callable[[Any], Any]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("make_graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.filterwarnings("ignore")  # of torch about its own tracers
-def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> None:
+def test_compiled_exported_and_traced_graphs_follow_changed_weights(
+    make_graph: Callable[[Any], Any],
+) -> None:
     backbone = hf_swin()
     backbone.config.return_dict = False  # jit knows tuples only
     before = infer(backbone)
@@ -327,7 +285,7 @@ def test_a_graph_follows_its_parameters(make_graph: Callable[[Any], Any]) -> Non
 # threads, the optimizers of the process
 
 
-def test_threads_share_a_backbone(backbone: Any) -> None:
+def test_threads_get_equal_maps_while_weights_are_refreshed(backbone: Any) -> None:
     want, wrong, done = infer(backbone), [], threading.Event()
 
     def run() -> None:

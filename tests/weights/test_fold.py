@@ -43,7 +43,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 
 
 class Detectron2Conv(nn.Conv2d):
-    """What detectron2's Conv2d does, which owns its norm and activation."""
+    """Copy of detectron2's Conv2d, which owns its norm and activation."""
 
     def __init__(self, *args: Any, norm: nn.Module, activation: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,14 +60,14 @@ class Detectron2Conv(nn.Conv2d):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_every_kind_of_norm(norm: Callable[[int], nn.Module], bias: bool) -> None:
+def test_every_kind_of_norm_is_folded(norm: Callable[[int], nn.Module], bias: bool) -> None:
     report = assert_folds(small(nn.Conv2d(6, 8, 3, 2, 1, bias=bias), norm(8), nn.ReLU()), 1)
     assert report.folded[0].op == "conv3x3_bn_act"
 
 
 @pytest.mark.parametrize("activation", [None, F.relu_, nn.SiLU()], ids=["none", "relu_", "silu"])
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
-def test_convolutions_that_own_their_norm(
+def test_convolution_that_owns_its_norm_is_folded(
     norm: Callable[[int], nn.Module], activation: Any
 ) -> None:
     conv = Detectron2Conv(6, 8, 3, padding=1, bias=False, norm=norm(8), activation=activation)
@@ -90,14 +90,14 @@ def test_convolutions_that_own_their_norm(
     ],
     ids=lambda value: "" if isinstance(value, nn.Module) else str(value),
 )
-def test_every_kind_of_convolution(conv: Any, op: str | None) -> None:
+def test_every_kind_of_convolution_is_folded(conv: Any, op: str | None) -> None:
     for pixels in (PIXELS, PIXELS[..., :7, :9]):
         model = small(copy.deepcopy(conv), nn.BatchNorm2d(conv.out_channels), nn.ReLU())
         (entry,) = assert_folds(model, 1, pixels).norms
         assert entry.op == op and entry.fused == "relu"
 
 
-def test_a_report_says_what_became_of_every_norm() -> None:
+def test_fold_report_counts_folded_fused_and_refused_norms() -> None:
     model = small(
         *(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.SiLU()),
         *(nn.Conv2d(8, 8, 2), nn.BatchNorm2d(8), nn.Tanh(), nn.BatchNorm2d(8)),
@@ -133,7 +133,7 @@ def test_training_mode_of_the_norm_alone_decides_folding() -> None:
     assert_equals_upstream(folding.run(model, PIXELS), upstream(PIXELS), rel=1e-12)
 
 
-def test_gradients_are_upstreams() -> None:
+def test_gradients_equal_upstream() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     upstream = copy.deepcopy(model)
     folding = fold(model)
@@ -174,7 +174,11 @@ def test_a_folded_module_called_alone_computes_as_before() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize(
+    "make_copy",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
+    ids=["deepcopy", "pickle"],
+)
 def test_a_copy_folds_its_own_weights(make_copy: Callable[[Any], Any]) -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     folding = fold(model)
@@ -189,7 +193,7 @@ def test_a_copy_folds_its_own_weights(make_copy: Callable[[Any], Any]) -> None:
 
 
 @torch.no_grad()
-def test_threads_do_not_disturb_each_other() -> None:
+def test_folded_and_plain_calls_in_threads_do_not_mix() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     folding = fold(model)
     folded_map, own_map = folding.run(model, PIXELS), model(PIXELS)
@@ -205,7 +209,7 @@ def test_threads_do_not_disturb_each_other() -> None:
 
 
 @torch.no_grad()
-def test_autocast_computes_as_upstream() -> None:
+def test_autocast_equals_upstream() -> None:
     model = small(nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).float()
     upstream = copy.deepcopy(model)
     folding = fold(model, PIXELS.float())
@@ -262,7 +266,7 @@ DETECTION = {
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "frozen_eps"), DETECTION.values(), ids=DETECTION)
-def test_torchvisions_detection_backbones(name: str, frozen_eps: float | None) -> None:
+def test_torchvision_detection_backbones_are_folded(name: str, frozen_eps: float | None) -> None:
     from torchvision import models
 
     detector: Any = models.get_model(name, weights=None, weights_backbone=None)

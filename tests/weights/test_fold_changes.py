@@ -77,7 +77,7 @@ CHANGES = [
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize("make", [plain, with_act])
-def test_a_change_of_modules_is_followed(make: Callable[[], Any], change: Any) -> None:
+def test_changed_modules_are_followed(make: Callable[[], Any], change: Any) -> None:
     model = make()
     upstream = copy.deepcopy(model)
     folding = fold(model)
@@ -108,7 +108,7 @@ def test_global_hooks_see_the_values_of_their_module() -> None:
 
 
 @torch.no_grad()
-def test_hooks_of_a_container_between_them_see_its_values() -> None:
+def test_hooks_of_a_container_around_conv_and_norm_see_its_values() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -128,7 +128,7 @@ def test_hooks_of_a_container_between_them_see_its_values() -> None:
 
 
 @torch.no_grad()
-def test_maps_have_the_layout_that_upstreams_have() -> None:
+def test_maps_have_the_memory_layout_of_upstream() -> None:
     model = plain()
     folding = fold(model)
     for pixels in (PIXELS, PIXELS.to(memory_format=torch.channels_last)):
@@ -137,7 +137,7 @@ def test_maps_have_the_layout_that_upstreams_have() -> None:
     assert folding.run(model, PIXELS).stride() == model(PIXELS).stride()
 
 
-def test_grad_mode_that_changes_inside_the_model() -> None:
+def test_grad_mode_changed_inside_the_model_equals_upstream() -> None:
     class Mixed(nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
             with torch.no_grad():
@@ -153,7 +153,7 @@ def test_grad_mode_that_changes_inside_the_model() -> None:
 
 
 @torch.no_grad()
-def test_an_ensemble_by_vmap() -> None:
+def test_vmap_ensemble_equals_the_single_models() -> None:
     models = [plain() for _ in range(2)]
     parameters, buffers = torch.func.stack_module_state(models)
     base = plain()
@@ -187,7 +187,11 @@ def stash(module: Any, y: Tensor) -> None:
     module.last = y
 
 
-@pytest.mark.parametrize("keep", [lambda _, y: Maps(y), lambda _, y: {"y": [y]}, stash])
+@pytest.mark.parametrize(
+    "keep",
+    [lambda _, y: Maps(y), lambda _, y: {"y": [y]}, stash],
+    ids=["object", "dict", "attribute"],
+)
 def test_a_convolution_result_that_is_kept_forbids_folding(keep: Any) -> None:
     model = Kept(keep).eval().double()
     (norm,) = fold(model).report.norms
@@ -236,7 +240,7 @@ def test_a_convolution_that_scales_its_input_is_refused() -> None:
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Another one of that name, which computes the same while its weights are new."""
+    """Another class of this name; it computes the same only while its weights are new."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +260,7 @@ def test_a_norm_with_other_arithmetic_is_refused(device: str) -> None:
     assert norm.refused == "a FrozenBatchNorm2d does not compute what batch norms do"
 
 
-def test_a_norm_that_drops_is_refused() -> None:
+def test_norm_with_dropout_is_refused() -> None:
     norm = FrozenBatchNormAct2d(8, drop_layer=nn.Dropout)
     assert reasons(small(nn.Conv2d(6, 8, 3), norm)) == ["it drops values at random"]
 

@@ -117,7 +117,7 @@ def functional_weight(m: Any, x: Tensor) -> Tensor:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_dataflow_that_forbids_folding(wiring: Any, reason: str) -> None:
+def test_dataflow_that_forbids_folding_is_refused_with_the_reason(wiring: Any, reason: str) -> None:
     assert all(reason in why for why in reasons(small(Wired(wiring))))
 
 
@@ -153,7 +153,9 @@ class NotABatchNorm(nn.BatchNorm2d):
     ],
     ids=lambda value: "",
 )
-def test_modules_that_forbid_folding(modules: list[nn.Module], reason: str) -> None:
+def test_modules_that_forbid_folding_are_refused_with_the_reason(
+    modules: list[nn.Module], reason: str
+) -> None:
     (why,) = reasons(small(*modules))
     assert reason in why
 
@@ -166,7 +168,7 @@ def keyword_activation(m: Any, x: Tensor) -> Tensor:
     return m.act(input=m.norm1(m.conv1(x)))
 
 
-def test_calls_by_keyword_stay_as_they_are() -> None:
+def test_calls_with_keyword_arguments_are_not_folded() -> None:
     assert reasons(small(Wired(keywords))) == [
         "it or its convolution is called with keyword arguments"
     ]

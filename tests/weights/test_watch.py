@@ -23,7 +23,7 @@ class Odd(nn.Module):
         self.layer = nn.LayerNorm(4)
 
 
-def test_changed_settings_are_named() -> None:
+def test_change_names_the_changed_setting() -> None:
     module = Odd()
     settings = ModuleSettings(module)
     assert settings.change() is None
@@ -50,7 +50,7 @@ def test_changed_settings_are_named() -> None:
 
 
 def test_copied_settings_watch_the_copied_module() -> None:
-    """A `Folding` is copied with the model that it is in."""
+    """A `Folding` is copied together with its model."""
     module, settings = copy.deepcopy((model := Odd(), ModuleSettings(model)))
     model.layer.eps = 1.0
     assert settings.change() is None
@@ -59,7 +59,7 @@ def test_copied_settings_watch_the_copied_module() -> None:
 
 
 class Seconds:
-    """Returns one number after the other, the last for ever."""
+    """Returns the numbers in turn, then repeats the last."""
 
     def __init__(self, *seconds: float) -> None:
         self.left = list(seconds)
@@ -68,16 +68,18 @@ class Seconds:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
 
 
-@pytest.mark.parametrize("slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)])
-def test_outliers_do_not_decide(slow: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    "slow", [(20.0,), (1.0, 20.0), (20.0, 20.0), (1.0, 1.0, 20.0, 1.0, 20.0)], ids=str
+)
+def test_outliers_do_not_decide_a_comparison(slow: tuple[float, ...]) -> None:
     found = measuring.compare(Seconds(*slow, 1.0), Seconds(1.2), tie=0.03)
     assert found.ratio < 1 and (found.ours, found.theirs) == (1.0, 1.2)
     other = measuring.compare(Seconds(1.2), Seconds(*slow, 1.0), tie=0.03)
     assert other.ratio > 1.03
 
 
-def test_a_result_against_ours_is_measured_twice() -> None:
-    """Something else runs on the machine while the first half is measured."""
+def test_comparison_that_ours_loses_is_measured_twice() -> None:
+    """The first half of the measurement is disturbed by another program."""
     stalled = Seconds(*[20.0] * measuring.MIN_PAIRS, 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
     stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
