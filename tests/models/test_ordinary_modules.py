@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from reference_models import STAGES, from_hf, hf_maskformer_swin, hf_resnet, hf_swin, images
+from reference_models import (
+    STAGES,
+    from_hf,
+    hf_maskformer_swin,
+    hf_resnet,
+    hf_swin,
+    images,
+    randomize_,
+)
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -18,7 +26,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "swin": hf_swin,
     "maskformer_swin": hf_maskformer_swin,
     "basic_resnet": hf_resnet,
-    "bottleneck_resnet": lambda: hf_resnet("bottleneck"),
+    "bottleneck_resnet": lambda: hf_resnet("bottleneck", hidden_act="gelu"),
 }
 # a layer of each kind
 SWIN_LAYERS = [
@@ -255,8 +263,24 @@ def test_hooks_leave_the_maps_of_a_torchvision_backbone_unchanged() -> None:
     import torchvision
 
     upstream: Any = torchvision.models.SwinTransformer([2, 2], 16, [2, 2], [2, 2], [7, 7])
-    backbone = AutoBackbone.from_torchvision(None, upstream.eval(), out_indices=(1, 2)).eval()
-    before = maps(backbone)
+    randomize_(upstream)
+    backbone = AutoBackbone.from_torchvision(None, upstream, out_indices=(1, 2)).eval()
+    # the second stage has a map that one window covers, which is not shifted
+    pixels = images(25, 41)
+    before = maps(backbone, pixels)
     for module in backbone.modules():
         module.register_forward_hook(lambda *_: None)
-    assert_equals_upstream(maps(backbone), before)
+    assert_equals_upstream(maps(backbone, pixels), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
+def test_dropout_of_everything_in_training_is_upstreams_layer_by_layer(field: str) -> None:
+    upstream = hf_swin(**{field: 1.0})
+    backbone = from_hf(upstream)
+    for module in backbone.modules():
+        module.register_forward_hook(lambda *_: None)
+    before = maps(backbone)
+    ours, theirs = maps(backbone.train()), maps(upstream.train())
+    assert_equals_upstream(ours, theirs)
+    assert not torch.allclose(ours[-1], before[-1])
