@@ -33,6 +33,16 @@ def test_version_and_help_need_no_torch() -> None:
     assert "Exit codes: 0" in fastbb("extract", "-h").output
 
 
+def test_python_m_fastbb_is_the_command() -> None:
+    command = [sys.executable, "-m", "fastbb"]
+    good, bad = (
+        subprocess.run([*command, *arguments], capture_output=True, text=True)
+        for arguments in (["--version"], ["no-such-command"])
+    )
+    assert (good.returncode, good.stdout) == (0, f"fastbb {version('fastbb')}\n"), good.stderr
+    assert bad.returncode == 2 and bad.stderr.startswith("Usage: python -m fastbb "), bad.stderr
+
+
 def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None:
     result = fastbb("extract", images, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
