@@ -23,6 +23,7 @@ _USAGE = 2
 _OUTPUT = 6
 _DEFECT = 70
 _INTERRUPTED = 130
+_TERMINATED = 143
 
 
 class _CannotPrintError(Exception):
@@ -127,7 +128,21 @@ class _Integers(click.ParamType):
             self.fail(f"wanted whole numbers such as 1,2 or -1, got {value!r}", param, ctx)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+# --dtype, the earlier name of --precision, is accepted and not shown
+_WITH_DTYPE = {"token_normalize_func": lambda name: "precision" if name == "dtype" else name}
+_RANDOM_WEIGHTS = click.option(
+    "--random-weights",
+    is_flag=True,
+    help="Load no weights, draw random ones; a timm name or a config.json is enough.",
+)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion in bash: eval "$(_FASTBB_COMPLETE=bash_source fastbb)"; in zsh and fish '
+    "with zsh_source and fish_source.",
+)
 @click.version_option(package_name="fastbb", message="fastbb %(version)s")
 def main() -> None:
     """Vision backbones, fast, computing exactly what their own libraries compute."""
@@ -251,7 +266,8 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
 
 
 @main.command(name="verify-model")
-@click.argument("name")
+@click.argument("name", metavar="MODEL")
+@_RANDOM_WEIGHTS
 @click.option(
     "--size",
     "sizes",
@@ -286,11 +302,11 @@ def verify_model(name: str, **options: Any) -> None:
     sys.exit(0 if report.passed else 1)
 
 
-@main.command()
+@main.command(context_settings=_WITH_DTYPE)
 @click.option("--device", metavar="DEVICE", help="cuda or cuda:N.  [default: a GPU if any]")
 @click.option("--op", "ops", multiple=True, help="Name, may be repeated.  [default: all]")
 @click.option(
-    "--dtype",
+    "--precision",
     "dtypes",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     multiple=True,
@@ -313,8 +329,9 @@ def check(device: str | None, **options: Any) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-@main.command()
+@main.command(context_settings=_WITH_DTYPE)
 @click.argument("name", metavar="MODEL")
+@_RANDOM_WEIGHTS
 @click.option(
     "--batch",
     "batches",
@@ -330,7 +347,7 @@ def check(device: str | None, **options: Any) -> None:
     help="Of the images, may be repeated.  [default: the model's own]",
 )
 @click.option(
-    "--dtype",
+    "--precision",
     "precisions",
     type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
     multiple=True,
@@ -448,12 +465,12 @@ def _counting(bar: Any, total: int) -> Callable[[object], None]:
 
 def _judge(error: BaseException) -> tuple[int, str]:
     """Returns the exit code for an error, and the line for the user."""
-    interrupted = interruption_code()
-    if interrupted is not None or isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
+    code = interruption_code()
+    if code is not None or isinstance(error, KeyboardInterrupt):
+        message = "terminated" if code == _TERMINATED else "interrupted"
         if click.get_current_context().invoked_subcommand == "extract":
             message += "; the same command again goes on from here"
-        return interrupted or _INTERRUPTED, message
+        return code or _INTERRUPTED, message
     code = getattr(error, "exit_code", None)  # of an ExtractionError, which costs importing torch
     if code is None:
         code = _USAGE if isinstance(error, (ValueError, OSError)) else _DEFECT

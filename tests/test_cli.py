@@ -43,6 +43,19 @@ def test_python_m_fastbb_is_the_command() -> None:
     assert bad.returncode == 2 and bad.stderr.startswith("Usage: python -m fastbb "), bad.stderr
 
 
+def test_completion_is_what_the_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "_FASTBB_COMPLETE=bash_source fastbb" in fastbb("--help").output
+    for shell in ("bash", "zsh", "fish"):
+        monkeypatch.setenv("_FASTBB_COMPLETE", f"{shell}_source")
+        result = CliRunner().invoke(main, [], prog_name="fastbb")
+        assert result.exit_code == 0 and "fastbb" in result.output
+    monkeypatch.setenv("_FASTBB_COMPLETE", "zsh_complete")
+    monkeypatch.setenv("COMP_WORDS", "fastbb tune --rand")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    result = CliRunner().invoke(main, [], prog_name="fastbb")
+    assert "--random-weights" in result.output, result.output
+
+
 def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None:
     result = fastbb("extract", images, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from triton import knobs
@@ -18,12 +17,13 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.precompiling import Compiled, Job, compile_jobs, n_cores, recording_jobs
 from fastbb_kernels.supported_gpus import gpu_problem, named
 
-from ..auto import AutoBackbone, AutoConfig
+from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from ..engine.prepare import example_pixels
 from ..engine.settings import DTYPES
+from .loading import config_without_weights
 
 BATCHES = (1, 8, 64)
 
@@ -127,8 +127,7 @@ def warm_up(
     device = None
     if arch is None:
         device, arch = gpu_here()
-    overrides: dict[str, Any] = {} if out_indices is None else {"out_indices": list(out_indices)}
-    config = AutoConfig.from_pretrained(name, **overrides)
+    config = config_without_weights(name, out_indices)
     with torch.device("meta"):
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval()
     size = size or backbone.default_size

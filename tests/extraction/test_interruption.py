@@ -228,12 +228,14 @@ def test_an_interruption_anywhere_exits_with_130_and_resumes(
     assert resumed.exit_code == 0 and "6 of 6 images have features" in resumed.stdout
 
 
-def test_sigterm_exits_with_143(
+def test_sigterm_exits_with_143_and_says_terminated(
     extract: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = once(pipeline.FeatureExtractor._batch, lambda: swallowed(signal.SIGTERM))
     monkeypatch.setattr(pipeline.FeatureExtractor, "_batch", batch)
-    assert extract().exit_code == 143
+    result = extract()
+    assert result.exit_code == 143
+    assert "fastbb: terminated; the same command again goes on from here" in result.stderr
 
 
 def test_an_interrupted_trial_is_not_remembered_as_a_failure() -> None:
