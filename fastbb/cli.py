@@ -241,12 +241,18 @@ def list_models(filter: str) -> None:
 
 
 @main.command()
-@click.argument("image", type=click.Path(exists=True, dir_okay=False))
+@click.argument(
+    "images",
+    nargs=-1,
+    required=True,
+    metavar="IMAGE...",
+    type=click.Path(exists=True, dir_okay=False),
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name or directory.")
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, writable=True),
+    type=click.Path(dir_okay=False),
     default="view.png",
     show_default=True,
     help="The picture to write.",
@@ -254,15 +260,22 @@ def list_models(filter: str) -> None:
 @click.option(
     "--size", type=_Size(), metavar="HxW", help="What the model sees.  [default: the image's shape]"
 )
-def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None:
-    """Draws what every stage of a model makes of an image.
+@click.option(
+    "--stages",
+    type=_Names(),
+    help="Names or indices.  [default: all after the stem; four of more than four of one shape]",
+)
+def view(images: tuple[str, ...], model: str, out: str, **options: Any) -> None:
+    """Draws what every stage of a model makes of images, a row for each image.
 
-    Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the report cannot be written;
-    130 interrupted, 143 terminated.
+    The channels of a map are drawn as colours by their three principal components.
+
+    Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the picture or the report cannot be
+    written; 130 interrupted, 143 terminated.
     """
     from .inspect.view import view as write_view
 
-    _echo(f"wrote {write_view(image, model, out, size=size)}")
+    _echo(f"wrote {write_view(images, model, out, **options)}")
 
 
 @main.command(name="verify-model")

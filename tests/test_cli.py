@@ -203,6 +203,15 @@ def test_view(images: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and str(tmp_path / "sheet.png") in result.stdout, result.output
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > sheet.height > 100
+    several = fastbb(
+        *("view", images / "0.png", images / "2.png", "--stages", "stage2,-1"), *arguments[2:]
+    )
+    assert several.exit_code == 0, several.output
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 2 * 320
+    (tmp_path / "file").touch()
+    unwritable = fastbb("view", images / "1.png", "-o", tmp_path / "file" / "sheet.png")
+    assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
     bad = fastbb("view", images / "none.png")
     assert bad.exit_code == 2 and "none.png" in bad.stderr
     huge = fastbb("view", images / "1.png", "--size", "20000x20000")
