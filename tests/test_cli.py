@@ -150,16 +150,22 @@ def test_wrong_values_are_usage_errors_that_name_what_was_wanted(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_inputs_are_usage_errors(tmp_path: Path) -> None:
+def test_wrong_inputs_are_usage_errors(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path,id\n{images / '0.png'},0\n,1\n")
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((), "Missing argument 'INPUT...'"),
         ((tmp_path / "nowhere",), "no such file or directory"),
-        ((tmp_path,), "no images found"),
+        ((tmp_path / "empty",), "no images found"),
+        ((images, tmp_path / "nowhere"), "no such file or directory"),
+        ((images, tmp_path / "empty"), "no images found"),
+        ((tmp_path / "list.csv",), "row 2 has no text in the column `path`"),
         (("https://me:s3cret@host.org/a.jpg?key=s3cret",), "https://host.org/a.jpg: addresses"),
     ):
         result = fastbb("extract", *arguments, "--out", tmp_path / "out")
         assert result.exit_code == 2 and message in result.stderr
         assert "s3cret" not in result.output
+        assert not (tmp_path / "out").exists()
 
 
 def test_show(images: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import platform
@@ -182,8 +181,10 @@ def extract(
     archives = archive_states(given)
     unreadable: list[str] = []
     sources = list_sources(given, skipped, unreadable)
-    if not is_started(Path(out)):  # most wrong inputs are found before anything is made
-        sources = itertools.chain([next(sources)], sources)
+    if not is_started(Path(out)):
+        # all at once: a wrong input is found before the model is loaded and anything is made;
+        # an iterator gives the list up when it is at its end
+        sources = iter(list(sources))
 
     extractor = FeatureExtractor(
         model,

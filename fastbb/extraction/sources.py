@@ -37,7 +37,7 @@ class InputError(ValueError):
     """An INPUT cannot be listed: it is not there, not understood, or holds no image."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One image to read.
 
