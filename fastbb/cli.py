@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from .engine.interruption import ending_on_signals, interruption_code
+from .engine.interruption import ending_on_signals, interruption_code, interruption_word
 
 DEFAULT_MODEL = "nano-swin-digits"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
@@ -23,7 +23,6 @@ _USAGE = 2
 _OUTPUT = 6
 _DEFECT = 70
 _INTERRUPTED = 130
-_TERMINATED = 143
 
 
 class _CannotPrintError(Exception):
@@ -480,7 +479,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
     """Returns the exit code for an error, and the line for the user."""
     code = interruption_code()
     if code is not None or isinstance(error, KeyboardInterrupt):
-        message = "terminated" if code == _TERMINATED else "interrupted"
+        message = interruption_word()
         if click.get_current_context().invoked_subcommand == "extract":
             message += "; the same command again goes on from here"
         return code or _INTERRUPTED, message

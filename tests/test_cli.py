@@ -101,6 +101,9 @@ def test_exit_codes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert failed.exit_code == 1 and "1 failed (truncated 1)" in failed.stdout
     budget = extract("--max-error-rate", 0, out="budget")
     assert budget.exit_code == 4 and "'bad.png': truncated, the file is empty" in budget.stderr
+    assert (
+        "\nreason    stopped: 1 of 4 images failed, " in fastbb("show", tmp_path / "budget").stdout
+    )
     (tmp_path / "file").write_text("x")
     unwritable = extract(out="file/out")
     assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
