@@ -455,8 +455,9 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.option("-v", "--verbose", is_flag=True, help="Also packages, ops, models and formats.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-def doctor(as_json: bool) -> None:
+def doctor(verbose: bool, as_json: bool) -> None:
     """Examines what this machine can run: problems first, each with a remedy.
 
     Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
@@ -465,7 +466,7 @@ def doctor(as_json: bool) -> None:
     from .inspect.doctor import doctor as examine
 
     found = examine()
-    _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    _echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text(verbose=verbose))
     sys.exit(1 if found.problems else 0)
 
 
