@@ -431,8 +431,8 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
     remembered. Weights are random: none are downloaded.
 
     Exit codes: 0 all is compiled; 1 some kernels do not compile or fail their check, the others are
-    done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 the report cannot be
-    written; 130 interrupted, 143 terminated.
+    done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 Triton's cache or the
+    report cannot be written; 130 interrupted, 143 terminated.
     """
     from tqdm import tqdm
 
