@@ -188,7 +188,7 @@ def main() -> None:
     help="Stop when more than this share of the images fails; up to 1000 count as 1000.",
 )
 def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
-    """Stores the features of images; the same command again goes on where it stopped.
+    """Stores the features of images. The same command again goes on where it stopped.
 
     INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
     per row) or a .tar archive.
@@ -210,7 +210,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 @main.command()
 @click.argument("directory", metavar="FEATURES_DIR")
 def show(directory: str) -> None:
-    """Shows what a features directory holds: plan, rows, failures, speed.
+    """Shows what a features directory holds. Plan, rows, failures, speed, why a run stopped.
 
     Exit codes: 0 shown; 2 no features directory; 6 the report cannot be written; 130 interrupted,
     143 terminated.
@@ -223,7 +223,7 @@ def show(directory: str) -> None:
 @main.command(name="list")
 @click.argument("filter", default="")
 def list_models(filter: str) -> None:
-    """Lists the names of models, all or those that match FILTER, such as 'swin*'.
+    """Lists the names of models. All, or those that match FILTER, such as 'swin*'.
 
     Exit codes: 0 listed; 2 no name matches; 6 the list cannot be written; 130 interrupted,
     143 terminated.
@@ -265,9 +265,10 @@ def list_models(filter: str) -> None:
     help="Names or indices.  [default: all after the stem; four of more than four of one shape]",
 )
 def view(images: tuple[str, ...], model: str, out: str, **options: Any) -> None:
-    """Draws what every stage of a model makes of images, a row for each image.
+    """Draws what every stage of a model makes of images.
 
-    The channels of a map are drawn as colours by their three principal components.
+    Each image is a row. The channels of a map are drawn as colours by their three principal
+    components.
 
     Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the picture or the report cannot be
     written; 130 interrupted, 143 terminated.
@@ -302,7 +303,7 @@ def view(images: tuple[str, ...], model: str, out: str, **options: Any) -> None:
     help="Prepare the model in it first.  [default: it runs as loaded]",
 )
 def verify_model(name: str, **options: Any) -> None:
-    """Compares a model's feature maps with those of its own library, on random images.
+    """Compares a model's maps with its own library's. The images are random.
 
     Exit codes: 0 every map is as accurate as its library's; 1 some are not; 2 wrong arguments or no
     such model; 6 the report cannot be written; 130 interrupted, 143 terminated.
@@ -326,10 +327,10 @@ def verify_model(name: str, **options: Any) -> None:
 )
 @click.option("--again", is_flag=True, help="Also kernels that an earlier check turned off.")
 def check(device: str | None, **options: Any) -> None:
-    """Tries the kernels of every op on the GPU, against PyTorch's own ops there.
+    """Tries the kernels of every op on the GPU.
 
-    It runs small cases. What it finds is remembered, as what the first launch of each compiled
-    kernel shows.
+    It compares small cases with PyTorch's own ops there. What it finds is remembered, as what the
+    first launch of each compiled kernel shows.
 
     Exit codes: 0 every kernel is right, or there is no GPU; 1 some are not, and are not used;
     2 wrong arguments; 6 the report cannot be written; 130 interrupted, 143 terminated.
@@ -377,9 +378,10 @@ def check(device: str | None, **options: Any) -> None:
     help="For each combination; what was begun is finished.",
 )
 def tune(name: str, device: str | None, **options: Any) -> None:
-    """Measures which way to run a model is fastest here, and remembers it for mode "auto".
+    """Measures the fastest way to run a model here.
 
-    Ways that compute other maps than float64 would, or fail, are left out and named.
+    Mode "auto" takes it from then on. Ways that compute other maps than float64 would, or fail,
+    are left out and named.
 
     Exit codes: 0 measured; 2 wrong arguments or no such model; 6 the report cannot be written;
     130 interrupted, 143 terminated.
@@ -425,10 +427,11 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 )
 @click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
 def warmup(name: str, arch: str | None, **options: Any) -> None:
-    """Compiles the kernels that a model launches, in parallel, so that its first run finds them.
+    """Compiles a model's kernels before its first run.
 
-    On a GPU it then runs one forward pass of each batch, in which new kernels are checked; that is
-    remembered. Weights are random: none are downloaded.
+    It compiles those that the model launches, in parallel. On a GPU it then runs one forward pass
+    of each batch, in which new kernels are checked; that is remembered. Weights are random: none
+    are downloaded.
 
     Exit codes: 0 all is compiled; 1 some kernels do not compile or fail their check, the others are
     done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 Triton's cache or the
@@ -458,7 +461,7 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Also packages, ops, models and formats.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 def doctor(verbose: bool, as_json: bool) -> None:
-    """Examines what this machine can run: problems first, each with a remedy.
+    """Examines what this machine can run. Problems come first, each with a remedy.
 
     Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
     report cannot be written; 130 interrupted, 143 terminated.

@@ -43,6 +43,13 @@ def test_python_m_fastbb_is_the_command() -> None:
     assert bad.returncode == 2 and bad.stderr.startswith("Usage: python -m fastbb "), bad.stderr
 
 
+def test_the_list_of_commands_cuts_no_summary_off() -> None:
+    lines = [line.split() for line in fastbb("--help").output.splitlines()]
+    summaries = {words[0]: words[-1] for words in lines if words and words[0] in main.commands}
+    assert summaries.keys() == main.commands.keys()
+    assert all(word.endswith(".") and "..." not in word for word in summaries.values())
+
+
 def test_completion_is_what_the_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "_FASTBB_COMPLETE=bash_source fastbb" in fastbb("--help").output
     for shell in ("bash", "zsh", "fish"):

@@ -49,12 +49,14 @@ def view(
         The path that was written.
 
     Raises:
-        ValueError: a picture cannot be read, the model does not run at this size, it has no such
-            stage, or pictures are not written with this suffix.
+        ValueError: there is no picture, or one cannot be read, the model does not run at this
+            size, it has no such stage, or pictures are not written with this suffix.
         OutputError: the file cannot be written.
     """
     is_one = isinstance(image_paths, (str, bytes, os.PathLike))
     paths = [Path(os.fsdecode(path)) for path in ([image_paths] if is_one else image_paths)]
+    if not paths:
+        raise ValueError("image_paths: wanted at least one image, got none")
     out_path = Path(out_path)
     if out_path.suffix.lower() not in Image.registered_extensions():
         raise ValueError(

@@ -183,6 +183,11 @@ def test_stages_that_are_not_there_are_an_error(
         view(photo, "nano-swin-digits", tmp_path / "sheet.png", stages=stages)
 
 
+def test_no_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wanted at least one image, got none"):
+        view([], "nano-swin-digits", tmp_path / "sheet.png")
+
+
 def test_missing_directories_of_the_picture_are_made(photo: Path, tmp_path: Path) -> None:
     assert view(photo, "nano-swin-digits", tmp_path / "a" / "b" / "sheet.jpg").is_file()
     with pytest.raises(OSError, match="no-such-model"):
