@@ -1,16 +1,16 @@
-"""The first half hour on a GPU: `make gpu RUN=1`, then 2 and 3, each in under eight minutes.
+"""Measures fastbb on a GPU in three runs of less than eight minutes each: `make gpu RUN=1`.
 
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1                # right? how fast?
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 2                # configurations
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 3                # NVIDIA's tools; the rest
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --stage models # a part of it
-    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --dry-run      # rehearsed on the CPU
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1                # correctness and speed
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 2                # launch configurations
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 3                # NVIDIA's tools, the rest
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --stage models # one section of a run
+    PYTHONPATH=.:kernels:bench python bench/gpu.py --run 1 --dry-run      # a rehearsal on the CPU
 
-Each run is useful by itself. It uses the Python, torch and triton of the machine, installs and
-downloads nothing, and leaves out measurements whose package is missing. Every stage runs in a
-separate process with a limited time, the most informative stages first. The results name a stage
-that fails, hangs or crashes, and the next one runs; after a crash at one item, another process runs
-the others. Results are written after each stage, to bench/results/.
+Each run has results of its own. It uses the Python, torch and triton of the machine, installs and
+downloads nothing, and skips what needs a package that is not installed. Every stage runs in its
+own process with a time limit; the most important stages run first. A stage that fails, hangs or
+crashes is named in the results, and the next stage runs. After a crash at one item, the other items
+run in a new process. Results are written to bench/results/ after each stage.
 """
 
 import argparse
@@ -307,16 +307,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--run", type=int, choices=RUNS, default=1, help="which of the three")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: bench/results")
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds for everything")
+    parser.add_argument(
+        "--run", type=int, choices=RUNS, default=1, help="run 1, 2 or 3; default: 1"
+    )
+    parser.add_argument("--out", type=Path, help="directory of the results; default: bench/results")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        help="time limit of the run in seconds; default: %(default)g",
+    )
     parser.add_argument(
         "--stage",
         action="append",
-        help="a section of the run; default: all; the environment is always looked at",
+        help="run this section and the environment section only; may be repeated; default: all",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="no GPU: tiny cases, numbers that mean nothing"
+        "--dry-run",
+        action="store_true",
+        help="run tiny cases on the CPU to test the run; the numbers are meaningless",
     )
     options = parser.parse_args(argv)
     stages = stages_of(options.run, options.dry_run)

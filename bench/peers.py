@@ -1,19 +1,19 @@
-"""Backbones on this machine's CPU beside other libraries that run them, interleaved.
+"""Compares fastbb with other ways to run backbones on a CPU.
 
-    python bench/peers.py --json peers.json --plot peers.png    # every cell; takes an hour or two
+    python bench/peers.py --json peers.json --plot peers.png    # every cell, one to two hours
     python bench/peers.py --model resnet50 --dtype float32 --batch 8 --only peers
     python bench/peers.py --only memory --only early_exit
 
-A cell is a model, a dtype and a batch. All peers of a cell are built once, then take turns: in
-every round each runs for some seconds, and each round begins with another peer, so that other
-load of the machine affects all. The tables show the median over all repetitions, and the lowest and
-highest median of a round. A new process repeats the measurement. Every peer gets the same weights,
-images and number of threads, returns all four stages, and is checked once against transformers'
-eager fp32 maps.
+A cell is a model, a dtype and a batch size. The peers of a cell are built once and then take turns:
+in every round each peer runs for some seconds, and each round begins with another peer, so that
+other load on the machine affects all of them. The tables show medians over all repetitions, and the
+lowest and highest median of a round. --repeats N adds N repetitions in new processes. All peers get
+the same weights, images and number of threads, and return all four stages. Their maps are compared
+once with those of transformers' eager fp32.
 
-The other sections measure one cell per model, the first dtype and the largest batch: the time to a
-first result, the time to a first result in a second size, peak memory (each in processes of their
-own) and `out_indices=(1,)`.
+The other sections measure one cell for each model, with the first dtype and the largest batch size:
+time to the first result, time to the first result at a second size, peak memory (each in a new
+process), and `out_indices=(1,)`.
 """
 
 import argparse
@@ -330,22 +330,42 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     add = partial(parser.add_argument, action="append")
-    add("--model", choices=list(MODELS), help="default: all")
-    add("--dtype", choices=list(DTYPES), help="default: both")
-    add("--batch", type=int, help="default: 1 and 8")
-    add("--peers", choices=list(PEERS), metavar="NAME", help=f"of {', '.join(PEERS)}")
-    add("--only", choices=SECTIONS, help="measure this section; may be given again")
-    add("--skip", choices=SECTIONS, help="leave this section out; may be given again")
-    parser.add_argument("--size", type=int, help="of the images, pixels (224)")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=3.0, help="per peer and round (3)")
-    parser.add_argument("--repeats", type=int, default=1, help="in new processes (1)")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds of a process (900)")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, 64 px: a trial")
-    parser.add_argument("--json", type=Path, metavar="PATH")
-    parser.add_argument("--plot", type=Path, metavar="PNG")
+    add("--model", choices=list(MODELS), help="model to measure; may be repeated; default: all")
+    add(
+        "--dtype", choices=list(DTYPES), help="dtype of the weights; may be repeated; default: both"
+    )
+    add("--batch", type=int, help="batch size; may be repeated; default: 1 and 8")
+    add(
+        "--peers",
+        choices=list(PEERS),
+        metavar="NAME",
+        help=f"one of {', '.join(PEERS)}; may be repeated",
+    )
+    add("--only", choices=SECTIONS, help="measure only this section; may be repeated")
+    add("--skip", choices=SECTIONS, help="skip this section; may be repeated")
+    parser.add_argument("--size", type=int, help="height and width of the images; default: 224")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of a cell; default: 3")
     parser.add_argument(
-        "--markdown", action="store_true", help="print the tables without the machine"
+        "--seconds", type=float, default=3.0, help="time of each peer in a round; default: 3"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="repetitions in new processes; default: 1"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900,
+        help="time limit of a process in seconds; default: 900",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="use tiny models and 64 px, to test the script"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file of the results")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="file of the plot")
+    parser.add_argument(
+        "--markdown",
+        action="store_true",
+        help="print tables only, without the description of the machine",
     )
     options = parser.parse_args()
     if options.rounds < 1 or options.seconds < 0:

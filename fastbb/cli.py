@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from .engine.interruption import ending_on_signals, interruption_code
+from .engine.interruption import ending_on_signals, interruption_code, interruption_word
 
 DEFAULT_MODEL = "nano-swin-digits"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
@@ -127,7 +127,21 @@ class _Integers(click.ParamType):
             self.fail(f"wanted whole numbers such as 1,2 or -1, got {value!r}", param, ctx)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+# --dtype, the earlier name of --precision, is accepted and not shown
+_WITH_DTYPE = {"token_normalize_func": lambda name: "precision" if name == "dtype" else name}
+_RANDOM_WEIGHTS = click.option(
+    "--random-weights",
+    is_flag=True,
+    help="Load no weights, draw random ones; a timm name or a config.json is enough.",
+)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Completion in bash: eval "$(_FASTBB_COMPLETE=bash_source fastbb)"; in zsh and fish '
+    "with zsh_source and fish_source.",
+)
 @click.version_option(package_name="fastbb", message="fastbb %(version)s")
 def main() -> None:
     """Vision backbones, fast, computing exactly what their own libraries compute."""
@@ -174,7 +188,7 @@ def main() -> None:
     help="Stop when more than this share of the images fails; up to 1000 count as 1000.",
 )
 def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
-    """Stores the features of images; the same command again goes on where it stopped.
+    """Stores the features of images. The same command again goes on where it stopped.
 
     INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
     per row) or a .tar archive.
@@ -196,7 +210,7 @@ def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
 @main.command()
 @click.argument("directory", metavar="FEATURES_DIR")
 def show(directory: str) -> None:
-    """Shows what a features directory holds: plan, rows, failures, speed.
+    """Shows what a features directory holds. Plan, rows, failures, speed, why a run stopped.
 
     Exit codes: 0 shown; 2 no features directory; 6 the report cannot be written; 130 interrupted,
     143 terminated.
@@ -209,7 +223,7 @@ def show(directory: str) -> None:
 @main.command(name="list")
 @click.argument("filter", default="")
 def list_models(filter: str) -> None:
-    """Lists the names of models, all or those that match FILTER, such as 'swin*'.
+    """Lists the names of models. All, or those that match FILTER, such as 'swin*'.
 
     Exit codes: 0 listed; 2 no name matches; 6 the list cannot be written; 130 interrupted,
     143 terminated.
@@ -226,12 +240,18 @@ def list_models(filter: str) -> None:
 
 
 @main.command()
-@click.argument("image", type=click.Path(exists=True, dir_okay=False))
+@click.argument(
+    "images",
+    nargs=-1,
+    required=True,
+    metavar="IMAGE...",
+    type=click.Path(exists=True, dir_okay=False),
+)
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name or directory.")
 @click.option(
     "-o",
     "--out",
-    type=click.Path(dir_okay=False, writable=True),
+    type=click.Path(dir_okay=False),
     default="view.png",
     show_default=True,
     help="The picture to write.",
@@ -239,19 +259,28 @@ def list_models(filter: str) -> None:
 @click.option(
     "--size", type=_Size(), metavar="HxW", help="What the model sees.  [default: the image's shape]"
 )
-def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None:
-    """Draws what every stage of a model makes of an image.
+@click.option(
+    "--stages",
+    type=_Names(),
+    help="Names or indices.  [default: all after the stem; four of more than four of one shape]",
+)
+def view(images: tuple[str, ...], model: str, out: str, **options: Any) -> None:
+    """Draws what every stage of a model makes of images.
 
-    Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the report cannot be written;
-    130 interrupted, 143 terminated.
+    Each image is a row. The channels of a map are drawn as colours by their three principal
+    components.
+
+    Exit codes: 0 drawn; 2 wrong arguments or no such model; 6 the picture or the report cannot be
+    written; 130 interrupted, 143 terminated.
     """
     from .inspect.view import view as write_view
 
-    _echo(f"wrote {write_view(image, model, out, size=size)}")
+    _echo(f"wrote {write_view(images, model, out, **options)}")
 
 
 @main.command(name="verify-model")
-@click.argument("name")
+@click.argument("name", metavar="MODEL")
+@_RANDOM_WEIGHTS
 @click.option(
     "--size",
     "sizes",
@@ -274,7 +303,7 @@ def view(image: str, model: str, out: str, size: tuple[int, int] | None) -> None
     help="Prepare the model in it first.  [default: it runs as loaded]",
 )
 def verify_model(name: str, **options: Any) -> None:
-    """Compares a model's feature maps with those of its own library, on random images.
+    """Compares a model's maps with its own library's. The images are random.
 
     Exit codes: 0 every map is as accurate as its library's; 1 some are not; 2 wrong arguments or no
     such model; 6 the report cannot be written; 130 interrupted, 143 terminated.
@@ -286,11 +315,11 @@ def verify_model(name: str, **options: Any) -> None:
     sys.exit(0 if report.passed else 1)
 
 
-@main.command()
+@main.command(context_settings=_WITH_DTYPE)
 @click.option("--device", metavar="DEVICE", help="cuda or cuda:N.  [default: a GPU if any]")
 @click.option("--op", "ops", multiple=True, help="Name, may be repeated.  [default: all]")
 @click.option(
-    "--dtype",
+    "--precision",
     "dtypes",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     multiple=True,
@@ -298,10 +327,10 @@ def verify_model(name: str, **options: Any) -> None:
 )
 @click.option("--again", is_flag=True, help="Also kernels that an earlier check turned off.")
 def check(device: str | None, **options: Any) -> None:
-    """Tries the kernels of every op on the GPU, against PyTorch's own ops there.
+    """Tries the kernels of every op on the GPU.
 
-    It runs small cases. What it finds is remembered, as what the first launch of each compiled
-    kernel shows.
+    It compares small cases with PyTorch's own ops there. What it finds is remembered, as what the
+    first launch of each compiled kernel shows.
 
     Exit codes: 0 every kernel is right, or there is no GPU; 1 some are not, and are not used;
     2 wrong arguments; 6 the report cannot be written; 130 interrupted, 143 terminated.
@@ -313,8 +342,9 @@ def check(device: str | None, **options: Any) -> None:
     sys.exit(1 if report.problems else 0)
 
 
-@main.command()
+@main.command(context_settings=_WITH_DTYPE)
 @click.argument("name", metavar="MODEL")
+@_RANDOM_WEIGHTS
 @click.option(
     "--batch",
     "batches",
@@ -330,7 +360,7 @@ def check(device: str | None, **options: Any) -> None:
     help="Of the images, may be repeated.  [default: the model's own]",
 )
 @click.option(
-    "--dtype",
+    "--precision",
     "precisions",
     type=click.Choice(["fp32", "tf32", "bf16", "fp16"]),
     multiple=True,
@@ -348,9 +378,10 @@ def check(device: str | None, **options: Any) -> None:
     help="For each combination; what was begun is finished.",
 )
 def tune(name: str, device: str | None, **options: Any) -> None:
-    """Measures which way to run a model is fastest here, and remembers it for mode "auto".
+    """Measures the fastest way to run a model here.
 
-    Ways that compute other maps than float64 would, or fail, are left out and named.
+    Mode "auto" takes it from then on. Ways that compute other maps than float64 would, or fail,
+    are left out and named.
 
     Exit codes: 0 measured; 2 wrong arguments or no such model; 6 the report cannot be written;
     130 interrupted, 143 terminated.
@@ -396,14 +427,15 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 )
 @click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
 def warmup(name: str, arch: str | None, **options: Any) -> None:
-    """Compiles the kernels that a model launches, in parallel, so that its first run finds them.
+    """Compiles a model's kernels before its first run.
 
-    On a GPU it then runs one forward pass of each batch, in which new kernels are checked; that is
-    remembered. Weights are random: none are downloaded.
+    It compiles those that the model launches, in parallel. On a GPU it then runs one forward pass
+    of each batch, in which new kernels are checked; that is remembered. Weights are random: none
+    are downloaded.
 
     Exit codes: 0 all is compiled; 1 some kernels do not compile or fail their check, the others are
-    done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 the report cannot be
-    written; 130 interrupted, 143 terminated.
+    done; 2 wrong arguments, no such model, or neither a GPU nor --arch; 6 Triton's cache or the
+    report cannot be written; 130 interrupted, 143 terminated.
     """
     from tqdm import tqdm
 
@@ -426,9 +458,10 @@ def warmup(name: str, arch: str | None, **options: Any) -> None:
 
 
 @main.command()
+@click.option("-v", "--verbose", is_flag=True, help="Also packages, ops, models and formats.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-def doctor(as_json: bool) -> None:
-    """Examines what this machine can run: problems first, each with a remedy.
+def doctor(verbose: bool, as_json: bool) -> None:
+    """Examines what this machine can run. Problems come first, each with a remedy.
 
     Exit codes: 0 no problems (hints do not count); 1 something is wrong or impossible here; 6 the
     report cannot be written; 130 interrupted, 143 terminated.
@@ -436,7 +469,7 @@ def doctor(as_json: bool) -> None:
     from .inspect.doctor import doctor as examine
 
     found = examine()
-    _echo(json.dumps(found.to_dict(), indent=2) if as_json else str(found))
+    _echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text(verbose=verbose))
     sys.exit(1 if found.problems else 0)
 
 
@@ -448,12 +481,12 @@ def _counting(bar: Any, total: int) -> Callable[[object], None]:
 
 def _judge(error: BaseException) -> tuple[int, str]:
     """Returns the exit code for an error, and the line for the user."""
-    interrupted = interruption_code()
-    if interrupted is not None or isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
+    code = interruption_code()
+    if code is not None or isinstance(error, KeyboardInterrupt):
+        message = interruption_word()
         if click.get_current_context().invoked_subcommand == "extract":
             message += "; the same command again goes on from here"
-        return interrupted or _INTERRUPTED, message
+        return code or _INTERRUPTED, message
     code = getattr(error, "exit_code", None)  # of an ExtractionError, which costs importing torch
     if code is None:
         code = _USAGE if isinstance(error, (ValueError, OSError)) else _DEFECT

@@ -17,7 +17,8 @@ from train_nano import digits_split
 
 import fastbb
 from fastbb import AutoBackbone, AutoImageProcessor
-from fastbb.inspect.view import contact_sheet, view
+from fastbb.inspect.contact_sheet import contact_sheet
+from fastbb.inspect.view import view
 
 OUT = Path("demo-output")
 MODELS = ("nano-swin-digits", "nano-resnet-digits")
@@ -103,7 +104,7 @@ def main() -> int:
             view(OUT / "photos" / f"{name}.jpg", model, sheets / f"{name}-{model}.png")
     print(f"what every stage makes of them: {len(list(sheets.iterdir()))} contact sheets, such as")
     print(f"  {sheets / f'digits-{MODELS[0]}.png'}   (stage4: nearly one colour for each digit)")
-    print(f"  {sheets / f'astronaut-{MODELS[0]}.png'}   (colours: the map's main directions)")
+    print(f"  {sheets / f'astronaut-{MODELS[0]}.png'}   (colours: the legend says)")
 
     print(NEXT)
     if not good:

@@ -33,6 +33,36 @@ def test_version_and_help_need_no_torch() -> None:
     assert "Exit codes: 0" in fastbb("extract", "-h").output
 
 
+def test_python_m_fastbb_is_the_command() -> None:
+    command = [sys.executable, "-m", "fastbb"]
+    good, bad = (
+        subprocess.run([*command, *arguments], capture_output=True, text=True)
+        for arguments in (["--version"], ["no-such-command"])
+    )
+    assert (good.returncode, good.stdout) == (0, f"fastbb {version('fastbb')}\n"), good.stderr
+    assert bad.returncode == 2 and bad.stderr.startswith("Usage: python -m fastbb "), bad.stderr
+
+
+def test_the_list_of_commands_cuts_no_summary_off() -> None:
+    lines = [line.split() for line in fastbb("--help").output.splitlines()]
+    summaries = {words[0]: words[-1] for words in lines if words and words[0] in main.commands}
+    assert summaries.keys() == main.commands.keys()
+    assert all(word.endswith(".") and "..." not in word for word in summaries.values())
+
+
+def test_completion_is_what_the_help_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "_FASTBB_COMPLETE=bash_source fastbb" in fastbb("--help").output
+    for shell in ("bash", "zsh", "fish"):
+        monkeypatch.setenv("_FASTBB_COMPLETE", f"{shell}_source")
+        result = CliRunner().invoke(main, [], prog_name="fastbb")
+        assert result.exit_code == 0 and "fastbb" in result.output
+    monkeypatch.setenv("_FASTBB_COMPLETE", "zsh_complete")
+    monkeypatch.setenv("COMP_WORDS", "fastbb tune --rand")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    result = CliRunner().invoke(main, [], prog_name="fastbb")
+    assert "--random-weights" in result.output, result.output
+
+
 def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None:
     result = fastbb("extract", images, "--out", tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -80,6 +110,9 @@ def test_extract_failures_have_their_exit_codes(
     assert failed.exit_code == 1 and "1 failed (truncated 1)" in failed.stdout
     budget = extract("--max-error-rate", 0, out="budget")
     assert budget.exit_code == 4 and "'bad.png': truncated, the file is empty" in budget.stderr
+    assert (
+        "\nreason    stopped: 1 of 4 images failed, " in fastbb("show", tmp_path / "budget").stdout
+    )
     (tmp_path / "file").write_text("x")
     unwritable = extract(out="file/out")
     assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
@@ -129,16 +162,22 @@ def test_wrong_option_values_are_usage_errors(
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_inputs_are_usage_errors(tmp_path: Path) -> None:
+def test_wrong_inputs_are_usage_errors(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path,id\n{images / '0.png'},0\n,1\n")
+    (tmp_path / "empty").mkdir()
     for arguments, message in (
         ((), "Missing argument 'INPUT...'"),
         ((tmp_path / "nowhere",), "no such file or directory"),
-        ((tmp_path,), "no images found"),
+        ((tmp_path / "empty",), "no images found"),
+        ((images, tmp_path / "nowhere"), "no such file or directory"),
+        ((images, tmp_path / "empty"), "no images found"),
+        ((tmp_path / "list.csv",), "row 2 has no text in the column `path`"),
         (("https://me:s3cret@host.org/a.jpg?key=s3cret",), "https://host.org/a.jpg: addresses"),
     ):
         result = fastbb("extract", *arguments, "--out", tmp_path / "out")
         assert result.exit_code == 2 and message in result.stderr
         assert "s3cret" not in result.output
+        assert not (tmp_path / "out").exists()
 
 
 def test_show_prints_the_plan_and_the_failures(images: Path, tmp_path: Path) -> None:
@@ -182,6 +221,15 @@ def test_view_writes_a_sheet_and_refuses_wrong_input(images: Path, tmp_path: Pat
     assert result.exit_code == 0 and str(tmp_path / "sheet.png") in result.stdout, result.output
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.width > sheet.height > 100
+    several = fastbb(
+        *("view", images / "0.png", images / "2.png", "--stages", "stage2,-1"), *arguments[2:]
+    )
+    assert several.exit_code == 0, several.output
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 2 * 320
+    (tmp_path / "file").touch()
+    unwritable = fastbb("view", images / "1.png", "-o", tmp_path / "file" / "sheet.png")
+    assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
     bad = fastbb("view", images / "none.png")
     assert bad.exit_code == 2 and "none.png" in bad.stderr
     huge = fastbb("view", images / "1.png", "--size", "20000x20000")

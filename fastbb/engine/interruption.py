@@ -34,6 +34,11 @@ def interruption_code() -> int | None:
     return 128 + _received if _received else None
 
 
+def interruption_word() -> str:
+    """Word for a user: "terminated" after SIGTERM, else "interrupted"."""
+    return "terminated" if _received == signal.SIGTERM else "interrupted"
+
+
 def check_interrupted() -> None:
     """Raises if a signal came, also if the exception of its handler was lost.
 

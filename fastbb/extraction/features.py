@@ -104,11 +104,12 @@ class Features:
     def describe(self) -> str:
         """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""
         plan, model, pixels = self.plan, self.plan["model"], self.plan["preprocessing"]
-        counts, speed = totals(self._commits), self._images_per_s()
+        counts, (speed, stopped) = totals(self._commits), self._last_runs()
         state = "complete" if self.complete else "not finished, the same command again goes on"
         outputs = (f"{name} {o['shape']} {o['dtype']}" for name, o in plan["outputs"].items())
         lines = [
             f"features  {self.directory}: {state}",
+            *([f"reason    {stopped}"] if stopped and not self.complete else []),
             f"model     {model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})",
             f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
             f"{pixels['size']}, crop {pixels['crop_size']}",
@@ -144,16 +145,18 @@ class Features:
         with open(self.directory / file_name("index", commit["shard"]), "rb") as file:
             yield from map(json.loads, file)
 
-    def _images_per_s(self) -> float | None:
-        """Rows per second over all shards that are logged."""
+    def _last_runs(self) -> tuple[float | None, str | None]:
+        """Rows per second over all shards that are logged, and why the last run stopped, if so."""
         path = self.directory / "run.jsonl"
-        rows, seconds = 0, 0.0
+        rows, seconds, stopped = 0, 0.0, None
         for line in path.read_bytes().splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
                 event = json.loads(line)
                 if event["event"] == "shard":
                     rows, seconds = rows + event["rows"], seconds + event["seconds"]
-        return rows / seconds if seconds else None
+                else:
+                    stopped = event.get("reason")  # a start has none
+        return (rows / seconds if seconds else None), stopped
 
 
 def open_features(directory: str | os.PathLike[str]) -> Features:

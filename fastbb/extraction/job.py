@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import platform
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.interruption import check_interrupted
+from ..engine.interruption import check_interrupted, interruption_code, interruption_word
 from .decode import RowError
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .sources import InputError, Source, archive_states, first_few, list_sources
@@ -182,8 +181,10 @@ def extract(
     archives = archive_states(given)
     unreadable: list[str] = []
     sources = list_sources(given, skipped, unreadable)
-    if not is_started(Path(out)):  # most wrong inputs are found before anything is made
-        sources = itertools.chain([next(sources)], sources)
+    if not is_started(Path(out)):
+        # all at once: a wrong input is found before the model is loaded and anything is made;
+        # an iterator gives the list up when it is at its end
+        sources = iter(list(sources))
 
     extractor = FeatureExtractor(
         model,
@@ -216,7 +217,20 @@ def extract(
             bar.say(f"{writer.plan['rows']:,} images{''.join(passed_over)}")
             if unreadable:
                 bar.say(f"cannot list {first_few(unreadable)}")
-        return _extract_shards(extractor, writer, bar, max_error_rate, resumed)
+        try:
+            return _extract_shards(extractor, writer, bar, max_error_rate, resumed)
+        except BaseException as error:
+            with suppress(ExtractionError):  # the disk may be full
+                writer.log({"event": "stop", "time": time.time(), "reason": _reason(error)})
+            raise
+
+
+def _reason(error: BaseException) -> str:
+    if interruption_code() is not None or isinstance(error, KeyboardInterrupt):
+        return interruption_word()
+    if isinstance(error, (ExtractionError, ValueError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _extract_shards(

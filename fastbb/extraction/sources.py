@@ -37,7 +37,7 @@ class InputError(ValueError):
     """An INPUT cannot be listed: it is missing, of an unknown kind, or without images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """One image to read.
 

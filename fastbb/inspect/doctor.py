@@ -11,6 +11,7 @@ import shutil
 import sysconfig
 import textwrap
 import warnings
+from collections import Counter
 from contextlib import suppress
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from fastbb_kernels.machine import Machine
 
 _MIN_FREE_BYTES = 2**20
+_WIDTH = 80
 _PYTORCH = "https://pytorch.org/get-started/locally"
 # flag in /proc/cpuinfo -> its usual name, the newest last
 _INSTRUCTIONS = {
@@ -54,7 +56,7 @@ class Doctor:
         self.problems: list[Finding] = []
         self.hints: list[Finding] = []
         self.facts: dict[str, Any] = {"gpus": [], "cpu": None, "cache": None, "errors": []}
-        self._rows: list[tuple[str, str]] = []
+        self._rows: list[tuple[str, str, bool]] = []
 
     def problem(self, what: str, remedy: str) -> None:
         """Adds a problem; the same one of alike GPUs counts once."""
@@ -66,9 +68,9 @@ class Doctor:
         if (found := Finding(what, remedy)) not in self.hints:
             self.hints.append(found)
 
-    def row(self, title: str, text: str) -> None:
-        """Adds a line to the table."""
-        self._rows.append((title, text))
+    def row(self, title: str, text: str, *, detail: bool = False) -> None:
+        """Adds an entry to the table; details are shown on request."""
+        self._rows.append((title, text, detail))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns problems, hints and facts, for JSON."""
@@ -76,14 +78,28 @@ class Doctor:
         return {name: [f._asdict() for f in found] for name, found in kinds.items()} | self.facts
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, verbose: bool = False) -> str:
+        """Returns the findings and the table, at most 80 columns wide where words allow it.
+
+        Args:
+            verbose: with packages, single ops, tuned models and image formats.
+        """
         counts, lines = [], []
         for kind, findings in (("problem", self.problems), ("hint", self.hints)):
             counts.append(f"{len(findings) or 'no'} {kind}{'' if len(findings) == 1 else 's'}")
             for what, remedy in findings:
-                lines += [f"{kind}: {what}", f"    {remedy}"]
-        width = max(len(title) for title, _ in self._rows)
-        rows = (f"{title:{width}}  {text}" for title, text in self._rows)
-        return "\n".join([", ".join(counts), *lines, "", *rows])
+                width = len(kind) + 2
+                lines += _wrapped(what, f"{kind}: ", " " * width)
+                lines += _wrapped(remedy, f"{'do: ':>{width}}", " " * width)
+        rows = [(title, text) for title, text, detail in self._rows if verbose or not detail]
+        width = 2 + max(len(title) for title, _ in rows)
+        for title, text in [("", ""), *rows]:
+            lines += _wrapped(text, f"{title:{width}}", " " * width) or [""]
+        if not verbose:
+            lines += ["", "`fastbb doctor -v` adds packages, ops, tuned models, image formats"]
+        return "\n".join([", ".join(counts), *lines])
 
 
 def doctor() -> Doctor:
@@ -137,7 +153,8 @@ def _packages(found: Doctor) -> None:
             found.problem(f"{name} is not installed", f"pip install '{name}{wanted}'")
     for extra, group in groupby(packages, lambda package: package.extra):
         shown = [f"{p.name} {p.version or 'missing'}" for p in group if p.name != "torch"]
-        found.row("needs" if extra is None else f"extra {extra}", ", ".join(shown))
+        title = "needs" if extra is None else f"extra {extra}"
+        found.row(title, ", ".join(shown), detail=True)
 
 
 def _gpus(found: Doctor) -> None:
@@ -151,7 +168,7 @@ def _gpus(found: Doctor) -> None:
         warnings.simplefilter("always")
         try:
             if torch.cuda.is_available():
-                gpus += [_gpu(found, index) for index in range(torch.cuda.device_count())]
+                gpus += _usable_gpus(found)
             elif sign and not hidden_by and build != "CPU":
                 torch.cuda.init()  # says why
         except Exception as error:  # a driver's words
@@ -173,7 +190,7 @@ def _gpus(found: Doctor) -> None:
     if is_only_a_program:
         found.hint(
             f"{sign}, but torch {torch.__version__} ({build}) sees no GPU",
-            "if there is one: a torch built for CUDA and a driver that is new enough",
+            "if there is one: install a torch built for CUDA and a driver that is new enough",
         )
     elif build == "CPU":
         found.problem(
@@ -189,20 +206,28 @@ def _gpus(found: Doctor) -> None:
         )
 
 
-def _gpu(found: Doctor, index: int) -> dict[str, Any]:
+def _usable_gpus(found: Doctor) -> list[dict[str, Any]]:
+    """The GPUs that torch uses; alike ones have one entry in the table."""
     import torch
 
     from fastbb_kernels.machine import Machine
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    gpus = [(Machine.of(d), torch.cuda.get_device_properties(d).total_memory) for d in devices]
+    values = {gpu: _gpu(found, *gpu, n) for gpu, n in Counter(gpus).items()}
+    return [values[gpu] for gpu in gpus]
+
+
+def _gpu(found: Doctor, machine: "Machine", memory: int, n: int) -> dict[str, Any]:
     from fastbb_kernels.supported_gpus import gpu_problem, named
 
-    device = torch.device("cuda", index)
-    machine, memory = Machine.of(device), torch.cuda.get_device_properties(device).total_memory
     name, capability, driver = machine.device, machine.capability, machine.driver
-    found.row("GPU", f"{name}: {capability}, {_gib(memory)}, driver {driver or 'unknown'}")
+    times = f"{n} x " if n > 1 else ""
+    found.row("GPU", f"{times}{name}: {capability}, {_gib(memory)}, driver {driver or 'unknown'}")
     if (problem := gpu_problem(named(capability))) is not None:
         found.hint(
             f"{name}: no kernel of ours runs on it: {problem}",
-            "mode='compile' needs no kernels of ours",
+            "use mode='compile', which needs no kernels of ours",
         )
     values = {"name": name, "capability": capability, "memory_bytes": memory, "driver": driver}
     return {**values, "results": _results(found, machine)}
@@ -221,9 +246,8 @@ def _cpu(found: Doctor) -> None:
     has_bf16 = has_arithmetic(torch.bfloat16) if flags else None
     known = ", ".join(instructions) or "unknown instructions"
     found.row("CPU", f"{machine.device}: {known}; torch uses {machine.capability}")
-    found.row("", f"{cores} usable cores, {threads} threads in torch")
-    if has_bf16 is not None:
-        found.row("", "bf16 instructions" if has_bf16 else "no bf16 instructions")
+    bf16 = {None: "", True: ", bf16 instructions", False: ", no bf16 instructions"}[has_bf16]
+    found.row("", f"{cores} usable cores, {threads} threads in torch{bf16}")
     if has_bf16 is False and not has_gpus:
         found.hint(
             "this CPU has no bf16 instructions: bf16 is slower than fp32 in eager PyTorch here",
@@ -278,17 +302,20 @@ def _results(found: Doctor, machine: "Machine") -> dict[str, Any]:
             )
     for dtype, outcomes in by_dtype.items():
         texts = (f"{name}: {', '.join(ops)}" for name, ops in outcomes.items() if ops)
-        found.row(f"  {dtype}", "; ".join(texts))
-    if not ops and machine.threads == "":  # a GPU
+        found.row(f"  {dtype}", "; ".join(texts), detail=True)
+    if ops:
+        n_failed = sum(problem is not None for problem in ops.values())
+        found.row("  ops", f"{len(ops)} checked by op and dtype, {n_failed or 'none'} failed")
+    elif machine.threads == "":  # a GPU
         found.row("  ops", "not checked yet: each is at its first launch, or all by `fastbb check`")
     entries = cache.items("tuned").items()
     tuned = {k: str(v["winner"]) for k, v in entries if isinstance(v, dict) and "winner" in v}
+    shapes = f"{len(tuned)} shape{'' if len(tuned) == 1 else 's'} of models"
+    found.row("  tuned", shapes if tuned else "no model yet: `fastbb tune MODEL`")
     for model, winner in sorted(tuned.items()):
-        found.row("  tuned", f"{model}: {winner}")
-    if not tuned:
-        found.row("  tuned", "no model yet: `fastbb tune MODEL`")
+        found.row("", f"{model}: {winner}", detail=True)
     for note in cache.notes:
-        found.hint(f"{machine.device}: {note}", "nothing to do: what it held is found out again")
+        found.hint(f"{machine.device}: {note}", "nothing, what it held is found out again")
     return {"path": str(cache.path), "ops": ops, "tuned": tuned, "notes": cache.notes}
 
 
@@ -329,18 +356,24 @@ def _caches(found: Doctor) -> None:
     for key, (path, variable, result) in caches.items():
         state = found.facts[key] = facts.directory_state(path)
         problem, free = state["problem"], state["free_bytes"]
-        title = "cache" if key == "cache" else "Triton's cache"
-        found.row(title, path if free is None else f"{path}, {_gib(free)} free")
+        title, shown = "cache" if key == "cache" else "Triton's cache", _short(path)
+        found.row(title, shown if free is None else f"{shown}, {_gib(free)} free")
+        report = found.problem
         if key == "triton_cache" and not found.facts["gpus"]:
-            continue  # kernels run on GPUs only
-        if free is not None and free < _MIN_FREE_BYTES:
-            found.problem(
-                f"the disk of {path} is full: {result}",
+            # kernels run on GPUs only; without one they are compiled ahead, by `fastbb warmup`
+            if variable not in os.environ:
+                continue
+            report = found.hint
+        is_low = problem is None and free is not None and free < _MIN_FREE_BYTES
+        if problem in facts.FULL_DISK or is_low:
+            report(
+                f"the disk of {shown} is full: {result}",
                 f"free some space, or set {variable} to a directory on another disk",
             )
         elif problem is not None:
-            found.problem(
-                f"{path} cannot be written ({problem}): {result}",
+            verb = "written" if os.path.isdir(path) else "made"
+            report(
+                f"{shown} cannot be {verb} ({problem}): {result}",
                 f"make it writable, or set {variable} to a directory that is",
             )
 
@@ -352,9 +385,27 @@ def _images(found: Doctor) -> None:
 
     formats = {**pillow_support(), "JPEG by libjpeg-turbo": features.check("libjpeg_turbo")}
     found.facts["image_formats"] = formats
-    found.row("images", ", ".join(name for name, is_read in formats.items() if is_read))
+    read = ", ".join(name for name, is_read in formats.items() if is_read)
+    found.row("images", read, detail=True)
     for name in (name for name, is_read in formats.items() if not is_read):
         found.hint(f"Pillow was built without {name}", "pip install --upgrade pillow, from a wheel")
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=first,
+        subsequent_indent=later,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _short(path: str) -> str:
+    """The path with ~ for the user's home."""
+    home = os.path.expanduser("~")
+    return f"~{path[len(home) :]}" if path.startswith(f"{home}/") else path
 
 
 def _in_a_line(error: object) -> str:

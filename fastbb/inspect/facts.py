@@ -1,5 +1,6 @@
 """Facts about a machine that take more than a line to find out, for `fastbb doctor`."""
 
+import errno
 import importlib.metadata
 import math
 import os
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 
 # requirements where fastbb runs from a checkout, whose metadata nobody has installed
 NEEDED = ("torch>=2.11", "triton>=3.6; sys_platform == 'linux'")
+
+# problems of a directory whose disk is full
+FULL_DISK = frozenset({os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)})
 
 
 class Package(NamedTuple):

@@ -3,19 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 
 from fastbb_kernels.machine import Machine, find_device
 from fastbb_kernels.result_cache import ResultCache
 
-from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..engine.explanation import Explanation
 from ..engine.prepare import example_pixels, prepare
 from ..engine.settings import Tools
 from ..engine.trial import Trial, winner
+from .loading import load_backbone
 
 BATCHES = (1, 8)
 BUDGET_S = 180.0
@@ -57,6 +56,7 @@ def tune_model(
     budget_s: float = BUDGET_S,
     progress: Callable[[str], None] = lambda text: None,
     tools: Callable[[], Tools] = Tools,
+    random_weights: bool = False,
 ) -> Iterator[Tuned]:
     """Measures every combination of batch, size and precision; yields them one by one.
 
@@ -72,14 +72,14 @@ def tune_model(
         budget_s: seconds for each combination; what was begun is finished.
         progress: is told what is measured next.
         tools: makes what a measurement measures and remembers with.
+        random_weights: loads no weights; times do not depend on them.
 
     Raises:
         OSError: there is no such model, or it cannot be had.
         ValueError: an argument is invalid.
     """
     where = find_device(device)
-    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
-    backbone = AutoBackbone.from_pretrained(name, dtype=torch.float32, device=where, **options)
+    backbone = load_backbone(name, out_indices, torch.float32, where, random_weights)
     default = "bf16" if where.type == "cuda" else "fp32"
     sizes = sizes or (backbone.default_size,)
     for precision, size, batch in product(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,10 @@ from fastbb_kernels.accuracy import (
 )
 from fastbb_kernels.machine import find_device
 
-from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..backbone.registry import Upstream
 from ..engine.settings import DTYPES
+from .loading import load_backbone
 from .upstream import run_upstream, upstream_from, upstream_of
 
 _BATCH = 2
@@ -175,6 +174,7 @@ def verify_model(
     device: str | None = None,
     out_indices: Sequence[int] | None = None,
     mode: str | None = None,
+    random_weights: bool = False,
 ) -> VerifyReport:
     """Loads a backbone as users do and verifies it; the command `fastbb verify-model`.
 
@@ -186,15 +186,15 @@ def verify_model(
         device: cpu, cuda or cuda:N; default: a GPU if there is one.
         out_indices: of the maps; default: the model's own.
         mode: to prepare it in; default: it runs as loaded.
+        random_weights: loads no weights; the model and its reference get the same random ones.
 
     Raises:
         OSError: there is no such model, or it cannot be had.
         ValueError: an argument is invalid.
     """
     where = find_device(device)
-    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     dtype = torch.float32 if mode is not None else DTYPES[precision]
-    backbone = AutoBackbone.from_pretrained(name, dtype=dtype, device=where, **options)
+    backbone = load_backbone(name, out_indices, dtype, where, random_weights)
     if mode is not None:
         example = (batch, *(sizes[0] if sizes else backbone.default_size))
         backbone = backbone.prepare(mode=mode, precision=precision, example=example)

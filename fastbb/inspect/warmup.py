@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from triton import knobs
+from triton.runtime.cache import FileCacheManager
 
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import Architecture, KernelWarning
@@ -18,12 +18,15 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.precompiling import Compiled, Job, compile_jobs, n_cores, recording_jobs
 from fastbb_kernels.supported_gpus import gpu_problem, named
 
-from ..auto import AutoBackbone, AutoConfig
+from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from ..engine.prepare import example_pixels
 from ..engine.settings import DTYPES
+from ..extraction.store import OutputError
+from .facts import directory_state
+from .loading import config_without_weights
 
 BATCHES = (1, 8, 64)
 
@@ -123,12 +126,12 @@ def warm_up(
     Raises:
         OSError: there is no such model.
         ValueError: an argument is invalid, or there is neither a GPU nor `arch`.
+        OutputError: Triton's cache cannot be written.
     """
     device = None
     if arch is None:
         device, arch = gpu_here()
-    overrides: dict[str, Any] = {} if out_indices is None else {"out_indices": list(out_indices)}
-    config = AutoConfig.from_pretrained(name, **overrides)
+    config = config_without_weights(name, out_indices)
     with torch.device("meta"):
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval()
     size = size or backbone.default_size
@@ -142,6 +145,8 @@ def warm_up(
         except (ValueError, RuntimeError) as error:  # more than 2^63 bytes, or than 2^31 programs
             asked_for = f"{max(batches)} images of {size[0]}x{size[1]} pixels"
             raise ValueError(f"no GPU runs {asked_for} at once: {describe(error)}") from error
+    if jobs:
+        _check_cache()
     n_workers = max(1, min(n_workers or n_cores(), len(jobs)))
     started = time.perf_counter()
     compiled = tuple(_reported(compile_jobs(jobs, arch, n_workers), progress(len(jobs))))
@@ -151,6 +156,18 @@ def warm_up(
         backbone = AutoBackbone.from_config(config, dtype=DTYPES[precision]).eval().to(device)
         forwards = tuple(forward(backbone, (batch, *size)) for batch in sorted(set(batches)))
     return Warmth(arch, compiled, seconds, n_workers, forwards)
+
+
+def _check_cache() -> None:
+    """Raises OutputError if Triton's cache cannot be written: every kernel would fail by it."""
+    if knobs.cache.manager_class not in (None, FileCacheManager):
+        return
+    path = knobs.cache.dir
+    if (problem := directory_state(path)["problem"]) is not None:
+        raise OutputError(
+            f"cannot write Triton's cache {path}: {problem}; make it writable, or set "
+            "TRITON_CACHE_DIR to a directory that is"
+        )
 
 
 def gpu_here() -> tuple[torch.device, Architecture]:

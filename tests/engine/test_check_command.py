@@ -36,7 +36,7 @@ def test_machine_without_a_gpu_has_nothing_to_check(monkeypatch: pytest.MonkeyPa
     "arguments, message",
     [
         (("--op", "patch_mergin"), "op: wanted one of bias_act, .*, got 'patch_mergin'"),
-        (("--dtype", "fp64"), "'fp64' is not one of 'fp32', 'fp16', 'bf16'"),
+        (("--precision", "fp64"), "'fp64' is not one of 'fp32', 'fp16', 'bf16'"),
         (("--device", "gpu"), "device: wanted cpu, cuda or cuda:N, got 'gpu'"),
         (("--device", "meta"), "device: wanted cpu, cuda or cuda:N, got 'meta'"),
         (("--device", "cuda:99"), "device: cuda:99 is not there: torch sees [0-9]+ GPUs"),
@@ -72,7 +72,7 @@ def broken_check(folder: Path, *arguments: str) -> tuple[Result, int]:
 def test_broken_kernel_is_shown_as_off_and_exits_with_1(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    result, n_launches = broken_check(tmp_path, "--dtype", "bf16", "--dtype", "fp32")
+    result, n_launches = broken_check(tmp_path, "--precision", "bf16", "--dtype", "fp32")
     assert result.exit_code == 1 and n_launches == 2
     assert [line.split() for line in result.stdout.splitlines()[1:3]] == [
         ["op", "bf16", "fp32"],
@@ -81,8 +81,8 @@ def test_broken_kernel_is_shown_as_off_and_exits_with_1(
     problems = [line for line in result.stdout.splitlines() if line.startswith("patch_merging, ")]
     assert len(problems) == 2 and all("NaN where eager PyTorch has numbers" in p for p in problems)
     # remembered results are not checked again without --again
-    assert broken_check(tmp_path, "--dtype", "bf16")[1] == 0
-    assert broken_check(tmp_path, "--dtype", "bf16", "--again")[1] == 1
+    assert broken_check(tmp_path, "--precision", "bf16")[1] == 0
+    assert broken_check(tmp_path, "--precision", "bf16", "--again")[1] == 1
     assert len(recwarn) == 0
 
 

@@ -26,7 +26,7 @@ from fastbb.engine.interruption import (
     ending_on_signals,
     interruption_code,
 )
-from fastbb.extraction import pipeline
+from fastbb.extraction import open_features, pipeline
 from fastbb.extraction.store import FeatureWriter
 
 MODEL = "nano-resnet-digits"
@@ -228,12 +228,15 @@ def test_an_interruption_anywhere_exits_with_130_and_resumes(
     assert resumed.exit_code == 0 and "6 of 6 images have features" in resumed.stdout
 
 
-def test_sigterm_exits_with_143(
-    extract: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+def test_sigterm_exits_with_143_and_says_terminated(
+    extract: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = once(pipeline.FeatureExtractor._batch, lambda: swallowed(signal.SIGTERM))
     monkeypatch.setattr(pipeline.FeatureExtractor, "_batch", batch)
-    assert extract().exit_code == 143
+    result = extract()
+    assert result.exit_code == 143
+    assert "fastbb: terminated; the same command again goes on from here" in result.stderr
+    assert "reason    terminated\n" in open_features(tmp_path / "out").describe()
 
 
 def test_an_interrupted_trial_is_not_remembered_as_a_failure() -> None:

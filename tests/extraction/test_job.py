@@ -9,6 +9,7 @@ import torch
 
 from fastbb.extraction import ErrorBudgetError, FeatureExtractor, InputError, job, open_features
 from fastbb.extraction.job import extract
+from fastbb.extraction.store import FeatureWriter, OutputError
 
 
 def test_archive_gives_the_same_features_as_its_files(
@@ -184,6 +185,41 @@ def test_timings_are_logged_in_run_jsonl(
     with open(tmp_path / "out" / "run.jsonl", "a") as file:
         file.write('{"event":"sha')
     assert "images/s" in open_features(tmp_path / "out").describe()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OutputError("cannot write x: No space left on device"), "cannot write x: No space left"),
+        (MemoryError("no more"), "MemoryError: no more"),
+    ],
+    ids=["interruption", "disk", "defect"],
+)
+def test_a_stopped_run_shows_its_reason_until_it_goes_on(
+    model: Path,
+    make_images: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    reason: str,
+) -> None:
+    def stop(*args: object) -> None:
+        raise error
+
+    root = make_images(3)
+
+    def run() -> None:
+        extract(model, root, tmp_path / "out", shard_rows=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "commit", stop)
+        with pytest.raises(type(error)):
+            run()
+    lines = open_features(tmp_path / "out").describe().splitlines()
+    assert "not finished" in lines[0] and lines[1].startswith(f"reason    {reason}")
+    run()
+    assert "reason  " not in open_features(tmp_path / "out").describe()
 
 
 @pytest.mark.parametrize(

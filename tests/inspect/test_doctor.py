@@ -1,5 +1,6 @@
 """The doctor puts problems first, each with a remedy, and survives a broken machine."""
 
+import errno
 import json
 import os
 import shutil
@@ -58,6 +59,7 @@ class Pretended:
     free_bytes: int = 10 * 2**30
     cache_problem: str | None = None
     triton_cache_problem: str | None = None
+    triton_cache_dir: str | None = "triton"
 
     def apply(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         """Replaces the real machine by this one."""
@@ -84,7 +86,11 @@ class Pretended:
             include.mkdir(exist_ok=True)
             (include / "Python.h").touch()
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
+        monkeypatch.setenv("HOME", str(folder))
+        if self.triton_cache_dir is None:
+            monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        else:
+            monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / self.triton_cache_dir))
         for name in ("CC", "CXX", "THP_MEM_ALLOC_ENABLE"):
             monkeypatch.delenv(name, raising=False)
         pages = f"always [{self.huge_pages}] never"
@@ -125,21 +131,29 @@ def examine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return examined
 
 
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
 WITH_GPU = {"gpus": (GPU,), "gpu_sign": NVIDIA}
 
 
-@pytest.mark.parametrize("changes", [{}, WITH_GPU], ids=["cpu", "gpu"])
-def test_a_healthy_machine_has_neither_problems_nor_hints(
+EIGHT_GPUS = {"gpus": (GPU,) * 8, "gpu_sign": NVIDIA}
+
+
+@pytest.mark.parametrize("changes", [{}, WITH_GPU, EIGHT_GPUS], ids=["cpu", "gpu", "gpus"])
+def test_a_healthy_machine_has_neither_problems_nor_hints_and_fits_a_screen(
     examine: Any, changes: dict[str, Any]
 ) -> None:
     found = examine(**changes)
     assert (found.problems, found.hints) == ([], [])
     text = str(found)
-    assert text.splitlines()[0] == "no problems, no hints"
+    lines = text.splitlines()
+    assert lines[0] == "no problems, no hints"
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
     assert "AVX2, AVX-512, AMX BF16; torch uses AVX512" in text
     assert "8 usable cores, 8 threads" in text
-    assert "pyarrow missing" in text and "transformers 5.23.0" in text
-    assert f"{os.environ['TRITON_CACHE_DIR']}, 10.0 GiB free" in text
+    assert "~/triton, 10.0 GiB free" in text
     if changes:
         assert "NVIDIA H100: 9.0, 80.0 GiB, driver 580.1" in text and "not checked yet" in text
     else:
@@ -148,6 +162,12 @@ def test_a_healthy_machine_has_neither_problems_nor_hints(
     table = text.split("\n\n")[1].splitlines()
     column = table[0].index("0.1.0")
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in table)
+
+    details = found.text(verbose=True)
+    assert max(map(len, details.splitlines())) <= 80
+    shown = unwrapped(details)
+    assert "pyarrow missing" in shown and "transformers 5.23.0" in shown and "JPEG, AVIF" in shown
+    assert not any(name in text for name in ("pyarrow", "transformers", "AVIF"))
 
 
 OLD_TORCH = (Package("torch", "2.8.1", ">=2.9", None),)
@@ -203,13 +223,31 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str, str]] = {
     "no_header": ({"header": False}, "no Python.h", "apt install python3-dev"),
     "read_only_cache": (
         {"cache_problem": "Permission denied"},
-        "/fastbb cannot be written (Permission denied): every process checks",
+        "/fastbb cannot be made (Permission denied): every process checks",
         "XDG_CACHE_HOME",
     ),
-    "full_disk": ({"free_bytes": 4096}, "/fastbb is full", "free some space"),
+    "full_disk": (
+        {"free_bytes": 4096, "triton_cache_dir": None},
+        "/fastbb is full",
+        "free some space",
+    ),
+    "disk_that_says_it_is_full": (
+        {"cache_problem": os.strerror(errno.ENOSPC)},
+        "/fastbb is full",
+        "free some space",
+    ),
+    "no_space_where_nothing_can_be_made": (
+        {
+            "cache_problem": os.strerror(errno.EROFS),
+            "free_bytes": 0,
+            "triton_cache_dir": None,
+        },
+        "/fastbb cannot be made (Read-only file system)",
+        "set XDG_CACHE_HOME",
+    ),
     "read_only_triton_cache": (
         {**WITH_GPU, "triton_cache_problem": "Permission denied"},
-        "/triton cannot be written (Permission denied): no kernel can be compiled",
+        "/triton cannot be made (Permission denied): no kernel can be compiled",
         "TRITON_CACHE_DIR",
     ),
 }
@@ -221,9 +259,8 @@ def test_a_problem_stands_first_with_its_remedy(examine: Any, name: str) -> None
     found = examine(**changes)
     (problem,) = found.problems
     assert what in problem.what and remedy in problem.remedy
-    lines = str(found).splitlines()
-    assert lines[0] == "1 problem, no hints"
-    assert lines[1] == f"problem: {problem.what}" and lines[2].strip() == problem.remedy
+    text = unwrapped(str(found))
+    assert text.startswith(f"1 problem, no hints problem: {problem.what} do: {problem.remedy} ")
     assert found.to_dict()["problems"] == [{"what": problem.what, "remedy": problem.remedy}]
 
 
@@ -237,6 +274,10 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "old_gpu": ({"gpus": (replace(GPU, capability="7.0"),)}, "needs no kernels of ours"),
     "new_gpu": ({"gpus": (replace(GPU, capability="13.0"),)}, "needs no kernels of ours"),
     "consumer_amd": ({"gpus": (replace(GPU, capability="gfx1100"),)}, "needs no kernels of ours"),
+    "triton_cache_that_was_asked_for": (
+        {"triton_cache_problem": "Permission denied"},
+        "set TRITON_CACHE_DIR",
+    ),
     "no_avif": ({"formats": (("JPEG", True), ("AVIF", False))}, "pip install --upgrade pillow"),
 }
 
@@ -272,7 +313,7 @@ VERSIONS = (
         {**WITH_GPU, "huge_pages": "madvise", "flags": frozenset({"avx2"})},
         {"gpus": (replace(GPU, device="AMD MI300X", capability="gfx942", driver=""),)},
         {"packages": VERSIONS},
-        {"triton_cache_problem": "Permission denied"},
+        {"triton_cache_problem": "Permission denied", "triton_cache_dir": None},
     ],
     ids=["hidden_gpu", "half_the_cores", "cpu_beside_gpu", "amd", "versions", "no_kernels"],
 )
@@ -309,9 +350,13 @@ def test_results_of_earlier_runs_are_shown(examine: Any, tmp_path: Path) -> None
     assert problem.what == "patch_embed float32 tf32 failed its check on NVIDIA H100: NaN"
     assert "fastbb check --again" in problem.remedy
     text = str(found)
-    assert "passed: patch_embed, window_attention\n" in text
-    assert "failed: patch_embed\n" in text
-    assert "swin/fp32/8x224x224: triton" in text
+    assert "GPU             2 x NVIDIA H100: 9.0" in text
+    assert "3 checked by op and dtype, 1 failed" in text and "1 shape of models" in text
+    assert "passed: " not in text
+    details = found.text(verbose=True)
+    assert "passed: patch_embed, window_attention\n" in details
+    assert "failed: patch_embed\n" in details
+    assert details.count("swin/fp32/8x224x224: triton") == 1
     assert found.facts["gpus"][0]["results"]["tuned"] == {"swin/fp32/8x224x224": "triton"}
 
 
@@ -322,7 +367,7 @@ def test_the_cache_of_this_machine_is_read(tmp_path: Path, monkeypatch: pytest.M
     assert not any(tmp_path.iterdir())  # nothing is created
     cache.put("self_check", "patch_embed/torch.float32", {"problem": "wrong by 3"})
     cache.put("tuned", "swin/fp32/1x64x64", {"winner": "compile", "trials": []})
-    result = CliRunner().invoke(main, ["doctor"])
+    result = CliRunner().invoke(main, ["doctor", "-v"])
     assert result.exit_code == 1
     assert "problem: patch_embed float32 failed its check" in result.stdout
     assert "swin/fp32/1x64x64: compile" in result.stdout
@@ -339,7 +384,8 @@ def test_doctor_command_and_its_json_agree(tmp_path: Path, monkeypatch: pytest.M
     assert list(values)[:2] == ["problems", "hints"]
     for kind in ("problem", "hint"):
         for finding in values[f"{kind}s"]:
-            assert f"{kind}: {finding['what']}\n    {finding['remedy']}\n" in text.stdout
+            said = f"{kind}: {finding['what']} do: {finding['remedy']} "
+            assert said in unwrapped(text.stdout)
     assert text.exit_code == as_json.exit_code == (1 if values["problems"] else 0)
     assert values["torch"]["version"] == torch.__version__
     assert values["cpu"]["threads"] == threads

@@ -90,6 +90,19 @@ def test_mode_auto_runs_the_tuned_winner(user_cache: Path, compiler: Any) -> Non
     assert "measured before" not in ready.explain().rows[0].why
 
 
+def test_random_weights_are_measured_and_remembered_for_the_model(
+    user_cache: Path, compiler: Any, tmp_path: Path
+) -> None:
+    config = AutoBackbone.from_pretrained(MODEL).config
+    config.save_pretrained(tmp_path / "model")  # and no weights
+    result = tune(str(tmp_path / "model"), "--random-weights", "--batch", "1", "--size", "32x32")
+    assert result.exit_code == 0 and "fp32, 1x32x32: " in result.stdout, result.output
+    ready = prepare(AutoBackbone.from_pretrained(MODEL), "auto", None, (1, 32, 32), tools=Tools())
+    assert "measured before on this machine" in ready.explain().rows[0].why
+    refused = tune(str(tmp_path / "model"), "--batch", "1", "--size", "32x32")
+    assert refused.exit_code == 2 and "weights" in refused.stderr
+
+
 def test_failing_candidate_is_reported_and_eager_wins(user_cache: Path, compiler: Any) -> None:
     def fails(*args: Any) -> Any:
         raise RuntimeError("no compiler here")
@@ -110,12 +123,13 @@ def test_failing_candidate_is_reported_and_eager_wins(user_cache: Path, compiler
         (("no-such-model",), "no-such-model"),
         ((MODEL, "--size", "32"), "wanted height x width"),
         ((MODEL, "--batch", "0"), "0 is not in the range"),
-        ((MODEL, "--dtype", "fp64"), "'fp64' is not one of"),
-        ((MODEL, "--dtype", "tf32", "--device", "cpu"), "precision='tf32' needs an NVIDIA GPU"),
+        ((MODEL, "--precision", "fp64"), "'fp64' is not one of"),
+        ((MODEL, "--dtype", "fp64"), "'--precision': 'fp64' is not one of"),
+        ((MODEL, "--precision", "tf32", "--device", "cpu"), "precision='tf32' needs an NVIDIA GPU"),
         ((MODEL, "--device", "tpu"), "device: wanted cpu, cuda or cuda:N, got 'tpu'"),
         ((MODEL, "--budget", "0"), "is not in the range"),
     ],
-    ids=["model", "size", "batch", "dtype", "tf32", "device", "budget"],
+    ids=["model", "size", "batch", "precision", "dtype", "tf32", "device", "budget"],
 )
 def test_wrong_arguments_exit_with_2(
     arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch

@@ -1,197 +1,23 @@
-"""Contact sheets: what is drawn where, and that it depends on the features alone."""
+"""`fastbb view`: which images, sizes and stages make a sheet, and where it is written."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps, ImageStat
+from PIL import ExifTags, Image, ImageOps
 
-from fastbb import AutoBackbone, AutoImageProcessor, SwinBackbone
-from fastbb.inspect.view import _view_size, contact_sheet, view
+from fastbb import AutoBackbone, AutoImageProcessor, SwinBackbone, TimmBackboneConfig
+from fastbb.extraction.store import OutputError
+from fastbb.inspect.contact_sheet import contact_sheet
+from fastbb.inspect.view import _unlike, _view_size, view
 
-MARGIN_PX, GAP_PX = 32, 14
-
-
-def half_and_half(left: int, right: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """Grey image [H, W] = size[::-1] whose halves have these values."""
-    image = Image.new("L", size, left)
-    image.paste(right, (size[0] // 2, 0, *size))
-    return image.convert("RGB")
-
-
-def random_maps(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def tiles(sheet: Image.Image, n_rows: int, n_columns: int, tile: tuple[int, int]):
-    """The pictures of a sheet without its captions: tiles[row][column]."""
-    left = MARGIN_PX
-    top = sheet.height - MARGIN_PX - n_rows * (tile[1] + GAP_PX) + GAP_PX
-    return [
-        [
-            sheet.crop((x, y, x + tile[0], y + tile[1]))
-            for x in range(left, left + n_columns * (tile[0] + GAP_PX), tile[0] + GAP_PX)
-        ]
-        for y in range(top, top + n_rows * (tile[1] + GAP_PX), tile[1] + GAP_PX)
-    ]
-
-
-def n_colours(picture: Image.Image) -> int:
-    return len(picture.getcolors(picture.width * picture.height) or [])
-
-
-def lightness(picture: Image.Image) -> float:
-    return ImageStat.Stat(picture.convert("L")).mean[0]
+MARGIN_PX, GAP_PX, CAPTIONS_PX = 32, 14, 54
 
 
 def max_difference(a: Image.Image, b: Image.Image) -> int:
     return int(np.abs(np.asarray(a, int) - np.asarray(b, int)).max())
-
-
-def test_sheet_holds_the_image_and_one_crisp_picture_per_stage() -> None:
-    image = half_and_half(40, 200)
-    maps = random_maps((1, 8, 12, 16), (1, 16, 3, 4))
-    sheet = contact_sheet(image, maps, ["stage1", "stage2"])
-    shown, fine, coarse = tiles(sheet, 1, 3, (336, 252))[0]
-    assert max_difference(shown, image.resize((336, 252), Image.Resampling.LANCZOS)) == 0
-    for picture, (w, h) in [(fine, (16, 12)), (coarse, (4, 3))]:
-        cells = picture.resize((w, h), Image.Resampling.NEAREST)
-        assert max_difference(picture, cells.resize(picture.size, Image.Resampling.NEAREST)) == 0
-        assert n_colours(cells) == w * h
-
-
-def test_captions_and_title_are_drawn() -> None:
-    maps = random_maps((1, 8, 3, 4))
-    image = half_and_half(0, 255)
-    plain = contact_sheet(image, maps, ["stage1"])
-    assert max_difference(plain, contact_sheet(image, maps, ["stage2"])) > 0
-    titled = contact_sheet(image, maps, ["stage1"], title="A long title " * 9)
-    assert titled.height > plain.height
-    assert titled.width > plain.width
-    strip = titled.crop((0, 0, titled.width, MARGIN_PX + 22))
-    assert np.asarray(strip).max() > 200
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda x: -x, id="negated"),
-        pytest.param(lambda x: x * 1000, id="scaled"),
-        pytest.param(lambda x: x + torch.arange(8.0)[:, None, None], id="shifted"),
-        pytest.param(lambda x: x.flip(1), id="channels-reversed"),
-        pytest.param(lambda x: x.double(), id="float64"),
-        pytest.param(lambda x: x.requires_grad_(), id="with-gradient"),
-    ],
-)
-def test_a_picture_does_not_depend_on_sign_scale_offset_or_dtype(change) -> None:
-    image = half_and_half(0, 255)
-    (maps,) = random_maps((1, 8, 12, 16))
-    before = contact_sheet(image, [maps], ["stage1"])
-    assert max_difference(before, contact_sheet(image, [change(maps)], ["stage1"])) <= 1
-
-
-def test_signs_are_settled_for_an_image_of_one_colour_too() -> None:
-    grey = half_and_half(128, 128)
-    for maps in random_maps(*[(1, 8, 12, 16)] * 8):
-        sheets = [contact_sheet(grey, [m], ["stage1"]) for m in (maps, maps.flip(1), -maps)]
-        assert max_difference(sheets[0], sheets[1]) <= 1
-        assert max_difference(sheets[0], sheets[2]) <= 1
-
-
-def test_bfloat16_maps_are_drawn() -> None:
-    maps = [m.bfloat16() for m in random_maps((1, 8, 6, 8))]
-    sheet = contact_sheet(half_and_half(0, 255), maps, ["stage1"])
-    assert n_colours(tiles(sheet, 1, 2, (336, 252))[0][1]) == 48
-
-
-def test_many_stages_are_drawn_in_several_lines() -> None:
-    image = half_and_half(0, 255)
-    maps = random_maps(*[(1, 8, 3, 4)] * 7)
-    sheet = contact_sheet(image, maps, [f"stage{i}" for i in range(7)])
-    assert sheet.width == contact_sheet(image, maps[:3], ["a", "b", "c"]).width
-    last = tiles(sheet, 1, 4, (336, 252))[0][3]
-    alone = tiles(contact_sheet(image, maps[6:], ["stage6"]), 1, 2, (336, 252))[0][1]
-    assert max_difference(last, alone) == 0
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_strongest_direction_is_light_where_the_image_is_light(sign: int) -> None:
-    maps = torch.zeros(1, 4, 6, 8)
-    maps[:, 2, :, 4:] = sign * 5.0
-    for image, lighter in [(half_and_half(0, 255), "right"), (half_and_half(255, 0), "left")]:
-        picture = tiles(contact_sheet(image, [maps], ["s"]), 1, 2, (336, 252))[0][1]
-        left, right = picture.crop((0, 0, 168, 252)), picture.crop((168, 0, 336, 252))
-        assert (lightness(right) > lightness(left) + 60) == (lighter == "right")
-        assert (lightness(left) > lightness(right) + 60) == (lighter == "left")
-
-
-@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1), (1, 1, -1)], ids=str)
-def test_weaker_directions_are_red_and_yellow_where_the_image_is(signs: tuple[int, ...]) -> None:
-    # three independent patterns of quadrants, the third +1 at the top left and the bottom right
-    rows, columns = torch.meshgrid(*[torch.tensor([1.0, 1, -1, -1])] * 2, indexing="ij")
-    patterns = torch.stack([rows, columns, rows * columns])
-    colours = torch.tensor([[50.0, 50, 50], [35, -18, 0], [8, 8, -60]])
-    rgb = (128 + torch.einsum("khw,kc->hwc", patterns, colours)).byte().numpy()
-    maps = patterns * torch.tensor([8, 4, 2])[:, None, None] * torch.tensor(signs)[:, None, None]
-    sheet = contact_sheet(Image.fromarray(rgb), [maps[None]], ["stage1"])
-    picture = tiles(sheet, 1, 2, (336, 336))[0][1].resize((4, 4), Image.Resampling.NEAREST)
-    red, green, blue = torch.from_numpy(np.array(picture)).double().permute(2, 0, 1)
-    assert ((red - green) * columns).mean() > 20
-    assert (((red + green) / 2 - blue) * rows * columns).mean() > 20
-
-
-def test_colours_are_comparable_between_images() -> None:
-    one, other = random_maps((1, 8, 6, 8), (1, 8, 6, 8))
-    image = half_and_half(0, 255)
-    sheet = contact_sheet([image] * 3, [torch.cat([one, other, one])], ["stage1"])
-    (_, first), (_, second), (_, third) = tiles(sheet, 3, 2, (336, 252))
-    assert max_difference(first, third) == 0
-    assert max_difference(first, second) > 50
-
-
-def test_one_extreme_cell_does_not_flatten_the_rest() -> None:
-    maps = torch.zeros(1, 3, 8, 8)
-    maps[:, 0, :, 4:] = 1.0
-    maps[:, 0, 0, 7] = 1000.0
-    image = half_and_half(0, 255, (64, 64))
-    picture = tiles(contact_sheet(image, [maps], ["s"]), 1, 2, (336, 336))[0][1]
-    halves = [lightness(picture.crop((x, 100, x + 100, 300))) for x in (0, 200)]
-    assert halves[1] > halves[0] + 60
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 8, 1, 1), (1, 1, 6, 8), (1, 2, 6, 8), (1, 64, 1, 2)], ids=str
-)
-def test_maps_with_few_cells_or_channels_are_drawn(shape: tuple[int, ...]) -> None:
-    sheet = contact_sheet(half_and_half(0, 255), random_maps(shape), ["stage1"])
-    # one channel gives greys only, and of those a few coincide
-    assert n_colours(tiles(sheet, 1, 2, (336, 252))[0][1]) >= 0.9 * shape[2] * shape[3]
-
-
-def test_flat_map_is_grey_and_not_amplified_rounding() -> None:
-    maps = torch.full((1, 8, 6, 8), 0.1) + 1e-9 * torch.randn(1, 8, 6, 8)
-    picture = tiles(contact_sheet(half_and_half(0, 255), [maps], ["s"]), 1, 2, (336, 252))[0][1]
-    assert np.ptp(np.asarray(picture, int), axis=(0, 1)).max() <= 2
-
-
-@pytest.mark.parametrize(
-    ("images", "maps", "names", "message"),
-    [
-        ([], [], [], "at least one image"),
-        ([(8, 8), (8, 9)], [torch.ones(2, 3, 2, 2)], ["a"], "one size, got 8x8, 9x8"),
-        ([(8, 8)], [torch.ones(1, 3, 2, 2)], ["a", "b"], "1 maps and 2 names"),
-        ([(8, 8)], [torch.ones(2, 3, 2, 2)], ["a"], r"B = 1 images, got \[2, 3, 2, 2\]"),
-        ([(8, 8)], [torch.ones(3, 2, 2)], ["a"], r"got \[3, 2, 2\]"),
-        ([(8, 8)], [torch.ones(1, 3, 0, 2)], ["a"], r"got \[1, 3, 0, 2\]"),
-        ([(8, 8)], [torch.full((1, 3, 2, 2), torch.nan)], ["a"], "'a' holds NaN"),
-    ],
-    ids=["no-image", "sizes", "names", "batch", "3-d", "empty-map", "nan"],
-)
-def test_bad_input_is_named(images, maps, names, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        contact_sheet([Image.new("RGB", size) for size in images], maps, names)
 
 
 @pytest.mark.parametrize(
@@ -241,15 +67,143 @@ def test_view_writes_the_sheet_of_all_stages(photo: Path, tmp_path: Path, size) 
         assert max_difference(sheet, want) <= 1
 
 
-def test_view_names_the_size_of_a_model_that_takes_no_other(
+@pytest.mark.parametrize(
+    ("shapes", "shown"),
+    [
+        ([(8, 4, 4)] * 12, [2, 5, 8, 11]),
+        ([(8, 4, 4)] * 24, [5, 11, 17, 23]),
+        ([(8, 4, 4)] * 6, [0, 2, 3, 5]),
+        ([(8, 4, 4)] * 4, [0, 1, 2, 3]),
+        ([(8, 8, 8), (8, 4, 4), (8, 2, 2), (8, 1, 1), (9, 1, 1)], [0, 1, 2, 3, 4]),
+        ([(8, 8, 8)] + [(8, 4, 4)] * 8 + [(9, 4, 4)] * 2, [0, 2, 4, 6, 8, 9, 10]),
+    ],
+    ids=["vit", "large-vit", "six", "four", "pyramid", "mixed"],
+)
+def test_four_of_many_maps_of_one_shape_are_shown(shapes, shown: list[int]) -> None:
+    assert _unlike(shapes) == shown
+
+
+def save_vit(directory: Path, **options: object) -> Path:
+    """A tiny timm ViT with a patch of 14, for images of 56x56."""
+    options |= {"embed_dim": 24, "num_heads": 1, "depth": 6, "patch_size": 14, "img_size": 56}
+    config = TimmBackboneConfig("vit_tiny_patch16_224", backbone_kwargs=options)
+    AutoBackbone.from_config(config).save_pretrained(directory)
+    processor = AutoImageProcessor.from_pretrained("vit_tiny_patch16_224", input_size=(3, 56, 56))
+    processor.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Sizes of the images, shapes of the maps and names of the stages of every sheet."""
+    calls: list[tuple[Any, ...]] = []
+
+    def spy(images: Any, maps: Any, names: Any, **options: Any) -> Image.Image:
+        shapes = [[tuple(one.shape) for one in column] for column in maps]
+        calls.append(([(i.height, i.width) for i in images], shapes, names, options))
+        return contact_sheet(images, maps, names, **options)
+
+    monkeypatch.setattr("fastbb.inspect.view.contact_sheet", spy)
+    return calls
+
+
+def test_sizes_are_rounded_to_the_patch(photo: Path, tmp_path: Path, drawn: list[Any]) -> None:
+    view(photo, save_vit(tmp_path / "vit"), tmp_path / "sheet.png")
+    ((sizes, shapes, names, _),) = drawn
+    assert sizes == [(98, 154)]  # timm does not turn images upright
+    assert shapes == [[(24, 7, 11)]] * 4
+    assert names == ["blocks.0", "blocks.2", "blocks.3", "blocks.5"]
+
+
+def test_a_model_that_takes_one_size_only_gets_it(
+    photo: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
+    model = save_vit(tmp_path / "vit", dynamic_img_size=False)
+    view(photo, model, tmp_path / "sheet.png")
+    assert drawn[0][0] == [(56, 56)]
+    with pytest.raises(ValueError, match=r"at 70x42 \(.*\); some models .* try size 56x56"):
+        view(photo, model, tmp_path / "sheet.png", size=(70, 42))
+
+
+def test_a_model_that_takes_no_size_is_named(
     photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
         raise RuntimeError("196 tokens only")
 
     monkeypatch.setattr(SwinBackbone, "forward", refuse)
-    with pytest.raises(ValueError, match=r"at 160x96 \(196 tokens only\); .* such as 64x64"):
+    with pytest.raises(ValueError, match=r"the model does not run at 64x64 \(196 tokens only\)$"):
         view(photo, "nano-swin-digits", tmp_path / "sheet.png")
+
+
+def test_several_images_of_other_shapes_are_rows_of_one_sheet(
+    photo: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
+    wide = Image.linear_gradient("L").resize((128, 64)).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    paths = [photo, str(tmp_path / "wide.png")]
+    path = view(paths, "nano-swin-digits", tmp_path / "sheet.png", stages=["stage2"])
+    ((sizes, shapes, _, options),) = drawn
+    assert sizes == [(160, 96), (64, 128)]
+    assert shapes == [[(24, 20, 12), (24, 8, 16)]]
+    assert options == {
+        "title": "2 images · nano-swin-digits",
+        "labels": ["photo.png", "wide.png"],
+    }
+    label_height, first_tile = 27, 336
+    with Image.open(path) as sheet:
+        shown = sheet.crop((MARGIN_PX, 0, MARGIN_PX + 336, sheet.height))
+    top = MARGIN_PX + 44 + CAPTIONS_PX + label_height + first_tile + GAP_PX + label_height
+    second = shown.crop((0, top, 336, top + 168))
+    want = wide.resize((336, 168), Image.Resampling.LANCZOS)
+    assert max_difference(second, want) == 0
+
+
+@pytest.mark.parametrize(
+    ("stages", "names"),
+    [
+        (["stage3", "stem"], ["stem", "stage3"]),
+        (["-1", 0], ["stem", "stage4"]),
+        (["stage4", "4"], ["stage4"]),
+    ],
+    ids=["names", "indices", "twice"],
+)
+def test_stages_are_chosen_by_name_or_index(
+    photo: Path, tmp_path: Path, drawn: list[Any], stages: list[str], names: list[str]
+) -> None:
+    view(photo, "nano-swin-digits", tmp_path / "sheet.png", stages=stages)
+    assert drawn[0][2] == names
+
+
+@pytest.mark.parametrize("stages", [["stage9"], ["5"], []], ids=str)
+def test_stages_that_are_not_there_are_an_error(
+    photo: Path, tmp_path: Path, stages: list[str]
+) -> None:
+    with pytest.raises(ValueError, match="stages: wanted .* of stem, stage1, .*stage4"):
+        view(photo, "nano-swin-digits", tmp_path / "sheet.png", stages=stages)
+
+
+def test_no_image_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wanted at least one image, got none"):
+        view([], "nano-swin-digits", tmp_path / "sheet.png")
+
+
+def test_missing_directories_of_the_picture_are_made(photo: Path, tmp_path: Path) -> None:
+    assert view(photo, "nano-swin-digits", tmp_path / "a" / "b" / "sheet.jpg").is_file()
+    with pytest.raises(OSError, match="no-such-model"):
+        view(photo, "no-such-model/at-all", tmp_path / "c" / "sheet.jpg")
+    assert not (tmp_path / "c").exists()  # whatever fails, fails before
+
+
+def test_a_picture_that_cannot_be_written_is_an_output_error(photo: Path, tmp_path: Path) -> None:
+    for name in ("sheet", "sheet.txt"):
+        with pytest.raises(ValueError, match="wanted a name that ends in .png"):
+            view(photo, "nano-swin-digits", tmp_path / name)
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OutputError, match="cannot write .*sheet.png: (Not a directory|File exists)"
+    ):
+        view(photo, "nano-swin-digits", tmp_path / "file" / "sheet.png")
 
 
 @pytest.mark.parametrize(

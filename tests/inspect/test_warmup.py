@@ -309,6 +309,20 @@ def test_wrong_arguments_exit_with_2(
     assert message in " ".join(result.stderr.split())
 
 
+def test_a_cache_that_cannot_be_written_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    result = fastbb_warmup(*TINY, "--arch", "90")
+    assert result.exit_code == 6, result.output
+    assert result.stderr == (
+        f"fastbb: cannot write Triton's cache {tmp_path / 'file' / 'cache'}: Not a directory; make "
+        "it writable, or set TRITON_CACHE_DIR to a directory that is\n"
+    )
+    assert not result.stdout
+
+
 def test_arch_option_lists_every_architecture() -> None:
     assert tuple(map(str, ARCHITECTURES)) == cli.ARCHITECTURES
 

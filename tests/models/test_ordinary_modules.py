@@ -276,7 +276,8 @@ def test_hooks_leave_the_maps_of_a_torchvision_backbone_unchanged() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("field", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_of_everything_in_training_is_upstreams_layer_by_layer(field: str) -> None:
-    upstream = hf_swin(**{field: 1.0})
+    config: dict[str, Any] = {field: 1.0}
+    upstream = hf_swin(**config)
     backbone = from_hf(upstream)
     for module in backbone.modules():
         module.register_forward_hook(lambda *_: None)
