@@ -4,7 +4,6 @@ import enum
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL
+from fastbb_kernels.warning import warn_caller
 
 from ..weights.derived import RemembersDerived
 from ..weights.folded_weights import autocasts
@@ -553,8 +553,7 @@ def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
 
 def warn_untrained(names: Sequence[str]) -> None:
     """Warns once about stages whose norm is missing in the checkpoint."""
-    warnings.warn(
+    warn_caller(
         f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
-        "with weight 1 and bias 0, as transformers does.",
-        stacklevel=3,
+        "with weight 1 and bias 0, as transformers does."
     )

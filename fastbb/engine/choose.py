@@ -1,6 +1,5 @@
 """The choice of what runs for one shape of input: what the mode says, or what was measured."""
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +7,7 @@ from torch import Tensor
 
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
+from fastbb_kernels.warning import warn_caller
 
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
@@ -99,7 +99,7 @@ class Chooser:
 
     def warn(self, text: str) -> None:
         """Warns of something that does not run as it was asked to."""
-        warnings.warn(f"{self.name}: {text}", EngineWarning, stacklevel=2)
+        warn_caller(f"{self.name}: {text}", EngineWarning)
 
     def decide(self, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
         """The plan for pixels of this shape.

@@ -8,7 +8,6 @@ differ, or ours takes longer.
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import computes_nothing, launches_on
 from fastbb_kernels.fp32_precision import fp32_products
+from fastbb_kernels.warning import warn_caller
 
 from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
 from ..engine.settings import DTYPES, Settings
@@ -480,7 +480,7 @@ class Replacement(OwnForward):
         self.off = problem
         self.choices.clear()
         what = f"{self.name or 'the model'} ({type(self.module).__name__})"
-        warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
+        warn_caller(f"{what} runs upstream's forward: {problem}", AccelerateWarning)
 
 
 # a call that has so many times the elements is compared and timed again
