@@ -1,5 +1,6 @@
 """The choice of what runs for one shape of input: what the mode says, or what was measured."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class Chooser:
 
     def renew_ways(self) -> None:
         """Forgets what was compiled and recorded."""
-        self.ways = Ways(self._computation, lambda seconds: self.cost.record(seconds))
+        self.ways = Ways(self._computation, self._compiling)
 
     @property
     def cost(self) -> CompileCost:
@@ -75,6 +76,9 @@ class Chooser:
             expected = self._settings.expected_images
             self._cost = CompileCost(expected, self._plain, self._clock, self.cache, key)
         return self._cost
+
+    def _compiling(self, pixels: Tensor) -> AbstractContextManager[None]:
+        return self.cost.compiling(f"{self.name} for {by(tuple(pixels.shape))}")
 
     @property
     def name(self) -> str:
