@@ -313,12 +313,10 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         return prepare(self, mode, precision, example, cuda_graph, expected_images)
 
     def explain(self) -> "Explanation":
-        """Prints and returns, for every shape of input so far, how it runs and why."""
+        """How each shape of input so far runs, and why; a table at a prompt or when printed."""
         from ..engine.prepare import explain
 
-        explanation = explain(self)
-        print(explanation)
-        return explanation
+        return explain(self)
 
     def verify(
         self, reference: str | nn.Module = "auto", inputs: Tensor | Sequence[Tensor] | None = None

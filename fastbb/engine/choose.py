@@ -12,7 +12,7 @@ from fastbb_kernels.warning import warn_caller
 
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
-from .measuring import Clock, describe, wall_clock
+from .measuring import Clock, describe, duration, wall_clock
 from .settings import DTYPES, EngineWarning, Settings, Tools
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
@@ -44,6 +44,12 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.why = "; ".join(filter(None, (self.why, self.way.why)))
+
+    @property
+    def time(self) -> str:
+        """The measured time of its way, or ""."""
+        seconds = [t.seconds for t in self.trials if t.name == self.way.name and t.seconds]
+        return duration(seconds[0]) if seconds else ""
 
 
 class Chooser:

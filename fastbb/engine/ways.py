@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_on
@@ -120,9 +120,14 @@ class Ways:
         with torch.no_grad(), use_impl("auto"):
             return self._computation.feature_maps(pixel_values)
 
-    def has_artefact(self, name: str) -> bool:
-        """Whether a mode was compiled."""
-        return name in self._artefacts
+    def has_artefact(self, name: str | None = None) -> bool:
+        """Whether a mode was compiled; any mode for None."""
+        return bool(self._artefacts) if name is None else name in self._artefacts
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """Copies of the module in a dtype that the CPU multiplies in."""
+        return [] if self._wide is None else [self._wide[0].module]
 
     def _eager(self, pixel_values: Tensor) -> Way:
         """Eager; on a CPU as many images at once as memory stays cheap for."""
