@@ -67,12 +67,14 @@ class Choice:
         why: it does, or does not.
         size: of the call that decided, see `size_of`; a much larger call decides anew.
         formats: memory format of each tensor of upstream's result; None where it has another.
+        times: of ours and of upstream's, where both were measured.
     """
 
     ours: bool
     why: str
     size: int = 0
     formats: list[torch.memory_format | None] = field(default_factory=list)
+    times: Comparison | None = None
 
 
 class Timings:
@@ -164,10 +166,16 @@ class Replacement(OwnForward):
             raise Refused(f"reading it failed: {describe(error)}") from error
 
     @property
+    def last_choice(self) -> Choice | None:
+        """The choice for the form of call decided last; None if the last call was upstream's."""
+        choices = list(self.choices.values())
+        return choices[-1] if self.last_reason is None and choices else None
+
+    @property
     def is_running_ours(self) -> bool:
         """Whether ours runs: for the form of call decided last, and nothing spoke against it."""
-        choices = list(self.choices.values())
-        return self.last_reason is None and bool(choices) and choices[-1].ours
+        choice = self.last_choice
+        return choice is not None and choice.ours
 
     # --- bound on the module
 
@@ -308,7 +316,7 @@ class Replacement(OwnForward):
             any(tensor.requires_grad for tensor in tensors) or any(self._trained)
         ):
             forget_derived(self.module)  # the parameters are about to change
-            return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
+            return "a gradient is needed: call the model under torch.inference_mode()"
         like = next(self._structure.parameters(), None)
         if like is None:
             return "it has no parameters"
@@ -420,8 +428,8 @@ class Replacement(OwnForward):
                 (form, size.bit_length() // 2),  # within a factor of four
                 lambda: self._time(choice, method, args, kwargs),
             )
-            choice.ours = times.ratio <= 1 + TIE
-            choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
+            choice.ours, choice.times = times.ratio <= 1 + TIE, times
+            choice.why = f"ours {duration(times.ours)}, upstream {duration(times.theirs)}"
         self.choices[form] = choice
         return got if choice.ours else want
 
