@@ -430,6 +430,8 @@ class Replacement(OwnForward):
             )
             choice.ours, choice.times = times.ratio <= 1 + TIE, times
             choice.why = f"ours {duration(times.ours)}, upstream {duration(times.theirs)}"
+            if (times.ours <= (1 + TIE) * times.theirs) != choice.ours:  # on a busy machine
+                choice.why += f"; median ratio of pairs {times.ratio:.2f}"
         self.choices[form] = choice
         return got if choice.ours else want
 

@@ -95,6 +95,21 @@ def test_times_name_both_sides(times: Callable[..., None]) -> None:
     assert total(report) is None
 
 
+@pytest.mark.parametrize("ratio, runs", [(0.8, "fastbb"), (1.2, "upstream")])
+@torch.no_grad()
+def test_medians_that_contradict_the_verdict_have_its_ratio_beside_them(
+    ratio: float, runs: str, times: Callable[..., None]
+) -> None:
+    medians = (2.0, 1.0) if runs == "fastbb" else (1.0, 2.0)
+    times(SLOWER, Comparison(*medians, ratio))
+    model = swin_classifier()
+    report = fastbb.accelerate(model)
+    infer(model)
+    ours, theirs = (f"{seconds:.0f} s" for seconds in medians)
+    why = f"ours {ours}, upstream {theirs}; median ratio of pairs {ratio:.2f}"
+    assert {row[2:] for row in report.rows()} == {(runs, why)}
+
+
 @pytest.mark.parametrize(
     ("make", "whole", "block", "wanted"),
     [
