@@ -152,7 +152,7 @@ class AccelerateReport:
         if n_ours or not self.replaced:
             return title
         has_run = any(r.choices for r in self.replaced)
-        reasons = Counter(r.off or r.last_reason for r in self.replaced if r.off or r.last_reason)
+        reasons = Counter(r.why_upstream for r in self.replaced if r.why_upstream is not None)
         usual = reasons.most_common(1) or [("upstream is faster" if has_run else "none has run", 0)]
         return f"{title}, because {usual[0][0]}"
 
@@ -262,8 +262,9 @@ def accelerate(
         left_alone.append(LeftAlone("", type(model).__name__, why))
     report = AccelerateReport(model, settings, replaced, left_alone)
     if strict and (left_alone or not replaced):
+        problem = f"strict=True, and not everything can be accelerated.\n{report}"
         restore(model)
-        raise ValueError(f"strict=True, and not everything can be accelerated.\n{report}")
+        raise ValueError(problem)
     if not replaced:
         why = _NOTHING_FASTER
         if left_alone:
@@ -390,11 +391,9 @@ def _changes(cls: type, path: str) -> str | None:
 
 def _state(replacement: Replacement) -> tuple[str, str]:
     """The forward of a replaced module that runs now, and the reason."""
-    if replacement.off is not None:
-        return "upstream", replacement.off
+    if replacement.why_upstream is not None:
+        return "upstream", replacement.why_upstream
     choices = list(replacement.choices.values())
-    if replacement.last_reason is not None:
-        return "upstream", replacement.last_reason
     if not choices:
         return "not decided", "it has not run yet"
     ours = [choice for choice in choices if choice.ours]

@@ -107,6 +107,7 @@ class Replacement(OwnForward):
         choices: made so far, by form of call.
         last_reason: why the last call went to upstream's forward, or None.
         off: why it will not run again, or None.
+        is_bound: whether it is on the module.
 
     Raises:
         Refused: by `make`.
@@ -124,6 +125,7 @@ class Replacement(OwnForward):
         self.choices: dict[Hashable, Choice] = {}
         self.last_reason: str | None = None
         self.off: str | None = None
+        self.is_bound = False
         self._make, self._timings = make, timings
         self._ours: ModuleForward | None = self._made()
         self._module_settings = self._read_module_settings()
@@ -169,7 +171,12 @@ class Replacement(OwnForward):
     def last_choice(self) -> Choice | None:
         """The choice for the form of call decided last; None if the last call was upstream's."""
         choices = list(self.choices.values())
-        return choices[-1] if self.last_reason is None and choices else None
+        return choices[-1] if self.why_upstream is None and choices else None
+
+    @property
+    def why_upstream(self) -> str | None:
+        """Why upstream's forward runs whatever was chosen, or None."""
+        return (self.off or self.last_reason) if self.is_bound else "it was restored"
 
     @property
     def is_running_ours(self) -> bool:
@@ -181,6 +188,7 @@ class Replacement(OwnForward):
 
     def bind(self) -> None:
         """Puts itself over the module's forward, and over what moves its parameters."""
+        self.is_bound = True
         for name in ("forward", *self._make.methods, *MOVES):
             if hasattr(type(self.module), name):
                 setattr(self.module, name, getattr(self, name))
@@ -199,6 +207,7 @@ class Replacement(OwnForward):
 
     def unbind(self) -> None:
         """Takes itself away."""
+        self.is_bound = False
         for name in ("forward", *self._make.methods, *MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)

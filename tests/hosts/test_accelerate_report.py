@@ -69,6 +69,20 @@ def test_the_header_counts_what_runs_ours_now() -> None:
     assert lines(report)[0].endswith("because it is in training mode: call .eval()")
 
 
+def test_a_restored_model_runs_nothing_of_ours(make: Callable[..., Any]) -> None:
+    model = make()
+    report = fastbb.accelerate(model, mode="eager")
+    infer(model)
+    fastbb.restore(model)
+    assert {row[2:] for row in report.rows()} == {("upstream", "it was restored")}
+    n = len(report.replaced)
+    assert lines(report)[0].endswith(f": 0 of {n} modules run by fastbb, because it was restored")
+    again = fastbb.accelerate(model, mode="eager")
+    infer(model)
+    assert f"{n} of {n} modules run by fastbb" in lines(again)[0]
+    assert "because it was restored" in lines(report)[0]
+
+
 def test_modules_inside_a_whole_that_runs_ours_count() -> None:
     model = swin_backbone()
     report = fastbb.accelerate(model, mode="eager")
