@@ -256,7 +256,7 @@ def measure(host: Host, dtype: torch.dtype, rounds: int, mode: str) -> dict[str,
     result["inside_ratio"] = result["upstream"]["inside_ms"] / result["fastbb"]["inside_ms"]
     # only modules that could not run or were wrong, not slower ones
     result["left_alone"] = [
-        row for row in report.rows() if row[2] == "upstream" and not row[3].startswith("faster")
+        row for row in report.rows() if row[2] == "upstream" and not row[3].startswith("ours ")
     ]
     result["report"] = str(report)
     return result

@@ -52,7 +52,8 @@ class _Commands(_Command, click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         _fill_missing_streams()
-        with ending_on_signals():
+        with ending_on_signals(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             try:
                 sys.exit(super().main(*args, **{**kwargs, "standalone_mode": False}))
             except click.ClickException as error:
@@ -507,6 +508,11 @@ def _echo(text: str) -> None:
         _discard_output()
         if error.errno != errno.EPIPE:
             raise _CannotPrintError(_not_printed(error)) from error
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    """Prints a warning without the file and line that raised it, which say nothing here."""
+    _say(f"fastbb: warning: {message}")
 
 
 def _say(text: str) -> None:

@@ -4,7 +4,6 @@ import enum
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL
+from fastbb_kernels.warning import warn_caller
 
 from ..weights.derived import RemembersDerived
 from ..weights.folded_weights import autocasts
@@ -294,7 +294,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         The backbone runs eagerly where the fast way cannot be used (a gradient is needed, weights
         changed, an error occurred), and `explain()` says why. Hidden states and attentions are
         always computed eagerly. Changes of weights, layers and hooks after a compilation are
-        noticed.
+        noticed. A compilation that takes over 3 s is announced by the logger "fastbb".
 
         Args:
             mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
@@ -320,12 +320,10 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         return prepare(self, mode, precision, example, cuda_graph, expected_images)
 
     def explain(self) -> "Explanation":
-        """Prints and returns, for every shape of input so far, how it runs and why."""
+        """How each shape of input so far runs, and why; a table at a prompt or when printed."""
         from ..engine.prepare import explain
 
-        explanation = explain(self)
-        print(explanation)
-        return explanation
+        return explain(self)
 
     def verify(
         self, reference: str | nn.Module = "auto", inputs: Tensor | Sequence[Tensor] | None = None
@@ -580,8 +578,7 @@ def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
 
 def warn_untrained(names: Sequence[str]) -> None:
     """Warns once about stages whose norm is missing in the checkpoint."""
-    warnings.warn(
+    warn_caller(
         f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
-        "with weight 1 and bias 0, as transformers does.",
-        stacklevel=3,
+        "with weight 1 and bias 0, as transformers does."
     )

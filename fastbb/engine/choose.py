@@ -1,6 +1,6 @@
 """Chooses the way to run one shape of input: the one of the mode, or the measured fastest."""
 
-import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
+from fastbb_kernels.warning import warn_caller
 
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
-from .measuring import Clock, describe, wall_clock
+from .measuring import Clock, describe, duration, wall_clock
 from .settings import DTYPES, EngineWarning, Settings, Tools
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
@@ -44,6 +45,12 @@ class Plan:
     def __post_init__(self) -> None:
         self.why = "; ".join(filter(None, (self.why, self.way.why)))
 
+    @property
+    def time(self) -> str:
+        """The measured time of its way, or ""."""
+        seconds = [t.seconds for t in self.trials if t.name == self.way.name and t.seconds]
+        return duration(seconds[0]) if seconds else ""
+
 
 class Chooser:
     """Chooses the way to run each shape of input of one computation.
@@ -66,7 +73,7 @@ class Chooser:
 
     def renew_ways(self) -> None:
         """Forgets what was compiled and recorded."""
-        self.ways = Ways(self._computation, lambda seconds: self.cost.record(seconds))
+        self.ways = Ways(self._computation, self._compiling)
 
     @property
     def cost(self) -> CompileCost:
@@ -75,6 +82,9 @@ class Chooser:
             expected = self._settings.expected_images
             self._cost = CompileCost(expected, self._plain, self._clock, self.cache, key)
         return self._cost
+
+    def _compiling(self, pixels: Tensor) -> AbstractContextManager[None]:
+        return self.cost.compiling(f"{self.name} for {by(tuple(pixels.shape))}")
 
     @property
     def name(self) -> str:
@@ -99,7 +109,7 @@ class Chooser:
 
     def warn(self, text: str) -> None:
         """Warns of something that does not run as it was asked to."""
-        warnings.warn(f"{self.name}: {text}", EngineWarning, stacklevel=2)
+        warn_caller(f"{self.name}: {text}", EngineWarning)
 
     def decide(self, pixels: Tensor, seen_often: bool, is_first: bool) -> Plan:
         """Returns the plan for pixels of this shape.

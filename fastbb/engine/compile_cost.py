@@ -1,7 +1,12 @@
 """Decides whether compiling pays: the seconds that it takes against the seconds that it saves."""
 
+import logging
 import statistics
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -10,10 +15,34 @@ from fastbb_kernels.result_cache import ResultCache
 from .measuring import Clock, duration
 from .trial import Run
 
+logger = logging.getLogger(__name__)
+
+ANNOUNCED_AFTER_S = 3.0
 # of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
 USUAL_COMPILE_S = 90.0
 USUAL_GAIN = 0.15  # share of the time of a forward pass
 _NOBODY_SAID = "compiling takes a minute or more: say expected_images=, or mode='compile'"
+
+
+@contextmanager
+def _announced(text: str) -> Iterator[None]:
+    """Logs a line if the block has not ended after `ANNOUNCED_AFTER_S`.
+
+    As a warning, which Python's logging shows on stderr unless the program asks for less.
+    """
+    timer = threading.Timer(ANNOUNCED_AFTER_S, _announce, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _announce(text: str) -> None:
+    bars = sys.modules.get("tqdm")  # which would share the line with the text
+    with nullcontext() if bars is None else bars.tqdm.external_write_mode(file=sys.stderr):
+        logger.warning(text)
 
 
 class CompileCost:
@@ -43,8 +72,27 @@ class CompileCost:
     @property
     def compile_s(self) -> float:
         """Seconds that compiling takes: of this model on this machine, if it was measured."""
+        measured = self._measured_s
+        return USUAL_COMPILE_S if measured is None else measured
+
+    @property
+    def _measured_s(self) -> float | None:
         measured = self._cache.get("compile_s", self._key)
-        return float(measured) if isinstance(measured, (int, float)) else USUAL_COMPILE_S
+        return float(measured) if isinstance(measured, (int, float)) else None
+
+    @contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Remembers how long compiling in the block takes, and says that it goes on.
+
+        Args:
+            what: is compiled, for the message.
+        """
+        measured = self._measured_s
+        usual = "it may take minutes" if measured is None else f"{duration(measured)} the last time"
+        with _announced(f"fastbb: compiling {what} ({usual})"):
+            started = time.perf_counter()
+            yield
+            self.record(time.perf_counter() - started)
 
     def record(self, seconds: float) -> None:
         """Stores the seconds of a compilation."""

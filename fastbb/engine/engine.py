@@ -20,6 +20,7 @@ from ..weights.derived import is_tracing
 from ..weights.watch import ModuleStamp, statistics_note
 from .choose import Chooser, Plan, by
 from .computation import Computation, device_of, dtype_of
+from .copies import copies_note
 from .explanation import Explanation, Row
 from .measuring import describe
 from .settings import Settings, Tools
@@ -37,13 +38,19 @@ class Engine:
         computation: to run.
         settings: that were asked for.
         tools: to measure and remember with.
+        is_converted: whether the computation has a copy of the weights in another dtype.
     """
 
     def __init__(
-        self, computation: Computation, settings: Settings, tools: Tools | None = None
+        self,
+        computation: Computation,
+        settings: Settings,
+        tools: Tools | None = None,
+        is_converted: bool = False,
     ) -> None:
         self.settings = settings
         self.tools = tools or Tools()
+        self._is_converted = is_converted
         self._computation = computation
         self._lock = threading.RLock()
         self.reset()
@@ -61,10 +68,12 @@ class Engine:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
         # artefacts belong to the tensors that they were made from
-        return Engine(copy.deepcopy(self._computation, memo), self.settings, self.tools)
+        computation = copy.deepcopy(self._computation, memo)
+        return Engine(computation, self.settings, self.tools, self._is_converted)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_computation": self._computation, "settings": self.settings}
+        names = ("_computation", "settings", "_is_converted")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -219,6 +228,19 @@ class Engine:
             self._stamp = None
         return None
 
+    # --- memory
+
+    @property
+    def converted(self) -> list[nn.Module]:
+        """Copies of the weights in another dtype, which this engine computes with."""
+        own = [self.module] if self._is_converted else []
+        return own if self._chooser is None else own + self._chooser.ways.copies
+
+    @property
+    def has_compiled(self) -> bool:
+        """Whether a compiler keeps weights of its own."""
+        return self._chooser is not None and self._chooser.ways.has_artefact()
+
     # --- what to run
 
     def _plan(self, pixel_values: Tensor) -> Plan:
@@ -270,6 +292,7 @@ class Engine:
                 plan.way.runs,
                 plan.why,
                 "; ".join(str(trial) for trial in plan.trials if trial.name != plan.way.name),
+                plan.time,
             )
             for shape, plan in list(self._plans.items())
         ]
@@ -279,7 +302,8 @@ class Engine:
         rows += notes_on(self._computation.module)
         notes = [] if self.tools.cache is None else self.tools.cache.notes
         rows += [Row("cache", "-", note) for note in notes]
-        return Explanation(f"{self.chooser.name}, mode {self.settings.mode}", tuple(rows))
+        copies = copies_note([self.module], self.converted, self.has_compiled)
+        return Explanation(f"{self.chooser.name}, mode {self.settings.mode}", tuple(rows), copies)
 
 
 def notes_on(module: nn.Module) -> list[Row]:

@@ -1,11 +1,55 @@
-"""A table of the ways that run, the reasons, and the alternatives that were tried."""
+"""Reports as tables, in text and in HTML, and the explanation of the ways that run."""
 
+import html
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 _WIDTH = 60  # of the columns that hold sentences
+# the colors of the page, light or dark
+_TABLE = "color: inherit; font: inherit"
+_CELL = "text-align: left; vertical-align: top; padding: 0.2em 1em 0.2em 0"
+
+
+class Report(NamedTuple):
+    """A title, a table, and notes below it.
+
+    Attributes:
+        title: one line.
+        rows: of the table, the first one names the columns; columns without a value are left out.
+        notes: sentences.
+    """
+
+    title: str
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+
+    def text(self) -> str:
+        lines = [self.title, table(self._filled()) if self.rows else "", *self.notes]
+        return "\n".join(filter(None, lines))
+
+    def html(self) -> str:
+        parts = [f"<p>{html.escape(self.title)}</p>"]
+        if self.rows:
+            header, *rows = self._filled()
+            body = "".join(_html_row(row, "td") for row in rows)
+            head = _html_row(header, "th")
+            parts.append(
+                f'<table style="{_TABLE}"><thead>{head}</thead><tbody>{body}</tbody></table>'
+            )
+        parts += [f"<p>{html.escape(note)}</p>" for note in self.notes]
+        return f"<div>{''.join(parts)}</div>"
+
+    def _filled(self) -> list[list[str]]:
+        """The rows, without the columns that have no value."""
+        filled = [any(values) for values in zip(*self.rows[1:])]
+        return [[cell for cell, there in zip(row, filled) if there] for row in self.rows]
+
+
+def _html_row(cells: Sequence[str], tag: str) -> str:
+    shown = (f'<{tag} style="{_CELL}">{html.escape(cell)}</{tag}>' for cell in cells)
+    return f"<tr>{''.join(shown)}</tr>"
 
 
 @dataclass(frozen=True)
@@ -17,33 +61,43 @@ class Row:
         runs: what runs for it.
         why: the reason.
         others: what else was tried, each with its time or what was wrong with it.
+        time: of what runs, where it was measured.
     """
 
     what: str
     runs: str
     why: str
     others: str = ""
+    time: str = ""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of `explain()`; prints as a table.
+    """The result of `explain()`; shown as a table.
 
     Attributes:
         title: the backbone, its precision and device, the mode that was asked for.
         rows: the decisions.
+        copies: memory of the copies of weights that inference keeps, in a sentence.
     """
 
     title: str
     rows: tuple[Row, ...]
+    copies: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def __str__(self) -> str:
-        header = ("what", "runs", "why", "others")
-        rows = [header, *((r.what, r.runs, r.why, r.others) for r in self.rows)]
-        return f"{self.title}\n{table(rows)}"
+    def __repr__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        header = ("what", "runs", "time", "why", "others")
+        rows = [header, *((r.what, r.runs, r.time, r.why, r.others) for r in self.rows)]
+        return Report(self.title, rows, [] if self.copies is None else [self.copies])
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Times of calls, and times and errors in words."""
+"""Times of calls; times, amounts of memory and errors in words."""
 
 import statistics
 import time
@@ -82,6 +82,14 @@ def describe(error: BaseException) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return f"out of memory: {first}"
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def memory(n_bytes: int) -> str:
+    """Bytes for people: 12 kB, 110 MB, 1.25 GB."""
+    for unit, scale in (("B", 1), ("kB", 10**3), ("MB", 10**6)):
+        if n_bytes < 999.5 * scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes / 10**9:.3g} GB"
 
 
 def duration(seconds: float) -> str:

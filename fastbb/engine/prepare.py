@@ -10,6 +10,7 @@ from fastbb_kernels._dispatch import gpu_unsupported
 
 from ..backbone.base import Backbone
 from .computation import AnyBackbone, BackboneMaps, in_precision, without_engine
+from .copies import copies_note
 from .engine import Engine, notes_on
 from .explanation import Explanation, Row
 from .settings import Settings, Tools
@@ -29,9 +30,10 @@ def prepare(
     if any(module.training for module in backbone.modules()):
         raise ValueError("prepare() is for inference, the backbone is training: call .eval() first")
     settings.check_device(backbone.device, "backbone")
-    maps = in_precision(BackboneMaps(without_engine(backbone)), precision)
+    own = BackboneMaps(without_engine(backbone))
+    maps = in_precision(own, precision)
     prepared: Any = maps.module
-    prepared._engine = Engine(maps, settings, tools)
+    prepared._engine = Engine(maps, settings, tools, is_converted=maps is not own)
     if example is not None:
         prepared._engine.prepare_for(example_pixels(prepared, example))
     return prepared
@@ -47,7 +49,8 @@ def explain(backbone: Backbone) -> Explanation:
     why = "each op by itself; prepare() decides for the whole backbone"
     why = why if problem is None else f"{problem}; {why}"
     title = f"{type(backbone).__name__} in {backbone.dtype} on {backbone.device}, not prepared"
-    return Explanation(title, (Row("any", runs, why), *notes_on(backbone)))
+    rows = (Row("any", runs, why), *notes_on(backbone))
+    return Explanation(title, rows, copies_note([backbone]))
 
 
 def example_pixels(backbone: Backbone, example: Any) -> Tensor:

@@ -1,13 +1,13 @@
 """Ways to run a computation: op by op, compiled, replayed as a CUDA graph."""
 
 import threading
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_on
@@ -71,15 +71,15 @@ class Ways:
 
     Args:
         computation: to run.
-        on_compiled: called with the seconds that each compilation took.
+        compiling: around each compilation, of pixels of a shape.
     """
 
     def __init__(
         self,
         computation: Computation,
-        on_compiled: Callable[[float], None] = lambda seconds: None,
+        compiling: Callable[[Tensor], AbstractContextManager[None]] = lambda pixels: nullcontext(),
     ) -> None:
-        self._computation, self._on_compiled = computation, on_compiled
+        self._computation, self._compiling = computation, compiling
         self._artefacts: dict[str, _Artefact] = {}
         self._failed: dict[str, str] = {}
         self._bytes_per_pixel: float | None = None  # of the largest tensor of an image
@@ -120,9 +120,14 @@ class Ways:
         with torch.no_grad(), use_impl("auto"):
             return self._computation.feature_maps(pixel_values)
 
-    def has_artefact(self, name: str) -> bool:
-        """Whether a mode was compiled."""
-        return name in self._artefacts
+    def has_artefact(self, name: str | None = None) -> bool:
+        """Whether a mode was compiled; any mode for None."""
+        return bool(self._artefacts) if name is None else name in self._artefacts
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        """Copies of the module in a dtype that the CPU multiplies in."""
+        return [] if self._wide is None else [self._wide[0].module]
 
     def _eager(self, pixel_values: Tensor) -> Way:
         """Builds eager PyTorch; a CPU runs as many images at once as memory stays cheap for."""
@@ -161,14 +166,14 @@ class Ways:
             if artefact is None:
                 if name in self._failed:  # another try would take as long and fail again
                     raise RuntimeError(self._failed[name])
-                started = time.perf_counter()
                 try:
-                    artefact = self._artefacts[name] = self._compile_first(name, pixel_values)
+                    with self._compiling(pixel_values):
+                        artefact = self._compile_first(name, pixel_values)
+                    self._artefacts[name] = artefact
                 except Exception as error:
                     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
                         self._failed[name] = describe(error)
                     raise
-                self._on_compiled(time.perf_counter() - started)
             if artefact.size == tuple(pixel_values.shape[2:]):
                 run = in_chunks(artefact.run, artefact.at_once, self.eager)
                 return Way(name, run, True, detail=f"{artefact.at_once} images at once")

@@ -16,11 +16,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..engine.explanation import table
 from .decode import RowError
 from .sources import first_few
 from .store import FORMAT, canonical_json, file_name, read_commit, read_plan, totals
 
 _N_ERRORS_SHOWN = 10
+
+
+class RowErrors(list[RowError]):
+    """Rows without features; shown as a table."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no errors"
+        shown = self[:_N_ERRORS_SHOWN]
+        rows = [(str(e.row), repr(e.id), e.kind, e.message) for e in shown]
+        more = [f"... and {len(self) - len(shown):,} more"] if len(self) > len(shown) else []
+        return "\n".join([table([("row", "id", "kind", "message"), *rows]), *more])
 
 
 class Features:
@@ -52,6 +65,15 @@ class Features:
         commits = (read_commit(self.directory, shard, identity) for shard in range(n_shards))
         self._commits = [commit for commit in commits if commit is not None]
         self.complete = len(self._commits) == n_shards
+
+    def __repr__(self) -> str:
+        counts = totals(self._commits)
+        failed = counts["rows"] - counts["ok"]
+        state = "complete" if self.complete else "not finished"
+        first = f"{self.directory}: features of {counts['ok']:,} images, {failed:,} failed, {state}"
+        outputs = self.plan["outputs"].items()
+        rows = [(f"  {name}", str([len(self), *o["shape"]]), o["dtype"]) for name, o in outputs]
+        return f"{first}\n{table(rows)}"
 
     def __len__(self) -> int:
         """Number of rows that have features."""
@@ -99,7 +121,7 @@ class Features:
 
     def errors(self) -> list[RowError]:
         """The rows that have no features, in the order of the input."""
-        return list(self._errors())
+        return RowErrors(self._errors())
 
     def describe(self) -> str:
         """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""

@@ -60,7 +60,7 @@ class Report:
     seconds: float
     unreadable_directories: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
         failed = f", {self.rows - self.ok:,} failed ({kinds})" if kinds else ""
         done = self.rows - self.resumed_rows

@@ -64,6 +64,11 @@ class FeatureBatch:
     errors: list[RowError]
     rows: list[int]
 
+    def __repr__(self) -> str:
+        features = (f"{name} {list(tensor.shape)}" for name, tensor in self.features.items())
+        counts = f"{len(self.ids)} images, {len(self.errors)} failed"
+        return f"FeatureBatch({', '.join([counts, *features])})"
+
 
 class FeatureExtractor:
     """Extracts features of many images: a backbone with its preprocessing.
@@ -161,6 +166,13 @@ class FeatureExtractor:
             )
         self.batch_size = 1 if keeps_aspect else batch_size
         self.prepare(mode, expected_images)
+
+    def __repr__(self) -> str:
+        height, width = self.processor.output_size or ("any", "any")
+        return (
+            f"FeatureExtractor({self._name!r}: {', '.join(self.features)}, {self.precision} on "
+            f"{self.device}, images of {height}x{width}, batches of {self.batch_size})"
+        )
 
     def prepare(self, mode: str, expected_images: int | None = None) -> None:
         """Changes how the model runs, see `Backbone.prepare`.

@@ -1,6 +1,7 @@
 """One line that makes an existing model fast: its own modules and parameters, our forward."""
 
 import pkgutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -11,10 +12,13 @@ import torch
 from torch import nn
 
 from fastbb_kernels._dispatch import launches_on
+from fastbb_kernels.warning import warn_caller
 
 from .. import models
 from ..backbone.base import Backbone
-from ..engine.explanation import table
+from ..engine.copies import copies_note
+from ..engine.explanation import Report
+from ..engine.measuring import duration
 from ..engine.settings import Settings
 from ..models.parts import Refused
 from ..weights.recognize import is_batch_norm
@@ -46,6 +50,8 @@ def _replaced() -> dict[str, type[ModuleForward]]:
 
 REPLACED = _replaced()
 
+_NOTHING_FASTER = "there is no backbone that fastbb makes faster"
+
 __all__ = ["AccelerateReport", "AccelerateWarning", "LeftAlone", "accelerate", "restore"]
 
 
@@ -65,7 +71,7 @@ class LeftAlone:
 
 
 class AccelerateReport:
-    """The modules that `accelerate` replaced or left alone, and what runs since; prints as a table.
+    """The modules that `accelerate` replaced or left alone, and what runs now; shown as a table.
 
     Attributes:
         replaced: modules with our forward, outer ones first.
@@ -116,21 +122,69 @@ class AccelerateReport:
             rows.append((r.name, type(r.module).__name__, runs, why))
         return rows + [(left.name, left.was, "upstream", left.why) for left in self.left_alone]
 
-    def __str__(self) -> str:
-        title = f"{self._title}: {len(self.replaced)} modules run by fastbb"
-        if self.left_alone:
-            title += f", {len(self.left_alone)} left alone"
-        if not self.replaced and not self.left_alone:
-            return f"{title}: there is no backbone that fastbb knows"
+    def __repr__(self) -> str:
+        return self._report().text()
+
+    def _repr_html_(self) -> str:
+        return self._report().html()
+
+    def _report(self) -> Report:
+        rows = self.rows()
         alike: dict[tuple[str, str, str], list[str]] = {}
-        for name, was, runs, why in self.rows():
+        for name, was, runs, why in rows:
             alike.setdefault((was, runs, why), []).append(name)
         lines = [(_names(names), was, runs, why) for (was, runs, why), names in alike.items()]
-        text = f"{title}\n{table([('module', 'was', 'runs', 'why'), *lines])}"
-        note = statistics_note(self._model)
-        return text if note is None else f"{text}\n{note}"
+        notes = (self._total(), self._copies(), statistics_note(self._model))
+        return Report(
+            self._header(rows),
+            [("module", "was", "runs", "why"), *lines] if rows else [],
+            [note for note in notes if note is not None],
+        )
 
-    __repr__ = __str__
+    def _header(self, rows: Sequence[tuple[str, str, str, str]]) -> str:
+        """The number of modules that run ours now, and the usual reason if none does."""
+        if not rows:
+            return f"{self._title}: {_NOTHING_FASTER}"
+        n_ours = sum(runs == "-" or runs.startswith("fastbb") for _, _, runs, _ in rows)
+        title = f"{self._title}: {n_ours} of {len(rows)} modules run by fastbb"
+        if self.left_alone:
+            title += f", {len(self.left_alone)} left alone"
+        if n_ours or not self.replaced:
+            return title
+        has_run = any(r.choices for r in self.replaced)
+        reasons = Counter(r.why_upstream for r in self.replaced if r.why_upstream is not None)
+        usual = reasons.most_common(1) or [("upstream is faster" if has_run else "none has run", 0)]
+        return f"{title}, because {usual[0][0]}"
+
+    def _total(self) -> str | None:
+        """The times before and now of what was timed; a module inside another counts once."""
+        times: dict[str, tuple[float, float]] = {}
+        for r in reversed(self.replaced):  # inner ones first
+            choice = r.last_choice
+            if choice is None or choice.times is None:
+                continue
+            inside = [name for name in times if _is_inside(name, r.name)]
+            saves = any(now < before for before, now in map(times.__getitem__, inside))
+            if saves and not choice.ours:  # upstream's forward calls those inside
+                continue
+            for name in inside:
+                del times[name]
+            before = choice.times.theirs
+            times[r.name] = before, choice.times.ours if choice.ours else before
+        before, now = (sum(seconds) for seconds in zip((0.0, 0.0), *times.values()))
+        if not now or before == now:  # nothing was timed, or nothing runs ours
+            return None
+        timed = "1 timed module" if len(times) == 1 else f"{len(times)} timed modules"
+        return (
+            f"total of {timed}, one call each: {duration(before)} before, {duration(now)} now "
+            f"({before / now:.2f} times as fast)"
+        )
+
+    def _copies(self) -> str | None:
+        ours = [r.ours for r in self.replaced]
+        engines = [engine for o in ours if isinstance(o, HostBackbone) for engine in o.engines]
+        converted = [module for engine in engines for module in engine.converted]
+        return copies_note([self._model], converted, any(e.has_compiled for e in engines))
 
 
 def accelerate(
@@ -163,7 +217,8 @@ def accelerate(
         exclude: names of modules, with wildcards, to leave alone, with what is inside.
 
     Returns:
-        What was done, for each module; print it again later to see what runs.
+        What was done, for each module; look at it again later to see what runs. Where nothing can
+        be accelerated, an `AccelerateWarning` says so at once.
 
     Raises:
         TypeError: `model` is no module.
@@ -207,8 +262,17 @@ def accelerate(
         left_alone.append(LeftAlone("", type(model).__name__, why))
     report = AccelerateReport(model, settings, replaced, left_alone)
     if strict and (left_alone or not replaced):
+        problem = f"strict=True, and not everything can be accelerated.\n{report}"
         restore(model)
-        raise ValueError(f"strict=True, and not everything can be accelerated.\n{report}")
+        raise ValueError(problem)
+    if not replaced:
+        why = _NOTHING_FASTER
+        if left_alone:
+            first = left_alone[0]
+            why = f"{first.name} ({first.was}): {first.why}" if first.name else first.why
+            if len(left_alone) > 1:
+                why += f"; {len(left_alone) - 1} more in the report"
+        warn_caller(f"nothing in {type(model).__name__} is accelerated: {why}", AccelerateWarning)
     return report
 
 
@@ -327,18 +391,16 @@ def _changes(cls: type, path: str) -> str | None:
 
 def _state(replacement: Replacement) -> tuple[str, str]:
     """The forward of a replaced module that runs now, and the reason."""
-    if replacement.off is not None:
-        return "upstream", replacement.off
+    if replacement.why_upstream is not None:
+        return "upstream", replacement.why_upstream
     choices = list(replacement.choices.values())
-    if replacement.last_reason is not None:
-        return "upstream", replacement.last_reason
     if not choices:
         return "not decided", "it has not run yet"
     ours = [choice for choice in choices if choice.ours]
     if len(ours) == len(choices):
         return "fastbb", choices[-1].why
     if not ours:
-        return "upstream", f"faster: {choices[-1].why}"
+        return "upstream", choices[-1].why
     return f"fastbb for {len(ours)} of {len(choices)} forms of call", choices[-1].why
 
 

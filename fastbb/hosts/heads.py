@@ -8,7 +8,6 @@ The models are transformers' own, so what they save needs no fastbb. This module
 Upstream: transformers 4.49 `utils/backbone_utils.py` (`load_backbone`), 5.x `backbone_utils.py`.
 """
 
-import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import wraps
@@ -24,6 +23,8 @@ except ImportError as error:
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.models import maskformer
+
+from fastbb_kernels.warning import warn_caller
 
 from ..backbone.checkpoint import StateDict, load_strict
 from ..backbone.configuration import BackboneConfig
@@ -180,10 +181,9 @@ class MaskFormerForInstanceSegmentation:
         else:
             _load_timm_backbone(head)
         if len(head.model.pixel_level_module.encoder.channels) < 2:
-            warnings.warn(
+            warn_caller(
                 "transformers' MaskFormer cannot run on a single feature map: give its backbone "
-                "more, such as `out_indices=[1, 2, 3, 4]`",
-                stacklevel=2,
+                "more, such as `out_indices=[1, 2, 3, 4]`"
             )
         return head
 

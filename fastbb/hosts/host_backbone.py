@@ -191,9 +191,15 @@ class HostBackbone(ModuleForward):
             result = in_precision(HostBackboneMaps(self, constants), self.settings.precision)
             is_copy = result.module is not self.module
             tools = Tools(candidates=self._upstream_candidate(constants), budget_s=MEASURING_S)
-            engine = Engine(result, self.settings, tools)
+            engine = Engine(result, self.settings, tools, is_converted=is_copy)
             self._engines[form] = engine, ModuleStamp(self.module) if is_copy else None
             return engine
+
+    @property
+    def engines(self) -> list[Engine]:
+        """The engines that are kept ready."""
+        with self._lock:
+            return [engine for engine, _ in self._engines.values()]
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
         given = _pixels_and_constants(args, kwargs)

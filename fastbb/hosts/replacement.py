@@ -8,7 +8,6 @@ or ours takes longer.
 
 import copy
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from fastbb_kernels import use_impl
 from fastbb_kernels._dispatch import computes_nothing, launches_on
 from fastbb_kernels.fp32_precision import fp32_products
+from fastbb_kernels.warning import warn_caller
 
 from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
 from ..engine.settings import DTYPES, Settings
@@ -67,12 +67,14 @@ class Choice:
         why: it does, or does not.
         size: of the call that decided, see `size_of`; a much larger call decides anew.
         formats: memory format of each tensor of upstream's result; None where it has another.
+        times: of ours and of upstream's, where both were measured.
     """
 
     ours: bool
     why: str
     size: int = 0
     formats: list[torch.memory_format | None] = field(default_factory=list)
+    times: Comparison | None = None
 
 
 class Timings:
@@ -105,6 +107,7 @@ class Replacement(OwnForward):
         choices: made so far, by form of call.
         last_reason: the reason why the last call ran upstream's forward, or None.
         off: the reason why it will not run again, or None.
+        is_bound: whether it is on the module.
 
     Raises:
         Refused: by `make`.
@@ -122,6 +125,7 @@ class Replacement(OwnForward):
         self.choices: dict[Hashable, Choice] = {}
         self.last_reason: str | None = None
         self.off: str | None = None
+        self.is_bound = False
         self._make, self._timings = make, timings
         self._ours: ModuleForward | None = self._made()
         self._module_settings = self._read_module_settings()
@@ -164,15 +168,27 @@ class Replacement(OwnForward):
             raise Refused(f"reading it failed: {describe(error)}") from error
 
     @property
+    def last_choice(self) -> Choice | None:
+        """The choice for the form of call decided last; None if the last call was upstream's."""
+        choices = list(self.choices.values())
+        return choices[-1] if self.why_upstream is None and choices else None
+
+    @property
+    def why_upstream(self) -> str | None:
+        """Why upstream's forward runs whatever was chosen, or None."""
+        return (self.off or self.last_reason) if self.is_bound else "it was restored"
+
+    @property
     def is_running_ours(self) -> bool:
         """Whether ours runs: for the form of call decided last, and nothing spoke against it."""
-        choices = list(self.choices.values())
-        return self.last_reason is None and bool(choices) and choices[-1].ours
+        choice = self.last_choice
+        return choice is not None and choice.ours
 
     # --- bound on the module
 
     def bind(self) -> None:
         """Replaces the module's forward, and the methods that move its parameters."""
+        self.is_bound = True
         methods = [n for n in ("forward", *self._make.methods) if hasattr(type(self.module), n)]
         for name in (*methods, *MOVES):
             setattr(self.module, name, getattr(self, name))
@@ -191,6 +207,7 @@ class Replacement(OwnForward):
 
     def unbind(self) -> None:
         """Restores the module's own methods."""
+        self.is_bound = False
         for name in ("forward", *self._make.methods, *MOVES):
             if getattr(vars(self.module).get(name), "__self__", None) is self:
                 delattr(self.module, name)
@@ -308,7 +325,7 @@ class Replacement(OwnForward):
             any(tensor.requires_grad for tensor in tensors) or any(self._trained)
         ):
             forget_derived(self.module)  # the parameters are about to change
-            return "a gradient is needed: call it under torch.no_grad() or inference_mode()"
+            return "a gradient is needed: call the model under torch.inference_mode()"
         like = next(self._structure.parameters(), None)
         if like is None:
             return "it has no parameters"
@@ -420,8 +437,10 @@ class Replacement(OwnForward):
                 (form, size.bit_length() // 2),  # within a factor of four
                 lambda: self._time(choice, method, args, kwargs),
             )
-            choice.ours = times.ratio <= 1 + TIE
-            choice.why = f"{duration(times.ours)}, upstream {duration(times.theirs)}"
+            choice.ours, choice.times = times.ratio <= 1 + TIE, times
+            choice.why = f"ours {duration(times.ours)}, upstream {duration(times.theirs)}"
+            if (times.ours <= (1 + TIE) * times.theirs) != choice.ours:  # on a busy machine
+                choice.why += f"; median ratio of pairs {times.ratio:.2f}"
         self.choices[form] = choice
         return got if choice.ours else want
 
@@ -480,7 +499,7 @@ class Replacement(OwnForward):
         self.off = problem
         self.choices.clear()
         what = f"{self.name or 'the model'} ({type(self.module).__name__})"
-        warnings.warn(f"{what} runs upstream's forward: {problem}", AccelerateWarning, stacklevel=5)
+        warn_caller(f"{what} runs upstream's forward: {problem}", AccelerateWarning)
 
 
 # a call with this many times the elements is compared and timed again

@@ -36,7 +36,7 @@ class Tuned:
     trials: tuple[Trial, ...]
     explanation: Explanation
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         best = winner(self.trials)
         cell = f"{self.precision}, {'x'.join(map(str, self.shape))}"
         if best is None or best.seconds is None:

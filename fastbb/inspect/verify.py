@@ -19,6 +19,7 @@ from fastbb_kernels.machine import find_device
 
 from ..backbone.base import Backbone
 from ..backbone.registry import Upstream
+from ..engine.explanation import table
 from ..engine.settings import DTYPES
 from .loading import load_backbone
 from .upstream import run_upstream, upstream_from, upstream_of
@@ -55,7 +56,7 @@ class VerifiedMap:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Result of `verify`; prints as a table.
+    """Result of `verify`; shown as a table.
 
     Attributes:
         backbone: what was verified: class, dtype and device.
@@ -75,22 +76,21 @@ class VerifyReport:
     def passed(self) -> bool:
         return all(row.passed for row in self.rows)
 
-    def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [
+    def __repr__(self) -> str:
+        lines: list[tuple[str, ...]] = [
             ("input", "stage", "map", "error", "allowed", "reference's own", "")
         ]
         for row in self.rows:
             numbers = (f"{e:.1e}" for e in (row.error, row.allowed, row.reference_error))
             result = "ok" if row.problem is None else f"WRONG: {row.problem}"
-            table.append((_by(row.input_shape), row.stage, _by(row.shape), *numbers, result))
-        widths = [max(map(len, column)) for column in zip(*table)]
+            lines.append((_by(row.input_shape), row.stage, _by(row.shape), *numbers, result))
         wrong = sum(not row.passed for row in self.rows)
         verdict = f"{wrong} of {len(self.rows)} maps are wrong" if wrong else "passed"
         return "\n".join(
             [
                 f"{self.backbone} against {self.reference}: {verdict}",
                 f"rule: {self.rule}",
-                *("  ".join(map(str.ljust, line, widths)).rstrip() for line in table),
+                table(lines),
                 *(f"note: {note}" for note in self.notes),
             ]
         )

@@ -60,7 +60,7 @@ class Warmth:
         wrong = [f"batch {batch}: {problem}" for batch, _, problem in self.forwards if problem]
         return list(dict.fromkeys(failed + wrong))
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         ran = [
             f"batch {batch}: one forward pass, checks included, in {seconds:.2f} s"
             for batch, seconds, problem in self.forwards

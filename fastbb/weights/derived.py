@@ -3,9 +3,10 @@
 The cache is outside the modules, so state dicts, copies and pickles do not contain it.
 """
 
+import itertools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,6 +96,35 @@ def forget_derived(root: nn.Module) -> None:
         weights = _DERIVED.get(module)
         if weights is not None:
             weights.clear()
+
+
+def derived_bytes(roots: Iterable[nn.Module]) -> int:
+    """Memory of the cached tensors of some modules and of all modules inside them, in bytes.
+
+    Cached tensors that are views of a parameter or a buffer take none.
+    """
+    modules = {module for root in roots for module in root.modules()}
+    own = {
+        _storage(tensor)
+        for module in modules
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values())
+        if tensor is not None
+    }
+    found: dict[int, int] = {}
+    for module in modules:
+        weights = _DERIVED.get(module)
+        for tensor in [] if weights is None else weights.tensors():
+            if _storage(tensor) not in own:
+                found[_storage(tensor)] = tensor.nbytes
+    return sum(found.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    """A number that tensors share if they share memory."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except Exception:  # there is none, and so no view: oneDNN's layout, sparse, not initialized
+        return id(tensor)
 
 
 class RemembersDerived(nn.Module):
@@ -207,6 +237,12 @@ class _DerivedWeights:
                     seen, constants, copies, n_cleared, last_step, last_layer, value
                 )
         return value
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that are cached."""
+        with self._lock:
+            values = [entry.value for entry in self._entries.values()]
+        return [tensor for value in values for tensor in value if tensor is not None]
 
     def clear(self) -> None:
         with self._lock:

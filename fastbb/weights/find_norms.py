@@ -39,7 +39,7 @@ class FoldedNorm:
 
 @dataclass(frozen=True)
 class FoldReport:
-    """The result of folding, for every batch norm that a forward pass of a model runs."""
+    """The result of folding for every batch norm that a forward pass runs; shown as a summary."""
 
     norms: tuple[FoldedNorm, ...]
 
@@ -51,7 +51,7 @@ class FoldReport:
     def refused(self) -> list[FoldedNorm]:
         return [norm for norm in self.norms if norm.refused is not None]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         fused = sum(norm.fused is not None for norm in self.folded)
         lines = [
             f"{len(self.norms)} batch norms: {len(self.folded)} folded, "

@@ -38,7 +38,7 @@ class DeviceReport:
     def problems(self) -> list[str]:
         return [problem for problem in self.outcomes.values() if problem]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
 

@@ -8,7 +8,6 @@ ops run in place of the op from then on.
 
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ from .launching import FEW_IMAGES, Launch, Launched, forced, noting
 from .machine import Machine
 from .op import DTYPE_NAMES, find_op, op_names
 from .result_cache import ResultCache
+from .warning import warn_caller
 
 __all__ = ["SelfCheck", "current", "use"]
 
@@ -395,7 +395,7 @@ class SelfCheck:
         with self._lock:
             texts, self._unsaid = self._unsaid, []
         for text in texts:
-            warnings.warn(text, KernelWarning, stacklevel=4)
+            warn_caller(text, KernelWarning)
 
     def _log_notes(self, cache: ResultCache) -> None:
         for note in cache.notes:

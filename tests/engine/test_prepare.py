@@ -354,6 +354,6 @@ def test_an_explanation_prints_as_a_table_and_becomes_json() -> None:
     explanation = explained(backbone)
     title, header, first, *_ = str(explanation).splitlines()
     assert title == explanation.title == "ResNetBackbone in bf16 on cpu, mode eager"
-    assert header.split() == ["what", "runs", "why", "others"]
+    assert header.split() == ["what", "runs", "why"]  # nothing was measured
     assert first.startswith("2x64x64") and "mode='eager'" in first
     assert json.loads(json.dumps(explanation.to_dict()))["rows"][0]["what"] == "2x64x64"

@@ -1,6 +1,7 @@
 """Changes of weights in an accelerated host: the next inference uses the current weights."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -247,7 +248,9 @@ def test_lora_that_starts_at_zero_takes_effect_when_it_changes(make: Callable[[]
 
 def test_adapted_model_is_accelerated_where_it_has_no_adapter(make: Callable[[], Any]) -> None:
     adapted, theirs = (adapt(make, make()).eval() for _ in range(2))
-    report = fastbb.accelerate(adapted, mode="eager")
+    with warnings.catch_warnings():  # some hosts have an adapter in each part
+        warnings.filterwarnings("ignore", "nothing in PeftModel is accelerated")
+        report = fastbb.accelerate(adapted, mode="eager")
     assert report.left_alone, str(report)
     assert_close(infer(adapted), infer(theirs))
     merged, theirs = adapted.merge_and_unload(), theirs.merge_and_unload()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbb.weights.derived import derive, forget_derived
+from fastbb.weights.derived import derive, derived_bytes, forget_derived
+from fastbb_kernels.onednn import pack_linear, packs
 
 
 @pytest.fixture
@@ -86,3 +87,33 @@ def test_memory_is_released_with_its_owner() -> None:
     value = weakref.ref(derive(owner, "doubled", doubled, weight)[0])
     del owner
     assert value() is None  # at once, not when cycles are collected
+
+
+def test_derived_bytes_count_what_is_kept_beside_the_parameters(linear: nn.Linear) -> None:
+    model = nn.Sequential(linear, nn.Linear(3, 5).requires_grad_(False))
+    assert derived_bytes([model]) == 0
+    derive(linear, "doubled", doubled, linear.weight)
+    assert derived_bytes([model]) == derived_bytes([linear, model]) == 2 * 3 * 4
+    derive(linear, "halved", lambda weight: (weight[:1].half(), None), linear.weight)
+    assert derived_bytes([model]) == 2 * 3 * 4 + 3 * 2
+    forget_derived(model)
+    assert derived_bytes([model]) == 0
+
+
+def test_derived_bytes_count_memory_once_and_none_of_a_parameter(linear: nn.Linear) -> None:
+    derive(linear, "transposed", lambda weight: (weight.T,), linear.weight)
+    assert derived_bytes([linear]) == 0
+
+    def twice(weight: Tensor) -> tuple[Tensor, Tensor]:
+        value = weight * 2
+        return value, value.T
+
+    derive(linear, "doubled", twice, linear.weight)
+    assert derived_bytes([linear]) == 2 * 3 * 4
+
+
+def test_derived_bytes_count_packed_weights(linear: nn.Linear) -> None:
+    if not packs(torch.float32):
+        pytest.skip("this PyTorch or CPU packs no weights")
+    derive(linear, "packed", lambda weight: (pack_linear(weight),), linear.weight)
+    assert derived_bytes([linear]) == 2 * 3 * 4
