@@ -220,17 +220,20 @@ def test_the_readme_is_short() -> None:
 
 
 def test_the_times_of_the_readme_are_those_of_the_benchmark_page() -> None:
-    """Its rows hold the batch of 8 of both models, in fp32 and bf16."""
-    readme = (ROOT / "README.md").read_text().partition("## Performance")[2]
     page = (ROOT / "docs" / "benchmarks" / "backbones.md").read_text()
-    measured: dict[str, list[str]] = {}
-    for name, *cells in table_rows(page):
-        if len(cells) == 4:
-            measured.setdefault(name, []).extend(cell.partition(" (")[0] for cell in cells[1::2])
-    shown = {name: cells for name, *cells in table_rows(readme) if len(cells) == 4}
-    rows = {name: cells for name, cells in shown.items() if name}
-    assert len(rows) == 7
-    assert rows == {name: measured[name] for name in rows}
+    measured: dict[tuple[str, str], list[str]] = {}
+    for model in ("Swin-T", "ResNet-50"):
+        for name, *cells in table_rows(page.partition(f"## {model}\n")[2].partition("\n## ")[0]):
+            measured[model, name] = [cell.partition(" (")[0] for cell in cells]
+    readme = (ROOT / "README.md").read_text().partition("## Performance")[2].partition("\n## ")[0]
+    (_, *names), *rows = table_rows(readme)
+    forms = ["fp32, batch 1", "fp32, batch 8", "bf16, batch 1", "bf16, batch 8"]
+    wanted = [
+        [f"{model}, {form}", *(measured[model, name][index] for name in names)]
+        for model in ("Swin-T", "ResNet-50")
+        for index, form in enumerate(forms)
+    ]
+    assert [[cell.strip("*") for cell in row] for row in rows] == wanted
 
 
 def table_rows(text: str) -> list[list[str]]:
