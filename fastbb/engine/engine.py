@@ -168,11 +168,9 @@ class Engine:
         module = self._computation.module
         if self._modules is None:
             self._modules = list(module.modules())
-            self._hooks = [
-                hooks
-                for m in self._modules[1:]
-                for hooks in (m._forward_hooks, m._forward_pre_hooks)
-            ]
+            # of a host, `accelerate` knows which hooks only look
+            layers = self._modules[1:] if isinstance(module, Backbone) else []
+            self._hooks = [h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks)]
         if any(self._hooks):  # measuring would call them, and compiled code might not
             reason = "layers have hooks, which only run where it runs eager"
             is_slower = self.settings.mode != "auto" or self._has_compiled
