@@ -222,6 +222,8 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
     def called_modules(self) -> dict[str, str]:
         """The modules that run layer by layer, by name, with the reason: hooks, or other layers.
 
+        Reasons of other layers end in `PUT_INTO_IT`.
+
         The name "" stands for the backbone itself.
         """
         return {}
@@ -529,19 +531,25 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
             logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
 
     def check_own_weights(self) -> None:
-        """Checks that the weights have the names that a backbone of this configuration has.
+        """Checks that a backbone of this configuration with these weights computes the same.
 
         Raises:
             ValueError: adapters or other layers were put into it.
         """
         with shapes_only():
             own = type(self)(type(self.config).from_dict(self.config.to_dict())).state_dict()
-        foreign = sorted(self.state_dict().keys() - own.keys())
-        if foreign:
+        state = self.state_dict()
+        shapes = {name: tensor.shape for name, tensor in own.items()}
+        foreign = sorted(n for n, tensor in state.items() if shapes.get(n) != tensor.shape)
+        replaced = [n for n, why in self.called_modules().items() if why.endswith(PUT_INTO_IT)]
+        if foreign or replaced:
+            found = (
+                f"its weight {foreign[0]!r}" if foreign else f"what was put into {replaced[0]!r}"
+            )
             raise ValueError(
-                f"this {type(self).__name__} has {len(foreign)} weights of no checkpoint, for "
-                f"example {foreign[0]!r}: merge adapters first (merge_and_unload of PEFT), or save "
-                "them by their own library"
+                f"no checkpoint of a {type(self).__name__} has {found}: merge adapters first "
+                "(merge_and_unload of PEFT) or save them by their own library, and remove "
+                "parametrizations and other layers"
             )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -559,6 +567,9 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         config.dtype = str(self.dtype).removeprefix("torch.")
         config.save_pretrained(save_directory)  # first: a field that JSON cannot hold is refused
         save_state_dict(self.to_checkpoint_names(), Path(save_directory))
+
+
+PUT_INTO_IT = "was put into it"
 
 
 def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:

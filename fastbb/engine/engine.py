@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastbb_kernels.fp32_precision import fp32_products, is_in_force
 
 from ..backbone.base import Backbone
 from ..weights.derived import is_tracing
-from ..weights.watch import ModuleStamp, statistics_note
+from ..weights.watch import ModuleStamp, follow_layers, has_hooks, statistics_note, untraced
 from .choose import Chooser, Plan, by
 from .computation import Computation, device_of, dtype_of
 from .copies import copies_note
@@ -60,7 +61,8 @@ class Engine:
         with self._lock:
             self._state: tuple[Any, ...] | None = None  # outputs, dtype and device of the plans
             self._modules: list[nn.Module] | None = None
-            self._hooks: list[Any] = []  # those of the layers inside
+            self._layers: list[dict[str, Any]] = []  # inside a backbone; their attributes
+            self._last_layer: object = None
             self._chooser: Chooser | None = None
             self._stamp: ModuleStamp | None = None  # of what is baked into plans
             self._plans: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
@@ -166,12 +168,14 @@ class Engine:
         if is_tracing():
             return "inside a graph that is being recorded"
         module = self._computation.module
-        if self._modules is None:
-            self._modules = list(module.modules())
+        if self._modules is None or self._last_layer is not untraced.last_layer:
+            self._last_layer, self._modules = untraced.last_layer, list(module.modules())
+            follow_layers(self._modules)
             # of a host, `accelerate` knows which hooks only look
-            layers = self._modules[1:] if isinstance(module, Backbone) else []
-            self._hooks = [h for m in layers for h in (m._forward_hooks, m._forward_pre_hooks)]
-        if any(self._hooks):  # measuring would call them, and compiled code might not
+            self._layers = list(
+                map(vars, self._modules[1:] if isinstance(module, Backbone) else [])
+            )
+        if self._has_hooks:  # measuring would call them, and compiled code might not
             reason = "layers have hooks, which only run where it runs eager"
             is_slower = self.settings.mode != "auto" or self._has_compiled
             return (self._warn_once if is_slower else self._note)("hooks", reason)
@@ -188,6 +192,10 @@ class Engine:
                 "torch.inference_mode()",
             )
         return None
+
+    @property
+    def _has_hooks(self) -> bool:
+        return bool(self._layers) and (has_hooks(self._layers) or bool(_has_any_global_hook()))
 
     def _note(self, topic: str, reason: str) -> str:
         self._notes[topic] = reason
@@ -296,7 +304,8 @@ class Engine:
         ]
         if not rows:
             rows = [Row("any", "not decided", "nothing has run yet, and no example= was given")]
-        rows += [Row("note", "eager", reason) for reason in self._notes.values()]
+        notes = {k: v for k, v in self._notes.items() if k != "hooks" or self._has_hooks}
+        rows += [Row("note", "eager", reason) for reason in notes.values()]
         rows += notes_on(self._computation.module)
         notes = [] if self.tools.cache is None else self.tools.cache.notes
         rows += [Row("cache", "-", note) for note in notes]

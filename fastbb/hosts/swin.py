@@ -9,8 +9,8 @@ from ..engine.settings import Settings
 from ..models.swin_forward import merge_patches, swin_block, swin_maps
 from ..models.swin_parts import (
     SwinBlockParts,
-    check_merging,
     maskformer_block,
+    merging_parts,
     timm_block,
     torchvision_block,
     transformers_block,
@@ -118,7 +118,7 @@ class Merging(ModuleForward):
     def __init__(self, module: nn.Module, settings: Settings) -> None:
         super().__init__(module, settings)
         check_parts(module)
-        check_merging(module)
+        merging_parts(module)
 
     def timing_key(self) -> Hashable:
         return type(self).__name__, self.module.reduction.in_features
@@ -155,7 +155,7 @@ class TransformersSwin(TransformersHostBackbone):
         if attention not in ("eager", "sdpa", None):
             return f"attn_implementation={attention!r} is the host's choice"
         parts: Any = self._parts  # none of them is called as a module
-        if parts.embedding.positions.position_embeddings is not None:
+        if parts.embedding.owner.position_embeddings is not None:
             return "it has absolute position embeddings"
         problems = (block.misfit() for stage in parts.stages for block in stage.blocks)
         return next((problem for problem in problems if problem is not None), None)

@@ -11,7 +11,7 @@ from fastbb_kernels.onednn import packed_conv
 from ..weights.folded_weights import folded, folded_packed, geometry, runs_folded, runs_packed
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+def drop_path(x: Tensor, rate: float, training: bool = True) -> Tensor:
     """Drops whole samples of a residual branch (stochastic depth, Huang et al. 2016).
 
     Args:

@@ -4,19 +4,21 @@ A builder finds the parts inside the modules of one library, and raises `Refused
 it does not cover. The parts are cached for a backbone until its layers or their hooks change.
 
 A native backbone computes from the parameters of its layers. A block that holds hooks, adapters
-(LoRA) or other replaced layers is called as a module instead, and calls its layers one by one.
+(LoRA) or other layers is called as a module instead, and calls its layers one by one.
 """
 
-import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastbb_kernels import ACTIVATIONS
+
+from ..backbone.base import PUT_INTO_IT
 from ..weights.recognize import activation_name
-from ..weights.watch import ModuleSettings, ModuleStructure, follow_layers, is_observed
+from ..weights.watch import ModuleSettings, ModuleStructure, is_observed
 
 Value = TypeVar("Value")
 Module = TypeVar("Module", bound=nn.Module)
@@ -48,8 +50,33 @@ def activation_of(module: Any) -> str:
 # the forwards as they were when this was imported: one that was put on a class is another
 _FORWARDS: dict[type[nn.Module], Any] = {
     cls: cls.forward
-    for cls in (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    for cls in (
+        *(nn.Linear, nn.LayerNorm, nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm),
+        *(nn.MaxPool2d, nn.Dropout, nn.Identity, nn.Sequential),
+    )
 }
+
+
+class NativeModule(nn.Module):
+    """Base of the modules inside native backbones, whose forward calls their layers one by one."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _FORWARDS[cls] = cls.forward
+
+
+class Activation(NativeModule):
+    """An activation, by its name in `ACTIVATIONS`."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.name](x)
+
+    def extra_repr(self) -> str:
+        return self.name
 
 
 def untouched(module: Module, *classes: type[nn.Module]) -> Module:
@@ -57,20 +84,26 @@ def untouched(module: Module, *classes: type[nn.Module]) -> Module:
 
     Args:
         module: of a native backbone.
-        classes: that it may be of; subclasses with the same forward are too (parametrizations).
+        classes: allowed classes. A subclass with the same forward is allowed too, as
+            parametrizations make them.
 
     Raises:
-        Refused: it is something else, or has hooks.
+        Refused: it is of another class, has hooks, or has no parameters where the ops need them.
     """
-    if type(module).forward not in [_FORWARDS.get(cls, cls.forward) for cls in classes]:
+    name = type(module).__name__
+    if type(module).forward not in [_FORWARDS[cls] for cls in classes]:
+        if type(module) in classes:
+            raise Refused(f"the forward of {name} was changed")
         library = type(module).__module__.partition(".")[0]
-        raise Refused(f"a {type(module).__name__} of {library} was put into it")
+        raise Refused(f"a {name} of {library} {PUT_INTO_IT}")
     if is_observed(module) or _has_any_global_hook():
-        raise Refused(f"hooks on a {type(module).__name__}")
+        raise Refused(f"hooks on a {name}")
+    if isinstance(module, nn.LayerNorm) and (module.weight is None or module.bias is None):
+        raise Refused(f"a {name} without weight or bias {PUT_INTO_IT}")
     return module
 
 
-class Called:
+class CalledModules:
     """The modules of a backbone that its forward calls.
 
     Attributes:
@@ -80,8 +113,8 @@ class Called:
     def __init__(self) -> None:
         self.reasons: list[tuple[nn.Module | None, str]] = []
 
-    def unless(self, read: Callable[[], Value], module: Module) -> Value | Module:
-        """The parts that `read` finds, or the module, which is called if `read` refuses."""
+    def read_or_call(self, read: Callable[[], Value], module: Module) -> Value | Module:
+        """The parts that `read` returns, or the module, which is called if `read` refuses it."""
         try:
             return read()
         except Refused as refused:
@@ -97,38 +130,42 @@ class Called:
 # --- cached parts
 
 
-class Kept(Generic[Value]):
-    """A value computed from the layers of a backbone, cached for it until they change.
+class CachedParts(Generic[Value]):
+    """A value computed from the layers of a backbone, cached in it until they change.
 
     Args:
         backbone: owner of the layers.
-        value: must not refer to the backbone itself.
+        value: the value.
         read: module inside the backbone if the value depends on its settings too, or None.
     """
 
     def __init__(self, backbone: nn.Module, value: Value, read: nn.Module | None = None) -> None:
         self.value = value
-        # stands for the backbone, which would never be freed if this referred to it
-        self._root = nn.Module()
-        self._root.training = False
-        self._root._modules.update(backbone._modules)
-        self._structure = ModuleStructure(self._root)
+        self._layers = dict(backbone._modules)
+        self._structure = ModuleStructure(backbone)
         classes = dict.fromkeys(map(type, self._structure.modules))
         self._forwards = [(cls, cls.forward) for cls in classes]
         self._settings = None if read is None else ModuleSettings(read)
         self._observed = self._read_observed()
-        follow_layers([backbone])  # the structure has the stand-in in its place
-        _KEPT[backbone] = self
+        # not in a dictionary of weak references, which would keep alive a backbone that hooks
+        # refer to
+        vars(backbone)[_CACHED] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Leaves copies without it: they have their own layers."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
     @classmethod
-    def of(cls, backbone: nn.Module) -> "Kept[Any] | None":
+    def of(cls, backbone: nn.Module) -> "CachedParts[Any] | None":
         """The cached value of a backbone, or None if what it depends on changed."""
-        kept = _KEPT.get(backbone)
-        return kept if kept is not None and kept._is_current(backbone) else None
+        cached = vars(backbone).get(_CACHED)
+        return cached if cached is not None and cached._is_current(backbone) else None
 
     def _is_current(self, backbone: nn.Module) -> bool:
         return (
-            backbone._modules == self._root._modules
+            backbone._modules == self._layers  # a replica has other ones
             and self._structure.is_intact()
             and self._read_observed() == self._observed
             and all(cls.forward is forward for cls, forward in self._forwards)
@@ -143,21 +180,24 @@ class Kept(Generic[Value]):
         return bool(self._observed[0])
 
     def trains(self) -> bool:
-        """Whether any layer is in training mode now."""
+        """Whether the backbone or any layer is in training mode now."""
         return self._structure.trains()
 
 
-_KEPT: weakref.WeakKeyDictionary[nn.Module, Kept[Any]] = weakref.WeakKeyDictionary()
+_CACHED = "_cached_parts"
 
 
 def kept_parts(
-    backbone: nn.Module, build: Callable[[Called], Value]
-) -> tuple[Value | None, Called]:
+    backbone: nn.Module,
+    build: Callable[[CalledModules], Value],
+    read: nn.Module | None = None,
+) -> tuple[Value | None, CalledModules]:
     """Parts of a native backbone, built once, and again after its layers or hooks changed.
 
     Args:
         backbone: owner of the parts.
         build: builds the parts; notes modules that have to be called.
+        read: module whose settings the parts depend on, or None.
 
     Returns:
         The parts, or None if `build` refused, so that the whole backbone calls its modules; and
@@ -165,12 +205,12 @@ def kept_parts(
     """
     if torch.compiler.is_compiling():  # in the graph, which guards the values that it reads
         return _built(build)
-    kept: Kept[Any] = Kept.of(backbone) or Kept(backbone, _built(build))
-    return kept.value
+    cached: Any = CachedParts.of(backbone)
+    return (cached or CachedParts(backbone, _built(build), read)).value
 
 
-def _built(build: Callable[[Called], Value]) -> tuple[Value | None, Called]:
-    called = Called()
+def _built(build: Callable[[CalledModules], Value]) -> tuple[Value | None, CalledModules]:
+    called = CalledModules()
     try:
         return build(called), called
     except Refused as refused:

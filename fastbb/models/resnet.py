@@ -27,9 +27,9 @@ from ..backbone.configuration import (
 )
 from ..backbone.registry import Family, TransformersModel, register
 from .layers import ConvNorm
-from .parts import Called, kept_parts, untouched
-from .resnet_forward import max_pool, resnet_maps
-from .resnet_parts import ResNetBlockParts, ResNetParts, StemLayer, timm_parts
+from .parts import Activation, CalledModules, NativeModule, Refused, kept_parts, untouched
+from .resnet_forward import resnet_maps
+from .resnet_parts import ResNetBlockParts, ResNetParts, StemLayer, pools_by_2, timm_parts
 
 REDUCTION = 4  # of the channels inside a bottleneck
 
@@ -89,7 +89,26 @@ class ResNetConfig(BackboneConfig):
         self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
 
 
-class ResNetConvLayer(nn.Module):
+class ResNetShortCut(NativeModule):
+    """A convolution and its batch norm."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(
+            inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
+        )
+        self.normalization = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalization(self.convolution(x))
+
+    def pair(self) -> ConvNorm:
+        """Reads the layers; raises `Refused` if one has to be called."""
+        norm = untouched(self.normalization, nn.BatchNorm2d, nn.SyncBatchNorm)
+        return ConvNorm(untouched(self.convolution, nn.Conv2d), norm)
+
+
+class ResNetConvLayer(ResNetShortCut):
     """A convolution, its batch norm and its activation, if it has one."""
 
     def __init__(
@@ -100,32 +119,27 @@ class ResNetConvLayer(nn.Module):
         stride: int = 1,
         activation: str | None = "relu",
     ) -> None:
-        super().__init__()
-        self.activation = activation
-        self.convolution = nn.Conv2d(
-            inputs, outputs, kernel_size, stride=stride, padding=kernel_size // 2, bias=False
-        )
-        self.normalization = nn.BatchNorm2d(outputs)
+        super().__init__(inputs, outputs, kernel_size, stride)
+        self.activation = nn.Identity() if activation is None else Activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.normalization(self.convolution(x))
-        return x if self.activation is None else ACTIVATIONS[self.activation](x)
+        return self.activation(super().forward(x))
 
-    def pair(self) -> ConvNorm:
-        """Reads the layers; raises `Refused` if one has to be called."""
-        norm = untouched(self.normalization, nn.BatchNorm2d, nn.SyncBatchNorm)
-        return ConvNorm(untouched(self.convolution, nn.Conv2d), norm)
+    def activation_name(self) -> str | None:
+        """Reads the activation; raises `Refused` if it has to be called."""
+        activation = untouched(self.activation, Activation, nn.Identity)
+        return activation.name if isinstance(activation, Activation) else None
 
 
-class ResNetLayer(nn.Module):
+class ResNetLayer(NativeModule):
     """Basic or bottleneck residual block: adds `shortcut` to the convolutions of `layer`."""
 
     def __init__(self, config: ResNetConfig, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.activation = config.hidden_act
+        self.activation = Activation(config.hidden_act)
         reshapes = inputs != outputs or stride != 1
         self.shortcut = (
-            ResNetConvLayer(inputs, outputs, 1, stride, None) if reshapes else nn.Identity()
+            ResNetShortCut(inputs, outputs, stride=stride) if reshapes else nn.Identity()
         )
         if config.layer_type == "basic":
             layers = [
@@ -140,27 +154,27 @@ class ResNetLayer(nn.Module):
                 ResNetConvLayer(inner, inner, 3, second),
                 ResNetConvLayer(inner, outputs, 1, activation=None),
             ]
-        self.layer = nn.ModuleList(layers)
+        self.layer = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
         residual = self.shortcut(x)
-        for layer in self.layer:
-            x = layer(x)
-        return ACTIVATIONS[self.activation](x + residual)
+        return self.activation(self.layer(x) + residual)
 
     def parts(self) -> ResNetBlockParts:
         """Reads the layers; raises `Refused` if one has to be called."""
-        layers: Any = self.layer
-        pairs = tuple(untouched(layer, ResNetConvLayer).pair() for layer in layers)
-        shortcut = untouched(self.shortcut, ResNetConvLayer, nn.Identity)
+        found: Any = untouched(self.layer, nn.Sequential)
+        layers: list[ResNetConvLayer] = [untouched(layer, ResNetConvLayer) for layer in found]
+        if [layer.activation_name() for layer in layers] != [*["relu"] * (len(layers) - 1), None]:
+            raise Refused("an activation between its convolutions is not ReLU")
+        shortcut = untouched(self.shortcut, ResNetShortCut, nn.Identity)
         return ResNetBlockParts(
-            pairs,
-            shortcut.pair() if isinstance(shortcut, ResNetConvLayer) else None,
-            self.activation,
+            tuple(layer.pair() for layer in layers),
+            shortcut.pair() if isinstance(shortcut, ResNetShortCut) else None,
+            untouched(self.activation, Activation).name,
         )
 
 
-class ResNetEmbeddings(nn.Module):
+class ResNetEmbeddings(NativeModule):
     """The stem with its max pool."""
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -168,17 +182,20 @@ class ResNetEmbeddings(nn.Module):
         self.embedder = ResNetConvLayer(
             config.num_channels, config.embedding_size, 7, stride=2, activation=config.hidden_act
         )
+        self.pooler = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return max_pool(self.embedder(pixel_values))
+        return self.pooler(self.embedder(pixel_values))
 
     def parts(self) -> StemLayer:
-        """Reads the stem without its pool; raises `Refused` if a layer has to be called."""
+        """Reads the layers; raises `Refused` if one has to be called."""
         layer = untouched(self.embedder, ResNetConvLayer)
-        return StemLayer(layer.pair(), layer.activation)
+        if not pools_by_2(untouched(self.pooler, nn.MaxPool2d)):
+            raise Refused("its pool is another one")
+        return StemLayer(layer.pair(), layer.activation_name())
 
 
-class ResNetStage(nn.Module):
+class ResNetStage(NativeModule):
     """Residual blocks."""
 
     def __init__(self, config: ResNetConfig, stage: int) -> None:
@@ -199,7 +216,7 @@ class ResNetStage(nn.Module):
         return x
 
 
-class ResNetEncoder(nn.Module):
+class ResNetEncoder(NativeModule):
     """The stages."""
 
     def __init__(self, config: ResNetConfig) -> None:
@@ -255,7 +272,7 @@ class ResNetBackbone(Backbone):
         if not wanted:
             return {}
         indices = [self.stage_names.index(name) for name in wanted]
-        parts, _ = kept_parts(self, self._parts)
+        parts, _ = self._kept_parts()
         if parts is None:
             stem = self.embedder(pixel_values)
             maps = self.encoder(stem, indices, run_block=self.block_runner())
@@ -264,15 +281,19 @@ class ResNetBackbone(Backbone):
         return dict(zip(wanted, maps))
 
     def called_modules(self) -> dict[str, str]:
-        return kept_parts(self, self._parts)[1].by_name(self)
+        return self._kept_parts()[1].by_name(self)
 
-    def _parts(self, called: Called) -> ResNetParts:
+    def _kept_parts(self) -> tuple[ResNetParts | None, CalledModules]:
+        return kept_parts(self, self._parts, read=getattr(self.embedder, "pooler", None))
+
+    def _parts(self, called: CalledModules) -> ResNetParts:
         """All layers except those that have to be called; see `kept_parts`."""
-        stem = untouched(self.embedder, ResNetEmbeddings)
-        stages = untouched(self.encoder, ResNetEncoder).stages
+        stem, encoder = self.embedder, untouched(self.encoder, ResNetEncoder)
+        first = called.read_or_call(lambda: untouched(stem, ResNetEmbeddings).parts(), stem)
         return ResNetParts(
-            (called.unless(stem.parts, stem.embedder),),
-            tuple(_read_stage(stage, called) for stage in stages),
+            (first,),
+            tuple(_read_stage(stage, called) for stage in encoder.stages),
+            pool=None if isinstance(first, StemLayer) else _NO_POOL,
         )
 
     def init_optional_weights(self) -> None:
@@ -281,12 +302,15 @@ class ResNetBackbone(Backbone):
                 module.num_batches_tracked = torch.tensor(0)
 
 
-def _read_stage(stage: Any, called: Called) -> tuple[ResNetBlockParts | nn.Module, ...]:
+_NO_POOL = nn.Identity()  # a stem that is called pools by itself
+
+
+def _read_stage(stage: Any, called: CalledModules) -> tuple[ResNetBlockParts | nn.Module, ...]:
     def read_blocks() -> tuple[ResNetBlockParts | nn.Module, ...]:
         blocks = untouched(stage, ResNetStage).layers
-        return tuple(called.unless(partial(_read_block, block), block) for block in blocks)
+        return tuple(called.read_or_call(partial(_read_block, block), block) for block in blocks)
 
-    blocks = called.unless(read_blocks, stage)
+    blocks = called.read_or_call(read_blocks, stage)
     return blocks if isinstance(blocks, tuple) else (stage,)
 
 

@@ -61,11 +61,10 @@ def _stem(parts: ResNetParts, x: Tensor, pools: bool) -> Tensor:
 
 
 def _pool(parts: ResNetParts, x: Tensor) -> Tensor:
-    return max_pool(x) if parts.pool is None else parts.pool(x)
+    return _max_pool(x) if parts.pool is None else parts.pool(x)
 
 
-def max_pool(x: Tensor) -> Tensor:
-    """The pool of the stem, [B, C, H, W] to [B, C, h, w]."""
+def _max_pool(x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
 
@@ -78,7 +77,7 @@ def _stem_layer(x: Tensor, pair: ConvNorm, activation: str | None, pools: bool) 
         weight, bias = folded(*pair)
         return stem_conv_bn_relu_pool(x, weight, bias, activation=activation, pool=pools)
     x = pair(x, activation)
-    return max_pool(x) if pools else x
+    return _max_pool(x) if pools else x
 
 
 _STEM = ((7, 7), (2, 2), (3, 3), (1, 1), 1)

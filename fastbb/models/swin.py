@@ -5,7 +5,7 @@ torchvision and timm `models/swin_transformer.py`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from ..backbone.configuration import (
     hierarchical_stage_names,
 )
 from ..backbone.registry import Family, TransformersModel, Upstream, register
-from .parts import Called, Refused, kept_parts, untouched
+from .parts import CalledModules, Refused, kept_parts, untouched
 from .swin_forward import normed_map, swin_maps
 from .swin_modules import (
     SwinEmbeddings,
@@ -201,7 +201,17 @@ class SwinBackbone(Backbone):
             {name: nn.LayerNorm(channels) for name, channels in normed.items()}
         )
         self._untrained_norms: frozenset[str] = frozenset()
+        self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
         self._init_weights()
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        self._loads_strictly = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._loads_strictly = True
 
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
@@ -211,7 +221,8 @@ class SwinBackbone(Backbone):
         optional = [n for n in own if n.startswith(("hidden_states_norms.", "swin.layernorm."))]
         absent = [name for name in optional if prefix + name not in state_dict]
         # a part of the weights (those of an adapter) leaves the norms as they are
-        if absent and all(prefix + name in state_dict for name in own.keys() - optional):
+        is_whole = all(prefix + name in state_dict for name in own.keys() - optional)
+        if absent and is_whole and self._loads_strictly:
             for name in absent:
                 value = torch.ones_like if name.endswith("weight") else torch.zeros_like
                 state_dict[prefix + name] = value(own[name])
@@ -249,15 +260,21 @@ class SwinBackbone(Backbone):
             states = self.swin(pixel_values, indices, **options)
             maps = [x.permute(0, 3, 1, 2) for x in states]
         else:
-            maps = swin_maps(parts, pixel_values, indices, training=self.training, **options)
+            maps = swin_maps(parts, pixel_values, indices, **options)
         return dict(zip(wanted, maps))
 
-    def _parts(self, called: Called) -> SwinParts:
+    def _parts(self, called: CalledModules) -> SwinParts:
         """All layers except the norms of maps, and those that have to be called."""
         return untouched(self.swin, SwinModel).parts(called)
 
     def called_modules(self) -> dict[str, str]:
-        return kept_parts(self, self._parts)[1].by_name(self)
+        called = kept_parts(self, self._parts)[1].by_name(self)
+        for name, norm in self.hidden_states_norms.items():
+            try:
+                untouched(norm, nn.LayerNorm)
+            except Refused as refused:
+                called[f"hidden_states_norms.{name}"] = str(refused)
+        return called
 
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
         if stage not in self.hidden_states_norms:
@@ -372,13 +389,13 @@ def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:
 
 def _model(config: SwinConfig) -> SwinModel:
     patch, (height, width) = _pair(config.patch_size), _pair(config.image_size)
+    ragged = "drop" if isinstance(config, TorchvisionSwinConfig) else "pad"
     embeddings = SwinEmbeddings(
-        SwinPatchEmbeddings(config.num_channels, config.embed_dim, patch),
+        SwinPatchEmbeddings(config.num_channels, config.embed_dim, patch, ragged),
         config.embed_dim,
         n_positions=(
             (height // patch[0]) * (width // patch[1]) if config.use_absolute_embeddings else None
         ),
-        ragged="drop" if isinstance(config, TorchvisionSwinConfig) else "pad",
         dropout=config.hidden_dropout_prob,
     )
     stages = []

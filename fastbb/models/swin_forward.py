@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastbb_kernels import (
@@ -24,6 +24,7 @@ from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
+    MergingParts,
     Ragged,
     SwinBlockParts,
     SwinBlockSpec,
@@ -39,7 +40,6 @@ def swin_maps(
     pixel_values: Tensor,
     wanted: Sequence[int],
     *,
-    training: bool = False,
     attentions: list[Tensor] | None = None,
     interpolate_positions: bool = False,
     run_block: BlockRunner | None = None,
@@ -50,7 +50,6 @@ def swin_maps(
         parts: parts of the Swin.
         pixel_values: [B, C, H, W].
         wanted: indices of maps, at least one.
-        training: applies dropout and stochastic depth.
         attentions: list to append the attention weights of each stage's last block to, or None.
         interpolate_positions: interpolates absolute positions to the size of the image.
         run_block: runs a block with gradient checkpointing, or None.
@@ -62,25 +61,28 @@ def swin_maps(
         ValueError: the image does not fit.
     """
     if isinstance(parts.embedding, SwinEmbeddingParts):
-        x = _embed(parts.embedding, pixel_values, training, interpolate_positions)
+        x = _embed(parts.embedding, pixel_values, interpolate_positions)
     else:
-        x = parts.embedding(pixel_values, interpolate_positions)
+        interpolation = {"interpolate_positions": True} if interpolate_positions else {}
+        x = parts.embedding(pixel_values, **interpolation)
     maps = {}
     first, last = 0, max(wanted)
     if parts.has_stem:
         first = 1
         if 0 in wanted:
             maps[0] = _map(parts, 0, x)
-    for index, (downsample, blocks, calls_downsample) in enumerate(parts.stages, start=first):
+    for index, (downsample, blocks) in enumerate(parts.stages, start=first):
         if index > last:
             break
-        if downsample is not None:
-            x = downsample(x) if calls_downsample else merge_patches(x, downsample)
+        if isinstance(downsample, MergingParts):
+            x = merge_patches(x, downsample)
+        elif downsample is not None:
+            x = downsample(x)
         for block in blocks:
             collected = attentions if block is blocks[-1] else None
             run: Any
             if isinstance(block, SwinBlockParts):
-                run = partial(swin_block, parts=block, training=training, attentions=collected)
+                run = partial(swin_block, parts=block, attentions=collected)
             else:
                 run = block if collected is None else partial(block, attentions=collected)
             x = run(x) if run_block is None else run_block(run, x)
@@ -89,53 +91,37 @@ def swin_maps(
     return [maps[index] for index in wanted]
 
 
-def _embed(
-    parts: SwinEmbeddingParts, pixel_values: Tensor, training: bool, interpolate: bool
-) -> Tensor:
+def _embed(parts: SwinEmbeddingParts, pixel_values: Tensor, interpolate: bool) -> Tensor:
     """Embeds patches as tokens [B, h, w, C]."""
-    projection, norm, ragged = parts.projection, parts.norm, parts.ragged
-    if cuts_patches(projection):
-        _check_patches(projection.kernel_size, pixel_values, ragged)
-        x = patch_embed(
-            pixel_values,
-            projection.weight,
-            projection.bias,
-            norm.weight,
-            norm.bias,
-            eps=norm.eps,
-            ceil_mode=ragged == "pad",
-        )
-    else:  # the stride or padding was changed
-        x = norm(embed_patches(projection, projection.kernel_size, pixel_values, ragged))
-    positions = getattr(parts.positions, "position_embeddings", None)
+    projection, norm = parts.projection, parts.norm
+    if not cuts_patches(projection) or norm.weight is None:  # it was changed
+        interpolation = {"interpolate_positions": True} if interpolate else {}
+        return parts.owner(pixel_values, **interpolation)
+    check_patches(projection.kernel_size, pixel_values, parts.ragged)
+    x = patch_embed(
+        pixel_values,
+        projection.weight,
+        projection.bias,
+        norm.weight,
+        norm.bias,
+        eps=norm.eps,
+        ceil_mode=parts.ragged == "pad",
+    )
+    positions = getattr(parts.owner, "position_embeddings", None)
     if positions is not None:
         x = x + absolute_positions(positions, x, interpolate)
-    return F.dropout(x, parts.dropout) if training else x
+    dropout = parts.dropout
+    return x if dropout is None or not dropout.training else dropout(x)
 
 
-def embed_patches(
-    projection: nn.Module, patch: Sequence[int], pixel_values: Tensor, ragged: Ragged
-) -> Tensor:
-    """Calls the convolution of patches, [B, C_in, H, W] to tokens [B, h, w, C].
+def check_patches(patch: Sequence[int], pixel_values: Tensor, ragged: Ragged) -> None:
+    """Raises a ValueError if an image [B, C, H, W] has no patch, or a part of one that is refused.
 
     Args:
-        projection: the convolution, or a layer in its place.
         patch: height and width of a patch.
-        pixel_values: [B, C_in, H, W].
+        pixel_values: the image.
         ragged: rule for pixels beyond the last whole patch.
-
-    Raises:
-        ValueError: the image does not fit.
     """
-    _check_patches(patch, pixel_values, ragged)
-    height, width = pixel_values.shape[2:]
-    h, w = patch
-    if ragged == "pad":
-        pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
-    return projection(pixel_values).permute(0, 2, 3, 1)
-
-
-def _check_patches(patch: Sequence[int], pixel_values: Tensor, ragged: Ragged) -> None:
     height, width = pixel_values.shape[2:]
     h, w = patch
     if ragged == "drop" and (height < h or width < w):
@@ -189,7 +175,6 @@ def merge_patches(x: Tensor, merging: Any) -> Tensor:
 def swin_block(
     x: Tensor,
     parts: SwinBlockParts,
-    training: bool = False,
     attentions: list[Tensor] | None = None,
 ) -> Tensor:
     """Runs a block: window attention and MLP, each with a norm and a residual.
@@ -197,7 +182,6 @@ def swin_block(
     Args:
         x: [B, H, W, C].
         parts: of the block.
-        training: applies dropout and stochastic depth.
         attentions: list to append the attention weights to, or None.
 
     Returns:
@@ -206,8 +190,8 @@ def swin_block(
     spec, weights = parts.spec(), parts.weights()
     geometry = spec.geometry_for(x.shape[1], x.shape[2])
     # the block ops have no dropout and do not return attention weights
-    random_attention = training and any((spec.attention_dropout, spec.dropout, spec.drop_path))
-    random_mlp = training and any((spec.dropout, spec.mlp_drop_path))
+    random_attention = any((spec.attention_dropout, spec.dropout, spec.drop_path))
+    random_mlp = any((spec.dropout, spec.mlp_drop_path))
     if attentions is None and not (random_attention or random_mlp) and runs_on_cpu(x, weights):
         return swin_block_on_cpu(x, spec, weights, geometry)
     if attentions is None and not random_attention:
@@ -225,7 +209,7 @@ def swin_block(
             eps=weights.norm1_eps,
         )
     else:
-        x = _attention_half(x, spec, weights, geometry, training, attentions)
+        x = _attention_half(x, spec, weights, geometry, attentions)
     if not random_mlp:
         return swin_mlp_block(
             x,
@@ -247,9 +231,7 @@ def swin_block(
         eps=weights.norm2_eps,
         activation=spec.activation,
     )
-    return _add_branch(
-        x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path, training
-    )
+    return _add_branch(x, y, weights.fc2_weight, weights.fc2_bias, spec.dropout, spec.mlp_drop_path)
 
 
 def _attention_half(
@@ -257,7 +239,6 @@ def _attention_half(
     spec: SwinBlockSpec,
     weights: SwinBlockWeights,
     geometry: WindowGeometry,
-    training: bool,
     attentions: list[Tensor] | None,
 ) -> Tensor:
     """Runs the attention half op by op, with dropout inside, or to return its weights."""
@@ -272,7 +253,7 @@ def _attention_half(
     attend = {
         "num_heads": spec.num_heads,
         "geometry": geometry,
-        "dropout_p": spec.attention_dropout if training else 0.0,
+        "dropout_p": spec.attention_dropout,
     }
     if attentions is None:
         y = window_attention(qkv, weights.relative_position_bias, weights.qkv_bias, **attend)
@@ -281,9 +262,7 @@ def _attention_half(
             qkv, weights.relative_position_bias, weights.qkv_bias, **attend
         )
         attentions.append(attention)
-    return _add_branch(
-        x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path, training
-    )
+    return _add_branch(x, y, weights.proj_weight, weights.proj_bias, spec.dropout, spec.drop_path)
 
 
 def _add_branch(
@@ -293,9 +272,8 @@ def _add_branch(
     bias: Tensor | None,
     dropout: float,
     path_rate: float,
-    training: bool,
 ) -> Tensor:
-    if not training or (dropout == 0.0 and path_rate == 0.0):
+    if dropout == 0.0 and path_rate == 0.0:
         return linear_residual(x, weight, bias, residual)
     branch = F.dropout(F.linear(x, weight, bias), dropout)
-    return residual + drop_path(branch, path_rate, training)
+    return residual + drop_path(branch, path_rate)

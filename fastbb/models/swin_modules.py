@@ -8,6 +8,7 @@ Tokens are maps [B, h, w, C], which transformers has flattened.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,24 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbb_kernels import ACTIVATIONS, window_attention, window_attention_weights
+from fastbb_kernels import window_attention, window_attention_weights
 
 from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
-from .parts import Called, untouched
-from .swin_forward import absolute_positions, embed_patches
+from .parts import Activation, CalledModules, NativeModule, Refused, untouched
+from .swin_forward import absolute_positions, check_patches
 from .swin_parts import (
+    MergingParts,
     Ragged,
     SwinBlockParts,
     SwinBlockSpec,
     SwinEmbeddingParts,
     SwinParts,
     SwinStageParts,
+    cuts_patches,
     relative_position_bias,
 )
 
 
-class SwinRelativePositionBias(nn.Module):
+class SwinRelativePositionBias(NativeModule):
     """The bias of the attention scores of a window."""
 
     def __init__(self, spec: SwinBlockSpec) -> None:
@@ -46,7 +49,7 @@ class SwinRelativePositionBias(nn.Module):
         return relative_position_bias(self.relative_position_bias_table, self.window)
 
 
-class SwinAttention(nn.Module):
+class SwinAttention(NativeModule):
     """Attention within the windows of a map [B, H, W, C]."""
 
     def __init__(self, channels: int, qkv_bias: bool, spec: SwinBlockSpec) -> None:
@@ -79,20 +82,34 @@ class SwinAttention(nn.Module):
         return self.o_proj(y[:, :height, :width])
 
 
-class SwinMlp(nn.Module):
+class SwinMlp(NativeModule):
     """Two linear layers with an activation between them."""
 
     def __init__(self, channels: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation_fn = Activation(activation)
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+        return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-class SwinLayer(nn.Module):
+class SwinDropPath(NativeModule):
+    """Stochastic depth: drops whole samples of a residual branch."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class SwinLayer(NativeModule):
     """A block: window attention and MLP, each with a norm and a residual, of a map [B, H, W, C]."""
 
     def __init__(
@@ -104,21 +121,20 @@ class SwinLayer(nn.Module):
         self.layernorm_before = nn.LayerNorm(channels, eps=eps)
         self.layernorm_after = nn.LayerNorm(channels, eps=eps)
         self.mlp = SwinMlp(channels, hidden, spec.activation)
+        self.dropout = nn.Dropout(spec.dropout)
+        self.drop_path = SwinDropPath(spec.drop_path) if spec.drop_path else nn.Identity()
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
-        if type(self.attention).forward is not SwinAttention.forward:
+        if not any(isinstance(module, SwinAttention) for module in self.attention.modules()):
             raise ValueError(
                 f"a {type(self.attention).__name__} was put in place of the attention of a Swin "
                 "block, which would get no windows: replace the whole block by a module that takes "
                 "and returns a map of tokens [B, H, W, C]"
             )
         y = self.attention(self.layernorm_before(x), **options)
-        x = x + self._branch(y, self.spec.drop_path)
-        y = self.mlp(self.layernorm_after(x))
-        return x + self._branch(y, self.spec.mlp_drop_path)
-
-    def _branch(self, y: Tensor, path_rate: float) -> Tensor:
-        return drop_path(F.dropout(y, self.spec.dropout, self.training), path_rate, self.training)
+        x = x + self.drop_path(self.dropout(y))
+        y = self.dropout(self.mlp(self.layernorm_after(x)))
+        return x + (self.drop_path(y) if self.spec.mlp_drop_path else y)
 
     def parts(self) -> SwinBlockParts:
         """Reads the layers; raises `Refused` if one has to be called."""
@@ -129,7 +145,14 @@ class SwinLayer(nn.Module):
             untouched(norm, nn.LayerNorm)
         for linear in (*projections, attention.o_proj, mlp.fc1, mlp.fc2):
             untouched(linear, nn.Linear)
-        return SwinBlockParts(
+        if len({linear.bias is None for linear in projections}) > 1:
+            raise Refused("only some of its queries, keys and values have a bias")
+        if mlp.fc1.bias is None or mlp.fc2.bias is None:
+            raise Refused("a layer of its MLP has no bias")
+        untouched(mlp.activation_fn, Activation)
+        untouched(self.dropout, nn.Dropout)
+        untouched(self.drop_path, SwinDropPath, nn.Identity)
+        return _NativeBlockParts(
             owner=self,
             norms=norms,
             projections=projections,
@@ -137,12 +160,32 @@ class SwinLayer(nn.Module):
             fc1=mlp.fc1,
             fc2=mlp.fc2,
             bias=untouched(attention.relative_position_bias, SwinRelativePositionBias),
-            semantics=self.spec,
+            semantics=replace(
+                self.spec, drop_path=0.0, mlp_drop_path=0.0, dropout=0.0, attention_dropout=0.0
+            ),
             has_index=False,
         )
 
 
-class SwinPatchMerging(nn.Module):
+class _NativeBlockParts(SwinBlockParts):
+    """A block that may train: its modules have modes and rates of their own."""
+
+    def spec(self) -> SwinBlockSpec:
+        block: Any = self.owner
+        attention, dropout, path = block.attention, block.dropout, block.drop_path
+        if not (attention.training or dropout.training or path.training):
+            return self.semantics
+        rate = path.drop_prob if path.training and isinstance(path, SwinDropPath) else 0.0
+        return replace(
+            self.semantics,
+            drop_path=rate,
+            mlp_drop_path=rate if block.spec.mlp_drop_path else 0.0,
+            dropout=dropout.p if dropout.training else 0.0,
+            attention_dropout=block.spec.attention_dropout if attention.training else 0.0,
+        )
+
+
+class SwinPatchMerging(NativeModule):
     """Concatenates, normalizes and reduces 2x2 neighbours, [B, H, W, C] to [B, h, w, 2C]."""
 
     def __init__(self, channels: int) -> None:
@@ -156,8 +199,14 @@ class SwinPatchMerging(nn.Module):
         x = torch.cat([x[:, i::2, j::2] for j in range(2) for i in range(2)], dim=-1)
         return self.reduction(self.norm(x))
 
+    def parts(self) -> MergingParts:
+        """Reads the layers; raises `Refused` if one has to be called."""
+        return MergingParts(
+            untouched(self.norm, nn.LayerNorm), untouched(self.reduction, nn.Linear)
+        )
 
-class SwinStage(nn.Module):
+
+class SwinStage(NativeModule):
     """A stage; its forward leaves out the merging, which only the next stage needs."""
 
     def __init__(self, blocks: Sequence[SwinLayer], downsample: SwinPatchMerging | None) -> None:
@@ -172,27 +221,34 @@ class SwinStage(nn.Module):
         return last(x, **options)
 
 
-class SwinPatchEmbeddings(nn.Module):
-    """Embeds patches of pixels [B, C_in, H, W]."""
+class SwinPatchEmbeddings(NativeModule):
+    """Embeds patches, [B, C_in, H, W] to [B, h, w, C]."""
 
-    def __init__(self, n_pixel_channels: int, channels: int, patch: tuple[int, int]) -> None:
+    def __init__(
+        self, n_pixel_channels: int, channels: int, patch: tuple[int, int], ragged: Ragged
+    ) -> None:
         super().__init__()
         self.patch = patch
+        self.ragged: Ragged = ragged
         self.projection = nn.Conv2d(n_pixel_channels, channels, kernel_size=patch, stride=patch)
 
-    def forward(self, pixel_values: Tensor, ragged: Ragged) -> Tensor:
-        return embed_patches(self.projection, self.patch, pixel_values, ragged)
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        check_patches(self.patch, pixel_values, self.ragged)
+        height, width = pixel_values.shape[2:]
+        h, w = self.patch
+        if self.ragged == "pad":
+            pixel_values = F.pad(pixel_values, (0, -width % w, 0, -height % h))
+        return self.projection(pixel_values).permute(0, 2, 3, 1)
 
 
-class SwinEmbeddings(nn.Module):
+class SwinEmbeddings(NativeModule):
     """Embeds patches with a norm, and absolute positions if there are any.
 
     Args:
         patches: embeds them.
         channels: of the embedding.
         n_positions: number of absolute positions, or None.
-        ragged: see `SwinEmbeddingParts`.
-        dropout: see `SwinEmbeddingParts`.
+        dropout: after the embedding.
     """
 
     def __init__(
@@ -200,33 +256,38 @@ class SwinEmbeddings(nn.Module):
         patches: SwinPatchEmbeddings,
         channels: int,
         n_positions: int | None,
-        ragged: Ragged,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.ragged: Ragged = ragged
-        self.dropout = dropout
         self.patch_embeddings = patches
         self.norm = nn.LayerNorm(channels)
         self.position_embeddings = (
             None if n_positions is None else nn.Parameter(torch.zeros(1, n_positions, channels))
         )
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, pixel_values: Tensor, interpolate_positions: bool = False) -> Tensor:
-        x = self.norm(self.patch_embeddings(pixel_values, self.ragged))
+        x = self.norm(self.patch_embeddings(pixel_values))
         if self.position_embeddings is not None:
             x = x + absolute_positions(self.position_embeddings, x, interpolate_positions)
-        return F.dropout(x, self.dropout, self.training)
+        return self.dropout(x)
 
     def parts(self) -> SwinEmbeddingParts:
         """Reads the layers; raises `Refused` if one has to be called."""
         patches = untouched(self.patch_embeddings, SwinPatchEmbeddings)
         projection = untouched(patches.projection, nn.Conv2d)
-        norm = untouched(self.norm, nn.LayerNorm)
-        return SwinEmbeddingParts(projection, norm, self.ragged, self, self.dropout)
+        if projection.kernel_size != patches.patch or not cuts_patches(projection):
+            raise Refused("its convolution does not cut patches")
+        return SwinEmbeddingParts(
+            projection,
+            untouched(self.norm, nn.LayerNorm),
+            patches.ragged,
+            self,
+            untouched(self.dropout, nn.Dropout),
+        )
 
 
-class SwinEncoder(nn.Module):
+class SwinEncoder(NativeModule):
     """The stages."""
 
     def __init__(self, stages: Sequence[SwinStage]) -> None:
@@ -249,11 +310,11 @@ class SwinEncoder(nn.Module):
                 x = merging(x)
             run = stage if attentions is None else partial(stage, attentions=attentions)
             x = states[index] = run(x) if run_block is None else run_block(run, x)
-            merging = stage.downsample
+            merging = merging_of(stage)
         return [states[index] for index in wanted]
 
 
-class SwinModel(nn.Module):
+class SwinModel(NativeModule):
     """Embeddings and stages: pixels [B, C_in, H, W] to the wanted states, tokens [B, h, w, C]."""
 
     def __init__(
@@ -272,10 +333,10 @@ class SwinModel(nn.Module):
         interpolate_positions: bool = False,
         **options: Any,
     ) -> list[Tensor]:
-        x = self.embeddings(pixel_values, interpolate_positions)
-        return self.encoder(x, wanted, **options)
+        interpolation = {"interpolate_positions": True} if interpolate_positions else {}
+        return self.encoder(self.embeddings(pixel_values, **interpolation), wanted, **options)
 
-    def parts(self, called: Called) -> SwinParts:
+    def parts(self, called: CalledModules) -> SwinParts:
         """Reads the layers, except those that have to be called.
 
         Args:
@@ -288,27 +349,41 @@ class SwinModel(nn.Module):
         stages, merging = [], None
         for stage in encoder.layers:
             stages.append(_read_stage(merging, stage, called))
-            merging = stage.downsample
-        return SwinParts(called.unless(self._read_embeddings, self.embeddings), tuple(stages))
+            merging = merging_of(stage)
+        return SwinParts(called.read_or_call(self._read_embeddings, self.embeddings), tuple(stages))
 
     def _read_embeddings(self) -> SwinEmbeddingParts:
         return untouched(self.embeddings, SwinEmbeddings).parts()
 
 
-def _read_stage(merging: Any, stage: Any, called: Called) -> SwinStageParts:
-    """Reads a stage and the merging before it, which transformers has in the stage before."""
+def merging_of(stage: Any) -> nn.Module | None:
+    """The merging after a stage, which transformers has inside it, or None after the last one.
 
-    def read_merging() -> None:
-        untouched(untouched(merging, SwinPatchMerging).norm, nn.LayerNorm)
-        untouched(merging.reduction, nn.Linear)
+    Raises:
+        ValueError: the stage was replaced by a module that has none.
+    """
+    try:
+        return stage.downsample
+    except AttributeError as error:
+        raise ValueError(
+            f"a {type(stage).__name__} was put in place of a stage of a Swin; it needs the "
+            "attribute `downsample` of the stage, which is its patch merging or None"
+        ) from error
+
+
+def _read_stage(merging: Any, stage: Any, called: CalledModules) -> SwinStageParts:
+    """Reads a stage and the merging before it."""
+
+    def read_merging() -> MergingParts:
+        return untouched(merging, SwinPatchMerging).parts()
 
     def read_blocks() -> tuple[SwinBlockParts | nn.Module, ...]:
         blocks = untouched(stage, SwinStage).blocks
-        return tuple(called.unless(partial(_read_block, block), block) for block in blocks)
+        return tuple(called.read_or_call(partial(_read_block, block), block) for block in blocks)
 
-    calls_merging = merging is not None and called.unless(read_merging, merging) is merging
-    blocks = called.unless(read_blocks, stage)
-    return SwinStageParts(merging, blocks if isinstance(blocks, tuple) else (stage,), calls_merging)
+    before = None if merging is None else called.read_or_call(read_merging, merging)
+    blocks = called.read_or_call(read_blocks, stage)
+    return SwinStageParts(before, blocks if isinstance(blocks, tuple) else (stage,))
 
 
 def _read_block(block: Any) -> SwinBlockParts:

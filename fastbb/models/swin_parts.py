@@ -29,7 +29,7 @@ from .parts import Refused, activation_of
 
 @dataclass(frozen=True)
 class SwinBlockSpec:
-    """Semantics of a block.
+    """Semantics of a block; rates of dropout are 0 in inference.
 
     Attributes:
         num_heads: attention heads.
@@ -178,18 +178,23 @@ class SwinBlockParts:
         return None
 
 
+class MergingParts(NamedTuple):
+    """The layers of a patch merging."""
+
+    norm: nn.LayerNorm
+    reduction: nn.Linear
+
+
 class SwinStageParts(NamedTuple):
-    """A stage: a patch merging or None, then blocks.
+    """A stage.
 
     Attributes:
-        downsample: has `norm` and `reduction`, which is how all libraries name them.
+        downsample: the patch merging before the blocks, or None; a module is called.
         blocks: in order of depth; a module is called, and may stand for several blocks.
-        calls_downsample: whether the merging is called, too.
     """
 
-    downsample: nn.Module | None
+    downsample: MergingParts | nn.Module | None
     blocks: tuple[SwinBlockParts | nn.Module, ...]
-    calls_downsample: bool = False
 
 
 Ragged = Literal["pad", "drop", "refuse"]  # pixels beyond the last whole patch; "pad" with zeros
@@ -202,16 +207,16 @@ class SwinEmbeddingParts(NamedTuple):
         projection: convolution of patches.
         norm: after it.
         ragged: rule for pixels beyond the last whole patch.
-        positions: module with absolute `position_embeddings` [1, P, C] or None; None if no module
-            has any.
-        dropout: after it, in training.
+        owner: module with absolute `position_embeddings` [1, P, C] or None, which is called
+            where the convolution or the norm were changed; None if there is no such module.
+        dropout: after it, or None.
     """
 
     projection: nn.Conv2d
     norm: nn.LayerNorm
     ragged: Ragged
-    positions: Any = None
-    dropout: float = 0.0
+    owner: Any = None
+    dropout: nn.Dropout | None = None
 
 
 @dataclass(frozen=True)
@@ -412,12 +417,13 @@ def _checked(
     return make(block, norms, projections, proj, fc1, fc2, bias, spec)
 
 
-def check_merging(merging: Any) -> None:
-    """Raises `Refused` for a patch merging that `merge_patches` does not cover."""
+def merging_parts(merging: Any) -> MergingParts:
+    """Reads a patch merging, which has `norm` and `reduction` in all libraries."""
     if type(merging.norm) is not nn.LayerNorm:
         raise Refused(f"its norm is a {type(merging.norm).__name__}")
     if type(merging.reduction) is not nn.Linear:
         raise Refused(f"its reduction is a {type(merging.reduction).__name__}")
+    return MergingParts(merging.norm, merging.reduction)
 
 
 def transformers_parts(backbone: Any) -> SwinParts:
@@ -436,13 +442,11 @@ def transformers_parts(backbone: Any) -> SwinParts:
     if any(type(norm) is not nn.LayerNorm for norm in [embeddings.norm, *norms.values()]):
         raise Refused("its norms are not layer norms")
     mergings = [stage.downsample for stage in stages[:-1]]
-    for merging in mergings:
-        check_merging(merging)
     return SwinParts(
         SwinEmbeddingParts(projection, embeddings.norm, "pad", embeddings),
         tuple(
             SwinStageParts(merging, tuple(map(read, stage.blocks)))
-            for merging, stage in zip([None, *mergings], stages)
+            for merging, stage in zip([None, *map(merging_parts, mergings)], stages)
         ),
         norms,
     )
@@ -473,9 +477,8 @@ def timm_parts(features: nn.Module) -> SwinParts:
     read = []
     for stage in stages:
         merging = stage.downsample
-        if type(merging) is PatchMerging:
-            check_merging(merging)
-        elif type(merging) is not nn.Identity:
+        downsample = merging_parts(merging) if type(merging) is PatchMerging else None
+        if downsample is None and type(merging) is not nn.Identity:
             raise Refused(f"a {type(merging).__name__} is before a stage")
         blocks = []
         for block in stage.blocks:

@@ -32,7 +32,7 @@ from ..weights.find_norms import FoldedNorm, FoldReport, find_norms
 from ..weights.folded_model import Folding, unfold
 from ..weights.recognize import is_batch_norm
 from ..weights.watch import is_observed
-from .parts import Kept, Refused
+from .parts import CachedParts, Refused
 from .timm_loading import create_features, unknown_model
 
 
@@ -262,12 +262,12 @@ class TimmBackbone(Backbone):
             if any(is_observed(module) or module.training for module in modules):
                 return None
             return _native_forward(self._backbone)
-        kept = Kept.of(self)
+        kept = CachedParts.of(self)
         if kept is None:
             forward = _native_forward(self._backbone)
             if forward is None:
                 return None
-            kept = Kept(self, forward, read=self._backbone)
+            kept = CachedParts(self, forward, read=self._backbone)
         # hooks and dropout only run in timm's own forward
         return None if kept.is_observed() or kept.trains() else kept.value
 

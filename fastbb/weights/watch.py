@@ -97,23 +97,35 @@ class ModuleSettings:
             return False
 
 
+_OWN_ATTRIBUTES = set(vars(nn.Module()))
+
+
 def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
-    if name.startswith("_") or name == "training":
+    if name in _OWN_ATTRIBUTES:
+        return False
+    # transformers keeps its books in private attributes; those of adapters switch them on and off
+    if name.startswith("_") and type(module).__module__.startswith("transformers."):
         return False
     # `ModuleStamp` and others watch methods that replace those of the class
     return not callable(getattr(type(module), name, None)) and _is_plain_value(value)
 
 
 def _is_plain_value(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
+    if isinstance(value, dict):
+        return all(map(_is_plain_value, (*value, *value.values())))
+    if isinstance(value, (tuple, list, set)):
         return all(map(_is_plain_value, value))
     return isinstance(value, _PLAIN)
 
 
 def _kept(values: Any) -> Any:
-    """Copies lists, which may be changed in place."""
+    """Copies what may be changed in place."""
+    if isinstance(values, dict):
+        return {key: _kept(value) for key, value in values.items()}
     if isinstance(values, list):
         return [_kept(value) for value in values]
+    if isinstance(values, set):
+        return set(values)
     return tuple(map(_kept, values)) if type(values) is tuple else values
 
 
@@ -146,6 +158,15 @@ def is_observed(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS) or has_foreign_forward(module)
 
 
+# read anew each time: programs clear hooks by new dictionaries
+_hooks_of = itemgetter(*_HOOKS)
+
+
+def has_hooks(attributes: Iterable[dict[str, Any]]) -> bool:
+    """Whether one of these modules, given by their dictionaries, has hooks of any kind."""
+    return any(map(any, map(_hooks_of, attributes)))
+
+
 class ModuleStructure:
     """A record of the layers inside a module, to detect replaced layers, hooks and forwards.
 
@@ -162,7 +183,7 @@ class ModuleStructure:
         self._layers = [(m._modules, dict(m._modules)) for m in self.modules]
         self._classes = list(map(type, self.modules))
         self._inside = self.modules[1:]
-        self._hooks = [getattr(m, name) for m in self._inside for name in _HOOKS]
+        self._attributes = [vars(m) for m in self._inside]
         self._owners = [m._parameters for m in self.modules if m._parameters]
         self._ids = set(map(id, self.modules))
         follow_layers(self.modules)
@@ -182,16 +203,19 @@ class ModuleStructure:
 
     def hooks(self) -> list[Any]:
         """The hooks of the layers inside the module."""
-        if not any(self._hooks):
+        if not has_hooks(self._attributes):
             return []
-        return [hook for hooks in self._hooks for hook in hooks.values()]
+        kinds = itertools.chain.from_iterable(map(_hooks_of, self._attributes))
+        return [hook for hooks in kinds for hook in hooks.values()]
 
     def observed(self) -> list[int]:
-        """Indices of what observes the layers inside: kinds of hooks, and forwards of other code.
+        """Positions of the layers inside that have hooks, and of those with a foreign forward.
 
         Equal lists mean that the same layers are observed.
         """
-        found = [i for i, hooks in enumerate(self._hooks) if hooks] if any(self._hooks) else []
+        found = []
+        if has_hooks(self._attributes):
+            found = [i for i, kinds in enumerate(map(_hooks_of, self._attributes)) if any(kinds)]
         foreign = self.foreign_forwards()
         if foreign:
             found += [-1 - i for i, m in enumerate(self._inside) if m in foreign]

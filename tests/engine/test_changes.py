@@ -13,6 +13,7 @@ from pretended_device import MANY, Compiler, Device, explained, no_warning
 from reference_models import images, timm_pair
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import AdamW
 from weight_changes import WEIGHT_CHANGES, load, optimizer_step, replace_data, scale_
 
@@ -191,6 +192,30 @@ def test_added_swapped_and_removed_hooks_of_layers_are_followed(make: Any) -> No
         assert_equals_upstream(maps_of(prepared), pair.maps(PIXELS))
         remove()
         assert all(map(torch.equal, maps_of(prepared), compiled))
+
+
+def test_hooks_of_all_modules_run_in_a_prepared_backbone(compiler: Compiler) -> None:
+    pair, seen = resnet_pair(), []
+    prepared = pair.ours.prepare("compile", example=PIXELS)
+    handle = register_module_forward_hook(lambda module, inputs, y: seen.append(type(module)))
+    try:
+        with pytest.warns(EngineWarning, match="layers have hooks"):
+            got = maps_of(prepared)
+    finally:
+        handle.remove()
+    assert_equals_upstream(got, pair.maps(PIXELS))
+    n_convolutions = sum(isinstance(m, nn.Conv2d) for m in prepared.modules())
+    assert seen.count(nn.Conv2d) == n_convolutions
+
+
+def test_a_hook_of_a_layer_that_was_put_in_later_sees_each_call_once() -> None:
+    prepared, seen = resnet().prepare(), []
+    maps_of(prepared)
+    stem = prepared.embedder.embedder
+    stem.activation = nn.ReLU()
+    stem.activation.register_forward_hook(lambda *_: seen.append(1))
+    maps_of(prepared, images(60, 60))
+    assert seen == [1]
 
 
 def test_hooks_see_each_call_once_when_a_backbone_is_prepared(compiler: Compiler) -> None:
