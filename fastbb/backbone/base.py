@@ -136,6 +136,10 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
         super().__init__()
         self.config = self.own_config(config)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take: not the cached parts, which are of these very layers."""
+        return {name: v for name, v in vars(self).items() if name != "_cached_parts"}
+
     def forward_stages(
         self,
         pixel_values: Tensor,

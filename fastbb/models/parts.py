@@ -147,20 +147,13 @@ class CachedParts(Generic[Value]):
         self._forwards = [(cls, cls.forward) for cls in classes]
         self._settings = None if read is None else ModuleSettings(read)
         self._observed = self._read_observed()
-        # not in a dictionary of weak references, which would keep alive a backbone that hooks
-        # refer to
-        vars(backbone)[_CACHED] = self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Leaves copies without it: they have their own layers."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+        # a dictionary of weak references would keep a backbone alive that hooks refer to
+        backbone._cached_parts = self  # type: ignore[assignment]  # a plain attribute
 
     @classmethod
     def of(cls, backbone: nn.Module) -> "CachedParts[Any] | None":
         """The cached value of a backbone, or None if what it depends on changed."""
-        cached = vars(backbone).get(_CACHED)
+        cached = vars(backbone).get("_cached_parts")
         return cached if cached is not None and cached._is_current(backbone) else None
 
     def _is_current(self, backbone: nn.Module) -> bool:
@@ -182,9 +175,6 @@ class CachedParts(Generic[Value]):
     def trains(self) -> bool:
         """Whether the backbone or any layer is in training mode now."""
         return self._structure.trains()
-
-
-_CACHED = "_cached_parts"
 
 
 def kept_parts(

@@ -34,7 +34,10 @@ def test_change_names_the_changed_setting() -> None:
     module.forward, module.scale = torch.relu, 1.0
     assert settings.change() == "scale is 1.0, was 2.0"
     module.scale = 2.0
-    module.table, module.names = torch.ones(3), {}
+    module.names["a"] = 2  # type: ignore[index]  # in place
+    assert settings.change() == "names is {'a': 2}, was {'a': 1}"
+    module.names = {"a": 1}
+    module.table = torch.ones(3)
     module.layer.eval().requires_grad_(False)
     assert settings.change() is None
     module.layer.eps = 1.0
