@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from reference_models import from_hf, hf_resnet, hf_swin, images
 from tolerance import assert_equals_upstream
 from torch import Tensor
 
 from fastbb import AutoBackbone
+
+peft = pytest.importorskip("peft")
 
 PIXELS = images(45, 51)
 SWIN = {"depths": [2, 2], "num_heads": [2, 4], "out_indices": [1, 2]}
@@ -27,8 +28,8 @@ def resnet() -> Any:
     return hf_resnet("bottleneck", **RESNET)
 
 
-def lora(*targets: str, **options: Any) -> LoraConfig:
-    return LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
+def lora(*targets: str, **options: Any) -> Any:
+    return peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **options)
 
 
 CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -45,7 +46,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "swin_ia3": (
         swin,
-        lambda: IA3Config(
+        lambda: peft.IA3Config(
             target_modules=["k_proj", "v_proj", "fc2"],
             feedforward_modules=["fc2"],
             init_ia3_weights=False,
@@ -62,7 +63,7 @@ def adapted(case: str) -> tuple[Any, Any]:
     upstream = make()
     backbone = from_hf(upstream)
     torch.manual_seed(0)
-    theirs, ours = get_peft_model(upstream, config()), get_peft_model(backbone, config())
+    theirs, ours = peft.get_peft_model(upstream, config()), peft.get_peft_model(backbone, config())
     names = {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert names == {n for n, p in ours.named_parameters() if p.requires_grad} and names
     ours.load_state_dict({n: p for n, p in theirs.state_dict().items() if n in names}, strict=False)
@@ -133,9 +134,9 @@ def test_a_saved_adapter_loads_here_and_in_transformers(case: str, tmp_path: Pat
     for model, folder in ((ours, tmp_path / "ours"), (theirs, tmp_path / "theirs")):
         model.save_pretrained(folder)
     upstream, backbone = make(), from_hf(make())
-    loaded = PeftModel.from_pretrained(upstream, str(tmp_path / "ours")).eval()
+    loaded = peft.PeftModel.from_pretrained(upstream, str(tmp_path / "ours")).eval()
     assert_equals_upstream(maps(loaded), maps(ours))
-    loaded = PeftModel.from_pretrained(backbone, str(tmp_path / "theirs")).eval()
+    loaded = peft.PeftModel.from_pretrained(backbone, str(tmp_path / "theirs")).eval()
     assert_equals_upstream(maps(loaded), maps(theirs))
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from reference_models import from_hf, hf_resnet, hf_swin, images
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
@@ -186,9 +185,10 @@ def test_a_replaced_stage_without_its_merging_is_an_error_that_names_it() -> Non
 @pytest.mark.parametrize("make", [swin, resnet])
 @pytest.mark.parametrize("change", ["disable", "switch", "scale"])
 def test_a_stamp_notices_adapters_that_are_switched(make: Callable[[], Any], change: str) -> None:
+    peft = pytest.importorskip("peft")
     targets = ["q_proj", "convolution"]
-    model = get_peft_model(from_hf(make()), LoraConfig(r=2, target_modules=targets))
-    model.add_adapter("other", LoraConfig(r=2, target_modules=targets))
+    model = peft.get_peft_model(from_hf(make()), peft.LoraConfig(r=2, target_modules=targets))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=targets))
     model.set_adapter("default")
     stamp = ModuleStamp(model.eval().get_base_model())
     assert stamp.is_current()
