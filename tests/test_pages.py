@@ -5,6 +5,7 @@ photo.jpg and photos/. `page_models.MODELS` stands in for the Hub.
 """
 
 import ast
+import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -162,8 +163,13 @@ def check_command(line: str, whole: bool) -> None:
             rules = (ROOT / "Makefile").read_text()
             for target in targets:
                 assert "=" in target or re.search(rf"^{target}:", rules, re.M), line
-        case ["python", path, *_] if path.endswith(".py"):
-            assert (ROOT / path).exists(), line
+        case ["python", "-m", "fastbb", *rest]:
+            check_command(shlex.join(["fastbb", *rest]), whole)
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module) is not None, line
+        case ["python", path, *options] if path.endswith(".py"):
+            script = (ROOT / path).read_text()
+            assert all(o in script for o in options if o.startswith("--")), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -184,10 +190,13 @@ def test_commands_of_a_page_parse(page: Path, desk: Path) -> None:
         "fastbb examine",
         "make everything",
         "python bench/none.py",
+        "python bench/peers.py --onlyy peers",
+        "python -m fastbb_kernels.chek --quick",
+        "python -m fastbb veiw photo.jpg",
     ],
 )
 def test_wrong_command_is_found(line: str, desk: Path) -> None:
-    with pytest.raises((click.UsageError, KeyError, AssertionError)):
+    with pytest.raises((click.UsageError, KeyError, AssertionError, OSError)):
         check_command(line, whole=True)
 
 

@@ -13,7 +13,7 @@ from fastbb_kernels.warning import warn_caller
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
 from .measuring import Clock, describe, duration, wall_clock
-from .settings import DTYPES, EngineWarning, Settings, Tools
+from .settings import EngineWarning, Settings, Tools, dtype_name
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
 from .ways import GRAPH, Way, Ways, bakes, compiles, on_gpu
@@ -95,10 +95,8 @@ class Chooser:
     @property
     def precision(self) -> str:
         """Precision of the computation."""
-        dtype = dtype_of(self._computation.module)
-        names = {dtype: name for name, dtype in DTYPES.items()}
-        own = names.get(dtype, str(dtype).removeprefix("torch."))
-        return "tf32" if self._settings.precision == "tf32" else own
+        is_tf32 = self._settings.precision == "tf32"
+        return "tf32" if is_tf32 else dtype_name(dtype_of(self._computation.module))
 
     @property
     def cache(self) -> ResultCache:

@@ -40,8 +40,9 @@ def _announced(text: str) -> Iterator[None]:
 
 
 def _announce(text: str) -> None:
-    bars = sys.modules.get("tqdm")  # which would share the line with the text
-    with nullcontext() if bars is None else bars.tqdm.external_write_mode(file=sys.stderr):
+    # a bar would share the line with the text
+    bar = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    with nullcontext() if bar is None else bar.external_write_mode(file=sys.stderr):
         logger.warning(text)
 
 

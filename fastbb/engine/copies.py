@@ -8,7 +8,7 @@ from torch import nn
 from ..weights.derived import derived_bytes
 from .computation import dtype_of
 from .measuring import memory
-from .settings import DTYPES
+from .settings import dtype_name
 
 
 def copies_note(
@@ -25,10 +25,9 @@ def copies_note(
     derived = derived_bytes([*modules, *converted])
     if derived:
         parts.append(f"{memory(derived)} fused, folded or packed")
-    names = {dtype: name for name, dtype in DTYPES.items()}
     by_dtype: dict[str, int] = {}
     for module in converted:
-        name = names[dtype_of(module)]
+        name = dtype_name(dtype_of(module))
         by_dtype[name] = by_dtype.get(name, 0) + _n_bytes(module)
     parts += [f"{memory(n_bytes)} converted to {name}" for name, n_bytes in by_dtype.items()]
     if compiled:

@@ -169,17 +169,17 @@ class Engine:
             return "inside a graph that is being recorded"
         module = self._computation.module
         if self._modules is None or self._last_layer is not untraced.last_layer:
-            self._last_layer, self._modules = untraced.last_layer, list(module.modules())
-            follow_layers(self._modules)
+            last_layer, modules = untraced.last_layer, list(module.modules())
+            follow_layers(modules)
             # of a host, `accelerate` knows which hooks only look
-            self._layers = list(
-                map(vars, self._modules[1:] if isinstance(module, Backbone) else [])
-            )
+            layers = modules[1:] if isinstance(module, Backbone) else []
+            self._layers = list(map(vars, layers))
+            self._last_layer, self._modules = last_layer, modules  # last: other threads ask it
         if self._has_hooks:  # measuring would call them, and compiled code might not
             reason = "layers have hooks, which only run where it runs eager"
             is_slower = self.settings.mode != "auto" or self._has_compiled
             return (self._warn_once if is_slower else self._note)("hooks", reason)
-        if any(part.training for part in self._modules):
+        if any(part.training for part in self._modules or ()):
             return self._note("training", "in training mode: call .eval()")
         if torch.is_autocast_enabled(pixel_values.device.type):
             return self._note("autocast", "under torch.autocast, which chooses dtypes itself")
@@ -224,7 +224,7 @@ class Engine:
     def _forget_baked(self) -> Plan | None:
         if self._has_compiled:
             reason = "weights, settings, layers or hooks changed since they were compiled"
-            reason = f"{reason}, so it runs eager: call prepare() again"
+            reason = f"{reason}, so it runs eager: prepare or accelerate it again"
             reason = self._warn_once("changed", reason)
             return self.chooser.plain_plan(reason)
         if any(plan.way.is_baked for plan in self._plans.values()):
@@ -290,6 +290,11 @@ class Engine:
         with self._lock:
             self._plans[tuple(pixel_values.shape)] = instead
 
+    @property
+    def notes(self) -> list[str]:
+        """The reasons why some calls ran eager."""
+        return list(self._notes.values())
+
     def explain(self) -> Explanation:
         """Returns the way that runs for each shape so far, and the reason."""
         rows = [
@@ -304,8 +309,7 @@ class Engine:
         ]
         if not rows:
             rows = [Row("any", "not decided", "nothing has run yet, and no example= was given")]
-        notes = {k: v for k, v in self._notes.items() if k != "hooks" or self._has_hooks}
-        rows += [Row("note", "eager", reason) for reason in notes.values()]
+        rows += [Row("some calls", "eager", why) for why in self.notes]
         rows += notes_on(self._computation.module)
         notes = [] if self.tools.cache is None else self.tools.cache.notes
         rows += [Row("cache", "-", note) for note in notes]

@@ -26,13 +26,14 @@ class Report(NamedTuple):
     notes: Sequence[str] = ()
 
     def text(self) -> str:
-        lines = [self.title, table(self._filled()) if self.rows else "", *self.notes]
-        return "\n".join(filter(None, lines))
+        rows = self._filled()
+        return "\n".join([self.title, *([table(rows)] if rows else []), *self.notes])
 
     def html(self) -> str:
         parts = [f"<p>{html.escape(self.title)}</p>"]
-        if self.rows:
-            header, *rows = self._filled()
+        filled = self._filled()
+        if filled:
+            header, *rows = filled
             body = "".join(_html_row(row, "td") for row in rows)
             head = _html_row(header, "th")
             parts.append(
@@ -42,8 +43,10 @@ class Report(NamedTuple):
         return f"<div>{''.join(parts)}</div>"
 
     def _filled(self) -> list[list[str]]:
-        """The rows, without the columns that have no value."""
+        """The rows, without the columns that have no value; none if no column has."""
         filled = [any(values) for values in zip(*self.rows[1:])]
+        if not any(filled):
+            return []
         return [[cell for cell, there in zip(row, filled) if there] for row in self.rows]
 
 
@@ -57,7 +60,8 @@ class Row:
     """A line of an explanation.
 
     Attributes:
-        what: an input shape of the whole backbone; "note" and "cache" hold for every shape.
+        what: an input shape of the whole backbone; "some calls" ran otherwise; "note" and "cache"
+            hold for every shape.
         runs: what runs for it.
         why: the reason.
         others: what else was tried, each with its time or what was wrong with it.
@@ -102,7 +106,9 @@ class Explanation:
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of columns as text; long cells are wrapped."""
-    cells = [[textwrap.wrap(text, _WIDTH) or [""] for text in row] for row in rows]
+    # paths stay whole, so that they can be copied
+    wrap = textwrap.TextWrapper(_WIDTH, break_long_words=False, break_on_hyphens=False).wrap
+    cells = [[wrap(text) or [""] for text in row] for row in rows]
     widths = [max(len(line) for cell in column for line in cell) for column in zip(*cells)]
     lines = []
     for row in cells:

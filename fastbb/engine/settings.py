@@ -18,6 +18,12 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as a precision, or torch's own."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return names.get(dtype, str(dtype).removeprefix("torch."))
+
+
 class EngineWarning(UserWarning):
     """A prepared backbone does not run as requested; the maps are still right."""
 

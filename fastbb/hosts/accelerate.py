@@ -134,10 +134,10 @@ class AccelerateReport:
         for name, was, runs, why in rows:
             alike.setdefault((was, runs, why), []).append(name)
         lines = [(_names(names), was, runs, why) for (was, runs, why), names in alike.items()]
-        notes = (self._total(), self._copies(), statistics_note(self._model))
+        notes = (statistics_note(self._model), self._total(), self._copies())
         return Report(
             self._header(rows),
-            [("module", "was", "runs", "why"), *lines] if rows else [],
+            [("module", "was", "runs", "why"), *lines],
             [note for note in notes if note is not None],
         )
 
@@ -152,7 +152,7 @@ class AccelerateReport:
         if n_ours or not self.replaced:
             return title
         has_run = any(r.choices for r in self.replaced)
-        reasons = Counter(r.why_upstream for r in self.replaced if r.why_upstream is not None)
+        reasons = Counter(filter(None, (r.why_upstream for r in self.replaced)))
         usual = reasons.most_common(1) or [("upstream is faster" if has_run else "none has run", 0)]
         return f"{title}, because {usual[0][0]}"
 
@@ -171,7 +171,7 @@ class AccelerateReport:
                 del times[name]
             before = choice.times.theirs
             times[r.name] = before, choice.times.ours if choice.ours else before
-        before, now = (sum(seconds) for seconds in zip((0.0, 0.0), *times.values()))
+        before, now = (sum(pair[i] for pair in times.values()) for i in (0, 1))
         if not now or before == now:  # nothing was timed, or nothing runs ours
             return None
         timed = "1 timed module" if len(times) == 1 else f"{len(times)} timed modules"
@@ -391,14 +391,17 @@ def _changes(cls: type, path: str) -> str | None:
 
 def _state(replacement: Replacement) -> tuple[str, str]:
     """The forward of a replaced module that runs now, and the reason."""
-    if replacement.why_upstream is not None:
-        return "upstream", replacement.why_upstream
+    why = replacement.why_upstream  # once: another thread may run the model
+    if why is not None:
+        return "upstream", why
     choices = list(replacement.choices.values())
     if not choices:
         return "not decided", "it has not run yet"
     ours = [choice for choice in choices if choice.ours]
     if len(ours) == len(choices):
-        return "fastbb", choices[-1].why
+        engines = replacement.ours.engines if isinstance(replacement.ours, HostBackbone) else []
+        notes = [f"some calls: {note}" for engine in engines for note in engine.notes]
+        return "fastbb", "; ".join([choices[-1].why, *notes])
     if not ours:
         return "upstream", choices[-1].why
     return f"fastbb for {len(ours)} of {len(choices)} forms of call", choices[-1].why

@@ -125,6 +125,8 @@ class HostBackbone(ModuleForward):
 
     def close(self) -> None:
         self._folding.undo()
+        with self._lock:
+            self._engines.clear()  # converted copies, and what was compiled
 
     def state(self) -> Hashable:
         config = getattr(self.module, "config", None)

@@ -58,7 +58,7 @@ def view(
     if not paths:
         raise ValueError("image_paths: wanted at least one image, got none")
     out_path = Path(out_path)
-    if out_path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out_path.suffix.lower()) not in Image.SAVE:
         raise ValueError(
             f"out_path: wanted a name that ends in .png, .jpg or another suffix of a picture, got "
             f"{str(out_path)!r}"
@@ -68,6 +68,8 @@ def view(
             f"size: wanted at most {MAX_RESIZED_PIXELS:,} pixels (4096x4096), got "
             f"{size[0]}x{size[1]}; give a smaller size (--size HxW)"
         )
+    if out_path.exists() and any(out_path.samefile(path) for path in paths if path.exists()):
+        raise ValueError(f"out_path: {str(out_path)!r} is one of the images, give another name")
     opened = [_opened(path) for path in paths]
     backbone = AutoBackbone.from_pretrained(model)
     backbone.out_features = _named_stages(backbone, stages)

@@ -20,6 +20,7 @@ from fastbb_kernels.supported_gpus import gpu_problem, named
 
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
+from ..engine.explanation import table
 from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from ..engine.prepare import example_pixels
@@ -73,16 +74,9 @@ class Warmth:
         if not self.compiled:
             return f"nothing to compile for {label}: the model launches none of fastbb's kernels"
         names = sorted({c.kernel for c in self.compiled})
-        rows = [
-            [name, str(sum(c.kernel == name for c in self.compiled)), f"{self._seconds(name):.1f}"]
-            for name in names
-        ]
-        rows.insert(0, ["kernel", "binaries", "seconds"])
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        table = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-            for row in rows
-        ]
+        counts = [str(sum(c.kernel == name for c in self.compiled)) for name in names]
+        seconds = [f"{self._seconds(name):.1f}" for name in names]
+        rows = table([("kernel", "binaries", "seconds"), *zip(names, counts, seconds)])
         good = [c for c in self.compiled if c.problem is None]
         n_cached = sum(c.cached for c in good)
         n_failed = len(self.compiled) - len(good)
@@ -92,7 +86,7 @@ class Warmth:
             f"{label}: {len(self.compiled)} binaries, {len(good) - n_cached} compiled and "
             f"{n_cached} from the cache{failed}, in {self.seconds:.1f} s by {processes}"
         )
-        return "\n".join([*table, total, *ran, *self.problems])
+        return "\n".join([rows, total, *ran, *self.problems])
 
     def _seconds(self, name: str) -> float:
         return sum(c.seconds for c in self.compiled if c.kernel == name)

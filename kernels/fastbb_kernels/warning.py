@@ -19,9 +19,11 @@ def warn_caller(text: str, category: type[Warning] = UserWarning) -> None:
         text: of the warning.
         category: of the warning.
     """
-    frame = sys._getframe(1)
+    frame = own = sys._getframe(1)
     while frame.f_back is not None and _package_of(frame) in _PASSED:
         frame = frame.f_back
+    if _package_of(frame) in _PASSED:  # a thread began inside a library
+        frame = own
     warnings.warn_explicit(
         text,
         category,

@@ -131,3 +131,18 @@ def test_amounts_of_memory_have_three_digits() -> None:
     amounts = {0: "0 B", 999: "999 B", 1000: "1 kB", 27_460: "27.5 kB", 110_200_000: "110 MB"}
     assert {n: memory(n) for n in amounts} == amounts
     assert memory(999_600_000) == "1 GB" and memory(12_300_000_000) == "12.3 GB"
+
+
+def test_a_table_without_values_is_left_out() -> None:
+    assert repr(Explanation("title", ())) == "title"
+    assert "<table" not in Explanation("title", ())._repr_html_()
+
+
+def test_a_path_stays_in_one_piece() -> None:
+    path = "photos/" + "a-long-name/" * 9 + "photo.jpg"
+    assert path in Report("title", [("what",), (path,)]).text()
+
+
+def test_the_memory_of_copies_in_any_dtype_is_shown() -> None:
+    prepared = resnet_pair().ours.prepare(mode="eager", precision="bf16").double()
+    assert "converted to float64" in str(prepared.explain())

@@ -235,3 +235,12 @@ def test_a_warning_at_a_call_points_at_the_call(monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode(), pytest.warns(fastbb.AccelerateWarning) as warned:
         model(images(32, 32))
     assert {warning.filename for warning in warned} == {__file__}
+
+
+def test_a_restored_report_keeps_no_copies_of_weights() -> None:
+    model = swin_backbone()
+    report = fastbb.accelerate(model, mode="eager", precision="bf16")
+    infer(model)
+    assert "converted to bf16" in str(report)
+    fastbb.restore(model)
+    assert "copies of weights" not in str(report)

@@ -229,3 +229,18 @@ def test_view_runs_a_checkpoint_in_its_own_dtype(photo: Path, tmp_path: Path) ->
     backbone.save_pretrained(tmp_path / "model")
     AutoImageProcessor.from_pretrained("nano-swin-digits").save_pretrained(tmp_path / "model")
     assert view(photo, tmp_path / "model", tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("name", ["sheet.psd", "sheet.txt", "sheet"])
+def test_a_name_of_no_picture_that_can_be_written_is_an_error(
+    photo: Path, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=r"out_path: wanted a name that ends in \.png"):
+        view(photo, "nano-swin-digits", tmp_path / name)
+
+
+def test_an_image_is_not_overwritten_by_its_sheet(photo: Path) -> None:
+    before = photo.read_bytes()
+    with pytest.raises(ValueError, match="is one of the images"):
+        view(photo, "nano-swin-digits", photo)
+    assert photo.read_bytes() == before
