@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL
-from fastbb_kernels.warning import warn_caller
 
 from ..weights.derived import RemembersDerived
 from ..weights.folded_weights import autocasts
@@ -534,15 +533,18 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
             count = len(info.ignored)
             logger.info("%s: %d tensors are not the backbone's: %s", name, count, info.ignored)
 
+    def without_weights(self: Module) -> Module:
+        """Builds a backbone of the same configuration on the meta device."""
+        with shapes_only():
+            return self.from_config(self.config)
+
     def check_own_weights(self) -> None:
         """Checks that a backbone of this configuration with these weights computes the same.
 
         Raises:
             ValueError: adapters or other layers were put into it.
         """
-        with shapes_only():
-            own = type(self)(type(self.config).from_dict(self.config.to_dict())).state_dict()
-        state = self.state_dict()
+        own, state = self.without_weights().state_dict(), self.state_dict()
         shapes = {name: tensor.shape for name, tensor in own.items()}
         foreign = sorted(n for n, tensor in state.items() if shapes.get(n) != tensor.shape)
         replaced = [n for n, why in self.called_modules().items() if why.endswith(PUT_INTO_IT)]
@@ -589,11 +591,3 @@ def in_dtype(pixel_values: Tensor, dtype: torch.dtype, forced: bool) -> Tensor:
         return pixel_values
     is_cast = pixel_values.dtype != torch.float64 and autocasts(pixel_values.device.type)
     return pixel_values if is_cast and not forced else pixel_values.to(dtype)
-
-
-def warn_untrained(names: Sequence[str]) -> None:
-    """Warns once about stages whose norm is missing in the checkpoint."""
-    warn_caller(
-        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
-        "with weight 1 and bias 0, as transformers does."
-    )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS, WindowGeometry, relative_position_index
+from fastbb_kernels.warning import warn_caller
 
-from ..backbone.base import Backbone, warn_untrained
+from ..backbone.base import Backbone
 from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
 from ..backbone.configuration import (
     BackboneConfig,
@@ -289,7 +290,7 @@ class SwinBackbone(Backbone):
         names = [name for name in self.out_features if name in self._untrained_norms]
         if names:
             self._untrained_norms -= set(names)
-            warn_untrained(names)
+            _warn_untrained(names)
 
     def init_optional_weights(self) -> None:
         for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
@@ -359,6 +360,14 @@ class SwinBackbone(Backbone):
                 if name.endswith("relative_position_bias_table")
             },
         }
+
+
+def _warn_untrained(names: Sequence[str]) -> None:
+    """Warns once about stages whose norm is missing in the checkpoint."""
+    warn_caller(
+        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
+        "with weight 1 and bias 0, as transformers does."
+    )
 
 
 def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:

@@ -255,6 +255,13 @@ class TimmBackbone(Backbone):
             ) from error
         return dict(zip(wanted, maps))
 
+    def without_weights(self) -> "TimmBackbone":
+        try:
+            return super().without_weights()
+        except RuntimeError:  # before 1.0.21 timm computes with the tensors of some models
+            with torch.random.fork_rng(devices=[]):
+                return self.from_config(self.config)
+
     def native_forward(self) -> MapsForward | None:
         """The forward of a native family on timm's layers, or None."""
         if torch.compiler.is_compiling():  # in the graph, which guards the values that it reads
