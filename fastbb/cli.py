@@ -189,7 +189,7 @@ def main() -> None:
     help="Stop when more than this share of the images fails; up to 1000 count as 1000.",
 )
 def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
-    """Stores the features of images. The same command again goes on where it stopped.
+    """Stores the features of images. The same command again resumes.
 
     INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
     per row) or a .tar archive.
@@ -381,7 +381,8 @@ def check(device: str | None, **options: Any) -> None:
 def tune(name: str, device: str | None, **options: Any) -> None:
     """Measures the fastest way to run a model here.
 
-    Mode "auto" takes it from then on. Ways that compute other maps than float64 would, or fail,
+    Mode "auto" takes it from then on; a CPU compiles only where so many images come that it pays.
+    Ways that compute other maps than float64 would, or fail,
     are left out and named.
 
     Exit codes: 0 measured; 2 wrong arguments or no such model; 6 the report cannot be written;
@@ -391,9 +392,11 @@ def tune(name: str, device: str | None, **options: Any) -> None:
 
     warnings.simplefilter("ignore", UserWarning)  # the results say it
     progress = lambda text: _say(f"measuring {text}")  # noqa: E731
+    results = []
     for tuned in tune_model(name, device=device, progress=progress, **options):
         _echo(str(tuned))
-    _echo(remembered_in(device))
+        results.append(tuned)
+    _echo(remembered_in(device, results))
 
 
 @main.command()
@@ -486,7 +489,7 @@ def _judge(error: BaseException) -> tuple[int, str]:
     if code is not None or isinstance(error, KeyboardInterrupt):
         message = interruption_word()
         if click.get_current_context().invoked_subcommand == "extract":
-            message += "; the same command again goes on from here"
+            message += "; the same command again goes on after the last finished shard"
         return code or _INTERRUPTED, message
     code = getattr(error, "exit_code", None)  # of an ExtractionError, which costs importing torch
     if code is None:

@@ -114,7 +114,7 @@ def main() -> int:
 
 NEXT = """
 Try next, with your own images:
-  .venv/bin/fastbb extract ~/Pictures --out features      (again: it goes on where it stopped)
+  .venv/bin/fastbb extract ~/Pictures --out features      (again: it resumes)
   .venv/bin/fastbb show features
   .venv/bin/fastbb view photo.jpg -o view.png
 and with a real model (downloaded once):

@@ -297,10 +297,11 @@ class Engine:
 
     def explain(self) -> Explanation:
         """Returns the way that runs for each shape so far, and the reason."""
+        is_current = self._is_current()
         rows = [
             Row(
                 by(shape),
-                plan.way.runs,
+                plan.way.runs if is_current or not compiles(plan.way.name) else "eager",
                 plan.why,
                 "; ".join(str(trial) for trial in plan.trials if trial.name != plan.way.name),
                 plan.time,

@@ -102,7 +102,11 @@ def _tuned(backbone: Backbone, precision: str, shape: tuple[int, int, int], tool
     return Tuned(precision, shape, tuple(plan.trials), engine.explain())
 
 
-def remembered_in(device: str | None = None) -> str:
-    """The file in which results are kept, after reasons why it may not be, a line each."""
+def remembered_in(device: str | None, results: Sequence[Tuned]) -> str:
+    """Where results are kept, or the reason why they are not, in sentences of a line each."""
     cache = ResultCache(Machine.of(find_device(device)))
-    return "\n".join([*cache.notes, f"remembered in {cache.path}"])
+    found = (row for result in results for row in result.explanation.rows if row.what == "cache")
+    notes = list(dict.fromkeys([*cache.notes, *(row.why for row in found)]))
+    if not any("not kept" in note for note in notes):
+        notes.append(f"remembered in {cache.path}")
+    return "\n".join(notes)

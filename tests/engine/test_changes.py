@@ -146,6 +146,7 @@ def test_changed_statistics_are_used(change: Callable[[Any], None]) -> None:
         got = maps_of(prepared)
     assert not torch.equal(got[-1], before[-1])
     assert_equals_upstream(got, maps_of(upstream_of(prepared)))
+    assert prepared.explain().rows[0].runs == "eager"
 
 
 def twice(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

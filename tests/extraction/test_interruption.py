@@ -30,6 +30,7 @@ from fastbb.extraction import open_features, pipeline
 from fastbb.extraction.store import FeatureWriter
 
 MODEL = "nano-resnet-digits"
+GOES_ON = "the same command again goes on after the last finished shard"
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +223,7 @@ def test_an_interruption_anywhere_exits_with_130_and_resumes(
     assert result.exit_code == 130, result.output
     assert "Traceback" not in result.output and "corrupt" not in result.output
     if name != "make_context":
-        assert "interrupted; the same command again goes on from here" in result.stderr
+        assert f"interrupted; {GOES_ON}" in result.stderr
     assert not list(tmp_path.rglob("*.tmp-*"))
     resumed = extract()
     assert resumed.exit_code == 0 and "6 of 6 images have features" in resumed.stdout
@@ -235,7 +236,7 @@ def test_sigterm_exits_with_143_and_says_terminated(
     monkeypatch.setattr(pipeline.FeatureExtractor, "_batch", batch)
     result = extract()
     assert result.exit_code == 143
-    assert "fastbb: terminated; the same command again goes on from here" in result.stderr
+    assert f"fastbb: terminated; {GOES_ON}" in result.stderr
     assert "reason    terminated\n" in open_features(tmp_path / "out").describe()
 
 

@@ -103,6 +103,16 @@ def test_random_weights_are_measured_and_remembered_for_the_model(
     assert refused.exit_code == 2 and "weights" in refused.stderr
 
 
+def test_results_that_cannot_be_kept_are_not_called_remembered(
+    compiler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    result = tune(MODEL, "--batch", "1", "--size", "32x32", "--budget", "0.1")
+    assert result.exit_code == 0 and "remembered in" not in result.stdout, result.output
+    assert result.stdout.splitlines()[-1].startswith("results are not kept: ")
+
+
 def test_failing_candidate_is_reported_and_eager_wins(user_cache: Path, compiler: Any) -> None:
     def fails(*args: Any) -> Any:
         raise RuntimeError("no compiler here")
