@@ -8,6 +8,7 @@ A native backbone computes from the parameters of its layers. A block that holds
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -120,6 +121,31 @@ class CalledModules:
         except Refused as refused:
             self.reasons.append((module, str(refused)))
             return module
+
+    def read_blocks(
+        self, stage: Any, name: str, stage_class: type[nn.Module], block_class: type[nn.Module]
+    ) -> tuple[Any, ...]:
+        """The parts of the blocks of a stage; a block that has to be called stays a module.
+
+        Args:
+            stage: with its blocks.
+            name: attribute of the stage that holds them.
+            stage_class: class of the stage.
+            block_class: class of the blocks, whose `parts` reads one.
+
+        Returns:
+            An entry for each block; the stage alone if the whole stage has to be called.
+        """
+
+        def read_block(block: Any) -> Any:
+            return untouched(block, block_class).parts()
+
+        def read_stage() -> tuple[Any, ...]:
+            blocks = getattr(untouched(stage, stage_class), name)
+            return tuple(self.read_or_call(partial(read_block, block), block) for block in blocks)
+
+        found = self.read_or_call(read_stage, stage)
+        return found if isinstance(found, tuple) else (stage,)
 
     def by_name(self, backbone: nn.Module) -> dict[str, str]:
         """Names of the modules in the backbone ("" is the backbone itself), and the reasons."""

@@ -6,7 +6,6 @@ Upstream: transformers `models/resnet/modeling_resnet.py`.
 
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -292,7 +291,10 @@ class ResNetBackbone(Backbone):
         first = called.read_or_call(lambda: untouched(stem, ResNetEmbeddings).parts(), stem)
         return ResNetParts(
             (first,),
-            tuple(_read_stage(stage, called) for stage in encoder.stages),
+            tuple(
+                called.read_blocks(stage, "layers", ResNetStage, ResNetLayer)
+                for stage in encoder.stages
+            ),
             pool=None if isinstance(first, StemLayer) else _NO_POOL,
         )
 
@@ -303,19 +305,6 @@ class ResNetBackbone(Backbone):
 
 
 _NO_POOL = nn.Identity()  # a stem that is called pools by itself
-
-
-def _read_stage(stage: Any, called: CalledModules) -> tuple[ResNetBlockParts | nn.Module, ...]:
-    def read_blocks() -> tuple[ResNetBlockParts | nn.Module, ...]:
-        blocks = untouched(stage, ResNetStage).layers
-        return tuple(called.read_or_call(partial(_read_block, block), block) for block in blocks)
-
-    blocks = called.read_or_call(read_blocks, stage)
-    return blocks if isinstance(blocks, tuple) else (stage,)
-
-
-def _read_block(block: Any) -> ResNetBlockParts:
-    return untouched(block, ResNetLayer).parts()
 
 
 def torchvision_resnet(state: StateDict) -> tuple[ResNetConfig, StateDict]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import (
@@ -63,8 +63,7 @@ def swin_maps(
     if isinstance(parts.embedding, SwinEmbeddingParts):
         x = _embed(parts.embedding, pixel_values, interpolate_positions)
     else:
-        interpolation = {"interpolate_positions": True} if interpolate_positions else {}
-        x = parts.embedding(pixel_values, **interpolation)
+        x = call_embeddings(parts.embedding, pixel_values, interpolate_positions)
     maps = {}
     first, last = 0, max(wanted)
     if parts.has_stem:
@@ -95,8 +94,7 @@ def _embed(parts: SwinEmbeddingParts, pixel_values: Tensor, interpolate: bool) -
     """Embeds patches as tokens [B, h, w, C]."""
     projection, norm = parts.projection, parts.norm
     if not cuts_patches(projection) or norm.weight is None:  # it was changed
-        interpolation = {"interpolate_positions": True} if interpolate else {}
-        return parts.owner(pixel_values, **interpolation)
+        return call_embeddings(parts.owner, pixel_values, interpolate)
     check_patches(projection.kernel_size, pixel_values, parts.ragged)
     x = patch_embed(
         pixel_values,
@@ -112,6 +110,12 @@ def _embed(parts: SwinEmbeddingParts, pixel_values: Tensor, interpolate: bool) -
         x = x + absolute_positions(positions, x, interpolate)
     dropout = parts.dropout
     return x if dropout is None or not dropout.training else dropout(x)
+
+
+def call_embeddings(module: nn.Module, pixel_values: Tensor, interpolate: bool) -> Tensor:
+    """Calls the embeddings of a native Swin; a module in their place gets the pixels alone."""
+    options = {"interpolate_positions": True} if interpolate else {}
+    return module(pixel_values, **options)
 
 
 def check_patches(patch: Sequence[int], pixel_values: Tensor, ragged: Ragged) -> None:

@@ -21,7 +21,7 @@ from fastbb_kernels import window_attention, window_attention_weights
 from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
 from .parts import Activation, CalledModules, NativeModule, Refused, untouched
-from .swin_forward import absolute_positions, check_patches
+from .swin_forward import absolute_positions, call_embeddings, check_patches
 from .swin_parts import (
     MergingParts,
     Ragged,
@@ -333,8 +333,8 @@ class SwinModel(NativeModule):
         interpolate_positions: bool = False,
         **options: Any,
     ) -> list[Tensor]:
-        interpolation = {"interpolate_positions": True} if interpolate_positions else {}
-        return self.encoder(self.embeddings(pixel_values, **interpolation), wanted, **options)
+        x = call_embeddings(self.embeddings, pixel_values, interpolate_positions)
+        return self.encoder(x, wanted, **options)
 
     def parts(self, called: CalledModules) -> SwinParts:
         """Reads the layers, except those that have to be called.
@@ -377,14 +377,5 @@ def _read_stage(merging: Any, stage: Any, called: CalledModules) -> SwinStagePar
     def read_merging() -> MergingParts:
         return untouched(merging, SwinPatchMerging).parts()
 
-    def read_blocks() -> tuple[SwinBlockParts | nn.Module, ...]:
-        blocks = untouched(stage, SwinStage).blocks
-        return tuple(called.read_or_call(partial(_read_block, block), block) for block in blocks)
-
     before = None if merging is None else called.read_or_call(read_merging, merging)
-    blocks = called.read_or_call(read_blocks, stage)
-    return SwinStageParts(before, blocks if isinstance(blocks, tuple) else (stage,))
-
-
-def _read_block(block: Any) -> SwinBlockParts:
-    return untouched(block, SwinLayer).parts()
+    return SwinStageParts(before, called.read_blocks(stage, "blocks", SwinStage, SwinLayer))
