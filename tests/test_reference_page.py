@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from hub_server import HubServer
+from page_models import PROCESSOR
 from PIL import Image
 from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
@@ -87,17 +88,7 @@ def run(block: str, names: dict[str, Any] | None = None) -> dict[str, Any]:
 def publish(hub: HubServer, folder: Path, name: str, model: Any) -> Any:
     """A tiny checkpoint, of a classifier as on the Hub, under the name that the page uses."""
     randomize_(model).save_pretrained(folder)
-    # as transformers 4 wrote it
-    processor = {
-        "feature_extractor_type": "ViTFeatureExtractor",
-        "do_normalize": True,
-        "do_resize": True,
-        "image_mean": [0.485, 0.456, 0.406],
-        "image_std": [0.229, 0.224, 0.225],
-        "resample": 3,
-        "size": 224,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     hub.add_repo(name, folder)
     return model
 

@@ -13,6 +13,7 @@ from hub_server import HubServer
 from reference_models import randomize_
 
 DEPTHS = [1, 1, 1, 1]
+# as transformers 4 wrote it
 PROCESSOR = {
     "feature_extractor_type": "ViTFeatureExtractor",
     "do_normalize": True,
