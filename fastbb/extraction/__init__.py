@@ -6,9 +6,9 @@ sources -> decode -> pipeline -> store; `job` runs them over a whole input.
 from .decode import ERROR_KINDS, ImageError, RowError
 from .features import Features, open_features
 from .job import ErrorBudgetError, Report, extract
+from .layout import ExtractionError, OutputError, OutputLockedError, PlanMismatchError
 from .pipeline import FeatureBatch, FeatureExtractor
 from .sources import InputError
-from .store import ExtractionError, OutputError, OutputLockedError, PlanMismatchError
 
 __all__ = [
     "ERROR_KINDS",

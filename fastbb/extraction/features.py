@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -18,8 +17,15 @@ from torch import Tensor
 
 from ..engine.explanation import table
 from .decode import RowError
+from .layout import (
+    file_name,
+    plan_sha256,
+    read_commit,
+    read_generations,
+    read_plan,
+    totals,
+)
 from .sources import first_few
-from .store import FORMAT, canonical_json, file_name, read_commit, read_plan, totals
 
 _N_ERRORS_SHOWN = 10
 
@@ -56,13 +62,11 @@ class Features:
         if not path.exists():
             raise FileNotFoundError(f"{self.directory} is no features directory: no plan.json")
         self.plan = read_plan(path)
-        if self.plan["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: format {FORMAT} is read, got {self.plan['format']}; upgrade fastbb"
-            )
-        identity = hashlib.sha256(canonical_json(self.plan)).hexdigest()
-        n_shards = len(self.plan["rows_sha256"])
-        commits = (read_commit(self.directory, shard, identity) for shard in range(n_shards))
+        identity = plan_sha256(self.plan)
+        self.gens = read_generations(self.directory, self.plan)
+        self.shards = [s for g in self.gens for s in g.shards]
+        n_shards = len(self.shards)
+        commits = (read_commit(self.directory, s, self.plan, identity) for s in self.shards)
         self._commits = [commit for commit in commits if commit is not None]
         self.complete = len(self._commits) == n_shards
 
@@ -137,10 +141,10 @@ class Features:
             f"{pixels['size']}, crop {pixels['crop_size']}",
             f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
             f"{plan['batch_size']}, "
-            f"torch {plan['versions']['torch']}, fastbb {plan['versions']['fastbb']}",
+            f"torch {plan['versions']['torch']}",
             f"outputs   {', '.join(outputs)}",
-            f"rows      {counts['rows']:,} of {plan['rows']:,}, in {counts['shards']:,} of "
-            f"{len(plan['rows_sha256']):,} shards",
+            f"rows      {counts['rows']:,} of {sum(g.rows for g in self.gens):,}, "
+            f"in {counts['shards']:,} of {len(self.shards):,} shards",
             f"speed     {'unknown' if speed is None else f'{speed:,.1f} images/s'}",
             f"ok        {counts['ok']:,}",
             f"failed    {counts['rows'] - counts['ok']:,}",
@@ -150,7 +154,7 @@ class Features:
             lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
         if counts["rows"] - counts["ok"] > _N_ERRORS_SHOWN:
             lines.append("  ...")
-        if lost := plan.get("unreadable_directories"):
+        if lost := self.gens[-1].unreadable if self.gens else ():
             lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
         return "\n".join(lines)
 

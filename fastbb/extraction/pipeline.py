@@ -38,9 +38,9 @@ from .decode import (
     decode,
     read_bytes,
 )
+from .layout import canonical_json
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
-from .store import canonical_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES = ("pooled", "maps")
@@ -94,6 +94,7 @@ class FeatureExtractor:
         device: str | torch.device | None = None,
         batch_size: int = 32,
         size: tuple[int, int] | None = None,
+        processor: ImageProcessor | None = None,
         mode: str = "auto",
         expected_images: int | None = None,
     ) -> None:
@@ -139,7 +140,7 @@ class FeatureExtractor:
         self._loaded = AutoBackbone.from_pretrained(
             model, dtype=PRECISIONS[precision], device=self.device, **options
         ).eval()
-        self.processor: ImageProcessor = AutoImageProcessor.from_pretrained(model)
+        self.processor: ImageProcessor = processor or AutoImageProcessor.from_pretrained(model)
         if size is not None:
             self.processor = ImageProcessor(
                 dataclasses.replace(
@@ -285,6 +286,7 @@ class FeatureExtractor:
                 "resized_pixels": MAX_RESIZED_PIXELS,
             },
             "features": list(self.features),
+            "out_indices": list(self.model.out_indices),
             "outputs": self.outputs(),
             "precision": self.precision,
             "device": self.device.type,
