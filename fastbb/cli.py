@@ -249,6 +249,30 @@ def show(directory: str) -> None:
     _echo(open_features(directory).describe())
 
 
+@main.command()
+@click.argument("directory", metavar="FEATURES_DIR")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False),
+    default="report.html",
+    show_default=True,
+    help="The page to write.",
+)
+def report(directory: str, out: str) -> None:
+    """Writes a page about a features directory.
+
+    Runs, speed, failures, a scatter of the features and nearest neighbours as thumbnails; the page
+    needs no other file.
+
+    Exit codes: 0 written; 2 no features directory; 6 the page cannot be written; 130 interrupted,
+    143 terminated.
+    """
+    from .inspect.features_report import report as write_report
+
+    _echo(f"wrote {write_report(directory, out)}")
+
+
 @main.command(name="list")
 @click.argument("filter", default="")
 def list_models(filter: str) -> None:

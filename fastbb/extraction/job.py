@@ -27,6 +27,7 @@ from .layout import (
     PlanMismatchError,
     Shard,
     is_started,
+    read_events,
     read_plan,
 )
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
@@ -431,7 +432,7 @@ class _Run:
         others = sorted(
             {
                 event["device"]
-                for event in self.writer.events()
+                for event in read_events(self.writer.directory)
                 if event.get("event") == "start" and event.get("device") != device
             }
         )
