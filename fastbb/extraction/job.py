@@ -7,7 +7,6 @@ import os
 import platform
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from ..engine.interruption import check_interrupted, interruption_code, interruption_word
 from .decode import RowError
+from .listing import Listing, archive_state
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
-from .sources import InputError, Source, archive_states, first_few, list_sources
-from .store import ExtractionError, FeatureWriter, is_started, totals
+from .sources import InputError, Source, first_few
+from .store import ExtractionError, FeatureWriter, is_started, read_plan, totals
 
 _DEFAULT_SHARD_ROWS = 4096
 _MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
@@ -177,14 +177,18 @@ def extract(
             "inputs: wanted at least one directory, glob, image, list or archive, and none of them "
             f"empty, got {given}"
         )
-    skipped: Counter[str] = Counter()
-    archives = archive_states(given)
-    unreadable: list[str] = []
-    sources = list_sources(given, skipped, unreadable)
-    if not is_started(Path(out)):
+    listing = Listing(given)
+    if is_started(Path(out)):
+        sources: Iterator[Source] = iter(())
+        archives = {}
+        for path in read_plan(Path(out) / "plan.json").get("archives", {}):
+            with suppress(FileNotFoundError):
+                archives[path] = archive_state(path)
+    else:
         # all at once: a wrong input is found before the model is loaded and anything is made;
         # an iterator gives the list up when it is at its end
-        sources = iter(list(sources))
+        sources = iter(list(listing))
+        archives = listing.archives
 
     extractor = FeatureExtractor(
         model,
@@ -209,14 +213,15 @@ def extract(
     with FeatureWriter(out) as writer, _Progress(progress) as bar:
         if extractor.device.type == "cpu":
             bar.say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        resumed = writer.start(settings, sources, choose_mode, unreadable)
+        resumed = writer.start(settings, sources, choose_mode, listing.unreadable)
         if resumed:
             extractor.prepare(writer.plan["runs"], writer.plan["rows"])
         else:
-            passed_over = (f", passed over {n:,} {what}" for what, n in sorted(skipped.items()))
-            bar.say(f"{writer.plan['rows']:,} images{''.join(passed_over)}")
-            if unreadable:
-                bar.say(f"cannot list {first_few(unreadable)}")
+            bar.say(f"{writer.plan['rows']:,} images")
+            if passed_over := listing.passed_over():
+                bar.say(passed_over)
+            if listing.unreadable:
+                bar.say(f"cannot list {first_few(listing.unreadable)}")
         try:
             return _extract_shards(extractor, writer, bar, max_error_rate, resumed)
         except BaseException as error:
