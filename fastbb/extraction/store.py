@@ -1,21 +1,13 @@
-"""The features directory, format 2, written shard by shard.
+"""Writing of a features directory, see `layout`.
 
-    plan.json                   settings that decide the values; its sha256 identifies the run
-    rows/rows-*.jsonl           the frozen input list, one file per shard
-    shards/features-*.safetensors   row_id int64 [n] and the features; failed rows are absent
-    shards/index-*.jsonl        every row of the shard, ok or failed
-    shards/commit-*.json        written last: a shard without a valid one does not exist
-    manifest.json               written when every shard is committed
-    run.jsonl                   timings and environment, one line per event; .lock: held by flock
-
-Every file but the last two appears by rename after an fsync, and is a function of the plan and the
-images alone, so that an interrupted and resumed run is byte-identical to an uninterrupted one.
+Every file but the lock and the log appears by rename after an fsync, and is a function of the plan,
+the frozen rows and the images alone, so that a sequence of commands gives the same bytes whether or
+not they were interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -23,70 +15,43 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import safetensors.torch
 from torch import Tensor
 
+from .layout import (
+    FORMAT,
+    Generation,
+    OutputLockedError,
+    PlanMismatchError,
+    Shard,
+    canonical_json,
+    file_name,
+    is_started,
+    plan_sha256,
+    read_commit,
+    read_generations,
+    read_index,
+    read_plan,
+    read_rows,
+    totals,
+    writing,
+)
 from .sources import Source
 
-FORMAT = 2
-# fields that the first start fills: the list of inputs and the mode; a resumed run keeps them
-_FROZEN_FIELDS = ("rows", "rows_sha256", "runs")
-# the same for directories that could not be read; absent where there were none
-_UNREADABLE_FIELD = "unreadable_directories"
-# fields that are read back from a plan, besides the frozen ones
-_READ_FIELDS = frozenset(
-    {"shard_rows", "batch_size", "precision", "device", "versions.torch", "versions.fastbb"}
-    | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
-    | {f"preprocessing.{name}" for name in ("image_processor_type", "resize", "size", "crop_size")}
-)
 # names of files by directory; an unfinished file has an end like .tmp-123
 _OUR_NAMES = {
     ".": r"\.lock|run\.jsonl|rows|shards|(plan|manifest)\.json",
-    "rows": r"rows-\d+\.jsonl",
+    "rows": r"rows-\d+\.jsonl|generation-\d+\.json",
     "shards": r"features-\d+\.safetensors|index-\d+\.jsonl|commit-\d+\.json",
 }
 _UNFINISHED = r"\.tmp-\d+"
 _READ_BYTES = 2**20
-
-
-class ExtractionError(RuntimeError):
-    """An extraction cannot continue; committed shards stay.
-
-    Attributes:
-        exit_code: of the command line.
-    """
-
-    exit_code: ClassVar[int] = 70
-
-
-class PlanMismatchError(ExtractionError):
-    """The directory holds features of another plan."""
-
-    exit_code = 3
-
-
-class OutputLockedError(ExtractionError):
-    """Another process writes into the directory."""
-
-    exit_code = 5
-
-
-class OutputError(ExtractionError):
-    """The directory cannot be written: permissions, a full disk, a quota."""
-
-    exit_code = 6
-
-
-def canonical_json(value: object) -> bytes:
-    """Returns one line of JSON that is equal for equal values: sorted keys, ASCII, no spaces."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return text.encode("ascii") + b"\n"
 
 
 class FeatureWriter:
@@ -96,16 +61,18 @@ class FeatureWriter:
         directory: created with its parents where it does not exist.
 
     Attributes:
-        plan: the plan of the directory; empty until `start` has run.
+        plan: the plan of the directory; empty until `start` has run, unless there was one.
+        generations: those of the directory, in order.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.plan: dict[str, Any] = {}
+        self.generations: list[Generation] = []
         self._plan_sha256 = ""
 
     def __enter__(self) -> FeatureWriter:
-        with _writing(self.directory):
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._check_that_it_is_ours()
             self._lock = open(self.directory / ".lock", "ab")
@@ -119,17 +86,23 @@ class FeatureWriter:
                     f"another process is writing to {self.directory}; wait for it, or choose "
                     "another directory"
                 ) from error
+        if is_started(self.directory):
+            self._use(read_plan(self.directory / "plan.json"))
+            self.generations = read_generations(self.directory, self.plan)
         return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lock.close()
 
     def _check_that_it_is_ours(self) -> None:
         """Raises if the directory holds files of the user, before anything is made or removed."""
         if is_started(self.directory):
-            plan = read_plan(self.directory / "plan.json")
-            if plan["format"] != FORMAT:
-                raise PlanMismatchError(
-                    f"{self.directory} holds features of another version of fastbb; format: "
-                    f"{plan['format']!r:.100} there, {FORMAT} asked. Use another directory"
-                )
+            check_writable(self.directory, read_plan(self.directory / "plan.json"))
             return
         paths = {path for name in _OUR_NAMES for path in self._entries(name)}
         foreign = paths.difference(self._our_files(rf"({_UNFINISHED})?"))
@@ -150,124 +123,146 @@ class FeatureWriter:
         directory = self.directory / name
         return list(directory.iterdir()) if directory.exists() else []
 
-    def _clear(self) -> None:
-        """Makes the directories, and removes files that a killed run left in them."""
-        with _writing(self.directory):
+    def _use(self, plan: dict[str, Any]) -> None:
+        self.plan, self._plan_sha256 = plan, plan_sha256(plan)
+
+    def start(self, plan: Mapping[str, Any]) -> None:
+        """Writes the plan of a first start; on a resume, removes what a killed run left.
+
+        Args:
+            plan: everything that decides the values, in JSON types. Ignored where there is one:
+                the caller has compared them.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        with writing(self.directory):
             for name in _OUR_NAMES:
                 (self.directory / name).mkdir(exist_ok=True)
             for leftover in self._our_files(_UNFINISHED):
                 leftover.unlink()
+        if not self.plan:
+            self._use(json.loads(canonical_json({"format": FORMAT, **plan})))
+            self._write(self.directory / "plan.json", canonical_json(self.plan))
 
-    def __exit__(
+    def append(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._lock.close()
-
-    def start(
-        self,
-        settings: Mapping[str, Any],
-        sources: Iterable[Source],
-        runs: Callable[[int], str] = lambda n_rows: "eager",
-        unreadable: Sequence[str] = (),
-    ) -> bool:
-        """Writes the plan and the frozen list, or checks that they are the same ones.
+        kind: Literal["start", "update", "retry"],
+        rows: Iterable[tuple[int, Source]],
+        failures: Mapping[int, str] | None = None,
+        **listing: Any,
+    ) -> Generation:
+        """Freezes a generation of rows.
 
         Args:
-            settings: everything that decides the values; has an entry `shard_rows`.
-            sources: the rows; only consumed where there is no plan yet.
-            runs: chooses the mode that computes, for so many rows; only asked where there is no
-                plan yet.
-            unreadable: directories without which the list was made; looked at after the rows.
+            kind: of the generation.
+            rows: number and source, in ascending order of the numbers.
+            failures: of a retry, the kind of the failure of each row.
+            listing: `inputs`, `archives` and `unreadable` of `Generation`.
 
         Returns:
-            Whether there was a plan already, so that the run is a resumed one.
+            The generation, which is the last of `generations`.
 
         Raises:
-            PlanMismatchError: the existing plan differs; the message names the fields.
             OutputError: the directory cannot be written.
         """
-        path = self.directory / "plan.json"
-        settings = json.loads(canonical_json({"format": FORMAT, **settings}))
-        resumed = is_started(self.directory)
-        if resumed:
-            self.plan = read_plan(path)
-            _check_plan(self.directory, self.plan, settings)
-            self._clear()
-        else:
-            self._clear()
-            n_rows, digests = self._freeze(sources, settings["shard_rows"])
-            self.plan = {**settings, "rows": n_rows, "rows_sha256": digests, "runs": runs(n_rows)}
-            if unreadable:
-                self.plan[_UNREADABLE_FIELD] = list(unreadable)
-            self._write(path, canonical_json(self.plan))
-        self._plan_sha256 = hashlib.sha256(canonical_json(self.plan)).hexdigest()
-        return resumed
-
-    def _freeze(self, sources: Iterable[Source], shard_rows: int) -> tuple[int, list[str]]:
-        with _writing(self.directory):
+        failures = failures or {}
+        shards: list[Shard] = []
+        iterator = iter(rows)
+        with writing(self.directory):
             for path in self.directory.glob("rows/rows-*.jsonl"):  # of a run killed while listing
-                path.unlink()
-        n_rows, digests, lines = 0, [], []
+                if int(path.stem.removeprefix("rows-")) >= self.n_shards:
+                    path.unlink()
+        while part := list(itertools.islice(iterator, self.plan["shard_rows"])):
+            number = self.n_shards + len(shards)
+            data = b"".join(
+                canonical_json(
+                    {"row": row}
+                    | {name: value for name, value in asdict(source).items() if value is not None}
+                )
+                for row, source in part
+            )
+            self._write(self.directory / file_name("rows", number), data)
+            kinds = Counter(failures[row] for row, _ in part if row in failures)
+            digest = hashlib.sha256(data).hexdigest()
+            shards.append(Shard(number, len(part), digest, dict(sorted(kinds.items()))))
+        n_new = sum(shard.rows for shard in shards) if kind != "retry" else 0
+        generation = Generation(kind, n_new, tuple(shards), **listing)
+        number = len(self.generations)
+        path = self.directory / file_name("generation", number)
+        self._write(path, generation.to_json(number, self._plan_sha256))
+        self.generations.append(generation)
+        return generation
 
-        def flush() -> None:
-            data = b"".join(lines)
-            self._write(self.directory / file_name("rows", len(digests)), data)
-            digests.append(hashlib.sha256(data).hexdigest())
-            lines.clear()
-
-        for source in sources:
-            given = {name: value for name, value in asdict(source).items() if value is not None}
-            lines.append(canonical_json({"row": n_rows, **given}))
-            n_rows += 1
-            if len(lines) == shard_rows:
-                flush()
-        if lines:
-            flush()
-        return n_rows, digests
+    @property
+    def shards(self) -> list[Shard]:
+        """The shards of all generations; each is at the position of its number."""
+        return [shard for generation in self.generations for shard in generation.shards]
 
     @property
     def n_shards(self) -> int:
-        """Number of shards of the plan."""
-        return len(self.plan["rows_sha256"])
+        """Number of shards of all generations."""
+        return sum(len(generation.shards) for generation in self.generations)
 
-    def rows(self, shard: int) -> list[Source]:
-        """Returns the frozen rows of a shard, in order.
+    @property
+    def n_rows(self) -> int:
+        """Number of rows of all generations; a retried row counts once."""
+        return sum(generation.rows for generation in self.generations)
+
+    def rows(self, shard: Shard) -> list[tuple[int, Source]]:
+        """Returns number and source of the frozen rows of a shard, in order.
 
         Raises:
-            PlanMismatchError: the list is not the one that the plan was made for.
+            PlanMismatchError: the list is not the one that the generation names.
         """
-        path = self.directory / file_name("rows", shard)
-        data = path.read_bytes() if path.exists() else b""
-        if hashlib.sha256(data).hexdigest() != self.plan["rows_sha256"][shard]:
-            raise PlanMismatchError(
-                f"{path} is missing or was changed (rows_sha256 of the plan differs); start again "
-                "in another directory"
-            )
-        rows = [json.loads(line) for line in data.splitlines()]
-        return [Source(**{k: v for k, v in row.items() if k != "row"}) for row in rows]
+        rows = read_rows(self.directory, shard)
+        return [(row.pop("row"), Source(**row)) for row in rows]
 
-    def committed(self, shard: int) -> dict[str, Any] | None:
+    def row_of_id(self) -> dict[str, int]:
+        """Returns the number of every row, by its id."""
+        new = (g for g in self.generations if g.kind != "retry")
+        rows = (row for g in new for shard in g.shards for row in read_rows(self.directory, shard))
+        return {row["id"]: row["row"] for row in rows}
+
+    def failures(self) -> dict[int, str]:
+        """Returns the kind of the failure of each committed row without features, in order."""
+        failed: dict[int, str] = {}
+        for shard in self.shards:
+            commit = self._commit(shard)
+            if commit is not None and (commit["errors"] or commit["replaces"]):
+                for row in read_index(self.directory, shard.shard):
+                    failed.pop(row["row"], None)
+                    if row["status"] == "error":
+                        failed[row["row"]] = row["kind"]
+        return dict(sorted(failed.items()))
+
+    def sources(self, wanted: Mapping[int, Any]) -> dict[int, Source]:
+        """Returns the frozen sources of some rows, by their numbers; later ones win."""
+        rows = (row for shard in self.shards for row in self.rows(shard))
+        return {number: source for number, source in rows if number in wanted}
+
+    def _commit(self, shard: Shard) -> dict[str, Any] | None:
+        return read_commit(self.directory, shard, self.plan, self._plan_sha256)
+
+    def committed(self, shard: Shard) -> dict[str, Any] | None:
         """Returns the commit of a shard, or None if the shard has no valid one and is to be done.
 
         The files of the shard are read and compared with the commit's sha256.
         """
-        commit = read_commit(self.directory, shard, self._plan_sha256)
+        commit = self._commit(shard)
         if commit is not None:
             for name, file in commit["files"].items():
-                if _sha256(self.directory / "shards" / name) != file["sha256"]:
+                if file_sha256(self.directory / "shards" / name) != file["sha256"]:
                     return None
         return commit
 
     def commit(
-        self, shard: int, tensors: Mapping[str, Tensor], index: Sequence[Mapping[str, Any]]
+        self, shard: Shard, tensors: Mapping[str, Tensor], index: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
         """Stores a finished shard: features, then index, then the commit that makes them valid.
 
         Args:
-            shard: number of the shard.
+            shard: of one of the generations.
             tensors: row_id int64 [n] and the features [n, ...] of the rows that are ok.
             index: one object per row of the shard.
 
@@ -277,30 +272,43 @@ class FeatureWriter:
         Raises:
             OutputError: the directory cannot be written; the shard stays undone.
         """
-        identity = canonical_json({"plan_sha256": self._plan_sha256, "shard": shard})
+        number = shard.shard
+        identity = canonical_json({"plan_sha256": self._plan_sha256, "shard": number})
         files = {
             # a single metadata key: safetensors writes several in random order
-            file_name("features", shard): safetensors.torch.save(
+            file_name("features", number): safetensors.torch.save(
                 dict(tensors), {"fastbb": identity.decode().rstrip()}
             ),
-            file_name("index", shard): b"".join(map(canonical_json, index)),
+            file_name("index", number): b"".join(map(canonical_json, index)),
         }
         for name, data in files.items():
             self._write(self.directory / name, data)
         kinds = Counter(row["kind"] for row in index if row["status"] == "error")
         commit = {
-            "shard": shard,
+            "shard": number,
             "plan_sha256": self._plan_sha256,
+            "rows_sha256": shard.rows_sha256,
             "rows": len(index),
             "ok": len(index) - kinds.total(),
             "errors": dict(kinds),
+            "replaces": shard.replaces,
             "files": {
                 Path(name).name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
                 for name, data in files.items()
             },
         }
-        self._write(self.directory / file_name("commit", shard), canonical_json(commit))
+        self._write(self.directory / file_name("commit", number), canonical_json(commit))
         return commit
+
+    @property
+    def n_finished(self) -> int:
+        """Number of the first generations that the manifest says are finished."""
+        try:
+            manifest = json.loads((self.directory / "manifest.json").read_bytes())
+            ours = manifest["plan_sha256"] == self._plan_sha256
+            return manifest["generations"] if ours else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def finish(self, commits: Sequence[Mapping[str, Any] | None]) -> None:
         """Writes the manifest.
@@ -309,19 +317,22 @@ class FeatureWriter:
             commits: of every shard.
         """
         path = self.directory / "manifest.json"
-        manifest = {"format": FORMAT, "plan_sha256": self._plan_sha256, **totals(commits)}
-        if not (path.exists() and path.read_bytes() == canonical_json(manifest)):
-            self._write(path, canonical_json(manifest))
+        manifest = canonical_json(
+            {"format": FORMAT, "plan_sha256": self._plan_sha256}
+            | {"generations": len(self.generations), **totals(commits)}
+        )
+        if not (path.exists() and path.read_bytes() == manifest):
+            self._write(path, manifest)
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends a line to run.jsonl."""
         path = self.directory / "run.jsonl"
-        with _writing(path), open(path, "ab") as file:
+        with writing(path), open(path, "ab") as file:
             file.write(canonical_json(event))
 
     def _write(self, path: Path, data: bytes) -> None:
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        with _writing(path):
+        with writing(path):
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
@@ -339,135 +350,19 @@ class FeatureWriter:
                 os.close(directory)
 
 
-def totals(commits: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Sums up commits: rows, ok, errors by kind, shards."""
-    present = [commit for commit in commits if commit is not None]
-    kinds = sum((Counter(commit["errors"]) for commit in present), Counter())
-    return {
-        "rows": sum(commit["rows"] for commit in present),
-        "ok": sum(commit["ok"] for commit in present),
-        "errors": dict(kinds),
-        "shards": len(present),
-    }
-
-
-def file_name(what: str, shard: int) -> str:
-    """Returns the path of a file of a shard, relative to the features directory."""
-    directory, suffix = {
-        "rows": ("rows", "jsonl"),
-        "features": ("shards", "safetensors"),
-        "index": ("shards", "jsonl"),
-        "commit": ("shards", "json"),
-    }[what]
-    return f"{directory}/{what}-{shard:05d}.{suffix}"
-
-
-def is_started(directory: Path) -> bool:
-    """Returns whether a plan was made in the directory.
-
-    Raises:
-        OutputError: the directory cannot be entered.
-    """
-    path = directory / "plan.json"
-    with _writing(path):
-        return path.exists()
-
-
-def read_plan(path: Path) -> dict[str, Any]:
-    """Reads plan.json; of another format, only its number is sure to be there.
-
-    Raises:
-        PlanMismatchError: it is damaged, or no plan of ours.
-    """
-    try:
-        plan = json.loads(path.read_bytes())
-        if not isinstance(plan, dict) or "format" not in plan:
-            raise ValueError("the field format is missing")
-        if plan["format"] != FORMAT:
-            return plan
-        missing = {*_FROZEN_FIELDS, *_READ_FIELDS} - _flatten(plan).keys()
-        if missing or not all({"shape", "dtype"} <= set(o) for o in plan["outputs"].values()):
-            raise ValueError(f"the field {min(missing, default='outputs')} is missing")
-        if not (isinstance(plan["rows"], int) and isinstance(plan["rows_sha256"], list)):
-            raise ValueError("rows and rows_sha256 are no number and no list")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
-    return plan
-
-
-def read_commit(directory: Path, shard: int, plan_sha256: str) -> dict[str, Any] | None:
-    """Reads the commit of a shard; None if there is none, or it is damaged or of another plan.
-
-    Of the files it names only the sizes are compared.
-    """
-    path = directory / file_name("commit", shard)
-    try:
-        commit = json.loads(path.read_bytes())
-        names = {Path(file_name(what, shard)).name for what in ("features", "index")}
-        whole = commit["files"].keys() == names and all(
-            (path.parent / name).stat().st_size == file["bytes"]
-            for name, file in commit["files"].items()
+def check_writable(directory: Path, plan: Mapping[str, Any]) -> None:
+    """Raises PlanMismatchError if the features of a directory are of a format that is only read."""
+    if plan["format"] != FORMAT:
+        raise PlanMismatchError(
+            f"{directory} holds features of format {plan['format']}, which an earlier fastbb wrote; "
+            f"they are read, but only format {FORMAT} is extended. Use another directory"
         )
-        whole &= commit["ok"] + sum(commit["errors"].values()) == commit["rows"]
-        ours = (commit["plan_sha256"], commit["shard"]) == (plan_sha256, shard)
-        return commit if whole and ours else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file's content."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while data := file.read(_READ_BYTES):
             digest.update(data)
     return digest.hexdigest()
-
-
-def _check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    frozen = {*_FROZEN_FIELDS, _UNREADABLE_FIELD}
-    was = _flatten({name: plan[name] for name in plan if name not in frozen})
-    now = _flatten(settings)
-    differing = [
-        f"{name}: {_compared(was.get(name, 'nothing'), now.get(name, 'nothing'))}"
-        # another precision changes the weights too, so it is named first
-        for name in sorted(was.keys() | now.keys(), key=lambda name: (name != "precision", name))
-        if name not in was or name not in now or was[name] != now[name]
-    ]
-    if differing:
-        raise PlanMismatchError(
-            f"{directory} holds features of another plan; {'; '.join(differing)}. Use the "
-            "settings it was started with, or another directory"
-        )
-
-
-def _compared(was: Any, now: Any) -> str:
-    """Describes two different values; for long lists, the first entry that differs."""
-    if isinstance(was, list) and isinstance(now, list) and len(repr(was + now)) > 100:
-        n_same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(was, now)))
-        first = _compared(*((x[n_same] if n_same < len(x) else "nothing") for x in (was, now)))
-        return f"{len(was)} entries there, {len(now)} asked; entry {n_same + 1}: {first}"
-    return f"{was!r:.100} there, {now!r:.100} asked"
-
-
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            flat.update(_flatten(item, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = item
-    return flat
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = (
-            "free some space and run the same again, finished shards are kept"
-            if full
-            else "give a directory that can be written"
-        )
-        raise OutputError(f"cannot write {path}: {error.strerror}; {advice}") from error

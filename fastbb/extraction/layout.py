@@ -1,0 +1,295 @@
+"""The features directory, format 3: its files, and which of them are valid.
+
+    plan.json                   what decides the values; its sha256 identifies the run
+    rows/rows-*.jsonl           the frozen rows of one shard: number, id, place, columns
+    rows/generation-*.json      written after its rows: the shards that one command appended
+    shards/features-*.safetensors   row_id int64 [n] and the features; failed rows are absent
+    shards/index-*.jsonl        every row of the shard, ok or failed
+    shards/commit-*.json        written last: a shard without a valid one does not exist
+    manifest.json               written when every shard is committed
+    run.jsonl                   times, versions and devices, one line per event; .lock: held by flock
+
+A generation is a `start`, an `update` (new rows, numbered on) or a `retry` (rows that failed, under
+their own numbers; what a later attempt gives wins). Shards are numbered through all generations.
+Format 2, which is read only, has one generation: its rows are listed in plan.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+FORMAT = 3
+_READ_FORMATS = (2, FORMAT)
+# fields that are read back from a plan
+_READ_FIELDS = frozenset(
+    {"shard_rows", "batch_size", "precision", "device", "mode", "runs", "versions.torch"}
+    | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
+    | {f"preprocessing.{name}" for name in ("image_processor_type", "resize", "size", "crop_size")}
+)
+_PLACES = {
+    "rows": ("rows", "jsonl"),
+    "generation": ("rows", "json"),
+    "features": ("shards", "safetensors"),
+    "index": ("shards", "jsonl"),
+    "commit": ("shards", "json"),
+}
+
+
+class ExtractionError(RuntimeError):
+    """An extraction cannot continue; committed shards stay.
+
+    Attributes:
+        exit_code: of the command line.
+    """
+
+    exit_code: ClassVar[int] = 70
+
+
+class PlanMismatchError(ExtractionError):
+    """The directory holds features of another plan."""
+
+    exit_code = 3
+
+
+class OutputLockedError(ExtractionError):
+    """Another process writes into the directory."""
+
+    exit_code = 5
+
+
+class OutputError(ExtractionError):
+    """The directory cannot be written: permissions, a full disk, a quota."""
+
+    exit_code = 6
+
+
+def canonical_json(value: object) -> bytes:
+    """Returns one line of JSON that is equal for equal values: sorted keys, ASCII, no spaces."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return text.encode("ascii") + b"\n"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard as its generation lists it.
+
+    Attributes:
+        shard: its number.
+        rows: number of rows.
+        rows_sha256: of its file of rows.
+        replaces: in a retry, the failures of earlier attempts at these rows, by kind.
+    """
+
+    shard: int
+    rows: int
+    rows_sha256: str
+    replaces: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The shards that one command appended.
+
+    Attributes:
+        kind: "start", "update" or "retry".
+        rows: number of rows that are new with it; 0 for a retry.
+        shards: in the order of their numbers.
+        inputs: absolute paths of the inputs that were listed.
+        archives: size and modification time of the archives that rows are in, by absolute path.
+        unreadable: directories that could not be listed, each with the reason.
+    """
+
+    kind: Literal["start", "update", "retry"]
+    rows: int
+    shards: tuple[Shard, ...]
+    inputs: tuple[str, ...] = ()
+    archives: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unreadable: tuple[str, ...] = ()
+
+    def to_json(self, number: int, plan_sha256: str) -> bytes:
+        """Returns the content of the generation's file."""
+        return canonical_json(
+            {"generation": number, "plan_sha256": plan_sha256, **asdict(self)}
+        )
+
+
+def file_name(what: str, number: int) -> str:
+    """Returns the path of a numbered file, relative to the features directory."""
+    directory, suffix = _PLACES[what]
+    return f"{directory}/{what}-{number:05d}.{suffix}"
+
+
+def is_started(directory: Path) -> bool:
+    """Returns whether a plan was made in the directory.
+
+    Raises:
+        OutputError: the directory cannot be entered.
+    """
+    path = directory / "plan.json"
+    with writing(path):
+        return path.exists()
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """Reads plan.json of format 2 or 3.
+
+    Raises:
+        PlanMismatchError: it is damaged, of another format, or no plan of ours.
+    """
+    try:
+        plan = json.loads(path.read_bytes())
+        if not isinstance(plan, dict) or "format" not in plan:
+            raise ValueError("the field format is missing")
+        if plan["format"] not in _READ_FORMATS:
+            raise PlanMismatchError(
+                f"{path}: formats {' and '.join(map(str, _READ_FORMATS))} are read, got "
+                f"{plan['format']!r:.100}; it is of another version of fastbb"
+            )
+        missing = _READ_FIELDS - flatten(plan).keys()
+        if missing or not all({"shape", "dtype"} <= set(o) for o in plan["outputs"].values()):
+            raise ValueError(f"the field {min(missing, default='outputs')} is missing")
+        if plan["format"] == 2 and not (
+            isinstance(plan["rows"], int) and isinstance(plan["rows_sha256"], list)
+        ):
+            raise ValueError("rows and rows_sha256 are no number and no list")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
+    return plan
+
+
+def plan_sha256(plan: Mapping[str, Any]) -> str:
+    """Returns the hash that identifies a plan."""
+    return hashlib.sha256(canonical_json(plan)).hexdigest()
+
+
+def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generation]:
+    """Reads the generations of a directory, up to the first that is missing.
+
+    Raises:
+        PlanMismatchError: a generation is damaged, or of another plan.
+    """
+    if plan["format"] == 2:
+        n_rows, per_shard = plan["rows"], plan["shard_rows"]
+        shards = tuple(
+            Shard(i, min(per_shard, n_rows - i * per_shard), digest)
+            for i, digest in enumerate(plan["rows_sha256"])
+        )
+        unreadable = tuple(plan.get("unreadable_directories", ()))
+        return [Generation("start", n_rows, shards, tuple(plan["inputs"]), {}, unreadable)]
+    generations, identity = [], plan_sha256(plan)
+    while (path := directory / file_name("generation", len(generations))).exists():
+        try:
+            values = json.loads(path.read_bytes())
+            ours = len(generations), identity
+            if (values.pop("generation"), values.pop("plan_sha256")) != ours:
+                raise ValueError("it belongs to another plan")
+            values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
+            values |= {name: tuple(values[name]) for name in ("inputs", "unreadable")}
+            generations.append(Generation(**values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
+    return generations
+
+
+def read_commit(
+    directory: Path, shard: Shard, plan: Mapping[str, Any], identity: str
+) -> dict[str, Any] | None:
+    """Reads the commit of a shard; None if there is none, or it is damaged or of another plan.
+
+    Of the files it names only the sizes are compared.
+
+    Args:
+        directory: of the features.
+        shard: as its generation lists it.
+        plan: of the directory.
+        identity: the hash of the plan.
+    """
+    path = directory / file_name("commit", shard.shard)
+    try:
+        commit = json.loads(path.read_bytes())
+        names = {Path(file_name(what, shard.shard)).name for what in ("features", "index")}
+        whole = commit["files"].keys() == names and all(
+            (path.parent / name).stat().st_size == file["bytes"]
+            for name, file in commit["files"].items()
+        )
+        whole &= commit["ok"] + sum(commit["errors"].values()) == commit["rows"] == shard.rows
+        ours = commit["plan_sha256"] == identity and commit["shard"] == shard.shard
+        if plan["format"] == FORMAT:
+            ours &= commit["rows_sha256"] == shard.rows_sha256
+            ours &= commit["replaces"] == shard.replaces
+        return commit if whole and ours else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def read_index(directory: Path, shard: int) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a committed shard: `row`, `id`, `status`, and `pos` or the error."""
+    with open(directory / file_name("index", shard), "rb") as file:
+        yield from map(json.loads, file)
+
+
+def read_rows(directory: Path, shard: Shard) -> list[dict[str, Any]]:
+    """Returns the frozen rows of a shard: `row`, `id`, the place and, if any, `columns`.
+
+    Raises:
+        PlanMismatchError: the file is not the one that the generation lists.
+    """
+    path = directory / file_name("rows", shard.shard)
+    data = path.read_bytes() if path.exists() else b""
+    if hashlib.sha256(data).hexdigest() != shard.rows_sha256:
+        raise PlanMismatchError(
+            f"{path} is missing or was changed (rows_sha256 of its generation differs); start "
+            "again in another directory"
+        )
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def totals(commits: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once."""
+    present = [commit for commit in commits if commit is not None]
+    replaced = Counter[str]()
+    errors = Counter[str]()
+    for commit in present:
+        replaced.update(commit.get("replaces", {}))
+        errors.update(commit["errors"])
+    errors.subtract(replaced)
+    return {
+        "rows": sum(commit["rows"] for commit in present) - replaced.total(),
+        "ok": sum(commit["ok"] for commit in present),
+        "errors": {kind: n for kind, n in sorted(errors.items()) if n},
+        "shards": len(present),
+    }
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested mappings by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            flat.update(flatten(item, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = item
+    return flat
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside into an `OutputError` that names the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = (
+            "free some space and run the same again, finished shards are kept"
+            if full
+            else "give a directory that can be written"
+        )
+        raise OutputError(f"cannot write {path}: {error.strerror}; {advice}") from error
