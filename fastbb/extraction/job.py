@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..engine.interruption import check_interrupted, interruption_code, interruption_word
 from .decode import RowError
+from .layout import ExtractionError, is_started, totals
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .sources import InputError, Source, archive_states, first_few, list_sources
-from .store import ExtractionError, FeatureWriter, is_started, totals
+from .store import FeatureWriter
 
 _DEFAULT_SHARD_ROWS = 4096
 _MAX_DEFAULT_SHARD_BYTES = 256 * 2**20

@@ -7,7 +7,7 @@
     shards/index-*.jsonl        every row of the shard, ok or failed
     shards/commit-*.json        written last: a shard without a valid one does not exist
     manifest.json               written when every shard is committed
-    run.jsonl                   times, versions and devices, one line per event; .lock: held by flock
+    run.jsonl                   times and devices, one line per event; .lock: held by flock
 
 A generation is a `start`, an `update` (new rows, numbered on) or a `retry` (rows that failed, under
 their own numbers; what a later attempt gives wins). Shards are numbered through all generations.
@@ -116,9 +116,7 @@ class Generation:
 
     def to_json(self, number: int, plan_sha256: str) -> bytes:
         """Returns the content of the generation's file."""
-        return canonical_json(
-            {"generation": number, "plan_sha256": plan_sha256, **asdict(self)}
-        )
+        return canonical_json({"generation": number, "plan_sha256": plan_sha256, **asdict(self)})
 
 
 def file_name(what: str, number: int) -> str:

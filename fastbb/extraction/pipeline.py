@@ -38,9 +38,9 @@ from .decode import (
     decode,
     read_bytes,
 )
+from .layout import canonical_json
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
-from .store import canonical_json
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FEATURES = ("pooled", "maps")

@@ -224,22 +224,37 @@ class FeatureWriter:
         rows = (row for g in new for shard in g.shards for row in read_rows(self.directory, shard))
         return {row["id"]: row["row"] for row in rows}
 
-    def failures(self) -> dict[int, str]:
-        """Returns the kind of the failure of each committed row without features, in order."""
-        failed: dict[int, str] = {}
+    def failures(self) -> dict[int, dict[str, Any]]:
+        """Returns the index entry of each committed row without features, by its number."""
+        failed: dict[int, dict[str, Any]] = {}
+        ok: set[int] = set()  # an ok is final: no later attempt of that row counts
+        retried = any(generation.kind == "retry" for generation in self.generations)
         for shard in self.shards:
             commit = self._commit(shard)
-            if commit is not None and (commit["errors"] or commit["replaces"]):
+            if commit is not None and (commit["errors"] or retried):
                 for row in read_index(self.directory, shard.shard):
-                    failed.pop(row["row"], None)
-                    if row["status"] == "error":
-                        failed[row["row"]] = row["kind"]
+                    if row["status"] == "ok":
+                        ok.add(row["row"])
+                    failed[row["row"]] = row
+        failed = {number: row for number, row in failed.items() if number not in ok}
         return dict(sorted(failed.items()))
 
-    def sources(self, wanted: Mapping[int, Any]) -> dict[int, Source]:
-        """Returns the frozen sources of some rows, by their numbers; later ones win."""
-        rows = (row for shard in self.shards for row in self.rows(shard))
-        return {number: source for number, source in rows if number in wanted}
+    def totals(self, commits: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
+        """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once.
+
+        Args:
+            commits: of every shard, or the first ones.
+        """
+        counts = totals(commits)
+        if not any(commit and commit["replaces"] for commit in commits):
+            return counts
+        # a damaged shard that was computed again may have features of rows that were retried
+        failures = self.failures()
+        kinds = Counter(failure["kind"] for failure in failures.values())
+        return counts | {
+            "ok": counts["rows"] - len(failures),
+            "errors": dict(sorted(kinds.items())),
+        }
 
     def _commit(self, shard: Shard) -> dict[str, Any] | None:
         return read_commit(self.directory, shard, self.plan, self._plan_sha256)
@@ -310,19 +325,27 @@ class FeatureWriter:
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
-    def finish(self, commits: Sequence[Mapping[str, Any] | None]) -> None:
+    def finish(self, totals: Mapping[str, Any]) -> None:
         """Writes the manifest.
 
         Args:
-            commits: of every shard.
+            totals: of the commits of every shard.
         """
         path = self.directory / "manifest.json"
         manifest = canonical_json(
             {"format": FORMAT, "plan_sha256": self._plan_sha256}
-            | {"generations": len(self.generations), **totals(commits)}
+            | {"generations": len(self.generations), **totals}
         )
         if not (path.exists() and path.read_bytes() == manifest):
             self._write(path, manifest)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yields the events of run.jsonl; lines that a crash cut off are passed over."""
+        path = self.directory / "run.jsonl"
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    yield event
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends a line to run.jsonl."""
@@ -354,8 +377,8 @@ def check_writable(directory: Path, plan: Mapping[str, Any]) -> None:
     """Raises PlanMismatchError if the features of a directory are of a format that is only read."""
     if plan["format"] != FORMAT:
         raise PlanMismatchError(
-            f"{directory} holds features of format {plan['format']}, which an earlier fastbb wrote; "
-            f"they are read, but only format {FORMAT} is extended. Use another directory"
+            f"{directory} holds features of format {plan['format']}, of an earlier fastbb; "
+            f"they are read, and only format {FORMAT} is extended. Use another directory"
         )
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..extraction.decode import MAX_RESIZED_PIXELS, ImageError, decode, read_bytes
+from ..extraction.layout import OutputError
 from ..extraction.sources import source_at
-from ..extraction.store import OutputError
 from ..images.processor import AutoImageProcessor, ImageProcessor
 from .contact_sheet import contact_sheet
 

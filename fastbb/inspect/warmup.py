@@ -25,7 +25,7 @@ from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from ..engine.prepare import example_pixels
 from ..engine.settings import DTYPES
-from ..extraction.store import OutputError
+from ..extraction.layout import OutputError
 from .facts import directory_state
 from .loading import config_without_weights
 
