@@ -19,7 +19,7 @@ from torch import Tensor
 from ..engine.explanation import Report, table
 from .decode import RowError
 from .layout import FORMAT, file_name
-from .reading import Block, Reader, numpy_array, reason, table_names
+from .reading import Block, Reader, numpy_array, reason, table_names, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
 from .tables import Tables
@@ -161,8 +161,15 @@ class Features:
         features. Features of one shard are mapped from the file, those of several are read.
         """
         if isinstance(key, str):
-            parts = [tensors[key] for _, tensors in self._tensors([key])]
-            return parts[0] if len(parts) == 1 else torch.cat([self._empty(key), *parts])
+            self._check(key)
+            if len(self._reader.blocks) == 1:
+                return self._reader.tensors(self._reader.blocks[0], [key])[1][key]
+            empty, start = self._reader.empty([key])[key], 0
+            full = empty.new_empty(len(self), *empty.shape[1:])
+            for _, tensors in self._tensors([key]):
+                full[start : start + len(tensors[key])] = tensors[key]
+                start += len(tensors[key])
+            return full
         try:
             index = range(len(self))[key]
         except IndexError:
@@ -219,9 +226,6 @@ class Features:
         if name not in self.names:
             raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
 
-    def _empty(self, name: str) -> Tensor:
-        return self._reader.empty([name])[name]
-
     def _only(self, name: str | None) -> str:
         if name is not None:
             self._check(name)
@@ -240,7 +244,7 @@ class Features:
             ValueError: the features are no floating-point numbers.
         """
         self._check(name)
-        empty = self._empty(name)
+        empty = self._reader.empty([name])[name]
         if not empty.is_floating_point():
             raise ValueError(f"{name}: {empty.dtype} has no NaN; use ds[{name!r}] and ds.row_ids")
         full = empty.new_full((self._reader.n_rows, *empty.shape[1:]), torch.nan)
@@ -258,7 +262,7 @@ class Features:
         return numpy_array(self[self._only(name)])
 
     def to_pandas(self, errors: bool = False) -> pandas.DataFrame:
-        """Returns a data frame: `id`, `row`, the carried columns, and an array per feature.
+        """Returns a data frame: `id`, `row`, the carried columns, and features as arrays.
 
         Args:
             errors: all rows, with a column `error`; features of failed rows are None.
@@ -281,6 +285,9 @@ class Features:
         if errors:
             entries = itertools.chain.from_iterable(map(reader.entries, reader.blocks))
             values["error"] = [reason(entry) for entry in entries]
+        for name, column in values.items():
+            if name not in self.names:
+                values[name] = [utf8(cell) if isinstance(cell, str) else cell for cell in column]
         return pandas.DataFrame(values)
 
     def to_arrow(self) -> pyarrow.Table:

@@ -99,12 +99,12 @@ class Reader:
     def blocks(self) -> list[Block]:
         """The shards of new rows, in the order of the rows."""
         retried: dict[int, dict[str, Any]] = {}
-        for shard in self._shards_of("retry"):
-            for entry in (
-                read_index(self.directory, shard.shard) if shard.shard in self.commits else ()
-            ):
-                if retried.get(entry["row"], entry)["status"] != "ok":  # an ok is final
-                    retried[entry["row"]] = {**entry, "shard": shard.shard}
+        computed = (s.shard for s in self._shards_of("retry") if s.shard in self.commits)
+        for shard in computed:
+            for entry in read_index(self.directory, shard):
+                earlier = retried.get(entry["row"])
+                if earlier is None or earlier["status"] != "ok":  # an ok is final
+                    retried[entry["row"]] = {**entry, "shard": shard}
         blocks, first = [], 0
         for shard in self._shards_of("start", "update"):
             rows = range(first, first + shard.rows)
@@ -162,7 +162,9 @@ class Reader:
 
     def _stored(self, shard: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         with safe_open(self.directory / file_name("features", shard), framework="pt") as file:
-            return file.get_tensor("row_id"), {name: file.get_tensor(name) for name in names}
+            # a mapped tensor keeps its whole file mapped
+            rows = file.get_tensor("row_id").clone()
+            return rows, {name: file.get_tensor(name) for name in names}
 
     def empty(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Returns features [0, ...] by name."""
@@ -280,6 +282,13 @@ def reason(entry: dict[str, Any]) -> str | None:
 def numpy_array(tensor: Tensor) -> np.ndarray:
     """Returns an array of the same values; of bf16, which NumPy lacks, in float32."""
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def utf8(text: str) -> str:
+    """Returns a text that can be encoded: bytes of names that are no UTF-8 become `\\xff`."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int]:

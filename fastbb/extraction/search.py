@@ -123,7 +123,11 @@ class _Best:
         if self._itself is not None and (others := rows != self._itself).logical_not().any():
             rows, features = rows[others], features[others]
         k = min(self._k, len(rows))
-        norms = torch.ones(()) if not self._cosine else torch.linalg.vector_norm(features, dim=1)
+        norms = torch.ones(())
+        if self._cosine:
+            # in this thread: torch's would wait for each other at every shard where cores are busy
+            squares = np.einsum("ij,ij->i", features.numpy(), features.numpy())
+            norms = torch.from_numpy(np.sqrt(squares))
         norms = norms.clamp_min(torch.finfo(torch.float32).tiny)  # the cosine of zeros is 0
         parts = [
             (queries @ features.T).div_(norms).topk(k, dim=1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import canonical_json
-from .reading import Reader, reason, table_names
+from .reading import Reader, reason, table_names, utf8
 
 if TYPE_CHECKING:
     import pyarrow
@@ -162,10 +162,3 @@ def _value(value: Any, kind: str) -> Any:
     if value is None or kind != "text":
         return value
     return utf8(value if isinstance(value, str) else json.dumps(value))
-
-
-def utf8(text: str) -> str:
-    """Returns a text that can be encoded: bytes of names that are no UTF-8 become `\\xff`."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

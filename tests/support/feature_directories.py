@@ -1,7 +1,8 @@
 """Features directories without a model: rows whose features follow from their number."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fastbb.extraction.layout import Shard, canonical_json, file_name
+from fastbb.extraction.layout import Shard, canonical_json, file_name, read_rows
 from fastbb.extraction.store import FeatureWriter
 
 OUTPUTS = {"pooled": {"shape": [16], "dtype": "float32"}}
@@ -99,7 +100,7 @@ class Directory:
     def retry(self, failed: Iterable[int] = ()) -> None:
         """Tries all failed rows again; `failed` fail again."""
         with self.open() as writer:
-            failures = {number: "corrupt" for number in sorted(self.failed)}
+            failures = dict.fromkeys(sorted(self.failed), "corrupt")
             rows: Any = [(number, self.rows[number]) for number in failures]
             writer.append("retry", rows, failures)
             self.failed = set(failed)
@@ -113,16 +114,14 @@ class Directory:
             writer.append(kind, given, inputs=("/images",))
             self._commit_all(writer)
 
-    def open(self) -> FeatureWriter:
-        writer = FeatureWriter(self.path)
-        writer.__enter__()
-        writer.start(make_plan(self.outputs, self.shard_rows))
-        return writer
+    @contextmanager
+    def open(self) -> Iterator[FeatureWriter]:
+        with FeatureWriter(self.path) as writer:
+            writer.start(make_plan(self.outputs, self.shard_rows))
+            yield writer
 
     def commit(self, writer: FeatureWriter, shard: Shard) -> dict[str, Any]:
         """Computes a shard; again, if it was computed before."""
-        from fastbb.extraction.layout import read_rows
-
         rows = read_rows(self.path, shard)
         numbers, ids = [row["row"] for row in rows], [row["id"] for row in rows]
         return writer.commit(shard, *content(numbers, ids, self.failed, self.outputs))
