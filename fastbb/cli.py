@@ -16,7 +16,6 @@ import click
 
 from .engine.interruption import ending_on_signals, interruption_code, interruption_word
 
-DEFAULT_MODEL = "nano-swin-digits"
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
 MODES = ("auto", "eager", "compile", "triton", "triton+compile")  # of `Backbone.prepare`
 _USAGE = 2
@@ -101,6 +100,13 @@ class _SizeOrSide(_Size):
         return super().convert(f"{text}x{text}" if text.isdecimal() else value, param, ctx)
 
 
+class _ExtractedSize(_SizeOrSide):
+    """A size, or the word `test`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return "test" if str(value) == "test" else super().convert(value, param, ctx)
+
+
 class _Batches(click.ParamType):
     name = "n,m"
 
@@ -151,59 +157,81 @@ def main() -> None:
 @main.command()
 @click.argument("inputs", nargs=-1, required=True, metavar="INPUT...")
 @click.option("--out", required=True, metavar="DIR", help="Where the features go.")
-@click.option("--model", metavar="MODEL", help=f"Name or directory.  [default: {DEFAULT_MODEL}]")
+@click.option("--model", metavar="MODEL", help="Name or directory; needed for a first start.")
 @click.option(
     "--features",
     type=_Names(),
-    default="pooled",
-    show_default=True,
-    help="pooled: mean of the last map; maps: every map.",
+    metavar="NAME,...",
+    help="embedding, cls, patch_mean, tokens, projection, pooled, maps, maps.<stage>, "
+    "layer:<module>.  [default: embedding]",
 )
 @click.option("--out-indices", type=_Integers(), help="Which maps.  [default: the model's own]")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option(
+    "--norm",
+    type=click.Choice(["final", "none"]),
+    help="Whether cls, patch_mean and tokens have the model's final norm.  [default: final]",
+)
+@click.option(
+    "--normalize/--no-normalize",
+    default=None,
+    help="Divide vectors by their L2 norm.  [default: no]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="What computes.  [default: fp32]",
+)
+@click.option(
+    "--feature-dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="What is stored.  [default: fp32; of maps, tokens and layers the precision]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="[default: 32]")
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
 @click.option(
     "--size",
-    type=_Size(),
+    type=_ExtractedSize(),
     metavar="HxW",
-    help="Resize every image to this instead of the model's own.",
+    help="Resize every image to this instead of the model's own; test: a timm model's test size.",
 )
 @click.option(
     "--mode",
     type=click.Choice(MODES),
-    default="auto",
-    show_default=True,
-    help="How the model runs; auto compiles where that pays for so many images.",
+    help="How the model runs; auto compiles where that pays for so many images.  [default: auto]",
 )
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
     help="Images per shard, all that an interruption can lose.  [default: 4096, fewer for maps]",
 )
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many images in DIR.")
+@click.option("--update", is_flag=True, help="Also the images that DIR does not have yet.")
+@click.option("--retry-failed", is_flag=True, help="Also the images that failed, once more.")
+@click.option("--follow-symlinks", is_flag=True, help="Follow symbolic links in directories.")
 @click.option(
     "--max-error-rate",
     type=click.FloatRange(0, 1),
     default=0.05,
     show_default=True,
-    help="Stop when more than this share of the images fails; up to 1000 count as 1000.",
+    help="Stop when more than this share of the images fails, from the 20th image on.",
 )
-def extract(inputs: tuple[str, ...], model: str | None, **options: Any) -> None:
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def extract(inputs: tuple[str, ...], model: str | None, quiet: bool, **options: Any) -> None:
     """Stores the features of images. The same command again resumes.
 
-    INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .jsonl, .parquet; one path
-    per row) or a .tar archive.
+    INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .tsv, .jsonl, .parquet;
+    one image per row) or an archive (.tar, .zip; sets by a directory, a glob or braces).
+
+    A resume takes what is not said from DIR. What would change values is refused.
 
     Exit codes: 0 every image has features; 1 finished, some images failed or could not be listed;
     2 wrong arguments; 3 DIR holds features of another plan; 4 too many images failed; 5 another
     process uses DIR; 6 DIR or the report cannot be written, or the disk is full; 70 a defect of
     fastbb; 130 interrupted (SIGINT), 143 terminated (SIGTERM).
     """
-    if model is None:
-        _say(f"model: {DEFAULT_MODEL}, the bundled one; choose with --model")
     from .extraction import extract as run
 
-    report = run(DEFAULT_MODEL if model is None else model, inputs, progress=True, **options)
+    report = run(model, inputs, progress=not quiet, **options)
     _echo(str(report))
     sys.exit(1 if report.errors or report.unreadable_directories else 0)
 
@@ -219,6 +247,30 @@ def show(directory: str) -> None:
     from .extraction import open_features
 
     _echo(open_features(directory).describe())
+
+
+@main.command()
+@click.argument("directory", metavar="FEATURES_DIR")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(dir_okay=False),
+    default="report.html",
+    show_default=True,
+    help="The page to write.",
+)
+def report(directory: str, out: str) -> None:
+    """Writes a page about a features directory.
+
+    Runs, speed, failures, a scatter of the features and nearest neighbours as thumbnails; the page
+    needs no other file.
+
+    Exit codes: 0 written; 2 no features directory; 6 the page cannot be written; 130 interrupted,
+    143 terminated.
+    """
+    from .inspect.features_report import report as write_report
+
+    _echo(f"wrote {write_report(directory, out)}")
 
 
 @main.command(name="list")
@@ -248,7 +300,7 @@ def list_models(filter: str) -> None:
     metavar="IMAGE...",
     type=click.Path(exists=True, dir_okay=False),
 )
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Name or directory.")
+@click.option("--model", required=True, metavar="MODEL", help="Name or directory.")
 @click.option(
     "-o",
     "--out",

@@ -63,11 +63,15 @@ def test_completion_is_what_the_help_says(monkeypatch: pytest.MonkeyPatch) -> No
     assert "--random-weights" in result.output, result.output
 
 
-def test_extract_says_which_model_it_takes(images: Path, tmp_path: Path) -> None:
-    result = fastbb("extract", images, "--out", tmp_path / "out")
+def test_extract_needs_a_model_for_a_first_start_only(images: Path, tmp_path: Path) -> None:
+    missing = fastbb("extract", images, "--out", tmp_path / "out")
+    assert missing.exit_code == 2 and "model: wanted a name or directory" in missing.stderr
+    assert not (tmp_path / "out").exists()
+    result = fastbb("extract", images, "--out", tmp_path / "out", "--model", MODEL)
     assert result.exit_code == 0, result.output
-    assert result.stderr.splitlines()[0].startswith(f"model: {MODEL}, the bundled one")
-    assert result.stderr.splitlines()[1].startswith("running on the CPU")
+    assert result.stderr.splitlines()[0].startswith("running on the CPU")
+    quiet = fastbb("extract", images, "--out", tmp_path / "out", "--quiet")
+    assert quiet.exit_code == 0 and not quiet.stderr, quiet.stderr
     assert result.stdout.startswith(f"{tmp_path / 'out'}: 3 of 3 images have features, ")
     features = open_features(tmp_path / "out")
     assert features.ids == ["0.png", "1.png", "2.png"]
@@ -88,7 +92,8 @@ def test_extract_options_reach_the_plan(images: Path, tmp_path: Path) -> None:
     assert (plan["batch_size"], plan["shard_rows"], plan["device"]) == (2, 2, "cpu")
     assert plan["preprocessing"]["size"] == [24, 40]
     assert len(plan["outputs"]) == 3 and features["maps.stage1"].shape[0] == 3
-    again = fastbb("extract", images, "--out", tmp_path / "out", "--model", MODEL)
+    assert fastbb("extract", images, "--out", tmp_path / "out").exit_code == 0
+    again = fastbb("extract", images, "--out", tmp_path / "out", "--precision", "fp32")
     assert again.exit_code == 3 and "precision: 'bf16' there, 'fp32' asked" in again.stderr
 
 
@@ -130,13 +135,13 @@ def test_extract_failures_have_their_exit_codes(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "224"), "wanted height x width in pixels, such as 224x224, got '224'"),
+        (("--size", "big"), "wanted height x width in pixels, such as 224x224, got 'big'"),
         (("--size", "0x9"), "wanted height x width in pixels"),
         (("--size", "20000x20000"), "size: wanted at most 16,777,216 pixels"),
         (("--out-indices", "1,two"), "wanted whole numbers such as 1,2 or -1, got '1,two'"),
         (("--out-indices", "1,9"), "out_indices must be valid indices"),
-        (("--features", "pooled,tokens"), "wanted some of pooled, maps"),
-        (("--precision", "fp16"), "is not one of 'fp32', 'bf16'"),
+        (("--features", "pooled,token"), "wanted some of"),
+        (("--precision", "fp64"), "is not one of 'fp32', 'bf16', 'fp16'"),
         (("--batch-size", "0"), "x>=1"),
         (("--shard-rows", "many"), "is not a valid integer"),
         (("--max-error-rate", "7"), "0<=x<=1"),
@@ -156,7 +161,8 @@ def test_wrong_option_values_are_usage_errors(
     message: str,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no request
-    result = fastbb("extract", images, "--out", tmp_path / "out", *arguments)
+    model = () if "--model" in arguments else ("--model", MODEL)
+    result = fastbb("extract", images, "--out", tmp_path / "out", *model, *arguments)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
@@ -174,7 +180,7 @@ def test_wrong_inputs_are_usage_errors(images: Path, tmp_path: Path) -> None:
         ((tmp_path / "list.csv",), "row 2 has no text in the column `path`"),
         (("https://me:s3cret@host.org/a.jpg?key=s3cret",), "https://host.org/a.jpg: addresses"),
     ):
-        result = fastbb("extract", *arguments, "--out", tmp_path / "out")
+        result = fastbb("extract", *arguments, "--out", tmp_path / "out", "--model", MODEL)
         assert result.exit_code == 2 and message in result.stderr
         assert "s3cret" not in result.output
         assert not (tmp_path / "out").exists()
@@ -183,7 +189,7 @@ def test_wrong_inputs_are_usage_errors(images: Path, tmp_path: Path) -> None:
 def test_show_prints_the_plan_and_the_failures(images: Path, tmp_path: Path) -> None:
     (images / "bad.png").write_bytes(b"text")
     (images / os.fsdecode(b"caf\xe9.png")).write_bytes(b"text")
-    fastbb("extract", images, "--out", tmp_path / "out")
+    fastbb("extract", images, "--out", tmp_path / "out", "--model", MODEL)
     result = fastbb("show", tmp_path / "out")
     assert result.exit_code == 0, result.output
     for text in (
@@ -199,7 +205,7 @@ def test_show_prints_the_plan_and_the_failures(images: Path, tmp_path: Path) -> 
 def test_control_characters_are_shown_as_escapes(images: Path, tmp_path: Path) -> None:
     out = tmp_path / os.fsdecode(b"caf\xe9\x1b[2J\xc3\xa9")
     (images / "a\nfailed    99\x1b[2J.png").write_bytes(b"text")
-    result = fastbb("extract", images, "--out", out)
+    result = fastbb("extract", images, "--out", out, "--model", MODEL)
     assert result.exit_code == 1, result.output
     assert r"caf\udce9\x1b[2Jé: 3 of 4 images have features" in result.stdout
     shown = fastbb("show", out).stdout
@@ -228,9 +234,11 @@ def test_view_writes_a_sheet_and_refuses_wrong_input(images: Path, tmp_path: Pat
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.height > 2 * 320
     (tmp_path / "file").touch()
-    unwritable = fastbb("view", images / "1.png", "-o", tmp_path / "file" / "sheet.png")
+    unwritable = fastbb(
+        "view", images / "1.png", "--model", MODEL, "-o", tmp_path / "file" / "sheet.png"
+    )
     assert unwritable.exit_code == 6 and "cannot write" in unwritable.stderr
-    bad = fastbb("view", images / "none.png")
+    bad = fastbb("view", images / "none.png", "--model", MODEL)
     assert bad.exit_code == 2 and "none.png" in bad.stderr
-    huge = fastbb("view", images / "1.png", "--size", "20000x20000")
+    huge = fastbb("view", images / "1.png", "--model", MODEL, "--size", "20000x20000")
     assert huge.exit_code == 2 and "size: wanted at most 16,777,216 pixels" in huge.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastbb.extraction import open_features
-from fastbb.extraction.job import _Progress
+from fastbb.extraction.progress import Progress
 
 COMMAND = f"{sys.executable} -c 'from fastbb.cli import main; main()'"
 
@@ -63,7 +63,7 @@ def test_usage_error_exits_with_2_if_stderr_is_full_or_closed(redirections: str)
 
 def test_progress_with_no_stderr_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
-    with _Progress(True) as progress:
+    with Progress(True) as progress:
         progress.say("nobody hears it")
         progress.start(3, 0)
         progress.advance(3)
@@ -82,5 +82,5 @@ class Full:
 def test_progress_on_a_full_stderr_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream: Any = Full()
     monkeypatch.setattr(sys, "stderr", stream)
-    with _Progress(True) as progress:
+    with Progress(True) as progress:
         progress.say("nobody hears it")

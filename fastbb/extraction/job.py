@@ -1,35 +1,51 @@
-"""Runs an extraction: lists the inputs, plans, runs shard by shard, and resumes."""
+"""Runs an extraction: lists the inputs, plans, runs shard by shard, resumes and extends."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
-import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..engine.interruption import check_interrupted, interruption_code, interruption_word
-from .decode import RowError
-from .layout import ExtractionError, is_started, totals
-from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
-from .sources import InputError, Source, archive_states, first_few, list_sources
-from .store import FeatureWriter
+from fastbb_kernels.machine import cpu_name
 
-_DEFAULT_SHARD_ROWS = 4096
-_MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
-# number of rows after which a share of failures is meaningful
-_MIN_BUDGET_ROWS = 1000
-_SECONDS_PER_LINE = 30.0
+from ..backbone.base import Backbone
+from ..engine.interruption import check_interrupted, interruption_code, interruption_word
+from ..images.processor import ImageProcessor
+from .decode import RowError
+from .layout import (
+    ExtractionError,
+    OutputLockedError,
+    PlanMismatchError,
+    Shard,
+    is_started,
+    read_events,
+    read_plan,
+)
+from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
+from .plan import (
+    DEFAULT_BATCH_SIZE,
+    check_plan,
+    compared_settings,
+    extractor_arguments,
+    make_plan,
+)
+from .progress import Progress
+from .sources import InputError, Listing, Source, archive_state, first_few
+from .store import FeatureWriter, check_writable
+
+# number of rows from which a share of failures is meaningful
+_MIN_BUDGET_ROWS = 20
+# other versions than those of the plan, for the log
+_LOGGED_PACKAGES = ("fastbb", "numpy", "safetensors")
 
 
 class ErrorBudgetError(ExtractionError):
@@ -44,11 +60,14 @@ class Report:
 
     Attributes:
         directory: the features directory.
-        rows: images in the input.
+        rows: images in the directory.
         ok: images that have features.
         errors: number of failed images by kind.
-        resumed_rows: images that an earlier run had already done.
+        resumed_rows: images that were done before, and not tried again now.
+        tried: images that this run tried.
         seconds: time of this run, without loading the model.
+        new: images among the inputs that the directory does not have.
+        vanished: images of the directory that are not among the inputs any more.
         unreadable_directories: those whose images are missing, as they could not be read when the
             images were listed; each with the reason.
     """
@@ -58,172 +77,464 @@ class Report:
     ok: int
     errors: dict[str, int]
     resumed_rows: int
+    tried: int
     seconds: float
+    new: int = 0
+    vanished: int = 0
     unreadable_directories: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
         failed = f", {self.rows - self.ok:,} failed ({kinds})" if kinds else ""
-        done = self.rows - self.resumed_rows
-        speed = f", {done / self.seconds:,.1f} images/s" if done else ", nothing was left to do"
-        lost = self.unreadable_directories
-        unread = f"; {len(lost):,} directories were not read: {first_few(lost)}" if lost else ""
+        speed = f", {self.tried / self.seconds:,.1f} images/s" if self.tried else ""
+        speed = speed or ", nothing was left to do"
         counts = f"{self.ok:,} of {self.rows:,} images have features{failed}{speed}"
-        return f"{self.directory}: {counts}{unread}"
-
-
-class _Progress:
-    """Progress on stderr: a bar on a terminal, else a line at intervals."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled = enabled
-        self._bar: Any = None
-        self._n_rows = self._n_first = self.n_done = 0
-        self._started = self._last_line = time.perf_counter()
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def say(self, text: str) -> None:
-        if self._enabled and sys.stderr is not None:
-            with suppress(OSError):  # progress cannot be shown, and the run does not depend on it
-                print(text, file=sys.stderr, flush=True)
-
-    def start(self, n_rows: int, n_done: int) -> None:
-        self._n_rows, self._n_first, self.n_done = n_rows, n_done, n_done
-        self._started = self._last_line = time.perf_counter()
-        if self._enabled and sys.stderr is not None and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=n_rows, initial=n_done, unit=" images", dynamic_ncols=True)
-
-    def advance(self, n_rows: int) -> None:
-        self.n_done += n_rows
-        now = time.perf_counter()
-        if self._bar is not None:
-            self._bar.update(n_rows)
-        elif now - self._last_line >= _SECONDS_PER_LINE:
-            self._last_line = now
-            speed = (self.n_done - self._n_first) / (now - self._started)
-            left_s = (self._n_rows - self.n_done) / speed
-            self.say(
-                f"{self.n_done:,} of {self._n_rows:,} images, {speed:,.1f} images/s, "
-                f"{left_s / 60:,.1f} minutes left"
-            )
+        new = f"; {_counted(self.new, 'new image')} left out (--update adds)" if self.new else ""
+        lost = self.unreadable_directories
+        n_lost = f"{len(lost):,} director{'ies were' if len(lost) > 1 else 'y was'} not read"
+        unread = f"; {n_lost}: {first_few(lost)}" if lost else ""
+        return f"{self.directory}: {counts}{new}{unread}"
 
 
 def extract(
-    model: str | os.PathLike[str],
-    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    model: str | os.PathLike[str] | Backbone | None = None,
+    inputs: Any = None,
+    out: str | os.PathLike[str] | None = None,
     *,
-    features: str | Sequence[str] = ("pooled",),
+    features: str | Sequence[str] | None = None,
     out_indices: Sequence[int] | None = None,
-    precision: str = "fp32",
+    norm: str | None = None,
+    normalize: bool | None = None,
+    feature_dtype: str | None = None,
+    precision: str | None = None,
     device: str | torch.device | None = None,
-    batch_size: int = 32,
-    size: tuple[int, int] | None = None,
-    mode: str = "auto",
+    batch_size: int | None = None,
+    size: tuple[int, int] | str | None = None,
+    processor: ImageProcessor | None = None,
+    mode: str | None = None,
     shard_rows: int | None = None,
+    limit: int | None = None,
+    update: bool = False,
+    retry_failed: bool = False,
+    follow_symlinks: bool = False,
     max_error_rate: float = 0.05,
-    progress: bool = False,
-) -> Report:
+    progress: bool = True,
+) -> Any:
     """Stores the features of every image; the same call again goes on where it was interrupted.
 
+    What a later call for the same directory does not say is as it was at the first: model,
+    features, pixels, precision. Batch size, mode and rows per shard always are.
+
     Meanwhile Pillow's settings for decoding are its defaults, in the whole process, see
-    `FeatureExtractor`.
+    `FeatureExtractor`, and torch's number of threads is that of the first start.
 
     A directory below an input that cannot be read is passed over and named in the report.
 
     Args:
-        model: argument of `AutoBackbone.from_pretrained`.
-        inputs: directories, globs, images, lists (.txt, .csv, .jsonl, .parquet), .tar archives.
+        model: argument of `AutoBackbone.from_pretrained`, or a loaded backbone; needed for a first
+            start.
+        inputs: directories, globs, images, lists (.txt, .csv, .tsv, .jsonl, .parquet), archives
+            (.tar, .zip); without `out`, images in memory.
         out: the features directory; `open_features` reads it.
-        features: see `FeatureExtractor`, as are out_indices, precision, device, batch_size, size.
+        features: see `FeatureExtractor`, as are out_indices, norm, normalize, feature_dtype,
+            precision, device, batch_size, size and processor.
         out_indices: the requested maps; default: the model's own choice.
-        precision: of the forward pass, "fp32" or "bf16".
+        norm: of tokens, "final" or "none".
+        normalize: whether vectors are divided by their L2 norm.
+        feature_dtype: what is stored, "fp32", "fp16" or "bf16".
+        precision: of the forward pass, "fp32", "bf16" or "fp16"; default: "fp32".
         device: default: "cuda" where there is one, else "cpu".
-        batch_size: images per forward pass.
-        size: (H, W) that every image is resized to.
-        mode: of `Backbone.prepare`. What "auto" chooses at the first start the plan records, and a
-            resumed run takes.
+        batch_size: images per forward pass; default: 32.
+        size: (H, W) that every image is resized to; "test" for a timm model's test-time size.
+        processor: what makes pixels of an image; default: the model's own.
+        mode: of `Backbone.prepare`. What "auto" (the default) chooses at the first start the plan
+            records, and a resumed run takes.
         shard_rows: images per shard, which is what an interrupted run loses at most; default: 4096,
             or fewer where the features of a shard would pass 256 MiB.
+        limit: the directory gets at most so many images, the first ones.
+        update: also extract the images that the directory does not have yet.
+        retry_failed: also try the failed images again.
+        follow_symlinks: follow symbolic links below directories.
         max_error_rate: the run stops when more than this share of the images fails, those of
-            earlier runs included; up to 1000 images count as 1000.
+            earlier runs included, from the 20th image on.
         progress: show a bar (a line every 30 s where stderr is no terminal) and what is done.
+
+    Returns:
+        A `Report`; without `out` the features in memory, tensors [n, ...] by name.
 
     Raises:
         ValueError: an argument or an input is not what is wanted.
         OSError: the model cannot be had.
         ExtractionError: plan mismatch, error budget, lock, or an output that cannot be written.
+        ImageError: without `out`, an image has no features.
     """
-    if shard_rows is not None and not (isinstance(shard_rows, int) and shard_rows >= 1):
-        raise ValueError(f"shard_rows: wanted a whole number, at least 1, got {shard_rows!r}")
+    for name, value in (("shard_rows", shard_rows), ("limit", limit)):
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"{name}: wanted a whole number, at least 1, got {value!r}")
     if not 0 <= max_error_rate <= 1:
         raise ValueError(f"max_error_rate: wanted a share from 0 to 1, got {max_error_rate}")
+    said = {
+        "features": features,
+        "out_indices": out_indices,
+        "norm": norm,
+        "normalize": normalize,
+        "feature_dtype": feature_dtype,
+        "precision": precision,
+        "device": device,
+        "size": size,
+        "processor": processor,
+    }
+    if out is None:
+        if model is None:
+            raise ValueError(_NO_MODEL)
+        return _in_memory(model, inputs, mode, batch_size, said)
+    given = _paths(inputs)
+    plan = read_plan(Path(out) / "plan.json") if is_started(Path(out)) else None
+    if plan is not None:
+        check_writable(Path(out), plan)
+    elif model is None:
+        raise ValueError(_NO_MODEL)
+    listing = Listing(given, follow_symlinks)
+    try:
+        # all at once: a wrong input is found before the model is loaded and anything is made
+        sources = list(listing)
+    except InputError:
+        if plan is None or update or retry_failed:
+            raise
+        sources = None  # the list of the first start is frozen
+    with _threads(plan):
+        extractor = _extractor(model, plan, said, batch_size)
+        if plan is not None:
+            check_plan(Path(out), plan, compared_settings(extractor))
+        with FeatureWriter(out) as writer, Progress(progress) as bar:
+            if bool(writer.plan) != (plan is not None):
+                raise OutputLockedError(
+                    f"another process has started {out} meanwhile; run the same again"
+                )
+            run = _Run(extractor, writer, bar, max_error_rate, given, listing, sources)
+            try:
+                run.start(mode, batch_size, shard_rows, limit)
+                return run.run(limit, update, retry_failed)
+            except BaseException as error:
+                if writer.plan:
+                    with suppress(ExtractionError):  # the disk may be full
+                        writer.log({"event": "stop", "time": time.time(), "reason": _reason(error)})
+                raise
+
+
+_NO_MODEL = (
+    "model: wanted a name or directory for a first start, such as microsoft/resnet-50, got none; "
+    "the bundled nano-swin-digits is a toy for trying things out"
+)
+
+
+def _paths(inputs: Any) -> list[str]:
     is_one = isinstance(inputs, (str, bytes, os.PathLike))
-    given = [os.fsdecode(path) for path in ([inputs] if is_one else inputs)]
+    given = [inputs] if is_one else list(() if inputs is None else inputs)
+    for path in given:
+        if hasattr(path, "shape") or hasattr(path, "getpixel"):
+            raise ValueError(
+                f"out: a features directory holds images of files, got a {type(path).__name__} in "
+                "memory; leave `out` out, and the features are returned"
+            )
+    given = [os.fsdecode(path) for path in given]
     if not given or not all(given):
         raise InputError(
             "inputs: wanted at least one directory, glob, image, list or archive, and none of them "
             f"empty, got {given}"
         )
-    skipped: Counter[str] = Counter()
-    archives = archive_states(given)
-    unreadable: list[str] = []
-    sources = list_sources(given, skipped, unreadable)
-    if not is_started(Path(out)):
-        # all at once: a wrong input is found before the model is loaded and anything is made;
-        # an iterator gives the list up when it is at its end
-        sources = iter(list(sources))
+    return given
 
-    extractor = FeatureExtractor(
-        model,
-        features,
-        out_indices=out_indices,
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-        size=size,
-        mode=mode,
-    )
 
-    def choose_mode(n_rows: int) -> str:
-        chosen = extractor.choose_mode(mode, n_rows)
-        check_interrupted()  # before the plan records a choice of an interrupted trial
-        return chosen
+def _in_memory(
+    model: str | os.PathLike[str] | Backbone,
+    images: Any,
+    mode: str | None,
+    batch_size: int | None,
+    said: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    is_one = isinstance(images, (str, bytes, os.PathLike))
+    images = [images] if is_one or not isinstance(images, Sequence) else images
+    if any(isinstance(image, (str, os.PathLike)) for image in images):
+        raise ValueError(
+            "out: wanted a directory for the features of files, got none; only images in memory "
+            "need none"
+        )
+    extractor = _extractor(model, None, said, batch_size)
+    extractor.prepare(mode or "auto", len(images))
+    return extractor(images)
 
-    settings = {**extractor.settings(), "mode": mode}
-    settings["inputs"] = [os.path.abspath(path) for path in given]
-    settings["archives"] = archives
-    settings["shard_rows"] = shard_rows or _default_shard_rows(settings)
-    with FeatureWriter(out) as writer, _Progress(progress) as bar:
-        if extractor.device.type == "cpu":
-            bar.say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        resumed = writer.start(settings, sources, choose_mode, unreadable)
-        if resumed:
-            extractor.prepare(writer.plan["runs"], writer.plan["rows"])
+
+def _extractor(
+    model: str | os.PathLike[str] | Backbone | None,
+    plan: Mapping[str, Any] | None,
+    said: Mapping[str, Any],
+    batch_size: int | None,
+) -> FeatureExtractor:
+    if plan is None:
+        arguments = {name: value for name, value in said.items() if value is not None}
+        arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
+    else:
+        arguments = extractor_arguments(plan, said)
+        model = plan["model"]["name"] if model is None else model
+    assert model is not None
+    return FeatureExtractor(model, mode="eager", **arguments)
+
+
+@contextmanager
+def _threads(plan: Mapping[str, Any] | None) -> Iterator[None]:
+    """Lets torch use the number of threads that the plan records; sums depend on it."""
+    before = torch.get_num_threads()
+    wanted = before if plan is None else plan.get("threads", before)
+    if wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    """One command's work on a features directory that it holds for writing."""
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        writer: FeatureWriter,
+        bar: Progress,
+        max_error_rate: float,
+        inputs: Sequence[str],
+        listing: Listing,
+        sources: list[Source] | None,
+    ) -> None:
+        self.extractor = extractor
+        self.writer = writer
+        self.bar = bar
+        self.max_error_rate = max_error_rate
+        self.listing = listing
+        self.sources = sources
+        self._listed = {
+            "inputs": tuple(map(os.path.abspath, inputs)),
+            "archives": listing.archives,
+            "unreadable": tuple(listing.unreadable),
+        }
+        self.resumed = bool(writer.plan)
+        self._new: list[Source] = []
+        self._n_vanished = 0
+        self._commits: list[dict[str, Any] | None] = []
+
+    def start(
+        self,
+        mode: str | None,
+        batch_size: int | None,
+        shard_rows: int | None,
+        limit: int | None,
+    ) -> None:
+        """Writes the plan and the first generation of a first start; cleans up for a resume."""
+        writer, say = self.writer, self.bar.say
+        if self.extractor.device.type == "cpu":
+            say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
+        if not writer.plan:
+            assert self.sources is not None, "a first start without a list was refused"
+            asked, n_rows = mode or "auto", len(self.sources[:limit])
+            runs = self.extractor.choose_mode(asked, n_rows)
+            check_interrupted()  # before the plan records a choice of an interrupted trial
+            writer.start(make_plan(self.extractor, asked, runs, shard_rows))
         else:
-            passed_over = (f", passed over {n:,} {what}" for what, n in sorted(skipped.items()))
-            bar.say(f"{writer.plan['rows']:,} images{''.join(passed_over)}")
-            if unreadable:
-                bar.say(f"cannot list {first_few(unreadable)}")
-        try:
-            return _extract_shards(extractor, writer, bar, max_error_rate, resumed)
-        except BaseException as error:
-            with suppress(ExtractionError):  # the disk may be full
-                writer.log({"event": "stop", "time": time.time(), "reason": _reason(error)})
-            raise
+            writer.start(writer.plan)
+            given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}
+            for name, value in given.items():
+                if value is not None and value != writer.plan[name]:
+                    say(f"{name} stays {writer.plan[name]}, as at the first start, not {value}")
+        if writer.generations:
+            self._compare_with_inputs()
+            return
+        if self.sources is None:  # of a run that was killed while it listed them
+            raise InputError("inputs: they were never listed, and cannot be listed now")
+        writer.append("start", enumerate(self.sources[:limit]), **self._listed)
+        self._new = self.sources[writer.n_rows :]
+        of_all = f" of {len(self.sources):,}" if self._new else ""
+        passed_over = self.listing.passed_over()
+        say(f"{_counted(writer.n_rows, 'image')}{of_all}{passed_over and f', {passed_over}'}")
+        if self.listing.unreadable:
+            say(f"cannot list {first_few(self.listing.unreadable)}")
+
+    def _compare_with_inputs(self) -> None:
+        """Finds the images that are new or have vanished since the rows were frozen."""
+        if self.sources is None:
+            self.bar.say("the inputs cannot be listed now; the rows are those listed before")
+            return
+        known = self.writer.row_of_id()
+        self._new = [source for source in self.sources if source.id not in known]
+        self._n_vanished = len(known.keys() - {source.id for source in self.sources})
+
+    def run(self, limit: int | None, update: bool, retry_failed: bool) -> Report:
+        """Extracts what is left, with `update` what is new, and with `retry_failed` what failed."""
+        writer = self.writer
+        self._commits = [writer.committed(shard) for shard in writer.shards]
+        done = writer.totals(self._commits)
+        failed_before = writer.failures() if retry_failed else {}
+        self._say_what_is_there(done, update, retry_failed)
+        environment = _environment(self.extractor)
+        self._warn_of_another_device(environment["device"])
+        writer.log({"event": "start", "time": time.time(), **environment})
+        started = time.perf_counter()
+        n_done = done["rows"] - self._n_replaced()
+        n_tried = 0
+        if retry_failed:
+            # a retry that was interrupted is finished, and no other one begins
+            unfinished = writer.generations[writer.n_finished :]
+            if not any(generation.kind == "retry" for generation in unfinished):
+                n_tried += self._extract_pending()  # to know all that fails
+                retried = self._append_retry()
+                n_done -= len(failed_before.keys() & retried)
+        if update:
+            room = None if limit is None else max(limit - writer.n_rows, 0)
+            if added := self._new[:room]:
+                writer.append("update", enumerate(added, writer.n_rows), **self._listed)
+                self._new = self._new[len(added) :]
+        n_tried += self._extract_pending()
+        final = writer.totals(self._commits)
+        writer.finish(final)
+        return Report(
+            writer.directory,
+            final["rows"],
+            final["ok"],
+            final["errors"],
+            resumed_rows=n_done,
+            tried=n_tried,
+            seconds=time.perf_counter() - started,
+            new=len(self._new),
+            vanished=self._n_vanished,
+            unreadable_directories=writer.generations[-1].unreadable,
+        )
+
+    def _say_what_is_there(self, done: Mapping[str, Any], update: bool, retry_failed: bool) -> None:
+        writer, say = self.writer, self.bar.say
+        if not self.resumed:
+            return
+        say(
+            f"resuming {writer.directory}: {done['shards']:,} of {writer.n_shards:,} shards are "
+            "done; the list of images is the one of the first start"
+        )
+        n_failed = done["rows"] - done["ok"]
+        found = [
+            (len(self._new), "new", "" if update else " (--update adds them)"),
+            (self._n_vanished, "vanished", ""),
+            (n_failed, "failed", "" if retry_failed else " (--retry-failed tries them again)"),
+        ]
+        if text := ", ".join(f"{n:,} {what}{advice}" for n, what, advice in found if n):
+            say(f"compared with the inputs now: {text}")
+
+    def _warn_of_another_device(self, device: str) -> None:
+        others = sorted(
+            {
+                event["device"]
+                for event in read_events(self.writer.directory)
+                if event.get("event") == "start" and event.get("device") != device
+            }
+        )
+        if others:
+            self.bar.say(
+                f"warning: this run is on {device}, an earlier one was on {', '.join(others)}; "
+                "features of different devices may differ in their last bits"
+            )
+
+    def _append_retry(self) -> set[int]:
+        """Freezes the failed rows whose images are among the inputs, and returns their numbers."""
+        writer = self.writer
+        assert self.sources is not None, "retry_failed without a list was refused"
+        source_of_id = {source.id: source for source in self.sources}
+        failures = writer.failures()
+        rows = {row: f for row, f in failures.items() if f["id"] in source_of_id}
+        if n_left := len(failures) - len(rows):
+            self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
+        if rows:
+            writer.append(
+                "retry",
+                [(row, source_of_id[failure["id"]]) for row, failure in rows.items()],
+                {row: failure["kind"] for row, failure in rows.items()},
+                **self._listed,
+            )
+        return set(rows)
+
+    def _pending(self) -> list[Shard]:
+        self._commits += [None] * (self.writer.n_shards - len(self._commits))
+        return [shard for shard in self.writer.shards if self._commits[shard.shard] is None]
+
+    def _n_replaced(self) -> int:
+        """Number of rows that failed before and are to be tried again."""
+        return sum(sum(shard.replaces.values()) for shard in self._pending())
+
+    def _extract_pending(self) -> int:
+        """Extracts and commits every shard that is not, and returns the number of its rows."""
+        writer, bar, extractor = self.writer, self.bar, self.extractor
+        todo, done = self._pending(), writer.totals(self._commits)
+        n_replaced = self._n_replaced()
+        n_done, n_failed = done["rows"] - n_replaced, done["rows"] - done["ok"] - n_replaced
+        self._check_budget(n_failed, n_done)
+        if not todo:
+            return 0
+        self._check_archives(todo)
+        if self.resumed:
+            extractor.prepare(writer.plan["runs"], writer.n_rows)
+        n_todo = sum(shard.rows for shard in todo)
+        bar.start(n_done + n_todo, n_done)
+        shard_start = time.perf_counter()
+
+        def chunks() -> Iterator[list[tuple[int, str, Source]]]:
+            for shard in todo:
+                rows = ((row, source.id, source) for row, source in writer.rows(shard))
+                yield from chunked(rows, extractor.batch_size)
+
+        # a first job smaller than a batch is not padded to one; its size is frozen with it
+        pad_to = min(extractor.batch_size, writer.generations[0].rows)
+        with closing(extractor.run(chunks(), pad_to=pad_to)) as batches:
+            for shard in todo:
+                n_left = shard.rows
+                parts: list[FeatureBatch] = []
+                while n_left:
+                    batch = next(batches)
+                    check_interrupted()
+                    parts.append(batch)
+                    n_batch = len(batch.ids) + len(batch.errors)
+                    n_left -= n_batch
+                    n_failed += len(batch.errors)
+                    bar.advance(n_batch)
+                    self._check_budget(n_failed, bar.n_done, batch.errors)
+                content = _shard_content(parts, writer.plan["outputs"])
+                self._commits[shard.shard] = writer.commit(shard, *content)
+                check_interrupted()
+                now = time.perf_counter()
+                event = {"event": "shard", "shard": shard.shard, "rows": shard.rows}
+                writer.log({**event, "time": time.time(), "seconds": now - shard_start})
+                shard_start = now
+        return n_todo
+
+    def _check_archives(self, todo: Sequence[Shard]) -> None:
+        """Raises if rows to be read are places in an archive that is another one now."""
+        numbers = {shard.shard for shard in todo}
+        for generation in self.writer.generations:
+            if numbers.isdisjoint(shard.shard for shard in generation.shards):
+                continue
+            for path, state in generation.archives.items():
+                if archive_state(path) != state:
+                    raise PlanMismatchError(
+                        f"{path} has changed or is gone since its images were listed, and some of "
+                        "them are still to be extracted; restore it, or use another directory"
+                    )
+
+    def _check_budget(self, n_failed: int, n_done: int, errors: Sequence[RowError] = ()) -> None:
+        rate = self.max_error_rate
+        if n_failed > rate * n_done and (n_done >= _MIN_BUDGET_ROWS or rate == 0):
+            last = "".join(f" (last: {e.id!r}: {e.kind}, {e.message})" for e in errors[-1:])
+            raise ErrorBudgetError(
+                f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
+                f"{rate:g} allowed{last}; mend the input, or allow more with max_error_rate "
+                "(--max-error-rate)"
+            )
 
 
 def _reason(error: BaseException) -> str:
@@ -234,77 +545,8 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _extract_shards(
-    extractor: FeatureExtractor,
-    writer: FeatureWriter,
-    bar: _Progress,
-    max_error_rate: float,
-    resumed: bool,
-) -> Report:
-    n_rows, batch_size = writer.plan["rows"], extractor.batch_size
-    commits = [writer.committed(shard) for shard in range(writer.n_shards)]
-    todo = [shard for shard, commit in enumerate(commits) if commit is None]
-    done = totals(commits)
-    if resumed:
-        bar.say(
-            f"resuming {writer.directory}: {done['shards']:,} of {writer.n_shards:,} shards are "
-            "done; the list of images is the one of the first start"
-        )
-    n_failed = done["rows"] - done["ok"]
-    _check_budget(n_failed, done["rows"], max_error_rate)
-    bar.start(n_rows, done["rows"])
-    start = shard_start = time.perf_counter()
-    writer.log({"event": "start", "time": time.time(), **_environment(extractor)})
-
-    def chunks() -> Iterator[list[tuple[int, str, Source]]]:
-        for shard in todo:
-            first = shard * writer.plan["shard_rows"]
-            rows = ((first + i, s.id, s) for i, s in enumerate(writer.rows(shard)))
-            yield from chunked(rows, batch_size)
-
-    # the whole job smaller than a batch is not padded to one: the plan fixes its size as well
-    with closing(extractor.run(chunks(), pad_to=min(batch_size, n_rows))) as batches:
-        for shard in todo:
-            n_left = min(writer.plan["shard_rows"], n_rows - shard * writer.plan["shard_rows"])
-            n_shard = n_left
-            parts: list[FeatureBatch] = []
-            while n_left:
-                batch = next(batches)
-                check_interrupted()
-                parts.append(batch)
-                n_batch = len(batch.ids) + len(batch.errors)
-                n_left -= n_batch
-                n_failed += len(batch.errors)
-                bar.advance(n_batch)
-                _check_budget(n_failed, bar.n_done, max_error_rate, batch.errors)
-            commits[shard] = writer.commit(shard, *_shard_content(parts, writer.plan["outputs"]))
-            check_interrupted()
-            now = time.perf_counter()
-            seconds, shard_start = now - shard_start, now
-            writer.log({"event": "shard", "shard": shard, "rows": n_shard, "seconds": seconds})
-    writer.finish(commits)
-    final = totals(commits)
-    return Report(
-        writer.directory,
-        n_rows,
-        final["ok"],
-        final["errors"],
-        done["rows"],
-        time.perf_counter() - start,
-        tuple(writer.plan.get("unreadable_directories", ())),
-    )
-
-
-def _check_budget(
-    n_failed: int, n_done: int, max_error_rate: float, errors: Sequence[RowError] = ()
-) -> None:
-    if n_failed > max_error_rate * max(_MIN_BUDGET_ROWS, n_done):
-        last = "".join(f" (last: {e.id!r}: {e.kind}, {e.message})" for e in errors[-1:])
-        raise ErrorBudgetError(
-            f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
-            f"{max_error_rate:g} allowed{last}; mend the input, or allow more with max_error_rate "
-            "(--max-error-rate)"
-        )
+def _counted(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _shard_content(
@@ -331,22 +573,13 @@ def _shard_content(
     return tensors, sorted(index, key=lambda entry: entry["row"])
 
 
-def _default_shard_rows(settings: dict[str, Any]) -> int:
-    row_bytes = sum(
-        math.prod(output["shape"]) * getattr(torch, output["dtype"]).itemsize
-        for output in settings["outputs"].values()
-    )
-    rows = min(_DEFAULT_SHARD_ROWS, _MAX_DEFAULT_SHARD_BYTES // row_bytes)
-    batch_size = settings["batch_size"]
-    return max(rows // batch_size, 1) * batch_size
-
-
 def _environment(extractor: FeatureExtractor) -> dict[str, Any]:
     on_gpu = extractor.device.type == "cuda"
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(extractor.device) if on_gpu else platform.machine(),
+        "device": torch.cuda.get_device_name(extractor.device) if on_gpu else cpu_name(),
         "torch_threads": torch.get_num_threads(),
         "decode_threads": n_decode_threads(extractor.device),
+        "versions": {name: version(name) for name in _LOGGED_PACKAGES},
     }

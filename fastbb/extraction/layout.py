@@ -20,6 +20,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -250,6 +251,15 @@ def read_rows(directory: Path, shard: Shard) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
+def read_events(directory: Path) -> Iterator[dict[str, Any]]:
+    """Yields the events of run.jsonl; lines that a crash cut off are passed over."""
+    path = directory / "run.jsonl"
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if isinstance(event := json.loads(line), dict):
+                yield event
+
+
 def totals(commits: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
     """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once."""
     present = [commit for commit in commits if commit is not None]
@@ -265,6 +275,31 @@ def totals(commits: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
         "errors": {kind: n for kind, n in sorted(errors.items()) if n},
         "shards": len(present),
     }
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file that is complete on the disk before it has its name.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -94,6 +94,7 @@ class FeatureExtractor:
         device: str | torch.device | None = None,
         batch_size: int = 32,
         size: tuple[int, int] | None = None,
+        processor: ImageProcessor | None = None,
         mode: str = "auto",
         expected_images: int | None = None,
     ) -> None:
@@ -139,7 +140,7 @@ class FeatureExtractor:
         self._loaded = AutoBackbone.from_pretrained(
             model, dtype=PRECISIONS[precision], device=self.device, **options
         ).eval()
-        self.processor: ImageProcessor = AutoImageProcessor.from_pretrained(model)
+        self.processor: ImageProcessor = processor or AutoImageProcessor.from_pretrained(model)
         if size is not None:
             self.processor = ImageProcessor(
                 dataclasses.replace(
@@ -285,6 +286,7 @@ class FeatureExtractor:
                 "resized_pixels": MAX_RESIZED_PIXELS,
             },
             "features": list(self.features),
+            "out_indices": list(self.model.out_indices),
             "outputs": self.outputs(),
             "precision": self.precision,
             "device": self.device.type,

@@ -125,6 +125,29 @@ def list_sources(
             )
 
 
+class Listing:
+    """temporary"""
+
+    def __init__(self, inputs, follow_symlinks=False):
+        self.inputs, self.skipped, self.unreadable = inputs, Counter(), []
+        self.archives = archive_states(inputs)
+
+    def __iter__(self):
+        return list_sources(self.inputs, self.skipped, self.unreadable)
+
+    def passed_over(self):
+        what = (f"{n:,} {what}" for what, n in sorted(self.skipped.items()))
+        return f"passed over {', '.join(what)}" if self.skipped else ""
+
+
+def archive_state(path):
+    try:
+        status = os.stat(path)
+    except OSError:
+        return {}
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
 def first_few(texts: Sequence[str]) -> str:
     """Joins texts in one line; of many texts only the first ones."""
     return ", ".join([*texts[:_N_SHOWN], *(["..."] if len(texts) > _N_SHOWN else [])])

@@ -7,7 +7,6 @@ not they were interrupted.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -40,6 +39,7 @@ from .layout import (
     read_plan,
     read_rows,
     totals,
+    write_file,
     writing,
 )
 from .sources import Source
@@ -143,7 +143,7 @@ class FeatureWriter:
                 leftover.unlink()
         if not self.plan:
             self._use(json.loads(canonical_json({"format": FORMAT, **plan})))
-            self._write(self.directory / "plan.json", canonical_json(self.plan))
+            write_file(self.directory / "plan.json", canonical_json(self.plan))
 
     def append(
         self,
@@ -182,7 +182,7 @@ class FeatureWriter:
                 )
                 for row, source in part
             )
-            self._write(self.directory / file_name("rows", number), data)
+            write_file(self.directory / file_name("rows", number), data)
             kinds = Counter(failures[row] for row, _ in part if row in failures)
             digest = hashlib.sha256(data).hexdigest()
             shards.append(Shard(number, len(part), digest, dict(sorted(kinds.items()))))
@@ -190,7 +190,7 @@ class FeatureWriter:
         generation = Generation(kind, n_new, tuple(shards), **listing)
         number = len(self.generations)
         path = self.directory / file_name("generation", number)
-        self._write(path, generation.to_json(number, self._plan_sha256))
+        write_file(path, generation.to_json(number, self._plan_sha256))
         self.generations.append(generation)
         return generation
 
@@ -297,7 +297,7 @@ class FeatureWriter:
             file_name("index", number): b"".join(map(canonical_json, index)),
         }
         for name, data in files.items():
-            self._write(self.directory / name, data)
+            write_file(self.directory / name, data)
         kinds = Counter(row["kind"] for row in index if row["status"] == "error")
         commit = {
             "shard": number,
@@ -312,7 +312,7 @@ class FeatureWriter:
                 for name, data in files.items()
             },
         }
-        self._write(self.directory / file_name("commit", number), canonical_json(commit))
+        write_file(self.directory / file_name("commit", number), canonical_json(commit))
         return commit
 
     @property
@@ -337,40 +337,13 @@ class FeatureWriter:
             | {"generations": len(self.generations), **totals}
         )
         if not (path.exists() and path.read_bytes() == manifest):
-            self._write(path, manifest)
-
-    def events(self) -> Iterator[dict[str, Any]]:
-        """Yields the events of run.jsonl; lines that a crash cut off are passed over."""
-        path = self.directory / "run.jsonl"
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError):
-                if isinstance(event := json.loads(line), dict):
-                    yield event
+            write_file(path, manifest)
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends a line to run.jsonl."""
         path = self.directory / "run.jsonl"
         with writing(path), open(path, "ab") as file:
             file.write(canonical_json(event))
-
-    def _write(self, path: Path, data: bytes) -> None:
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        with writing(path):
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
 
 
 def check_writable(directory: Path, plan: Mapping[str, Any]) -> None:

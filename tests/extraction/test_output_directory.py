@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,10 +56,13 @@ def test_a_plan_of_another_format_is_refused_unchanged(run: Run, tmp_path: Path,
     (out / "notes.tmp-1" / "a.tmp-2").write_text("x")
     (out / "plan.json").write_text(plan)
     before = everything(out)
-    with pytest.raises(PlanMismatchError, match="is damaged|format: 9 there, 2 asked"):
+    with pytest.raises(
+        PlanMismatchError,
+        match="is damaged|2 and 3 are read, got 9",
+    ):
         run()
     assert everything(out) == before
-    with pytest.raises((PlanMismatchError, ValueError), match="is damaged|format 2 is read, got 9"):
+    with pytest.raises((PlanMismatchError, ValueError), match="is damaged|2 and 3 are read, got 9"):
         open_features(out)
 
 
@@ -73,7 +75,7 @@ def test_only_our_own_unfinished_files_are_removed(run: Run, tmp_path: Path, tre
     for name in ("plan.json.tmp-1", "rows/rows-00000.jsonl.tmp-22", "shards/commit-1.json.tmp-3"):
         (out / name).write_text("x")
     with pytest.raises(PlanMismatchError):
-        run(batch_size=2)
+        run(precision="bf16")
     assert len(tree(out)) == len(before) + 6  # nothing is removed for another plan
     run()
     assert sorted(tree(out).keys() - before.keys()) == [
@@ -162,25 +164,15 @@ def test_the_error_budget_counts_failures_of_earlier_runs(run: Run, tmp_path: Pa
         run(max_error_rate=0)
 
 
-def test_error_names_the_first_difference_of_long_lists(model: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"shard_rows": 1, "inputs": [f"/photos/{i:05d}" for i in range(99)]}
-    with pytest.raises(PlanMismatchError) as caught:
-        store._check_plan(tmp_path, {**settings, "inputs": settings["inputs"][:7]}, settings)
-    assert (
-        "inputs: 7 entries there, 99 asked; entry 8: 'nothing' there, '/photos/00007' asked"
-        in str(caught.value)
-    )
-
-
 def test_another_precision_is_named_before_other_weights(run: Run, tmp_path: Path) -> None:
     run()
-    with pytest.raises(PlanMismatchError, match="another plan; precision: 'fp32' there, 'bf16'"):
+    with pytest.raises(PlanMismatchError, match="another plan:\n  precision: 'fp32' there, 'bf16'"):
         run(precision="bf16")
 
 
 def test_the_lock_is_free_again_after_a_refusal(run: Run, tmp_path: Path) -> None:
     run()
     with pytest.raises(PlanMismatchError):
-        run(batch_size=2)
+        run(precision="bf16")
     with FeatureWriter(tmp_path / "out"):
         pass

@@ -39,13 +39,13 @@ FeatureWriter.commit = resting
 DIES_BEFORE_COMMIT = (
     """
 import os, signal
-from fastbb.extraction.store import FeatureWriter
-write = FeatureWriter._write
-def dying(self, path, data):
+from fastbb.extraction import store
+write = store.write_file
+def dying(path, data):
     if path.name == "commit-00007.json":
         os.kill(os.getpid(), signal.SIGKILL)
-    write(self, path, data)
-FeatureWriter._write = dying
+    write(path, data)
+store.write_file = dying
 """
     + COMMAND
 )

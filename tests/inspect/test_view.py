@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from fastbb import AutoBackbone, AutoImageProcessor, SwinBackbone, TimmBackboneConfig
-from fastbb.extraction.store import OutputError
+from fastbb.extraction.layout import OutputError
 from fastbb.inspect.contact_sheet import contact_sheet
 from fastbb.inspect.view import _unlike, _view_size, view
 

@@ -1,0 +1,139 @@
+"""The plan of a features directory: what decides its values, and how a resume compares it.
+
+What a resume does not say comes from the plan. Batch size, mode, rows per shard and the number of
+threads always do: they are fixed at the first start.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+
+from ..images.processor import ImageProcessor
+from ..images.spec import ImageProcessorSpec
+from .layout import PlanMismatchError, flatten
+from .pipeline import FeatureExtractor
+
+# raised when fastbb computes other values from the same weights and pixels
+NUMERICS = 1
+DEFAULT_BATCH_SIZE = 32
+_DEFAULT_SHARD_ROWS = 4096
+_MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
+# arguments of FeatureExtractor that a plan holds under the same name
+_SAID = ("features", "out_indices", "norm", "normalize", "feature_dtype", "precision", "device")
+# recorded, and not compared
+_FIXED = frozenset({"format", "model.name", "batch_size", "shard_rows", "mode", "runs", "threads"})
+# the first of these that differs explains the others
+_ORDER = ("precision", "features", "feature_dtype", "norm", "normalize", "out_indices")
+_MAX_DIFFERENCES = 3
+_MAX_VALUE_CHARS = 60
+
+
+def make_plan(
+    extractor: FeatureExtractor, mode: str, runs: str, shard_rows: int | None
+) -> dict[str, Any]:
+    """Returns the plan of a first start.
+
+    Args:
+        extractor: what computes the features.
+        mode: as asked.
+        runs: the mode that was chosen.
+        shard_rows: rows per shard; default: 4096, or fewer where features would pass 256 MiB.
+    """
+    settings = compared_settings(extractor)
+    plan = {**settings, "mode": mode, "runs": runs, "batch_size": extractor.batch_size}
+    plan["shard_rows"] = shard_rows or _default_shard_rows(settings["outputs"], plan["batch_size"])
+    if extractor.device.type == "cpu":
+        plan["threads"] = torch.get_num_threads()
+    return plan
+
+
+def compared_settings(extractor: FeatureExtractor) -> dict[str, Any]:
+    """Returns everything about an extractor that decides the values, in JSON types."""
+    settings = extractor.settings()
+    versions = {"torch": torch.__version__, "pillow": PIL.__version__, "fastbb_numerics": NUMERICS}
+    if settings["model"]["class"].startswith("Timm"):
+        import timm
+
+        versions["timm"] = timm.__version__
+    return {**settings, "versions": versions}
+
+
+def extractor_arguments(plan: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of the extractor of a resume: what is said, else what the plan holds.
+
+    Args:
+        plan: of the directory.
+        said: arguments of the command; None is not said.
+    """
+    arguments = {name: value for name, value in said.items() if value is not None}
+    for name in _SAID:
+        if name not in arguments and plan.get(name) is not None:
+            arguments[name] = plan[name]
+    if not arguments.keys() & {"size", "processor"}:
+        spec = ImageProcessorSpec.from_dict(plan["preprocessing"])
+        arguments["processor"] = ImageProcessor(spec)
+    arguments["batch_size"] = plan["batch_size"]
+    return arguments
+
+
+def check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Compares a plan with the settings of a command.
+
+    Args:
+        directory: of the plan, for the message.
+        plan: of the directory.
+        settings: see `compared_settings`.
+
+    Raises:
+        PlanMismatchError: they differ; at most five lines name how.
+    """
+    was, now = flatten(plan), flatten(settings)
+    names = [
+        name
+        for name in (was.keys() | now.keys()) - _FIXED
+        if name not in was or name not in now or was[name] != now[name]
+    ]
+    if not names:
+        return
+
+    def place(name: str) -> tuple[int, int, str]:
+        first = _ORDER.index(name) if name in _ORDER else len(_ORDER)
+        return first, name.startswith("outputs."), name
+
+    names.sort(key=place)
+    n_shown = len(names) if len(names) <= _MAX_DIFFERENCES else _MAX_DIFFERENCES - 1
+    lines = [
+        f"  {name}: {_shown(was, name)} there, {_shown(now, name)} asked"
+        for name in names[:n_shown]
+    ]
+    if len(names) > n_shown:
+        lines.append(f"  and {len(names) - n_shown} more")
+    raise PlanMismatchError(
+        "\n".join(
+            [
+                f"{directory} holds features of another plan:",
+                *lines,
+                "Leave out what differs, and it comes from the plan; or use another directory",
+            ]
+        )
+    )
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    text = repr(values[name]) if name in values else "nothing"
+    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
+
+
+def _default_shard_rows(outputs: Mapping[str, Mapping[str, Any]], batch_size: int) -> int:
+    row_bytes = sum(
+        math.prod(output["shape"]) * getattr(torch, output["dtype"]).itemsize
+        for output in outputs.values()
+    )
+    rows = min(_DEFAULT_SHARD_ROWS, _MAX_DEFAULT_SHARD_BYTES // row_bytes)
+    return max(rows // batch_size, 1) * batch_size

@@ -1,0 +1,336 @@
+"""`fastbb report`: one page about a features directory, which needs no other file.
+
+The page is `features_report.html`, a Jinja template; here are the numbers and pictures on it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..extraction.decode import ImageError, decode, read_bytes
+from ..extraction.features import Features, open_features
+from ..extraction.layout import read_events, read_rows, write_file
+from ..extraction.sources import Source
+
+# of the page; svg coordinates are these pixels
+_PLOT_PX = (640, 300)
+_THUMBNAIL_PX = 112
+_N_POINTS = 2500
+_N_QUERIES = 12
+_N_NEIGHBOURS = 5
+_N_PATHS = 5
+# Okabe and Ito's colours, which colour-blind people can tell apart
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+_OTHER = "#bbbbbb"
+# carried columns that name the class of an image
+_LABELS = ("label_name", "label", "class", "cls", "category")
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    y: float
+    color: str
+    text: str
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A thumbnail.
+
+    Attributes:
+        source: a data URL; None if the image cannot be read any more.
+        id: of the row.
+        note: the similarity, or why there is no picture.
+    """
+
+    source: str | None
+    id: str
+    note: str
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What run.jsonl says about a run.
+
+    Attributes:
+        start: local time of its start.
+        device: that it ran on.
+        rows: that it committed.
+        seconds: that this took.
+        end: why it stopped; "finished" if nothing says so and the directory is complete.
+    """
+
+    start: str
+    device: str
+    rows: int
+    seconds: float
+    end: str
+
+
+def report(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
+    """Writes a page about a features directory: runs, speed, failures, features, neighbours.
+
+    Thumbnails are read from the images where they still are.
+
+    Args:
+        directory: the output of an extraction, finished or not.
+        out: the .html file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: it is no features directory.
+        OutputError: the page cannot be written.
+    """
+    from jinja2 import Environment
+
+    features = open_features(directory)
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["escaped"] = _escaped
+    page = environment.from_string(template).render(_content(features))
+    write_file(Path(out), page.encode())
+    return Path(out)
+
+
+def _content(features: Features) -> dict[str, Any]:
+    """Returns the values of the template."""
+    events = list(read_events(features.directory))
+    name = _vector_name(features)
+    some = _Sample(features, name) if name and len(features) else None
+    return {
+        "directory": str(features.directory.absolute()),
+        "time": time.strftime("%Y-%m-%d %H:%M"),
+        "described": [line.split(None, 1) for line in _facts(features)],
+        "runs": _runs(events, features.complete),
+        "speed": _speed(events),
+        "failures": _failures(features),
+        "n_rows": len(features.mask),
+        "n_ok": len(features),
+        "complete": features.complete,
+        "name": name,
+        "plot_px": _PLOT_PX,
+        "points": some.points() if some else [],
+        "legend": some.legend if some else [],
+        "n_shown": len(some.vectors) if some else 0,
+        "explained": some.explained if some else (),
+        "neighbours": some.neighbours() if some else [],
+    }
+
+
+def _facts(features: Features) -> Iterator[str]:
+    """The lines of `describe` about the plan; the rest is on the page in other form."""
+    wanted = ("model", "pixels", "run", "outputs", "norm", "format", "history", "columns", "not")
+    for line in features.describe().splitlines():
+        if line.split(None, 1)[0] in wanted:
+            yield line
+
+
+def _runs(events: Sequence[dict[str, Any]], complete: bool) -> list[_Run]:
+    runs: list[_Run] = []
+    starts = [i for i, event in enumerate(events) if event.get("event") == "start"]
+    for first, end in zip(starts, [*starts[1:], len(events)]):
+        own = events[first:end]
+        shards = [event for event in own if event.get("event") == "shard"]
+        stops = [event["reason"] for event in own if event.get("event") == "stop"]
+        last = "finished" if complete and end == len(events) else "ended without a word"
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(events[first].get("time", 0)))
+        runs.append(
+            _Run(
+                began,
+                str(events[first].get("device", "")),
+                sum(event["rows"] for event in shards),
+                sum(event["seconds"] for event in shards),
+                stops[-1] if stops else (last if end == len(events) else "went on in the next"),
+            )
+        )
+    return runs
+
+
+def _speed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns a step line of images/s over the seconds of computing, in plot coordinates."""
+    shards = [event for event in events if event.get("event") == "shard" and event["seconds"] > 0]
+    if not shards:
+        return None
+    ends = list(accumulate(event["seconds"] for event in shards))
+    speeds = [event["rows"] / event["seconds"] for event in shards]
+    width, height = _PLOT_PX
+    top = max(speeds) * 1.1
+    corners: list[str] = []
+    for start, end, speed in zip([0.0, *ends], ends, speeds):
+        y = height * (1 - speed / top)
+        corners += [f"{width * t / ends[-1]:.1f},{y:.1f}" for t in (start, end)]
+    return {
+        "line": " ".join(corners),
+        "seconds": ends[-1],
+        "highest": top,
+        "mean": sum(event["rows"] for event in shards) / ends[-1],
+        "slowest": min(speeds),
+        "n": len(shards),
+    }
+
+
+def _failures(features: Features) -> list[tuple[str, int, list[tuple[str, str]]]]:
+    """Returns kind, number, and id with message of the first failures, most frequent first."""
+    counts: Counter[str] = Counter()
+    first: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for error in features.errors():
+        counts[error.kind] += 1
+        if len(first[error.kind]) < _N_PATHS:
+            first[error.kind].append((error.id, error.message))
+    return [(kind, n, first[kind]) for kind, n in counts.most_common()]
+
+
+def _vector_name(features: Features) -> str | None:
+    """Returns the name of the features to draw: vectors if there are some, else any."""
+    outputs = features.plan["outputs"]
+    return next((n for n, o in outputs.items() if len(o["shape"]) == 1), next(iter(outputs), None))
+
+
+def _as_vectors(tensor: Tensor) -> Tensor:
+    """Returns fp32 [n, C] of features; means over the positions of maps and tokens."""
+    tensor = tensor.float()
+    if tensor.ndim == 4:
+        return tensor.mean((2, 3))
+    return tensor.flatten(1, -2).mean(1) if tensor.ndim > 2 else tensor
+
+
+class _Sample:
+    """Evenly spread rows of a directory: their vectors, labels and images.
+
+    Attributes:
+        vectors: fp32 [n, C].
+        legend: label and colour of the classes that the points show.
+        explained: share of the variance that each of the two axes has.
+    """
+
+    def __init__(self, features: Features, name: str) -> None:
+        self._features, self._name = features, name
+        n_rows = len(features)
+        self._is_vector = len(features.plan["outputs"][name]["shape"]) == 1
+        step = -(-n_rows // _N_POINTS)
+        parts, self._ids = [], list(islice(features.ids, 0, None, step))
+        start = 0
+        for ids, tensors in features.iter_shards([name]):
+            parts.append(_as_vectors(tensors[name][-start % step :: step]))
+            start += len(ids)
+        self.vectors = torch.cat(parts)
+        self._rows = features.row_ids[::step].tolist()
+        labels = self._labels(step)
+        counts = Counter(labels)
+        common = [label for label, _ in counts.most_common(len(_COLORS))]
+        self._color_of = dict(zip(sorted(common), _COLORS))
+        self._point_labels = labels
+        self.legend = list(self._color_of.items()) if len(counts) > 1 else []
+        if self.legend and len(counts) > len(common):
+            self.legend.append((f"{len(counts) - len(common):,} others", _OTHER))
+        self.explained: tuple[float, ...] = ()
+
+    def _labels(self, step: int) -> list[str]:
+        columns = self._features.columns
+        for name in _LABELS:
+            if name in columns:
+                return [str(value) for value in columns[name][::step]]
+        return [id.rpartition("/")[0].partition("/")[0] for id in self._ids]
+
+    def points(self) -> list[_Point]:
+        """The rows on the two first principal components."""
+        x = (self.vectors - self.vectors.mean(0)).double()
+        if len(x) < 3:
+            return []
+        left, strengths, _ = torch.linalg.svd(x, full_matrices=False)
+        plane = (left * strengths)[:, :2]
+        if plane.shape[1] < 2:
+            plane = torch.nn.functional.pad(plane, (0, 1))
+        total = float(strengths.square().sum()) or 1.0
+        self.explained = tuple((strengths[:2].square() / total).tolist())
+        # the sign of a component is arbitrary: its largest value points right and up
+        plane = plane * plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
+        low, high = plane.min(0).values, plane.max(0).values
+        scaled = ((plane - low) / (high - low).clamp_min(1e-30) * 0.94 + 0.03).tolist()
+        width, height = _PLOT_PX
+        return [
+            _Point(
+                round(x * width, 1),
+                round((1 - y) * height, 1),
+                self._color_of.get(label, _OTHER) if self.legend else _COLORS[0],
+                f"{id} ({label})" if self.legend and label else id,
+            )
+            for (x, y), id, label in zip(scaled, self._ids, self._point_labels)
+        ]
+
+    def neighbours(self) -> list[list[_Picture]]:
+        """A dozen images, each followed by its nearest ones by cosine similarity."""
+        n = len(self.vectors)
+        positions = sorted({round(i * (n - 1) / (_N_QUERIES - 1)) for i in range(_N_QUERIES)})
+        queries = self.vectors[positions]
+        if self._is_vector:
+            found = self._features.search(queries, _N_NEIGHBOURS + 1, self._name)
+            rows, scores, ids = found.rows.tolist(), found.scores.tolist(), found.ids
+        else:  # among the sample, as means are not stored
+            unit = torch.nn.functional.normalize(self.vectors)
+            best = (unit[positions] @ unit.T).topk(min(_N_NEIGHBOURS + 1, n))
+            rows = [[self._rows[i] for i in line] for line in best.indices.tolist()]
+            scores = best.values.tolist()
+            ids = [[self._ids[i] for i in line] for line in best.indices.tolist()]
+        own = [self._rows[i] for i in positions]
+        thumbnails = _Thumbnails(self._features, {*own, *(row for line in rows for row in line)})
+        lines = []
+        for position, row, others, values, names in zip(positions, own, rows, scores, ids):
+            line = [thumbnails.picture(row, self._ids[position], "")]
+            for other, value, name in zip(others, values, names):
+                if other != row and len(line) <= _N_NEIGHBOURS:
+                    line.append(thumbnails.picture(other, str(name), f"{value:.3f}"))
+            lines.append(line)
+        return lines
+
+
+class _Thumbnails:
+    """Small pictures of some rows, read from where the images are."""
+
+    def __init__(self, features: Features, rows: set[int]) -> None:
+        self._sources: dict[int, Source] = {}
+        first = 0
+        for generation in features.generations:
+            for shard in generation.shards:
+                last = first + (shard.rows if generation.kind != "retry" else 0)
+                if generation.kind == "retry" or any(first <= row < last for row in rows):
+                    for row in read_rows(features.directory, shard):
+                        if (number := row.pop("row")) in rows:
+                            self._sources[number] = Source(**row)
+                first = last
+
+    def picture(self, row: int, id: str, note: str) -> _Picture:
+        try:
+            image = decode(read_bytes(self._sources[row]))
+        except ImageError as error:
+            return _Picture(None, id, f"{note} {error.message}".strip())
+        ImageOps.exif_transpose(image, in_place=True)
+        image = image.convert("RGBA")
+        image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX), Image.Resampling.LANCZOS)
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image.getchannel("A"))
+        file = io.BytesIO()
+        paper.save(file, "JPEG", quality=85)
+        data = base64.b64encode(file.getvalue()).decode()
+        return _Picture(f"data:image/jpeg;base64,{data}", id, note)
+
+
+def _escaped(text: str) -> str:
+    """Shows bytes that are no text, and control characters, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
