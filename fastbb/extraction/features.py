@@ -7,16 +7,24 @@ import functools
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
+import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from ..engine.explanation import table
+from ..engine.explanation import Report, table
 from .decode import RowError
+<<<<<<< HEAD
+from .layout import FORMAT, file_name
+from .reading import Block, Reader, numpy_array, reason, table_names, utf8
+from .search import Metric, Neighbours, search
+from .sources import first_few
+from .tables import Tables
+=======
 from .layout import (
     file_name,
     plan_sha256,
@@ -26,37 +34,63 @@ from .layout import (
     totals,
 )
 from .sources import first_few
+>>>>>>> main
 
-_N_ERRORS_SHOWN = 10
+if TYPE_CHECKING:
+    import pandas  # pyright: ignore[reportMissingImports]
+    import pyarrow
+
+_N_SHOWN = 10
+_VERSIONS = ("torch", "fastbb")
+_BUDGET = "stopped: "  # begins the reason of a run that the share of failures stopped
 
 
 class RowErrors(list[RowError]):
     """Rows without features; shown as a table."""
 
     def __repr__(self) -> str:
-        if not self:
-            return "no errors"
-        shown = self[:_N_ERRORS_SHOWN]
+        return "\n".join([table(self._rows()), *self._more()]) if self else "no errors"
+
+    def _repr_html_(self) -> str:
+        title = f"{len(self):,} images have no features" if self else "no errors"
+        return Report(title, self._rows(), self._more()).html()
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        shown = self[:_N_SHOWN]
         rows = [(str(e.row), repr(e.id), e.kind, e.message) for e in shown]
-        more = [f"... and {len(self) - len(shown):,} more"] if len(self) > len(shown) else []
-        return "\n".join([table([("row", "id", "kind", "message"), *rows]), *more])
+        return [("row", "id", "kind", "message"), *rows]
+
+    def _more(self) -> list[str]:
+        n_more = len(self) - _N_SHOWN
+        return [f"... and {n_more:,} more"] if n_more > 0 else []
 
 
 class Features:
-    """A features directory, read only: the rows of its committed shards.
+    """A features directory, read only; rows are in the order of the input.
 
-    Files are compared with their commits by size; running the extraction again reads them all and
-    redoes a shard whose sha256 differs.
+    Rows that have features are what `len`, `ds[0]`, iteration, `ids`, `row_ids`, `columns`,
+    `ds["pooled"]`, `to_numpy`, `to_pandas` and `to_arrow` cover. `mask`, `all_ids`, `aligned` and
+    `to_pandas(errors=True)` cover all rows, also those that failed or are not computed yet. Of a
+    row that was tried again, the first attempt that is ok counts, else the latest.
+
+    Files are compared with their commits by size; `verify_features` reads them all.
 
     Args:
         directory: the output of an extraction.
 
     Attributes:
         plan: the settings that the features were computed with.
-        complete: whether every shard is committed.
+        complete: whether every shard is there.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
+<<<<<<< HEAD
+        self._reader = Reader(directory)
+        self.directory = self._reader.directory
+        self.plan = self._reader.plan
+        self._read: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # ids and columns
+        self.complete = bool(self._reader.generations) and not self._reader.missing
+=======
         self.directory = Path(directory)
         path = self.directory / "plan.json"
         if not path.exists():
@@ -69,38 +103,130 @@ class Features:
         commits = (read_commit(self.directory, s, self.plan, identity) for s in self.shards)
         self._commits = [commit for commit in commits if commit is not None]
         self.complete = len(self._commits) == n_shards
+>>>>>>> main
 
     def __repr__(self) -> str:
-        counts = totals(self._commits)
-        failed = counts["rows"] - counts["ok"]
+        rows = [(f"  {name}", shape, dtype) for name, shape, dtype in self._outputs()]
+        return f"{self._title()}\n{table(rows)}"
+
+    def _repr_html_(self) -> str:
+        return Report(self._title(), [("features", "shape", "dtype"), *self._outputs()]).html()
+
+    def _title(self) -> str:
         state = "complete" if self.complete else "not finished"
-        first = f"{self.directory}: features of {counts['ok']:,} images, {failed:,} failed, {state}"
+        n_ok, kinds = self._counts
+        return f"{self.directory}: features of {n_ok:,} images, {kinds.total():,} failed, {state}"
+
+    def _outputs(self) -> list[tuple[str, str, str]]:
         outputs = self.plan["outputs"].items()
-        rows = [(f"  {name}", str([len(self), *o["shape"]]), o["dtype"]) for name, o in outputs]
-        return f"{first}\n{table(rows)}"
+        return [(name, str([len(self), *o["shape"]]), o["dtype"]) for name, o in outputs]
+
+    @functools.cached_property
+    def _counts(self) -> tuple[int, Counter[str]]:
+        return self._reader.counts()
 
     def __len__(self) -> int:
         """Number of rows that have features."""
-        return sum(commit["ok"] for commit in self._commits)
+        return self._counts[0]
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the features, such as "pooled" or "maps.stage4"."""
         return tuple(self.plan["outputs"])
 
+    def keys(self) -> tuple[str, ...]:
+        """Returns the names of the features."""
+        return self.names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
     @functools.cached_property
     def ids(self) -> list[str]:
-        """Ids of the rows that have features, in the order of the input."""
-        return [row["id"] for row in self._index() if row["status"] == "ok"]
+        """Ids of the rows that have features."""
+        entries = map(self._reader.entries, self._reader.computed_blocks)
+        return [row["id"] for rows in entries for row in rows if row["status"] == "ok"]
 
-    def __getitem__(self, name: str) -> Tensor:
-        """The features [n, ...] of the rows in `ids`; one shard is mapped, several are read."""
-        parts = [tensors[name] for _, tensors in self.iter_shards([name])]
-        if len(parts) == 1:
-            return parts[0]
-        output = self.plan["outputs"][name]
-        empty = torch.empty(0, *output["shape"], dtype=getattr(torch, output["dtype"]))
-        return torch.cat([empty, *parts])
+    @functools.cached_property
+    def row_ids(self) -> Tensor:
+        """Positions, among all rows, of the rows that have features, int64 [n]."""
+        rows = [self._reader.tensors(block, [])[0] for block in self._reader.computed_blocks]
+        return torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+
+    @property
+    def mask(self) -> Tensor:
+        """Whether a row has features, bool, for all rows."""
+        mask = torch.zeros(self._reader.n_rows, dtype=torch.bool)
+        mask[self.row_ids] = True
+        return mask
+
+    @functools.cached_property
+    def all_ids(self) -> list[str]:
+        """Ids of all rows."""
+        blocks = self._reader.blocks
+        return [row["id"] for block in blocks for row in self._reader.entries(block)]
+
+    @functools.cached_property
+    def columns(self) -> dict[str, list[Any]]:
+        """Columns that rows carry from the input's lists, by name; None where a row has none.
+
+        In rows of `ds[0]`, tables and exports, a column called `id`, `row`, `error` or as one of
+        the features has the prefix `column_`.
+        """
+        mask = self.mask.tolist()
+        rows = (self._reader.columns(block) for block in self._reader.blocks)
+        return _by_name([row for row, ok in zip(itertools.chain.from_iterable(rows), mask) if ok])
+
+    @overload
+    def __getitem__(self, key: str) -> Tensor: ...
+    @overload
+    def __getitem__(self, key: int) -> dict[str, Any]: ...
+    def __getitem__(self, key: str | int) -> Tensor | dict[str, Any]:
+        """The features [n, ...] of a name, or the row at a position in `ids`.
+
+        A row is a dict of its `id`, its `row` (the position among all rows), its columns and its
+        features. Features of one shard are mapped from the file, those of several are read.
+        """
+        if isinstance(key, str):
+            self._check(key)
+            if len(self._reader.blocks) == 1:
+                return self._reader.tensors(self._reader.blocks[0], [key])[1][key]
+            empty, start = self._reader.empty([key])[key], 0
+            full = empty.new_empty(len(self), *empty.shape[1:])
+            for _, tensors in self._tensors([key]):
+                full[start : start + len(tensors[key])] = tensors[key]
+                start += len(tensors[key])
+            return full
+        try:
+            index = range(len(self))[key]
+        except IndexError:
+            raise IndexError(f"row {key} of {len(self):,} rows with features") from None
+        if not isinstance(index, int):
+            raise TypeError(f"wanted the name of features or one position, got {key!r}")
+        row = int(self.row_ids[index])
+        block = self._reader.block_of(row)
+        if block.first not in self._read:
+            ids = [entry["id"] for entry in self._reader.entries(block)]
+            self._read[block.first] = list(zip(ids, self._reader.columns(block)))
+        id, columns = self._read[block.first][row - block.first]
+        return self._row(id, row, columns, self._reader.row(row, self.names))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yields every row as `ds[0]` returns it; one shard is held at a time."""
+        for block in self._reader.computed_blocks:
+            entries, columns = self._reader.entries(block), self._reader.columns(block)
+            rows, tensors = self._reader.tensors(block, self.names)
+            for position, row in enumerate(rows.tolist()):
+                features = {name: tensor[position] for name, tensor in tensors.items()}
+                there = row - block.first
+                yield self._row(entries[there]["id"], row, columns[there], features)
+
+    def _row(
+        self, id: str, row: int, columns: Mapping[str, Any], features: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        names = table_names(list(columns), self.names)
+        given = {names[name]: value for name, value in columns.items()}
+        return {"id": id, "row": row, **given, **features}
 
     def iter_shards(
         self, names: Sequence[str] | None = None
@@ -113,33 +239,151 @@ class Features:
         Raises:
             KeyError: there are no such features.
         """
-        names = self.names if names is None else names
+        for block, tensors in self._tensors(self.names if names is None else names):
+            entries = self._reader.entries(block)
+            yield [row["id"] for row in entries if row["status"] == "ok"], tensors
+
+    def _tensors(self, names: Sequence[str]) -> Iterator[tuple[Block, dict[str, Tensor]]]:
         for name in names:
+            self._check(name)
+        for block in self._reader.computed_blocks:
+            yield block, self._reader.tensors(block, names)[1]
+
+    def _check(self, name: str) -> None:
+        if name not in self.names:
+            raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
+
+    def _only(self, name: str | None) -> str:
+        if name is not None:
+            self._check(name)
+            return name
+        if len(self.names) != 1:
+            raise ValueError(f"name: wanted one of {', '.join(self.names)}, got None")
+        return self.names[0]
+
+    def aligned(self, name: str) -> Tensor:
+        """Returns features [all rows, ...]; a row without features is NaN.
+
+        Args:
+            name: of the features.
+
+        Raises:
+            ValueError: the features are no floating-point numbers.
+        """
+        self._check(name)
+        empty = self._reader.empty([name])[name]
+        if not empty.is_floating_point():
+            raise ValueError(f"{name}: {empty.dtype} has no NaN; use ds[{name!r}] and ds.row_ids")
+        full = empty.new_full((self._reader.n_rows, *empty.shape[1:]), torch.nan)
+        for block in self._reader.computed_blocks:
+            rows, tensors = self._reader.tensors(block, [name])
+            full[rows] = tensors[name]
+        return full
+
+    def to_numpy(self, name: str | None = None) -> np.ndarray:
+        """Returns features [n, ...]; bf16, which NumPy lacks, as float32.
+
+        Args:
+            name: of the features; may be left out where there is one.
+        """
+        return numpy_array(self[self._only(name)])
+
+    def to_pandas(self, errors: bool = False) -> pandas.DataFrame:
+        """Returns a data frame: `id`, `row`, the carried columns, and features as arrays.
+
+        Args:
+            errors: all rows, with a column `error`; features of failed rows are None.
+        """
+        import pandas  # pyright: ignore[reportMissingImports]
+
+        reader = self._reader
+        rows = list(range(reader.n_rows)) if errors else self.row_ids.tolist()
+        columns = self.columns
+        if errors:
+            columns = _by_name([row for block in reader.blocks for row in reader.columns(block)])
+        names = table_names(list(columns), self.names)
+        values: dict[str, Any] = {"id": self.all_ids if errors else self.ids, "row": rows}
+        values |= {names[name]: column for name, column in columns.items()}
+        places = self.row_ids.tolist() if errors else range(len(self))
+        for name in self.names:
+            values[name] = np.empty(len(rows), dtype=object)
+            for place, array in zip(places, self.to_numpy(name)):
+                values[name][place] = array
+        if errors:
+            entries = itertools.chain.from_iterable(map(reader.entries, reader.blocks))
+            values["error"] = [reason(entry) for entry in entries]
+        for name, column in values.items():
             if name not in self.names:
-                raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
-        for commit in self._commits:
-            path = self.directory / file_name("features", commit["shard"])
-            ids = [row["id"] for row in self._shard_index(commit) if row["status"] == "ok"]
-            with safe_open(path, framework="pt") as file:
-                yield ids, {name: file.get_tensor(name) for name in names}
+                values[name] = [utf8(cell) if isinstance(cell, str) else cell for cell in column]
+        return pandas.DataFrame(values)
+
+    def to_arrow(self) -> pyarrow.Table:
+        """Returns a table: `id`, `row`, the carried columns, and the features.
+
+        Features are fixed-size lists, flattened (the field's metadata has the `shape`); bf16 and
+        fp16 are float32. A column whose values differ in type is text.
+        """
+        return Tables(self._reader, self.names, errors=False).table()
 
     def errors(self) -> list[RowError]:
-        """The rows that have no features, in the order of the input."""
+        """Returns the rows that failed."""
         return RowErrors(self._errors())
+
+    def _errors(self) -> Iterator[RowError]:
+        for block in self._reader.computed_blocks:
+            yield from self._reader.errors(block)
+
+    def search(
+        self,
+        query: str | Tensor | np.ndarray | Sequence[float],
+        k: int = 10,
+        name: str | None = None,
+        metric: Metric = "cosine",
+    ) -> Neighbours:
+        """Finds the rows with the closest features, exactly, by products of matrices.
+
+        One shard is held at a time, so features may be larger than memory.
+
+        Args:
+            query: features [C], or [n, C] for several; or the id of a row, which is then not among
+                its own neighbours.
+            k: number of neighbours; fewer where there are fewer rows.
+            name: of the features, which have one dimension; may be left out where there is one.
+            metric: "cosine", or "dot" for the dot product; the largest are the closest.
+
+        Raises:
+            ValueError: the query does not fit the features, or no row has its id.
+        """
+        return search(self._reader, query, k, self._only(name), metric)
 
     def describe(self) -> str:
         """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""
         plan, model, pixels = self.plan, self.plan["model"], self.plan["preprocessing"]
-        counts, (speed, stopped) = totals(self._commits), self._last_runs()
-        state = "complete" if self.complete else "not finished, the same command again goes on"
+        reader, (n_ok, kinds), log = self._reader, self._counts, _read_log(self.directory)
         outputs = (f"{name} {o['shape']} {o['dtype']}" for name, o in plan["outputs"].items())
+        versions = (
+            f"{name} {plan['versions'][name]}" for name in _VERSIONS if name in plan["versions"]
+        )
         lines = [
-            f"features  {self.directory}: {state}",
-            *([f"reason    {stopped}"] if stopped and not self.complete else []),
+            f"features  {self.directory}: {self._state(log)}",
+            *([f"reason    {log.reason}"] if log.reason and not self.complete else []),
+            *self._damage(),
             f"model     {model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})",
             f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
             f"{pixels['size']}, crop {pixels['crop_size']}",
             f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
+<<<<<<< HEAD
+            f"{plan['batch_size']}, {', '.join(versions)}",
+            f"outputs   {', '.join(outputs)}",
+            *([f"norm      {plan['norm']}"] if "norm" in plan else []),
+            f"format    {plan['format']}{', read only' * (plan['format'] != FORMAT)}",
+            *self._history(),
+            f"rows      {n_ok + kinds.total():,} of {reader.n_rows:,}, in "
+            f"{len(reader.commits):,} of {len(reader.shards):,} shards",
+            f"speed     {'unknown' if log.speed is None else f'{log.speed:,.1f} images/s'}",
+            f"ok        {n_ok:,}",
+            f"failed    {kinds.total():,}{', in finished shards' * (not self.complete)}",
+=======
             f"{plan['batch_size']}, "
             f"torch {plan['versions']['torch']}",
             f"outputs   {', '.join(outputs)}",
@@ -148,51 +392,95 @@ class Features:
             f"speed     {'unknown' if speed is None else f'{speed:,.1f} images/s'}",
             f"ok        {counts['ok']:,}",
             f"failed    {counts['rows'] - counts['ok']:,}",
+>>>>>>> main
         ]
-        lines += [f"  {kind:20} {n:,}" for kind, n in sorted(counts["errors"].items())]
-        for error in itertools.islice(self._errors(), _N_ERRORS_SHOWN):
+        lines += [f"  {kind:20} {n:,}" for kind, n in sorted(kinds.items())]
+        for error in itertools.islice(self._errors(), _N_SHOWN):
             lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
-        if counts["rows"] - counts["ok"] > _N_ERRORS_SHOWN:
+        if kinds.total() > _N_SHOWN:
             lines.append("  ...")
+<<<<<<< HEAD
+        if lost := [path for generation in reader.generations for path in generation.unreadable]:
+=======
         if lost := self.gens[-1].unreadable if self.gens else ():
+>>>>>>> main
             lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
         return "\n".join(lines)
 
-    def _errors(self) -> Iterator[RowError]:
-        for row in self._index():
-            if row["status"] == "error":
-                yield RowError(row["row"], row["id"], row["kind"], row["message"])
+    def _state(self, log: _Log) -> str:
+        if self.complete:
+            return "complete"
+        if self.plan["format"] != FORMAT:
+            return f"not finished; format {self.plan['format']} is only read, extract it again"
+        if log.reason is not None and log.reason.startswith(_BUDGET):
+            return "not finished, too many images failed; mend them or allow more, then go on"
+        return "not finished, the same command again goes on"
 
-    def _index(self) -> Iterator[dict[str, Any]]:
-        for commit in self._commits:
-            yield from self._shard_index(commit)
+    def _damage(self) -> list[str]:
+        """Lines about shards that were computed once, and are damaged or missing."""
+        names = [
+            path.name
+            for shard in self._reader.missing
+            if (path := self.directory / file_name("commit", shard.shard)).exists()
+        ]
+        if not names:
+            return []
+        return [f"damaged   {len(names):,} shards, cut or missing: {first_few(names)}"]
 
-    def _shard_index(self, commit: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        with open(self.directory / file_name("index", commit["shard"]), "rb") as file:
-            yield from map(json.loads, file)
+    def _history(self) -> list[str]:
+        """Lines about generations and columns."""
+        reader = self._reader
+        lines = []
+        if len(reader.generations) > 1:
+            texts = (f"{g.kind} of {sum(s.rows for s in g.shards):,}" for g in reader.generations)
+            lines.append(f"history   {', '.join(texts)} rows")
+        # lists give every row the same columns, so the first shard has them all
+        rows = itertools.chain.from_iterable(map(reader.columns, reader.blocks[:1]))
+        if names := dict.fromkeys(name for row in rows for name in row):
+            lines.append(f"columns   {', '.join(names)}")
+        return lines
 
-    def _last_runs(self) -> tuple[float | None, str | None]:
-        """Rows per second over all shards that are logged, and why the last run stopped, if so."""
-        path = self.directory / "run.jsonl"
-        rows, seconds, stopped = 0, 0.0, None
-        for line in path.read_bytes().splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-                event = json.loads(line)
-                if event["event"] == "shard":
-                    rows, seconds = rows + event["rows"], seconds + event["seconds"]
-                else:
-                    stopped = event.get("reason")  # a start has none
-        return (rows / seconds if seconds else None), stopped
+
+class _Log(NamedTuple):
+    """A digest of run.jsonl.
+
+    Attributes:
+        speed: rows per second over all shards that are logged.
+        reason: why the last run stopped, if it did.
+    """
+
+    speed: float | None
+    reason: str | None
+
+
+def _read_log(directory: Path) -> _Log:
+    path = directory / "run.jsonl"
+    rows, seconds, stopped = 0, 0.0, None
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
+            event = json.loads(line)
+            if event["event"] == "shard":
+                rows, seconds = rows + event["rows"], seconds + event["seconds"]
+            else:
+                stopped = event.get("reason")  # a start has none
+    return _Log(rows / seconds if seconds else None, stopped)
+
+
+def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Returns a list of values for every name that any row has; None where a row has none."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def open_features(directory: str | os.PathLike[str]) -> Features:
     """Opens a features directory for reading.
 
     Args:
-        directory: the output of `fastbb extract` or `fastbb.extract`, finished or not.
+        directory: the output of `fastbb extract` or `fastbb.extract`, finished or not, of this or
+            an earlier version.
 
     Raises:
         FileNotFoundError: it is no features directory.
-        ValueError: it was written by a later version.
+        PlanMismatchError: it is damaged, or of a later version.
     """
     return Features(directory)
