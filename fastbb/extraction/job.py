@@ -450,14 +450,14 @@ class _Run:
         assert self.sources is not None, "retry_failed without a list was refused"
         source_of_id = {source.id: source for source in self.sources}
         failures = writer.failures()
-        rows = {row: f for row, f in failures.items() if f["id"] in source_of_id}
+        rows = {row: f for row, f in failures.items() if f.id in source_of_id}
         if n_left := len(failures) - len(rows):
             self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
         if rows:
             writer.append(
                 "retry",
-                [(row, source_of_id[failure["id"]]) for row, failure in rows.items()],
-                {row: failure["kind"] for row, failure in rows.items()},
+                [(row, source_of_id[failure.id]) for row, failure in rows.items()],
+                {row: failure.kind for row, failure in rows.items()},
                 **self._listed,
             )
         return set(rows)

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..extraction.decode import ImageError, decode, read_bytes
 from ..extraction.features import Features, open_features
 from ..extraction.layout import read_events, read_rows, write_file
+from ..extraction.reading import Reader
 from ..extraction.sources import Source
 
 # of the page; svg coordinates are these pixels
@@ -97,7 +98,7 @@ def report(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pa
         FileNotFoundError: it is no features directory.
         OutputError: the page cannot be written.
     """
-    from jinja2 import Environment
+    from jinja2 import Environment  # takes long to import, and comes with torch
 
     features = open_features(directory)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -306,7 +307,7 @@ class _Thumbnails:
     def __init__(self, features: Features, rows: set[int]) -> None:
         self._sources: dict[int, Source] = {}
         first = 0
-        for generation in features.generations:
+        for generation in Reader(features.directory).generations:
             for shard in generation.shards:
                 last = first + (shard.rows if generation.kind != "retry" else 0)
                 if generation.kind == "retry" or any(first <= row < last for row in rows):
