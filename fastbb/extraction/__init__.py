@@ -12,10 +12,7 @@ from .layout import ExtractionError, OutputError, OutputLockedError, PlanMismatc
 from .pipeline import FeatureBatch, FeatureExtractor
 from .search import Neighbours
 from .sources import InputError
-<<<<<<< HEAD
 from .verify import VerifyReport, verify_features
-=======
->>>>>>> main
 
 __all__ = [
     "ERROR_KINDS",

@@ -18,23 +18,11 @@ from torch import Tensor
 
 from ..engine.explanation import Report, table
 from .decode import RowError
-<<<<<<< HEAD
 from .layout import FORMAT, file_name
 from .reading import Block, Reader, numpy_array, reason, table_names, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
 from .tables import Tables
-=======
-from .layout import (
-    file_name,
-    plan_sha256,
-    read_commit,
-    read_generations,
-    read_plan,
-    totals,
-)
-from .sources import first_few
->>>>>>> main
 
 if TYPE_CHECKING:
     import pandas  # pyright: ignore[reportMissingImports]
@@ -84,26 +72,11 @@ class Features:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-<<<<<<< HEAD
         self._reader = Reader(directory)
         self.directory = self._reader.directory
         self.plan = self._reader.plan
         self._read: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # ids and columns
         self.complete = bool(self._reader.generations) and not self._reader.missing
-=======
-        self.directory = Path(directory)
-        path = self.directory / "plan.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{self.directory} is no features directory: no plan.json")
-        self.plan = read_plan(path)
-        identity = plan_sha256(self.plan)
-        self.gens = read_generations(self.directory, self.plan)
-        self.shards = [s for g in self.gens for s in g.shards]
-        n_shards = len(self.shards)
-        commits = (read_commit(self.directory, s, self.plan, identity) for s in self.shards)
-        self._commits = [commit for commit in commits if commit is not None]
-        self.complete = len(self._commits) == n_shards
->>>>>>> main
 
     def __repr__(self) -> str:
         rows = [(f"  {name}", shape, dtype) for name, shape, dtype in self._outputs()]
@@ -372,7 +345,6 @@ class Features:
             f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
             f"{pixels['size']}, crop {pixels['crop_size']}",
             f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
-<<<<<<< HEAD
             f"{plan['batch_size']}, {', '.join(versions)}",
             f"outputs   {', '.join(outputs)}",
             *([f"norm      {plan['norm']}"] if "norm" in plan else []),
@@ -383,27 +355,13 @@ class Features:
             f"speed     {'unknown' if log.speed is None else f'{log.speed:,.1f} images/s'}",
             f"ok        {n_ok:,}",
             f"failed    {kinds.total():,}{', in finished shards' * (not self.complete)}",
-=======
-            f"{plan['batch_size']}, "
-            f"torch {plan['versions']['torch']}",
-            f"outputs   {', '.join(outputs)}",
-            f"rows      {counts['rows']:,} of {sum(g.rows for g in self.gens):,}, "
-            f"in {counts['shards']:,} of {len(self.shards):,} shards",
-            f"speed     {'unknown' if speed is None else f'{speed:,.1f} images/s'}",
-            f"ok        {counts['ok']:,}",
-            f"failed    {counts['rows'] - counts['ok']:,}",
->>>>>>> main
         ]
         lines += [f"  {kind:20} {n:,}" for kind, n in sorted(kinds.items())]
         for error in itertools.islice(self._errors(), _N_SHOWN):
             lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
         if kinds.total() > _N_SHOWN:
             lines.append("  ...")
-<<<<<<< HEAD
-        if lost := [path for generation in reader.generations for path in generation.unreadable]:
-=======
-        if lost := self.gens[-1].unreadable if self.gens else ():
->>>>>>> main
+        if lost := reader.generations[-1].unreadable if reader.generations else ():
             lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
         return "\n".join(lines)
 
