@@ -18,6 +18,7 @@ from train_nano import digits_split
 import fastbb
 from fastbb import AutoBackbone, AutoImageProcessor
 from fastbb.inspect.contact_sheet import contact_sheet
+from fastbb.inspect.features_report import report as write_report
 from fastbb.inspect.view import view
 
 OUT = Path("demo-output")
@@ -76,20 +77,22 @@ def main() -> int:
 
     print("handwritten digits that the models have not seen (scikit-learn's, 8 x 8 pixels)")
     for model in MODELS:
-        report = fastbb.extract(model, OUT / "digits", OUT / "features" / f"digits-{model}")
+        directory = OUT / "features" / f"digits-{model}"
+        report = fastbb.extract(model, OUT / "digits", directory, progress=False)
         features = fastbb.open_features(report.directory)
         labels = torch.tensor([int(id.split("/")[0]) for id in features.ids])
-        accuracy = knn_accuracy(features["pooled"], labels)
+        accuracy = knn_accuracy(features["embedding"], labels)
         good = good and accuracy >= SMALLEST_ACCURACY and not report.errors
         print(f"  {report}")
-        print(f"    pooled features {tuple(features['pooled'].shape)}")
+        print(f"    embeddings {tuple(features['embedding'].shape)}")
         print(
             f"    k-NN accuracy {accuracy:.1%} ({SMALLEST_ACCURACY:.0%} expected): "
             f"the digit is told by the {N_NEIGHBOURS} others with the closest features"
         )
 
     print("photos (scikit-image's, and one that is cut off on purpose)")
-    report = fastbb.extract(MODELS[0], OUT / "photos", OUT / "features" / "photos", size=(224, 224))
+    directory = OUT / "features" / "photos"
+    report = fastbb.extract(MODELS[0], OUT / "photos", directory, size=(224, 224), progress=False)
     features = fastbb.open_features(report.directory)
     good = good and features.ids == [f"{name}.jpg" for name in PHOTOS]
     print(f"  {report}")
@@ -106,6 +109,9 @@ def main() -> int:
     print(f"  {sheets / f'digits-{MODELS[0]}.png'}   (stage4: nearly one colour for each digit)")
     print(f"  {sheets / f'astronaut-{MODELS[0]}.png'}   (colours: the legend says)")
 
+    page = write_report(OUT / "features" / f"digits-{MODELS[0]}", OUT / "digits.html")
+    print(f"a page about the features of the digits, with their nearest neighbours: {page}")
+
     print(NEXT)
     if not good:
         print("demo: the features are not what they should be, see above", file=sys.stderr)
@@ -113,10 +119,11 @@ def main() -> int:
 
 
 NEXT = """
-Try next, with your own images:
-  .venv/bin/fastbb extract ~/Pictures --out features      (again: it resumes)
+Try next, with your own images (the model is a toy that knows digits only):
+  .venv/bin/fastbb extract ~/Pictures --out features --model nano-swin-digits
+  .venv/bin/fastbb extract ~/Pictures --out features --update      (new images only)
   .venv/bin/fastbb show features
-  .venv/bin/fastbb view photo.jpg -o view.png
+  .venv/bin/fastbb view photo.jpg --model nano-swin-digits -o view.png
 and with a real model (downloaded once):
   .venv/bin/fastbb extract ~/Pictures --out swin --model microsoft/swin-tiny-patch4-window7-224
 """

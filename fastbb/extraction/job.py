@@ -30,6 +30,7 @@ from .layout import (
     read_events,
     read_plan,
 )
+from .listing import Listing, archive_state
 from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .plan import (
     DEFAULT_BATCH_SIZE,
@@ -39,7 +40,7 @@ from .plan import (
     make_plan,
 )
 from .progress import Progress
-from .sources import InputError, Listing, Source, archive_state, first_few
+from .sources import InputError, Source, first_few
 from .store import FeatureWriter, check_writable
 
 # number of rows from which a share of failures is meaningful
@@ -356,8 +357,9 @@ class _Run:
         writer.append("start", enumerate(self.sources[:limit]), **self._listed)
         self._new = self.sources[writer.n_rows :]
         of_all = f" of {len(self.sources):,}" if self._new else ""
-        passed_over = self.listing.passed_over()
-        say(f"{_counted(writer.n_rows, 'image')}{of_all}{passed_over and f', {passed_over}'}")
+        say(f"{_counted(writer.n_rows, 'image')}{of_all}")
+        if passed_over := self.listing.passed_over():
+            say(passed_over)
         if self.listing.unreadable:
             say(f"cannot list {first_few(self.listing.unreadable)}")
 
@@ -520,7 +522,11 @@ class _Run:
             if numbers.isdisjoint(shard.shard for shard in generation.shards):
                 continue
             for path, state in generation.archives.items():
-                if archive_state(path) != state:
+                try:
+                    changed = archive_state(path) != state
+                except OSError:
+                    changed = True
+                if changed:
                     raise PlanMismatchError(
                         f"{path} has changed or is gone since its images were listed, and some of "
                         "them are still to be extracted; restore it, or use another directory"

@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from fastbb.cli import main
-from fastbb.extraction import InputError, extract, open_features, sources
-from fastbb.extraction.sources import list_sources
+from fastbb.extraction import InputError, extract, open_features
+from fastbb.extraction import listing as module
+from fastbb.extraction.listing import Listing
 
 SCANDIR = os.scandir
 DENIED = {"a/locked": errno.EACCES, "gone": errno.ENOENT}
@@ -44,7 +44,7 @@ def deny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             numbers = [(looks or {}).get(os.path.relpath(e.path, root)) for e in entries]
             return [e if n is None else Entry(e, n) for e, n in zip(entries, numbers)]
 
-        monkeypatch.setattr(sources.os, "scandir", failing)
+        monkeypatch.setattr(module.os, "scandir", failing)
 
     return deny
 
@@ -63,12 +63,10 @@ def test_a_directory_that_cannot_be_read_is_named_and_the_others_are_listed(
     root: Path, deny: Callable[..., None], pattern: str
 ) -> None:
     deny(root, DENIED)
-    skipped: Counter[str] = Counter()
-    unreadable: list[str] = []
-    listed = [source.id for source in list_sources([f"{root}{pattern}"], skipped, unreadable)]
-    assert listed == ["00000.png", "a/open/x.png", "z/x.png"]
-    assert skipped == {"unreadable directories": 2}
-    assert unreadable == [
+    listing = Listing([f"{root}{pattern}"])
+    assert [source.id for source in listing] == ["00000.png", "a/open/x.png", "z/x.png"]
+    assert listing.skipped == {"unreadable directories": 2}
+    assert listing.unreadable == [
         f"'{root}/a/locked': permission denied",
         f"'{root}/gone': no such file or directory",
     ]
@@ -84,10 +82,9 @@ def test_an_entry_without_permission_is_named_if_it_matches(
         ("/*/x.png", ["z/x.png"], ["gone"]),
         ("/*.png", ["00000.png"], []),
     ):
-        unreadable: list[str] = []
-        found = [source.id for source in list_sources([f"{root}{pattern}"], Counter(), unreadable)]
-        assert found == ids
-        assert unreadable == [f"'{root}/{name}': input/output error" for name in names]
+        listing = Listing([f"{root}{pattern}"])
+        assert [source.id for source in listing] == ids
+        assert listing.unreadable == [f"'{root}/{name}': input/output error" for name in names]
 
 
 @pytest.mark.parametrize(
@@ -123,10 +120,10 @@ def test_a_path_below_a_directory_without_permission_is_denied(
     def nothing(path: Any) -> Any:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(sources.os, "stat", denying)
-    monkeypatch.setattr(sources.os, "scandir", nothing)
+    monkeypatch.setattr(module.os, "stat", denying)
+    monkeypatch.setattr(module.os, "scandir", nothing)
     with pytest.raises(InputError, match="permission denied"):
-        list(list_sources([tmp_path / name], Counter()))
+        list(Listing([tmp_path / name]))
     assert stat.S_ISDIR(look(closed).st_mode)
 
 
@@ -138,7 +135,7 @@ def test_unreadable_directories_are_reported_and_exit_with_1(
     result = CliRunner().invoke(main, arguments)
     named = f"'{root}/a/locked': permission denied, '{root}/gone': no such file or directory"
     assert result.exit_code == 1
-    assert "3 images, passed over 2 unreadable directories\n" in result.stderr
+    assert "3 images\npassed over: 2 unreadable directories\n" in result.stderr
     assert f"cannot list {named}\n" in result.stderr
     assert "3 of 3 images have features" in result.stdout
     assert result.stdout.endswith(f"; 2 directories were not read: {named}\n")

@@ -18,7 +18,7 @@ QOI = HEADER + b"\xfe\xc8\x64\x32" + bytes(7) + b"\1"
 ROW = '    ImageFormat("QOI", (".qoi",), "zlib"),\n'
 # prints how listing, decoding, processor and doctor treat a QOI file, with the table on stdin
 PROGRAM = """
-import collections, json, sys, types
+import json, sys, types
 import fastbb.images
 source, folder = sys.stdin.read(), sys.argv[1]
 module = types.ModuleType("fastbb.images.formats")
@@ -26,7 +26,8 @@ sys.modules[module.__name__] = fastbb.images.formats = module
 exec(compile(source, "formats.py", "exec"), module.__dict__)
 
 from fastbb.extraction.decode import ImageError, decode
-from fastbb.extraction.sources import InputError, list_sources
+from fastbb.extraction.listing import Listing
+from fastbb.extraction.sources import InputError
 from fastbb.images.processor import ImageProcessor
 from fastbb.images.spec import ImageProcessorSpec
 from fastbb.inspect.doctor import doctor
@@ -38,7 +39,7 @@ def pixel(read):
         return None
 
 try:
-    listed = [source.id for source in list_sources([folder], collections.Counter())]
+    listed = [source.id for source in Listing([folder])]
 except InputError:
     listed = []
 data = open(f"{folder}/a.qoi", "rb").read()
