@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..engine.explanation import Report, table
 from .decode import RowError
-from .layout import FORMAT, file_name
+from .layout import FORMAT, file_name, read_events
 from .reading import Block, Reader, numpy_array, reason, table_names, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
@@ -361,7 +360,7 @@ class Features:
             lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
         if kinds.total() > _N_SHOWN:
             lines.append("  ...")
-        if lost := [path for generation in reader.generations for path in generation.unreadable]:
+        if lost := reader.generations[-1].unreadable if reader.generations else ():
             lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
         return "\n".join(lines)
 
@@ -412,11 +411,9 @@ class _Log(NamedTuple):
 
 
 def _read_log(directory: Path) -> _Log:
-    path = directory / "run.jsonl"
     rows, seconds, stopped = 0, 0.0, None
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-            event = json.loads(line)
+    for event in read_events(directory):
+        with contextlib.suppress(KeyError, TypeError):
             if event["event"] == "shard":
                 rows, seconds = rows + event["rows"], seconds + event["seconds"]
             else:

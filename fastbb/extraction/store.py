@@ -240,12 +240,8 @@ class FeatureWriter:
         if not any(commit and commit["replaces"] for commit in commits):
             return counts
         # a damaged shard that was computed again may have features of rows that were retried
-        failures = self.failures()
-        kinds = Counter(failure["kind"] for failure in failures.values())
-        return counts | {
-            "ok": counts["rows"] - len(failures),
-            "errors": dict(sorted(kinds.items())),
-        }
+        n_ok, kinds = Reader(self.directory).counts()
+        return counts | {"ok": n_ok, "errors": dict(sorted(kinds.items()))}
 
     def _commit(self, shard: Shard) -> dict[str, Any] | None:
         return read_commit(self.directory, shard, self.plan, self._plan_sha256)

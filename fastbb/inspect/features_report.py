@@ -235,7 +235,7 @@ class _Sample:
         labels = self._labels(step)
         counts = Counter(labels)
         common = [label for label, _ in counts.most_common(len(_COLORS))]
-        self._color_of = dict(zip(sorted(common), _COLORS))
+        self._color_of: dict[str, str] = dict(zip(sorted(common), _COLORS))
         self._point_labels = labels
         self.legend = list(self._color_of.items()) if len(counts) > 1 else []
         if self.legend and len(counts) > len(common):
