@@ -400,6 +400,7 @@ class _Run:
         n_tried += self._extract_pending()
         final = writer.totals(self._commits)
         writer.finish(final)
+        writer.log({"event": "end", "time": time.time()})
         return Report(
             writer.directory,
             final["rows"],
@@ -419,7 +420,7 @@ class _Run:
             return
         say(
             f"resuming {writer.directory}: {done['shards']:,} of {writer.n_shards:,} shards are "
-            "done; the list of images is the one of the first start"
+            "done"
         )
         n_failed = done["rows"] - done["ok"]
         found = [
