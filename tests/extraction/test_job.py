@@ -152,9 +152,9 @@ def test_progress_without_a_terminal_is_a_line_at_intervals(
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert not out and lines[0].startswith("running on the CPU")
-    assert lines[1] == "6 images, passed over 1 files without an image suffix"
-    assert lines[2].startswith("2 of 6 images, ") and lines[2].endswith("minutes left")
-    assert "images/s" in lines[2] and len(lines) == 5
+    assert lines[1:3] == ["6 images", "passed over: 1 file without an image suffix"]
+    assert lines[3].startswith("2 of 6 images, ") and lines[3].endswith("minutes left")
+    assert "images/s" in lines[3] and len(lines) == 6
     assert str(report).startswith(f"{tmp_path / 'b'}: 6 of 6 images have features, ")
 
 
