@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..engine.explanation import Report, table
 from .decode import RowError
-from .layout import FORMAT, file_name
+from .layout import FORMAT, file_name, read_events
 from .reading import Block, Reader, numpy_array, reason, table_names, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
@@ -68,6 +67,7 @@ class Features:
 
     Attributes:
         plan: the settings that the features were computed with.
+        generations: the lists of rows, one per command that added rows or tried them again.
         complete: whether every shard is there.
     """
 
@@ -75,8 +75,9 @@ class Features:
         self._reader = Reader(directory)
         self.directory = self._reader.directory
         self.plan = self._reader.plan
+        self.generations = self._reader.generations
         self._read: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # ids and columns
-        self.complete = bool(self._reader.generations) and not self._reader.missing
+        self.complete = bool(self.generations) and not self._reader.missing
 
     def __repr__(self) -> str:
         rows = [(f"  {name}", shape, dtype) for name, shape, dtype in self._outputs()]
@@ -392,7 +393,7 @@ class Features:
         if len(reader.generations) > 1:
             texts = (f"{g.kind} of {sum(s.rows for s in g.shards):,}" for g in reader.generations)
             lines.append(f"history   {', '.join(texts)} rows")
-        # lists give every row the same columns, so the first shard has them all
+        # of the first shard: reading all lists takes seconds
         rows = itertools.chain.from_iterable(map(reader.columns, reader.blocks[:1]))
         if names := dict.fromkeys(name for row in rows for name in row):
             lines.append(f"columns   {', '.join(names)}")
@@ -412,16 +413,14 @@ class _Log(NamedTuple):
 
 
 def _read_log(directory: Path) -> _Log:
-    path = directory / "run.jsonl"
-    rows, seconds, stopped = 0, 0.0, None
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut off by a crash
-            event = json.loads(line)
+    rows, seconds, reason = 0, 0.0, None
+    for event in read_events(directory):
+        with contextlib.suppress(KeyError, TypeError):  # damaged
             if event["event"] == "shard":
                 rows, seconds = rows + event["rows"], seconds + event["seconds"]
             else:
-                stopped = event.get("reason")  # a start has none
-    return _Log(rows / seconds if seconds else None, stopped)
+                reason = event.get("reason")  # a start has none
+    return _Log(rows / seconds if seconds else None, reason)
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -1,5 +1,6 @@
 """Reading of features: rows that are ok, all rows, retried rows, columns, tables."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,14 @@ import pytest
 import torch
 from feature_directories import Directory, row, value, write_format_2
 
-from fastbb.extraction import ExtractionError, open_features
+from fastbb.extraction import (
+    ExtractionError,
+    FeatureExtractor,
+    export_features,
+    extract,
+    open_features,
+    verify_features,
+)
 from fastbb.extraction.features import RowErrors
 
 POOLED = {"shape": [16], "dtype": "float32"}
@@ -115,6 +123,32 @@ def test_format_2_is_read(tmp_path: Path) -> None:
     (tmp_path / "old" / "shards" / "commit-00001.json").unlink()
     first = open_features(tmp_path / "old").describe().splitlines()[0]
     assert "not finished; format 2 is only read" in first
+
+
+def test_an_extraction_that_grew_is_read_with_the_columns_of_its_list(
+    model: Path, images: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    out, listing = tmp_path / "out", tmp_path / "list.csv"
+    names = [f"{i:05d}.png" for i in range(10)]
+    listing.write_text("".join(["path,label\n", *(f"{images / n},{n[4]}\n" for n in names)]))
+    extract(model, listing, out, shard_rows=4, max_error_rate=1)
+    (images / "00003.png").write_bytes(encoded(3))
+    with open(listing, "a") as file:
+        (images / "new.png").write_bytes(encoded(11))
+        (images / "bad.png").write_bytes(b"text")
+        file.write(f"{images / 'new.png'},new\n{images / 'bad.png'},bad\n")
+    extract(None, listing, out, update=True, retry_failed=True, max_error_rate=1)
+    features = open_features(out)
+    assert [Path(id).name for id in features.ids] == [*names, "new.png"]
+    assert features.columns == {"label": [*"0123456789", "new"]}
+    assert features[3]["label"] == "3" and [error.row for error in features.errors()] == [11]
+    expected = FeatureExtractor(model)([images / name for name in [*names, "new.png"]])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(features[name], tensor)
+        torch.testing.assert_close(features[3][name], tensor[3])
+    assert verify_features(out).passed
+    array = np.load(export_features(out, "npy").path / f"{features.names[0]}.npy")
+    np.testing.assert_array_equal(array, features.to_numpy())
 
 
 def test_a_row_is_a_dict_with_its_columns(tmp_path: Path) -> None:
