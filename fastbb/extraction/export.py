@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .layout import canonical_json, writing
-from .reading import Reader, numpy_array, table_names
+from .reading import Reader, numpy_array, table_name
 from .tables import Tables
 
 ExportFormat = Literal["parquet", "npy", "faiss"]
@@ -254,8 +254,7 @@ def _write_rows(reader: Reader, names: Sequence[str], file: BinaryIO) -> None:
     for block in reader.computed_blocks:
         for entry, columns in zip(reader.entries(block), reader.columns(block)):
             if entry["status"] == "ok":
-                named = table_names(list(columns), names)
-                values = {named[name]: value for name, value in columns.items()}
+                values = {table_name(name, names): value for name, value in columns.items()}
                 file.write(canonical_json({"id": entry["id"], "row": entry["row"], **values}))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.explanation import Report, table
 from .decode import RowError
 from .layout import FORMAT, file_name, read_events
-from .reading import Block, Reader, numpy_array, reason, table_names, utf8
+from .reading import Block, Reader, numpy_array, reason, table_name, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
 from .tables import Tables
@@ -198,8 +198,7 @@ class Features:
     def _row(
         self, id: str, row: int, columns: Mapping[str, Any], features: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        names = table_names(list(columns), self.names)
-        given = {names[name]: value for name, value in columns.items()}
+        given = {table_name(name, self.names): value for name, value in columns.items()}
         return {"id": id, "row": row, **given, **features}
 
     def iter_shards(
@@ -275,9 +274,8 @@ class Features:
         columns = self.columns
         if errors:
             columns = _by_name([row for block in reader.blocks for row in reader.columns(block)])
-        names = table_names(list(columns), self.names)
         values: dict[str, Any] = {"id": self.all_ids if errors else self.ids, "row": rows}
-        values |= {names[name]: column for name, column in columns.items()}
+        values |= {table_name(name, self.names): column for name, column in columns.items()}
         places = self.row_ids.tolist() if errors else range(len(self))
         for name in self.names:
             values[name] = np.empty(len(rows), dtype=object)
@@ -384,7 +382,7 @@ class Features:
         ]
         if not names:
             return []
-        return [f"damaged   {len(names):,} shards, cut or missing: {first_few(names)}"]
+        return [f"damaged   {len(names):,} of the shards, cut or missing: {first_few(names)}"]
 
     def _history(self) -> list[str]:
         """Lines about generations and columns."""

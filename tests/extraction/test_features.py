@@ -17,6 +17,7 @@ from fastbb.extraction import (
     verify_features,
 )
 from fastbb.extraction.features import RowErrors
+from fastbb.extraction.reading import table_name
 
 POOLED = {"shape": [16], "dtype": "float32"}
 
@@ -95,7 +96,7 @@ def test_a_damaged_retry_leaves_the_earlier_failure(directory: Directory) -> Non
     (directory.path / "shards" / "commit-00003.json").write_text("{}")
     features = open_features(directory.path)
     assert not features.complete and [e.row for e in features.errors()] == [3, 4, 8]
-    assert "damaged   1 shards, cut or missing: commit-00003.json" in features.describe()
+    assert "damaged   1 of the shards, cut or missing: commit-00003.json" in features.describe()
     assert len(features) == 7
 
 
@@ -168,6 +169,13 @@ def test_a_row_is_a_dict_with_its_columns(tmp_path: Path) -> None:
         "pooled": [None, None, 2.5],
     }
     assert "columns   id, label, pooled" in features.describe()
+
+
+def test_columns_that_are_renamed_never_share_a_name() -> None:
+    names = ["id", "column_id", "column_column_id", "pooled", "column_pooled", "label", "column_x"]
+    shown = [table_name(name, ["pooled"]) for name in names]
+    assert shown[:2] == ["column_id", "column_column_id"] and shown[-2:] == ["label", "column_x"]
+    assert len(set(shown)) == len(names) and not {"id", "row", "error", "pooled"} & set(shown)
 
 
 def test_positions_and_names_that_do_not_exist_are_refused(directory: Directory) -> None:
