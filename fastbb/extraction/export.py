@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .layout import canonical_json, writing
-from .reading import Reader, numpy_array, table_names
+from .reading import Reader, numpy_array, table_name
 from .tables import Tables
 
 ExportFormat = Literal["parquet", "npy", "faiss"]
@@ -94,8 +94,8 @@ def export_features(
         overwrite: replace an earlier export.
 
     Raises:
-        ValueError: an argument is not what is wanted, or there is something at `out`.
-        ModuleNotFoundError: a parquet file is wanted, and pyarrow is not installed.
+        ValueError: an argument is not what is wanted, something is at `out`, or pyarrow, which
+            parquet needs, is not installed.
         OutputError: `out` cannot be written.
     """
     if to not in get_args(ExportFormat):
@@ -119,9 +119,7 @@ def export_features(
     if path.resolve() == place or place in path.resolve().parents:
         raise ValueError(f"out: wanted a place outside of the features directory, got {path}")
     if to == "parquet" and importlib.util.find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(
-            "to: parquet needs pyarrow, which is not installed: pip install 'fastbb[parquet]'"
-        )
+        raise ValueError("to: parquet needs pyarrow; pip install 'fastbb[parquet]'")
     if os.path.lexists(path) and not (overwrite and _is_export(path, to)):
         why = (
             "is no earlier export" if overwrite else "is replaced only with overwrite (--overwrite)"
@@ -256,8 +254,7 @@ def _write_rows(reader: Reader, names: Sequence[str], file: BinaryIO) -> None:
     for block in reader.computed_blocks:
         for entry, columns in zip(reader.entries(block), reader.columns(block)):
             if entry["status"] == "ok":
-                named = table_names(list(columns), names)
-                values = {named[name]: value for name, value in columns.items()}
+                values = {table_name(name, names): value for name, value in columns.items()}
                 file.write(canonical_json({"id": entry["id"], "row": entry["row"], **values}))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..engine.explanation import Report, table
 from .decode import RowError
 from .layout import FORMAT, file_name, read_events
-from .reading import Block, Reader, numpy_array, reason, table_names, utf8
+from .reading import Block, Reader, numpy_array, reason, table_name, utf8
 from .search import Metric, Neighbours, search
 from .sources import first_few
 from .tables import Tables
@@ -67,6 +67,7 @@ class Features:
 
     Attributes:
         plan: the settings that the features were computed with.
+        generations: the lists of rows, one per command that added rows or tried them again.
         complete: whether every shard is there.
     """
 
@@ -74,8 +75,9 @@ class Features:
         self._reader = Reader(directory)
         self.directory = self._reader.directory
         self.plan = self._reader.plan
+        self.generations = self._reader.generations
         self._read: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # ids and columns
-        self.complete = bool(self._reader.generations) and not self._reader.missing
+        self.complete = bool(self.generations) and not self._reader.missing
 
     def __repr__(self) -> str:
         rows = [(f"  {name}", shape, dtype) for name, shape, dtype in self._outputs()]
@@ -196,8 +198,7 @@ class Features:
     def _row(
         self, id: str, row: int, columns: Mapping[str, Any], features: Mapping[str, Tensor]
     ) -> dict[str, Any]:
-        names = table_names(list(columns), self.names)
-        given = {names[name]: value for name, value in columns.items()}
+        given = {table_name(name, self.names): value for name, value in columns.items()}
         return {"id": id, "row": row, **given, **features}
 
     def iter_shards(
@@ -273,9 +274,8 @@ class Features:
         columns = self.columns
         if errors:
             columns = _by_name([row for block in reader.blocks for row in reader.columns(block)])
-        names = table_names(list(columns), self.names)
         values: dict[str, Any] = {"id": self.all_ids if errors else self.ids, "row": rows}
-        values |= {names[name]: column for name, column in columns.items()}
+        values |= {table_name(name, self.names): column for name, column in columns.items()}
         places = self.row_ids.tolist() if errors else range(len(self))
         for name in self.names:
             values[name] = np.empty(len(rows), dtype=object)
@@ -382,7 +382,7 @@ class Features:
         ]
         if not names:
             return []
-        return [f"damaged   {len(names):,} shards, cut or missing: {first_few(names)}"]
+        return [f"damaged   {len(names):,} of the shards, cut or missing: {first_few(names)}"]
 
     def _history(self) -> list[str]:
         """Lines about generations and columns."""
@@ -391,7 +391,7 @@ class Features:
         if len(reader.generations) > 1:
             texts = (f"{g.kind} of {sum(s.rows for s in g.shards):,}" for g in reader.generations)
             lines.append(f"history   {', '.join(texts)} rows")
-        # lists give every row the same columns, so the first shard has them all
+        # of the first shard: reading all lists takes seconds
         rows = itertools.chain.from_iterable(map(reader.columns, reader.blocks[:1]))
         if names := dict.fromkeys(name for row in rows for name in row):
             lines.append(f"columns   {', '.join(names)}")
@@ -411,14 +411,14 @@ class _Log(NamedTuple):
 
 
 def _read_log(directory: Path) -> _Log:
-    rows, seconds, stopped = 0, 0.0, None
+    rows, seconds, reason = 0, 0.0, None
     for event in read_events(directory):
-        with contextlib.suppress(KeyError, TypeError):
+        with contextlib.suppress(KeyError, TypeError):  # damaged
             if event["event"] == "shard":
                 rows, seconds = rows + event["rows"], seconds + event["seconds"]
             else:
-                stopped = event.get("reason")  # a start has none
-    return _Log(rows / seconds if seconds else None, stopped)
+                reason = event.get("reason")  # a start has none
+    return _Log(rows / seconds if seconds else None, reason)
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +32,8 @@ from .layout import (
 )
 
 _FAILED = b'"status":"error"'  # quotes inside a string are escaped, so only the field matches
+
+_OWN_COLUMNS = ("id", "row", "error")
 
 
 @dataclass(frozen=True)
@@ -295,17 +298,11 @@ def _place(entry: dict[str, Any]) -> tuple[int, int]:
     return entry["shard"], entry["pos"]
 
 
-def table_names(columns: Sequence[str], features: Sequence[str]) -> dict[str, str]:
-    """Returns the names in a table of carried columns, which never are those of our own columns.
+def table_name(column: str, features: Collection[str]) -> str:
+    """Returns the name of a carried column in a row or table, which none of our columns has.
 
-    A column called `id`, `row`, `error` or as one of the features gets the prefix `column_`.
+    A column called `id`, `row`, `error` or as one of the features gets the prefix `column_`, and so
+    does one that has this prefix before such a name: no two columns get the same name.
     """
-    taken = {"id", "row", "error", *features}
-    names: dict[str, str] = {}
-    for column in columns:
-        name = column
-        while name in taken or (name != column and name in columns):
-            name = f"column_{name}"
-        names[column] = name
-        taken.add(name)
-    return names
+    taken = column in features or re.sub("^(column_)+", "", column) in {*_OWN_COLUMNS, *features}
+    return f"column_{column}" if taken else column

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import canonical_json
-from .reading import Reader, reason, table_names, utf8
+from .reading import Reader, reason, table_name, utf8
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,7 +44,6 @@ class Tables:
         self._arrow, self._reader, self._errors = pyarrow, reader, errors
         self._features = {name: reader.plan["outputs"][name] for name in names}
         self._kinds = _column_kinds(reader)
-        self._columns = table_names(list(self._kinds), names)
         self.schema = self._schema()
 
     def table(self) -> pyarrow.Table:
@@ -76,7 +75,10 @@ class Tables:
         pa = self._arrow
         types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
         fields = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
-        fields += [pa.field(self._columns[name], types[kind]) for name, kind in self._kinds.items()]
+        fields += [
+            pa.field(table_name(name, self._features), types[kind])
+            for name, kind in self._kinds.items()
+        ]
         for name, output in self._features.items():
             dtype = pa.from_numpy_dtype(_array(self._reader.empty([name])[name]).dtype)
             size = -1 if self._errors else math.prod(output["shape"])

@@ -177,7 +177,7 @@ def test_parquet_without_pyarrow_says_what_to_install(
     directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastbb\[parquet\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'fastbb\[parquet\]'"):
         export_features(directory.path, "parquet")
 
 

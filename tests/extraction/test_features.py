@@ -1,5 +1,6 @@
 """Reading of features: rows that are ok, all rows, retried rows, columns, tables."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,16 @@ import pytest
 import torch
 from feature_directories import Directory, row, value, write_format_2
 
-from fastbb.extraction import ExtractionError, open_features
+from fastbb.extraction import (
+    ExtractionError,
+    FeatureExtractor,
+    export_features,
+    extract,
+    open_features,
+    verify_features,
+)
 from fastbb.extraction.features import RowErrors
+from fastbb.extraction.reading import table_name
 
 POOLED = {"shape": [16], "dtype": "float32"}
 
@@ -87,7 +96,7 @@ def test_a_damaged_retry_leaves_the_earlier_failure(directory: Directory) -> Non
     (directory.path / "shards" / "commit-00003.json").write_text("{}")
     features = open_features(directory.path)
     assert not features.complete and [e.row for e in features.errors()] == [3, 4, 8]
-    assert "damaged   1 shards, cut or missing: commit-00003.json" in features.describe()
+    assert "damaged   1 of the shards, cut or missing: commit-00003.json" in features.describe()
     assert len(features) == 7
 
 
@@ -117,6 +126,32 @@ def test_format_2_is_read(tmp_path: Path) -> None:
     assert "not finished; format 2 is only read" in first
 
 
+def test_an_extraction_that_grew_is_read_with_the_columns_of_its_list(
+    model: Path, images: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    out, listing = tmp_path / "out", tmp_path / "list.csv"
+    names = [f"{i:05d}.png" for i in range(10)]
+    listing.write_text("".join(["path,label\n", *(f"{images / n},{n[4]}\n" for n in names)]))
+    extract(model, listing, out, shard_rows=4, max_error_rate=1)
+    (images / "00003.png").write_bytes(encoded(3))
+    with open(listing, "a") as file:
+        (images / "new.png").write_bytes(encoded(11))
+        (images / "bad.png").write_bytes(b"text")
+        file.write(f"{images / 'new.png'},new\n{images / 'bad.png'},bad\n")
+    extract(None, listing, out, update=True, retry_failed=True, max_error_rate=1)
+    features = open_features(out)
+    assert [Path(id).name for id in features.ids] == [*names, "new.png"]
+    assert features.columns == {"label": [*"0123456789", "new"]}
+    assert features[3]["label"] == "3" and [error.row for error in features.errors()] == [11]
+    expected = FeatureExtractor(model)([images / name for name in [*names, "new.png"]])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(features[name], tensor)
+        torch.testing.assert_close(features[3][name], tensor[3])
+    assert verify_features(out).passed
+    array = np.load(export_features(out, "npy").path / f"{features.names[0]}.npy")
+    np.testing.assert_array_equal(array, features.to_numpy())
+
+
 def test_a_row_is_a_dict_with_its_columns(tmp_path: Path) -> None:
     rows = [row(0, {"label": 3, "id": "a"}), row(1), row(2, {"label": None, "pooled": 2.5})]
     features = open_features(Directory(tmp_path / "out").start(rows).path)
@@ -134,6 +169,13 @@ def test_a_row_is_a_dict_with_its_columns(tmp_path: Path) -> None:
         "pooled": [None, None, 2.5],
     }
     assert "columns   id, label, pooled" in features.describe()
+
+
+def test_columns_that_are_renamed_never_share_a_name() -> None:
+    names = ["id", "column_id", "column_column_id", "pooled", "column_pooled", "label", "column_x"]
+    shown = [table_name(name, ["pooled"]) for name in names]
+    assert shown[:2] == ["column_id", "column_column_id"] and shown[-2:] == ["label", "column_x"]
+    assert len(set(shown)) == len(names) and not {"id", "row", "error", "pooled"} & set(shown)
 
 
 def test_positions_and_names_that_do_not_exist_are_refused(directory: Directory) -> None:
