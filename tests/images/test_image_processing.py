@@ -93,9 +93,7 @@ def test_pixels_of_a_timm_name_equal_timm(name: str, test: bool) -> None:
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
     assert cfg is not None
     image = picture(130, 177)
-    processor = AutoImageProcessor.from_pretrained(
-        name, **({"use_test_size": True} if test else {})
-    )
+    processor = AutoImageProcessor.from_pretrained(name, use_test_size=test)
     assert processor.spec.reference == "timm"
     expected = timm_pixels(cfg.to_dict(), image, test)
     assert torch.equal(processor(image).pixel_values[0], expected)
