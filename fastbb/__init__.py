@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from .backbone.base import BackboneMixin
     from .backbone.configuration import BackboneConfigMixin
     from .backbone.output import BackboneOutput
-    from .extraction import FeatureExtractor, extract, open_features
+    from .extraction import (
+        FeatureExtractor,
+        export_features,
+        extract,
+        open_features,
+        verify_features,
+    )
     from .hosts import heads as heads
     from .hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate, restore
     from .hosts.heads import MaskFormerConfig as MaskFormerConfig
@@ -20,7 +26,7 @@ if TYPE_CHECKING:
     from .models.swin import SwinBackbone, SwinConfig
     from .models.timm import TimmBackbone, TimmBackboneConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # without what is in `heads`, which needs an extra: `from fastbb import *` works without it
 __all__ = [
@@ -41,10 +47,12 @@ __all__ = [
     "TimmBackbone",
     "TimmBackboneConfig",
     "accelerate",
+    "export_features",
     "extract",
     "list_backbones",
     "open_features",
     "restore",
+    "verify_features",
 ]
 
 _MODULES = {
@@ -53,7 +61,13 @@ _MODULES = {
     "backbone.base": ("BackboneMixin",),
     "backbone.output": ("BackboneOutput",),
     "backbone.configuration": ("BackboneConfigMixin",),
-    "extraction": ("FeatureExtractor", "extract", "open_features"),
+    "extraction": (
+        "FeatureExtractor",
+        "export_features",
+        "extract",
+        "open_features",
+        "verify_features",
+    ),
     "hosts.heads": (
         "MaskFormerConfig",
         "MaskFormerForInstanceSegmentation",

@@ -98,7 +98,7 @@ def where(path: Path, line: int) -> str:
 
 
 def test_package_has_at_most_twelve_entries() -> None:
-    usual = {"__init__.py", "__main__.py", "py.typed", "cli.py", "__pycache__"}
+    usual = {"__init__.py", "__main__.py", "py.typed", "cli", "__pycache__"}
     rooms = {entry.name for entry in FASTBB.iterdir()} - usual
     known = {name.partition(".")[2] for name in LAYERS[1:]} - {"cli", "__main__"}
     known |= {"assets"}

@@ -41,7 +41,7 @@ FURTHER: dict[str, dict[str, str]] = {
     },
     "swin": {
         **PUBLIC,
-        "fastbb/cli.py": "the example of a name, and the default model",
+        "fastbb/cli/models.py": "the example of a name",
         "fastbb/hosts/heads.py": "transformers' classes that `heads.register` replaces",
         "fastbb/models/swin_parts.py": "its layers in four libraries",
         "fastbb/models/swin_forward.py": "its forward",

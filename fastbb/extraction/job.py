@@ -223,8 +223,8 @@ def extract(
 
 
 _NO_MODEL = (
-    "model: wanted a name or directory for a first start, such as microsoft/resnet-50, got none; "
-    "the bundled nano-swin-digits is a toy for trying things out"
+    "model: wanted a name or directory for a first start (--model), got none; `fastbb list` prints "
+    "names"
 )
 
 

@@ -466,7 +466,7 @@ def _of_transformers(backbone: Backbone, named: TransformersModel) -> nn.Module:
     config = getattr(library, f"{named.name}Config").from_dict(backbone.config.to_dict())
     module: nn.Module = getattr(library, f"{named.name}Model")(config)
     state = named.state(backbone)
-    places = ("", "swin.", "model.")
+    places = ("", f"{module.base_model_prefix}.", "model.")
     module.load_state_dict(
         {
             name: next(state[place + name] for place in places if place + name in state)

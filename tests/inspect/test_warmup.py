@@ -21,8 +21,8 @@ from cli_runner import cli_runner
 from click.testing import Result
 from pretended_device import gpu
 
-from fastbb import AutoBackbone, cli
-from fastbb.cli import main
+from fastbb import AutoBackbone
+from fastbb.cli import main, models
 from fastbb.inspect import warmup
 from fastbb_kernels import precompiling
 from fastbb_kernels.architectures import ARCHITECTURES
@@ -324,7 +324,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(
 
 
 def test_arch_option_lists_every_architecture() -> None:
-    assert tuple(map(str, ARCHITECTURES)) == cli.ARCHITECTURES
+    assert tuple(map(str, ARCHITECTURES)) == models.ARCHITECTURES
 
 
 def test_report_of_a_model_without_our_kernels_says_so() -> None:
