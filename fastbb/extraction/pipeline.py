@@ -96,8 +96,9 @@ class FeatureExtractor:
       torchvision's SwinTransformer.
 
     A Swin of transformers runs once for maps and once more for the features of its last layer,
-    because SwinModel shifts other windows than SwinBackbone. Of timm models "pooled" and maps come from a `TimmBackbone`, layers from timm's full model, all
-    others from an accelerated full model: where several kinds are asked for, each runs.
+    because SwinModel shifts other windows than SwinBackbone. Of timm models "pooled" and maps come
+    from a `TimmBackbone`, layers from timm's full model, all others from an accelerated full model:
+    where several kinds are asked for, each runs.
 
     Attributes:
         model: the model that computes the first feature, in eval mode: the prepared backbone, or
