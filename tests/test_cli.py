@@ -135,7 +135,7 @@ def test_extract_failures_have_their_exit_codes(
         (("--size", "20000x20000"), "size: wanted at most 16,777,216 pixels"),
         (("--out-indices", "1,two"), "wanted whole numbers such as 1,2 or -1, got '1,two'"),
         (("--out-indices", "1,9"), "out_indices must be valid indices"),
-        (("--features", "pooled,tokens"), "wanted some of pooled, maps"),
+        (("--features", "pooled,token"), "wanted some of embedding, cls"),
         (("--precision", "fp16"), "is not one of 'fp32', 'bf16'"),
         (("--batch-size", "0"), "x>=1"),
         (("--shard-rows", "many"), "is not a valid integer"),

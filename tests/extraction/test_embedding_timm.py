@@ -13,7 +13,7 @@ from fastbb import AutoBackbone
 from fastbb.extraction import FeatureExtractor
 
 LIMIT = 1e-4  # of the largest magnitude, in fp32
-SMALL_VIT = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+SMALL_VIT: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 # one of each kind: class token, average, registers, pooling by attention, windows, convolutions
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "vit_tiny_patch16_224": (64, SMALL_VIT),

@@ -38,7 +38,9 @@ def pixels_of(directory: Path | str) -> Tensor:
     return AutoImageProcessor.from_pretrained(directory)(PICTURES).pixel_values
 
 
-def save_timm(directory: Path, name: str, size: int = 0, tag: str = "", **options: Any) -> Any:
+def save_timm(
+    directory: Path, name: str, size: int = 0, tag: str | None = None, **options: Any
+) -> Any:
     """Saves a timm model with random weights in timm's format, and returns it.
 
     Args:
