@@ -102,7 +102,6 @@ def load_models(
     out_indices: Sequence[int | str] | None,
     dtype: torch.dtype,
     device: torch.device,
-    example_size: tuple[int, int],
 ) -> Loaded:
     """Loads the models that compute the wanted features.
 
@@ -112,7 +111,6 @@ def load_models(
         out_indices: the requested maps, by index or name; default: the model's own choice.
         dtype: of the weights.
         device: of the weights.
-        example_size: (height, width) that timm's models are tried with.
 
     Raises:
         OSError: the model cannot be had.
@@ -159,7 +157,7 @@ def load_models(
             if head == "any":
                 models.append(LayerModel(full_model, wanted.layers))
             else:
-                models.append(TimmModel(full_model, wanted.full, wanted.norm, example_size))
+                models.insert(0, TimmModel(full_model, wanted.full, wanted.norm, config.img_size))
     elif wanted.layers:
         assert backbone is not None
         models.append(LayerModel(upstream_model(backbone, wanted.layers), wanted.layers))

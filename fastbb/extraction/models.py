@@ -232,14 +232,18 @@ class TimmModel(FeatureModel):
         model: in eval mode, with its head only if the projection is wanted.
         full: features to compute.
         norm: of the tokens.
-        size: (height, width) of an example.
+        img_size: side of the images, or (height, width), where it is not that of timm's weights.
 
     Raises:
         ValueError: the model has no such feature, or does not run in its dtype.
     """
 
     def __init__(
-        self, model: nn.Module, full: Sequence[str], norm: Norm | None, size: tuple[int, int]
+        self,
+        model: nn.Module,
+        full: Sequence[str],
+        norm: Norm | None,
+        img_size: int | Sequence[int] | None,
     ) -> None:
         self._full = full
         self._projects = "projection" in full and model.num_classes != 0  # type: ignore[operator]
@@ -248,7 +252,11 @@ class TimmModel(FeatureModel):
         wanted += ["tokens"] if norm is not None else []
         like = next(model.parameters())
         generator = torch.Generator().manual_seed(0)
-        example = torch.randn(1, 3, *size, generator=generator).to(like.device, like.dtype)
+        described: Any = model.pretrained_cfg
+        size = img_size or described["input_size"][1:]
+        height, width = (size, size) if isinstance(size, int) else size
+        example = torch.randn(1, 3, height, width, generator=generator)
+        example = example.to(like.device, like.dtype)
         with torch.no_grad():
             splits = self._try(model, example, wanted)
             if norm is not None:
@@ -260,8 +268,8 @@ class TimmModel(FeatureModel):
                 # these modes measure nothing: another process computes the same
                 accelerate(model, mode=mode)
         shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
-        described = repr((shapes, wanted, getattr(model, "pretrained_cfg", None)))
-        key = f"{type(model).__name__}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+        identity = repr((shapes, wanted, described.get("architecture")))
+        key = f"{type(model).__name__}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         super().__init__(model, _FullOutputs(model, tuple(wanted), splits, key))
         self._wanted = wanted
 

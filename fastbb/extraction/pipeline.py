@@ -171,7 +171,6 @@ class FeatureExtractor:
                 f"normalize: none of {', '.join(wanted.names)} is a vector; it is for embedding, "
                 "cls, patch_mean, projection and pooled"
             )
-        self.processor = load_processor(model, processor, size == "test")
         if device is None and isinstance(model, Backbone):
             device = model.device
         self.device = find_device(device)
@@ -180,6 +179,16 @@ class FeatureExtractor:
         self._storage = Storage(
             DTYPES[precision], normalize, None if feature_dtype is None else DTYPES[feature_dtype]
         )
+        loaded = load_models(
+            model,
+            wanted,
+            out_indices=out_indices,
+            dtype=DTYPES[precision],
+            device=self.device,
+        )
+        self._name, self._config, self.stages = loaded.name, loaded.config, loaded.stages
+        self._models = loaded.models
+        self.processor = load_processor(model, processor, size == "test")
         if isinstance(size, (tuple, list)):
             self.processor = ImageProcessor(
                 dataclasses.replace(
@@ -205,16 +214,6 @@ class FeatureExtractor:
                 "and do not stack, nor do tokens and layers; give a size (--size HxW), or ask for "
                 "vectors only (embedding, pooled)"
             )
-        loaded = load_models(
-            model,
-            wanted,
-            out_indices=out_indices,
-            dtype=DTYPES[precision],
-            device=self.device,
-            example_size=self._example_size,
-        )
-        self._name, self._config, self.stages = loaded.name, loaded.config, loaded.stages
-        self._models = loaded.models
         self.batch_size = 1 if keeps_aspect else batch_size
         self.prepare(mode, expected_images)
         if normalize and not wanted.has_vectors:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backbone.hub import DEFAULT_HUB, HubOptions, TimmSource, timm_source
 from .timm import TimmBackbone, TimmBackboneConfig
-from .timm_loading import create_full
+from .timm_loading import create_full, joined
 
 Head = Literal["none", "projection", "any"]
 _NO_PROJECTION = (
@@ -108,11 +108,9 @@ def check_same_weights(backbone: TimmBackbone, full: nn.Module) -> None:
     Raises:
         ValueError: names a tensor that differs.
     """
-    # timm's features-only modules join the names of nested modules by underscores
-    theirs = {name.replace(".", "_"): tensor for name, tensor in full.state_dict().items()}
-    inner: Any = getattr(backbone._backbone, "model", backbone._backbone)
-    for name, tensor in inner.state_dict().items():
-        other = theirs.get(name.replace(".", "_"))
+    theirs = {joined(name): tensor for name, tensor in full.state_dict().items()}
+    for name, tensor in backbone._backbone.state_dict().items():
+        other = theirs.get(joined(name))
         if other is None or other.shape != tensor.shape or not torch.equal(other, tensor):
             raise ValueError(
                 f"the weight {name!r} of this backbone is not its checkpoint's, and the final "

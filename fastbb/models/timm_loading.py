@@ -19,7 +19,7 @@ from ..backbone.checkpoint import (
     reading,
     shapes_only,
 )
-from ..backbone.hub import HubOptions, TimmSource, find_file
+from ..backbone.hub import HubOptions, TimmSource, find_file, local_directory
 
 _LOADING = threading.Lock()
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -83,7 +83,7 @@ def create_full(
         OSError: the weights do not load.
     """
     kwargs = kwargs if head else {**kwargs, "num_classes": 0}
-    return _create(name, kwargs, source, hub, lambda model: {}, head=head)
+    return _create(name, kwargs, source, hub, lambda model: {})
 
 
 def _create(
@@ -92,7 +92,6 @@ def _create(
     source: TimmSource | None,
     hub: HubOptions,
     arguments: Callable[[nn.Module], dict[str, Any]],
-    head: bool = False,
 ) -> nn.Module:
     """Builds a module of timm with the weights of a source.
 
@@ -102,7 +101,6 @@ def _create(
         source: of the weights; None: random weights.
         hub: options for downloads.
         arguments: further ones, for a model of that architecture without memory.
-        head: whether the weights have to have a classifier.
     """
     import timm
 
@@ -114,9 +112,14 @@ def _create(
         model, kwargs = _probe(name, kwargs)
         more = arguments(model)
         pretrained = _pretrained_arguments(source, hub, model)
-        complete = _complete_weights(name, source is not None, head)
-        with complete, _only_tensors(name, pretrained):
-            return timm.create_model(name, **more, **pretrained, **kwargs)
+        with _missing_weights() as missing, _only_tensors(name, pretrained):
+            module = timm.create_model(name, **more, **pretrained, **kwargs)
+        # timm's features-only modules join the names of nested modules by underscores
+        own = {joined(key) for key in module.state_dict()}
+        names = [key for key in missing if joined(key) in own]
+        if source is not None and names:
+            raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
+        return module
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
     except (RuntimeError, LookupError, AttributeError) as error:
@@ -166,8 +169,10 @@ def _pretrained_arguments(
     known = {field.name for field in fields(PretrainedCfg)}
     cfg = {key: value for key, value in source.pretrained_cfg.items() if key in known}
     arguments: dict[str, Any] = {"pretrained": True, "pretrained_cfg": cfg}
-    if not source.weights or cfg.get("custom_load"):
+    is_local = source.weights is not None and local_directory(source.weights) is not None
+    if not source.weights or (cfg.get("custom_load") and not is_local):
         return {**arguments, "cache_dir": hub.cache_dir}  # timm downloads the file from its URL
+    cfg["custom_load"] = False  # of the format of timm's own file
     names = (source.weights_file,) if source.weights_file else TIMM_WEIGHT_FILES
     path = next((p for p in (find_file(source.weights, n, hub) for n in names) if p), None)
     if path is None:
@@ -212,48 +217,35 @@ def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _complete_weights(name: str, pretrained: bool, head: bool = False) -> Iterator[None]:
-    """Raises an OSError if timm leaves a tensor at its random value, which timm only logs.
-
-    Args:
-        name: of the model.
-        pretrained: whether weights are loaded.
-        head: whether the classifier is wanted too.
-    """
+def _missing_weights() -> Iterator[list[str]]:
+    """Collects the names of tensors that timm leaves at their random values, which it only logs."""
     log = logging.getLogger("timm.models._builder")
-    messages: list[str] = []
+    names: list[str] = []
+
+    def emit(record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message.startswith("Missing keys ("):
+            names.extend(message.removeprefix("Missing keys (").partition(")")[0].split(", "))
+
     handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
+    handler.emit = emit
     _LOADING.acquire()  # the logger is global, so one model loads at a time
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
     try:
-        yield
+        yield names
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
         _LOADING.release()
-    missing = [message for message in messages if message.startswith("Missing keys (")]
-    names = [
-        key
-        for message in missing
-        for key in message.removeprefix("Missing keys (").partition(")")[0].split(", ")
-        if head or not _is_head(key, name)
-    ]
-    if pretrained and names:
-        raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
 
 
-def _is_head(key: str, name: str) -> bool:
-    import timm
-
-    cfg = timm.get_pretrained_cfg(name.partition(".")[0])
-    heads = (cfg.classifier if cfg else None) or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    return any(key.startswith(f"{head}.") for head in heads)
+def joined(name: str) -> str:
+    """A name of a tensor that is equal for timm's full model and its features-only modules."""
+    return name.replace(".", "_").removeprefix("model_")
 
 
 def unknown_model(name: str) -> str:

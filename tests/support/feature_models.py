@@ -38,7 +38,9 @@ def pixels_of(directory: Path | str) -> Tensor:
     return AutoImageProcessor.from_pretrained(directory)(PICTURES).pixel_values
 
 
-def save_timm(directory: Path, name: str, size: int = 0, tag: str = "", **options: Any) -> Any:
+def save_timm(
+    directory: Path, name: str, size: int = 0, tag: str | None = None, **options: Any
+) -> Any:
     """Saves a timm model with random weights in timm's format, and returns it.
 
     Args:
@@ -46,13 +48,16 @@ def save_timm(directory: Path, name: str, size: int = 0, tag: str = "", **option
         name: of the architecture.
         size: of the images, where it is not the model's own.
         tag: of the weights, in place of timm's default.
-        options: of `timm.create_model`.
+        options: of `timm.create_model`; `head_bias=False` sets the bias of the head to zero.
     """
+    has_bias = options.pop("head_bias", True)
     model = randomize_(timm.create_model(name, **options))
+    if not has_bias:
+        torch.nn.init.zeros_(model.head.bias)
     found = timm.get_pretrained_cfg(name)
     cfg = {} if found is None else found.to_dict()
     cfg |= {"tag": tag} if tag else {}
-    cfg |= {"input_size": [3, size, size], "fixed_input_size": False} if size else {}
+    cfg |= {"input_size": [3, size, size]} if size else {}
     cfg["num_classes"] = model.num_classes
     config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
     directory.mkdir(parents=True, exist_ok=True)
