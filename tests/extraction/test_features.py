@@ -91,6 +91,16 @@ def test_an_ok_is_final_whatever_is_computed_again(directory: Directory) -> None
     assert_reads(directory)
 
 
+def test_an_ok_of_an_earlier_retry_is_final(directory: Directory) -> None:
+    directory.retry(failed=(8,))
+    directory.retry(failed=(8,))
+    directory.failed = set()
+    with directory.open() as writer:  # the first retry was damaged, and is computed again
+        directory.commit(writer, writer.shards[3])
+        writer.finish(writer.totals([writer.committed(shard) for shard in writer.shards]))
+    assert_reads(directory)
+
+
 def test_a_damaged_retry_leaves_the_earlier_failure(directory: Directory) -> None:
     directory.retry()
     (directory.path / "shards" / "commit-00003.json").write_text("{}")

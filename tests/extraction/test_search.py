@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_directories import Directory, row, write_format_2
+from feature_directories import Directory, content, row, write_format_2
 
 from fastbb.extraction import Neighbours, open_features, search
 
@@ -65,6 +65,15 @@ def test_neighbours_are_shown_as_a_table(directory: Directory) -> None:
 
 def test_the_cosine_of_zeros_is_zero(directory: Directory) -> None:
     assert open_features(directory.path).search(torch.zeros(16), 4).scores.tolist() == [0] * 4
+
+
+def test_features_that_are_zero_have_a_cosine_of_zero(directory: Directory) -> None:
+    tensors, index = content(range(4), [row(i).id for i in range(4)], (), directory.outputs)
+    tensors["pooled"][2] = 0
+    with directory.open() as writer:
+        writer.commit(writer.shards[0], tensors, index)
+    found = open_features(directory.path).search(torch.ones(16), 100)
+    assert found.scores.isfinite().all() and found.scores[found.rows == 2].tolist() == [0]
 
 
 @pytest.mark.parametrize(
