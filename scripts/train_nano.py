@@ -23,7 +23,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch.nn import functional as F
 
-from fastbb import AutoBackbone, AutoImageProcessor, ResNetConfig, SwinConfig
+from fastbb import AutoBackbone, AutoImageProcessor, ResNetConfig, SwinBackbone, SwinConfig
 from fastbb.backbone.base import Backbone
 
 ASSETS = Path(__file__).parents[1] / "fastbb" / "assets"
@@ -172,6 +172,10 @@ def main() -> None:
         backbone.out_features = backbone.stage_names
         digits, _ = digits_split()
         train(backbone, processor(digits.images)["pixel_values"], digits.labels)
+        if isinstance(backbone, SwinBackbone):
+            # the last map was classified through its norm, which is the final norm of a classifier
+            norm = backbone.hidden_states_norms[backbone.stage_names[-1]]
+            backbone.swin.layernorm.load_state_dict(norm.state_dict())
         backbone.save_pretrained(folder)
         # the file has the weights of every stage; by default the model returns the last one
         saved = type(config).from_pretrained(folder, out_features=backbone.stage_names[-1:])

@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
+from .embedding import FinalNorm
 from .hub import ConfigFile, HubOptions
 from .output import BackboneOutput
 
@@ -110,7 +111,7 @@ class BackboneMixin:
         return self(*args, **kwargs)  # type: ignore[operator]  # the class mixed into is callable
 
 
-class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
+class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived):
     """Base of the families.
 
     A family implements `forward_stages`, `feature_map` and the names of its weights. This class
@@ -130,6 +131,8 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
     usual_size: ClassVar[tuple[int, int]] = (224, 224)
     # chooses how a prepared backbone runs; None if it is not prepared
     _engine: "Engine | None" = None
+    # name and options of the checkpoint, where its image processor is
+    _origin: tuple[str, HubOptions] | None = None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -481,6 +484,7 @@ class Backbone(BackboneMixin, GradientCheckpointing, RemembersDerived):
             dtype=dtype or torch_dtype,
             device=device,
         )
+        backbone._origin = str(pretrained_model_name_or_path), hub.without_secret()
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod

@@ -132,6 +132,11 @@ def _verify_indices(names: list[str], out_indices: Any) -> None:
 
 
 _COMMON = ("output_hidden_states", "output_attentions", "return_dict")
+# constructor fields that decide no value in inference
+_DECIDE_NOTHING = {
+    *("out_features", "out_indices", "unknown", "initializer_range", "encoder_stride"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
+}
 
 
 class BackboneConfig(BackboneConfigMixin):
@@ -181,6 +186,12 @@ class BackboneConfig(BackboneConfigMixin):
             "out_indices": self._out_indices,
         }
         return copy.deepcopy(values)
+
+    def deciding_fields(self) -> dict[str, Any]:
+        """The fields that decide what a model with these weights computes in inference."""
+        fields = signature(type(self).__init__).parameters.keys() - {"self", *_DECIDE_NOTHING}
+        values = {name: getattr(self, name) for name in sorted(fields)}
+        return copy.deepcopy({"model_type": self.model_type, **values})
 
     def to_json_string(self) -> str:
         """`to_dict` as JSON with sorted keys."""

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ class HubOptions:
     cache_dir: str | Path | None = None
     token: str | bool | None = None
     local_files_only: bool = False
+
+    def without_secret(self) -> "HubOptions":
+        """The same options without a token that was given in words, which nobody should pickle."""
+        return replace(self, token=None) if isinstance(self.token, str) else self
 
 
 DEFAULT_HUB = HubOptions()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import posixpath
 import stat
 import tarfile
 import zipfile
@@ -56,7 +55,7 @@ def list_archive(path: str, prefix: str, skipped: Counter[str]) -> Iterator[Sour
         images: list[Source] = []
         others: list[Source] = []
         for member in group:
-            if posixpath.basename(member.id).startswith("."):
+            if member.id.startswith(".", member.id.rfind("/") + 1):
                 skipped["hidden files"] += 1
             else:
                 (images if has_image_suffix(member.id) else others).append(member)
@@ -69,8 +68,8 @@ def list_archive(path: str, prefix: str, skipped: Counter[str]) -> Iterator[Sour
 
 
 def _key(name: str) -> str:
-    directory, file = posixpath.split(name)
-    return posixpath.join(directory, file.partition(".")[0])
+    dot = name.find(".", name.rfind("/") + 1)
+    return name if dot < 0 else name[:dot]
 
 
 def _with_columns(

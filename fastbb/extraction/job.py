@@ -400,6 +400,7 @@ class _Run:
         n_tried += self._extract_pending()
         final = writer.totals(self._commits)
         writer.finish(final)
+        writer.log({"event": "end", "time": time.time()})
         return Report(
             writer.directory,
             final["rows"],
@@ -419,7 +420,7 @@ class _Run:
             return
         say(
             f"resuming {writer.directory}: {done['shards']:,} of {writer.n_shards:,} shards are "
-            "done; the list of images is the one of the first start"
+            "done"
         )
         n_failed = done["rows"] - done["ok"]
         found = [
@@ -450,14 +451,14 @@ class _Run:
         assert self.sources is not None, "retry_failed without a list was refused"
         source_of_id = {source.id: source for source in self.sources}
         failures = writer.failures()
-        rows = {row: f for row, f in failures.items() if f["id"] in source_of_id}
+        rows = {row: f for row, f in failures.items() if f.id in source_of_id}
         if n_left := len(failures) - len(rows):
             self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
         if rows:
             writer.append(
                 "retry",
-                [(row, source_of_id[failure["id"]]) for row, failure in rows.items()],
-                {row: failure["kind"] for row, failure in rows.items()},
+                [(row, source_of_id[failure.id]) for row, failure in rows.items()],
+                {row: failure.kind for row, failure in rows.items()},
                 **self._listed,
             )
         return set(rows)

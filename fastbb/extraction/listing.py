@@ -16,7 +16,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from ..images.formats import has_image_suffix
@@ -27,6 +27,9 @@ from .sources import ABSENT, InputError, Source, first_few, is_url, redact, sour
 _MAX_ID_CHARS = 4096
 _MAX_EXPANDED = 1_000_000
 _BRACES = re.compile(r"\{([0-9]+\.\.[0-9]+|[^{},]*(?:,[^{},]*)+)\}")
+_SET_SUFFIXES = (*ARCHIVE_SUFFIXES, ".parquet")
+_COMPRESSED_ARCHIVE = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|7z|rar)$", re.IGNORECASE)
+_WILDCARDS = re.compile(r"[*?[]")
 _METADATA = ("metadata.csv", "metadata.jsonl")
 _UNREADABLE = "unreadable directories"
 # what is passed over: the singular of each kind, and an advice
@@ -76,15 +79,13 @@ class Listing:
     ) -> None:
         self.inputs = [os.fspath(given) for given in inputs]
         self.follow_symlinks = follow_symlinks
-        self._clear()
-
-    def _clear(self) -> None:
         self.skipped: Counter[str] = Counter()
         self.unreadable: list[str] = []
         self.archives: dict[str, dict[str, int]] = {}
 
     def __iter__(self) -> Iterator[Source]:
-        self._clear()
+        for found in (self.skipped, self.unreadable, self.archives):
+            found.clear()
         place_of_id: dict[str, tuple[str, int | None]] = {}
         for given in self.inputs:
             is_empty, n_unreadable, before = True, len(self.unreadable), Counter(self.skipped)
@@ -118,7 +119,7 @@ class Listing:
         except OSError as error:
             if _BRACES.search(given):
                 return self._list_braces(given)
-            if any(c in given for c in "*?["):
+            if _WILDCARDS.search(given):
                 return self._list_glob(given)
             raise InputError(f"{given}: {_reason(error)}") from error
         return self._list_directory(path) if is_directory else self._list_file(path, given)
@@ -131,7 +132,7 @@ class Listing:
             given: the path as it was given.
             name: its name in a set.
         """
-        suffix, prefix = Path(path).suffix.lower(), name and name + "/"
+        suffix, prefix = _suffix(path), name and name + "/"
         if suffix in ARCHIVE_SUFFIXES:
             return list_archive(path, prefix, self.skipped)
         if suffix in LIST_SUFFIXES:
@@ -149,7 +150,7 @@ class Listing:
         # ids start where the fixed directory ends, as those of a glob
         n_fixed = given.rfind("/", 0, given.index("{")) + 1
         paths = _expand_braces(given)
-        missing = [path for path in paths if not os.path.exists(path)]
+        missing = [p for p in paths if not (_WILDCARDS.search(p) or os.path.exists(p))]
         if missing:
             raise InputError(
                 f"{given}: {len(missing):,} of the {len(paths):,} files of this pattern do not "
@@ -159,12 +160,15 @@ class Listing:
             path, name = os.path.abspath(given_path), given_path[n_fixed:]
             if os.path.isdir(path):
                 yield from self._list_directory(path, name.rstrip("/") + "/")
-            else:
+            elif os.path.exists(path):
                 yield from self._list_file(path, given_path, name)
+            else:
+                fixed = _WILDCARDS.split(name)[0]
+                yield from self._list_glob(given_path, fixed[: fixed.rfind("/") + 1])
 
-    def _list_glob(self, pattern: str) -> Iterator[Source]:
+    def _list_glob(self, pattern: str, prefix: str = "") -> Iterator[Source]:
         parts = PurePath(pattern).parts
-        n_fixed = next(i for i, part in enumerate(parts) if any(c in part for c in "*?["))
+        n_fixed = next(i for i, part in enumerate(parts) if _WILDCARDS.search(part))
         root = os.path.abspath(os.path.join(*parts[:n_fixed]) if n_fixed else ".")
         try:
             reason = "" if _is_directory(root) else "not a directory"
@@ -176,7 +180,7 @@ class Listing:
         def wanted(names: list[str], partial: bool) -> bool:
             return _matches(names, parts[n_fixed:], partial)
 
-        return self._list_tree(root, wanted)
+        return self._list_tree(root, wanted, prefix)
 
     def _list_directory(self, root: str, prefix: str = "") -> Iterator[Source]:
         """Lists a directory; the columns of a metadata file at its root travel with the images."""
@@ -195,7 +199,7 @@ class Listing:
     def _list_tree(
         self,
         root: str,
-        wanted: Callable[[list[str], bool], bool] = lambda names, is_directory: True,
+        wanted: Callable[[list[str], bool], bool] | None = None,
         prefix: str = "",
         columns: Mapping[str, dict[str, Any]] | None = None,
     ) -> Iterator[Source]:
@@ -203,7 +207,8 @@ class Listing:
 
         Args:
             root: absolute path of the directory.
-            wanted: called with the parts of a relative path and whether it is a directory.
+            wanted: called with the parts of a relative path and whether it is a directory; else
+                everything is wanted.
             prefix: what the ids start with.
             columns: of the images, by relative path.
         """
@@ -212,10 +217,10 @@ class Listing:
         archives: list[str] = []
         tables: list[str] = []
         for relative in self._walk(root, wanted):
-            suffix = PurePath(relative).suffix.lower()
-            if suffix in ARCHIVE_SUFFIXES:
+            lower = relative.lower()
+            if lower.endswith(ARCHIVE_SUFFIXES):
                 archives.append(relative)
-            elif suffix == ".parquet":
+            elif lower.endswith(".parquet"):
                 tables.append(relative)
             else:
                 has_images = True
@@ -238,7 +243,7 @@ class Listing:
         if n:
             self.skipped[kind] += n
 
-    def _walk(self, root: str, wanted: Callable[[list[str], bool], bool]) -> Iterator[str]:
+    def _walk(self, root: str, wanted: Callable[[list[str], bool], bool] | None) -> Iterator[str]:
         """Yields paths of images, archives and Parquet files, bytewise sorted, relative to root."""
 
         def cannot_read(relative: str, error: OSError) -> None:
@@ -271,16 +276,16 @@ class Listing:
             children = []
             for entry in entries:
                 child = relative + entry.name
-                names, is_hidden = child.split("/"), entry.name.startswith(".")
+                is_hidden = entry.name.startswith(".")
                 try:
                     follows = self.follow_symlinks and not is_hidden
                     is_directory = entry.is_dir(follow_symlinks=follows)
                     is_link = entry.is_symlink()
                 except OSError as error:
-                    if not is_hidden and wanted(names, True):
+                    if not is_hidden and (wanted is None or wanted(child.split("/"), True)):
                         cannot_read(child, error)
                     continue
-                if not wanted(names, is_directory):
+                if wanted is not None and not wanted(child.split("/"), is_directory):
                     continue
                 if is_hidden:
                     self._pass_over("hidden folders" if is_directory else "hidden files")
@@ -288,10 +293,12 @@ class Listing:
                     self._pass_over("symbolic links")
                 elif is_directory:
                     children.append(child + "/")
-                elif kind := _passed_over_file(entry.name):
-                    self._pass_over(kind)
-                else:
+                elif has_image_suffix(entry.name) or _suffix(entry.name) in _SET_SUFFIXES:
                     children.append(child)
+                else:
+                    is_archive = _COMPRESSED_ARCHIVE.search(entry.name)
+                    kind = "compressed archives" if is_archive else "files without an image suffix"
+                    self._pass_over(kind)
             # a directory sorts with its slash, which makes this depth-first order the bytewise one
             children.sort(key=os.fsencode, reverse=True)
             pending.extend((child, above) for child in children)
@@ -315,15 +322,8 @@ def _passed_over(skipped: Counter[str], but: str = "") -> str:
     return f"passed over: {', '.join(counts)}" if counts else ""
 
 
-def _passed_over_file(name: str) -> str:
-    """Returns the kind under which a file of a directory is passed over; "" if it is not."""
-    suffix = PurePath(name).suffix.lower()
-    if has_image_suffix(name) or suffix in ARCHIVE_SUFFIXES or suffix == ".parquet":
-        return ""
-    is_archive = suffix in COMPRESSED_SUFFIXES and (
-        suffix in (".tgz", ".7z", ".rar") or PurePath(name).stem.lower().endswith(".tar")
-    )
-    return "compressed archives" if is_archive else "files without an image suffix"
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _check_id(given: str, source: Source, place_of_id: dict[str, tuple[str, int | None]]) -> None:
@@ -342,7 +342,7 @@ def _check_id(given: str, source: Source, place_of_id: dict[str, tuple[str, int 
 
 
 def _advice_on_ids(given: str, source: Source, is_same_file: bool) -> str:
-    suffix = Path(given).suffix.lower()
+    suffix = _suffix(given)
     if source.offset is not None and not is_same_file:
         return (
             "give their common parent directory, a glob in quotes or a brace pattern: then ids "

@@ -97,7 +97,9 @@ def _source(path: str, prefix: str, n: int, record: object) -> Source:
             f"{path}: row {n} has no text in the column `path` (or `file_name`, `filename`, "
             f"`image`), got {image!r:.80}; columns: {', '.join(map(str, record))}"
         )
-    columns = _columns(path, n, {k: v for k, v in record.items() if k not in (column, "id")})
+    columns = {name: value for name, value in record.items() if name not in (column, "id")}
+    if columns:
+        columns = _columns(path, n, columns)
     shown = prefix + redact(_id_of(record) or image)
     if is_url(image):
         return Source(shown, redact(image), columns=columns or None)

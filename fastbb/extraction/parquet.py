@@ -20,8 +20,8 @@ from .sources import IMAGE_COLUMNS, InputError, json_value
 
 _DROPPED = "columns without JSON values"
 _LISTED_ROWS = 4096
-# without a buffer, Arrow reads the columns of a whole row group at once
-_BUFFER_BYTES = 2**20
+# without them, Arrow reads the columns of a whole row group at once
+_STREAMED: dict[str, Any] = {"buffer_size": 2**20, "pre_buffer": False}
 # rows that are kept, as threads ask for them slightly out of order
 _KEPT_ROWS = 64
 _BATCH_BYTES = 2**22
@@ -52,7 +52,7 @@ class ParquetTable:
             ) from error
         self._path, self._skipped, self._arrow = path, skipped, pyarrow
         try:
-            self._file = parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES)
+            self._file = parquet.ParquetFile(path, **_STREAMED)
             schema = self._file.schema_arrow
         except pyarrow.ArrowException as error:
             raise self._error(error) from error
@@ -173,7 +173,7 @@ class _Cells:
     def __init__(self, path: str, column: str) -> None:
         from pyarrow import parquet
 
-        self._file = parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES)
+        self._file = parquet.ParquetFile(path, **_STREAMED)
         self._column = column
         metadata = self._file.metadata
         groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from fastbb_kernels.machine import find_device
 
-from ..auto import AutoBackbone
 from ..backbone.base import Backbone
-from ..engine.prepare import example_pixels
-from ..images.processor import AutoImageProcessor, ImageProcessor
+from ..engine.explanation import Explanation
+from ..engine.explanation import Row as ExplainedRow
+from ..images.processor import ImageProcessor
+from ..models.timm import TimmBackboneConfig
 from .decode import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -38,12 +39,13 @@ from .decode import (
     decode,
     read_bytes,
 )
-from .layout import canonical_json
+from .loading import load_models, load_processor
+from .models import TimmModel
+from .outputs import DTYPES, Storage, Wanted
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
+from .store import canonical_json
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FEATURES = ("pooled", "maps")
 # position in the input, id, and the source
 Row = tuple[int, str, Any]
 
@@ -78,70 +80,103 @@ class FeatureExtractor:
     warnings are ignored, in the whole process. Other threads see that, and so does the code that
     takes the batches of `stream`; afterwards the program's own settings are back.
 
+    Each feature is stored under its own name:
+
+    * "embedding" [C]: what the model's own library calls its image embedding: `pooler_output` of
+      transformers' SwinModel and ResNetModel, what torchvision's model gives before its classifier,
+      timm's output with `num_classes=0`. CLIP's projection is not in it.
+    * "cls" [C], "patch_mean" [C], "tokens" [N, C]: the class token, the mean of the other tokens
+      without prefix (class token, registers), and all tokens of the last layer; a CNN has none.
+    * "projection" [C]: the image embeds of CLIP and SigLIP models of timm, as `get_image_features`
+      of transformers gives them.
+    * "pooled" [C]: the fp32 mean of the last requested map, without the model's final norm.
+    * "maps", "maps.<stage>" [C, h, w]: every requested map, or that of one stage.
+    * "layer:<module>": the output of a module (its first tensor), by the name that it has in the
+      model's own library, which runs it: timm's full model, transformers' SwinModel or ResNetModel,
+      torchvision's SwinTransformer.
+
+    A Swin of transformers runs once for maps and once more for the features of its last layer,
+    because SwinModel shifts other windows than SwinBackbone. Of timm models "pooled" and maps come from a `TimmBackbone`, layers from timm's full model, all
+    others from an accelerated full model: where several kinds are asked for, each runs.
+
     Attributes:
-        model: the backbone, in eval mode.
+        model: the model that computes the first feature, in eval mode: the prepared backbone, or
+            timm's full model.
         processor: the image processor; its `spec` decides every pixel.
+        features: the names.
+        norm: of the tokens, "final" or "none"; None where no feature has it.
+        stages: names of the maps that "maps" and "pooled" stand for.
         batch_size: images per forward pass; 1 where the processor keeps the aspect ratio.
     """
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
-        features: str | Sequence[str] = ("pooled",),
+        model: str | os.PathLike[str] | Backbone,
+        features: str | Sequence[str] = "embedding",
         *,
         out_indices: Sequence[int] | None = None,
+        norm: str | None = None,
+        normalize: bool = False,
+        feature_dtype: str | None = None,
         precision: str = "fp32",
         device: str | torch.device | None = None,
         batch_size: int = 32,
-        size: tuple[int, int] | None = None,
-        processor: ImageProcessor | None = None,
+        size: tuple[int, int] | str | None = None,
         mode: str = "auto",
         expected_images: int | None = None,
+        processor: ImageProcessor | None = None,
     ) -> None:
         """Loads the model.
 
         Args:
-            model: argument of `AutoBackbone.from_pretrained`.
-            features: "pooled", the fp32 spatial mean [C] of the last requested map; "maps", every
-                requested map [C, h, w] as "maps.<stage>", in the precision.
+            model: argument of `AutoBackbone.from_pretrained`, or a backbone that it loaded, which
+                stays as it is.
+            features: one name or several.
             out_indices: the requested maps; default: the model's own choice.
-            precision: of the forward pass, "fp32" or "bf16".
-            device: default: "cuda" where there is one, else "cpu".
+            norm: of "cls", "patch_mean" and "tokens": "final" is after the model's final norm, the
+                default; "none" before it.
+            normalize: divide vectors by their length (L2), in fp32.
+            feature_dtype: what is stored, "fp32", "fp16" or "bf16"; default: fp32 for vectors, the
+                precision for others.
+            precision: of the forward pass, "fp32", "fp16" or "bf16".
+            device: default: "cuda" where there is one, else "cpu"; of a backbone, its own.
             batch_size: images per forward pass.
-            size: (H, W) that every image is resized to, instead of the model's own resize and crop.
+            size: (H, W) that every image is resized to, instead of the model's own resize and crop;
+                or "test", the size and crop of timm's test results.
             mode: how the model runs, see `Backbone.prepare`.
             expected_images: how many are to come, see `Backbone.prepare`.
+            processor: in place of the model's own.
 
         Raises:
             OSError: the model cannot be had.
-            ValueError: an argument is not one of these.
+            TypeError: the model or the processor is something else.
+            ValueError: an argument is not one of these, or the model has no such feature.
         """
-        features = (features,) if isinstance(features, str) else tuple(features)
-        unknown = [name for name in features if name not in FEATURES]
-        if unknown or not features:
-            raise ValueError(f"features: wanted some of {', '.join(FEATURES)}, got {features!r}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision: wanted {' or '.join(PRECISIONS)}, got {precision!r}")
+        wanted = Wanted.parse(features, norm)
+        for name, value in (("precision", precision), ("feature_dtype", feature_dtype)):
+            if value not in DTYPES and not (value is None and name == "feature_dtype"):
+                raise ValueError(f"{name}: wanted {', '.join(DTYPES)}, got {value!r}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: wanted a whole number, at least 1, got {batch_size!r}")
-        if size is not None and not (
-            isinstance(size, (tuple, list))
-            and len(size) == 2
-            and all(isinstance(edge, int) and edge >= 1 for edge in size)
-        ):
-            raise ValueError(f"size: wanted (height, width) in pixels, got {size!r}")
+        if not (size in (None, "test") or _is_size(size)):
+            raise ValueError(f"size: wanted (height, width) in pixels, or 'test', got {size!r}")
         if out_indices is not None and not isinstance(out_indices, (tuple, list, range)):
             raise ValueError(f"out_indices: wanted a list such as [1, -1], got {out_indices!r}")
+        if normalize and not (wanted.has_vectors or wanted.layers):
+            raise ValueError(
+                f"normalize: none of {', '.join(wanted.names)} is a vector; it is for embedding, "
+                "cls, patch_mean, projection and pooled"
+            )
+        self.processor = load_processor(model, processor, size == "test")
+        if device is None and isinstance(model, Backbone):
+            device = model.device
         self.device = find_device(device)
-        self.features = tuple(name for name in FEATURES if name in features)
+        self.features, self.norm = wanted.names, wanted.norm
         self.precision = precision
-        self._name = os.path.abspath(model) if os.path.isdir(model) else os.fspath(model)
-        options: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
-        self._loaded = AutoBackbone.from_pretrained(
-            model, dtype=PRECISIONS[precision], device=self.device, **options
-        ).eval()
-        self.processor: ImageProcessor = processor or AutoImageProcessor.from_pretrained(model)
-        if size is not None:
+        self._storage = Storage(
+            DTYPES[precision], normalize, None if feature_dtype is None else DTYPES[feature_dtype]
+        )
+        if isinstance(size, (tuple, list)):
             self.processor = ImageProcessor(
                 dataclasses.replace(
                     self.processor.spec,
@@ -160,13 +195,28 @@ class FeatureExtractor:
                 f"{seen[1]}; give a smaller size (--size HxW)"
             )
         keeps_aspect = self.processor.output_size is None
-        if keeps_aspect and "maps" in features:
+        if keeps_aspect and not wanted.only_vectors:
             raise ValueError(
-                f"{self._name} keeps the aspect ratio of an image, so maps differ in size and do "
-                "not stack; give a size (--size HxW), or ask for pooled features only"
+                "this model's processor keeps the aspect ratio of an image, so maps differ in size "
+                "and do not stack, nor do tokens and layers; give a size (--size HxW), or ask for "
+                "vectors only (embedding, pooled)"
             )
+        loaded = load_models(
+            model,
+            wanted,
+            out_indices=out_indices,
+            dtype=DTYPES[precision],
+            device=self.device,
+            example_size=self._example_size,
+        )
+        self._name, self._config, self.stages = loaded.name, loaded.config, loaded.stages
+        self._models = loaded.models
         self.batch_size = 1 if keeps_aspect else batch_size
         self.prepare(mode, expected_images)
+        if normalize and not wanted.has_vectors:
+            shapes = {name: output["shape"] for name, output in self.outputs().items()}
+            if all(len(shape) != 1 for shape in shapes.values()):
+                raise ValueError(f"normalize: no feature is a vector, shapes are {shapes}")
 
     def __repr__(self) -> str:
         height, width = self.processor.output_size or ("any", "any")
@@ -181,7 +231,20 @@ class FeatureExtractor:
         Raises:
             ValueError: there is no such mode, or this device cannot do it.
         """
-        self.model = self._loaded.prepare(mode, expected_images=expected_images)
+        for model in self._models:
+            model.prepare(mode, expected_images)
+        self.model = self._models[0].module
+
+    def explain(self) -> Explanation:
+        """How each shape of input so far runs, and why, for each model that computes features."""
+        found = [model.engine.explain() for model in self._models if model.engine is not None]
+        rows = [row for explanation in found for row in explanation.rows]
+        if len(found) < len(self._models):
+            why = "single modules run in upstream's own model"
+            rows.append(ExplainedRow("layers", "upstream", why))
+        copies = [explanation.copies for explanation in found if explanation.copies]
+        title = "; ".join([explanation.title for explanation in found]) or repr(self)
+        return Explanation(title, tuple(rows), " ".join(copies) or None)
 
     def choose_mode(self, mode: str, expected_images: int) -> str:
         """Prepares the model and returns the mode that computes the same in any other process.
@@ -192,13 +255,17 @@ class FeatureExtractor:
             expected_images: how many are to come.
         """
         size = self.processor.output_size
-        if size is None and mode == "auto":
+        # some features have two engines or, as layers, none
+        is_measured = size is not None and len(self._models) == 1 and self._models[0].has_engine
+        if mode == "auto" and not is_measured:
             mode = "triton" if self.device.type == "cuda" else "eager"
         self.prepare(mode, expected_images)
-        engine = self.model._engine
-        if size is None or engine is None:
+        engine = self._models[0].engine
+        if not is_measured or size is None or engine is None:
             return mode
-        pixels = example_pixels(self.model, (min(self.batch_size, expected_images), *size))
+        shape = min(self.batch_size, expected_images), 3, *size
+        generator = torch.Generator().manual_seed(0)
+        pixels = self._on_device(torch.randn(shape, generator=generator))
         try:
             return engine.mode_for(pixels)
         except (RuntimeError, MemoryError) as error:
@@ -255,8 +322,7 @@ class FeatureExtractor:
         Raises:
             ValueError: the model does not take images of the processor's size.
         """
-        height, width = self.processor.output_size or (224, 224)
-        example = self._features_of(self._loaded, torch.zeros(1, 3, height, width))
+        example = self._features_of(torch.zeros(1, 3, *self._example_size), plain=True)
         return {
             name: {
                 "shape": list(tensor.shape[1:]),
@@ -267,16 +333,20 @@ class FeatureExtractor:
 
     def settings(self) -> dict[str, Any]:
         """Returns everything about this extractor that decides the values, in JSON types."""
+        weighty = next((m for m in self._models if isinstance(m, TimmModel)), self._models[0])
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
+        for name, tensor in sorted(weighty.state().items()):
             digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        packages = ("fastbb", "numpy", "safetensors", "timm")
+            flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy())
+        packages = ["fastbb", "numpy", "safetensors"]
+        packages += ["timm"] if isinstance(self._config, TimmBackboneConfig) else []
+        stages = {"stages": list(self.stages)} if self.stages else {}
         return {
             "model": {
                 "name": self._name,
-                "class": type(self.model).__name__,
-                "config": self.model.config.to_dict(),
+                "class": type(weighty.module).__name__,
+                "config": self._config.deciding_fields(),
                 "weights_sha256": digest.hexdigest(),
             },
             "preprocessing": self.processor.spec.to_dict(),
@@ -286,7 +356,9 @@ class FeatureExtractor:
                 "resized_pixels": MAX_RESIZED_PIXELS,
             },
             "features": list(self.features),
-            "out_indices": list(self.model.out_indices),
+            "norm": self.norm,
+            "normalize": self._storage.normalize,
+            **stages,
             "outputs": self.outputs(),
             "precision": self.precision,
             "device": self.device.type,
@@ -385,7 +457,10 @@ class FeatureExtractor:
                 for i, item in enumerate(loaded):
                     finite = all(bool(tensor[i].isfinite().all()) for tensor in features.values())
                     if isinstance(item, Tensor) and not finite:
-                        loaded[i] = ImageError("nonfinite_output", "a feature is NaN or infinite")
+                        stored = self._storage.dtype
+                        hint = "" if stored is None else f" as {self._storage.dtype} stores it"
+                        problem = f"a feature is NaN or infinite{hint}"
+                        loaded[i] = ImageError("nonfinite_output", problem)
         kept = [i for i, item in enumerate(loaded) if isinstance(item, Tensor)]
         return FeatureBatch(
             ids=[chunk[i][1] for i in kept],
@@ -421,17 +496,28 @@ class FeatureExtractor:
 
     def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Returns features of fp32 pixels [B, 3, H, W], on the CPU."""
-        return self._features_of(self.model, pixels)
+        return self._features_of(pixels)
 
     @torch.no_grad()
-    def _features_of(self, model: Backbone, pixels: Tensor) -> dict[str, Tensor]:
-        maps = model(pixels.to(self.device, PRECISIONS[self.precision])).feature_maps
-        features = {}
-        if "pooled" in self.features:
-            features["pooled"] = maps[-1].float().mean((2, 3))
-        if "maps" in self.features:
-            features |= {f"maps.{name}": m for name, m in zip(model.out_features, maps)}
-        return {name: tensor.cpu().contiguous() for name, tensor in features.items()}
+    def _features_of(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        pixels = self._on_device(pixels)
+        found: dict[str, Tensor] = {}
+        for model in self._models:
+            found |= model.features(pixels, plain)
+        return {name: self._storage.stored(feature) for name, feature in found.items()}
+
+    def _on_device(self, pixels: Tensor) -> Tensor:
+        return pixels.to(self.device, DTYPES[self.precision])
+
+    @property
+    def _example_size(self) -> tuple[int, int]:
+        """(H, W) of an example, where images keep their aspect ratio a usual one."""
+        return self.processor.output_size or (224, 224)
+
+
+def _is_size(size: Any) -> bool:
+    is_pair = isinstance(size, (tuple, list)) and len(size) == 2
+    return is_pair and all(isinstance(edge, int) and edge >= 1 for edge in size)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import PurePath
@@ -94,7 +94,7 @@ def json_value(value: object, depth: int = _MAX_NESTING) -> Any:
         return value if math.isfinite(value) else None
     if depth == 0:
         raise ValueError(f"nested more than {_MAX_NESTING} levels deep")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {str(name): json_value(item, depth - 1) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [json_value(item, depth - 1) for item in value]

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import safetensors.torch
 from torch import Tensor
 
+from .decode import RowError
 from .layout import (
     FORMAT,
     Generation,
@@ -35,13 +36,13 @@ from .layout import (
     plan_sha256,
     read_commit,
     read_generations,
-    read_index,
     read_plan,
     read_rows,
     totals,
     write_file,
     writing,
 )
+from .reading import Reader
 from .sources import Source
 
 # names of files by directory; an unfinished file has an end like .tmp-123
@@ -224,20 +225,10 @@ class FeatureWriter:
         rows = (row for g in new for shard in g.shards for row in read_rows(self.directory, shard))
         return {row["id"]: row["row"] for row in rows}
 
-    def failures(self) -> dict[int, dict[str, Any]]:
-        """Returns the index entry of each committed row without features, by its number."""
-        failed: dict[int, dict[str, Any]] = {}
-        ok: set[int] = set()  # an ok is final: no later attempt of that row counts
-        retried = any(generation.kind == "retry" for generation in self.generations)
-        for shard in self.shards:
-            commit = self._commit(shard)
-            if commit is not None and (commit["errors"] or retried):
-                for row in read_index(self.directory, shard.shard):
-                    if row["status"] == "ok":
-                        ok.add(row["row"])
-                    failed[row["row"]] = row
-        failed = {number: row for number, row in failed.items() if number not in ok}
-        return dict(sorted(failed.items()))
+    def failures(self) -> dict[int, RowError]:
+        """Returns the committed rows that have no features, by their numbers, in order."""
+        reader = Reader(self.directory)
+        return {e.row: e for block in reader.computed_blocks for e in reader.errors(block)}
 
     def totals(self, commits: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
         """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once.
@@ -249,12 +240,8 @@ class FeatureWriter:
         if not any(commit and commit["replaces"] for commit in commits):
             return counts
         # a damaged shard that was computed again may have features of rows that were retried
-        failures = self.failures()
-        kinds = Counter(failure["kind"] for failure in failures.values())
-        return counts | {
-            "ok": counts["rows"] - len(failures),
-            "errors": dict(sorted(kinds.items())),
-        }
+        n_ok, kinds = Reader(self.directory).counts()
+        return counts | {"ok": n_ok, "errors": dict(sorted(kinds.items()))}
 
     def _commit(self, shard: Shard) -> dict[str, Any] | None:
         return read_commit(self.directory, shard, self.plan, self._plan_sha256)

@@ -349,7 +349,7 @@ class AutoImageProcessor:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> ImageProcessor:
-        """Reads `preprocessor_config.json`, or timm's data config at its test-time size.
+        """Reads `preprocessor_config.json`, or timm's data config.
 
         Args:
             name_or_dir: local directory, bundled model, timm name or Hub repository.
@@ -358,7 +358,8 @@ class AutoImageProcessor:
             token: for the Hub.
             local_files_only: never ask the Hub.
             overrides: keys of `preprocessor_config.json` (or of timm's data config) to replace, and
-                `alpha_in_memory`, `alpha_in_files`, `exif_in_files`.
+                `alpha_in_memory`, `alpha_in_files`, `exif_in_files`. `use_test_size=True` takes
+                the size and crop of timm's test results, where a timm model has others for them.
 
         Returns:
             The processor, with the pixels of transformers' PIL backend or of timm.

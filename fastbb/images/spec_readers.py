@@ -245,11 +245,15 @@ def _check_overrides(overrides: Mapping[str, Any], keys: set[str], name: str) ->
         )
 
 
-def spec_from_timm(pretrained_cfg: Mapping[str, Any], **overrides: Any) -> ImageProcessorSpec:
-    """Reads the spec of timm's evaluation transform, at the test-time size where there is one.
+def spec_from_timm(
+    pretrained_cfg: Mapping[str, Any], *, use_test_size: bool = False, **overrides: Any
+) -> ImageProcessorSpec:
+    """Reads the spec of timm's evaluation transform.
 
     Args:
         pretrained_cfg: timm's dictionary of a pretrained model.
+        use_test_size: take the size and crop of timm's test results where they differ, as timm's
+            `resolve_data_config` does for this argument.
         overrides: `args` of timm's `resolve_data_config`.
 
     Raises:
@@ -257,9 +261,9 @@ def spec_from_timm(pretrained_cfg: Mapping[str, Any], **overrides: Any) -> Image
     """
     from timm.data.config import resolve_data_config
 
-    _check_overrides(overrides, _TIMM_KEYS, "timm's data config")
+    _check_overrides(overrides, _TIMM_KEYS | {"use_test_size"}, "timm's data config")
     own = {key: overrides.pop(key) for key in _OWN_KEYS & set(overrides)}
-    data = resolve_data_config(overrides, dict(pretrained_cfg), use_test_size=True)
+    data = resolve_data_config(overrides, dict(pretrained_cfg), use_test_size=use_test_size)
     channels, height, width = data["input_size"]
     if channels != 3:
         raise ValueError(f"this model takes {channels} channels, and images are processed as RGB")

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..extraction.decode import ImageError, decode, read_bytes
 from ..extraction.features import Features, open_features
 from ..extraction.layout import read_events, read_rows, write_file
+from ..extraction.reading import Reader
 from ..extraction.sources import Source
 
 # of the page; svg coordinates are these pixels
@@ -32,9 +33,13 @@ _N_POINTS = 2500
 _N_QUERIES = 12
 _N_NEIGHBOURS = 5
 _N_PATHS = 5
-# Okabe and Ito's colours, which colour-blind people can tell apart
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
-_OTHER = "#bbbbbb"
+_ENDS = ("end", "stop")  # events of run.jsonl
+# of ten classes: Tableau's palette
+_COLORS = (
+    *("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f"),
+    *("#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#86bcb6"),
+)
+_OTHER = "#999999"
 # carried columns that name the class of an image
 _LABELS = ("label_name", "label", "class", "cls", "category")
 
@@ -71,7 +76,7 @@ class _Run:
         device: that it ran on.
         rows: that it committed.
         seconds: that this took.
-        end: why it stopped; "finished" if nothing says so and the directory is complete.
+        end: "finished", or why it stopped; empty if the log does not say.
     """
 
     start: str
@@ -97,7 +102,7 @@ def report(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pa
         FileNotFoundError: it is no features directory.
         OutputError: the page cannot be written.
     """
-    from jinja2 import Environment
+    from jinja2 import Environment  # takes long to import, and comes with torch
 
     features = open_features(directory)
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
@@ -117,7 +122,7 @@ def _content(features: Features) -> dict[str, Any]:
         "directory": str(features.directory.absolute()),
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "described": [line.split(None, 1) for line in _facts(features)],
-        "runs": _runs(events, features.complete),
+        "runs": _runs(events),
         "speed": _speed(events),
         "failures": _failures(features),
         "n_rows": len(features.mask),
@@ -141,24 +146,17 @@ def _facts(features: Features) -> Iterator[str]:
             yield line
 
 
-def _runs(events: Sequence[dict[str, Any]], complete: bool) -> list[_Run]:
+def _runs(events: Sequence[dict[str, Any]]) -> list[_Run]:
     runs: list[_Run] = []
     starts = [i for i, event in enumerate(events) if event.get("event") == "start"]
     for first, end in zip(starts, [*starts[1:], len(events)]):
         own = events[first:end]
         shards = [event for event in own if event.get("event") == "shard"]
-        stops = [event["reason"] for event in own if event.get("event") == "stop"]
-        last = "finished" if complete and end == len(events) else "ended without a word"
+        ends = [event.get("reason", "finished") for event in own if event["event"] in _ENDS]
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(events[first].get("time", 0)))
-        runs.append(
-            _Run(
-                began,
-                str(events[first].get("device", "")),
-                sum(event["rows"] for event in shards),
-                sum(event["seconds"] for event in shards),
-                stops[-1] if stops else (last if end == len(events) else "went on in the next"),
-            )
-        )
+        device = str(events[first].get("device", ""))
+        n_rows, seconds = (sum(event[name] for event in shards) for name in ("rows", "seconds"))
+        runs.append(_Run(began, device, n_rows, seconds, str(ends[-1]) if ends else ""))
     return runs
 
 
@@ -234,7 +232,7 @@ class _Sample:
         labels = self._labels(step)
         counts = Counter(labels)
         common = [label for label, _ in counts.most_common(len(_COLORS))]
-        self._color_of = dict(zip(sorted(common), _COLORS))
+        self._color_of: dict[str, str] = dict(zip(sorted(common), _COLORS))
         self._point_labels = labels
         self.legend = list(self._color_of.items()) if len(counts) > 1 else []
         if self.legend and len(counts) > len(common):
@@ -306,7 +304,7 @@ class _Thumbnails:
     def __init__(self, features: Features, rows: set[int]) -> None:
         self._sources: dict[int, Source] = {}
         first = 0
-        for generation in features.generations:
+        for generation in Reader(features.directory).generations:
             for shard in generation.shards:
                 last = first + (shard.rows if generation.kind != "retry" else 0)
                 if generation.kind == "retry" or any(first <= row < last for row in rows):

@@ -4,8 +4,10 @@ Upstream: transformers `models/swin/` and `models/maskformer/modeling_maskformer
 torchvision and timm `models/swin_transformer.py`.
 """
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +32,7 @@ from ..backbone.registry import Family, TransformersModel, Upstream, register
 from .parts import CalledModules, Refused, kept_parts, untouched
 from .swin_forward import normed_map, swin_maps
 from .swin_modules import (
+    SwinAttention,
     SwinEmbeddings,
     SwinEncoder,
     SwinLayer,
@@ -186,6 +189,7 @@ class SwinBackbone(Backbone):
     optional_weights = ("hidden_states_norms.*", "swin.layernorm.*")
     unused_weights = ("*relative_position_index", "*.attn_mask", "*.mask_token")
     forward_options = ("interpolate_pos_encoding",)
+    has_tokens = True
 
     def __init__(self, config: SwinConfig) -> None:
         super().__init__(config)
@@ -280,11 +284,29 @@ class SwinBackbone(Backbone):
     def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
         if stage not in self.hidden_states_norms:
             return hidden_state
-        norm, x = self.hidden_states_norms[stage], hidden_state.permute(0, 2, 3, 1)
-        try:
-            return normed_map(x, untouched(norm, nn.LayerNorm))
-        except Refused:
-            return norm(x).permute(0, 3, 1, 2)
+        return _normed(hidden_state, self.hidden_states_norms[stage])
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.swin.layernorm
+
+    def final_map(self, hidden_state: Tensor) -> Tensor:
+        return _normed(hidden_state, self.swin.layernorm)
+
+    @property
+    def lacks_final_norm(self) -> bool:
+        # MaskFormer never trains it
+        return isinstance(self.config, MaskFormerSwinConfig) or super().lacks_final_norm
+
+    def with_library_windows(self) -> "SwinBackbone":
+        if type(self.config) is not SwinConfig:
+            return self
+        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        other = copy.deepcopy(self, shared)
+        for module in other.modules():
+            if isinstance(module, (SwinLayer, SwinAttention)):
+                module.spec = replace(module.spec, clamp_both=True)
+        return other
 
     def outputs_changed(self) -> None:
         names = [name for name in self.out_features if name in self._untrained_norms]
@@ -360,6 +382,15 @@ class SwinBackbone(Backbone):
                 if name.endswith("relative_position_bias_table")
             },
         }
+
+
+def _normed(hidden_state: Tensor, norm: nn.Module) -> Tensor:
+    """Normalizes [B, C, h, w] over its channels."""
+    x = hidden_state.permute(0, 2, 3, 1)
+    try:
+        return normed_map(x, untouched(norm, nn.LayerNorm))
+    except Refused:
+        return norm(x).permute(0, 3, 1, 2)
 
 
 def _warn_untrained(names: Sequence[str]) -> None:

@@ -323,7 +323,7 @@ class SwinModel(NativeModule):
         super().__init__()
         self.embeddings = embeddings
         self.encoder = encoder
-        # no feature map is computed with it; it is kept because checkpoints have it
+        # no feature map is computed with it, but the image embedding is
         self.layernorm = norm
 
     def forward(

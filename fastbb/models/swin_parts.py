@@ -40,6 +40,7 @@ class SwinBlockSpec:
         mlp_drop_path: stochastic depth of the MLP branch (0 in transformers).
         dropout: of both branches.
         attention_dropout: of the attention weights.
+        clamp_both: whether no axis is shifted where a window covers one (transformers' SwinModel).
     """
 
     num_heads: int
@@ -50,12 +51,17 @@ class SwinBlockSpec:
     mlp_drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    clamp_both: bool = False
 
     def geometry_for(self, height: int, width: int) -> WindowGeometry:
         """Windows and shift for a map of height x width tokens."""
-        if not self.clamp_shift:
+        if not (self.clamp_shift or self.clamp_both):
             return self.geometry
         (h, w), (shift_h, shift_w), roll_first = self.geometry
+        if self.clamp_both and (height <= h or width <= w):
+            return WindowGeometry((h, w), (0, 0), roll_first)
+        if not self.clamp_shift:
+            return self.geometry
         return WindowGeometry(
             (h, w), (0 if height <= h else shift_h, 0 if width <= w else shift_w), roll_first
         )

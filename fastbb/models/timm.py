@@ -35,6 +35,9 @@ from ..weights.watch import is_observed
 from .parts import CachedParts, Refused
 from .timm_loading import create_features, unknown_model
 
+# arguments of `timm.create_model` beside the rates of dropout
+_DECIDE_NO_FEATURE = {"drop_path_rate", "drop_block_rate", "num_classes"}
+
 
 class TimmBackboneConfig(BackboneConfig):
     """Configuration of a timm model used as a backbone.
@@ -103,6 +106,27 @@ class TimmBackboneConfig(BackboneConfig):
             out_indices = indices
         self.set_output_features_output_indices(out_features, out_indices)
 
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of `timm.create_model`; None selects timm's default."""
+        return {
+            "in_chans": self.num_channels,
+            "output_stride": self.output_stride,
+            "img_size": self.img_size,
+            **self.backbone_kwargs,
+        }
+
+    def deciding_fields(self) -> dict[str, Any]:
+        fields = super().deciding_fields()
+        del fields["use_pretrained_backbone"], fields["features_only"]
+        # the tag names weights, and directories have none
+        fields["backbone"] = str(self.backbone).removeprefix("timm/").partition(".")[0]
+        fields["backbone_kwargs"] = {
+            name: value
+            for name, value in fields["backbone_kwargs"].items()
+            if not name.endswith("drop_rate") and name not in _DECIDE_NO_FEATURE
+        }
+        return fields
+
     def set_output_features_output_indices(
         self, out_features: list[str] | None, out_indices: Sequence[int] | None
     ) -> None:
@@ -154,6 +178,7 @@ class TimmBackbone(Backbone):
             source = timm_source(config.backbone)
             if source is None:
                 raise ValueError(unknown_model(config.backbone))
+            self._origin = config.backbone, HubOptions()
         self._init_from(config, source, HubOptions(), native)
 
     @torch.inference_mode(False)  # weights made inside inference mode could not be trained later
@@ -165,13 +190,8 @@ class TimmBackbone(Backbone):
         native: bool,
         last_stage: int | None = None,
     ) -> None:
-        kwargs = {
-            "in_chans": config.num_channels,
-            "output_stride": config.output_stride,
-            "img_size": config.img_size,
-            **config.backbone_kwargs,
-        }
-        backbone = create_features(str(config.backbone), kwargs, source, hub, last_stage)
+        name, kwargs = str(config.backbone), config.model_arguments()
+        backbone = create_features(name, kwargs, source, hub, last_stage)
         if config.freeze_batch_norm_2d:
             from timm.layers.norm_act import freeze_batch_norm_2d
 
@@ -386,6 +406,7 @@ class TimmBackbone(Backbone):
             backbone._init_from(own, source, hub, native)
             dtype = as_dtype(dtype or torch_dtype)
             backbone = backbone.to(device=device, dtype=dtype).eval()
+            backbone._origin = name, hub.without_secret()
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod

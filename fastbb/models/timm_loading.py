@@ -1,9 +1,9 @@
-"""Builds timm's features-only modules and loads timm's weights into them."""
+"""Builds timm's features-only modules and full models, and loads timm's weights into them."""
 
 import difflib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -45,6 +45,65 @@ def create_features(
         ValueError: timm has no such model, or cannot build it with these arguments.
         OSError: the weights do not load.
     """
+
+    def arguments(model: nn.Module) -> dict[str, Any]:
+        if not hasattr(model, "feature_info"):
+            import timm
+
+            raise ValueError(f"timm {timm.__version__} has no stages of {name!r}")
+        info: Any = model.feature_info
+        # a placeholder (tresnet) counts as a stage but has no module
+        stages = [i for i in range(len(info)) if info[i]["module"]]
+        wanted = tuple(i for i in stages if last_stage is None or i <= last_stage)
+        return {"features_only": True, "out_indices": wanted}
+
+    return _create(name, kwargs, source, hub, arguments)
+
+
+def create_full(
+    name: str,
+    kwargs: dict[str, Any],
+    source: TimmSource,
+    hub: HubOptions,
+    *,
+    head: bool = False,
+) -> nn.Module:
+    """Builds timm's full model with its weights, for all image sizes that timm supports.
+
+    Args:
+        name: of the architecture.
+        kwargs: of `timm.create_model`; None selects timm's default.
+        source: of the weights.
+        hub: options for downloads.
+        head: keep the classifier, whose weights the checkpoint then has to have; default: the model
+            that timm builds for `num_classes=0`.
+
+    Raises:
+        ValueError: timm has no such model, or cannot build it with these arguments.
+        OSError: the weights do not load.
+    """
+    kwargs = kwargs if head else {**kwargs, "num_classes": 0}
+    return _create(name, kwargs, source, hub, lambda model: {}, head=head)
+
+
+def _create(
+    name: str,
+    kwargs: dict[str, Any],
+    source: TimmSource | None,
+    hub: HubOptions,
+    arguments: Callable[[nn.Module], dict[str, Any]],
+    head: bool = False,
+) -> nn.Module:
+    """Builds a module of timm with the weights of a source.
+
+    Args:
+        name: of the architecture.
+        kwargs: of `timm.create_model`; None selects timm's default.
+        source: of the weights; None: random weights.
+        hub: options for downloads.
+        arguments: further ones, for a model of that architecture without memory.
+        head: whether the weights have to have a classifier.
+    """
     import timm
 
     if not timm.is_model(name.removeprefix("timm/").partition(".")[0]):
@@ -53,27 +112,17 @@ def create_features(
     name = name.removeprefix("timm/")
     try:
         model, kwargs = _probe(name, kwargs)
-        if not hasattr(model, "feature_info"):
-            raise ValueError(f"timm {timm.__version__} has no stages of {name!r}")
-        info: Any = model.feature_info
-        # a placeholder (tresnet) counts as a stage but has no module
-        stages = [i for i in range(len(info)) if info[i]["module"]]
+        more = arguments(model)
         pretrained = _pretrained_arguments(source, hub, model)
-        with _complete_weights(name, source is not None), _only_tensors(name, pretrained):
-            backbone = timm.create_model(
-                name,
-                features_only=True,
-                out_indices=tuple(i for i in stages if last_stage is None or i <= last_stage),
-                **pretrained,
-                **kwargs,
-            )
+        complete = _complete_weights(name, source is not None, head)
+        with complete, _only_tensors(name, pretrained):
+            return timm.create_model(name, **more, **pretrained, **kwargs)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
     except (RuntimeError, LookupError, AttributeError) as error:
         if source is None:
             raise
         raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
-    return backbone
 
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -163,8 +212,14 @@ def _only_tensors(name: str, pretrained: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
-    """Raises an OSError if timm leaves a tensor at its random value, which timm only logs."""
+def _complete_weights(name: str, pretrained: bool, head: bool = False) -> Iterator[None]:
+    """Raises an OSError if timm leaves a tensor at its random value, which timm only logs.
+
+    Args:
+        name: of the model.
+        pretrained: whether weights are loaded.
+        head: whether the classifier is wanted too.
+    """
     log = logging.getLogger("timm.models._builder")
     messages: list[str] = []
     handler = logging.Handler()
@@ -186,7 +241,7 @@ def _complete_weights(name: str, pretrained: bool) -> Iterator[None]:
         key
         for message in missing
         for key in message.removeprefix("Missing keys (").partition(")")[0].split(", ")
-        if not _is_head(key, name)
+        if head or not _is_head(key, name)
     ]
     if pretrained and names:
         raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")

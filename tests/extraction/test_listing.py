@@ -206,6 +206,7 @@ def test_archives_beside_images_are_counted(shards: Path) -> None:
         ("[ac].*", ["a.tar/x.jpg", "c.zip/z.png"]),
         ("{c.zip,a.tar}", ["c.zip/z.png", "a.tar/x.jpg"]),
         ("{b,a}{/1,}.tar", None),
+        ("{b,.}/*.tar", ["b/1.tar/x.jpg", "b/1.tar/y.jpg", "./a.tar/x.jpg"]),
         ("b/{1..1}.tar", ["1.tar/x.jpg", "1.tar/y.jpg"]),
         ("{b,a.tar}", ["b/1.tar/x.jpg", "b/1.tar/y.jpg", "a.tar/x.jpg"]),
     ],

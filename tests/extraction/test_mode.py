@@ -79,7 +79,7 @@ def test_many_images_choose_the_mode_by_measuring(
     ex = FeatureExtractor(model, batch_size=4)
     assert ex.choose_mode("auto", 100) in ("eager", "compile")
     assert compiled_for == [(4, 3, 32, 32)]
-    row = ex.model.explain().rows[0]
+    row = ex.explain().rows[0]
     assert row.what == "4x32x32" and "the fastest that passed its check" in row.why
 
 

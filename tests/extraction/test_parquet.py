@@ -257,6 +257,17 @@ def test_large_images_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.Mo
         read_bytes(listed[0])
 
 
+def test_a_row_group_is_read_in_a_stream(tmp_path: Path) -> None:
+    data = [os.urandom(10_000) for _ in range(3000)]
+    options = {"use_dictionary": False, "data_page_size": 2**16, "write_batch_size": 16}
+    path = write(tmp_path / "x.parquet", {"image": data}, **options)
+    assert parquet.ParquetFile(path).num_row_groups == 1
+    source = next(iter(Listing([path])))
+    before = pyarrow.total_allocated_bytes()
+    assert read_bytes(source) == data[0]
+    assert pyarrow.total_allocated_bytes() - before < 8 * 2**20
+
+
 def test_a_few_files_stay_open(tmp_path: Path) -> None:
     for i in range(5):
         (source,) = Listing([write(tmp_path / f"{i}.parquet", {"image": [b"%d" % i]})])

@@ -126,7 +126,7 @@ def rows(batches: Any) -> list[Any]:
 
 @pytest.fixture
 def extractor(model: Path) -> FeatureExtractor:
-    return FeatureExtractor(model, batch_size=1)
+    return FeatureExtractor(model, "pooled", batch_size=1)
 
 
 def test_settings_made_before_do_not_change_rows(
@@ -273,12 +273,12 @@ def test_the_last_of_several_runs_restores_the_settings(
 
 
 def test_runs_in_several_threads_compute_the_same(model: Path, files: list[Path]) -> None:
-    expected = rows(FeatureExtractor(model, batch_size=1).stream(files))
+    expected = rows(FeatureExtractor(model, "pooled", batch_size=1).stream(files))
     change()
     found: list[Any] = []
 
     def work() -> None:
-        extractor = FeatureExtractor(model, batch_size=1)
+        extractor = FeatureExtractor(model, "pooled", batch_size=1)
         for _ in range(5):
             found.append(rows(extractor.stream(files)))
 

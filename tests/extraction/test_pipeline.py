@@ -47,7 +47,7 @@ def test_images_may_be_of_any_supported_type(
     path.write_bytes(encoded(3))
     image = Image.open(path).copy()
     array = np.asarray(image)
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     expected = ex(image)["pooled"]
     assert expected.shape == (1, 16)
     for other in (path, str(path), path.read_bytes(), bytearray(path.read_bytes()), array):
@@ -61,14 +61,14 @@ def test_files_are_turned_upright_and_images_in_memory_are_not(model: Path, tmp_
     exif = Image.Exif()
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     image.save(tmp_path / "turned.png", exif=exif)
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     same(ex(tmp_path / "turned.png")["pooled"], ex(image.rotate(-90))["pooled"])
     same(ex(Image.open(tmp_path / "turned.png"))["pooled"], ex(image)["pooled"])
 
 
 def test_an_image_without_features_raises_when_called_directly(model: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"text")
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     with pytest.raises(ImageError, match="image 1: none of JPEG") as caught:
         ex([Image.new("RGB", (8, 8)), tmp_path / "bad.png"])
     assert caught.value.kind == "unsupported_format"
@@ -77,7 +77,7 @@ def test_an_image_without_features_raises_when_called_directly(model: Path, tmp_
 
 
 def test_several_images_in_the_place_of_one_are_refused(model: Path) -> None:
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     batch = np.zeros((2, 8, 8, 3), np.uint8)
     for several in (batch, torch.zeros(2, 3, 8, 8), [batch[1], batch[1]], (batch[1],)):
         with pytest.raises(ValueError, match="image 1: wanted one image, got a"):
@@ -95,7 +95,7 @@ def test_images_may_come_from_an_iterator(model: Path, make_images: Callable[...
 def test_bad_image_in_memory_error_names_its_position(
     model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:
-    ex = FeatureExtractor(model, batch_size=2)
+    ex = FeatureExtractor(model, "pooled", batch_size=2)
     good = Image.new("RGB", (8, 8))
     with pytest.raises(TypeError, match="^image 3: an image is a PIL image"):
         ex([good, good, good, 7])
@@ -118,7 +118,7 @@ def test_device_zero_is_the_first_gpu_and_never_the_cpu(
 
 
 def test_stream_refuses_a_single_path(model: Path, make_images: Callable[..., Path]) -> None:
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     path = make_images(1) / "00000.png"
     for one in (path, str(path), bytes(path)):
         with pytest.raises(TypeError, match="paths: wanted a list or iterator of paths"):
@@ -128,7 +128,7 @@ def test_stream_refuses_a_single_path(model: Path, make_images: Callable[..., Pa
 
 
 def test_addresses_are_refused_without_their_credentials(model: Path) -> None:
-    ex = FeatureExtractor(model)
+    ex = FeatureExtractor(model, "pooled")
     (batch,) = ex.stream(["https://user:pa55@host.org/a.jpg?key=s3cret"])
     assert [(e.id, e.kind) for e in batch.errors] == [("https://host.org/a.jpg", "io")]
     with pytest.raises(ImageError, match="addresses are not fetched.*: https://host.org/a.jpg$"):
@@ -142,7 +142,7 @@ def test_stream_keeps_the_order_and_reports_failed_images(
     paths = sorted(root.iterdir())
     for i in (0, 4, 5):
         paths[i].write_bytes(b"text")
-    ex = FeatureExtractor(model, batch_size=4)
+    ex = FeatureExtractor(model, "pooled", batch_size=4)
     batches = list(ex.stream(iter(paths)))
     assert [len(b.ids) + len(b.errors) for b in batches] == [4, 4, 1]
     good = [path for i, path in enumerate(paths) if i not in (0, 4, 5)]
@@ -175,7 +175,7 @@ def test_every_row_has_the_features_of_its_own_file(
     assert [error.row for error in features.errors()] == sorted(bad)
     assert (report.ok, report.rows, sum(report.errors.values())) == (len(good), n, len(bad))
     assert len(features) == len(good) and features["pooled"].shape == (len(good), 16)
-    alone = FeatureExtractor(model)
+    alone = FeatureExtractor(model, "pooled")
     for path, row in zip(good, features["pooled"]):
         same(alone(path)["pooled"][0], row)
 
@@ -221,7 +221,7 @@ def test_maps_need_a_size_where_images_keep_their_aspect_ratio(aspect_model: Pat
 def test_an_image_too_large_for_the_model_is_a_failed_row(
     aspect_model: Path, make_images: Callable[..., Path], error: Exception, kind: str
 ) -> None:
-    ex = FeatureExtractor(aspect_model)
+    ex = FeatureExtractor(aspect_model, "pooled")
     forward = ex._forward
     n_calls = []
 
@@ -239,7 +239,7 @@ def test_an_image_too_large_for_the_model_is_a_failed_row(
 def test_a_batch_too_large_for_the_memory_asks_for_a_smaller_one(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
-    ex = FeatureExtractor(model, batch_size=2)
+    ex = FeatureExtractor(model, "pooled", batch_size=2)
 
     def failing(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -254,7 +254,7 @@ def test_an_image_that_the_processor_refuses_is_a_failed_row(
 ) -> None:
     # one pixel high: resizing rounds its height to zero
     (tmp_path / "thin.png").write_bytes(encoded(1, (1, 5000)))
-    (batch,) = FeatureExtractor(aspect_model).stream([tmp_path / "thin.png"])
+    (batch,) = FeatureExtractor(aspect_model, "pooled").stream([tmp_path / "thin.png"])
     assert [error.kind for error in batch.errors] == ["transform"] and not batch.ids
 
 
@@ -279,7 +279,7 @@ def test_a_thin_image_is_refused_before_it_is_stretched(
 def test_features_that_are_not_finite_are_a_failed_row(
     model: Path, make_images: Callable[..., Path]
 ) -> None:
-    ex = FeatureExtractor(model, batch_size=3)
+    ex = FeatureExtractor(model, "pooled", batch_size=3)
     paths = sorted(make_images(3).iterdir())
     expected = ex(paths)["pooled"]
     load = ex.processor.process
@@ -308,7 +308,7 @@ def test_few_images_are_held_at_a_time(
     n_read = []
     read_bytes = pipeline.read_bytes
     monkeypatch.setattr(pipeline, "read_bytes", lambda s: n_read.append(1) or read_bytes(s))
-    stream = FeatureExtractor(model, batch_size=4).stream(paths)
+    stream = FeatureExtractor(model, "pooled", batch_size=4).stream(paths)
     n_taken = 0
     for batch in stream:
         n_taken += len(batch.ids)
@@ -322,13 +322,18 @@ def test_few_images_are_held_at_a_time(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"features": ("pooled", "tokens")}, "features: wanted some of pooled, maps"),
-        ({"features": ()}, "features: wanted some of pooled, maps"),
-        ({"precision": "fp16"}, "precision: wanted fp32 or bf16, got 'fp16'"),
+        ({"features": ("pooled", "token")}, "features: wanted some of embedding, .*'token'"),
+        ({"features": ("maps.",)}, "features: wanted some of embedding, .*maps.<stage>"),
+        ({"features": ()}, "features: wanted some of embedding, cls, patch_mean, tokens, "),
+        ({"precision": "tf32"}, "precision: wanted fp32, fp16, bf16, got 'tf32'"),
+        ({"feature_dtype": "fp8"}, "feature_dtype: wanted fp32, fp16, bf16, got 'fp8'"),
+        ({"norm": "last"}, "norm: wanted final or none, got 'last'"),
+        ({"norm": "final"}, "norm: 'final' is for cls, patch_mean, tokens, and none of them is"),
+        ({"features": "maps", "normalize": True}, "normalize: none of maps is a vector"),
         ({"batch_size": 0}, "batch_size: wanted a whole number, at least 1, got 0"),
         ({"batch_size": 2.0}, "batch_size: wanted a whole number, at least 1, got 2.0"),
         ({"size": (0, 3)}, "size: wanted .height, width. in pixels"),
-        ({"size": 64}, "size: wanted .height, width. in pixels, got 64"),
+        ({"size": 64}, "size: wanted .height, width. in pixels, or 'test', got 64"),
         ({"size": (20_000, 20_000)}, "size: wanted at most 16,777,216 pixels.*got 20000x20000"),
         ({"out_indices": -1}, r"out_indices: wanted a list such as \[1, -1\], got -1"),
         ({"device": "gpu"}, "device: wanted cpu, cuda or cuda:N, got 'gpu'"),

@@ -32,9 +32,9 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(values)
 
 
-def timm_pixels(pretrained_cfg: dict, image: Image.Image) -> torch.Tensor:
-    """Pixels of timm's own evaluation transform, at the test-time size."""
-    data = resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=True)
+def timm_pixels(pretrained_cfg: dict, image: Image.Image, test: bool = False) -> torch.Tensor:
+    """Pixels of timm's own evaluation transform."""
+    data = resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=test)
     return create_transform(**data, is_training=False)(image)  # type: ignore[operator]
 
 
@@ -86,17 +86,31 @@ def test_pixels_equal_timm(crop_mode, interpolation, input_size, crop_pct) -> No
         "deepseek_vit_412m.deepseek_v4_flash_vision_exp",  # bicubic, border
     ],
 )
-def test_pixels_of_a_timm_name_equal_timm(name: str) -> None:
+@pytest.mark.parametrize("test", [False, True], ids=["default size", "test size"])
+def test_pixels_of_a_timm_name_equal_timm(name: str, test: bool) -> None:
     if not timm.is_model(name.removeprefix("timm/").split(".")[0]):
         pytest.skip(f"timm {timm.__version__} has no such model")
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"))
     assert cfg is not None
     image = picture(130, 177)
-    processor = AutoImageProcessor.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name, use_test_size=test)
     assert processor.spec.reference == "timm"
-    expected = timm_pixels(cfg.to_dict(), image)
+    expected = timm_pixels(cfg.to_dict(), image, test)
     assert torch.equal(processor(image).pixel_values[0], expected)
     assert processor.output_size == expected.shape[1:]
+
+
+def test_size_of_a_timm_model_is_that_of_timms_own_default() -> None:
+    model = timm.create_model("resnet18.a1_in1k")
+    transform = create_transform(**resolve_data_config({}, model=model))
+    processor = AutoImageProcessor.from_pretrained("resnet18.a1_in1k")
+    assert processor.output_size == (224, 224)
+    image = picture(300, 260)
+    assert torch.equal(processor.process(image), transform(image))  # type: ignore[operator]
+    test = AutoImageProcessor.from_pretrained("resnet18.a1_in1k", use_test_size=True)
+    assert test.output_size == (288, 288)
+    with pytest.raises(ValueError, match="ViTImageProcessor has no option 'use_test_size'"):
+        spec_from_config(VIT, use_test_size=True)
 
 
 def test_directory_in_timms_format_equals_timm(tmp_path: Path) -> None:

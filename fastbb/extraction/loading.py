@@ -1,0 +1,224 @@
+"""Loads what an extractor needs: the models of its features, and the image processor."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..auto import AutoBackbone
+from ..backbone.base import Backbone
+from ..backbone.configuration import BackboneConfig
+from ..backbone.hub import DEFAULT_HUB, HubOptions
+from ..engine.computation import without_engine
+from ..images.processor import AutoImageProcessor, ImageProcessor
+from ..models.lookup import find_config
+from ..models.timm import TimmBackbone, TimmBackboneConfig
+from ..models.timm_full import check_same_weights, load_full
+from .models import BackboneModel, FeatureModel, LayerModel, TimmModel, upstream_model
+from .outputs import Wanted
+
+Origin = tuple[str, HubOptions]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The models of an extractor.
+
+    Attributes:
+        name: of the checkpoint; an absolute path of a directory.
+        models: each computes some of the features.
+        config: of the backbone.
+        stages: names of the maps that "maps" and "pooled" stand for.
+    """
+
+    name: str
+    models: tuple[FeatureModel, ...]
+    config: BackboneConfig
+    stages: tuple[str, ...]
+
+
+def origin_of(model: Any) -> Origin | None:
+    """Name and options of the checkpoint of a model; None where that is not known.
+
+    Raises:
+        TypeError: it is neither a name nor a backbone.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model), DEFAULT_HUB
+    if isinstance(model, Backbone):
+        return model._origin
+    raise TypeError(
+        "model: wanted a name, a directory or a backbone (AutoBackbone.from_pretrained), got "
+        f"{type(model).__name__}"
+    )
+
+
+def load_processor(
+    model: Any, processor: ImageProcessor | None, use_test_size: bool
+) -> ImageProcessor:
+    """Returns the image processor that belongs to a model, unless another is given.
+
+    Raises:
+        OSError: the model has none.
+        TypeError: the given one is no image processor.
+        ValueError: it is not known where the model was loaded from, or it has no test size.
+    """
+    origin = origin_of(model)
+    if processor is not None:
+        if not isinstance(processor, ImageProcessor):
+            raise TypeError(
+                "processor: wanted an ImageProcessor (AutoImageProcessor.from_pretrained), got "
+                f"{type(processor).__name__}"
+            )
+        if use_test_size:
+            raise ValueError("size: 'test' chooses a processor, and processor= is given")
+        return processor
+    if origin is None:
+        raise ValueError(
+            f"processor: this {type(model).__name__} was not loaded by from_pretrained, so how its "
+            "images are to be processed is unknown: give processor="
+        )
+    name, hub = origin
+    processor = AutoImageProcessor.from_pretrained(name, **asdict(hub))
+    if not use_test_size:
+        return processor
+    if processor.spec.reference != "timm":
+        raise ValueError(f"size: 'test' is the test size of timm models, and {name!r} is not one")
+    return AutoImageProcessor.from_pretrained(name, **asdict(hub), use_test_size=True)
+
+
+def load_models(
+    model: Any,
+    wanted: Wanted,
+    *,
+    out_indices: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    example_size: tuple[int, int],
+) -> Loaded:
+    """Loads the models that compute the wanted features.
+
+    Args:
+        model: a name, a directory or a backbone in eval mode, which stays as it is.
+        wanted: features.
+        out_indices: the requested maps; default: the model's own choice.
+        dtype: of the weights.
+        device: of the weights.
+        example_size: (height, width) that timm's models are tried with.
+
+    Raises:
+        OSError: the model cannot be had.
+        ValueError: the model has not all of the features.
+    """
+    if out_indices is not None and not {"pooled", "maps"} & set(wanted.names):
+        raise ValueError(
+            f"out_indices: {list(out_indices)} is for pooled and maps, and neither is among "
+            f"{', '.join(wanted.names)}"
+        )
+    origin = origin_of(model)
+    is_timm = _is_timm(model)
+    backbone = None
+    if isinstance(model, Backbone) or wanted.has_stages or not is_timm:
+        backbone = _load_backbone(model, wanted.has_stages, out_indices, dtype, device)
+    models: list[FeatureModel] = []
+    stages: tuple[str, ...] = ()
+    maps: dict[str, Any] = {}
+    if backbone is not None and wanted.has_stages:
+        stages, maps = _select_maps(backbone, wanted)
+    if backbone is not None and wanted.full and not is_timm:
+        whole = backbone.with_library_windows()
+        together = maps if whole is backbone else {}
+        models.append(BackboneModel(whole, wanted.full, wanted.norm, **together))
+        maps = {} if together else maps
+    if backbone is not None and maps:
+        models.append(BackboneModel(backbone, **maps))
+    config = None if backbone is None else backbone.config
+    if is_timm:
+        heads = {"none": bool(wanted.full), "any": bool(wanted.layers)}
+        for head in [head for head, is_needed in heads.items() if is_needed]:
+            if origin is None:
+                raise ValueError(
+                    f"{(*wanted.full, *wanted.layers)[0]}: this TimmBackbone has no final norm and "
+                    "no head, and was not loaded by from_pretrained: ask for --features pooled or "
+                    "maps"
+                )
+            asked: Any = "projection" if head == "none" and "projection" in wanted.full else head
+            own = config if isinstance(config, TimmBackboneConfig) else None
+            config, full_model = load_full(*origin, config=own, head=asked)
+            full_model = full_model.to(device, dtype)
+            if isinstance(backbone, TimmBackbone):
+                check_same_weights(backbone, full_model)
+            if head == "any":
+                models.append(LayerModel(full_model, wanted.layers))
+            else:
+                models.append(TimmModel(full_model, wanted.full, wanted.norm, example_size))
+    elif wanted.layers:
+        assert backbone is not None
+        models.append(LayerModel(upstream_model(backbone, wanted.layers), wanted.layers))
+    assert config is not None
+    name = type(model).__name__ if origin is None else origin[0]
+    name = os.path.abspath(name) if os.path.isdir(name) else name
+    return Loaded(name, tuple(models), config, stages)
+
+
+def _is_timm(model: Any) -> bool:
+    if isinstance(model, Backbone):
+        return isinstance(model, TimmBackbone)
+    found = find_config(model, DEFAULT_HUB)
+    return found is None or found.backbone.get("model_type") == TimmBackboneConfig.model_type
+
+
+def _load_backbone(
+    model: Any,
+    has_maps: bool,
+    out_indices: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Backbone:
+    if not isinstance(model, Backbone):
+        options: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
+        with warnings.catch_warnings():
+            if not has_maps:  # of norms that only maps have
+                warnings.filterwarnings("ignore", message="The checkpoint has no norm for")
+            backbone = AutoBackbone.from_pretrained(model, dtype=dtype, device=device, **options)
+        return backbone.eval()
+    backbone = without_engine(model)
+    if any(module.training for module in backbone.modules()):
+        raise ValueError("model: the backbone is in training mode: call .eval() first")
+    if (backbone.dtype, backbone.device) != (dtype, device):
+        with torch.inference_mode(False):
+            backbone = copy.deepcopy(backbone).to(device, dtype)
+    if out_indices is not None:
+        backbone.out_indices = list(out_indices)
+    return backbone
+
+
+def _select_maps(backbone: Backbone, wanted: Wanted) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Selects the stages that are needed.
+
+    Returns:
+        The requested stages, as far as a feature without the name of a stage depends on them, and
+        arguments of `BackboneModel`.
+
+    Raises:
+        ValueError: there is no such stage.
+    """
+    requested = list(backbone.out_features)
+    for stage in wanted.named_maps:
+        if stage not in backbone.stage_names:
+            raise ValueError(
+                f"maps.{stage}: there is no such stage; the model has "
+                f"{', '.join(backbone.stage_names)}"
+            )
+    asked = requested if "maps" in wanted.names else []
+    pooled = requested[-1] if "pooled" in wanted.names else None
+    stored = [name for name in backbone.stage_names if name in {*asked, *wanted.named_maps}]
+    stages = tuple(asked or ([] if pooled is None else [pooled]))
+    backbone.out_features = [name for name in backbone.stage_names if name in {*stored, pooled}]
+    return stages, {"stored": stored, "pooled": pooled}

@@ -1,0 +1,476 @@
+"""Models that compute features: backbones, timm's full models, and single layers.
+
+Each has an `Engine` of its own that decides how it runs, except layers: these run in upstream's own
+modules, eagerly.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbb_kernels.accuracy import FP32_REL_FOLDED
+
+from ..backbone.base import Backbone
+from ..backbone.registry import TransformersModel, family_of
+from ..engine.computation import BackboneMaps, Computation, without_engine
+from ..engine.engine import Engine
+from ..engine.settings import Settings
+from ..hosts.accelerate import accelerate, restore
+from ..hosts.replacement import AccelerateWarning
+from .outputs import Norm
+
+_OTHERS = "ask for --features pooled or maps"
+
+
+class FeatureModel:
+    """Computes some features by name.
+
+    Attributes:
+        module: with all weights that they depend on.
+        engine: decides how it runs; None where it runs op by op in any mode.
+    """
+
+    def __init__(self, module: nn.Module, computation: Computation | None = None) -> None:
+        self.module = module
+        self._computation = computation
+        self.engine: Engine | None = None
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine decides how it runs."""
+        return self._computation is not None
+
+    def prepare(self, mode: str, expected_images: int | None) -> None:
+        """Changes how it runs, see `Backbone.prepare`."""
+        settings = Settings(mode, expected_images=expected_images)  # type: ignore[arg-type]
+        settings.check_device(next(self.module.parameters()).device, "model")
+        if self._computation is not None:
+            self.engine = Engine(self._computation, settings)
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights, by upstream's names."""
+        return self.module.state_dict()
+
+    def computed(self, pixels: Tensor, plain: bool) -> tuple[Tensor, ...]:
+        """Computes what the features are made of, by the engine or plainly."""
+        if self.engine is None or plain:
+            assert self._computation is not None
+            return self._computation.feature_maps(pixels)
+        return self.engine(pixels)
+
+    def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        """Computes features [B, ...] by name from pixels [B, 3, H, W].
+
+        Args:
+            pixels: in the dtype of the weights, on their device.
+            plain: op by op, whatever the engine decides.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Stages(BackboneMaps):
+    """Computes feature maps, and the last stage with the final norm, without it, or both."""
+
+    maps: tuple[str, ...] = ()
+    last: tuple[Norm, ...] = ()
+
+    @property
+    def outputs(self) -> Hashable:
+        return self.maps, self.last
+
+    @property
+    def cache_key(self) -> str:
+        return "-".join([super().cache_key, *self.last])
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        backbone, last = self.module, self.module.stage_names[-1]
+        ends_last = self.last and last not in self.maps
+        stages = backbone.forward_stages(pixel_values, [*self.maps, *([last] if ends_last else [])])
+        maps = [backbone.feature_map(name, stages[name]) for name in self.maps]
+        for norm in self.last:
+            maps.append(backbone.final_map(stages[last]) if norm == "final" else stages[last])
+        return tuple(maps)
+
+    def copied(self) -> _Stages:
+        return replace(self, module=copy.deepcopy(without_engine(self.module)))
+
+
+class BackboneModel(FeatureModel):
+    """A backbone: its maps, and of native families the features of the last stage.
+
+    Args:
+        backbone: in eval mode; its `out_features` are the requested maps.
+        full: features of the last stage.
+        norm: of the tokens.
+        stored: stages whose maps are stored.
+        pooled: stage whose mean is stored, or None.
+
+    Raises:
+        ValueError: the model has no such feature.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        full: Sequence[str] = (),
+        norm: Norm | None = None,
+        stored: Sequence[str] = (),
+        pooled: str | None = None,
+    ) -> None:
+        _check_native(backbone, full, norm)
+        final: list[Norm] = ["final"] if "embedding" in full or norm == "final" else []
+        last: list[Norm] = [*final, "none"] if norm == "none" else final
+        used = {*stored, pooled}
+        maps = tuple(name for name in backbone.stage_names if name in used)
+        self.backbone = without_engine(backbone)
+        super().__init__(self.backbone, _Stages(self.backbone, maps, tuple(last)))
+        self._maps, self._last = maps, last
+        self._full, self._norm, self._stored, self._pooled = full, norm, stored, pooled
+
+    def prepare(self, mode: str, expected_images: int | None) -> None:
+        self.module = self.backbone.prepare(mode, expected_images=expected_images)
+        if self._last:
+            super().prepare(mode, expected_images)
+        else:
+            self.engine = self.module._engine
+
+    def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        computed = self.computed(self.backbone._checked(pixels), plain)
+        found = dict(zip([*self._maps, *self._last], computed))
+        features: dict[str, Tensor] = {}
+        for name in self._full:
+            x = found["final" if name == "embedding" else str(self._norm)]
+            is_vector = name != "tokens"
+            features[name] = x.float().mean((2, 3)) if is_vector else x.flatten(2).transpose(1, 2)
+        if self._pooled is not None:
+            features["pooled"] = found[self._pooled].float().mean((2, 3))
+        return features | {f"maps.{name}": found[name] for name in self._stored}
+
+
+def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) -> None:
+    """Raises a ValueError for a feature that a native backbone has not."""
+    what = type(backbone).__name__
+    if "projection" in full:
+        raise ValueError(
+            f"projection: a {what} has none, as CLIP has to the space that images share with text; "
+            "ask for --features embedding"
+        )
+    tokens = [name for name in full if name != "embedding"]
+    if tokens and not backbone.has_tokens:
+        raise ValueError(f"{tokens[0]}: a {what} is a CNN and has no tokens; {_OTHERS}")
+    if "cls" in full:
+        raise ValueError(
+            f"cls: a {what} has no class token; ask for --features embedding, patch_mean or pooled"
+        )
+    if ("embedding" in full or norm == "final") and backbone.lacks_final_norm:
+        raise ValueError(f"{full[0]}: {_no_final_norm(backbone)}")
+
+
+def _no_final_norm(backbone: Backbone) -> str:
+    return (
+        f"the checkpoint of this {type(backbone).__name__} has no trained final norm, as it was "
+        f"trained or saved without a head; {_OTHERS}"
+    )
+
+
+@dataclass(frozen=True)
+class _FullOutputs:
+    """Computes the output of timm's full model, and its tokens: the `Computation` of its engine.
+
+    Attributes:
+        module: timm's model; its final norm is `fastbb_norm` where tokens before it are wanted.
+        wanted: "pre_logits", "logits" and "tokens", in this order.
+        splits: whether its forward is `forward_head` after `forward_features`.
+        cache_key: key of measured choices.
+    """
+
+    module: nn.Module
+    wanted: tuple[str, ...]
+    splits: bool
+    cache_key: str
+    exactness = FP32_REL_FOLDED
+
+    @property
+    def outputs(self) -> Hashable:
+        return self.wanted
+
+    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        model: Any = self.module
+        if not self.splits:
+            return (model(pixel_values),)
+        tokens = model.forward_features(pixel_values)
+        final = model.fastbb_norm(tokens) if hasattr(model, "fastbb_norm") else tokens
+        return tuple(
+            tokens
+            if name == "tokens"
+            else model.forward_head(final, pre_logits=name == "pre_logits")
+            for name in self.wanted
+        )
+
+    def copied(self) -> _FullOutputs:
+        module = copy.deepcopy(self.module)
+        restore(module)
+        return replace(self, module=module)
+
+
+class TimmModel(FeatureModel):
+    """timm's full model, accelerated.
+
+    Args:
+        model: in eval mode, with its head only if the projection is wanted.
+        full: features to compute.
+        norm: of the tokens.
+        size: (height, width) of an example.
+
+    Raises:
+        ValueError: the model has no such feature, or does not run in its dtype.
+    """
+
+    def __init__(
+        self, model: nn.Module, full: Sequence[str], norm: Norm | None, size: tuple[int, int]
+    ) -> None:
+        self._full = full
+        self._projects = "projection" in full and model.num_classes != 0  # type: ignore[operator]
+        wanted = ["pre_logits"] if {"embedding", "projection"} & set(full) else []
+        wanted += ["logits"] if self._projects else []
+        wanted += ["tokens"] if norm is not None else []
+        like = next(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        example = torch.randn(1, 3, *size, generator=generator).to(like.device, like.dtype)
+        with torch.no_grad():
+            splits = self._try(model, example, wanted)
+            if norm is not None:
+                self._n_prefix = _check_tokens(model, example, full, norm)
+        if splits:
+            mode = "triton" if like.device.type == "cuda" else "eager"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AccelerateWarning)
+                # these modes measure nothing: another process computes the same
+                accelerate(model, mode=mode)
+        shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
+        described = repr((shapes, wanted, getattr(model, "pretrained_cfg", None)))
+        key = f"{type(model).__name__}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+        super().__init__(model, _FullOutputs(model, tuple(wanted), splits, key))
+        self._wanted = wanted
+
+    def _try(self, model: Any, example: Tensor, wanted: Sequence[str]) -> bool:
+        """Runs an example; returns whether the model's forward is its two halves, one by one."""
+        what = f"timm's {type(model).__name__}"
+        halves: Any = None
+        try:
+            whole = model(example)
+            with suppress(AttributeError, NotImplementedError, TypeError):
+                halves = model.forward_head(model.forward_features(example))
+        except RuntimeError as error:
+            dtype = str(example.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"precision: {what} does not run in {dtype} on {example.device}: {error}"
+            ) from error
+        is_vector = isinstance(whole, Tensor) and whole.ndim == 2
+        if "pre_logits" in wanted and not is_vector:
+            raise ValueError(f"embedding: {what} returns no vector; {_OTHERS}")
+        splits = isinstance(halves, Tensor) and is_vector and torch.equal(halves, whole)
+        if not splits and wanted != ["pre_logits"]:
+            raise ValueError(f"{self._full[-1]}: {what} has no tokens of its own; {_OTHERS}")
+        return splits
+
+    def state(self) -> dict[str, Tensor]:
+        state = self.module.state_dict()
+        return {name.replace("fastbb_norm.", "norm.", 1): tensor for name, tensor in state.items()}
+
+    def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        found = dict(zip(self._wanted, self.computed(pixels, plain)))
+        tokens = found.get("tokens")
+        if tokens is not None and tokens.ndim == 4:  # Swin's, [B, h, w, C]
+            tokens = tokens.flatten(1, 2)
+        features: dict[str, Tensor] = {}
+        for name in self._full:
+            if name in ("embedding", "projection"):
+                is_logits = name == "projection" and self._projects
+                features[name] = found["logits" if is_logits else "pre_logits"]
+                continue
+            assert tokens is not None
+            if name == "cls":
+                features[name] = tokens[:, 0]
+            elif name == "patch_mean":
+                features[name] = tokens[:, self._n_prefix :].float().mean(1)
+            else:
+                features[name] = tokens
+        return features
+
+
+def _check_tokens(model: Any, example: Tensor, full: Sequence[str], norm: Norm) -> int:
+    """Checks the tokens of timm's model, and takes its final norm out for those before it.
+
+    Returns:
+        The number of tokens before the patches.
+
+    Raises:
+        ValueError: there are no such tokens.
+    """
+    wanted = next(name for name in full if name not in ("embedding", "projection"))
+    what = f"timm's {type(model).__name__}"
+    features = model.forward_features(example)
+    is_map = isinstance(features, Tensor) and features.ndim == 4
+    channels_last = is_map and str(getattr(model, "output_fmt", "")).endswith("NHWC")
+    if not isinstance(features, Tensor) or not (features.ndim == 3 or channels_last):
+        raise ValueError(f"{wanted}: {what} has no tokens; {_OTHERS}")
+    has_class = getattr(model, "cls_token", None) is not None
+    n_prefix = getattr(model, "num_prefix_tokens", None if has_class else 0)
+    if n_prefix is None and full != ["tokens"]:
+        raise ValueError(f"{wanted}: {what} does not say which tokens are patches; {_OTHERS}")
+    if "cls" in full and not (has_class and n_prefix):
+        raise ValueError(
+            f"cls: {what} has no class token; ask for --features embedding, patch_mean or pooled"
+        )
+    final = getattr(model, "norm", None)
+    if isinstance(final, nn.Identity):
+        if norm == "final":
+            raise ValueError(
+                f"{wanted}: {what} normalizes only after it pooled its tokens: ask for them with "
+                "--norm none, or for --features embedding"
+            )
+        return n_prefix or 0
+    calls: list[tuple[Tensor, Tensor]] = []
+    if isinstance(final, nn.Module):
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            calls.append((args[0], output))
+
+        with final.register_forward_hook(keep):
+            features = model.forward_features(example)
+    if not calls or not torch.equal(calls[-1][1], features):
+        raise ValueError(f"{wanted}: {what} does not end with a norm that is known; {_OTHERS}")
+    if norm == "none":
+        model.fastbb_norm, model.norm = final, nn.Identity()
+        if not torch.equal(model.forward_features(example), calls[-1][0]):
+            raise ValueError(f"{wanted}: {what} has no tokens before its norm; {_OTHERS}")
+    return n_prefix or 0
+
+
+class LayerModel(FeatureModel):
+    """Outputs of modules of an upstream model, by upstream's names.
+
+    Args:
+        module: upstream's, in eval mode.
+        layers: names of modules inside it.
+
+    Raises:
+        ValueError: there is no such module; names close ones.
+    """
+
+    def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
+        names = [name for name, _ in module.named_modules() if name]
+        for layer in layers:
+            if layer not in names:
+                close = difflib.get_close_matches(layer, names, n=5) or names[:5]
+                raise ValueError(
+                    f"layer:{layer}: {type(module).__name__} has no such module; did you mean "
+                    f"{', '.join(close)}?"
+                )
+        super().__init__(module)
+        self._layers = layers
+
+    def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
+
+        def keep(layer: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                first = _first_tensor(output)
+                # what follows may compute in place
+                outputs[layer] += [] if first is None else [first.detach().clone()]
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooked = self.module.get_submodule(layer)
+                hooks.enter_context(hooked.register_forward_hook(keep(layer)))
+            self.module(pixels)
+        for layer, found in outputs.items():
+            if len(found) != 1:
+                problem = f"gives {len(found)} tensors in one forward pass, wanted one"
+            elif found[0].ndim < 2 or len(found[0]) != len(pixels):
+                problem = f"gives {list(found[0].shape)} for {len(pixels)} images: no row for each"
+            else:
+                continue
+            raise ValueError(f"layer:{layer}: the module {problem}; ask for one around it")
+        return {f"layer:{layer}": found[0] for layer, found in outputs.items()}
+
+
+def _first_tensor(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    found = map(_first_tensor, output) if isinstance(output, (list, tuple)) else iter(())
+    return next((x for x in found if x is not None), None)
+
+
+# the modules before the final norm
+_STAGES = ("embeddings", "embedder", "encoder", "features")
+
+
+def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:
+    """The model of a native backbone's own library, with its weights, in eval mode.
+
+    That is transformers' `SwinModel` or `ResNetModel`, and torchvision's SwinTransformer for its
+    semantics.
+
+    Args:
+        backbone: of a native family.
+        layers: names of the modules that are wanted.
+
+    Raises:
+        ValueError: the library is not installed, the family names no upstream, or a layer comes
+            after a final norm that the checkpoint lacks.
+    """
+    late = [layer for layer in layers if layer.partition(".")[0] not in _STAGES]
+    if late and backbone.lacks_final_norm:
+        raise ValueError(f"layer:{late[0]}: {_no_final_norm(backbone)}")
+    family, _ = family_of(backbone.config.model_type)
+    backbone.check_own_weights()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            upstream = family.upstream(backbone) if family.upstream is not None else None
+            if isinstance(upstream, TransformersModel):
+                module = _of_transformers(backbone, upstream)
+            elif upstream is not None:
+                module = upstream.module
+                if isinstance(getattr(module, "head", None), nn.Linear):
+                    module.head = nn.Identity()  # with random weights
+            else:
+                raise ValueError(f"layer: {type(backbone).__name__} names no upstream model")
+    except ImportError as error:
+        raise ValueError(
+            f"layer: modules of a {type(backbone).__name__} are run by its own library, which is "
+            f"not installed ({error}): pip install 'fastbb[transformers]'"
+        ) from error
+    return module.to(backbone.device, backbone.dtype).eval()
+
+
+def _of_transformers(backbone: Backbone, named: TransformersModel) -> nn.Module:
+    library = import_module(named.package)
+    config = getattr(library, f"{named.name}Config").from_dict(backbone.config.to_dict())
+    module: nn.Module = getattr(library, f"{named.name}Model")(config)
+    state = named.state(backbone)
+    places = ("", "swin.", "model.")
+    module.load_state_dict(
+        {
+            name: next(state[place + name] for place in places if place + name in state)
+            for name in module.state_dict()
+        }
+    )
+    return module

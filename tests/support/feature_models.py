@@ -1,0 +1,71 @@
+"""Tiny models in directories of their libraries' formats, and pictures, for feature extraction."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from reference_models import randomize_
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastbb import AutoImageProcessor
+
+PICTURES = [
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (48, 56, 3), dtype=np.uint8))
+    for i in range(3)
+]
+
+
+def gap(got: Tensor, expected: Tensor) -> float:
+    """The largest error, relative to the largest expected magnitude."""
+    assert got.shape == expected.shape
+    difference = (got.double() - expected.double()).abs().max()
+    return (difference / expected.double().abs().max()).item()
+
+
+def save_processor(directory: Path, size: int = 128) -> None:
+    """Writes the preprocessor_config.json of a ViT for images of `size` x `size`."""
+    config = {"image_processor_type": "ViTImageProcessor", "size": {"height": size, "width": size}}
+    (directory / "preprocessor_config.json").write_text(json.dumps(config))
+
+
+def pixels_of(directory: Path | str) -> Tensor:
+    """The pixels [3, 3, H, W] of `PICTURES` for a model."""
+    return AutoImageProcessor.from_pretrained(directory)(PICTURES).pixel_values
+
+
+def save_timm(directory: Path, name: str, size: int = 0, tag: str = "", **options: Any) -> Any:
+    """Saves a timm model with random weights in timm's format, and returns it.
+
+    Args:
+        directory: made here.
+        name: of the architecture.
+        size: of the images, where it is not the model's own.
+        tag: of the weights, in place of timm's default.
+        options: of `timm.create_model`.
+    """
+    model = randomize_(timm.create_model(name, **options))
+    found = timm.get_pretrained_cfg(name)
+    cfg = {} if found is None else found.to_dict()
+    cfg |= {"tag": tag} if tag else {}
+    cfg |= {"input_size": [3, size, size], "fixed_input_size": False} if size else {}
+    cfg["num_classes"] = model.num_classes
+    config = {"architecture": name, "num_classes": model.num_classes, "pretrained_cfg": cfg}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({**config, "model_args": options}))
+    state = {key: tensor.clone().contiguous() for key, tensor in model.state_dict().items()}
+    save_file(state, directory / "model.safetensors")
+    return model
+
+
+@torch.no_grad()
+def without_classifier(model: Any, name: str, **options: Any) -> Any:
+    """timm's own model for `num_classes=0`, with the weights of another."""
+    bare = timm.create_model(name, **{**options, "num_classes": 0}).eval()
+    state = model.state_dict()
+    bare.load_state_dict({key: state[key] for key in bare.state_dict()})
+    return bare
