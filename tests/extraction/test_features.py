@@ -283,6 +283,13 @@ def test_a_run_that_too_many_failures_stopped_says_so_and_what_to_do(directory: 
     assert "failed    2, in finished shards" in rest
 
 
+def test_the_norms_of_the_plan_are_shown(directory: Directory) -> None:
+    assert "norm  " not in open_features(directory.path).describe()
+    features = open_features(directory.path)
+    features.plan |= {"norm": "final", "normalize": True}
+    assert "norm      tokens final, vectors of length 1 (L2)" in features.describe()
+
+
 def test_a_start_that_listed_nothing_is_not_complete(directory: Directory) -> None:
     for path in (directory.path / "rows").glob("generation-*"):
         path.unlink()

@@ -97,7 +97,16 @@ def test_maps_are_not_searched(tmp_path: Path) -> None:
     outputs = {"maps": {"shape": [2, 3, 3], "dtype": "float32"}}
     features = open_features(Directory(tmp_path / "out", outputs).start([row(0)]).path)
     with pytest.raises(ValueError, match=r"one dimension, got maps of shape \[2, 3, 3\]"):
+        features.search(torch.zeros(18), name="maps")
+    with pytest.raises(ValueError, match="name: wanted one of maps, got None"):
         features.search(torch.zeros(18))
+    outputs["embedding"] = {"shape": [5], "dtype": "float32"}
+    features = open_features(Directory(tmp_path / "both", outputs).start([row(0)]).path)
+    assert features.search(features["embedding"][0]).ids == ["00000.png"]
+    outputs["cls"] = {"shape": [5], "dtype": "float32"}
+    features = open_features(Directory(tmp_path / "three", outputs).start([row(0)]).path)
+    with pytest.raises(ValueError, match="name: wanted one of cls, embedding, got None"):
+        features.search(torch.zeros(5))
 
 
 def test_half_features_and_unfinished_and_old_directories_are_searched(tmp_path: Path) -> None:
