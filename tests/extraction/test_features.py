@@ -101,6 +101,18 @@ def test_an_ok_of_an_earlier_retry_is_final(directory: Directory) -> None:
     assert_reads(directory)
 
 
+def test_a_row_between_retried_ones_may_be_ok_at_the_first_attempt(tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "out").start(map(row, range(6)), failed=(1, 2, 3))
+    directory.retry()
+    directory.failed = {1, 3}
+    with directory.open() as writer:  # the first shard was damaged, and is computed again
+        directory.commit(writer, writer.shards[0])
+        writer.finish(writer.totals([writer.committed(shard) for shard in writer.shards]))
+    directory.failed = set()
+    assert_reads(directory)
+    assert verify_features(directory.path).passed
+
+
 def test_a_damaged_retry_leaves_the_earlier_failure(directory: Directory) -> None:
     directory.retry()
     (directory.path / "shards" / "commit-00003.json").write_text("{}")
