@@ -139,7 +139,7 @@ def test_extract_failures_have_their_exit_codes(
         (("--size", "0x9"), "wanted height x width in pixels"),
         (("--size", "20000x20000"), "size: wanted at most 16,777,216 pixels"),
         (("--out-indices", "1,two"), "wanted whole numbers such as 1,2 or -1, got '1,two'"),
-        (("--out-indices", "1,9"), "out_indices must be valid indices"),
+        (("--features", "maps", "--out-indices", "1,9"), "out_indices must be valid indices"),
         (("--features", "pooled,token"), "wanted some of"),
         (("--precision", "fp64"), "is not one of 'fp32', 'bf16', 'fp16'"),
         (("--batch-size", "0"), "x>=1"),
@@ -193,7 +193,7 @@ def test_show_prints_the_plan_and_the_failures(images: Path, tmp_path: Path) -> 
     result = fastbb("show", tmp_path / "out")
     assert result.exit_code == 0, result.output
     for text in (
-        *("complete", MODEL, "SwinBackbone", "pooled [", "rows      5 of 5", "images/s"),
+        *("complete", MODEL, "SwinBackbone", "embedding [", "rows      5 of 5", "images/s"),
         *("failed    2", "unsupported_format   2", "'bad.png': unsupported_format, none of"),
         r"'caf\udce9.png': unsupported_format",
     ):

@@ -35,7 +35,6 @@ from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
 from .plan import (
     DEFAULT_BATCH_SIZE,
     check_plan,
-    compared_settings,
     extractor_arguments,
     make_plan,
 )
@@ -103,7 +102,7 @@ def extract(
     out: str | os.PathLike[str] | None = None,
     *,
     features: str | Sequence[str] | None = None,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Sequence[int | str] | None = None,
     norm: str | None = None,
     normalize: bool | None = None,
     feature_dtype: str | None = None,
@@ -139,7 +138,7 @@ def extract(
         out: the features directory; `open_features` reads it.
         features: see `FeatureExtractor`, as are out_indices, norm, normalize, feature_dtype,
             precision, device, batch_size, size and processor.
-        out_indices: the requested maps; default: the model's own choice.
+        out_indices: the requested maps, by index or name; default: the model's own choice.
         norm: of tokens, "final" or "none".
         normalize: whether vectors are divided by their L2 norm.
         feature_dtype: what is stored, "fp32", "fp16" or "bf16".
@@ -204,9 +203,9 @@ def extract(
             raise
         sources = None  # the list of the first start is frozen
     with _threads(plan):
-        extractor = _extractor(model, plan, said, batch_size)
+        extractor = _extractor(model, Path(out), plan, said, batch_size)
         if plan is not None:
-            check_plan(Path(out), plan, compared_settings(extractor))
+            check_plan(Path(out), plan, extractor.settings())
         with FeatureWriter(out) as writer, Progress(progress) as bar:
             if bool(writer.plan) != (plan is not None):
                 raise OutputLockedError(
@@ -261,22 +260,23 @@ def _in_memory(
             "out: wanted a directory for the features of files, got none; only images in memory "
             "need none"
         )
-    extractor = _extractor(model, None, said, batch_size)
+    extractor = _extractor(model, None, None, said, batch_size)
     extractor.prepare(mode or "auto", len(images))
     return extractor(images)
 
 
 def _extractor(
     model: str | os.PathLike[str] | Backbone | None,
+    directory: Path | None,
     plan: Mapping[str, Any] | None,
     said: Mapping[str, Any],
     batch_size: int | None,
 ) -> FeatureExtractor:
-    if plan is None:
+    if plan is None or directory is None:
         arguments = {name: value for name, value in said.items() if value is not None}
         arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
     else:
-        arguments = extractor_arguments(plan, said)
+        arguments = extractor_arguments(directory, plan, said)
         model = plan["model"]["name"] if model is None else model
     assert model is not None
     return FeatureExtractor(model, mode="eager", **arguments)

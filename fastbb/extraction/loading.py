@@ -85,6 +85,8 @@ def load_processor(
             "images are to be processed is unknown: give processor="
         )
     name, hub = origin
+    if not isinstance(model, Backbone):
+        find_config(name, hub)  # a wrong name is told as such, not as one without a processor
     processor = AutoImageProcessor.from_pretrained(name, **asdict(hub))
     if not use_test_size:
         return processor
@@ -97,7 +99,7 @@ def load_models(
     model: Any,
     wanted: Wanted,
     *,
-    out_indices: Sequence[int] | None,
+    out_indices: Sequence[int | str] | None,
     dtype: torch.dtype,
     device: torch.device,
     example_size: tuple[int, int],
@@ -107,7 +109,7 @@ def load_models(
     Args:
         model: a name, a directory or a backbone in eval mode, which stays as it is.
         wanted: features.
-        out_indices: the requested maps; default: the model's own choice.
+        out_indices: the requested maps, by index or name; default: the model's own choice.
         dtype: of the weights.
         device: of the weights.
         example_size: (height, width) that timm's models are tried with.
@@ -177,12 +179,12 @@ def _is_timm(model: Any) -> bool:
 def _load_backbone(
     model: Any,
     has_maps: bool,
-    out_indices: Sequence[int] | None,
+    out_indices: Sequence[int | str] | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Backbone:
     if not isinstance(model, Backbone):
-        options: dict[str, Any] = {} if out_indices is None else {"out_indices": tuple(out_indices)}
+        options = {} if out_indices is None else _selection(out_indices)
         with warnings.catch_warnings():
             if not has_maps:  # of norms that only maps have
                 warnings.filterwarnings("ignore", message="The checkpoint has no norm for")
@@ -195,8 +197,15 @@ def _load_backbone(
         with torch.inference_mode(False):
             backbone = copy.deepcopy(backbone).to(device, dtype)
     if out_indices is not None:
-        backbone.out_indices = list(out_indices)
+        for name, value in _selection(out_indices).items():
+            setattr(backbone, name, value)
     return backbone
+
+
+def _selection(stages: Sequence[int | str]) -> dict[str, Any]:
+    """Stages by index or by name, as a backbone takes them."""
+    by_name = any(isinstance(stage, str) for stage in stages)
+    return {"out_features" if by_name else "out_indices": list(stages)}
 
 
 def _select_maps(backbone: Backbone, wanted: Wanted) -> tuple[tuple[str, ...], dict[str, Any]]:

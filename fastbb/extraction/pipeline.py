@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import itertools
 import math
 import os
@@ -17,6 +16,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import PIL
@@ -39,13 +39,15 @@ from .decode import (
     decode,
     read_bytes,
 )
+from .layout import canonical_json
 from .loading import load_models, load_processor
 from .models import TimmModel
 from .outputs import DTYPES, Storage, Wanted
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
-from .store import canonical_json
 
+# raised when fastbb computes other values from the same weights and pixels
+_NUMERICS = 1
 # position in the input, id, and the source
 Row = tuple[int, str, Any]
 
@@ -96,8 +98,9 @@ class FeatureExtractor:
       torchvision's SwinTransformer.
 
     A Swin of transformers runs once for maps and once more for the features of its last layer,
-    because SwinModel shifts other windows than SwinBackbone. Of timm models "pooled" and maps come from a `TimmBackbone`, layers from timm's full model, all
-    others from an accelerated full model: where several kinds are asked for, each runs.
+    because SwinModel shifts other windows than SwinBackbone. Of timm models "pooled" and maps come
+    from a `TimmBackbone`, layers from timm's full model, all others from an accelerated full model:
+    where several kinds are asked for, each runs.
 
     Attributes:
         model: the model that computes the first feature, in eval mode: the prepared backbone, or
@@ -106,6 +109,7 @@ class FeatureExtractor:
         features: the names.
         norm: of the tokens, "final" or "none"; None where no feature has it.
         stages: names of the maps that "maps" and "pooled" stand for.
+        precision, normalize, feature_dtype: as given.
         batch_size: images per forward pass; 1 where the processor keeps the aspect ratio.
     """
 
@@ -114,7 +118,7 @@ class FeatureExtractor:
         model: str | os.PathLike[str] | Backbone,
         features: str | Sequence[str] = "embedding",
         *,
-        out_indices: Sequence[int] | None = None,
+        out_indices: Sequence[int | str] | None = None,
         norm: str | None = None,
         normalize: bool = False,
         feature_dtype: str | None = None,
@@ -132,7 +136,7 @@ class FeatureExtractor:
             model: argument of `AutoBackbone.from_pretrained`, or a backbone that it loaded, which
                 stays as it is.
             features: one name or several.
-            out_indices: the requested maps; default: the model's own choice.
+            out_indices: the requested maps, by index or name; default: the model's own choice.
             norm: of "cls", "patch_mean" and "tokens": "final" is after the model's final norm, the
                 default; "none" before it.
             normalize: divide vectors by their length (L2), in fp32.
@@ -172,7 +176,7 @@ class FeatureExtractor:
             device = model.device
         self.device = find_device(device)
         self.features, self.norm = wanted.names, wanted.norm
-        self.precision = precision
+        self.precision, self.normalize, self.feature_dtype = precision, normalize, feature_dtype
         self._storage = Storage(
             DTYPES[precision], normalize, None if feature_dtype is None else DTYPES[feature_dtype]
         )
@@ -339,9 +343,8 @@ class FeatureExtractor:
             digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
             flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy())
-        packages = ["fastbb", "numpy", "safetensors"]
-        packages += ["timm"] if isinstance(self._config, TimmBackboneConfig) else []
         stages = {"stages": list(self.stages)} if self.stages else {}
+        is_timm = isinstance(self._config, TimmBackboneConfig)
         return {
             "model": {
                 "name": self._name,
@@ -357,16 +360,16 @@ class FeatureExtractor:
             },
             "features": list(self.features),
             "norm": self.norm,
-            "normalize": self._storage.normalize,
+            "normalize": self.normalize,
             **stages,
             "outputs": self.outputs(),
             "precision": self.precision,
             "device": self.device.type,
-            "batch_size": self.batch_size,
             "versions": {
                 "torch": torch.__version__,
                 "pillow": PIL.__version__,
-                **{name: importlib.metadata.version(name) for name in packages},
+                **({"timm": version("timm")} if is_timm else {}),
+                "fastbb_numerics": _NUMERICS,
             },
         }
 

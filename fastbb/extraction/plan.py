@@ -11,25 +11,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import PIL
 import torch
 
 from ..images.processor import ImageProcessor
 from ..images.spec import ImageProcessorSpec
 from .layout import PlanMismatchError, flatten
+from .outputs import Wanted
 from .pipeline import FeatureExtractor
 
-# raised when fastbb computes other values from the same weights and pixels
-NUMERICS = 1
 DEFAULT_BATCH_SIZE = 32
 _DEFAULT_SHARD_ROWS = 4096
 _MAX_DEFAULT_SHARD_BYTES = 256 * 2**20
 # arguments of FeatureExtractor that a plan holds under the same name
-_SAID = ("features", "out_indices", "norm", "normalize", "feature_dtype", "precision", "device")
-# recorded, and not compared
-_FIXED = frozenset({"format", "model.name", "batch_size", "shard_rows", "mode", "runs", "threads"})
+_SAID = ("features", "norm", "normalize", "feature_dtype", "precision", "device")
+# recorded, and not compared; the stored dtypes are those of `outputs`
+_FIXED = frozenset(
+    {"format", "model.name", "feature_dtype"}
+    | {"batch_size", "shard_rows", "mode", "runs", "threads"}
+)
 # the first of these that differs explains the others
-_ORDER = ("precision", "features", "feature_dtype", "norm", "normalize", "out_indices")
+_ORDER = ("precision", "features", "norm", "normalize", "stages")
 _MAX_DIFFERENCES = 3
 _MAX_VALUE_CHARS = 60
 
@@ -45,36 +46,37 @@ def make_plan(
         runs: the mode that was chosen.
         shard_rows: rows per shard; default: 4096, or fewer where features would pass 256 MiB.
     """
-    settings = compared_settings(extractor)
-    plan = {**settings, "mode": mode, "runs": runs, "batch_size": extractor.batch_size}
-    plan["shard_rows"] = shard_rows or _default_shard_rows(settings["outputs"], plan["batch_size"])
+    plan = {**extractor.settings(), "mode": mode, "runs": runs}
+    plan |= {"batch_size": extractor.batch_size, "feature_dtype": extractor.feature_dtype}
+    plan["shard_rows"] = shard_rows or _default_shard_rows(plan["outputs"], plan["batch_size"])
     if extractor.device.type == "cpu":
         plan["threads"] = torch.get_num_threads()
     return plan
 
 
-def compared_settings(extractor: FeatureExtractor) -> dict[str, Any]:
-    """Returns everything about an extractor that decides the values, in JSON types."""
-    settings = extractor.settings()
-    versions = {"torch": torch.__version__, "pillow": PIL.__version__, "fastbb_numerics": NUMERICS}
-    if settings["model"]["class"].startswith("Timm"):
-        import timm
-
-        versions["timm"] = timm.__version__
-    return {**settings, "versions": versions}
-
-
-def extractor_arguments(plan: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def extractor_arguments(
+    directory: Path, plan: Mapping[str, Any], said: Mapping[str, Any]
+) -> dict[str, Any]:
     """Returns the arguments of the extractor of a resume: what is said, else what the plan holds.
 
     Args:
+        directory: of the plan, for messages.
         plan: of the directory.
         said: arguments of the command; None is not said.
+
+    Raises:
+        PlanMismatchError: they differ, as far as that is known without the model.
     """
     arguments = {name: value for name, value in said.items() if value is not None}
+    asked = {name: arguments[name] for name in ("precision", "normalize") if name in arguments}
+    if "features" in arguments:
+        asked["features"] = list(Wanted.parse(arguments["features"], None).names)
+    check_plan(directory, {name: plan[name] for name in asked}, asked)
     for name in _SAID:
         if name not in arguments and plan.get(name) is not None:
             arguments[name] = plan[name]
+    if "stages" in plan:
+        arguments.setdefault("out_indices", plan["stages"])
     if not arguments.keys() & {"size", "processor"}:
         spec = ImageProcessorSpec.from_dict(plan["preprocessing"])
         arguments["processor"] = ImageProcessor(spec)
@@ -88,7 +90,7 @@ def check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, 
     Args:
         directory: of the plan, for the message.
         plan: of the directory.
-        settings: see `compared_settings`.
+        settings: of the extractor, see `FeatureExtractor.settings`.
 
     Raises:
         PlanMismatchError: they differ; at most five lines name how.

@@ -106,7 +106,7 @@ def test_images_are_processed_and_extracted_without_transformers(tmp_path: Path)
         fastbb.extract(model, ["photos"], out="features")
         features = fastbb.open_features("features")
         assert list(features.ids) == ["0.png", "1.png", "2.png"], features.ids
-        pooled = np.asarray(features["pooled"])
+        pooled = np.asarray(features["embedding"])
         assert pooled.shape[0] == 3 and np.isfinite(pooled).all()
         print("done")
         """,

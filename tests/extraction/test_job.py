@@ -33,7 +33,7 @@ def test_archive_gives_the_same_features_as_its_files(
     extract(model, tmp_path / "x.tar", tmp_path / "b")
     a, b = open_features(tmp_path / "a"), open_features(tmp_path / "b")
     assert a.ids == b.ids and a.errors() == b.errors()
-    assert a["pooled"].equal(b["pooled"])
+    assert a["embedding"].equal(b["embedding"])
 
 
 def test_list_with_bad_rows_keeps_the_good_ones_and_reports_the_others(
@@ -141,8 +141,8 @@ def test_a_shard_of_maps_has_fewer_rows_by_default(
         extract(model, root, tmp_path / f"{i}", out_indices=(i,), **options)
         rows[i] = open_features(tmp_path / f"{i}").plan["shard_rows"]
     assert rows == {1: 12, 2: 28}
-    extract(model, root, tmp_path / "pooled")
-    assert open_features(tmp_path / "pooled").plan["shard_rows"] == 448
+    extract(model, root, tmp_path / "vectors")
+    assert open_features(tmp_path / "vectors").plan["shard_rows"] == 448
 
 
 def test_progress_without_a_terminal_is_a_line_at_intervals(
@@ -189,7 +189,7 @@ def test_timings_are_logged_in_run_jsonl(
     extract(model, make_images(5), tmp_path / "out", shard_rows=3)
     lines = (tmp_path / "out" / "run.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
-    assert [event["event"] for event in events] == ["start", "shard", "shard"]
+    assert [event["event"] for event in events] == ["start", "shard", "shard", "end"]
     assert events[0]["torch_threads"] >= 1 and events[1]["rows"] == 3
     with open(tmp_path / "out" / "run.jsonl", "a") as file:
         file.write('{"event":"sha')

@@ -60,7 +60,7 @@ def test_a_resumed_run_takes_the_mode_that_auto_chose(
     assert run().ok == 9
     assert compiled_for == [(3, 3, 32, 32)]
     whole, resumed = open_features(tmp_path / "whole"), open_features(tmp_path / "out")
-    assert torch.equal(whole["pooled"], resumed["pooled"])
+    assert torch.equal(whole["embedding"], resumed["embedding"])
 
 
 def interrupted(*args: object) -> None:

@@ -116,7 +116,7 @@ def test_plan_without_a_shown_field_is_called_damaged(run: Run, tmp_path: Path) 
     places += [
         (inner, name) for inner in plan.values() if isinstance(inner, dict) for name in inner
     ]
-    places += [(plan["outputs"]["pooled"], name) for name in ("shape", "dtype")]
+    places += [(plan["outputs"]["embedding"], name) for name in ("shape", "dtype")]
     for inner, name in places:
         value = inner.pop(name)
         path.write_text(json.dumps(plan))

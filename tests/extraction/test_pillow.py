@@ -301,4 +301,4 @@ def test_an_extraction_stores_the_same_under_any_settings(
     extract(model, inputs, tmp_path / "b", **options)
     assert settings() == PROGRAMS
     a, b = open_features(tmp_path / "a"), open_features(tmp_path / "b")
-    assert a.plan == b.plan and a.errors() == b.errors() and a["pooled"].equal(b["pooled"])
+    assert a.plan == b.plan and a.errors() == b.errors() and a["embedding"].equal(b["embedding"])

@@ -174,10 +174,10 @@ def test_every_row_has_the_features_of_its_own_file(
     assert features.ids == [path.name for path in good]
     assert [error.row for error in features.errors()] == sorted(bad)
     assert (report.ok, report.rows, sum(report.errors.values())) == (len(good), n, len(bad))
-    assert len(features) == len(good) and features["pooled"].shape == (len(good), 16)
-    alone = FeatureExtractor(model, "pooled")
-    for path, row in zip(good, features["pooled"]):
-        same(alone(path)["pooled"][0], row)
+    assert len(features) == len(good) and features["embedding"].shape == (len(good), 16)
+    alone = FeatureExtractor(model)
+    for path, row in zip(good, features["embedding"]):
+        same(alone(path)["embedding"][0], row)
 
 
 def test_images_that_keep_their_aspect_ratio_run_alone(
@@ -191,7 +191,7 @@ def test_images_that_keep_their_aspect_ratio_run_alone(
     extract(aspect_model, root, tmp_path / "out", batch_size=4)
     features = open_features(tmp_path / "out")
     assert features.plan["batch_size"] == 1
-    for i, row in enumerate(features["pooled"]):
+    for i, row in enumerate(features["embedding"]):
         (last,) = maps_of(aspect_model, [Image.open(root / f"{i}.png")], (2,))
         same(last.mean((2, 3))[0], row)
 
@@ -339,7 +339,7 @@ def test_few_images_are_held_at_a_time(
         ({"device": "gpu"}, "device: wanted cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "meta"}, "device: wanted cpu, cuda or cuda:N, got 'meta'"),
         ({"device": "cuda:99"}, "device: cuda:99 is not there"),
-        ({"out_indices": (9,)}, "out_indices must be valid indices"),
+        ({"features": "maps", "out_indices": (9,)}, "out_indices must be valid indices"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

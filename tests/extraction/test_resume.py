@@ -128,7 +128,7 @@ def test_killed_and_resumed_run_is_byte_identical(
     assert {error.kind for error in features.errors()} <= {
         *("truncated", "corrupt", "unsupported_format")
     }
-    assert len(features.ids) == len(features["pooled"]) == N_IMAGES - len(CORRUPT)
+    assert len(features.ids) == len(features["embedding"]) == N_IMAGES - len(CORRUPT)
 
 
 def test_a_second_process_is_refused(

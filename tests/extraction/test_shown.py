@@ -14,7 +14,7 @@ def test_features_say_what_they_hold(run: Callable[..., Report], tmp_path: Path)
     features = open_features(tmp_path / "out")
     assert repr(features).splitlines() == [
         f"{tmp_path / 'out'}: features of 9 images, 1 failed, complete",
-        "  pooled  [9, 16]  float32",
+        "  embedding  [9, 16]  float32",
     ]
     header, row, *_ = repr(features.errors()).splitlines()
     assert header.split() == ["row", "id", "kind", "message"]

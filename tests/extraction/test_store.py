@@ -68,7 +68,7 @@ def test_finished_directory_holds_plan_manifest_rows_and_shards(
         }
         assert file.get_tensor("row_id").tolist() == [0, 1, 2]
         assert file.get_tensor("row_id").dtype == torch.int64
-        assert file.get_tensor("pooled").shape == (3, 16)
+        assert file.get_tensor("embedding").shape == (3, 16)
     (commit,) = lines(out / "shards/commit-00000.json")
     assert commit["files"][path.name] == {
         "bytes": path.stat().st_size,
@@ -147,7 +147,7 @@ def test_every_field_of_the_plan_is_compared(run: Callable[..., Report], tmp_pat
     plan = json.loads(text)
     taken = {  # what a resume takes from the plan
         *("format", "batch_size", "shard_rows", "mode", "runs", "threads", "preprocessing"),
-        *("features", "out_indices", "precision", "device"),
+        *("features", "norm", "normalize", "feature_dtype", "precision", "device"),
     }
     assert plan.keys() - taken == {"model", "limits", "outputs", "versions"}
     fields = [field for field in flatten(plan) if field[0] not in taken]
@@ -171,7 +171,9 @@ def test_every_field_of_the_plan_is_compared(run: Callable[..., Report], tmp_pat
     ("options", "field"),
     [
         ({"precision": "bf16"}, "precision"),
-        ({"out_indices": (1,)}, "out_indices"),
+        ({"features": "maps"}, "features"),
+        ({"normalize": True}, "normalize"),
+        ({"feature_dtype": "fp16"}, "outputs.embedding.dtype"),
         ({"features": ("pooled", "maps")}, "features"),
         ({"size": (32, 64)}, "preprocessing.size"),
     ],
@@ -317,7 +319,7 @@ def test_an_unfinished_directory_shows_its_committed_shards(
         path.unlink()
     part = open_features(tmp_path / "out")
     assert not part.complete and part.ids == whole.ids[3:] and not part.errors()
-    torch.testing.assert_close(part["pooled"], whole["pooled"][3:], rtol=0, atol=0)
+    torch.testing.assert_close(part["embedding"], whole["embedding"][3:], rtol=0, atol=0)
     assert "not finished" in part.describe() and "6 of 10" in part.describe()
 
 
