@@ -226,13 +226,13 @@ class Features:
         if name not in self.names:
             raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
 
-    def _only(self, name: str | None) -> str:
-        if name is not None:
-            self._check(name)
-            return name
-        if len(self.names) != 1:
-            raise ValueError(f"name: wanted one of {', '.join(self.names)}, got None")
-        return self.names[0]
+    def _chosen(self, name: str | None, names: Sequence[str]) -> str:
+        """Returns the name, or the only one of `names` where it is None."""
+        if name is None and len(names) != 1:
+            raise ValueError(f"name: wanted one of {', '.join(names or self.names)}, got None")
+        name = names[0] if name is None else name
+        self._check(name)
+        return name
 
     def aligned(self, name: str) -> Tensor:
         """Returns features [all rows, ...]; a row without features is NaN.
@@ -259,7 +259,7 @@ class Features:
         Args:
             name: of the features; may be left out where there is one.
         """
-        return numpy_array(self[self._only(name)])
+        return numpy_array(self[self._chosen(name, self.names)])
 
     def to_pandas(self, errors: bool = False) -> pandas.DataFrame:
         """Returns a data frame: `id`, `row`, the carried columns, and features as arrays.
@@ -320,13 +320,14 @@ class Features:
             query: features [C], or [n, C] for several; or the id of a row, which is then not among
                 its own neighbours.
             k: number of neighbours; fewer where there are fewer rows.
-            name: of the features, which have one dimension; may be left out where there is one.
+            name: of the features, which are vectors; may be left out where only one of them is.
             metric: "cosine", or "dot" for the dot product; the largest are the closest.
 
         Raises:
             ValueError: the query does not fit the features, or no row has its id.
         """
-        return search(self._reader, query, k, self._only(name), metric)
+        vectors = [n for n, o in self.plan["outputs"].items() if len(o["shape"]) == 1]
+        return search(self._reader, query, k, self._chosen(name, vectors), metric)
 
     def describe(self) -> str:
         """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""
@@ -336,6 +337,8 @@ class Features:
         versions = (
             f"{name} {plan['versions'][name]}" for name in _VERSIONS if name in plan["versions"]
         )
+        norms = [f"tokens {plan['norm']}"] if plan.get("norm") else []
+        norms += ["vectors of length 1 (L2)"] if plan.get("normalize") else []
         lines = [
             f"features  {self.directory}: {self._state(log)}",
             *([f"reason    {log.reason}"] if log.reason and not self.complete else []),
@@ -346,7 +349,7 @@ class Features:
             f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
             f"{plan['batch_size']}, {', '.join(versions)}",
             f"outputs   {', '.join(outputs)}",
-            *([f"norm      {plan['norm']}"] if "norm" in plan else []),
+            *([f"norm      {', '.join(norms)}"] if norms else []),
             f"format    {plan['format']}{', read only' * (plan['format'] != FORMAT)}",
             *self._history(),
             f"rows      {n_ok + kinds.total():,} of {reader.n_rows:,}, in "

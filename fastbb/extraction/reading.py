@@ -131,9 +131,8 @@ class Reader:
 
     def n_ok(self, block: Block) -> int:
         """Returns the number of rows that have features."""
-        if block.retried or block.commit is None:
-            return len(self.tensors(block, [])[0])
-        return block.commit["ok"]
+        n_retried = sum(entry["status"] == "ok" for entry in block.retried.values())
+        return n_retried + (0 if block.commit is None else block.commit["ok"])
 
     def tensors(self, block: Block, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Reads features of a block.
@@ -146,22 +145,38 @@ class Reader:
             Numbers of the rows that have features, int64 [n] in ascending order, and the features
             [n, ...] by name, which are mapped from the file where there was no retry.
         """
-        if block.commit is None:
-            rows, tensors = torch.empty(0, dtype=torch.int64), self.empty(names)
-        else:
-            rows, tensors = self._stored(block.shard.shard, names)
-        if not block.retried:
-            return rows, tensors
-        row_parts, parts = [rows], {name: [tensor] for name, tensor in tensors.items()}
+        pieces = list(self.pieces(block, names))
+        if len(pieces) == 1:
+            return pieces[0]
+        rows = torch.cat([torch.empty(0, dtype=torch.int64), *(piece for piece, _ in pieces)])
+        rows = rows.sort().values
+        merged = {
+            name: empty.new_empty(len(rows), *empty.shape[1:])
+            for name, empty in self.empty(names).items()
+        }
+        for piece, tensors in pieces:
+            places = torch.searchsorted(rows, piece)
+            for name, tensor in tensors.items():
+                merged[name][places] = tensor
+        return rows, merged
+
+    def pieces(
+        self, block: Block, names: Sequence[str]
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yields numbers and features of the rows of a block, by the shard that they are read from.
+
+        Tensors are mapped from the files; retried rows are not at their place.
+        """
+        if block.commit is not None:
+            yield self._stored(block.shard.shard, names)
         ok = [entry for entry in block.retried.values() if entry["status"] == "ok"]
         for shard, entries in groupby(sorted(ok, key=_place), lambda entry: entry["shard"]):
-            positions = torch.tensor([entry["pos"] for entry in entries])
+            positions = [entry["pos"] for entry in entries]
+            place: Any = torch.tensor(positions)
+            if positions[-1] - positions[0] < len(positions):  # as a rule; nothing is copied
+                place = slice(positions[0], positions[-1] + 1)
             rows, tensors = self._stored(shard, names)
-            row_parts.append(rows[positions])
-            for name, tensor in tensors.items():
-                parts[name].append(tensor[positions])
-        rows, order = torch.cat(row_parts).sort()
-        return rows, {name: torch.cat(part)[order] for name, part in parts.items()}
+            yield rows[place], {name: tensor[place] for name, tensor in tensors.items()}
 
     def _stored(self, shard: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         with safe_open(self.directory / file_name("features", shard), framework="pt") as file:

@@ -76,11 +76,11 @@ def search(
     if not queries.isfinite().all():
         raise ValueError("query: wanted finite numbers, got NaN or infinity")
     best = _Best(queries.reshape(-1, shape[0]), k, metric, itself)
+    n_rows = max(1, _CHUNK_BYTES // (4 * shape[0]))
     for block in reader.computed_blocks:
-        rows, tensors = reader.tensors(block, [name])
-        n_rows = max(1, _CHUNK_BYTES // (4 * shape[0]))
-        for part, features in zip(rows.split(n_rows), tensors[name].split(n_rows)):
-            best.add(part, features.float())
+        for rows, tensors in reader.pieces(block, [name]):
+            for part, features in zip(rows.split(n_rows), tensors[name].split(n_rows)):
+                best.add(part, features.float())
     ids = reader.ids_of(best.rows.flatten().tolist())
     named = [[ids[row] for row in found] for found in best.rows.tolist()]
     if queries.ndim == 1:
@@ -135,7 +135,6 @@ class _Best:
         ]
         scores = torch.cat([self.scores, torch.cat([part.values for part in parts])], 1)
         found = torch.cat([self.rows, rows[torch.cat([part.indices for part in parts])]], 1)
-        # stable: of equal scores the earlier row stays first
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         self.scores = scores[:, : self._k]
         self.rows = found.gather(1, order[:, : self._k])

@@ -91,6 +91,28 @@ def test_an_ok_is_final_whatever_is_computed_again(directory: Directory) -> None
     assert_reads(directory)
 
 
+def test_an_ok_of_an_earlier_retry_is_final(directory: Directory) -> None:
+    directory.retry(failed=(8,))
+    directory.retry(failed=(8,))
+    directory.failed = set()
+    with directory.open() as writer:  # the first retry was damaged, and is computed again
+        directory.commit(writer, writer.shards[3])
+        writer.finish(writer.totals([writer.committed(shard) for shard in writer.shards]))
+    assert_reads(directory)
+
+
+def test_a_row_between_retried_ones_may_be_ok_at_the_first_attempt(tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "out").start(map(row, range(6)), failed=(1, 2, 3))
+    directory.retry()
+    directory.failed = {1, 3}
+    with directory.open() as writer:  # the first shard was damaged, and is computed again
+        directory.commit(writer, writer.shards[0])
+        writer.finish(writer.totals([writer.committed(shard) for shard in writer.shards]))
+    directory.failed = set()
+    assert_reads(directory)
+    assert verify_features(directory.path).passed
+
+
 def test_a_damaged_retry_leaves_the_earlier_failure(directory: Directory) -> None:
     directory.retry()
     (directory.path / "shards" / "commit-00003.json").write_text("{}")
@@ -271,6 +293,13 @@ def test_a_run_that_too_many_failures_stopped_says_so_and_what_to_do(directory: 
     assert "not finished, too many images failed; mend them or allow more" in first
     assert second == f"reason    {reason}"
     assert "failed    2, in finished shards" in rest
+
+
+def test_the_norms_of_the_plan_are_shown(directory: Directory) -> None:
+    assert "norm  " not in open_features(directory.path).describe()
+    features = open_features(directory.path)
+    features.plan |= {"norm": "final", "normalize": True}
+    assert "norm      tokens final, vectors of length 1 (L2)" in features.describe()
 
 
 def test_a_start_that_listed_nothing_is_not_complete(directory: Directory) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from feature_directories import Directory, row, write_format_2
+from feature_directories import Directory, content, row, write_format_2
 
 from fastbb.extraction import Neighbours, open_features, search
 
@@ -67,6 +67,15 @@ def test_the_cosine_of_zeros_is_zero(directory: Directory) -> None:
     assert open_features(directory.path).search(torch.zeros(16), 4).scores.tolist() == [0] * 4
 
 
+def test_features_that_are_zero_have_a_cosine_of_zero(directory: Directory) -> None:
+    tensors, index = content(range(4), [row(i).id for i in range(4)], (), directory.outputs)
+    tensors["pooled"][2] = 0
+    with directory.open() as writer:
+        writer.commit(writer.shards[0], tensors, index)
+    found = open_features(directory.path).search(torch.ones(16), 100)
+    assert found.scores.isfinite().all() and found.scores[found.rows == 2].tolist() == [0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,7 +97,16 @@ def test_maps_are_not_searched(tmp_path: Path) -> None:
     outputs = {"maps": {"shape": [2, 3, 3], "dtype": "float32"}}
     features = open_features(Directory(tmp_path / "out", outputs).start([row(0)]).path)
     with pytest.raises(ValueError, match=r"one dimension, got maps of shape \[2, 3, 3\]"):
+        features.search(torch.zeros(18), name="maps")
+    with pytest.raises(ValueError, match="name: wanted one of maps, got None"):
         features.search(torch.zeros(18))
+    outputs["embedding"] = {"shape": [5], "dtype": "float32"}
+    features = open_features(Directory(tmp_path / "both", outputs).start([row(0)]).path)
+    assert features.search(features["embedding"][0]).ids == ["00000.png"]
+    outputs["cls"] = {"shape": [5], "dtype": "float32"}
+    features = open_features(Directory(tmp_path / "three", outputs).start([row(0)]).path)
+    with pytest.raises(ValueError, match="name: wanted one of cls, embedding, got None"):
+        features.search(torch.zeros(5))
 
 
 def test_half_features_and_unfinished_and_old_directories_are_searched(tmp_path: Path) -> None:
