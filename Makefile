@@ -15,7 +15,7 @@ FLOOR_TESTS := $(filter-out tests/models/%,$(CORE_TESTS)) tests/harness tests/mo
 	tests/inspect
 
 # some tests of every room, which take two minutes on two cores
-QUICK_TESTS := $(addprefix tests/,test_layering.py test_places.py test_cli.py weights images \
+QUICK_TESTS := $(addprefix tests/,test_layering.py test_places.py cli/test_cli.py weights images \
 	backbone/test_backbone.py backbone/test_checkpoint.py backbone/test_configuration.py \
 	models/test_parts.py models/test_swin.py models/test_resnet_on_triton.py \
 	engine/test_choices.py engine/test_frozen.py engine/test_trial.py engine/test_ways.py \

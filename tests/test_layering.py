@@ -37,7 +37,10 @@ RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
-IMPORTED_WITH = {"click": ("fastbb.cli",), "transformers": ("fastbb.hosts.heads",)}
+CLI = tuple(
+    f"fastbb.cli{name}" for name in ("", ".features", ".machine", ".models", ".options", ".shell")
+)
+IMPORTED_WITH = {"click": CLI, "transformers": ("fastbb.hosts.heads",)}
 
 
 def python_files() -> list[Path]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastbb_kernels.accuracy import FP32_REL_FOLDED
 
 from ..backbone.base import Backbone
+from ..backbone.checkpoint import find_prefix, strip_prefix
 from ..backbone.registry import TransformersModel, family_of
 from ..engine.computation import BackboneMaps, Computation, without_engine
 from ..engine.engine import Engine
@@ -473,12 +474,7 @@ def _of_transformers(backbone: Backbone, named: TransformersModel) -> nn.Module:
     library = import_module(named.package)
     config = getattr(library, f"{named.name}Config").from_dict(backbone.config.to_dict())
     module: nn.Module = getattr(library, f"{named.name}Model")(config)
-    state = named.state(backbone)
-    places = ("", f"{module.base_model_prefix}.", "model.")
-    module.load_state_dict(
-        {
-            name: next(state[place + name] for place in places if place + name in state)
-            for name in module.state_dict()
-        }
-    )
+    state, expected = named.state(backbone), list(module.state_dict())
+    state, _ = strip_prefix(state, find_prefix(state, expected, named.name))
+    module.load_state_dict({name: state[name] for name in expected})
     return module

@@ -32,6 +32,8 @@ FORMATS = (
     ImageFormat("PPM", (".ppm", ".pgm", ".pbm", ".pnm")),
     ImageFormat("AVIF", (".avif",), "avif"),
 )
+# of small pictures inside a page: Pillow's name and the media type
+EMBEDDED = ("JPEG", "image/jpeg")
 # images that are listed but not read: each becomes a failed row, instead of being skipped
 UNREAD_SUFFIXES = (
     *(".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".ico", ".tga"),

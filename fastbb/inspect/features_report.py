@@ -25,6 +25,7 @@ from ..extraction.features import Features, open_features
 from ..extraction.layout import read_events, read_rows, write_file
 from ..extraction.reading import Reader
 from ..extraction.sources import Source
+from ..images.formats import EMBEDDED
 
 # of the page; svg coordinates are these pixels
 _PLOT_PX = (640, 300)
@@ -324,9 +325,9 @@ class _Thumbnails:
         paper = Image.new("RGB", image.size, "white")
         paper.paste(image, mask=image.getchannel("A"))
         file = io.BytesIO()
-        paper.save(file, "JPEG", quality=85)
+        paper.save(file, EMBEDDED[0], quality=85)
         data = base64.b64encode(file.getvalue()).decode()
-        return _Picture(f"data:image/jpeg;base64,{data}", id, note)
+        return _Picture(f"data:{EMBEDDED[1]};base64,{data}", id, note)
 
 
 def _escaped(text: str) -> str:

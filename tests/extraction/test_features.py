@@ -248,7 +248,7 @@ def test_data_frames(tmp_path: Path) -> None:
     assert list(frame) == ["id", "row", "column_error", "label", "maps", "pooled"]
     assert list(frame["id"]) == features.ids and list(frame["label"]) == [0, 2, 3, 4]
     assert frame["maps"][1].shape == (2, 3, 3)
-    np.testing.assert_array_equal(np.stack(frame["pooled"]), features.to_numpy("pooled"))
+    np.testing.assert_array_equal(np.stack(list(frame["pooled"])), features.to_numpy("pooled"))
     frame = features.to_pandas(errors=True)
     assert list(frame["row"]) == list(range(6)) and list(frame["label"]) == list(range(6))
     assert [cell is None for cell in frame["pooled"]] == [False, True, False, False, False, True]

@@ -39,7 +39,12 @@ def pixels_of(directory: Path | str) -> Tensor:
 
 
 def save_timm(
-    directory: Path, name: str, size: int = 0, tag: str | None = None, **options: Any
+    directory: Path,
+    name: str,
+    size: int = 0,
+    tag: str | None = None,
+    state: dict[str, Tensor] | None = None,
+    **options: Any,
 ) -> Any:
     """Saves a timm model with random weights in timm's format, and returns it.
 
@@ -48,10 +53,13 @@ def save_timm(
         name: of the architecture.
         size: of the images, where it is not the model's own.
         tag: of the weights, in place of timm's default.
+        state: weights in place of random ones.
         options: of `timm.create_model`; `head_bias=False` sets the bias of the head to zero.
     """
     has_bias = options.pop("head_bias", True)
     model = randomize_(timm.create_model(name, **options))
+    if state is not None:
+        model.load_state_dict(state)
     if not has_bias:
         torch.nn.init.zeros_(model.head.bias)
     found = timm.get_pretrained_cfg(name)
