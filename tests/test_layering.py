@@ -37,7 +37,8 @@ RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
-CLI = tuple(
+CLI_MODULES = ("features", "machine", "models", "options", "shell")
+CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
     f"fastbb.cli{name}" for name in ("", ".features", ".machine", ".models", ".options", ".shell")
 )
 IMPORTED_WITH = {"click": CLI, "transformers": ("fastbb.hosts.heads",)}
