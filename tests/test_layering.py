@@ -39,8 +39,6 @@ NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
 CLI_MODULES = ("features", "machine", "models", "options", "shell")
 CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
-    f"fastbb.cli{name}" for name in ("", ".features", ".machine", ".models", ".options", ".shell")
-)
 IMPORTED_WITH = {"click": CLI, "transformers": ("fastbb.hosts.heads",)}
 
 

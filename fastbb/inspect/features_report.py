@@ -120,7 +120,7 @@ def _content(features: Features) -> dict[str, Any]:
     name = _vector_name(features)
     some = _Sample(features, name) if name and len(features) else None
     return {
-        "directory": str(features.directory.absolute()),
+        "directory": str(features.directory),
         "time": time.strftime("%Y-%m-%d %H:%M"),
         "described": [line.split(None, 1) for line in _facts(features)],
         "runs": _runs(events),
@@ -169,17 +169,19 @@ def _speed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     ends = list(accumulate(event["seconds"] for event in shards))
     speeds = [event["rows"] / event["seconds"] for event in shards]
     width, height = _PLOT_PX
-    top = max(speeds) * 1.1
+    mean = sum(event["rows"] for event in shards) / ends[-1]
+    top = 1.1 * min(max(speeds), 3 * mean)  # of what is faster, the step leaves the plot
     corners: list[str] = []
     for start, end, speed in zip([0.0, *ends], ends, speeds):
-        y = height * (1 - speed / top)
+        y = max(height * (1 - speed / top), 0.0)
         corners += [f"{width * t / ends[-1]:.1f},{y:.1f}" for t in (start, end)]
     return {
         "line": " ".join(corners),
         "seconds": ends[-1],
         "highest": top,
-        "mean": sum(event["rows"] for event in shards) / ends[-1],
+        "mean": mean,
         "slowest": min(speeds),
+        "fastest": max(speeds),
         "n": len(shards),
     }
 
