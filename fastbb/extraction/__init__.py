@@ -7,9 +7,10 @@ sources -> decode -> pipeline -> store; `job` runs them over a whole input. `fea
 from .decode import ERROR_KINDS, ImageError, RowError
 from .export import ExportReport, export_features
 from .features import Features, open_features
-from .job import ErrorBudgetError, Report, extract
+from .job import extract
 from .layout import ExtractionError, OutputError, OutputLockedError, PlanMismatchError
 from .pipeline import FeatureBatch, FeatureExtractor
+from .run import ErrorBudgetError, Report
 from .search import Neighbours
 from .sources import InputError
 from .verify import VerifyReport, verify_features

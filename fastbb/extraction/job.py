@@ -1,99 +1,37 @@
-"""Runs an extraction: lists the inputs, plans, runs shard by shard, resumes and extends."""
+"""`extract`: lists the inputs, makes or compares the plan, and runs."""
 
 from __future__ import annotations
 
 import os
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbb_kernels.machine import cpu_name
-
 from ..backbone.base import Backbone
-from ..engine.interruption import check_interrupted, interruption_code, interruption_word
+from ..engine.interruption import interruption_code, interruption_word
 from ..images.processor import ImageProcessor
-from .decode import RowError
 from .layout import (
     ExtractionError,
     OutputLockedError,
-    PlanMismatchError,
-    Shard,
     is_started,
-    read_events,
     read_plan,
 )
-from .listing import Listing, archive_state
-from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
+from .listing import Listing
+from .pipeline import FeatureExtractor
 from .plan import (
     DEFAULT_BATCH_SIZE,
     check_plan,
     extractor_arguments,
-    make_plan,
 )
 from .progress import Progress
-from .sources import InputError, Source, first_few
+from .run import Run
+from .sources import InputError
 from .store import FeatureWriter, check_writable
-
-# number of rows from which a share of failures is meaningful
-_MIN_BUDGET_ROWS = 20
-# other versions than those of the plan, for the log
-_LOGGED_PACKAGES = ("fastbb", "numpy", "safetensors")
-
-
-class ErrorBudgetError(ExtractionError):
-    """More rows failed than the caller allows."""
-
-    exit_code = 4
-
-
-@dataclass(frozen=True)
-class Report:
-    """The outcome of an extraction.
-
-    Attributes:
-        directory: the features directory.
-        rows: images in the directory.
-        ok: images that have features.
-        errors: number of failed images by kind.
-        resumed_rows: images that were done before, and not tried again now.
-        tried: images that this run tried.
-        seconds: time of this run, without loading the model.
-        new: images among the inputs that the directory does not have.
-        vanished: images of the directory that are not among the inputs any more.
-        unreadable_directories: those whose images are missing, as they could not be read when the
-            images were listed; each with the reason.
-    """
-
-    directory: Path
-    rows: int
-    ok: int
-    errors: dict[str, int]
-    resumed_rows: int
-    tried: int
-    seconds: float
-    new: int = 0
-    vanished: int = 0
-    unreadable_directories: tuple[str, ...] = ()
-
-    def __repr__(self) -> str:
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
-        failed = f", {self.rows - self.ok:,} failed ({kinds})" if kinds else ""
-        speed = f", {self.tried / self.seconds:,.1f} images/s" if self.tried else ""
-        speed = speed or ", nothing was left to do"
-        counts = f"{self.ok:,} of {self.rows:,} images have features{failed}{speed}"
-        new = f"; {_counted(self.new, 'new image')} left out (--update adds)" if self.new else ""
-        lost = self.unreadable_directories
-        n_lost = f"{len(lost):,} director{'ies were' if len(lost) > 1 else 'y was'} not read"
-        unread = f"; {n_lost}: {first_few(lost)}" if lost else ""
-        return f"{self.directory}: {counts}{new}{unread}"
 
 
 def extract(
@@ -198,10 +136,10 @@ def extract(
     try:
         # all at once: a wrong input is found before the model is loaded and anything is made
         sources = list(listing)
-    except InputError:
+    except InputError as error:
         if plan is None or update or retry_failed:
             raise
-        sources = None  # the list of the first start is frozen
+        sources = error  # the list of the first start is frozen
     with _threads(plan):
         extractor = _extractor(model, Path(out), plan, said, batch_size)
         if plan is not None:
@@ -211,7 +149,7 @@ def extract(
                 raise OutputLockedError(
                     f"another process has started {out} meanwhile; run the same again"
                 )
-            run = _Run(extractor, writer, bar, max_error_rate, given, listing, sources)
+            run = Run(extractor, writer, bar, max_error_rate, given, listing, sources)
             try:
                 run.start(mode, batch_size, shard_rows, limit)
                 return run.run(limit, update, retry_failed)
@@ -253,15 +191,16 @@ def _in_memory(
     batch_size: int | None,
     said: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    is_one = isinstance(images, (str, bytes, os.PathLike))
-    images = [images] if is_one or not isinstance(images, Sequence) else images
-    if any(isinstance(image, (str, os.PathLike)) for image in images):
+    if images is None:
+        raise ValueError("inputs: wanted images, or files and a directory `out`, got none")
+    items = images if isinstance(images, (list, tuple)) else [images]
+    if any(isinstance(image, (str, os.PathLike)) for image in items):
         raise ValueError(
             "out: wanted a directory for the features of files, got none; only images in memory "
             "need none"
         )
     extractor = _extractor(model, None, None, said, batch_size)
-    extractor.prepare(mode or "auto", len(images))
+    extractor.prepare(mode or "auto", len(images) if isinstance(images, Sized) else None)
     return extractor(images)
 
 
@@ -297,296 +236,9 @@ def _threads(plan: Mapping[str, Any] | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Run:
-    """One command's work on a features directory that it holds for writing."""
-
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        writer: FeatureWriter,
-        bar: Progress,
-        max_error_rate: float,
-        inputs: Sequence[str],
-        listing: Listing,
-        sources: list[Source] | None,
-    ) -> None:
-        self.extractor = extractor
-        self.writer = writer
-        self.bar = bar
-        self.max_error_rate = max_error_rate
-        self.listing = listing
-        self.sources = sources
-        self._listed = {
-            "inputs": tuple(map(os.path.abspath, inputs)),
-            "archives": listing.archives,
-            "unreadable": tuple(listing.unreadable),
-        }
-        self.resumed = bool(writer.plan)
-        self._new: list[Source] = []
-        self._n_vanished = 0
-        self._commits: list[dict[str, Any] | None] = []
-
-    def start(
-        self,
-        mode: str | None,
-        batch_size: int | None,
-        shard_rows: int | None,
-        limit: int | None,
-    ) -> None:
-        """Writes the plan and the first generation of a first start; cleans up for a resume."""
-        writer, say = self.writer, self.bar.say
-        if self.extractor.device.type == "cpu":
-            say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
-        if not writer.plan:
-            assert self.sources is not None, "a first start without a list was refused"
-            asked, n_rows = mode or "auto", len(self.sources[:limit])
-            runs = self.extractor.choose_mode(asked, n_rows)
-            check_interrupted()  # before the plan records a choice of an interrupted trial
-            writer.start(make_plan(self.extractor, asked, runs, shard_rows))
-        else:
-            writer.start(writer.plan)
-            given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}
-            for name, value in given.items():
-                if value is not None and value != writer.plan[name]:
-                    say(f"{name} stays {writer.plan[name]}, as at the first start, not {value}")
-        if writer.generations:
-            self._compare_with_inputs()
-            return
-        if self.sources is None:  # of a run that was killed while it listed them
-            raise InputError("inputs: they were never listed, and cannot be listed now")
-        writer.append("start", enumerate(self.sources[:limit]), **self._listed)
-        self._new = self.sources[writer.n_rows :]
-        of_all = f" of {len(self.sources):,}" if self._new else ""
-        say(f"{_counted(writer.n_rows, 'image')}{of_all}")
-        if passed_over := self.listing.passed_over():
-            say(passed_over)
-        if self.listing.unreadable:
-            say(f"cannot list {first_few(self.listing.unreadable)}")
-
-    def _compare_with_inputs(self) -> None:
-        """Finds the images that are new or have vanished since the rows were frozen."""
-        if self.sources is None:
-            self.bar.say("the inputs cannot be listed now; the rows are those listed before")
-            return
-        known = self.writer.row_of_id()
-        self._new = [source for source in self.sources if source.id not in known]
-        self._n_vanished = len(known.keys() - {source.id for source in self.sources})
-
-    def run(self, limit: int | None, update: bool, retry_failed: bool) -> Report:
-        """Extracts what is left, with `update` what is new, and with `retry_failed` what failed."""
-        writer = self.writer
-        self._commits = [writer.committed(shard) for shard in writer.shards]
-        done = writer.totals(self._commits)
-        failed_before = writer.failures() if retry_failed else {}
-        self._say_what_is_there(done, update, retry_failed)
-        environment = _environment(self.extractor)
-        self._warn_of_another_device(environment["device"])
-        writer.log({"event": "start", "time": time.time(), **environment})
-        started = time.perf_counter()
-        n_done = done["rows"] - self._n_replaced()
-        n_tried = 0
-        if retry_failed:
-            # a retry that was interrupted is finished, and no other one begins
-            unfinished = writer.generations[writer.n_finished :]
-            if not any(generation.kind == "retry" for generation in unfinished):
-                n_tried += self._extract_pending()  # to know all that fails
-                retried = self._append_retry()
-                n_done -= len(failed_before.keys() & retried)
-        if update:
-            room = None if limit is None else max(limit - writer.n_rows, 0)
-            if added := self._new[:room]:
-                writer.append("update", enumerate(added, writer.n_rows), **self._listed)
-                self._new = self._new[len(added) :]
-        n_tried += self._extract_pending()
-        final = writer.totals(self._commits)
-        writer.finish(final)
-        writer.log({"event": "end", "time": time.time()})
-        return Report(
-            writer.directory,
-            final["rows"],
-            final["ok"],
-            final["errors"],
-            resumed_rows=n_done,
-            tried=n_tried,
-            seconds=time.perf_counter() - started,
-            new=len(self._new),
-            vanished=self._n_vanished,
-            unreadable_directories=writer.generations[-1].unreadable,
-        )
-
-    def _say_what_is_there(self, done: Mapping[str, Any], update: bool, retry_failed: bool) -> None:
-        writer, say = self.writer, self.bar.say
-        if not self.resumed:
-            return
-        say(
-            f"resuming {writer.directory}: {done['shards']:,} of {writer.n_shards:,} shards are "
-            "done"
-        )
-        n_failed = done["rows"] - done["ok"]
-        found = [
-            (len(self._new), "new", "" if update else " (--update adds them)"),
-            (self._n_vanished, "vanished", ""),
-            (n_failed, "failed", "" if retry_failed else " (--retry-failed tries them again)"),
-        ]
-        if text := ", ".join(f"{n:,} {what}{advice}" for n, what, advice in found if n):
-            say(f"compared with the inputs now: {text}")
-
-    def _warn_of_another_device(self, device: str) -> None:
-        others = sorted(
-            {
-                event["device"]
-                for event in read_events(self.writer.directory)
-                if event.get("event") == "start" and event.get("device") != device
-            }
-        )
-        if others:
-            self.bar.say(
-                f"warning: this run is on {device}, an earlier one was on {', '.join(others)}; "
-                "features of different devices may differ in their last bits"
-            )
-
-    def _append_retry(self) -> set[int]:
-        """Freezes the failed rows whose images are among the inputs, and returns their numbers."""
-        writer = self.writer
-        assert self.sources is not None, "retry_failed without a list was refused"
-        source_of_id = {source.id: source for source in self.sources}
-        failures = writer.failures()
-        rows = {row: f for row, f in failures.items() if f.id in source_of_id}
-        if n_left := len(failures) - len(rows):
-            self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
-        if rows:
-            writer.append(
-                "retry",
-                [(row, source_of_id[failure.id]) for row, failure in rows.items()],
-                {row: failure.kind for row, failure in rows.items()},
-                **self._listed,
-            )
-        return set(rows)
-
-    def _pending(self) -> list[Shard]:
-        self._commits += [None] * (self.writer.n_shards - len(self._commits))
-        return [shard for shard in self.writer.shards if self._commits[shard.shard] is None]
-
-    def _n_replaced(self) -> int:
-        """Number of rows that failed before and are to be tried again."""
-        return sum(sum(shard.replaces.values()) for shard in self._pending())
-
-    def _extract_pending(self) -> int:
-        """Extracts and commits every shard that is not, and returns the number of its rows."""
-        writer, bar, extractor = self.writer, self.bar, self.extractor
-        todo, done = self._pending(), writer.totals(self._commits)
-        n_replaced = self._n_replaced()
-        n_done, n_failed = done["rows"] - n_replaced, done["rows"] - done["ok"] - n_replaced
-        self._check_budget(n_failed, n_done)
-        if not todo:
-            return 0
-        self._check_archives(todo)
-        if self.resumed:
-            extractor.prepare(writer.plan["runs"], writer.n_rows)
-        n_todo = sum(shard.rows for shard in todo)
-        bar.start(n_done + n_todo, n_done)
-        shard_start = time.perf_counter()
-
-        def chunks() -> Iterator[list[tuple[int, str, Source]]]:
-            for shard in todo:
-                rows = ((row, source.id, source) for row, source in writer.rows(shard))
-                yield from chunked(rows, extractor.batch_size)
-
-        # a first job smaller than a batch is not padded to one; its size is frozen with it
-        pad_to = min(extractor.batch_size, writer.generations[0].rows)
-        with closing(extractor.run(chunks(), pad_to=pad_to)) as batches:
-            for shard in todo:
-                n_left = shard.rows
-                parts: list[FeatureBatch] = []
-                while n_left:
-                    batch = next(batches)
-                    check_interrupted()
-                    parts.append(batch)
-                    n_batch = len(batch.ids) + len(batch.errors)
-                    n_left -= n_batch
-                    n_failed += len(batch.errors)
-                    bar.advance(n_batch)
-                    self._check_budget(n_failed, bar.n_done, batch.errors)
-                content = _shard_content(parts, writer.plan["outputs"])
-                self._commits[shard.shard] = writer.commit(shard, *content)
-                check_interrupted()
-                now = time.perf_counter()
-                event = {"event": "shard", "shard": shard.shard, "rows": shard.rows}
-                writer.log({**event, "time": time.time(), "seconds": now - shard_start})
-                shard_start = now
-        return n_todo
-
-    def _check_archives(self, todo: Sequence[Shard]) -> None:
-        """Raises if rows to be read are places in an archive that is another one now."""
-        numbers = {shard.shard for shard in todo}
-        for generation in self.writer.generations:
-            if numbers.isdisjoint(shard.shard for shard in generation.shards):
-                continue
-            for path, state in generation.archives.items():
-                try:
-                    changed = archive_state(path) != state
-                except OSError:
-                    changed = True
-                if changed:
-                    raise PlanMismatchError(
-                        f"{path} has changed or is gone since its images were listed, and some of "
-                        "them are still to be extracted; restore it, or use another directory"
-                    )
-
-    def _check_budget(self, n_failed: int, n_done: int, errors: Sequence[RowError] = ()) -> None:
-        rate = self.max_error_rate
-        if n_failed > rate * n_done and (n_done >= _MIN_BUDGET_ROWS or rate == 0):
-            last = "".join(f" (last: {e.id!r}: {e.kind}, {e.message})" for e in errors[-1:])
-            raise ErrorBudgetError(
-                f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
-                f"{rate:g} allowed{last}; mend the input, or allow more with max_error_rate "
-                "(--max-error-rate)"
-            )
-
-
 def _reason(error: BaseException) -> str:
     if interruption_code() is not None or isinstance(error, KeyboardInterrupt):
         return interruption_word()
     if isinstance(error, (ExtractionError, ValueError)):
         return str(error)
     return f"{type(error).__name__}: {error}"
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _shard_content(
-    parts: list[FeatureBatch], outputs: dict[str, Any]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Returns tensors and index of a shard."""
-    rows = [row for part in parts for row in part.rows]
-    tensors = {"row_id": torch.tensor(rows, dtype=torch.int64)}
-    for name, output in outputs.items():
-        found = [part.features[name] for part in parts if part.ids]
-        empty = torch.empty(0, *output["shape"], dtype=getattr(torch, output["dtype"]))
-        tensors[name] = torch.cat([empty, *found])
-    index: list[dict[str, Any]] = [
-        {"row": error.row, "id": error.id, "status": "error"}
-        | {"kind": error.kind, "message": error.message}
-        for part in parts
-        for error in part.errors
-    ]
-    ids = [name for part in parts for name in part.ids]
-    index += [
-        {"row": row, "id": name, "status": "ok", "pos": pos}
-        for pos, (row, name) in enumerate(zip(rows, ids))
-    ]
-    return tensors, sorted(index, key=lambda entry: entry["row"])
-
-
-def _environment(extractor: FeatureExtractor) -> dict[str, Any]:
-    on_gpu = extractor.device.type == "cuda"
-    return {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(extractor.device) if on_gpu else cpu_name(),
-        "torch_threads": torch.get_num_threads(),
-        "decode_threads": n_decode_threads(extractor.device),
-        "versions": {name: version(name) for name in _LOGGED_PACKAGES},
-    }

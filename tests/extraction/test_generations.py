@@ -1,16 +1,21 @@
 """Directories that grow: --update, --retry-failed and --limit, interrupted or not."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastbb.extraction import (
+    ErrorBudgetError,
     FeatureExtractor,
     InputError,
     PlanMismatchError,
@@ -222,8 +227,6 @@ def test_another_device_model_is_warned_of(
 
 
 def test_images_in_memory_are_returned_and_not_stored(model: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
     pictures = [Image.new("RGB", (20, 30), color) for color in ("red", "blue")]
     found = extract(model, pictures)
     expected = FeatureExtractor(model)(pictures)
@@ -232,8 +235,55 @@ def test_images_in_memory_are_returned_and_not_stored(model: Path, tmp_path: Pat
         torch.testing.assert_close(tensor, expected[name])
     with pytest.raises(ValueError, match="leave `out` out"):
         extract(model, pictures, tmp_path / "out")
+    stack = np.stack([np.asarray(picture) for picture in pictures])
+    torch.testing.assert_close(extract(model, stack), found)
     with pytest.raises(ValueError, match="out: wanted a directory"):
         extract(model, ["a.jpg"])
     with pytest.raises(ValueError, match="model: wanted a name or directory for a first start"):
         extract(None, pictures)
     assert not (tmp_path / "out").exists()
+
+
+def test_mended_images_are_retried_after_too_many_failed(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    root = make_images(40)
+    for i in range(0, 30, 3):
+        (root / f"{i:05d}.png").write_bytes(b"")
+
+    def run(**options: Any) -> Report:
+        return extract(model, root, tmp_path / "out", batch_size=4, shard_rows=4, **options)
+
+    with pytest.raises(ErrorBudgetError, match="go on with --retry-failed"):
+        run()
+    for i in range(0, 30, 3):
+        (root / f"{i:05d}.png").write_bytes(encoded(i))
+    with pytest.raises(ErrorBudgetError):
+        run()
+    report = run(retry_failed=True)
+    assert (report.ok, report.rows, report.errors) == (40, 40, {})
+
+
+def test_an_archive_that_is_done_may_change(
+    model: Path, tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.tar", "b.tar"):
+        with tarfile.open(tmp_path / "in" / name, "w") as archive:
+            for i in range(2):
+                member = tarfile.TarInfo(f"{i}.png")
+                data = encoded(i)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+    def run() -> Report:
+        return extract(model, tmp_path / "in", tmp_path / "out", shard_rows=2, batch_size=2)
+
+    run()
+    (tmp_path / "out" / "shards" / "commit-00001.json").unlink()
+    os.utime(tmp_path / "in" / "a.tar", ns=(1, 1))
+    assert run().tried == 2
+    (tmp_path / "out" / "shards" / "commit-00001.json").unlink()
+    os.utime(tmp_path / "in" / "b.tar", ns=(1, 1))
+    with pytest.raises(PlanMismatchError, match="b.tar has changed"):
+        run()

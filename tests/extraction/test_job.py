@@ -11,7 +11,6 @@ from fastbb.extraction import (
     ErrorBudgetError,
     FeatureExtractor,
     InputError,
-    job,
     open_features,
     plan,
     progress,
@@ -98,7 +97,7 @@ def test_too_many_failures_stop_the_run(
     for path in sorted(root.iterdir())[40 - n_bad :]:
         path.write_bytes(b"text")
 
-    def run(rate: float) -> job.Report:
+    def run(rate: float) -> Report:
         options = {"batch_size": 2, "shard_rows": 4, "max_error_rate": rate}
         return extract(model, root, tmp_path / "out", **options)
 
