@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _N_SHOWN = 10
 _VERSIONS = ("torch", "fastbb")
-_BUDGET = "stopped: "  # begins the reason of a run that the share of failures stopped
+_TOO_MANY_FAILED = 4  # exit code of a run that the share of failures stopped
 
 
 class RowErrors(list[RowError]):
@@ -76,7 +76,8 @@ class Features:
         self.directory = self._reader.directory
         self.plan = self._reader.plan
         self.generations = self._reader.generations
-        self._read: dict[int, list[tuple[str, dict[str, Any]]]] = {}  # ids and columns
+        # first row, ids and columns of the block that was read last
+        self._read: tuple[int, list[tuple[str, dict[str, Any]]]] = -1, []
         self.complete = bool(self.generations) and not self._reader.missing
 
     def __repr__(self) -> str:
@@ -179,10 +180,10 @@ class Features:
             raise TypeError(f"wanted the name of features or one position, got {key!r}")
         row = int(self.row_ids[index])
         block = self._reader.block_of(row)
-        if block.first not in self._read:
+        if block.first != self._read[0]:
             ids = [entry["id"] for entry in self._reader.entries(block)]
-            self._read[block.first] = list(zip(ids, self._reader.columns(block)))
-        id, columns = self._read[block.first][row - block.first]
+            self._read = block.first, list(zip(ids, self._reader.columns(block)))
+        id, columns = self._read[1][row - block.first]
         return self._row(id, row, columns, self._reader.row(row, self.names))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -372,7 +373,7 @@ class Features:
             return "complete"
         if self.plan["format"] != FORMAT:
             return f"not finished; format {self.plan['format']} is only read, extract it again"
-        if log.reason is not None and log.reason.startswith(_BUDGET):
+        if log.exit_code == _TOO_MANY_FAILED:
             return "not finished, too many images failed; mend them or allow more, then go on"
         return "not finished, the same command again goes on"
 
@@ -407,21 +408,24 @@ class _Log(NamedTuple):
     Attributes:
         speed: rows per second over all shards that are logged.
         reason: why the last run stopped, if it did.
+        exit_code: of the last run, if it stopped with one of ours.
     """
 
     speed: float | None
     reason: str | None
+    exit_code: int | None
 
 
 def _read_log(directory: Path) -> _Log:
-    rows, seconds, reason = 0, 0.0, None
+    rows, seconds, last = 0, 0.0, {}
     for event in read_events(directory):
         with contextlib.suppress(KeyError, TypeError):  # damaged
             if event["event"] == "shard":
                 rows, seconds = rows + event["rows"], seconds + event["seconds"]
             else:
-                reason = event.get("reason")  # a start has none
-    return _Log(rows / seconds if seconds else None, reason)
+                last = event  # a start has no reason
+    reason = None if last.get("reason") is None else str(last["reason"])
+    return _Log(rows / seconds if seconds else None, reason, last.get("exit_code"))
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

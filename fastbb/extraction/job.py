@@ -106,7 +106,7 @@ def extract(
         ExtractionError: plan mismatch, error budget, lock, or an output that cannot be written.
         ImageError: without `out`, an image has no features.
     """
-    for name, value in (("shard_rows", shard_rows), ("limit", limit)):
+    for name, value in (("shard_rows", shard_rows), ("limit", limit), ("batch_size", batch_size)):
         if value is not None and not (isinstance(value, int) and value >= 1):
             raise ValueError(f"{name}: wanted a whole number, at least 1, got {value!r}")
     if not 0 <= max_error_rate <= 1:
@@ -125,6 +125,10 @@ def extract(
     if out is None:
         if model is None:
             raise ValueError(_NO_MODEL)
+        of_files = {"shard_rows": shard_rows, "limit": limit}
+        of_files |= {"update": update, "retry_failed": retry_failed}
+        if needless := [name for name, value in of_files.items() if value]:
+            raise ValueError(f"{needless[0]}: it is for a directory, and there is no `out`")
         return _in_memory(model, inputs, mode, batch_size, said)
     given = _paths(inputs)
     plan = read_plan(Path(out) / "plan.json") if is_started(Path(out)) else None
@@ -156,7 +160,9 @@ def extract(
             except BaseException as error:
                 if writer.plan:
                     with suppress(ExtractionError):  # the disk may be full
-                        writer.log({"event": "stop", "time": time.time(), "reason": _reason(error)})
+                        code = getattr(error, "exit_code", None)
+                        stop = {"event": "stop", "reason": _reason(error), "exit_code": code}
+                        writer.log({**stop, "time": time.time()})
                 raise
 
 

@@ -21,8 +21,8 @@ import errno
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -58,6 +58,10 @@ class PlanMismatchError(ExtractionError):
     """The directory holds features of another plan."""
 
     exit_code = 3
+
+
+class DamagedError(PlanMismatchError):
+    """A file of the directory is damaged."""
 
 
 class OutputLockedError(ExtractionError):
@@ -173,7 +177,7 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
     """Reads the generations of a directory, up to the first that is missing.
 
     Raises:
-        PlanMismatchError: a generation is damaged, or of another plan.
+        PlanMismatchError: a generation is damaged, missing, or of another plan.
     """
     if plan["format"] == 2:
         n_rows, per_shard = plan["rows"], plan["shard_rows"]
@@ -189,13 +193,40 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
             values = json.loads(path.read_bytes())
             ours = len(generations), identity
             if (values.pop("generation"), values.pop("plan_sha256")) != ours:
-                raise ValueError("it belongs to another plan")
+                raise ValueError("it belongs to another plan.json")
             values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
             values |= {name: tuple(values[name]) for name in ("inputs", "unreadable")}
             generations.append(Generation(**values))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
+    check_complete(directory, len(generations))
     return generations
+
+
+def check_complete(directory: Path, n_generations: int, n_finished: int = 0) -> None:
+    """Raises PlanMismatchError if a generation is lost.
+
+    Args:
+        directory: of the features.
+        n_generations: number of the first generations that are there.
+        n_finished: number of those that the manifest names.
+    """
+    n_there = max((number for number, _ in numbered(directory, "generation")), default=-1) + 1
+    if max(n_there, n_finished) > n_generations:
+        lost = file_name("generation", n_generations) if n_generations else "plan.json"
+        raise PlanMismatchError(
+            f"{directory / lost} is missing, and what came after it is there; restore it, or use "
+            "another directory"
+        )
+
+
+def numbered(directory: Path, what: str) -> list[tuple[int, Path]]:
+    """Returns the numbered files of a kind that are there, with their numbers, in order."""
+    folder, suffix = _PLACES[what]
+    pattern = re.compile(rf"{what}-(\d+)\.{suffix}")
+    paths = (directory / folder).glob(f"{what}-*.{suffix}")
+    found = ((pattern.fullmatch(path.name), path) for path in paths)
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def read_commit(
@@ -225,14 +256,23 @@ def read_commit(
             ours &= commit["rows_sha256"] == shard.rows_sha256
             ours &= commit["replaces"] == shard.replaces
         return commit if whole and ours else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def read_index(directory: Path, shard: int) -> Iterator[dict[str, Any]]:
     """Yields the rows of a committed shard: `row`, `id`, `status`, and `pos` or the error."""
-    with open(directory / file_name("index", shard), "rb") as file:
-        yield from map(json.loads, file)
+    path = directory / file_name("index", shard)
+    try:
+        with open(path, "rb") as file:
+            yield from map(json.loads, file)
+    except ValueError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> DamagedError:
+    """Returns the error of a damaged file of a shard."""
+    return DamagedError(f"{path} is damaged ({error}); extract again: its shard is computed again")
 
 
 def read_rows(directory: Path, shard: Shard) -> list[dict[str, Any]]:
@@ -258,23 +298,6 @@ def read_events(directory: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(ValueError):
             if isinstance(event := json.loads(line), dict):
                 yield event
-
-
-def totals(commits: Iterable[Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once."""
-    present = [commit for commit in commits if commit is not None]
-    replaced = Counter[str]()
-    errors = Counter[str]()
-    for commit in present:
-        replaced.update(commit.get("replaces", {}))
-        errors.update(commit["errors"])
-    errors.subtract(replaced)
-    return {
-        "rows": sum(commit["rows"] for commit in present) - replaced.total(),
-        "ok": sum(commit["ok"] for commit in present),
-        "errors": {kind: n for kind, n in sorted(errors.items()) if n},
-        "shards": len(present),
-    }
 
 
 def write_file(path: Path, data: bytes) -> None:

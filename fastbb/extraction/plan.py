@@ -32,6 +32,7 @@ _FIXED = frozenset(
 # the first of these that differs explains the others
 _ORDER = ("precision", "features", "norm", "normalize", "stages")
 _MAX_DIFFERENCES = 3
+_NOTHING = "nothing"
 _MAX_VALUE_CHARS = 60
 
 
@@ -110,26 +111,30 @@ def check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, 
 
     names.sort(key=place)
     n_shown = len(names) if len(names) <= _MAX_DIFFERENCES else _MAX_DIFFERENCES - 1
-    lines = [
-        f"  {name}: {_shown(was, name)} there, {_shown(now, name)} asked"
-        for name in names[:n_shown]
-    ]
+    lines = [f"  {name}: {_compared(was, now, name)}" for name in names[:n_shown]]
     if len(names) > n_shown:
         lines.append(f"  and {len(names) - n_shown} more")
-    raise PlanMismatchError(
-        "\n".join(
-            [
-                f"{directory} holds features of another plan:",
-                *lines,
-                "Leave out what differs, and it comes from the plan; or use another directory",
-            ]
-        )
+    first = f"{directory} holds features of another plan:"
+    raise PlanMismatchError("\n".join([first, *lines, _advice(names[0])]))
+
+
+def _advice(name: str) -> str:
+    if name.startswith(("versions.", "limits.")):
+        return "Install the version that wrote it, or use another directory"
+    if name.startswith("model."):
+        return "Give the model of the first start (--model), or use another directory"
+    return "Leave out what differs, and it comes from the plan; or use another directory"
+
+
+def _compared(was: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
+    values: list[Any] = [values.get(name, _NOTHING) for values in (was, now)]
+    if all(isinstance(value, list) for value in values):  # what only one of them has
+        values = [[x for x in a if x not in b] or a for a, b in (values, values[::-1])]
+    there, here = (
+        text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
+        for text in (value if value is _NOTHING else repr(value) for value in values)
     )
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    text = repr(values[name]) if name in values else "nothing"
-    return text if len(text) <= _MAX_VALUE_CHARS else f"{text[:_MAX_VALUE_CHARS]}..."
+    return f"{there} there, {here} now"
 
 
 def _default_shard_rows(outputs: Mapping[str, Mapping[str, Any]], batch_size: int) -> int:

@@ -46,7 +46,8 @@ class Progress:
     def say(self, text: str) -> None:
         """Shows a line."""
         if self._enabled and sys.stderr is not None:
-            with suppress(OSError):  # progress cannot be shown, and the run does not depend on it
+            # a full, closed or ASCII stderr: the run does not depend on it
+            with suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)
 
     def start(self, n_rows: int, n_done: int) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .decode import RowError
 from .layout import (
-    ExtractionError,
     Shard,
+    damaged,
     file_name,
     plan_sha256,
     read_commit,
@@ -64,6 +64,7 @@ class Reader:
 
     Args:
         directory: of format 2 or 3.
+        commits: those that count, by the number of the shard; default: all that are valid.
 
     Attributes:
         plan: of the directory.
@@ -73,7 +74,11 @@ class Reader:
         commits: of the shards that have a valid one, by number; files are compared by size.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        commits: Mapping[int, dict[str, Any]] | None = None,
+    ) -> None:
         self.directory = Path(directory)
         path = self.directory / "plan.json"
         if not path.exists():
@@ -82,11 +87,13 @@ class Reader:
         self.plan_sha256 = plan_sha256(self.plan)
         self.generations = read_generations(self.directory, self.plan)
         self.shards = [shard for g in self.generations for shard in g.shards]
-        commits = {
-            shard.shard: read_commit(self.directory, shard, self.plan, self.plan_sha256)
-            for shard in self.shards
-        }
-        self.commits = {number: commit for number, commit in commits.items() if commit is not None}
+        if commits is None:
+            found = (
+                (shard.shard, read_commit(self.directory, shard, self.plan, self.plan_sha256))
+                for shard in self.shards
+            )
+            commits = {number: commit for number, commit in found if commit is not None}
+        self.commits = commits
 
     @property
     def n_rows(self) -> int:
@@ -179,10 +186,14 @@ class Reader:
             yield rows[place], {name: tensor[place] for name, tensor in tensors.items()}
 
     def _stored(self, shard: int, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        with safe_open(self.directory / file_name("features", shard), framework="pt") as file:
-            # a mapped tensor keeps its whole file mapped
-            rows = file.get_tensor("row_id").clone()
-            return rows, {name: file.get_tensor(name) for name in names}
+        path = self.directory / file_name("features", shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                # a mapped tensor keeps its whole file mapped
+                rows = file.get_tensor("row_id").clone()
+                return rows, {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise damaged(path, error) from error
 
     def empty(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Returns features [0, ...] by name."""
@@ -284,10 +295,7 @@ class Reader:
         try:
             return json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than many
         except ValueError as error:
-            path = self.directory / file_name("index", block.shard.shard)
-            raise ExtractionError(
-                f"{path} is damaged ({error}); extract again: the shard is computed again"
-            ) from error
+            raise damaged(self.directory / file_name("index", block.shard.shard), error) from error
 
 
 def reason(entry: dict[str, Any]) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ class Run:
         }
         self.resumed = bool(writer.plan)
         self._new: list[Source] = []
-        self._n_vanished = 0
+        self._n_vanished = self._n_twice = 0
+        self._elsewhere: dict[int, tuple[Source, str]] = {}  # source, and the path before
         self._commits: list[dict[str, Any] | None] = []
 
     def start(
@@ -136,41 +138,52 @@ class Run:
             check_interrupted()  # before the plan records a choice of an interrupted trial
             writer.start(make_plan(self.extractor, asked, runs, shard_rows))
         else:
-            writer.start(writer.plan)
+            writer.clean()
             given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}
+            if self.extractor.processor.output_size is None:
+                del given["batch_size"]  # images of many sizes run one by one
             for name, value in given.items():
                 if value is not None and value != writer.plan[name]:
                     say(f"{name} stays {writer.plan[name]}, as at the first start, not {value}")
-        if writer.generations:
-            self._compare_with_inputs()
+        if not writer.generations:
+            if isinstance(self.sources, InputError):  # killed before it listed them, and now gone
+                raise self.sources
+            writer.append("start", enumerate(self.sources[:limit]), **self._listed)
+            of_all = f" of {len(self.sources):,}" if writer.n_rows < len(self.sources) else ""
+            say(f"{_counted(writer.n_rows, 'image')}{of_all}")
+        if isinstance(self.sources, InputError):
+            say(f"warning: {self.sources}; the images are those that were listed before")
             return
-        if isinstance(self.sources, InputError):  # the first start was killed before it listed them
-            raise self.sources
-        writer.append("start", enumerate(self.sources[:limit]), **self._listed)
-        self._new = self.sources[writer.n_rows :]
-        of_all = f" of {len(self.sources):,}" if self._new else ""
-        say(f"{_counted(writer.n_rows, 'image')}{of_all}")
+        self._compare_with_inputs(self.sources)
         if passed_over := self.listing.passed_over():
             say(passed_over)
         if self.listing.unreadable:
             say(f"cannot list {first_few(self.listing.unreadable)}")
 
-    def _compare_with_inputs(self) -> None:
-        """Finds the images that are new or have vanished since the rows were frozen."""
-        if isinstance(self.sources, InputError):
-            self.bar.say(f"warning: {self.sources}; the images are those that were listed before")
-            return
-        known = self.writer.row_of_id()
-        self._new = [source for source in self.sources if source.id not in known]
-        self._n_vanished = len(known.keys() - {source.id for source in self.sources})
+    def _compare_with_inputs(self, sources: Sequence[Source]) -> None:
+        """Finds the images that are new, have vanished or are elsewhere since they were listed."""
+        waiting = defaultdict[str, list[Source]](list)  # an image may be listed more than once
+        for source in reversed(sources):
+            waiting[source.id].append(source)
+        for row, frozen in self.writer.frozen():
+            if not (same := waiting.get(frozen.id)):
+                self._n_vanished += 1
+            elif (source := same.pop()).path != frozen.path:
+                self._elsewhere[row] = source, frozen.path
+        left = {id(source) for same in waiting.values() for source in same}
+        self._new = [source for source in sources if id(source) in left]
+        if places := {_place(source) for source in self._new}:
+            self._n_twice = sum(_place(frozen) in places for _, frozen in self.writer.frozen())
 
     def run(self, limit: int | None, update: bool, retry_failed: bool) -> Report:
         """Extracts what is left, with `update` what is new, and with `retry_failed` what failed."""
         writer = self.writer
         self._commits = [writer.committed(shard) for shard in writer.shards]
         done = writer.totals(self._commits)
-        failed_before = writer.failures() if retry_failed else {}
+        failed_before = writer.failures(self._commits) if retry_failed else {}
         self._say_what_is_there(done, update, retry_failed)
+        if update or retry_failed:
+            self._check_places()
         environment = _environment(self.extractor)
         self._warn_of_another_device(environment["device"])
         writer.log({"event": "start", "time": time.time(), **environment})
@@ -185,6 +198,8 @@ class Run:
                 n_tried += self._extract_pending(done)
                 retried = self._append_retry()
                 n_done -= len(failed_before.keys() & retried)
+            else:
+                self.bar.say("a retry was interrupted: it is finished now, and no other one begins")
         if update:
             room = None if limit is None else max(limit - writer.n_rows, 0)
             if added := self._new[:room]:
@@ -193,6 +208,9 @@ class Run:
         n_tried += self._extract_pending()
         final = writer.totals(self._commits)
         writer.finish(final)
+        unreadable = tuple(self.listing.unreadable)
+        if isinstance(self.sources, InputError):
+            unreadable = writer.generations[-1].unreadable
         writer.log({"event": "end", "time": time.time()})
         return Report(
             writer.directory,
@@ -204,7 +222,7 @@ class Run:
             seconds=time.perf_counter() - started,
             new=len(self._new),
             vanished=self._n_vanished,
-            unreadable_directories=writer.generations[-1].unreadable,
+            unreadable_directories=unreadable,
         )
 
     def _say_what_is_there(self, done: Mapping[str, Any], update: bool, retry_failed: bool) -> None:
@@ -223,13 +241,27 @@ class Run:
         ]
         if text := ", ".join(f"{n:,} {what}{advice}" for n, what, advice in found if n):
             say(f"compared with the inputs now: {text}")
+        if self._n_twice:
+            say(f"warning: {self._n_twice:,} of the new ones are there already, under other ids")
+
+    def _check_places(self) -> None:
+        """Raises if an image that has features is another file now: ids would mean two images."""
+        failed = self.writer.failures(self._commits)
+        moved = [found for row, found in self._elsewhere.items() if row not in failed]
+        if moved:
+            source, was = moved[0]
+            raise PlanMismatchError(
+                f"{_counted(len(moved), 'image')} of {self.writer.directory} would be other files: "
+                f"{source.id!r} was {was}, now {source.path}. Give the inputs of the first start, "
+                "or another directory"
+            )
 
     def _warn_of_another_device(self, device: str) -> None:
         others = sorted(
             {
-                event["device"]
+                str(event["device"])
                 for event in read_events(self.writer.directory)
-                if event.get("event") == "start" and event.get("device") != device
+                if event.get("event") == "start" and event.get("device", device) != device
             }
         )
         if others:
@@ -243,7 +275,7 @@ class Run:
         writer = self.writer
         assert isinstance(self.sources, list), "retry_failed without a list was refused"
         source_of_id = {source.id: source for source in self.sources}
-        failures = writer.failures()
+        failures = writer.failures(self._commits)
         rows = {row: f for row, f in failures.items() if f.id in source_of_id}
         if n_left := len(failures) - len(rows):
             self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
@@ -276,10 +308,9 @@ class Run:
         n_done, n_failed = done["rows"] - n_replaced, done["rows"] - done["ok"] - n_replaced
         if forgiven is not None:
             n_failed -= forgiven["rows"] - forgiven["ok"]
-        self._check_budget(n_failed, n_done)
         if not todo:
             return 0
-        self._check_archives(todo)
+        self._check_budget(n_failed, n_done)
         if self.resumed:
             extractor.prepare(writer.plan["runs"], writer.n_rows)
         n_todo = sum(shard.rows for shard in todo)
@@ -288,6 +319,7 @@ class Run:
 
         def chunks() -> Iterator[list[tuple[int, str, Source]]]:
             for shard in todo:
+                self._check_archives(shard)
                 rows = ((row, source.id, source) for row, source in writer.rows(shard))
                 yield from chunked(rows, extractor.batch_size)
 
@@ -306,6 +338,7 @@ class Run:
                     n_failed += len(batch.errors)
                     bar.advance(n_batch)
                     self._check_budget(n_failed, bar.n_done, batch.errors)
+                self._check_archives(shard)
                 content = _shard_content(parts, writer.plan["outputs"])
                 self._commits[shard.shard] = writer.commit(shard, *content)
                 check_interrupted()
@@ -315,23 +348,22 @@ class Run:
                 shard_start = now
         return n_todo
 
-    def _check_archives(self, todo: Sequence[Shard]) -> None:
-        """Raises if rows to be read are places in an archive that is another one now."""
-        for generation in self.writer.generations:
-            if not generation.archives:
-                continue
-            pending = [shard for shard in generation.shards if shard in todo]
-            paths = {source.path for shard in pending for _, source in self.writer.rows(shard)}
-            for path in sorted(paths & generation.archives.keys()):
-                try:
-                    changed = archive_state(path) != generation.archives[path]
-                except OSError:
-                    changed = True
-                if changed:
-                    raise PlanMismatchError(
-                        f"{path} has changed or is gone since its images were listed, and some of "
-                        "them are still to be extracted; restore it, or use another directory"
-                    )
+    def _check_archives(self, shard: Shard) -> None:
+        """Raises if rows of a shard are places in an archive that is another one now."""
+        archives = next(g.archives for g in self.writer.generations if shard in g.shards)
+        if not archives:
+            return
+        paths = {source.path for _, source in self.writer.rows(shard)}
+        for path in sorted(paths & archives.keys()):
+            try:
+                changed = archive_state(path) != archives[path]
+            except OSError:
+                changed = True
+            if changed:
+                raise PlanMismatchError(
+                    f"{path} has changed or is gone since its images were listed, and some of them "
+                    "are still to be extracted; restore it, or use another directory"
+                )
 
     def _check_budget(self, n_failed: int, n_done: int, errors: Sequence[RowError] = ()) -> None:
         rate = self.max_error_rate
@@ -342,6 +374,10 @@ class Run:
                 f"{rate:g} allowed{last}; mend the images and go on with --retry-failed, or allow "
                 "more with --max-error-rate"
             )
+
+
+def _place(source: Source) -> tuple[str, int | None, str | None]:
+    return source.path, source.offset, source.member
 
 
 def _counted(n: int, what: str) -> str:

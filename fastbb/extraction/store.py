@@ -31,14 +31,15 @@ from .layout import (
     PlanMismatchError,
     Shard,
     canonical_json,
+    check_complete,
     file_name,
     is_started,
+    numbered,
     plan_sha256,
     read_commit,
     read_generations,
     read_plan,
     read_rows,
-    totals,
     write_file,
     writing,
 )
@@ -87,9 +88,15 @@ class FeatureWriter:
                     f"another process is writing to {self.directory}; wait for it, or choose "
                     "another directory"
                 ) from error
-        if is_started(self.directory):
-            self._use(read_plan(self.directory / "plan.json"))
-            self.generations = read_generations(self.directory, self.plan)
+        try:
+            if is_started(self.directory):
+                self._use(read_plan(self.directory / "plan.json"))
+                self.generations = read_generations(self.directory, self.plan)
+            # also where plan.json is missing, or the last generation
+            check_complete(self.directory, len(self.generations), self.n_finished)
+        except BaseException:
+            self._lock.close()
+            raise
         return self
 
     def __exit__(
@@ -128,11 +135,20 @@ class FeatureWriter:
         self.plan, self._plan_sha256 = plan, plan_sha256(plan)
 
     def start(self, plan: Mapping[str, Any]) -> None:
-        """Writes the plan of a first start; on a resume, removes what a killed run left.
+        """Writes the plan of a first start.
 
         Args:
-            plan: everything that decides the values, in JSON types. Ignored where there is one:
-                the caller has compared them.
+            plan: everything that decides the values, in JSON types.
+
+        Raises:
+            OutputError: the directory cannot be written.
+        """
+        self.clean()
+        self._use(json.loads(canonical_json({"format": FORMAT, **plan})))
+        write_file(self.directory / "plan.json", canonical_json(self.plan))
+
+    def clean(self) -> None:
+        """Makes the folders, and removes files that a killed run left in them.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -142,9 +158,6 @@ class FeatureWriter:
                 (self.directory / name).mkdir(exist_ok=True)
             for leftover in self._our_files(_UNFINISHED):
                 leftover.unlink()
-        if not self.plan:
-            self._use(json.loads(canonical_json({"format": FORMAT, **plan})))
-            write_file(self.directory / "plan.json", canonical_json(self.plan))
 
     def append(
         self,
@@ -171,8 +184,8 @@ class FeatureWriter:
         shards: list[Shard] = []
         iterator = iter(rows)
         with writing(self.directory):
-            for path in self.directory.glob("rows/rows-*.jsonl"):  # of a run killed while listing
-                if int(path.stem.removeprefix("rows-")) >= self.n_shards:
+            for number, path in numbered(self.directory, "rows"):  # of a run killed while listing
+                if number >= self.n_shards:
                     path.unlink()
         while part := list(itertools.islice(iterator, self.plan["shard_rows"])):
             number = self.n_shards + len(shards)
@@ -219,39 +232,42 @@ class FeatureWriter:
         rows = read_rows(self.directory, shard)
         return [(row.pop("row"), Source(**row)) for row in rows]
 
-    def row_of_id(self) -> dict[str, int]:
-        """Returns the number of every row, by its id."""
-        new = (g for g in self.generations if g.kind != "retry")
-        rows = (row for g in new for shard in g.shards for row in read_rows(self.directory, shard))
-        return {row["id"]: row["row"] for row in rows}
+    def frozen(self) -> Iterator[tuple[int, Source]]:
+        """Yields number and source of every row, a retried one as it was listed first."""
+        new = (generation for generation in self.generations if generation.kind != "retry")
+        shards = (shard for generation in new for shard in generation.shards)
+        return (row for shard in shards for row in self.rows(shard))
 
-    def failures(self) -> dict[int, RowError]:
+    def reader(self, commits: Sequence[Mapping[str, Any] | None]) -> Reader:
+        """Returns a reader of the directory.
+
+        Args:
+            commits: those that count, of the first shards or all.
+        """
+        return Reader(self.directory, {c["shard"]: dict(c) for c in commits if c is not None})
+
+    def failures(self, commits: Sequence[Mapping[str, Any] | None]) -> dict[int, RowError]:
         """Returns the committed rows that have no features, by their numbers, in order."""
-        reader = Reader(self.directory)
+        reader = self.reader(commits)
         return {e.row: e for block in reader.computed_blocks for e in reader.errors(block)}
 
     def totals(self, commits: Sequence[Mapping[str, Any] | None]) -> dict[str, Any]:
-        """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once.
-
-        Args:
-            commits: of every shard, or the first ones.
-        """
-        counts = totals(commits)
-        if not any(commit and commit["replaces"] for commit in commits):
-            return counts
-        # a damaged shard that was computed again may have features of rows that were retried
-        n_ok, kinds = Reader(self.directory).counts()
-        return counts | {"ok": n_ok, "errors": dict(sorted(kinds.items()))}
-
-    def _commit(self, shard: Shard) -> dict[str, Any] | None:
-        return read_commit(self.directory, shard, self.plan, self._plan_sha256)
+        """Sums up commits: rows, ok, errors by kind, shards. A retried row counts once."""
+        reader = self.reader(commits)
+        n_ok, kinds = reader.counts()
+        return {
+            "rows": n_ok + kinds.total(),
+            "ok": n_ok,
+            "errors": dict(sorted(kinds.items())),
+            "shards": len(reader.commits),
+        }
 
     def committed(self, shard: Shard) -> dict[str, Any] | None:
         """Returns the commit of a shard, or None if the shard has no valid one and is to be done.
 
         The files of the shard are read and compared with the commit's sha256.
         """
-        commit = self._commit(shard)
+        commit = read_commit(self.directory, shard, self.plan, self._plan_sha256)
         if commit is not None:
             for name, file in commit["files"].items():
                 if file_sha256(self.directory / "shards" / name) != file["sha256"]:
@@ -329,7 +345,11 @@ class FeatureWriter:
     def log(self, event: Mapping[str, Any]) -> None:
         """Appends a line to run.jsonl."""
         path = self.directory / "run.jsonl"
-        with writing(path), open(path, "ab") as file:
+        with writing(path), open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a crash has cut the last line off
+                    file.write(b"\n")
             file.write(canonical_json(event))
 
 

@@ -94,7 +94,7 @@ def test_extract_options_reach_the_plan(images: Path, tmp_path: Path) -> None:
     assert len(plan["outputs"]) == 3 and features["maps.stage1"].shape[0] == 3
     assert fastbb("extract", images, "--out", tmp_path / "out").exit_code == 0
     again = fastbb("extract", images, "--out", tmp_path / "out", "--precision", "fp32")
-    assert again.exit_code == 3 and "precision: 'bf16' there, 'fp32' asked" in again.stderr
+    assert again.exit_code == 3 and "precision: 'bf16' there, 'fp32' now" in again.stderr
 
 
 def failing(kind: str) -> Callable[..., Any]:

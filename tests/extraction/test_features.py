@@ -288,7 +288,7 @@ def test_a_run_that_too_many_failures_stopped_says_so_and_what_to_do(directory: 
     (directory.path / "shards" / "commit-00001.json").unlink()
     reason = "stopped: 3 of 8 images failed, more than the share of 0.05 allowed; mend the input"
     with directory.open() as writer:
-        writer.log({"event": "stop", "time": 0, "reason": reason})
+        writer.log({"event": "stop", "exit_code": 4, "time": 0, "reason": reason})
     first, second, *rest = open_features(directory.path).describe().splitlines()
     assert "not finished, too many images failed; mend them or allow more" in first
     assert second == f"reason    {reason}"

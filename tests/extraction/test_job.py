@@ -11,6 +11,7 @@ from fastbb.extraction import (
     ErrorBudgetError,
     FeatureExtractor,
     InputError,
+    Report,
     open_features,
     plan,
     progress,

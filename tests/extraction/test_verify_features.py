@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no generation": (
         lambda out: (out / "rows/generation-00001.json").unlink(),
-        "rows/generation-00002.json: an earlier generation is missing",
+        "rows/generation-00001.json is missing, and what came after it is there",
     ),
     "generation": (lambda out: flip(out / "rows/generation-00001.json", 2), "is damaged"),
     "plan": (
