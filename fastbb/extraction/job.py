@@ -93,8 +93,8 @@ def extract(
         update: also extract the images that the directory does not have yet.
         retry_failed: also try the failed images again.
         follow_symlinks: follow symbolic links below directories.
-        max_error_rate: the run stops when more than this share of the images fails, those of
-            earlier runs included, from the 20th image on.
+        max_error_rate: the run stops when more than this share of the images fails, from the 20th
+            image on. Images of a run that was interrupted count in the next one, too.
         progress: show a bar (a line every 30 s where stderr is no terminal) and what is done.
 
     Returns:

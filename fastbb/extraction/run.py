@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -37,6 +37,9 @@ from .store import FeatureWriter
 
 # number of rows from which a share of failures is meaningful
 _MIN_BUDGET_ROWS = 20
+# number of rows from which a speed is
+_MIN_SPEED_ROWS = 100
+_N_ERRORS_SHOWN = 3
 # other versions than those of the plan, for the log
 _LOGGED_PACKAGES = ("fastbb", "numpy", "safetensors")
 
@@ -79,8 +82,9 @@ class Report:
     def __repr__(self) -> str:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
         failed = f", {self.rows - self.ok:,} failed ({kinds})" if kinds else ""
-        speed = f", {self.tried / self.seconds:,.1f} images/s" if self.tried else ""
-        speed = speed or ", nothing was left to do"
+        speed = f", {self.tried / self.seconds:,.1f} images/s"
+        if self.tried < _MIN_SPEED_ROWS:  # the start of a run says nothing about its speed
+            speed = f", {self.seconds:,.1f} s" if self.tried else ", nothing was left to do"
         counts = f"{self.ok:,} of {self.rows:,} images have features{failed}{speed}"
         new = f"; {_counted(self.new, 'new image')} left out (--update adds)" if self.new else ""
         new += f"; {self.vanished:,} not among the inputs any more" if self.vanished else ""
@@ -118,6 +122,7 @@ class Run:
         self._new: list[Source] = []
         self._n_vanished = self._n_twice = 0
         self._elsewhere: dict[int, tuple[Source, str]] = {}  # source, and the path before
+        self._n_finished = writer.n_finished
         self._commits: list[dict[str, Any] | None] = []
 
     def start(
@@ -155,6 +160,8 @@ class Run:
             say(f"warning: {self.sources}; the images are those that were listed before")
             return
         self._compare_with_inputs(self.sources)
+        if n := len(self.sources) - len({source.id for source in self.sources}):
+            say(f"listed more than once: {_counted(n, 'image')}")
         if passed_over := self.listing.passed_over():
             say(passed_over)
         if self.listing.unreadable:
@@ -192,10 +199,9 @@ class Run:
         n_tried = 0
         if retry_failed:
             # a retry that was interrupted is finished, and no other one begins
-            unfinished = writer.generations[writer.n_finished :]
+            unfinished = writer.generations[self._n_finished :]
             if not any(generation.kind == "retry" for generation in unfinished):
-                # to know all that fails; what has failed before is tried again
-                n_tried += self._extract_pending(done)
+                n_tried += self._extract_pending(forgiving=True)  # to know all that fails
                 retried = self._append_retry()
                 n_done -= len(failed_before.keys() & retried)
             else:
@@ -205,7 +211,7 @@ class Run:
             if added := self._new[:room]:
                 writer.append("update", enumerate(added, writer.n_rows), **self._listed)
                 self._new = self._new[len(added) :]
-        n_tried += self._extract_pending()
+        n_tried += self._extract_pending(forgiving=retry_failed)
         final = writer.totals(self._commits)
         writer.finish(final)
         unreadable = tuple(self.listing.unreadable)
@@ -241,6 +247,9 @@ class Run:
         ]
         if text := ", ".join(f"{n:,} {what}{advice}" for n, what, advice in found if n):
             say(f"compared with the inputs now: {text}")
+        inputs = writer.generations[0].inputs
+        if self._n_vanished and inputs != self._listed["inputs"]:
+            say(f"other inputs than at the first start, which had {first_few(inputs)}")
         if self._n_twice:
             say(f"warning: {self._n_twice:,} of the new ones are there already, under other ids")
 
@@ -278,7 +287,8 @@ class Run:
         failures = writer.failures(self._commits)
         rows = {row: f for row, f in failures.items() if f.id in source_of_id}
         if n_left := len(failures) - len(rows):
-            self.bar.say(f"{n_left:,} failed images are not among the inputs and stay as they are")
+            what = _counted(n_left, "failed image")
+            self.bar.say(f"not among the inputs, and not tried again: {what}")
         if rows:
             writer.append(
                 "retry",
@@ -296,24 +306,21 @@ class Run:
         """Number of rows that failed before and are to be tried again."""
         return sum(sum(shard.replaces.values()) for shard in self._pending())
 
-    def _extract_pending(self, forgiven: Mapping[str, Any] | None = None) -> int:
+    def _extract_pending(self, forgiving: bool = False) -> int:
         """Extracts and commits every shard that is not, and returns the number of its rows.
 
         Args:
-            forgiven: totals of rows whose failures do not count.
+            forgiving: do not count failures of earlier runs, which are tried again afterwards.
         """
         writer, bar, extractor = self.writer, self.bar, self.extractor
-        todo, done = self._pending(), writer.totals(self._commits)
-        n_replaced = self._n_replaced()
-        n_done, n_failed = done["rows"] - n_replaced, done["rows"] - done["ok"] - n_replaced
-        if forgiven is not None:
-            n_failed -= forgiven["rows"] - forgiven["ok"]
+        todo = self._pending()
         if not todo:
             return 0
-        self._check_budget(n_failed, n_done)
+        budget = self._budget(forgiving)
         if self.resumed:
             extractor.prepare(writer.plan["runs"], writer.n_rows)
         n_todo = sum(shard.rows for shard in todo)
+        n_done = writer.totals(self._commits)["rows"] - self._n_replaced()
         bar.start(n_done + n_todo, n_done)
         shard_start = time.perf_counter()
 
@@ -335,9 +342,8 @@ class Run:
                     parts.append(batch)
                     n_batch = len(batch.ids) + len(batch.errors)
                     n_left -= n_batch
-                    n_failed += len(batch.errors)
                     bar.advance(n_batch)
-                    self._check_budget(n_failed, bar.n_done, batch.errors)
+                    budget.count(shard, n_batch, batch.errors)
                 self._check_archives(shard)
                 content = _shard_content(parts, writer.plan["outputs"])
                 self._commits[shard.shard] = writer.commit(shard, *content)
@@ -365,14 +371,55 @@ class Run:
                     "are still to be extracted; restore it, or use another directory"
                 )
 
-    def _check_budget(self, n_failed: int, n_done: int, errors: Sequence[RowError] = ()) -> None:
-        rate = self.max_error_rate
-        if n_failed > rate * n_done and (n_done >= _MIN_BUDGET_ROWS or rate == 0):
-            last = "".join(f" (last: {e.id!r}: {e.kind}, {e.message})" for e in errors[-1:])
+    def _budget(self, forgiving: bool) -> _Budget:
+        """Counts the rows of generations that no earlier run has finished."""
+        unfinished = self.writer.generations[self._n_finished :]
+        new = (generation for generation in unfinished if generation.kind != "retry")
+        shards = {shard.shard for generation in new for shard in generation.shards}
+        budget = _Budget(self.max_error_rate, shards)
+        for number in sorted(budget.shards):
+            if commit := self._commits[number]:
+                budget.n_done += commit["rows"]
+                budget.n_failed += 0 if forgiving else sum(commit["errors"].values())
+        budget.check()
+        return budget
+
+
+class _Budget:
+    """The share of images that may fail.
+
+    Args:
+        rate: the share.
+        shards: numbers of the shards that count. Images that failed in a run that ended were
+            reported, and those of a retry have failed before.
+    """
+
+    def __init__(self, rate: float, shards: set[int]) -> None:
+        self.rate, self.shards = rate, shards
+        self.n_done = self.n_failed = 0
+        self._last = deque[RowError](maxlen=_N_ERRORS_SHOWN)
+
+    def count(self, shard: Shard, n_rows: int, errors: Sequence[RowError]) -> None:
+        """Counts rows of a shard.
+
+        Raises:
+            ErrorBudgetError: too many have failed.
+        """
+        if shard.shard in self.shards:
+            self.n_done += n_rows
+            self.n_failed += len(errors)
+            self._last.extend(errors)
+            self.check()
+
+    def check(self) -> None:
+        """Raises ErrorBudgetError if too many have failed."""
+        n_done, n_failed = self.n_done, self.n_failed
+        if n_failed > self.rate * n_done and (n_done >= _MIN_BUDGET_ROWS or self.rate == 0):
+            last = "; ".join(f"{e.id!r}: {e.kind}, {e.message}" for e in self._last)
             raise ErrorBudgetError(
                 f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
-                f"{rate:g} allowed{last}; mend the images and go on with --retry-failed, or allow "
-                "more with --max-error-rate"
+                f"{self.rate:g} allowed{last and f' (last: {last})'}; mend the images and go on "
+                "with --retry-failed, or allow more with --max-error-rate"
             )
 
 

@@ -264,6 +264,24 @@ def test_mended_images_are_retried_after_too_many_failed(
     assert (report.ok, report.rows, report.errors) == (40, 40, {})
 
 
+def test_failures_of_a_run_that_ended_do_not_stop_later_ones(
+    model: Path, make_images: Callable[..., Path], tmp_path: Path, encoded: Callable[..., bytes]
+) -> None:
+    root = make_images(40)
+    for i in range(30):
+        (root / f"{i:05d}.png").write_bytes(b"")
+    extract(model, root, tmp_path / "out", max_error_rate=1)
+    assert extract(None, root, tmp_path / "out").tried == 0
+    assert extract(None, root, tmp_path / "out", retry_failed=True).tried == 30
+    for i in range(40, 62):
+        (root / f"{i:05d}.png").write_bytes(encoded(i))
+    assert extract(None, root, tmp_path / "out", update=True).tried == 22
+    for i in range(62, 90):
+        (root / f"{i:05d}.png").write_bytes(b"")
+    with pytest.raises(ErrorBudgetError, match="stopped: 28 of 28 .*'00089.png': truncated"):
+        extract(None, root, tmp_path / "out", update=True)
+
+
 def test_an_archive_that_is_done_may_change(
     model: Path, tmp_path: Path, encoded: Callable[..., bytes]
 ) -> None:

@@ -162,6 +162,9 @@ def test_the_error_budget_counts_failures_of_earlier_runs(run: Run, tmp_path: Pa
     assert run().errors == {"unsupported_format": 1}
     assert run(max_error_rate=0).tried == 0  # nothing is left that could fail
     (tmp_path / "out" / "shards" / "commit-00002.json").unlink()
+    assert run(max_error_rate=0).tried == 2  # what failed in a run that ended was reported
+    (tmp_path / "out" / "shards" / "commit-00002.json").unlink()
+    (tmp_path / "out" / "manifest.json").unlink()
     with pytest.raises(ErrorBudgetError, match="stopped: 1 of 8 images failed"):
         run(max_error_rate=0)
 
