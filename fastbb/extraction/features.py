@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _N_SHOWN = 10
+_DEFAULT = "embedding"  # of several features
 _VERSIONS = ("torch", "fastbb")
 _TOO_MANY_FAILED = 4  # exit code of a run that the share of failures stopped
 
@@ -228,23 +229,25 @@ class Features:
             raise KeyError(f"no features {name!r}; there are {', '.join(self.names)}")
 
     def _chosen(self, name: str | None, names: Sequence[str]) -> str:
-        """Returns the name, or the only one of `names` where it is None."""
+        """Returns the name; where it is None the embedding, or the only one of `names`."""
+        if name is None and _DEFAULT in names:
+            return _DEFAULT
         if name is None and len(names) != 1:
             raise ValueError(f"name: wanted one of {', '.join(names or self.names)}, got None")
         name = names[0] if name is None else name
         self._check(name)
         return name
 
-    def aligned(self, name: str) -> Tensor:
+    def aligned(self, name: str | None = None) -> Tensor:
         """Returns features [all rows, ...]; a row without features is NaN.
 
         Args:
-            name: of the features.
+            name: of the features; default: the embedding, or the only ones.
 
         Raises:
             ValueError: the features are no floating-point numbers.
         """
-        self._check(name)
+        name = self._chosen(name, self.names)
         empty = self._reader.empty([name])[name]
         if not empty.is_floating_point():
             raise ValueError(f"{name}: {empty.dtype} has no NaN; use ds[{name!r}] and ds.row_ids")
@@ -258,7 +261,7 @@ class Features:
         """Returns features [n, ...]; bf16, which NumPy lacks, as float32.
 
         Args:
-            name: of the features; may be left out where there is one.
+            name: of the features; default: the embedding, or the only ones.
         """
         return numpy_array(self[self._chosen(name, self.names)])
 

@@ -324,3 +324,11 @@ def test_notebooks_show_tables(directory: Directory) -> None:
     errors = features.errors()
     assert isinstance(errors, RowErrors) and "&#x27;00003.png&#x27;" in errors._repr_html_()
     assert "no errors" in RowErrors()._repr_html_() and "<table" not in RowErrors()._repr_html_()
+
+
+def test_the_embedding_is_taken_where_no_name_is_given(tmp_path: Path) -> None:
+    outputs = {name: POOLED for name in ("embedding", "pooled")}
+    features = open_features(Directory(tmp_path / "out", outputs).start(map(row, range(4))).path)
+    np.testing.assert_array_equal(features.to_numpy(), features.to_numpy("embedding"))
+    assert features.aligned().equal(features.aligned("embedding"))
+    assert features.search(features["embedding"][1], 1).rows.tolist() == [1]
