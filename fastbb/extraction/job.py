@@ -222,9 +222,20 @@ def _extractor(
         arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
     else:
         arguments = extractor_arguments(directory, plan, said)
-        model = plan["model"]["name"] if model is None else model
-    assert model is not None
+        if model is None:
+            return _as_at_first(plan["model"]["name"], arguments)
+    assert model is not None, "a first start without a model was refused"
     return FeatureExtractor(model, mode="eager", **arguments)
+
+
+def _as_at_first(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
+    try:
+        return FeatureExtractor(name, mode="eager", **arguments)
+    except OSError as error:
+        raise OSError(
+            f"the model of the first start, {name}, cannot be had: give where it is now (--model). "
+            f"{error}"
+        ) from error
 
 
 @contextmanager

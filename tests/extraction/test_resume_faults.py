@@ -209,3 +209,12 @@ def test_the_advice_of_a_mismatch_can_be_followed(
     shutil.rmtree(tmp_path / "out" / "rows")
     with pytest.raises(PlanMismatchError, match=f"(?s){advice}"):
         run()
+
+
+def test_a_model_that_has_moved_is_asked_for(model: Path, images: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    extract(copy, images, tmp_path / "out")
+    moved = shutil.move(copy, tmp_path / "moved")
+    with pytest.raises(OSError, match=f"first start, {copy}, cannot be had: give where it is now"):
+        extract(None, images, tmp_path / "out")
+    assert extract(moved, images, tmp_path / "out").tried == 0
