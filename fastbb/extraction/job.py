@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from .layout import (
     ExtractionError,
     OutputLockedError,
     is_started,
-    read_plan,
 )
 from .listing import Listing
 from .pipeline import FeatureExtractor
@@ -31,7 +30,7 @@ from .plan import (
 from .progress import Progress
 from .run import Run
 from .sources import InputError
-from .store import FeatureWriter, check_writable
+from .store import FeatureWriter
 
 
 def extract(
@@ -131,39 +130,44 @@ def extract(
             raise ValueError(f"{needless[0]}: it is for a directory, and there is no `out`")
         return _in_memory(model, inputs, mode, batch_size, said)
     given = _paths(inputs)
-    plan = read_plan(Path(out) / "plan.json") if is_started(Path(out)) else None
-    if plan is not None:
-        check_writable(Path(out), plan)
-    elif model is None:
-        raise ValueError(_NO_MODEL)
-    listing = Listing(given, follow_symlinks)
-    try:
-        # all at once: a wrong input is found before the model is loaded and anything is made
-        sources = list(listing)
-    except InputError as error:
-        if plan is None or update or retry_failed:
-            raise
-        sources = error  # the list of the first start is frozen
-    with _threads(plan):
-        extractor = _extractor(model, Path(out), plan, said, batch_size)
+    with ExitStack() as held:
+        writer = FeatureWriter(out)
+        resumed = is_started(writer.directory)
+        if resumed:
+            held.enter_context(writer)  # another process is told before anything takes long
+        elif model is None:
+            raise ValueError(_NO_MODEL)
+        listing = Listing(given, follow_symlinks)
+        try:
+            # all at once: a wrong input is found before the model is loaded and anything is made
+            sources = list(listing)
+        except InputError as error:
+            if not resumed or update or retry_failed:
+                raise
+            sources = error  # the list of the first start is frozen
+        plan = writer.plan if resumed else None
+        held.enter_context(_threads(plan))
+        extractor = _extractor(model, writer.directory, plan, said, batch_size)
         if plan is not None:
-            check_plan(Path(out), plan, extractor.settings())
-        with FeatureWriter(out) as writer, Progress(progress) as bar:
-            if bool(writer.plan) != (plan is not None):
+            check_plan(writer.directory, plan, extractor.settings())
+        else:
+            held.enter_context(writer)
+            if writer.plan:
                 raise OutputLockedError(
                     f"another process has started {out} meanwhile; run the same again"
                 )
-            run = Run(extractor, writer, bar, max_error_rate, given, listing, sources)
-            try:
-                run.start(mode, batch_size, shard_rows, limit)
-                return run.run(limit, update, retry_failed)
-            except BaseException as error:
-                if writer.plan:
-                    with suppress(ExtractionError):  # the disk may be full
-                        code = getattr(error, "exit_code", None)
-                        stop = {"event": "stop", "reason": _reason(error), "exit_code": code}
-                        writer.log({**stop, "time": time.time()})
-                raise
+        bar = held.enter_context(Progress(progress))
+        run = Run(extractor, writer, bar, max_error_rate, given, listing, sources)
+        try:
+            run.start(mode, batch_size, shard_rows, limit)
+            return run.run(limit, update, retry_failed)
+        except BaseException as error:
+            if writer.plan:
+                with suppress(ExtractionError):  # the disk may be full
+                    code = getattr(error, "exit_code", None)
+                    stop = {"event": "stop", "reason": _reason(error), "exit_code": code}
+                    writer.log({**stop, "time": time.time()})
+            raise
 
 
 _NO_MODEL = (

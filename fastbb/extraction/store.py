@@ -110,7 +110,7 @@ class FeatureWriter:
     def _check_that_it_is_ours(self) -> None:
         """Raises if the directory holds files of the user, before anything is made or removed."""
         if is_started(self.directory):
-            check_writable(self.directory, read_plan(self.directory / "plan.json"))
+            _check_writable(self.directory, read_plan(self.directory / "plan.json"))
             return
         paths = {path for name in _OUR_NAMES for path in self._entries(name)}
         foreign = paths.difference(self._our_files(rf"({_UNFINISHED})?"))
@@ -353,7 +353,7 @@ class FeatureWriter:
             file.write(canonical_json(event))
 
 
-def check_writable(directory: Path, plan: Mapping[str, Any]) -> None:
+def _check_writable(directory: Path, plan: Mapping[str, Any]) -> None:
     """Raises PlanMismatchError if the features of a directory are of a format that is only read."""
     if plan["format"] != FORMAT:
         raise PlanMismatchError(
