@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -327,7 +328,7 @@ def test_notebooks_show_tables(directory: Directory) -> None:
 
 
 def test_the_embedding_is_taken_where_no_name_is_given(tmp_path: Path) -> None:
-    outputs = dict.fromkeys(("embedding", "pooled"), POOLED)
+    outputs: dict[str, Any] = dict.fromkeys(("embedding", "pooled"), POOLED)
     features = open_features(Directory(tmp_path / "out", outputs).start(map(row, range(4))).path)
     np.testing.assert_array_equal(features.to_numpy(), features.to_numpy("embedding"))
     assert features.aligned().equal(features.aligned("embedding"))
