@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastbb_kernels.machine import cpu_name
+from fastbb_kernels.warning import warn_caller
 
 from ..engine.interruption import check_interrupted
 from .decode import RowError
@@ -274,9 +275,9 @@ class Run:
             }
         )
         if others:
-            self.bar.say(
-                f"warning: this run is on {device}, an earlier one was on {', '.join(others)}; "
-                "features of different devices may differ in their last bits"
+            warn_caller(
+                f"this run is on {device}, an earlier one of {self.writer.directory} was on "
+                f"{', '.join(others)}: features of different devices may differ in their last bits"
             )
 
     def _append_retry(self) -> set[int]:
