@@ -110,7 +110,7 @@ def test_the_cosine_does_not_depend_on_the_magnitude(tmp_path: Path, factor: flo
     directory = Directory(tmp_path / "out").start(map(row, range(10)))
     features = open_features(directory.path)
     query = features[5]["pooled"]
-    wanted = features.search(query, np.int64(9))
+    wanted = features.search(query, np.int64(9))  # pyright: ignore[reportArgumentType]
     found = open_features(scaled(directory, factor).path).search(query * factor, 9)
     assert found.ids == wanted.ids
     torch.testing.assert_close(found.scores, wanted.scores)

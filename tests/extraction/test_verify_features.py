@@ -27,6 +27,17 @@ def directory(tmp_path: Path) -> Directory:
     return directory
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def flip(path: Path, position: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 1
@@ -74,6 +85,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
             (out / "plan.json").read_text().replace("fp32", "bf16")
         ),
         "belongs to another plan",
+    ),
+    "commit without a hash": (
+        lambda out: replace(out / "shards/commit-00001.json", '"sha256"', '"md5"'),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "commit is a directory": (
+        lambda out: make_directory(out / "shards/commit-00001.json"),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "features are a directory": (
+        lambda out: make_directory(out / "shards/features-00001.safetensors"),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "rows are a directory": (
+        lambda out: make_directory(out / "rows/rows-00001.jsonl"),
+        "rows/rows-00001.jsonl: missing or changed",
+    ),
+    "generation is a directory": (
+        lambda out: make_directory(out / "rows/generation-00001.json"),
+        "generation-00001.json is damaged: .*Is a directory",
+    ),
+    "number of rows is a text": (
+        lambda out: replace(out / "rows/generation-00001.json", '"rows":3', '"rows":"3"'),
+        "generation-00001.json is damaged: wanted a whole number, got '3'",
+    ),
+    "number of a shard": (
+        lambda out: replace(out / "rows/generation-00001.json", '"shard":3', '"shard":3.0'),
+        "generation-00001.json is damaged: wanted a whole number, got 3.0",
     ),
     "no plan": (lambda out: (out / "plan.json").write_text("{}"), "plan.json is damaged"),
     "manifest": (
