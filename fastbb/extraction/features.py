@@ -423,7 +423,7 @@ def read_log(directory: Path) -> Iterator[dict[str, Any]]:
     numbers = {"start": ("time",), "shard": ("rows", "seconds")}
     for event in read_events(directory):
         values = [event.get(name) for name in numbers.get(str(event.get("event")), ())]
-        # times and counts beyond it are no dates and nonsense
+        # larger times are no dates
         if "event" in event and all(
             isinstance(value, (int, float)) and 0 <= value < 2**40 for value in values
         ):
