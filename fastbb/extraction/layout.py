@@ -36,6 +36,11 @@ _READ_FIELDS = frozenset(
     | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
     | {f"preprocessing.{name}" for name in ("image_processor_type", "resize", "size", "crop_size")}
 )
+# fields of a row of an index, by its status
+_ENTRY_FIELDS = {
+    "ok": {"row", "id", "status", "pos"},
+    "error": {"row", "id", "status", "kind", "message"},
+}
 _PLACES = {
     "rows": ("rows", "jsonl"),
     "generation": ("rows", "json"),
@@ -164,7 +169,7 @@ def read_plan(path: Path) -> dict[str, Any]:
             isinstance(plan["rows"], int) and isinstance(plan["rows_sha256"], list)
         ):
             raise ValueError("rows and rows_sha256 are no number and no list")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
     return plan
 
@@ -278,9 +283,19 @@ def read_index(directory: Path, shard: int) -> Iterator[dict[str, Any]]:
     path = directory / file_name("index", shard)
     try:
         with open(path, "rb") as file:
-            yield from map(json.loads, file)
+            yield from map(check_entry, map(json.loads, file))
     except ValueError as error:
         raise damaged(path, error) from error
+
+
+def check_entry(entry: Any) -> Any:
+    """Returns a row of an index; raises ValueError if a field is missing."""
+    try:
+        if _ENTRY_FIELDS[entry["status"]] <= entry.keys():
+            return entry
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError("a field of a row is missing")
 
 
 def damaged(path: Path, error: Exception) -> DamagedError:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .decode import RowError
 from .layout import (
     Shard,
+    check_entry,
     damaged,
     file_name,
     plan_sha256,
@@ -294,7 +295,8 @@ class Reader:
 
     def _parsed(self, block: Block, lines: list[bytes]) -> list[dict[str, Any]]:
         try:
-            return json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than many
+            entries = json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than many
+            return list(map(check_entry, entries))
         except ValueError as error:
             raise damaged(self.directory / file_name("index", block.shard.shard), error) from error
 

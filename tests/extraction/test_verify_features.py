@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from feature_directories import Directory, content, row, write_format_2
 
-from fastbb.extraction import VerifyReport, verify_features
-from fastbb.extraction.layout import canonical_json
+from fastbb.extraction import VerifyReport, open_features, verify_features
+from fastbb.extraction.layout import DamagedError, canonical_json
 
 AGAIN = "run the same command again: the shard is computed again"
 
@@ -80,6 +80,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rows/generation-00001.json is missing, and what came after it is there",
     ),
     "generation": (lambda out: flip(out / "rows/generation-00001.json", 2), "is damaged"),
+    "plan is a directory": (
+        lambda out: make_directory(out / "plan.json"),
+        "plan.json is damaged: .*Is a directory",
+    ),
     "plan": (
         lambda out: (out / "plan.json").write_text(
             (out / "plan.json").read_text().replace("fp32", "bf16")
@@ -137,6 +141,16 @@ def test_damage_is_found_and_named(directory: Directory, damage: str) -> None:
     with pytest.raises(AssertionError, match=message):
         raise AssertionError("\n".join(report.problems))
     assert "problem" in repr(report) and report.problems[0] in repr(report)
+
+
+@pytest.mark.parametrize("field", ["id", "status", "pos", "kind", "message"])
+@pytest.mark.parametrize("shard", [0, 4])  # of new rows, and of a retry
+def test_a_damaged_field_of_an_index_is_named(directory: Directory, field: str, shard: int) -> None:
+    path = directory.path / "shards" / f"index-{shard:05d}.jsonl"
+    replace(path, f'"{field}"', f'"{"x" * len(field)}"')
+    with pytest.raises(DamagedError, match=rf"{path.name} is damaged \(a field"):
+        open_features(directory.path).describe()
+        _ = open_features(directory.path).ids
 
 
 def recommit(directory: Directory, change: Callable[[dict, list], None]) -> VerifyReport:
