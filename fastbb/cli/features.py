@@ -98,8 +98,8 @@ def extract(inputs: tuple[str, ...], model: str | None, quiet: bool, **options: 
 def show(directory: str) -> None:
     """Shows what a features directory holds. Plan, rows, failures, speed, why a run stopped.
 
-    Exit codes: 0 shown; 2 no features directory; 6 the report cannot be written; 130 interrupted,
-    143 terminated.
+    Exit codes: 0 shown; 2 no features directory; 3 its plan or a shard is damaged; 6 the report
+    cannot be written; 130 interrupted, 143 terminated.
     """
     from ..extraction import open_features
 
@@ -122,8 +122,8 @@ def report(directory: str, out: str) -> None:
     Runs, speed, failures, a scatter of the features and nearest neighbours as thumbnails; the page
     needs no other file.
 
-    Exit codes: 0 written; 2 no features directory; 6 the page cannot be written; 130 interrupted,
-    143 terminated.
+    Exit codes: 0 written; 2 no features directory, or something else is at the place to write; 3
+    its plan or a shard is damaged; 6 the page cannot be written; 130 interrupted, 143 terminated.
     """
     from ..inspect.features_report import report as write_report
 
@@ -148,9 +148,7 @@ def report(directory: str, out: str) -> None:
 @click.option(
     "--metric",
     type=click.Choice(["cosine", "dot", "l2"]),
-    default="cosine",
-    show_default=True,
-    help="Of a faiss index.",
+    help="Of a faiss index.  [default: cosine]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 def export(directory: str, to: Any, **options: Any) -> None:
@@ -159,7 +157,8 @@ def export(directory: str, to: Any, **options: Any) -> None:
     A killed export leaves the earlier files or none; the same command again does it.
 
     Exit codes: 0 written; 2 wrong arguments, no features directory, or something is at the place to
-    write; 3 its plan is damaged; 6 the files cannot be written; 130 interrupted, 143 terminated.
+    write; 3 its plan or a shard is damaged; 6 the files cannot be written; 130 interrupted, 143
+    terminated.
     """
     from ..extraction import export_features
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import stat
 import tarfile
 import zipfile
@@ -34,6 +35,7 @@ COMPRESSED_SUFFIXES = {
     ".rar": "",
 }
 _SIDECARS = ("json", "txt", "cls")
+_NUMBER = re.compile("-?(0|[1-9][0-9]{0,17})")  # of int64; others, as 007, stay texts
 _MAX_SIDECAR_BYTES = 2**20
 _READ_BYTES = 2**20
 
@@ -109,10 +111,7 @@ def _text(data: bytes) -> str:
 
 
 def _label(text: str) -> int | str:
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    return int(text) if _NUMBER.fullmatch(text) else text
 
 
 def _list_tar(path: str, prefix: str, skipped: Counter[str]) -> Iterator[Source]:
@@ -126,13 +125,23 @@ def _list_tar(path: str, prefix: str, skipped: Counter[str]) -> Iterator[Source]
                     yield Source(name, path, member.offset_data, member.size)
                 elif not member.isdir():
                     skipped["members that are no plain file"] += 1
-            _check_end(path, archive)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a complete, uncompressed tar archive: {error}") from error
+            _check_end(archive)
+    # the last ones: headers that are nested without end, or have numbers that are none or too large
+    except (
+        tarfile.TarError,
+        EOFError,
+        OSError,
+        RecursionError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:
+        text = str(error) or type(error).__name__
+        raise InputError(f"{path}: not a complete, uncompressed tar archive: {text}") from error
 
 
-def _check_end(path: str, archive: tarfile.TarFile) -> None:
-    """Raises InputError unless only zeros follow: tarfile also stops at a damaged header."""
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Raises ReadError unless only zeros follow: tarfile also stops at a damaged header."""
     file, start = archive.fileobj, archive.offset
     assert file is not None
     file.seek(start)
@@ -142,9 +151,7 @@ def _check_end(path: str, archive: tarfile.TarFile) -> None:
         is_end = not any(data)
         data = file.read(_READ_BYTES)
     if not is_end:
-        raise InputError(
-            f"{path}: not a complete, uncompressed tar archive: damaged or cut off at byte {start}"
-        )
+        raise tarfile.ReadError(f"damaged or cut off at byte {start}")
 
 
 def _list_zip(path: str, prefix: str, skipped: Counter[str]) -> Iterator[Source]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -18,18 +19,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from .layout import canonical_json, writing
-from .reading import Reader, numpy_array, table_name
+from .layout import canonical_json, sync_directory, synced, writing
+from .reading import Reader, numpy_array, table_name, utf8
+from .search import unit_length
 from .tables import Tables
 
 ExportFormat = Literal["parquet", "npy", "faiss"]
 IndexMetric = Literal["cosine", "dot", "l2"]
-_ROWS = "rows.jsonl"
-# names of the files of an export to a directory
-_OUR_NAMES = re.compile(r"rows\.jsonl|.+\.(npy|faiss)")
+_MANIFEST = "export.json"  # in a directory: format, features and names of the other files
 _PART_ROWS = 8192
 _NO_FILE_NAME = r"[^\w.-]"
 
@@ -68,7 +67,7 @@ def export_features(
     out: str | os.PathLike[str] | None = None,
     *,
     features: str | Sequence[str] | None = None,
-    metric: IndexMetric = "cosine",
+    metric: IndexMetric | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Writes features to files that other programs read; values are those that are stored.
@@ -78,10 +77,11 @@ def export_features(
     their `shape`; bf16 and fp16 are float32.
 
     "npy": a directory of `<feature>.npy` [n, ...] of the rows that have features (bf16 as float32),
-    and `rows.jsonl`, line by line the `id`, `row` and columns of the same rows.
+    `rows.jsonl`, line by line the `id`, `row` and columns of the same rows, and `export.json`, the
+    list of these files, by which a later export knows what it may replace.
 
     "faiss": a directory of `<feature>.faiss`, a flat (exact) index of the rows that have features,
-    and the same `rows.jsonl`.
+    and the same `rows.jsonl` and `export.json`.
 
     Args:
         directory: of the features; an unfinished one is exported as far as it goes.
@@ -89,8 +89,8 @@ def export_features(
         out: the file or directory to write; default: beside the features directory, with the ending
             ".parquet", "-npy" or "-faiss".
         features: which features; default: all.
-        metric: of a faiss index: "cosine" (inner product of normalised vectors), "dot" (inner
-            product) or "l2".
+        metric: of a faiss index, else None: "cosine" (inner product of normalised vectors; the
+            default), "dot" (inner product) or "l2".
         overwrite: replace an earlier export.
 
     Raises:
@@ -100,11 +100,16 @@ def export_features(
     """
     if to not in get_args(ExportFormat):
         raise ValueError(f"to: wanted {', '.join(get_args(ExportFormat))}, got {to!r}")
-    if metric not in get_args(IndexMetric):
+    if metric is not None and metric not in get_args(IndexMetric):
         raise ValueError(f"metric: wanted {', '.join(get_args(IndexMetric))}, got {metric!r}")
+    if metric is not None and to != "faiss":
+        raise ValueError(f"metric: only a faiss index has one, got {metric!r} with {to!r}")
     reader = Reader(directory)
     outputs = reader.plan["outputs"]
-    names = [features] if isinstance(features, str) else list(features or outputs)
+    given = outputs if features is None else [features] if isinstance(features, str) else features
+    names = list(dict.fromkeys(given))
+    if not names:
+        raise ValueError(f"features: wanted at least one of {', '.join(outputs)}, got none")
     for name in names:
         if name not in outputs:
             raise ValueError(f"features: no {name!r}; there are {', '.join(outputs)}")
@@ -116,8 +121,7 @@ def export_features(
     place = reader.directory.resolve()
     ending = ".parquet" if to == "parquet" else f"-{to}"
     path = place.with_name(place.name + ending) if out is None else Path(out)
-    if path.resolve() == place or place in path.resolve().parents:
-        raise ValueError(f"out: wanted a place outside of the features directory, got {path}")
+    check_outside(path, place)
     if to == "parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError("to: parquet needs pyarrow; pip install 'fastbb[parquet]'")
     if os.path.lexists(path) and not (overwrite and _is_export(path, to)):
@@ -127,19 +131,21 @@ def export_features(
         raise ValueError(f"out: {path} is there, and {why}; give another place")
     with _replacing(path) as temporary:
         if to == "parquet":
-            with _synced(temporary) as file:
+            with synced(temporary) as file:
                 _write_parquet(reader, names, file)
         else:
             temporary.mkdir()
-            with _synced(temporary / _ROWS) as file:
+            with synced(temporary / "rows.jsonl") as file:
                 _write_rows(reader, names, file)
             for name in names:
-                file_path = temporary / f"{re.sub(_NO_FILE_NAME, '_', name)}.{to}"
-                with _synced(file_path) as file:
+                with synced(temporary / f"{re.sub(_NO_FILE_NAME, '_', name)}.{to}") as file:
                     if to == "npy":
                         _write_npy(reader, name, file)
                     else:
-                        _write_index(reader, name, file, metric)
+                        _write_index(reader, name, file, metric or "cosine")
+            about = {"format": to, "features": names, "files": sorted(os.listdir(temporary))}
+            with synced(temporary / _MANIFEST) as file:
+                file.write(canonical_json(about))
     n_ok, kinds = reader.counts()
     files = [path] if path.is_file() else sorted(path.iterdir())
     return ExportReport(
@@ -152,11 +158,22 @@ def export_features(
     )
 
 
+def check_outside(path: Path, directory: Path) -> None:
+    """Raises ValueError if a path to write is a features directory or inside of it."""
+    place, features = path.resolve(), directory.resolve()
+    if features in (place, *place.parents):
+        raise ValueError(f"out: wanted a place outside of the features directory, got {path}")
+
+
 def _is_export(path: Path, to: ExportFormat) -> bool:
     """Returns whether there is an earlier export, which may be replaced."""
     if to != "parquet":
-        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        return _ROWS in names and all(_OUR_NAMES.fullmatch(name) for name in names)
+        try:
+            files = json.loads((path / _MANIFEST).read_bytes())["files"]
+            found = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+            return found == sorted([*files, _MANIFEST]) == sorted(os.listdir(path))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
     import pyarrow
     import pyarrow.parquet
 
@@ -177,11 +194,11 @@ def _replacing(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             if temporary.is_dir():
-                _sync(temporary)
+                sync_directory(temporary)
                 if path.exists():  # a directory is replaced only if it is empty
                     os.rename(path, aside)
             os.replace(temporary, path)
-            _sync(path.parent)
+            sync_directory(path.parent)
         except BaseException:
             if aside.exists() and not path.exists():
                 os.rename(aside, path)
@@ -216,23 +233,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file; what is written is on the disk at the end."""
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_parquet(reader: Reader, names: Sequence[str], file: BinaryIO) -> None:
     from pyarrow import parquet
 
@@ -255,7 +255,8 @@ def _write_rows(reader: Reader, names: Sequence[str], file: BinaryIO) -> None:
         for entry, columns in zip(reader.entries(block), reader.columns(block)):
             if entry["status"] == "ok":
                 values = {table_name(name, names): value for name, value in columns.items()}
-                file.write(canonical_json({"id": entry["id"], "row": entry["row"], **values}))
+                row = {"id": entry["id"], "row": entry["row"], **values}
+                file.write(canonical_json(utf8(row)))
 
 
 def _write_npy(reader: Reader, name: str, file: BinaryIO) -> None:
@@ -273,7 +274,7 @@ def _write_index(reader: Reader, name: str, file: BinaryIO, metric: IndexMetric)
     for features in _parts(reader, name):
         features = features.float()
         if metric == "cosine":
-            features = torch.nn.functional.normalize(features)
+            features = unit_length(features)
         file.write(features.numpy().data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -279,7 +278,7 @@ class Features:
         if errors:
             columns = _by_name([row for block in reader.blocks for row in reader.columns(block)])
         values: dict[str, Any] = {"id": self.all_ids if errors else self.ids, "row": rows}
-        values |= {table_name(name, self.names): column for name, column in columns.items()}
+        values |= {utf8(table_name(name, self.names)): cells for name, cells in columns.items()}
         places = self.row_ids.tolist() if errors else range(len(self))
         for name in self.names:
             values[name] = np.empty(len(rows), dtype=object)
@@ -290,7 +289,7 @@ class Features:
             values["error"] = [reason(entry) for entry in entries]
         for name, column in values.items():
             if name not in self.names:
-                values[name] = [utf8(cell) if isinstance(cell, str) else cell for cell in column]
+                values[name] = [utf8(cell) for cell in column]
         return pandas.DataFrame(values)
 
     def to_arrow(self) -> pyarrow.Table:
@@ -318,7 +317,8 @@ class Features:
     ) -> Neighbours:
         """Finds the rows with the closest features, exactly, by products of matrices.
 
-        One shard is held at a time, so features may be larger than memory.
+        One shard is held at a time, so features may be larger than memory. faiss is not used: the
+        product was faster than its flat index, and needs no copy of the features in memory.
 
         Args:
             query: features [C], or [n, C] for several; or the id of a row, which is then not among
@@ -335,6 +335,17 @@ class Features:
 
     def describe(self) -> str:
         """Returns a summary of the directory: plan, rows, failures and speed, as lines of text."""
+        kinds = self._counts[1]
+        lines = [f"{name:10}{text}" for name, text in self.facts()]
+        lines += [f"  {kind:20} {n:,}" for kind, n in sorted(kinds.items())]
+        for error in itertools.islice(self._errors(), _N_SHOWN):
+            lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
+        if kinds.total() > _N_SHOWN:
+            lines.append("  ...")
+        return "\n".join(lines)
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Yields the facts of the summary, each with its name."""
         plan, model, pixels = self.plan, self.plan["model"], self.plan["preprocessing"]
         reader, (n_ok, kinds), log = self._reader, self._counts, _read_log(self.directory)
         outputs = (f"{name} {o['shape']} {o['dtype']}" for name, o in plan["outputs"].items())
@@ -343,33 +354,27 @@ class Features:
         )
         norms = [f"tokens {plan['norm']}"] if plan.get("norm") else []
         norms += ["vectors of length 1 (L2)"] if plan.get("normalize") else []
-        lines = [
-            f"features  {self.directory}: {self._state(log)}",
-            *([f"reason    {log.reason}"] if log.reason and not self.complete else []),
-            *self._damage(),
-            f"model     {model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})",
-            f"pixels    {pixels['image_processor_type']}: resize {pixels['resize']} "
-            f"{pixels['size']}, crop {pixels['crop_size']}",
-            f"run       {plan['precision']} on {plan['device']} ({plan['runs']}), batches of "
-            f"{plan['batch_size']}, {', '.join(versions)}",
-            f"outputs   {', '.join(outputs)}",
-            *([f"norm      {', '.join(norms)}"] if norms else []),
-            f"format    {plan['format']}{', read only' * (plan['format'] != FORMAT)}",
-            *self._history(),
-            f"rows      {n_ok + kinds.total():,} of {reader.n_rows:,}, in "
-            f"{len(reader.commits):,} of {len(reader.shards):,} shards",
-            f"speed     {'unknown' if log.speed is None else f'{log.speed:,.1f} images/s'}",
-            f"ok        {n_ok:,}",
-            f"failed    {kinds.total():,}{', in finished shards' * (not self.complete)}",
-        ]
-        lines += [f"  {kind:20} {n:,}" for kind, n in sorted(kinds.items())]
-        for error in itertools.islice(self._errors(), _N_SHOWN):
-            lines.append(f"  {error.id!r}: {error.kind}, {error.message}")
-        if kinds.total() > _N_SHOWN:
-            lines.append("  ...")
+        yield "features", f"{self.directory}: {self._state(log)}"
+        if log.reason and not self.complete:
+            yield "reason", log.reason
+        yield from self._damage()
+        yield "model", f"{model['name']} ({model['class']}, weights {model['weights_sha256'][:12]})"
+        resize = f"resize {pixels['resize']} {pixels['size']}, crop {pixels['crop_size']}"
+        yield "pixels", f"{pixels['image_processor_type']}: {resize}"
+        how = f"{plan['precision']} on {plan['device']} ({plan['runs']})"
+        yield "run", f"{how}, batches of {plan['batch_size']}, {', '.join(versions)}"
+        yield "outputs", ", ".join(outputs)
+        if norms:
+            yield "norm", ", ".join(norms)
+        yield "format", f"{plan['format']}{', read only' * (plan['format'] != FORMAT)}"
+        yield from self._history()
+        shards = f"{len(reader.commits):,} of {len(reader.shards):,} shards"
+        yield "rows", f"{n_ok + kinds.total():,} of {reader.n_rows:,}, in {shards}"
+        yield "speed", "unknown" if log.speed is None else f"{log.speed:,.1f} images/s"
+        yield "ok", f"{n_ok:,}"
         if lost := reader.generations[-1].unreadable if reader.generations else ():
-            lines.append(f"not read  {len(lost):,} directories: {first_few(lost)}")
-        return "\n".join(lines)
+            yield "not read", f"{len(lost):,} directories: {first_few(lost)}"
+        yield "failed", f"{kinds.total():,}{', in finished shards' * (not self.complete)}"
 
     def _state(self, log: _Log) -> str:
         if self.complete:
@@ -380,29 +385,26 @@ class Features:
             return "not finished, too many images failed; mend them or allow more, then go on"
         return "not finished, the same command again goes on"
 
-    def _damage(self) -> list[str]:
-        """Lines about shards that were computed once, and are damaged or missing."""
+    def _damage(self) -> Iterator[tuple[str, str]]:
+        """The fact about shards that were computed once, and are damaged or missing."""
         names = [
             path.name
             for shard in self._reader.missing
             if (path := self.directory / file_name("commit", shard.shard)).exists()
         ]
-        if not names:
-            return []
-        return [f"damaged   {len(names):,} of the shards, cut or missing: {first_few(names)}"]
+        if names:
+            yield "damaged", f"{len(names):,} of the shards, cut or missing: {first_few(names)}"
 
-    def _history(self) -> list[str]:
-        """Lines about generations and columns."""
+    def _history(self) -> Iterator[tuple[str, str]]:
+        """Facts about generations and columns."""
         reader = self._reader
-        lines = []
         if len(reader.generations) > 1:
             texts = (f"{g.kind} of {sum(s.rows for s in g.shards):,}" for g in reader.generations)
-            lines.append(f"history   {', '.join(texts)} rows")
+            yield "history", f"{', '.join(texts)} rows"
         # of the first shard: reading all lists takes seconds
         rows = itertools.chain.from_iterable(map(reader.columns, reader.blocks[:1]))
         if names := dict.fromkeys(name for row in rows for name in row):
-            lines.append(f"columns   {', '.join(names)}")
-        return lines
+            yield "columns", ", ".join(names)
 
 
 class _Log(NamedTuple):
@@ -419,14 +421,25 @@ class _Log(NamedTuple):
     exit_code: int | None
 
 
+def read_log(directory: Path) -> Iterator[dict[str, Any]]:
+    """Yields the events of run.jsonl that have their numbers; damaged ones are passed over."""
+    numbers = {"start": ("time",), "shard": ("rows", "seconds")}
+    for event in read_events(directory):
+        values = [event.get(name) for name in numbers.get(str(event.get("event")), ())]
+        # larger times are no dates
+        if "event" in event and all(
+            isinstance(value, (int, float)) and 0 <= value < 2**40 for value in values
+        ):
+            yield event
+
+
 def _read_log(directory: Path) -> _Log:
     rows, seconds, last = 0, 0.0, {}
-    for event in read_events(directory):
-        with contextlib.suppress(KeyError, TypeError):  # damaged
-            if event["event"] == "shard":
-                rows, seconds = rows + event["rows"], seconds + event["seconds"]
-            else:
-                last = event  # a start has no reason
+    for event in read_log(directory):
+        if event["event"] == "shard":
+            rows, seconds = rows + event["rows"], seconds + event["seconds"]
+        else:
+            last = event  # a start has no reason
     reason = None if last.get("reason") is None else str(last["reason"])
     return _Log(rows / seconds if seconds else None, reason, last.get("exit_code"))
 

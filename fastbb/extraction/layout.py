@@ -19,13 +19,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, BinaryIO, ClassVar, Literal
 
 FORMAT = 3
 _READ_FORMATS = (2, FORMAT)
@@ -35,6 +36,11 @@ _READ_FIELDS = frozenset(
     | {f"model.{name}" for name in ("name", "class", "weights_sha256")}
     | {f"preprocessing.{name}" for name in ("image_processor_type", "resize", "size", "crop_size")}
 )
+# fields of a row of an index, by its status
+_ENTRY_FIELDS = {
+    "ok": {"row", "id", "status", "pos"},
+    "error": {"row", "id", "status", "kind", "message"},
+}
 _PLACES = {
     "rows": ("rows", "jsonl"),
     "generation": ("rows", "json"),
@@ -163,7 +169,7 @@ def read_plan(path: Path) -> dict[str, Any]:
             isinstance(plan["rows"], int) and isinstance(plan["rows_sha256"], list)
         ):
             raise ValueError("rows and rows_sha256 are no number and no list")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
     return plan
 
@@ -196,8 +202,20 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
                 raise ValueError("it belongs to another plan.json")
             values["shards"] = tuple(Shard(**shard) for shard in values["shards"])
             values |= {name: tuple(values[name]) for name in ("inputs", "unreadable")}
-            generations.append(Generation(**values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            generation = Generation(**values)
+            numbers = [(s.shard, s.rows, *s.replaces.values()) for s in generation.shards]
+            for number in itertools.chain([generation.rows], *numbers):
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"wanted a whole number, got {number!r:.80}")
+            generations.append(generation)
+        except (
+            IsADirectoryError,
+            RecursionError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
     check_complete(directory, len(generations))
     return generations
@@ -247,7 +265,7 @@ def read_commit(
         commit = json.loads(path.read_bytes())
         names = {Path(file_name(what, shard.shard)).name for what in ("features", "index")}
         whole = commit["files"].keys() == names and all(
-            (path.parent / name).stat().st_size == file["bytes"]
+            (path.parent / name).stat().st_size == file["bytes"] and isinstance(file["sha256"], str)
             for name, file in commit["files"].items()
         )
         whole &= commit["ok"] + sum(commit["errors"].values()) == commit["rows"] == shard.rows
@@ -256,7 +274,7 @@ def read_commit(
             ours &= commit["rows_sha256"] == shard.rows_sha256
             ours &= commit["replaces"] == shard.replaces
         return commit if whole and ours else None
-    except (FileNotFoundError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, RecursionError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -265,9 +283,19 @@ def read_index(directory: Path, shard: int) -> Iterator[dict[str, Any]]:
     path = directory / file_name("index", shard)
     try:
         with open(path, "rb") as file:
-            yield from map(json.loads, file)
+            yield from map(check_entry, map(json.loads, file))
     except ValueError as error:
         raise damaged(path, error) from error
+
+
+def check_entry(entry: Any) -> Any:
+    """Returns a row of an index; raises ValueError if a field is missing."""
+    try:
+        if _ENTRY_FIELDS[entry["status"]] <= entry.keys():
+            return entry
+    except (KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError("a field of a row is missing")
 
 
 def damaged(path: Path, error: Exception) -> DamagedError:
@@ -282,7 +310,10 @@ def read_rows(directory: Path, shard: Shard) -> list[dict[str, Any]]:
         PlanMismatchError: the file is not the one that the generation lists.
     """
     path = directory / file_name("rows", shard.shard)
-    data = path.read_bytes() if path.exists() else b""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        data = b""
     if hashlib.sha256(data).hexdigest() != shard.rows_sha256:
         raise PlanMismatchError(
             f"{path} is missing or was changed (rows_sha256 of its generation differs); start "
@@ -309,20 +340,32 @@ def write_file(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with writing(path):
         try:
-            with open(temporary, "wb") as file:
+            with synced(temporary) as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def synced(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to write; its content is on the disk at the end."""
+    with open(path, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Writes the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,7 @@ _MAX_ID_CHARS = 4096
 _MAX_EXPANDED = 1_000_000
 _BRACES = re.compile(r"\{([0-9]+\.\.[0-9]+|[^{},]*(?:,[^{},]*)+)\}")
 _SET_SUFFIXES = (*ARCHIVE_SUFFIXES, ".parquet")
+_STREAMS = (".txt", ".jsonl")  # lists that a pipe may be
 _COMPRESSED_ARCHIVE = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|7z|rar)$", re.IGNORECASE)
 _WILDCARDS = re.compile(r"[*?[]")
 _METADATA = ("metadata.csv", "metadata.jsonl")
@@ -42,6 +43,10 @@ _KINDS = {
     "archives": ("archive", "name them as inputs"),
     "Parquet files": ("Parquet file", "name them as inputs"),
     "compressed archives": ("compressed archive", "unpack them"),
+    "archives and Parquet files that are no plain file": (
+        "archive or Parquet file that is no plain file",
+        "",
+    ),
     "members that are no plain file": ("member that is no plain file", ""),
     "unreadable sidecars": ("unreadable sidecar", ""),
     "columns without JSON values": ("column without JSON values", ""),
@@ -133,6 +138,9 @@ class Listing:
             name: its name in a set.
         """
         suffix, prefix = _suffix(path), name and name + "/"
+        is_list = suffix in (*ARCHIVE_SUFFIXES, *LIST_SUFFIXES) and suffix not in _STREAMS
+        if is_list and _is_special(path):
+            raise InputError(f"{given}: not a regular file")
         if suffix in ARCHIVE_SUFFIXES:
             return list_archive(path, prefix, self.skipped)
         if suffix in LIST_SUFFIXES:
@@ -293,6 +301,9 @@ class Listing:
                     self._pass_over("symbolic links")
                 elif is_directory:
                     children.append(child + "/")
+                elif _suffix(entry.name) in _SET_SUFFIXES and _is_special(entry.path):
+                    # a pipe would block the listing
+                    self._pass_over("archives and Parquet files that are no plain file")
                 elif has_image_suffix(entry.name) or _suffix(entry.name) in _SET_SUFFIXES:
                     children.append(child)
                 else:
@@ -308,6 +319,11 @@ def archive_state(path: str) -> dict[str, int]:
     """Returns size and modification time of an archive."""
     status = os.stat(path)
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _is_special(path: str) -> bool:
+    """Returns whether a path is a pipe, a device or another thing that is no regular file."""
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _passed_over(skipped: Counter[str], but: str = "") -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import itertools
 import json
 import os
 import posixpath
@@ -13,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from .parquet import ParquetTable
-from .sources import IMAGE_COLUMNS, InputError, Source, is_url, json_value, redact
+from .sources import (
+    IMAGE_COLUMNS,
+    InputError,
+    Source,
+    first_repeated,
+    is_url,
+    json_value,
+    meant_column,
+    redact,
+)
 
 LIST_SUFFIXES = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 _MAX_LINE_BYTES = 65536
@@ -53,7 +64,7 @@ def read_metadata(path: str) -> dict[str, dict[str, Any]] | None:
     columns: dict[str, dict[str, Any]] = {}
     with _reading(path):
         with open(path, "rb") as file:  # another file of this name may be no list at all
-            if b"file_name" not in file.readline(_MAX_JSON_BYTES):
+            if b"file_name" not in file.read(_MAX_JSON_BYTES).lstrip().partition(b"\n")[0]:
                 return None
         for n, record in enumerate(_records(path), start=1):
             if not isinstance(record, dict) or "file_name" not in record:
@@ -93,9 +104,10 @@ def _source(path: str, prefix: str, n: int, record: object) -> Source:
     if isinstance(image, dict):  # as `datasets` writes it
         image = image.get("path")
     if not isinstance(image, str) or not image:
+        meant = meant_column(record) if column is None else ""
         raise InputError(
             f"{path}: row {n} has no text in the column `path` (or `file_name`, `filename`, "
-            f"`image`), got {image!r:.80}; columns: {', '.join(map(str, record))}"
+            f"`image`), got {image!r:.80}{meant}; columns: {', '.join(map(str, record))}"
         )
     columns = {name: value for name, value in record.items() if name not in (column, "id")}
     if columns:
@@ -148,6 +160,8 @@ def _read_lines(path: str, max_bytes: int = _MAX_LINE_BYTES) -> Iterator[tuple[i
             line = file.readline(max_bytes + 1)
             if not line:
                 return
+            if n == 1:
+                _check_utf8(path, line)
             if len(line) > max_bytes:
                 raise InputError(f"{path}: line {n} is longer than {max_bytes} bytes")
             text = os.fsdecode(line.removeprefix(b"\xef\xbb\xbf") if n == 1 else line)
@@ -155,9 +169,14 @@ def _read_lines(path: str, max_bytes: int = _MAX_LINE_BYTES) -> Iterator[tuple[i
                 yield n, text.rstrip("\r\n")
 
 
+def _check_utf8(path: str, start: bytes) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(f"{path}: not UTF-8 but UTF-16; save it as UTF-8")
+
+
 def _read_txt(path: str) -> Iterator[dict[str, str]]:
     for _, line in _read_lines(path):
-        is_comment = line.startswith("#")
+        is_comment = line.lstrip().startswith("#")
         if is_comment and "\0" not in line:
             is_comment = not os.path.lexists(os.path.join(os.path.dirname(path), line))
         if not is_comment:
@@ -166,11 +185,15 @@ def _read_txt(path: str) -> Iterator[dict[str, str]]:
 
 def _read_csv(path: str, suffix: str) -> Iterator[dict[str, str]]:
     with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        delimiter = "\t" if suffix == ".tsv" else _delimiter(file.readline(_MAX_LINE_BYTES))
-        file.seek(0)
+        header = next((line for line in file if line.strip()), "")
+        _check_utf8(path, header[:2].encode("utf-8", "surrogateescape"))
+        delimiter = "\t" if suffix == ".tsv" else _delimiter(header[:_MAX_LINE_BYTES])
+        lines = itertools.chain([header], file)
         try:
             # strict: a quote that is never closed would take the rest of the file for one cell
-            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
+            reader = csv.DictReader(lines, strict=True, delimiter=delimiter)
+            if twice := first_repeated(reader.fieldnames or ()):
+                raise InputError(f"{path}: two columns have the name {twice!r}")
             for n, record in enumerate(reader, start=1):
                 if None in record:  # where DictReader puts them
                     raise InputError(

@@ -14,9 +14,10 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from .sources import IMAGE_COLUMNS, InputError, json_value
+from .sources import IMAGE_COLUMNS, InputError, first_repeated, json_value, meant_column
 
 _DROPPED = "columns without JSON values"
 _LISTED_ROWS = 4096
@@ -51,11 +52,25 @@ class ParquetTable:
                 f"{path}: .parquet lists need pyarrow; pip install 'fastbb[parquet]'"
             ) from error
         self._path, self._skipped, self._arrow = path, skipped, pyarrow
-        try:
+        with self._reading():
             self._file = parquet.ParquetFile(path, **_STREAMED)
-            schema = self._file.schema_arrow
-        except pyarrow.ArrowException as error:
-            raise self._error(error) from error
+            self._read_schema(self._file.schema_arrow)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turns the errors that Arrow raises for damaged files into an InputError."""
+        try:
+            yield
+        except InputError:
+            raise
+        except (self._arrow.ArrowException, ValueError, TypeError, OSError) as error:
+            raise InputError(f"{self._path}: not readable as Parquet: {error}") from error
+
+    def _read_schema(self, schema: Any) -> None:
+        """Chooses the columns."""
+        path = self._path
+        if twice := first_repeated(schema.names):
+            raise InputError(f"{path}: two columns have the name {twice!r}")
         self._label_names, image_features = _described_features(schema.metadata)
         candidates = [name for name in (*IMAGE_COLUMNS, *image_features) if name in schema.names]
         types = {field.name: field.type for field in schema}
@@ -63,22 +78,30 @@ class ParquetTable:
         self.image_column = with_bytes[0] if with_bytes else None
         if not set(candidates).intersection(IMAGE_COLUMNS) and not with_bytes:
             raise InputError(
-                f"{path}: no column `path` (or `file_name`, `filename`, `image`); columns: "
-                f"{', '.join(schema.names)}"
+                f"{path}: no column `path` (or `file_name`, `filename`, `image`)"
+                f"{meant_column(schema.names)}; columns: {', '.join(schema.names)}"
             )
         self._columns = [n for n in schema.names if n != self.image_column]
         dropped = [n for n in self._columns if not self._has_json_values(types[n])]
         self._columns = [n for n in self._columns if n not in dropped]
         self._path_leaf = ""
         if self.image_column is not None and self._arrow.types.is_struct(types[self.image_column]):
-            fields = {field.name for field in types[self.image_column]}
+            fields = {field.name: field.type for field in types[self.image_column]}
             if "path" in fields:
                 self._path_leaf = f"{self.image_column}.path"
+                if not self._is_text(fields["path"]):
+                    raise InputError(
+                        f"{path}: column {self._path_leaf}: wanted texts, got {fields['path']}"
+                    )
         if dropped:
-            skipped[_DROPPED] += len(dropped)
+            self._skipped[_DROPPED] += len(dropped)
 
-    def _error(self, error: Exception) -> InputError:
-        return InputError(f"{self._path}: not readable as Parquet: {error}")
+    def _is_text(self, type: Any) -> bool:
+        types = self._arrow.types
+        if types.is_dictionary(type):
+            return self._is_text(type.value_type)
+        views = types.is_string_view(type) or types.is_null(type)
+        return types.is_string(type) or types.is_large_string(type) or views
 
     def _is_bytes(self, type: Any) -> bool:
         types = self._arrow.types
@@ -107,7 +130,7 @@ class ParquetTable:
         """Yields the rows as JSON values, without the bytes of images, with the names of labels."""
         wanted = [*self._columns, *([self._path_leaf] if self._path_leaf else [])]
         failed: set[str] = set()
-        try:
+        with self._reading():
             for batch in self._file.iter_batches(_LISTED_ROWS, columns=wanted):
                 cells = {
                     name: self._values(name, batch.column(i), failed)
@@ -118,35 +141,55 @@ class ParquetTable:
                         cells[f"{name}_name"] = [_label_name(names, n) for n in cells[name]]
                 for row in range(batch.num_rows):
                     yield {name: values[row] for name, values in cells.items()}
-        except self._arrow.ArrowException as error:
-            raise self._error(error) from error
         if failed:
             self._skipped[_DROPPED] += len(failed)
 
     def _values(self, name: str, column: Any, failed: set[str]) -> list[Any]:
-        types, type = self._arrow.types, column.type
         try:
-            # Python's times have microseconds
-            if types.is_timestamp(type) and type.unit == "ns":
-                column = column.cast(self._arrow.timestamp("us", type.tz), safe=False)
-            elif types.is_duration(type) and type.unit == "ns":
-                column = column.cast(self._arrow.duration("us"), safe=False)
-            elif types.is_float16(type):
-                column = column.cast(self._arrow.float32())
+            if (type := self._python_type(column.type)) != column.type:
+                column = column.cast(type, safe=False)
             return [json_value(value) for value in column.to_pylist()]
         # a year 20000, an unknown time zone
         except (ValueError, OverflowError, LookupError, self._arrow.ArrowException):
             failed.add(name)
             return [None] * len(column)
 
+    def _python_type(self, type: Any) -> Any:
+        """Returns the type with times in microseconds, as Python's are, and without fp16."""
+        pa, types = self._arrow, self._arrow.types
+        if types.is_timestamp(type) and type.unit == "ns":
+            return pa.timestamp("us", type.tz)
+        if types.is_duration(type) and type.unit == "ns":
+            return pa.duration("us")
+        if types.is_float16(type):
+            return pa.float32()
+        if types.is_struct(type):
+            return pa.struct([self._python_field(field) for field in type])
+        if types.is_map(type):
+            return pa.map_(self._python_type(type.key_type), self._python_type(type.item_type))
+        if types.is_list(type):
+            return pa.list_(self._python_field(type.value_field))
+        if types.is_large_list(type):
+            return pa.large_list(self._python_field(type.value_field))
+        if types.is_fixed_size_list(type):
+            return pa.list_(self._python_field(type.value_field), type.list_size)
+        if types.is_dictionary(type):
+            value_type = self._python_type(type.value_type)
+            return type if value_type == type.value_type else value_type
+        return type
+
+    def _python_field(self, field: Any) -> Any:
+        return field.with_type(self._python_type(field.type))
+
     def repeated_paths(self) -> set[str]:
         """Returns the paths that several rows have beside the bytes of their images."""
         seen: set[str] = set()
         repeated: set[str] = set()
-        for batch in self._file.iter_batches(columns=[self._path_leaf]):
-            for image in batch.column(0).to_pylist():
-                path = image and image["path"]
-                (repeated if path in seen else seen).add(path)
+        with self._reading():
+            for batch in self._file.iter_batches(columns=[self._path_leaf]):
+                for image in batch.column(0).to_pylist():
+                    path = image and image["path"]
+                    (repeated if path in seen else seen).add(path)
         return repeated
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .decode import RowError
 from .layout import (
     Shard,
+    check_entry,
     damaged,
     file_name,
     plan_sha256,
@@ -33,6 +34,7 @@ from .layout import (
 
 _FAILED = b'"status":"error"'  # quotes inside a string are escaped, so only the field matches
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _OWN_COLUMNS = ("id", "row", "error")
 
 
@@ -293,7 +295,8 @@ class Reader:
 
     def _parsed(self, block: Block, lines: list[bytes]) -> list[dict[str, Any]]:
         try:
-            return json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than many
+            entries = json.loads(b"[" + b",".join(lines) + b"]")  # one call is faster than many
+            return list(map(check_entry, entries))
         except ValueError as error:
             raise damaged(self.directory / file_name("index", block.shard.shard), error) from error
 
@@ -310,11 +313,21 @@ def numpy_array(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
-def utf8(text: str) -> str:
-    """Returns a text that can be encoded: bytes of names that are no UTF-8 become `\\xff`."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def utf8(value: Any) -> Any:
+    """Returns a JSON value whose texts and names can be encoded.
+
+    Bytes of file names that are no UTF-8 become `\\xff`, other lone surrogates `\\ud83d`.
+    """
+    if isinstance(value, str):
+        return value if value.isascii() else _SURROGATE.sub(_escape, value)
+    if isinstance(value, dict):
+        return {utf8(name): utf8(item) for name, item in value.items()}
+    return list(map(utf8, value)) if isinstance(value, list) else value
+
+
+def _escape(surrogate: re.Match[str]) -> str:
+    code = ord(surrogate[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"\\u{code:04x}"
 
 
 def _place(entry: dict[str, Any]) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from .reading import Reader
 
 Metric = Literal["cosine", "dot"]
 _CHUNK_BYTES = 64 * 2**20
+# norms of this size are exact, as squares of larger and smaller numbers may not be in fp32
+_SMALL = 2.0**-40
 _MAX_QUERIES = 1024  # at once, which bounds the memory of the scores
 
 
@@ -63,8 +67,7 @@ def search(
     """Finds neighbours, see `Features.search`."""
     if metric not in get_args(Metric):
         raise ValueError(f"metric: wanted {' or '.join(get_args(Metric))}, got {metric!r}")
-    if not (isinstance(k, int) and k >= 1):
-        raise ValueError(f"k: wanted a whole number, at least 1, got {k!r}")
+    k = _count(k)
     shape = reader.plan["outputs"][name]["shape"]
     if len(shape) != 1:
         raise ValueError(f"name: wanted features of one dimension, got {name} of shape {shape}")
@@ -86,6 +89,20 @@ def search(
     if queries.ndim == 1:
         return Neighbours(named[0], best.scores[0], best.rows[0])
     return Neighbours(named, best.scores, best.rows)
+
+
+def unit_length(vectors: Tensor) -> Tensor:
+    """Returns vectors [n, C] divided by their L2 norms; zeros stay zeros."""
+    # by a power of two first, which rounds nothing: fp32 has no squares of 1e20 and 1e-25
+    exponents = torch.frexp(vectors.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
+    return torch.nn.functional.normalize(torch.ldexp(vectors, -exponents))
+
+
+def _count(k: Any) -> int:
+    with contextlib.suppress(TypeError):
+        if not isinstance(k, bool) and operator.index(k) >= 1:
+            return operator.index(k)
+    raise ValueError(f"k: wanted a whole number, at least 1, got {k!r}")
 
 
 def _vectors(
@@ -113,7 +130,7 @@ class _Best:
 
     def __init__(self, queries: Tensor, k: int, metric: str, itself: int | None) -> None:
         self._cosine = metric == "cosine"
-        self._queries = torch.nn.functional.normalize(queries) if self._cosine else queries
+        self._queries = unit_length(queries) if self._cosine else queries
         self._k, self._itself = k, itself
         self.scores = torch.empty(len(queries), 0)
         self.rows = torch.empty(len(queries), 0, dtype=torch.int64)
@@ -128,7 +145,8 @@ class _Best:
             # in this thread: torch's would wait for each other at every shard where cores are busy
             squares = np.einsum("ij,ij->i", features.numpy(), features.numpy())
             norms = torch.from_numpy(np.sqrt(squares))
-        norms = norms.clamp_min(torch.finfo(torch.float32).tiny)  # the cosine of zeros is 0
+            if not ((norms > _SMALL) & (norms < 1 / _SMALL)).all():
+                features, norms = unit_length(features), torch.ones(())
         parts = [
             (queries @ features.T).div_(norms).topk(k, dim=1)
             for queries in self._queries.split(_MAX_QUERIES)

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import PurePath
@@ -77,6 +77,17 @@ def source_at(path: str | os.PathLike[str]) -> Source:
 def first_few(texts: Sequence[str]) -> str:
     """Joins texts in one line; of many texts only the first ones."""
     return ", ".join([*texts[:_N_SHOWN], *(["..."] if len(texts) > _N_SHOWN else [])])
+
+
+def first_repeated(names: Sequence[str]) -> str | None:
+    """Returns the first name that is there twice; columns without a name are no matter."""
+    return next((name for i, name in enumerate(names) if name and name in names[:i]), None)
+
+
+def meant_column(names: Iterable[object]) -> str:
+    """Returns a note about a column that names images but for its capital letters, or nothing."""
+    meant = next((name for name in map(str, names) if name.lower() in IMAGE_COLUMNS), None)
+    return f"; names are case-sensitive: wanted `{meant.lower()}`, got `{meant}`" if meant else ""
 
 
 def json_value(value: object, depth: int = _MAX_NESTING) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .layout import canonical_json
-from .reading import Reader, reason, table_name, utf8
+from .reading import Reader, numpy_array, reason, table_name, utf8
 
 if TYPE_CHECKING:
     import pyarrow
@@ -76,7 +76,7 @@ class Tables:
         types = {"bool": pa.bool_(), "int": pa.int64(), "float": pa.float64(), "text": pa.string()}
         fields = [pa.field("id", pa.string()), pa.field("row", pa.int64())]
         fields += [
-            pa.field(table_name(name, self._features), types[kind])
+            pa.field(utf8(table_name(name, self._features)), types[kind])
             for name, kind in self._kinds.items()
         ]
         for name, output in self._features.items():
@@ -126,8 +126,7 @@ class Tables:
 
 def _array(tensor: Tensor) -> np.ndarray:
     """Returns the values in a type that every reader of parquet has: bf16 and fp16 as float32."""
-    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return (tensor.float() if is_half else tensor).numpy()
+    return numpy_array(tensor.float() if tensor.dtype is torch.float16 else tensor)
 
 
 def _column_kinds(reader: Reader) -> dict[str, str]:
@@ -163,4 +162,4 @@ def _kind(value: Any) -> str:
 def _value(value: Any, kind: str) -> Any:
     if value is None or kind != "text":
         return value
-    return utf8(value if isinstance(value, str) else json.dumps(value))
+    return utf8(value) if isinstance(value, str) else json.dumps(utf8(value))

@@ -6,14 +6,15 @@ The page is `features_report.html`, a Jinja template; here are the numbers and p
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..extraction.decode import ImageError, decode, read_bytes
-from ..extraction.features import Features, open_features
-from ..extraction.layout import read_events, read_rows, write_file
-from ..extraction.reading import Reader
+from ..extraction.export import check_outside
+from ..extraction.features import Features, open_features, read_log
+from ..extraction.layout import read_rows, write_file
+from ..extraction.listing import archive_state
+from ..extraction.pillow import fixed_settings
+from ..extraction.search import unit_length
 from ..extraction.sources import Source
 from ..images.formats import EMBEDDED
 
@@ -34,6 +38,9 @@ _N_POINTS = 2500
 _N_QUERIES = 12
 _N_NEIGHBOURS = 5
 _N_PATHS = 5
+_PAGES = (".html", ".htm")
+# facts on the page; it has the others in other form
+_FACTS = ("model", "pixels", "run", "outputs", "norm", "format", "history", "columns", "not read")
 _ENDS = ("end", "stop")  # events of run.jsonl
 # of ten classes: Tableau's palette
 _COLORS = (
@@ -101,28 +108,33 @@ def report(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pa
 
     Raises:
         FileNotFoundError: it is no features directory.
+        ValueError: `out` is inside of it, or something other than a page is there.
         OutputError: the page cannot be written.
     """
     from jinja2 import Environment  # takes long to import, and comes with torch
 
-    features = open_features(directory)
+    features, path = open_features(directory), Path(out)
+    check_outside(path, features.directory)
+    is_page = path.suffix.lower() in _PAGES and path.is_file() and not path.is_symlink()
+    if os.path.lexists(path) and not is_page:
+        raise ValueError(f"out: {path} is there, and is no .html file; give another place")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["escaped"] = _escaped
     page = environment.from_string(template).render(_content(features))
-    write_file(Path(out), page.encode())
-    return Path(out)
+    write_file(path, page.encode())
+    return path
 
 
 def _content(features: Features) -> dict[str, Any]:
     """Returns the values of the template."""
-    events = list(read_events(features.directory))
+    events = list(read_log(features.directory))
     name = _vector_name(features)
     some = _Sample(features, name) if name and len(features) else None
     return {
         "directory": str(features.directory),
         "time": time.strftime("%Y-%m-%d %H:%M"),
-        "described": [line.split(None, 1) for line in _facts(features)],
+        "facts": [(name, text) for name, text in features.facts() if name in _FACTS],
         "runs": _runs(events),
         "speed": _speed(events),
         "failures": _failures(features),
@@ -139,22 +151,14 @@ def _content(features: Features) -> dict[str, Any]:
     }
 
 
-def _facts(features: Features) -> Iterator[str]:
-    """The lines of `describe` about the plan; the rest is on the page in other form."""
-    wanted = ("model", "pixels", "run", "outputs", "norm", "format", "history", "columns", "not")
-    for line in features.describe().splitlines():
-        if line.split(None, 1)[0] in wanted:
-            yield line
-
-
 def _runs(events: Sequence[dict[str, Any]]) -> list[_Run]:
     runs: list[_Run] = []
-    starts = [i for i, event in enumerate(events) if event.get("event") == "start"]
+    starts = [i for i, event in enumerate(events) if event["event"] == "start"]
     for first, end in zip(starts, [*starts[1:], len(events)]):
         own = events[first:end]
-        shards = [event for event in own if event.get("event") == "shard"]
+        shards = [event for event in own if event["event"] == "shard"]
         ends = [event.get("reason", "finished") for event in own if event["event"] in _ENDS]
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(events[first].get("time", 0)))
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(events[first]["time"]))
         device = str(events[first].get("device", ""))
         n_rows, seconds = (sum(event[name] for event in shards) for name in ("rows", "seconds"))
         runs.append(_Run(began, device, n_rows, seconds, str(ends[-1]) if ends else ""))
@@ -163,14 +167,14 @@ def _runs(events: Sequence[dict[str, Any]]) -> list[_Run]:
 
 def _speed(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns a step line of images/s over the seconds of computing, in plot coordinates."""
-    shards = [event for event in events if event.get("event") == "shard" and event["seconds"] > 0]
+    shards = [event for event in events if event["event"] == "shard" and event["seconds"] > 0]
     if not shards:
         return None
     ends = list(accumulate(event["seconds"] for event in shards))
     speeds = [event["rows"] / event["seconds"] for event in shards]
     width, height = _PLOT_PX
     mean = sum(event["rows"] for event in shards) / ends[-1]
-    top = 1.1 * min(max(speeds), 3 * mean)  # of what is faster, the step leaves the plot
+    top = 1.1 * min(max(speeds), 3 * mean) or 1.0  # of what is faster, the step leaves the plot
     corners: list[str] = []
     for start, end, speed in zip([0.0, *ends], ends, speeds):
         y = max(height * (1 - speed / top), 0.0)
@@ -247,7 +251,7 @@ class _Sample:
         for name in _LABELS:
             if name in columns:
                 return [str(value) for value in columns[name][::step]]
-        return [id.rpartition("/")[0].partition("/")[0] for id in self._ids]
+        return [PurePosixPath(id).parent.name for id in self._ids]
 
     def points(self) -> list[_Point]:
         """The rows on the two first principal components."""
@@ -284,7 +288,7 @@ class _Sample:
             found = self._features.search(queries, _N_NEIGHBOURS + 1, self._name)
             rows, scores, ids = found.rows.tolist(), found.scores.tolist(), found.ids
         else:  # among the sample, as means are not stored
-            unit = torch.nn.functional.normalize(self.vectors)
+            unit = unit_length(self.vectors)
             best = (unit[positions] @ unit.T).topk(min(_N_NEIGHBOURS + 1, n))
             rows = [[self._rows[i] for i in line] for line in best.indices.tolist()]
             scores = best.values.tolist()
@@ -305,20 +309,27 @@ class _Thumbnails:
     """Small pictures of some rows, read from where the images are."""
 
     def __init__(self, features: Features, rows: set[int]) -> None:
-        self._sources: dict[int, Source] = {}
+        # each with whether its archive is another one now
+        self._sources: dict[int, tuple[Source, bool]] = {}
         first = 0
-        for generation in Reader(features.directory).generations:
+        for generation in features.generations:
+            archives = generation.archives.items()
+            changed = {path for path, state in archives if _is_other(path, state)}
             for shard in generation.shards:
                 last = first + (shard.rows if generation.kind != "retry" else 0)
                 if generation.kind == "retry" or any(first <= row < last for row in rows):
                     for row in read_rows(features.directory, shard):
                         if (number := row.pop("row")) in rows:
-                            self._sources[number] = Source(**row)
+                            self._sources[number] = Source(**row), row["path"] in changed
                 first = last
 
     def picture(self, row: int, id: str, note: str) -> _Picture:
         try:
-            image = decode(read_bytes(self._sources[row]))
+            source, changed = self._sources[row]
+            if changed:
+                raise ImageError("io", "the archive was changed")
+            with fixed_settings():
+                image = decode(read_bytes(source))
         except ImageError as error:
             return _Picture(None, id, f"{note} {error.message}".strip())
         ImageOps.exif_transpose(image, in_place=True)
@@ -330,6 +341,13 @@ class _Thumbnails:
         paper.save(file, EMBEDDED[0], quality=85)
         data = base64.b64encode(file.getvalue()).decode()
         return _Picture(f"data:{EMBEDDED[1]};base64,{data}", id, note)
+
+
+def _is_other(path: str, state: Mapping[str, int]) -> bool:
+    """Returns whether an archive is no longer the one that was listed; one that is gone is not."""
+    with contextlib.suppress(OSError):
+        return archive_state(path) != state
+    return False
 
 
 def _escaped(text: str) -> str:

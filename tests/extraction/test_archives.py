@@ -123,6 +123,17 @@ def test_tar_members_are_located_and_never_extracted(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["x.tar"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["7", "-3", "0", "007", "1_000", "\u0663", "+7", "9" * 5000],
+    ids=lambda text: ascii(text[:9]),
+)
+def test_a_class_is_a_number_only_if_it_is_written_as_one(tmp_path: Path, text: str) -> None:
+    (source,) = Listing([write_tar(tmp_path / "x.tar", {"a.jpg": b"x", "a.cls": text.encode()})])
+    is_number = text in ("7", "-3", "0")
+    assert source.columns == {"cls": int(text) if is_number else text, "__key__": "a"}
+
+
 FILES = {
     "0001.jpg": b"image 1",
     "0001.json": b'{"caption": "one", "size": [1, 2], "score": NaN, "txt": "hidden by the file"}',

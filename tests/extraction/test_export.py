@@ -96,7 +96,13 @@ def test_datasets_reads_the_table(parquet: Path, directory: Directory, tmp_path:
 def test_directories_have_the_rows_that_are_ok(directory: Directory, to: Any) -> None:
     report = export_features(directory.path, to, features=["pooled"])
     assert report.path == directory.path.with_name(f"out-{to}")
-    assert sorted(os.listdir(report.path)) == [f"pooled.{to}", "rows.jsonl"]
+    manifest = json.loads((report.path / "export.json").read_bytes())
+    assert manifest == {
+        "format": to,
+        "features": ["pooled"],
+        "files": [f"pooled.{to}", "rows.jsonl"],
+    }
+    assert sorted(os.listdir(report.path)) == ["export.json", f"pooled.{to}", "rows.jsonl"]
     rows = [json.loads(line) for line in (report.path / "rows.jsonl").read_bytes().splitlines()]
     features = open_features(directory.path)
     assert [row["id"] for row in rows] == features.ids
@@ -159,9 +165,11 @@ def test_format_2_is_exported(tmp_path: Path) -> None:
         ({"to": "csv"}, "to: wanted parquet, npy, faiss, got 'csv'"),
         ({"metric": "l1"}, "metric: wanted cosine, dot, l2, got 'l1'"),
         ({"features": "cls"}, "features: no 'cls'; there are half, maps, pooled"),
+        ({"features": ()}, "features: wanted at least one of half, maps, pooled, got none"),
+        ({"metric": "l2"}, "metric: only a faiss index has one, got 'l2' with 'npy'"),
         ({"to": "faiss"}, r"an index holds vectors, got maps of shape \[2, 3\]"),
     ],
-    ids=["to", "metric", "features", "maps"],
+    ids=["to", "metric", "features", "no features", "metric of npy", "maps"],
 )
 def test_wrong_arguments_are_refused(directory: Directory, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -203,6 +211,27 @@ def test_only_an_earlier_export_is_replaced_and_only_if_asked(
     assert (tmp_path / "file").read_text() == (tmp_path / "mine" / "thesis.tex").read_text()
 
 
+@pytest.mark.parametrize(
+    "change", ["file added", "folder added", "no manifest", "foreign manifest"]
+)
+def test_files_beside_those_of_an_export_are_never_replaced(
+    directory: Directory, change: str
+) -> None:
+    out = export_features(directory.path, "npy", features=["pooled", "pooled"]).path
+    before = {"file added": "mine.npy", "folder added": "folder.npy"}.get(change, "rows.jsonl")
+    if change == "file added":
+        (out / before).write_text("thesis")
+    elif change == "folder added":
+        (out / before).mkdir()
+    elif change == "no manifest":
+        (out / "export.json").unlink()
+    else:
+        (out / "export.json").write_text('["a"]')
+    with pytest.raises(ValueError, match="is no earlier export"):
+        export_features(directory.path, "npy", overwrite=True)
+    assert (out / before).exists()
+
+
 class Broken(BaseException):
     """A BaseException, so that `except Exception` does not catch it."""
 
@@ -225,7 +254,7 @@ def test_a_killed_export_leaves_the_old_files_or_none(
 ) -> None:
     if to == "parquet":
         pytest.importorskip("pyarrow")
-    out = tmp_path / "export"
+    out = tmp_path / "old"
 
     def run() -> None:
         export_features(directory.path, to, out, features=["pooled"], overwrite=True)
@@ -253,9 +282,9 @@ def test_a_killed_export_leaves_the_old_files_or_none(
         finally:
             monkeypatch.undo()
         # the last call syncs the directory, after the new files have taken their place
-        new = call == "fsync" and len(calls) == {"parquet": 2, "npy": 4, "faiss": 4}[to]
+        new = call == "fsync" and len(calls) == {"parquet": 2, "npy": 5, "faiss": 5}[to]
         assert new or tree(out) == old
-        assert {path.name for path in tmp_path.iterdir()} <= {"out", "export"}
+        assert {path.name for path in tmp_path.iterdir()} <= {"out", "old"}
         if new:
             break
     run()

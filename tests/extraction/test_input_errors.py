@@ -39,6 +39,8 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
     write_tar(root / "packed" / "x.tar.gz", {})
     texts = {
         "no_column.csv": "name\na.jpg\n",
+        "case.csv": "Path,label\na.jpg,1\n",
+        "two_names.csv": "path,label,label\na.jpg,1,2\n",
         "quote.csv": 'path\n"a.jpg\nb.jpg\nc.jpg\n',
         "cells.csv": "path,id\na, b.jpg,7\n",
         "same.csv": "path,id\na.jpg,7\nb.jpg,7\n",
@@ -53,6 +55,8 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
     }
     for name, text in texts.items():
         (root / name).write_text(text)
+    for suffix in ("txt", "csv", "jsonl"):
+        (root / f"utf16.{suffix}").write_text("path\na.jpg\n", encoding="utf-16")
     return {
         "missing": ([root / "nothing.jpg"], "no such file or directory"),
         "url": ([SECRET_URL], r"https://host.org:8080/a/b.jpg: addresses are not fetched"),
@@ -83,6 +87,11 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
             name: ([root / name], pattern)
             for name, pattern in {
                 "no_column.csv": "row 1 has no text in the column `path`.*columns: name",
+                "case.csv": "names are case-sensitive: wanted `path`, got `Path`; columns",
+                "two_names.csv": "two columns have the name 'label'",
+                "utf16.txt": "not UTF-8 but UTF-16",
+                "utf16.csv": "not UTF-8 but UTF-16",
+                "utf16.jsonl": "not UTF-8 but UTF-16",
                 "quote.csv": "not readable as CSV: unexpected end of data",
                 "cells.csv": "row 1 has more cells than the header has columns",
                 "same.csv": "two images would have the id '7'.*; give every row an `id` of its own",
@@ -107,6 +116,11 @@ def bad_input(kind: str, root: Path) -> tuple[list[str | Path], str]:
         "no tar",
         "cut tar",
         "no_column.csv",
+        "case.csv",
+        "two_names.csv",
+        "utf16.txt",
+        "utf16.csv",
+        "utf16.jsonl",
         "quote.csv",
         "cells.csv",
         "same.csv",

@@ -63,10 +63,24 @@ def test_file_name_column_of_image_folders_is_read(tmp_path: Path) -> None:
 
 
 def test_a_text_list_has_comments_and_blank_lines(tmp_path: Path) -> None:
-    (tmp_path / "#1.jpg").touch()
-    text = "# a.jpg\n b .jpg \n\n \t\n#1.jpg\n#2.jpg\npipe:x.jpg\n #3.jpg\n#nul\0\n"
+    for name in ("#1.jpg", " #3.jpg"):
+        (tmp_path / name).touch()
+    text = "# a.jpg\n  # indented\n b .jpg \n\n \t\n#1.jpg\n#2.jpg\npipe:x.jpg\n #3.jpg\n#nul\0\n"
     (tmp_path / "list.txt").write_text(text)
     assert ids(tmp_path / "list.txt") == [" b .jpg ", "#1.jpg", "pipe:x.jpg", " #3.jpg"]
+
+
+@pytest.mark.parametrize("start", ["\n", "\ufeff\r\n \t\n"])
+def test_blank_lines_before_the_header_are_passed_over(tmp_path: Path, start: str) -> None:
+    (tmp_path / "list.csv").write_text(start + "path;text;\na.jpg;x;\n", newline="")
+    assert [(s.id, s.columns) for s in Listing([tmp_path / "list.csv"])] == [
+        ("a.jpg", {"text": "x", "": ""})
+    ]
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").touch()
+    (tmp_path / "images" / "metadata.csv").write_text("\nfile_name,text\na.jpg,hello\n")
+    (source,) = Listing([tmp_path / "images"])
+    assert source.columns == {"text": "hello"}
 
 
 @pytest.mark.parametrize("name", ["path", "file_name", "filename", "image"])

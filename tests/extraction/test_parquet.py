@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastbb.extraction import ImageError, InputError, extract, open_features
@@ -273,6 +275,35 @@ def test_a_few_files_stay_open(tmp_path: Path) -> None:
         (source,) = Listing([write(tmp_path / f"{i}.parquet", {"image": [b"%d" % i]})])
         assert read_bytes(source) == b"%d" % i
     assert len(module._tables) <= 2
+
+
+TIME = pyarrow.timestamp("ns")
+
+
+@pytest.mark.parametrize(
+    ("type", "value", "wanted"),
+    [
+        (pyarrow.list_(TIME), [1500], ["1970-01-01T00:00:00.000001"]),
+        (pyarrow.large_list(TIME), [1500], ["1970-01-01T00:00:00.000001"]),
+        (pyarrow.list_(TIME, 1), [1500], ["1970-01-01T00:00:00.000001"]),
+        (pyarrow.struct([("a", TIME)]), {"a": 1500}, {"a": "1970-01-01T00:00:00.000001"}),
+        (pyarrow.map_(pyarrow.string(), pyarrow.duration("ns")), [("a", 1500)], [["a", 1e-6]]),
+        (pyarrow.list_(pyarrow.list_(pyarrow.float16())), [[1.5]], [[1.5]]),
+    ],
+    ids=["list", "large list", "fixed-size list", "struct", "map", "lists of fp16"],
+)
+@pytest.mark.parametrize("pandas", ["with pandas", "without pandas"])
+def test_nested_times_have_microseconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, type: Any, value: Any, wanted: Any, pandas: str
+) -> None:
+    if pandas == "without pandas":
+        monkeypatch.setitem(sys.modules, "pandas", None)
+    elif "float" not in str(type):
+        pytest.importorskip("pandas")
+    value = [[np.float16(1.5)]] if "float" in str(type) else value
+    columns = {"path": ["a.jpg"], "value": pyarrow.array([value], type)}
+    (source,) = Listing([write(tmp_path / "x.parquet", columns)])
+    assert source.columns == {"value": wanted}
 
 
 def test_a_replaced_file_is_read_anew_and_a_damaged_one_fails_the_row(tmp_path: Path) -> None:

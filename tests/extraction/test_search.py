@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from feature_directories import Directory, content, row, write_format_2
 
-from fastbb.extraction import Neighbours, open_features, search
+from fastbb.extraction import Neighbours, export_features, open_features, search
 
 
 @pytest.fixture
@@ -83,14 +84,44 @@ def test_features_that_are_zero_have_a_cosine_of_zero(directory: Directory) -> N
         ({"query": torch.zeros(2, 2, 16)}, r"got \[2, 2, 16\]"),
         ({"query": [float("nan")] * 16}, "wanted finite numbers"),
         ({"k": 0}, "k: wanted a whole number, at least 1, got 0"),
+        ({"k": True}, "k: wanted a whole number, at least 1, got True"),
+        ({"k": 2.0}, "k: wanted a whole number, at least 1, got 2.0"),
         ({"metric": "l1"}, "metric: wanted cosine or dot, got 'l1'"),
     ],
-    ids=["width", "dimensions", "nan", "k", "metric"],
+    ids=["width", "dimensions", "nan", "k", "bool", "float", "metric"],
 )
 def test_wrong_arguments_are_refused(directory: Directory, arguments: dict, message: str) -> None:
     features = open_features(directory.path)
     with pytest.raises(ValueError, match=message):
         features.search(**{"query": torch.zeros(16), **arguments})
+
+
+def scaled(directory: Directory, factor: float) -> Directory:
+    """Commits shard 1 with features of another magnitude."""
+    tensors, index = content(range(4, 8), [row(i).id for i in range(4, 8)], (), directory.outputs)
+    tensors["pooled"] *= factor
+    with directory.open() as writer:
+        writer.commit(writer.shards[1], tensors, index)
+    return directory
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e-20, 1e-37, 1e37])
+def test_the_cosine_does_not_depend_on_the_magnitude(tmp_path: Path, factor: float) -> None:
+    directory = Directory(tmp_path / "out").start(map(row, range(10)))
+    features = open_features(directory.path)
+    query = features[5]["pooled"]
+    wanted = features.search(query, np.int64(9))  # pyright: ignore[reportArgumentType]
+    found = open_features(scaled(directory, factor).path).search(query * factor, 9)
+    assert found.ids == wanted.ids
+    torch.testing.assert_close(found.scores, wanted.scores)
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e-20])
+def test_an_index_has_vectors_of_length_one(tmp_path: Path, factor: float) -> None:
+    directory = scaled(Directory(tmp_path / "out").start(map(row, range(8))), factor)
+    path = export_features(directory.path, "faiss").path / "pooled.faiss"
+    vectors = torch.frombuffer(bytearray(path.read_bytes()[-8 * 16 * 4 :]), dtype=torch.float32)
+    torch.testing.assert_close(vectors.reshape(8, 16).norm(dim=1), torch.ones(8))
 
 
 def test_maps_are_not_searched(tmp_path: Path) -> None:

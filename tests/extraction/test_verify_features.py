@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from feature_directories import Directory, content, row, write_format_2
 
-from fastbb.extraction import VerifyReport, verify_features
-from fastbb.extraction.layout import canonical_json
+from fastbb.extraction import VerifyReport, open_features, verify_features
+from fastbb.extraction.layout import DamagedError, canonical_json
 
 AGAIN = "run the same command again: the shard is computed again"
 
@@ -25,6 +25,17 @@ def directory(tmp_path: Path) -> Directory:
     directory.update(map(row, range(10, 13)))
     directory.retry(failed=(8,))
     return directory
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
 
 
 def flip(path: Path, position: int = -1) -> None:
@@ -69,11 +80,43 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "rows/generation-00001.json is missing, and what came after it is there",
     ),
     "generation": (lambda out: flip(out / "rows/generation-00001.json", 2), "is damaged"),
+    "plan is a directory": (
+        lambda out: make_directory(out / "plan.json"),
+        "plan.json is damaged: .*Is a directory",
+    ),
     "plan": (
         lambda out: (out / "plan.json").write_text(
             (out / "plan.json").read_text().replace("fp32", "bf16")
         ),
         "belongs to another plan",
+    ),
+    "commit without a hash": (
+        lambda out: replace(out / "shards/commit-00001.json", '"sha256"', '"md5"'),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "commit is a directory": (
+        lambda out: make_directory(out / "shards/commit-00001.json"),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "features are a directory": (
+        lambda out: make_directory(out / "shards/features-00001.safetensors"),
+        f"shards/commit-00001.json: it or a file that it names .*; {AGAIN}",
+    ),
+    "rows are a directory": (
+        lambda out: make_directory(out / "rows/rows-00001.jsonl"),
+        "rows/rows-00001.jsonl: missing or changed",
+    ),
+    "generation is a directory": (
+        lambda out: make_directory(out / "rows/generation-00001.json"),
+        "generation-00001.json is damaged: .*Is a directory",
+    ),
+    "number of rows is a text": (
+        lambda out: replace(out / "rows/generation-00001.json", '"rows":3', '"rows":"3"'),
+        "generation-00001.json is damaged: wanted a whole number, got '3'",
+    ),
+    "number of a shard": (
+        lambda out: replace(out / "rows/generation-00001.json", '"shard":3', '"shard":3.0'),
+        "generation-00001.json is damaged: wanted a whole number, got 3.0",
     ),
     "no plan": (lambda out: (out / "plan.json").write_text("{}"), "plan.json is damaged"),
     "manifest": (
@@ -98,6 +141,16 @@ def test_damage_is_found_and_named(directory: Directory, damage: str) -> None:
     with pytest.raises(AssertionError, match=message):
         raise AssertionError("\n".join(report.problems))
     assert "problem" in repr(report) and report.problems[0] in repr(report)
+
+
+@pytest.mark.parametrize("field", ["id", "status", "pos", "kind", "message"])
+@pytest.mark.parametrize("shard", [0, 4])  # of new rows, and of a retry
+def test_a_damaged_field_of_an_index_is_named(directory: Directory, field: str, shard: int) -> None:
+    path = directory.path / "shards" / f"index-{shard:05d}.jsonl"
+    replace(path, f'"{field}"', f'"{"x" * len(field)}"')
+    with pytest.raises(DamagedError, match=rf"{path.name} is damaged \(a field"):
+        open_features(directory.path).describe()
+        _ = open_features(directory.path).ids
 
 
 def recommit(directory: Directory, change: Callable[[dict, list], None]) -> VerifyReport:

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from feature_directories import Directory, row
 from PIL import Image, ImageChops
 
 from fastbb.cli import main
@@ -124,6 +126,88 @@ def test_command_writes_the_page_and_refuses_wrong_paths(
     assert code == 6 and "cannot write" in output
     with pytest.raises(OutputError):
         report(out, images / "red" / "0.png" / "a.html")
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("out/plan.json", "outside of the features directory"),
+        ("out/new/page.html", "outside of the features directory"),
+        ("images/red/0.png", "is no .html file"),
+        ("folder.html", "is a directory"),
+        ("link.html", "is no .html file"),
+    ],
+)
+def test_only_an_earlier_page_is_replaced(
+    features: Callable[..., Path], images: Path, tmp_path: Path, place: str, message: str
+) -> None:
+    out = features()
+    (tmp_path / "folder.html").mkdir()
+    (tmp_path / "link.html").symlink_to(images / "red" / "0.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(main, ["report", str(out), "-o", str(tmp_path / place)])
+    assert result.exit_code == 2 and re.search(message, " ".join(result.output.split()))
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "page.HTM").write_text("an earlier page")
+    assert "<html" in report(out, tmp_path / "page.HTM").read_text()
+
+
+def test_pictures_of_a_changed_archive_are_not_shown(images: Path, tmp_path: Path) -> None:
+    archive, out = tmp_path / "images.tar", tmp_path / "out"
+
+    def pack(*names: str) -> None:
+        with tarfile.open(archive, "w") as tar:
+            for name in names:
+                tar.add(images / name, name)
+
+    pack("red/0.png", "blue/0.png", "green/0.png")
+    extract(MODEL, archive, out, features="pooled", progress=False)
+    assert "no picture" not in report(out, tmp_path / "page.html").read_text()
+    pack("blue/0.png", "red/0.png", "green/0.png")
+    page = report(out, tmp_path / "page.html").read_text()
+    assert "data:image" not in page and "the archive was changed red/0.png" in text_of(page)
+
+
+def test_odd_names_and_a_damaged_log_do_not_end_the_page(
+    features: Callable[..., Path], tmp_path: Path
+) -> None:
+    odd = tmp_path / "a\n\nb"
+    directory = Directory(odd, {"pooled": {"shape": [4], "dtype": "float32"}})
+    directory.start(row(i, {"": i, "x\n\ny": i}) for i in range(4))
+    lines = ['{"event":"shard"}', '{"a":1}', '{"event":["shard"]}', '{"event":"start"}']
+    lines += ['{"event":"shard","rows":"8","seconds":1}', '{"event":"start","time":1e300}']
+    lines += ['{"event":"start","time":0}', '{"event":"shard","rows":6,"seconds":2}']
+    (odd / "run.jsonl").write_text("\n".join(lines))
+    text = text_of(report(odd, tmp_path / "page.html").read_text())
+    assert r", x\n\ny" in text and "3.0 images/s" in text
+    assert "speed     3.0 images/s" in open_features(odd).describe()
+
+
+def test_directories_that_were_not_read_are_named(tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "out", {"pooled": {"shape": [4], "dtype": "float32"}})
+    directory.start([row(0)])
+    path = directory.path / "rows" / "generation-00000.json"
+    path.write_text(path.read_text().replace('"unreadable":[]', '"unreadable":["secret: denied"]'))
+    page = report(directory.path, tmp_path / "page.html").read_text()
+    assert "<th>not read</th><td>1 directories: secret: denied</td>" in page
+
+
+def test_a_program_cannot_change_how_pictures_are_read(
+    features: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = features()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "no picture" not in report(out, tmp_path / "page.html").read_text()
+
+
+def test_a_class_is_the_folder_of_an_image(tmp_path: Path) -> None:
+    directory = Directory(tmp_path / "out", {"pooled": {"shape": [4], "dtype": "float32"}})
+    rows = [row(i) for i in range(6)]
+    for i, given in enumerate(rows):
+        given.id = f"train/{'cat' if i % 2 else 'dog'}/{i}.png"
+    directory.start(rows)
+    page = report(directory.path, tmp_path / "page.html").read_text()
+    assert re.findall(r'<span style="--color: [^"]*">(.*?)</span>', page) == ["cat", "dog"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
