@@ -109,10 +109,15 @@ def _source(path: str, prefix: str, n: int, record: object) -> Source:
             f"{path}: row {n} has no text in the column `path` (or `file_name`, `filename`, "
             f"`image`), got {image!r:.80}{meant}; columns: {', '.join(map(str, record))}"
         )
-    columns = {name: value for name, value in record.items() if name not in (column, "id")}
+    id = _id_of(record)
+    # an id leaves the path among the columns, so that the file is found again
+    left_out = (
+        {"id"} if id and isinstance(record[column], str) and not is_url(image) else {column, "id"}
+    )
+    columns = {name: value for name, value in record.items() if name not in left_out}
     if columns:
         columns = _columns(path, n, columns)
-    shown = prefix + redact(_id_of(record) or image)
+    shown = prefix + redact(id or image)
     if is_url(image):
         return Source(shown, redact(image), columns=columns or None)
     place = os.path.normpath(os.path.join(os.path.dirname(path), image))

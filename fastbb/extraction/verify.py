@@ -27,7 +27,7 @@ from .layout import (
 from .reading import Reader
 
 _READ_BYTES = 2**20
-_AGAIN = "run the same command again: the shard is computed again"
+_AGAIN = "extract again: the shard is computed again"
 _ELSEWHERE = "extract again into another directory"
 _N_SHOWN = 20
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -104,7 +104,7 @@ class _Verification:
         self._reader = reader
         self._directory = reader.directory
         self._problems: list[str] = []
-        self._n_bytes = 0
+        self._n_bytes = self._n_missing = 0
         # a directory of format 2 is never written again
         self._again = _AGAIN if reader.plan["format"] == FORMAT else _ELSEWHERE
 
@@ -120,6 +120,9 @@ class _Verification:
                 previous = rows[-1]["row"] if rows else previous + shard.rows
                 self._check_shard(shard, rows)
             n_rows += generation.rows
+        if self._n_missing:
+            what = f"{self._n_missing:,} of {len(reader.shards):,} are not computed"
+            self._problem("shards", what, self._again)
         try:
             n_ok, kinds = reader.counts()
         except (
@@ -153,7 +156,7 @@ class _Verification:
         reader = self._reader
         n = len(reader.generations)
         if not n:
-            self._problem("rows", "no list of images is finished", "run the same command again")
+            self._problem("rows", "no list of images is finished", "extract again")
         if [shard.shard for shard in reader.shards] != list(range(len(reader.shards))):
             self._problem("rows", "shards are not numbered one by one", _ELSEWHERE)
         for number, generation in enumerate(reader.generations):
@@ -189,11 +192,11 @@ class _Verification:
         number, commit = shard.shard, self._reader.commits.get(shard.shard)
         name = file_name("commit", number)
         if commit is None:
-            there = (self._directory / name).exists()
-            what = (
-                "it or a file that it names is missing, cut or damaged" if there else "not computed"
-            )
-            self._problem(name, what, self._again)
+            if (self._directory / name).exists():
+                what = "it or a file that it names is missing, cut or damaged"
+                self._problem(name, what, self._again)
+            else:
+                self._n_missing += 1
             return
         for file, stored in commit["files"].items():
             path = self._directory / "shards" / file
@@ -252,7 +255,7 @@ class _Verification:
             what = (
                 "missing or damaged" if found is None else "its totals are not those of the shards"
             )
-            advice = "run the same command again" if self._again is _AGAIN else _ELSEWHERE
+            advice = "extract again" if self._again is _AGAIN else _ELSEWHERE
             self._problem("manifest.json", what, advice)
 
     def _notes(self) -> Iterator[str]:

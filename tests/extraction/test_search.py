@@ -134,9 +134,9 @@ def test_maps_are_not_searched(tmp_path: Path) -> None:
     outputs["embedding"] = {"shape": [5], "dtype": "float32"}
     features = open_features(Directory(tmp_path / "both", outputs).start([row(0)]).path)
     assert features.search(features["embedding"][0]).ids == ["00000.png"]
-    outputs["cls"] = {"shape": [5], "dtype": "float32"}
+    outputs = {name: {"shape": [5], "dtype": "float32"} for name in ("cls", "patch_mean")}
     features = open_features(Directory(tmp_path / "three", outputs).start([row(0)]).path)
-    with pytest.raises(ValueError, match="name: wanted one of cls, embedding, got None"):
+    with pytest.raises(ValueError, match="name: wanted one of cls, patch_mean, got None"):
         features.search(torch.zeros(5))
 
 

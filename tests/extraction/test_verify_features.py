@@ -15,7 +15,7 @@ from feature_directories import Directory, content, row, write_format_2
 from fastbb.extraction import VerifyReport, open_features, verify_features
 from fastbb.extraction.layout import DamagedError, canonical_json
 
-AGAIN = "run the same command again: the shard is computed again"
+AGAIN = "extract again: the shard is computed again"
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no commit": (
         lambda out: (out / "shards/commit-00002.json").unlink(),
-        f"shards/commit-00002.json: not computed; {AGAIN}",
+        f"shards: 1 of 5 are not computed; {AGAIN}",
     ),
     "rows": (
         lambda out: flip(out / "rows/rows-00003.jsonl", 3),
@@ -121,7 +121,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no plan": (lambda out: (out / "plan.json").write_text("{}"), "plan.json is damaged"),
     "manifest": (
         lambda out: flip(out / "manifest.json", 0),
-        "manifest.json: missing or damaged; run the same command again",
+        "manifest.json: missing or damaged; extract again",
     ),
     "totals": (
         lambda out: (out / "manifest.json").write_text(
@@ -227,7 +227,7 @@ def test_an_unfinished_directory_does_not_pass(directory: Directory) -> None:
     for path in directory.path.glob("shards/*-00004.*"):
         path.unlink()
     (problem,) = verify_features(directory.path).problems
-    assert problem == f"shards/commit-00004.json: not computed; {AGAIN}"
+    assert problem == f"shards: 1 of 5 are not computed; {AGAIN}"
 
 
 def test_format_2_is_verified_and_never_computed_again(tmp_path: Path) -> None:
