@@ -3,8 +3,8 @@
 import difflib
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,20 @@ from ..backbone.checkpoint import (
     shapes_only,
 )
 from ..backbone.hub import HubOptions, TimmSource, find_file, local_directory
+
+
+class MissingWeightsError(OSError):
+    """The weights of a checkpoint lack some tensors of a model.
+
+    Attributes:
+        names: of these tensors.
+        classifiers: names of the model's classifiers.
+    """
+
+    def __init__(self, model: str, names: Sequence[str], classifiers: Sequence[str]) -> None:
+        super().__init__(f"The weights of timm's {model!r} lack {', '.join(names)}")
+        self.names, self.classifiers = names, classifiers
+
 
 _LOADING = threading.Lock()
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -80,6 +94,7 @@ def create_full(
 
     Raises:
         ValueError: timm has no such model, or cannot build it with these arguments.
+        MissingWeightsError: the weights lack a tensor.
         OSError: the weights do not load.
     """
     kwargs = kwargs if head else {**kwargs, "num_classes": 0}
@@ -118,7 +133,7 @@ def _create(
         own = {joined(key) for key in module.state_dict()}
         names = [key for key in missing if joined(key) in own]
         if source is not None and names:
-            raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
+            raise MissingWeightsError(name, names, classifier_names(module))
         return module
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
@@ -126,6 +141,15 @@ def _create(
         if source is None:
             raise
         raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the classifiers of timm's full model."""
+    found: Any = None
+    with suppress(AttributeError):  # timm has models without the method, or without the layer
+        found = model.get_classifier()  # type: ignore[operator]
+    classifiers = found if isinstance(found, (tuple, list)) else [found]
+    return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
