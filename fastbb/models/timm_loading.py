@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +37,10 @@ class MissingWeightsError(OSError):
 
 
 _LOADING = threading.Lock()
+# torch's message where nothing else is wrong
+_LACKED = re.compile(
+    r'Error\(s\) in loading state_dict for \w+:\s+Missing key\(s\) in state_dict: ("[^\n]+")\.\s*'
+)
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -128,12 +133,18 @@ def _create(
         more = arguments(model)
         pretrained = _pretrained_arguments(source, hub, model)
         with _missing_weights() as missing, _only_tensors(name, pretrained):
-            module = timm.create_model(name, **more, **pretrained, **kwargs)
+            try:
+                module = timm.create_model(name, **more, **pretrained, **kwargs)
+            except RuntimeError as error:  # of timm's full models, which load strictly
+                if lacked := _LACKED.fullmatch(str(error)):
+                    names = lacked[1].replace('"', "").split(", ")
+                    raise MissingWeightsError(name, names, classifier_names(model)) from error
+                raise
         # timm's features-only modules join the names of nested modules by underscores
         own = {joined(key) for key in module.state_dict()}
         names = [key for key in missing if joined(key) in own]
         if source is not None and names:
-            raise MissingWeightsError(name, names, classifier_names(module))
+            raise MissingWeightsError(name, names, classifier_names(model))
         return module
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
