@@ -102,8 +102,8 @@ class FeatureExtractor:
     where several kinds are asked for, each runs.
 
     Attributes:
-        model: the model that computes the first feature, in eval mode: the prepared backbone, or
-            timm's full model.
+        model: the model that computes the first feature, in eval mode: a backbone, timm's full
+            model, or the upstream model of a layer.
         processor: the image processor; its `spec` decides every pixel.
         features: the names.
         norm: of the tokens, "final" or "none"; None where no feature has it.
