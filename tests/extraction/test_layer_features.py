@@ -166,8 +166,8 @@ def test_projection_is_that_of_the_original_only(tmp_path: Path) -> None:
 def test_projection_of_other_clip_towers(
     name: str, tag: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    n_channels = timm.get_pretrained_cfg(f"{name}.{tag}").num_classes
-    model = save_timm(tmp_path, name, 64, tag, **options, num_classes=n_channels)
+    original: Any = timm.get_pretrained_cfg(f"{name}.{tag}")
+    model = save_timm(tmp_path, name, 64, tag, **options, num_classes=original.num_classes)
     with pytest.raises(ValueError, match="is not one linear layer without bias"):
         FeatureExtractor(tmp_path, "projection")
     bias = model.get_classifier().bias.zero_()
