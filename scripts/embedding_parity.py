@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -21,30 +20,21 @@ import torchvision
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from feature_models import PICTURES, gap, pixels_of, save_processor, save_timm, without_classifier
+from feature_models import (
+    PICTURES,
+    TIMM_MODELS,
+    gap,
+    pixels_of,
+    save_processor,
+    save_timm,
+    without_classifier,
+)
 from reference_models import hf_resnet, hf_swin, randomize_, torchvision_resnet, torchvision_swin
 
 from fastbb import AutoBackbone, AutoImageProcessor
 from fastbb.extraction import FeatureExtractor
 
 Row = tuple[str, str, str, float]
-SMALL_VIT: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 56}
-TIMM: dict[str, tuple[int, dict[str, Any]]] = {
-    "vit_small_patch14_dinov2": (56, SMALL_VIT),
-    "vit_small_patch14_reg4_dinov2": (56, SMALL_VIT),
-    "vit_base_patch16_clip_224": (64, {**SMALL_VIT, "img_size": 64}),
-    "vit_base_patch16_siglip_224": (64, {**SMALL_VIT, "img_size": 64}),
-    "swin_tiny_patch4_window7_224": (
-        56,
-        {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4), "img_size": 56},
-    ),
-    "test_vit": (160, {}),
-    "test_resnet": (64, {}),
-    "test_convnext": (64, {}),
-    "test_efficientnet": (64, {}),
-    "mobilenetv3_small_050": (64, {}),
-    "regnetx_002": (64, {}),
-}
 
 
 def of_transformers(directory: Path) -> Iterator[Row]:
@@ -79,16 +69,19 @@ def of_torchvision() -> Iterator[Row]:
 
 
 def of_timm(directory: Path) -> Iterator[Row]:
-    for name, (size, options) in TIMM.items():
+    no_norm = torch.nn.Identity()
+    for name, (size, options) in TIMM_MODELS.items():
+        if not timm.is_model(name):
+            continue
         model = save_timm(directory / name, name, size, **options)
         pixels = pixels_of(directory / name)
         expected = {
             "embedding": (without_classifier(model, name, **options)(pixels), "num_classes=0")
         }
         tokens = model.forward_features(pixels)
-        if tokens.ndim == 3 and not isinstance(model.norm, torch.nn.Identity):
+        if tokens.ndim == 3 and not isinstance(getattr(model, "norm", no_norm), torch.nn.Identity):
             expected["tokens"] = (tokens, "forward_features")
-            if model.cls_token is not None:
+            if getattr(model, "cls_token", None) is not None:
                 expected["cls"] = (tokens[:, 0], "forward_features[:, 0]")
         got = FeatureExtractor(directory / name, list(expected))(PICTURES)
         for feature, (reference, what) in expected.items():

@@ -29,7 +29,7 @@ from .checkpoint import (
 from .checkpointing import GradientCheckpointing
 from .configuration import BackboneConfig
 from .embedding import FinalNorm
-from .hub import ConfigFile, HubOptions
+from .hub import ConfigFile, HubOptions, absolute_name
 from .output import BackboneOutput
 
 if TYPE_CHECKING:
@@ -484,7 +484,7 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
             dtype=dtype or torch_dtype,
             device=device,
         )
-        backbone._origin = str(pretrained_model_name_or_path), hub.without_secret()
+        backbone._origin = absolute_name(pretrained_model_name_or_path), hub.without_secret()
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod

@@ -1,13 +1,16 @@
 """The last stage of a backbone as its own library gives it: after the final norm."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import StateDict
+
 
 class FinalNorm:
-    """What a family states about the end of its model, from which image embeddings are computed."""
+    """The end of a family's model, from which image embeddings are computed."""
 
     # whether the model's own library has the last stage as tokens; of a CNN it is a map
     has_tokens: ClassVar[bool] = False
@@ -22,11 +25,21 @@ class FinalNorm:
         return hidden_state
 
     def with_library_windows(self: Any) -> Any:
-        """The backbone, over the same parameters, as its library's model with a head computes it.
+        """Returns a backbone over the same modules that cuts windows as the library's full model.
 
-        transformers' SwinModel shifts other windows than its SwinBackbone.
+        transformers' SwinModel shifts no windows of a map whose height or width one window covers;
+        its SwinBackbone does.
         """
         return self
+
+    def used_weights(self: Any, maps: Sequence[str], final: bool) -> StateDict:
+        """The weights by name, without norms that some features do not use.
+
+        Args:
+            maps: stages of the feature maps that are used.
+            final: whether the final norm is used.
+        """
+        return self.state_dict()
 
     @property
     def lacks_final_norm(self) -> bool:

@@ -63,6 +63,12 @@ def local_directory(name_or_dir: str | os.PathLike[str]) -> Path | None:
     return BUNDLED_DIR / str(name_or_dir) if str(name_or_dir) in bundled_models() else None
 
 
+def absolute_name(name_or_dir: str | os.PathLike[str]) -> str:
+    """The name of a model, which of a directory is its absolute path."""
+    path = Path(name_or_dir).expanduser() if os.fspath(name_or_dir) else Path()
+    return os.path.abspath(path) if path.name and path.is_dir() else os.fspath(name_or_dir)
+
+
 def find_file(
     name_or_dir: str | os.PathLike[str], filename: str, hub: HubOptions = DEFAULT_HUB
 ) -> Path | None:

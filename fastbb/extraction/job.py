@@ -79,7 +79,8 @@ def extract(
         norm: of tokens, "final" or "none".
         normalize: whether vectors are divided by their L2 norm.
         feature_dtype: what is stored, "fp32", "fp16" or "bf16".
-        precision: of the forward pass, "fp32", "bf16" or "fp16"; default: "fp32".
+        precision: of the forward pass, "fp32", "bf16" or "fp16"; default: "fp32", of a loaded
+            backbone that of its weights.
         device: default: "cuda" where there is one, else "cpu".
         batch_size: images per forward pass; default: 32.
         size: (H, W) that every image is resized to; "test" for a timm model's test-time size.

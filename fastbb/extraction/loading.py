@@ -14,12 +14,13 @@ import torch
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..backbone.configuration import BackboneConfig
-from ..backbone.hub import DEFAULT_HUB, HubOptions
+from ..backbone.hub import DEFAULT_HUB, HubOptions, absolute_name
 from ..engine.computation import without_engine
 from ..images.processor import AutoImageProcessor, ImageProcessor
 from ..models.lookup import find_config
 from ..models.timm import TimmBackbone, TimmBackboneConfig
-from ..models.timm_full import check_same_weights, load_full
+from ..models.timm_full import POOLED_OR_MAPS, check_same_weights, load_full
+from .identity import changes, changes_digest
 from .models import BackboneModel, FeatureModel, LayerModel, TimmModel, upstream_model
 from .outputs import Wanted
 
@@ -35,12 +36,14 @@ class Loaded:
         models: each computes some of the features.
         config: of the backbone.
         stages: names of the maps that "maps" and "pooled" stand for.
+        changed: digest of changes of a backbone object, other than of weights; None without any.
     """
 
     name: str
     models: tuple[FeatureModel, ...]
     config: BackboneConfig
     stages: tuple[str, ...]
+    changed: str | None
 
 
 def origin_of(model: Any) -> Origin | None:
@@ -123,6 +126,8 @@ def load_models(
         )
     origin = origin_of(model)
     is_timm = _is_timm(model)
+    layers = [f"layer:{layer}" for layer in wanted.layers]
+    changed = _changes_digest(model, [*(wanted.full if is_timm else ()), *layers])
     backbone = None
     if isinstance(model, Backbone) or wanted.has_stages or not is_timm:
         backbone = _load_backbone(model, wanted.has_stages, out_indices, dtype, device)
@@ -140,31 +145,60 @@ def load_models(
         models.append(BackboneModel(backbone, **maps))
     config = None if backbone is None else backbone.config
     if is_timm:
-        heads = {"none": bool(wanted.full), "any": bool(wanted.layers)}
-        for head in [head for head, is_needed in heads.items() if is_needed]:
+        for modules in [*([()] if wanted.full else []), *([wanted.layers] if layers else [])]:
             if origin is None:
                 raise ValueError(
                     f"{(*wanted.full, *wanted.layers)[0]}: this TimmBackbone has no final norm and "
-                    "no head, and was not loaded by from_pretrained: ask for --features pooled or "
-                    "maps"
+                    f"no head, and was not loaded by from_pretrained: {POOLED_OR_MAPS}"
                 )
-            asked: Any = "projection" if head == "none" and "projection" in wanted.full else head
+            projects = not modules and "projection" in wanted.full
             own = config if isinstance(config, TimmBackboneConfig) else None
-            config, full_model = load_full(*origin, config=own, head=asked)
+            config, full_model = load_full(*origin, config=own, projects=projects, layers=modules)
             full_model = full_model.to(device, dtype)
             if isinstance(backbone, TimmBackbone):
                 check_same_weights(backbone, full_model)
-            if head == "any":
-                models.append(LayerModel(full_model, wanted.layers))
+            if modules:
+                models.append(LayerModel(full_model, modules))
             else:
                 models.insert(0, TimmModel(full_model, wanted.full, wanted.norm, config.img_size))
     elif wanted.layers:
         assert backbone is not None
         models.append(LayerModel(upstream_model(backbone, wanted.layers), wanted.layers))
     assert config is not None
-    name = type(model).__name__ if origin is None else origin[0]
-    name = os.path.abspath(name) if os.path.isdir(name) else name
-    return Loaded(name, tuple(models), config, stages)
+    name = type(model).__name__ if origin is None else absolute_name(origin[0])
+    return Loaded(name, tuple(models), config, stages, changed)
+
+
+# modules whose parts are run one by one, without their own hooks
+_NOT_CALLED = {"", "_backbone", "_backbone.model"}
+
+
+def _changes_digest(model: Any, others: Sequence[str]) -> str | None:
+    """Describes how a backbone object computes other values than its configuration says.
+
+    Args:
+        model: a name or a backbone.
+        others: features that another model computes.
+
+    Returns:
+        A digest; None where only weights may differ.
+
+    Raises:
+        ValueError: the features would be without the changes.
+    """
+    found = changes(without_engine(model)) if isinstance(model, Backbone) else {}
+    if not found:
+        return None
+    what = f"{min(found) or 'the backbone itself'!r} of this {type(model).__name__} has hooks, "
+    what += "settings or layers that are not those of its configuration"
+    if others:
+        raise ValueError(
+            f"{others[0]}: {what}, and another model without them computes this feature: undo the "
+            "changes, or ask for features of the backbone alone"
+        )
+    if _NOT_CALLED & found.keys():
+        raise ValueError(f"model: {what}, which do not run here: change the modules inside it")
+    return changes_digest(found)
 
 
 def _is_timm(model: Any) -> bool:

@@ -10,8 +10,8 @@ import copy
 import difflib
 import hashlib
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -29,9 +29,8 @@ from ..engine.engine import Engine
 from ..engine.settings import Settings
 from ..hosts.accelerate import accelerate, restore
 from ..hosts.replacement import AccelerateWarning
+from ..models.timm_full import POOLED_OR_MAPS
 from .outputs import Norm
-
-_OTHERS = "ask for --features pooled or maps"
 
 
 class FeatureModel:
@@ -69,6 +68,9 @@ class FeatureModel:
             assert self._computation is not None
             return self._computation.feature_maps(pixels)
         return self.engine(pixels)
+
+    def check(self, pixels: Tensor) -> None:
+        """Raises a ValueError if several images [B, 3, H, W] have not a feature each."""
 
     def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
         """Computes features [B, ...] by name from pixels [B, 3, H, W].
@@ -141,11 +143,14 @@ class BackboneModel(FeatureModel):
         self._full, self._norm, self._stored, self._pooled = full, norm, stored, pooled
 
     def prepare(self, mode: str, expected_images: int | None) -> None:
-        self.module = self.backbone.prepare(mode, expected_images=expected_images)
         if self._last:
             super().prepare(mode, expected_images)
         else:
+            self.module = self.backbone.prepare(mode, expected_images=expected_images)
             self.engine = self.module._engine
+
+    def state(self) -> dict[str, Tensor]:
+        return self.backbone.used_weights(self._maps, "final" in self._last)
 
     def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
         computed = self.computed(self.backbone._checked(pixels), plain)
@@ -170,7 +175,7 @@ def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) ->
         )
     tokens = [name for name in full if name != "embedding"]
     if tokens and not backbone.has_tokens:
-        raise ValueError(f"{tokens[0]}: a {what} is a CNN and has no tokens; {_OTHERS}")
+        raise ValueError(f"{tokens[0]}: a {what} is a CNN and has no tokens; {POOLED_OR_MAPS}")
     if "cls" in full:
         raise ValueError(
             f"cls: a {what} has no class token; ask for --features embedding, patch_mean or pooled"
@@ -182,7 +187,7 @@ def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) ->
 def _no_final_norm(backbone: Backbone) -> str:
     return (
         f"the checkpoint of this {type(backbone).__name__} has no trained final norm, as it was "
-        f"trained or saved without a head; {_OTHERS}"
+        f"trained or saved without a head; {POOLED_OR_MAPS}"
     )
 
 
@@ -259,9 +264,9 @@ class TimmModel(FeatureModel):
         example = torch.randn(1, 3, height, width, generator=generator)
         example = example.to(like.device, like.dtype)
         with torch.no_grad():
-            splits = self._try(model, example, wanted)
+            splits, calls = self._try(model, example, wanted)
             if norm is not None:
-                self._n_prefix = _check_tokens(model, example, full, norm)
+                self._n_prefix = _check_tokens(model, example, full, norm, calls)
         if splits:
             mode = "triton" if like.device.type == "cuda" else "eager"
             with warnings.catch_warnings():
@@ -274,26 +279,36 @@ class TimmModel(FeatureModel):
         super().__init__(model, _FullOutputs(model, tuple(wanted), splits, key))
         self._wanted = wanted
 
-    def _try(self, model: Any, example: Tensor, wanted: Sequence[str]) -> bool:
-        """Runs an example; returns whether the model's forward is its two halves, one by one."""
+    def _try(self, model: Any, example: Tensor, wanted: Sequence[str]) -> tuple[bool, _Calls]:
+        """Runs an example.
+
+        Returns:
+            Whether the model's forward is its two halves, one by one, and what the halves gave.
+        """
         what = f"timm's {type(model).__name__}"
+        dtype = str(example.dtype).removeprefix("torch.")
         halves: Any = None
+        calls = _Calls()
         try:
             whole = model(example)
-            with suppress(AttributeError, NotImplementedError, TypeError):
-                halves = model.forward_head(model.forward_features(example))
-        except RuntimeError as error:
-            dtype = str(example.dtype).removeprefix("torch.")
+            with suppress(AttributeError, NotImplementedError, TypeError), calls.of(model):
+                calls.features = model.forward_features(example)
+                halves = model.forward_head(calls.features)
+        except (AssertionError, RuntimeError) as error:
+            cause = "model" if example.dtype == torch.float32 else "precision"
             raise ValueError(
-                f"precision: {what} does not run in {dtype} on {example.device}: {error}"
+                f"{cause}: {what} does not run in {dtype} on {example.device} with pixel_values of "
+                f"shape {list(example.shape)}: {error}"
             ) from error
+        if wanted != ["pre_logits"] and isinstance(whole, Tensor) and not whole.isfinite().all():
+            raise ValueError(f"precision: {what} gives NaN or infinite values in {dtype}")
         is_vector = isinstance(whole, Tensor) and whole.ndim == 2
         if "pre_logits" in wanted and not is_vector:
-            raise ValueError(f"embedding: {what} returns no vector; {_OTHERS}")
+            raise ValueError(f"embedding: {what} returns no vector; {POOLED_OR_MAPS}")
         splits = isinstance(halves, Tensor) and is_vector and torch.equal(halves, whole)
         if not splits and wanted != ["pre_logits"]:
-            raise ValueError(f"{self._full[-1]}: {what} has no tokens of its own; {_OTHERS}")
-        return splits
+            raise ValueError(f"{self._full[-1]}: {what} has no tokens of its own; {POOLED_OR_MAPS}")
+        return splits, calls
 
     def state(self) -> dict[str, Tensor]:
         state = self.module.state_dict()
@@ -320,8 +335,40 @@ class TimmModel(FeatureModel):
         return features
 
 
-def _check_tokens(model: Any, example: Tensor, full: Sequence[str], norm: Norm) -> int:
+class _Calls:
+    """Calls of the final norm of timm's model, beside its features.
+
+    Attributes:
+        features: of `forward_features`.
+        final: input and output of the last call of the norm.
+    """
+
+    features: Any = None
+    final: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def of(self, model: Any) -> Iterator[None]:
+        """Records the calls."""
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            self.final = args[0], output
+
+        final = getattr(model, "norm", None)
+        with final.register_forward_hook(keep) if isinstance(final, nn.Module) else nullcontext():
+            yield
+
+
+def _check_tokens(
+    model: Any, example: Tensor, full: Sequence[str], norm: Norm, calls: _Calls
+) -> int:
     """Checks the tokens of timm's model, and takes its final norm out for those before it.
+
+    Args:
+        model: timm's.
+        example: pixels.
+        full: the wanted features.
+        norm: of the tokens.
+        calls: for these pixels.
 
     Returns:
         The number of tokens before the patches.
@@ -331,15 +378,17 @@ def _check_tokens(model: Any, example: Tensor, full: Sequence[str], norm: Norm) 
     """
     wanted = next(name for name in full if name not in ("embedding", "projection"))
     what = f"timm's {type(model).__name__}"
-    features = model.forward_features(example)
+    features = calls.features
     is_map = isinstance(features, Tensor) and features.ndim == 4
     channels_last = is_map and str(getattr(model, "output_fmt", "")).endswith("NHWC")
     if not isinstance(features, Tensor) or not (features.ndim == 3 or channels_last):
-        raise ValueError(f"{wanted}: {what} has no tokens; {_OTHERS}")
+        raise ValueError(f"{wanted}: {what} has no tokens; {POOLED_OR_MAPS}")
     has_class = getattr(model, "cls_token", None) is not None
     n_prefix = getattr(model, "num_prefix_tokens", None if has_class else 0)
     if n_prefix is None and full != ["tokens"]:
-        raise ValueError(f"{wanted}: {what} does not say which tokens are patches; {_OTHERS}")
+        raise ValueError(
+            f"{wanted}: {what} does not say which tokens are patches; {POOLED_OR_MAPS}"
+        )
     if "cls" in full and not (has_class and n_prefix):
         raise ValueError(
             f"cls: {what} has no class token; ask for --features embedding, patch_mean or pooled"
@@ -352,20 +401,14 @@ def _check_tokens(model: Any, example: Tensor, full: Sequence[str], norm: Norm) 
                 "--norm none, or for --features embedding"
             )
         return n_prefix or 0
-    calls: list[tuple[Tensor, Tensor]] = []
-    if isinstance(final, nn.Module):
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            calls.append((args[0], output))
-
-        with final.register_forward_hook(keep):
-            features = model.forward_features(example)
-    if not calls or not torch.equal(calls[-1][1], features):
-        raise ValueError(f"{wanted}: {what} does not end with a norm that is known; {_OTHERS}")
+    if calls.final is None or not torch.equal(calls.final[1], features):
+        raise ValueError(
+            f"{wanted}: {what} does not end with a norm that is known; {POOLED_OR_MAPS}"
+        )
     if norm == "none":
-        model.fastbb_norm, model.norm = final, nn.Identity()
-        if not torch.equal(model.forward_features(example), calls[-1][0]):
-            raise ValueError(f"{wanted}: {what} has no tokens before its norm; {_OTHERS}")
+        model.fastbb_norm, model.norm = final, nn.Identity().eval()
+        if not torch.equal(model.forward_features(example), calls.final[0]):
+            raise ValueError(f"{wanted}: {what} has no tokens before its norm; {POOLED_OR_MAPS}")
     return n_prefix or 0
 
 
@@ -381,18 +424,18 @@ class LayerModel(FeatureModel):
     """
 
     def __init__(self, module: nn.Module, layers: Sequence[str]) -> None:
-        names = [name for name, _ in module.named_modules() if name]
-        for layer in layers:
-            if layer not in names:
-                close = difflib.get_close_matches(layer, names, n=5) or names[:5]
-                raise ValueError(
-                    f"layer:{layer}: {type(module).__name__} has no such module; did you mean "
-                    f"{', '.join(close)}?"
-                )
+        check_modules(module, layers)
         super().__init__(module)
         self._layers = layers
 
+    def check(self, pixels: Tensor) -> None:
+        self._rows(self._outputs(pixels, to_the_end=True), len(pixels))
+
     def features(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        return self._rows(self._outputs(pixels), len(pixels))
+
+    def _outputs(self, pixels: Tensor, to_the_end: bool = False) -> dict[str, list[Tensor]]:
+        """Runs the model until every layer has run, or to the end as far as it can."""
         outputs: dict[str, list[Tensor]] = {layer: [] for layer in self._layers}
 
         def keep(layer: str) -> Callable[..., None]:
@@ -400,6 +443,8 @@ class LayerModel(FeatureModel):
                 first = _first_tensor(output)
                 # what follows may compute in place
                 outputs[layer] += [] if first is None else [first.detach().clone()]
+                if all(outputs.values()) and not to_the_end:
+                    raise _AllSeenError
 
             return hook
 
@@ -407,16 +452,41 @@ class LayerModel(FeatureModel):
             for layer in self._layers:
                 hooked = self.module.get_submodule(layer)
                 hooks.enter_context(hooked.register_forward_hook(keep(layer)))
-            self.module(pixels)
+            try:
+                self.module(pixels)
+            except _AllSeenError:
+                pass
+            except (AssertionError, RuntimeError):  # a later layer may need larger images
+                if not all(outputs.values()):
+                    raise
+        return outputs
+
+    def _rows(self, outputs: dict[str, list[Tensor]], n_images: int) -> dict[str, Tensor]:
         for layer, found in outputs.items():
             if len(found) != 1:
                 problem = f"gives {len(found)} tensors in one forward pass, wanted one"
-            elif found[0].ndim < 2 or len(found[0]) != len(pixels):
-                problem = f"gives {list(found[0].shape)} for {len(pixels)} images: no row for each"
+            elif found[0].ndim < 2 or len(found[0]) != n_images:
+                problem = f"gives {list(found[0].shape)} for {n_images} images: no row for each"
             else:
                 continue
             raise ValueError(f"layer:{layer}: the module {problem}; ask for one around it")
         return {f"layer:{layer}": found[0] for layer, found in outputs.items()}
+
+
+class _AllSeenError(Exception):
+    """Ends a forward pass whose wanted layers have run."""
+
+
+def check_modules(module: nn.Module, layers: Sequence[str]) -> None:
+    """Raises a ValueError for the name of a module that is not there; names close ones."""
+    names = [name for name, _ in module.named_modules() if name]
+    for layer in layers:
+        if layer not in names:
+            close = difflib.get_close_matches(layer, names, n=5) or names[:5]
+            raise ValueError(
+                f"layer:{layer}: {type(module).__name__} has no such module; did you mean "
+                f"{', '.join(close)}?"
+            )
 
 
 def _first_tensor(output: Any) -> Tensor | None:
@@ -446,9 +516,6 @@ def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:
         ValueError: the library is not installed, the family names no upstream, or a layer comes
             after a final norm that the checkpoint lacks.
     """
-    late = [layer for layer in layers if layer.partition(".")[0] not in _STAGES]
-    if late and backbone.lacks_final_norm:
-        raise ValueError(f"layer:{late[0]}: {_no_final_norm(backbone)}")
     family, _ = family_of(backbone.config.model_type)
     backbone.check_own_weights()
     try:
@@ -459,6 +526,11 @@ def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:
             elif upstream is not None:
                 module = upstream.module
                 if isinstance(getattr(module, "head", None), nn.Linear):
+                    headless = [layer for layer in layers if layer.partition(".")[0] == "head"]
+                    if headless:
+                        raise ValueError(
+                            f"layer:{headless[0]}: a {type(backbone).__name__} has no head"
+                        )
                     module.head = nn.Identity()  # with random weights
             else:
                 raise ValueError(f"layer: {type(backbone).__name__} names no upstream model")
@@ -467,6 +539,10 @@ def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:
             f"layer: modules of a {type(backbone).__name__} are run by its own library, which is "
             f"not installed ({error}): pip install 'fastbb[transformers]'"
         ) from error
+    check_modules(module, layers)
+    late = [layer for layer in layers if layer.partition(".")[0] not in _STAGES]
+    if late and backbone.lacks_final_norm:
+        raise ValueError(f"layer:{late[0]}: {_no_final_norm(backbone)}")
     return module.to(backbone.device, backbone.dtype).eval()
 
 

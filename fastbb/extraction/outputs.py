@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ TOKENS = ("cls", "patch_mean", "tokens")
 FULL = ("embedding", *TOKENS, "projection")
 FEATURES = (*FULL, "pooled", "maps")
 _MAP, _LAYER = "maps.", "layer:"
-_VECTORS = ("embedding", "cls", "patch_mean", "projection", "pooled")
+VECTORS = ("embedding", "cls", "patch_mean", "projection", "pooled")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Wanted:
             )
         named = [name for name in dict.fromkeys(given) if name not in FEATURES]
         maps = sorted(name for name in named if name.startswith(_MAP))
-        layers = [name for name in named if name.startswith(_LAYER)]
+        layers = sorted(name for name in named if name.startswith(_LAYER))
         names = (*(name for name in FEATURES if name in given), *maps, *layers)
         if norm not in (None, "final", "none"):
             raise ValueError(f"norm: wanted final or none, got {norm!r}")
@@ -84,12 +85,12 @@ class Wanted:
     @property
     def only_vectors(self) -> bool:
         """Whether all features are vectors, which images of any size have."""
-        return set(self.names) <= set(_VECTORS)
+        return set(self.names) <= set(VECTORS)
 
     @property
     def has_vectors(self) -> bool:
         """Whether one of the features is a vector, as far as the names say."""
-        return bool(set(self.names) & set(_VECTORS))
+        return bool(set(self.names) & set(VECTORS))
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,24 @@ class Storage:
     dtype: torch.dtype | None = None
 
     def stored(self, feature: Tensor) -> Tensor:
-        """Returns a feature [B, ...] as it is stored, on the CPU."""
+        """Returns a feature [B, ...] as it is stored, on the CPU.
+
+        With `dtype`, what is not finite before the cast becomes NaN, so infinite values are the
+        cast's.
+        """
         dtype = self.dtype or (torch.float32 if feature.ndim == 2 else self.precision)
         if feature.ndim == 2:
-            feature = feature.float()
-            feature = F.normalize(feature, dim=1) if self.normalize else feature
+            feature = _normalized(feature.float()) if self.normalize else feature.float()
+        if self.dtype is not None:
+            feature = feature.masked_fill(feature.isinf(), math.nan)
         return feature.to(dtype).cpu().contiguous()
+
+
+def _normalized(vectors: Tensor) -> Tensor:
+    """Divides vectors [B, C] by their length, whose square may be out of range."""
+    # by a power of two first, which changes no digit
+    exponents = vectors.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)
+    return F.normalize(torch.ldexp(vectors, -exponents), dim=1)
 
 
 def _names_a_part(name: object) -> bool:

@@ -8,13 +8,13 @@ same, for any failures and interruptions.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -39,10 +39,9 @@ from .decode import (
     decode,
     read_bytes,
 )
-from .layout import canonical_json
+from .identity import json_types, weights_digest
 from .loading import load_models, load_processor
-from .models import TimmModel
-from .outputs import DTYPES, Storage, Wanted
+from .outputs import DTYPES, VECTORS, Storage, Wanted
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
 
@@ -103,8 +102,8 @@ class FeatureExtractor:
     where several kinds are asked for, each runs.
 
     Attributes:
-        model: the model that computes the first feature, in eval mode: the prepared backbone, or
-            timm's full model.
+        model: the model that computes the first feature, in eval mode: a backbone, timm's full
+            model, or the upstream model of a layer.
         processor: the image processor; its `spec` decides every pixel.
         features: the names.
         norm: of the tokens, "final" or "none"; None where no feature has it.
@@ -122,7 +121,7 @@ class FeatureExtractor:
         norm: str | None = None,
         normalize: bool = False,
         feature_dtype: str | None = None,
-        precision: str = "fp32",
+        precision: str | None = None,
         device: str | torch.device | None = None,
         batch_size: int = 32,
         size: tuple[int, int] | str | None = None,
@@ -142,7 +141,8 @@ class FeatureExtractor:
             normalize: divide vectors by their length (L2), in fp32.
             feature_dtype: what is stored, "fp32", "fp16" or "bf16"; default: fp32 for vectors, the
                 precision for others.
-            precision: of the forward pass, "fp32", "fp16" or "bf16".
+            precision: of the forward pass, "fp32", "fp16" or "bf16"; default: "fp32", of a backbone
+                that of its weights.
             device: default: "cuda" where there is one, else "cpu"; of a backbone, its own.
             batch_size: images per forward pass.
             size: (H, W) that every image is resized to, instead of the model's own resize and crop;
@@ -158,7 +158,7 @@ class FeatureExtractor:
         """
         wanted = Wanted.parse(features, norm)
         for name, value in (("precision", precision), ("feature_dtype", feature_dtype)):
-            if value not in DTYPES and not (value is None and name == "feature_dtype"):
+            if value is not None and value not in DTYPES:
                 raise ValueError(f"{name}: wanted {', '.join(DTYPES)}, got {value!r}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size: wanted a whole number, at least 1, got {batch_size!r}")
@@ -168,17 +168,21 @@ class FeatureExtractor:
             raise ValueError(f"out_indices: wanted a list such as [1, -1], got {out_indices!r}")
         if normalize and not (wanted.has_vectors or wanted.layers):
             raise ValueError(
-                f"normalize: none of {', '.join(wanted.names)} is a vector; it is for embedding, "
-                "cls, patch_mean, projection and pooled"
+                f"normalize: none of {', '.join(wanted.names)} is a vector; it is for "
+                f"{', '.join(VECTORS)}"
             )
-        if device is None and isinstance(model, Backbone):
-            device = model.device
+        if isinstance(model, Backbone):
+            device = model.device if device is None else device
+            names = {dtype: name for name, dtype in DTYPES.items()}
+            precision = names.get(model.dtype) if precision is None else precision
+        precision = precision or "fp32"
         self.device = find_device(device)
         self.features, self.norm = wanted.names, wanted.norm
         self.precision, self.normalize, self.feature_dtype = precision, normalize, feature_dtype
         self._storage = Storage(
             DTYPES[precision], normalize, None if feature_dtype is None else DTYPES[feature_dtype]
         )
+        self.processor = load_processor(model, processor, size == "test")
         loaded = load_models(
             model,
             wanted,
@@ -187,8 +191,8 @@ class FeatureExtractor:
             device=self.device,
         )
         self._name, self._config, self.stages = loaded.name, loaded.config, loaded.stages
-        self._models = loaded.models
-        self.processor = load_processor(model, processor, size == "test")
+        self._models, self._changed = loaded.models, loaded.changed
+        self._made_for = self._placed()
         if isinstance(size, (tuple, list)):
             self.processor = ImageProcessor(
                 dataclasses.replace(
@@ -216,6 +220,10 @@ class FeatureExtractor:
             )
         self.batch_size = 1 if keeps_aspect else batch_size
         self.prepare(mode, expected_images)
+        two = self._on_device(torch.zeros(2, 3, *self._example_size))
+        for feature_model in self._models:
+            with torch.no_grad(), _refusals(feature_model.module, two):
+                feature_model.check(two)
         if normalize and not wanted.has_vectors:
             shapes = {name: output["shape"] for name, output in self.outputs().items()}
             if all(len(shape) != 1 for shape in shapes.values()):
@@ -270,7 +278,8 @@ class FeatureExtractor:
         generator = torch.Generator().manual_seed(0)
         pixels = self._on_device(torch.randn(shape, generator=generator))
         try:
-            return engine.mode_for(pixels)
+            with _refusals(self._models[0].module, pixels):
+                return engine.mode_for(pixels)
         except (RuntimeError, MemoryError) as error:
             if _is_out_of_memory(error):
                 raise self._too_large(pixels) from error
@@ -325,7 +334,7 @@ class FeatureExtractor:
         Raises:
             ValueError: the model does not take images of the processor's size.
         """
-        example = self._features_of(torch.zeros(1, 3, *self._example_size), plain=True)
+        example = self._forward(torch.zeros(1, 3, *self._example_size), plain=True)
         return {
             name: {
                 "shape": list(tensor.shape[1:]),
@@ -336,20 +345,16 @@ class FeatureExtractor:
 
     def settings(self) -> dict[str, Any]:
         """Returns everything about this extractor that decides the values, in JSON types."""
-        weighty = next((m for m in self._models if isinstance(m, TimmModel)), self._models[0])
-        digest = hashlib.sha256()
-        for name, tensor in sorted(weighty.state().items()):
-            digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
-            flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy())
+        states = ((type(model).__name__, model.state()) for model in self._models)
         stages = {"stages": list(self.stages)} if self.stages else {}
         is_timm = isinstance(self._config, TimmBackboneConfig)
         return {
             "model": {
                 "name": self._name,
-                "class": type(weighty.module).__name__,
-                "config": self._config.deciding_fields(),
-                "weights_sha256": digest.hexdigest(),
+                "class": type(self._models[0].module).__name__,
+                "config": json_types(self._config.deciding_fields(), "config"),
+                "weights_sha256": weights_digest(states),
+                **({} if self._changed is None else {"changes_sha256": self._changed}),
             },
             "preprocessing": self.processor.spec.to_dict(),
             "limits": {
@@ -380,7 +385,18 @@ class FeatureExtractor:
         Args:
             chunks: each becomes one batch.
             pad_to: batches are filled with zero images to this size.
+
+        Raises:
+            ValueError: the backbone was put into training mode, or onto another dtype or device,
+                after this extractor was made.
         """
+        if any(part.training for model in self._models for part in model.module.modules()):
+            raise ValueError("model: the backbone is in training mode: call .eval() first")
+        if self._placed() != self._made_for:
+            raise ValueError(
+                "model: its weights were given another dtype or device after this extractor was "
+                "made: make another one"
+            )
         n_threads = n_decode_threads(self.device)
         # in chunks; at most two batches, or two images per thread (of 200 MB, at the limit of
         # pixels), are held decoded
@@ -397,6 +413,11 @@ class FeatureExtractor:
                     yield self._batch(*pending.popleft(), pad_to)
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _placed(self) -> list[tuple[torch.dtype, torch.device]]:
+        """dtype and device of every weight."""
+        weights = (weight for model in self._models for weight in model.module.parameters())
+        return [(weight.dtype, weight.device) for weight in weights]
 
     def _load(self, row: Row) -> Tensor | ImageError:
         """Returns fp32 [3, H, W] of an image or its error, whatever Pillow's settings are."""
@@ -459,8 +480,9 @@ class FeatureExtractor:
                 for i, item in enumerate(loaded):
                     finite = all(bool(tensor[i].isfinite().all()) for tensor in features.values())
                     if isinstance(item, Tensor) and not finite:
+                        is_cast = any(bool(tensor[i].isinf().any()) for tensor in features.values())
                         stored = self._storage.dtype
-                        hint = "" if stored is None else f" as {self._storage.dtype} stores it"
+                        hint = f" as {stored} stores it" if stored and is_cast else ""
                         problem = f"a feature is NaN or infinite{hint}"
                         loaded[i] = ImageError("nonfinite_output", problem)
         kept = [i for i, item in enumerate(loaded) if isinstance(item, Tensor)]
@@ -496,16 +518,14 @@ class FeatureExtractor:
             f"not fit into the memory of {self.device}; start again with fewer"
         )
 
-    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Returns features of fp32 pixels [B, 3, H, W], on the CPU."""
-        return self._features_of(pixels)
-
     @torch.no_grad()
-    def _features_of(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+    def _forward(self, pixels: Tensor, plain: bool = False) -> dict[str, Tensor]:
+        """Returns features of fp32 pixels [B, 3, H, W], on the CPU; `plain` is op by op."""
         pixels = self._on_device(pixels)
         found: dict[str, Tensor] = {}
         for model in self._models:
-            found |= model.features(pixels, plain)
+            with _refusals(model.module, pixels):
+                found |= model.features(pixels, plain)
         return {name: self._storage.stored(feature) for name, feature in found.items()}
 
     def _on_device(self, pixels: Tensor) -> Tensor:
@@ -515,6 +535,21 @@ class FeatureExtractor:
     def _example_size(self) -> tuple[int, int]:
         """(H, W) of an example, where images keep their aspect ratio a usual one."""
         return self.processor.output_size or (224, 224)
+
+
+@contextmanager
+def _refusals(module: torch.nn.Module, pixels: Tensor) -> Iterator[None]:
+    """Raises the error by which a model refuses the shape of an input as a ValueError."""
+    try:
+        yield
+    except (AssertionError, RuntimeError) as error:
+        # errors of devices are of subclasses
+        if type(error) not in (AssertionError, RuntimeError) or _is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{type(module).__name__} does not take pixel_values of shape {list(pixels.shape)}: "
+            f"{error}"
+        ) from error
 
 
 def _is_size(size: Any) -> bool:

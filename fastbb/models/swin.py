@@ -143,6 +143,12 @@ class SwinConfig(BackboneConfig):
         self.hidden_size = self.stage_channels(len(self.depths) - 1)
         self._set_stages(hierarchical_stage_names(len(self.depths)), out_features, out_indices)
 
+    def deciding_fields(self) -> dict[str, Any]:
+        fields = super().deciding_fields()
+        if not self.use_absolute_embeddings:
+            del fields["image_size"]
+        return fields
+
     def stage_channels(self, stage: int) -> int:
         """Channels of stage 0, 1, ..."""
         return self.embed_dim * 2**stage
@@ -301,12 +307,13 @@ class SwinBackbone(Backbone):
     def with_library_windows(self) -> "SwinBackbone":
         if type(self.config) is not SwinConfig:
             return self
-        shared = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
-        other = copy.deepcopy(self, shared)
-        for module in other.modules():
-            if isinstance(module, (SwinLayer, SwinAttention)):
-                module.spec = replace(module.spec, clamp_both=True)
-        return other
+        return _with_clamped_windows(self)
+
+    def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
+        state = self.state_dict()
+        unused = [f"hidden_states_norms.{n}." for n in self.stage_names if n not in maps]
+        unused += [] if final else ["swin.layernorm."]
+        return {n: tensor for n, tensor in state.items() if not n.startswith(tuple(unused))}
 
     def outputs_changed(self) -> None:
         names = [name for name in self.out_features if name in self._untrained_norms]
@@ -382,6 +389,24 @@ class SwinBackbone(Backbone):
                 if name.endswith("relative_position_bias_table")
             },
         }
+
+
+def _with_clamped_windows(module: Any) -> Any:
+    """Copies the attention of blocks, with windows clamped on both axes, and what is around it.
+
+    All other modules, hooks and tensors are shared.
+    """
+    if module is None:
+        return None
+    children = {name: _with_clamped_windows(child) for name, child in module._modules.items()}
+    has_spec = isinstance(module, (SwinLayer, SwinAttention))
+    if not has_spec and all(children[name] is child for name, child in module._modules.items()):
+        return module
+    other = copy.copy(module)
+    other._modules = children
+    if has_spec:
+        other.spec = replace(module.spec, clamp_both=True)
+    return other
 
 
 def _normed(hidden_state: Tensor, norm: nn.Module) -> Tensor:

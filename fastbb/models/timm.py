@@ -23,10 +23,11 @@ from ..backbone.checkpoint import (
     as_dtype,
     find_prefix,
     load_strict,
+    shapes_only,
     strip_prefix,
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
-from ..backbone.hub import ConfigFile, HubOptions, TimmSource, timm_source
+from ..backbone.hub import ConfigFile, HubOptions, TimmSource, absolute_name, timm_source
 from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
 from ..weights.find_norms import FoldedNorm, FoldReport, find_norms
 from ..weights.folded_model import Folding, unfold
@@ -178,7 +179,7 @@ class TimmBackbone(Backbone):
             source = timm_source(config.backbone)
             if source is None:
                 raise ValueError(unknown_model(config.backbone))
-            self._origin = config.backbone, HubOptions()
+            self._origin = absolute_name(config.backbone), HubOptions()
         self._init_from(config, source, HubOptions(), native)
 
     @torch.inference_mode(False)  # weights made inside inference mode could not be trained later
@@ -276,11 +277,20 @@ class TimmBackbone(Backbone):
         return dict(zip(wanted, maps))
 
     def without_weights(self) -> "TimmBackbone":
+        config = TimmBackboneConfig.from_dict(self.config.to_dict(), use_pretrained_backbone=False)
+
+        def build() -> TimmBackbone:
+            other = self.from_config(config)
+            if other._built != self._built:  # a checkpoint may end with the last selected stage
+                other._init_from(other.config, None, HubOptions(), True, self._built[-1])
+            return other
+
         try:
-            return super().without_weights()
+            with shapes_only():
+                return build()
         except RuntimeError:  # before 1.0.21 timm computes with the tensors of some models
             with torch.random.fork_rng(devices=[]):
-                return self.from_config(self.config)
+                return build()
 
     def native_forward(self) -> MapsForward | None:
         """The forward of a native family on timm's layers, or None."""
@@ -406,7 +416,7 @@ class TimmBackbone(Backbone):
             backbone._init_from(own, source, hub, native)
             dtype = as_dtype(dtype or torch_dtype)
             backbone = backbone.to(device=device, dtype=dtype).eval()
-            backbone._origin = name, hub.without_secret()
+            backbone._origin = absolute_name(name), hub.without_secret()
         return (backbone, info) if output_loading_info else backbone
 
     @classmethod

@@ -2,9 +2,10 @@
 
 import difflib
 import logging
+import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,25 @@ from ..backbone.checkpoint import (
 )
 from ..backbone.hub import HubOptions, TimmSource, find_file, local_directory
 
+
+class MissingWeightsError(OSError):
+    """The weights of a checkpoint lack some tensors of a model.
+
+    Attributes:
+        names: of these tensors.
+        classifiers: names of the model's classifiers.
+    """
+
+    def __init__(self, model: str, names: Sequence[str], classifiers: Sequence[str]) -> None:
+        super().__init__(f"The weights of timm's {model!r} lack {', '.join(names)}")
+        self.names, self.classifiers = names, classifiers
+
+
 _LOADING = threading.Lock()
+# torch's message where nothing else is wrong
+_LACKED = re.compile(
+    r'Error\(s\) in loading state_dict for \w+:\s+Missing key\(s\) in state_dict: ("[^\n]+")\.\s*'
+)
 TIMM_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -80,6 +99,7 @@ def create_full(
 
     Raises:
         ValueError: timm has no such model, or cannot build it with these arguments.
+        MissingWeightsError: the weights lack a tensor.
         OSError: the weights do not load.
     """
     kwargs = kwargs if head else {**kwargs, "num_classes": 0}
@@ -113,12 +133,18 @@ def _create(
         more = arguments(model)
         pretrained = _pretrained_arguments(source, hub, model)
         with _missing_weights() as missing, _only_tensors(name, pretrained):
-            module = timm.create_model(name, **more, **pretrained, **kwargs)
+            try:
+                module = timm.create_model(name, **more, **pretrained, **kwargs)
+            except RuntimeError as error:  # of timm's full models, which load strictly
+                if lacked := _LACKED.fullmatch(str(error)):
+                    names = lacked[1].replace('"', "").split(", ")
+                    raise MissingWeightsError(name, names, classifier_names(model)) from error
+                raise
         # timm's features-only modules join the names of nested modules by underscores
         own = {joined(key) for key in module.state_dict()}
         names = [key for key in missing if joined(key) in own]
         if source is not None and names:
-            raise OSError(f"The weights of timm's {name!r} lack {', '.join(names)}")
+            raise MissingWeightsError(name, names, classifier_names(model))
         return module
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm's {name!r} cannot be built with {kwargs}: {error}") from error
@@ -126,6 +152,15 @@ def _create(
         if source is None:
             raise
         raise OSError(f"timm's weights for {name!r} do not load: {error}") from error
+
+
+def classifier_names(model: nn.Module) -> list[str]:
+    """Names of the classifiers of timm's full model."""
+    found: Any = None
+    with suppress(AttributeError):  # timm has models without the method, or without the layer
+        found = model.get_classifier()  # type: ignore[operator]
+    classifiers = found if isinstance(found, (tuple, list)) else [found]
+    return [name for name, module in model.named_modules() if any(module is c for c in classifiers)]
 
 
 def _probe(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:

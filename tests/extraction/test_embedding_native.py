@@ -236,9 +236,13 @@ def test_layers_equal_hooks_on_transformers(
 
 
 def test_a_layer_without_a_row_for_each_image_is_an_error(swin: tuple[Path, Any]) -> None:
-    ex = FeatureExtractor(swin[0], "layer:encoder.layers.0.blocks.0.attention.q_proj")
-    with pytest.raises(ValueError, match="attention.q_proj: the module gives .* no row for each"):
-        ex(PICTURES)
+    for batch_size in (1, 4):
+        with pytest.raises(ValueError, match="q_proj: the module gives .* no row for each"):
+            FeatureExtractor(
+                swin[0],
+                "layer:encoder.layers.0.blocks.0.attention.q_proj",
+                batch_size=batch_size,
+            )
 
 
 def test_layers_without_the_library_are_an_error(

@@ -56,7 +56,7 @@ def vision_state(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def test_clip_equals_transformers(tmp_path: Path) -> None:
-    config = transformers.CLIPVisionConfig(**VISION, projection_dim=32)
+    config = transformers.CLIPVisionConfig(**VISION, projection_dim=512)
     upstream = randomize_(transformers.CLIPVisionModelWithProjection(config))
     state = vision_state(upstream)
     full = {**state, **upstream.state_dict()}  # with and without the prefix
@@ -68,9 +68,9 @@ def test_clip_equals_transformers(tmp_path: Path) -> None:
         "pos_embed": state["embeddings.position_embedding.weight"][None],
         "patch_embed.proj.weight": state["embeddings.patch_embedding.weight"],
         "head.weight": upstream.visual_projection.weight,
-        "head.bias": torch.zeros(32),
+        "head.bias": torch.zeros(512),
     }
-    options = {**TIMM, "num_classes": 32}
+    options = {**TIMM, "num_classes": 512}
     save_timm(tmp_path, "vit_base_patch16_clip_224", SIZE, "openai", renamed, **options)
     output = upstream(pixels_of(tmp_path))
     ex = FeatureExtractor(tmp_path, ("projection", "embedding", "tokens"), norm="none")

@@ -198,9 +198,9 @@ def test_a_resume_uses_the_threads_of_the_first_start(
     used = []
     forward = FeatureExtractor._forward
 
-    def watching(self: FeatureExtractor, pixels: torch.Tensor) -> Any:
+    def watching(self: FeatureExtractor, pixels: torch.Tensor, plain: bool = False) -> Any:
         used.append(torch.get_num_threads())
-        return forward(self, pixels)
+        return forward(self, pixels, plain)
 
     run()
     before = torch.get_num_threads()

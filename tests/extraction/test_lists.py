@@ -51,7 +51,7 @@ def test_list_keeps_its_order_and_resolves_paths_from_its_directory(
         Source(
             (name if named else None) or image,
             os.path.normpath(tmp_path / image),
-            columns=label if named else None,
+            columns=label | ({} if name in (None, image) else {"path": image}) if named else None,
         )
         for image, name in LISTED
     ]

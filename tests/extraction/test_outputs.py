@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastbb import AutoBackbone, AutoImageProcessor, ResNetBackbone, ResNetConfig
 from fastbb.extraction import FeatureExtractor
+from fastbb.extraction.outputs import Storage
 
 SWIN, RESNET = "nano-swin-digits", "nano-resnet-digits"
 
@@ -161,3 +162,26 @@ def test_several_kinds_of_timm_features_run_op_by_op(tmp_path: Path) -> None:
     assert ex.choose_mode("auto", 10) == "eager" and len(ex._models) == 3
     assert list(ex(PICTURES)) == ["embedding", "pooled", "layer:layer1"]
     assert [row.runs for row in ex.explain().rows][-1] == "upstream"
+
+
+def test_long_vectors_are_normalized(make_images: Callable[..., Path]) -> None:
+    vectors = torch.tensor([[3e25, 4e25], [3e-25, 4e-25], [0.0, 0.0], [3e38, 0.0]])
+    expected = torch.tensor([[0.6, 0.8], [0.6, 0.8], [0.0, 0.0], [1.0, 0.0]])
+    torch.testing.assert_close(Storage(torch.float32, True).stored(vectors), expected)
+
+
+def test_a_value_is_not_said_to_be_the_casts_unless_it_is(make_images: Callable[..., Path]) -> None:
+    paths = sorted(make_images(1).iterdir())
+    for value in (float("nan"), float("inf")):
+        backbone = AutoBackbone.from_pretrained(SWIN)
+        with torch.no_grad():
+            backbone.swin.layernorm.weight.fill_(value)
+        (batch,) = FeatureExtractor(backbone, feature_dtype="fp16").stream(paths)
+        assert batch.errors[0].message == "a feature is NaN or infinite"
+
+
+def test_the_order_of_names_changes_no_settings(tmp_path: Path) -> None:
+    save_timm(tmp_path, "test_resnet", 64)
+    first = FeatureExtractor(tmp_path, ("layer:layer1", "layer:layer2", "embedding"))
+    second = FeatureExtractor(tmp_path, ("layer:layer2", "embedding", "layer:layer1"))
+    assert first.settings() == second.settings()

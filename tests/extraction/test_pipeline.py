@@ -225,11 +225,11 @@ def test_an_image_too_large_for_the_model_is_a_failed_row(
     forward = ex._forward
     n_calls = []
 
-    def failing(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def failing(pixels: torch.Tensor, plain: bool = False) -> dict[str, torch.Tensor]:
         n_calls.append(1)
         if len(n_calls) == 2:
             raise error
-        return forward(pixels)
+        return forward(pixels, plain)
 
     ex._forward = failing
     batches = list(ex.stream(sorted(make_images(3).iterdir())))
@@ -241,7 +241,7 @@ def test_a_batch_too_large_for_the_memory_asks_for_a_smaller_one(
 ) -> None:
     ex = FeatureExtractor(model, "pooled", batch_size=2)
 
-    def failing(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def failing(pixels: torch.Tensor, plain: bool = False) -> dict[str, torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     ex._forward = failing

@@ -19,6 +19,35 @@ PICTURES = [
     for i in range(3)
 ]
 
+SMALL_VIT: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
+# one of each kind: class token, average, registers, pooling by attention, windows, convolutions
+TIMM_MODELS: dict[str, tuple[int, dict[str, Any]]] = {
+    "vit_tiny_patch16_224": (64, SMALL_VIT),
+    "vit_small_patch14_dinov2": (56, {**SMALL_VIT, "img_size": 56}),
+    "vit_small_patch14_reg4_dinov2": (56, {**SMALL_VIT, "img_size": 56}),
+    "vit_base_patch16_clip_224": (64, SMALL_VIT),
+    "vit_base_patch16_siglip_224": (64, SMALL_VIT),
+    "deit_tiny_distilled_patch16_224": (64, SMALL_VIT),
+    "beit_base_patch16_224": (64, SMALL_VIT),
+    "eva02_tiny_patch14_224": (56, {**SMALL_VIT, "img_size": 56, "embed_dim": 48}),
+    "swin_tiny_patch4_window7_224": (
+        56,
+        {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4), "img_size": 56},
+    ),
+    "test_vit3": (160, {}),
+    "test_resnet": (64, {}),
+    "test_convnext": (64, {}),
+    "test_efficientnet": (64, {}),
+    "test_mambaout": (64, {}),
+    "test_nfnet": (64, {}),
+    "mobilenetv3_small_050": (64, {}),
+    "regnetx_002": (64, {}),
+    "gmlp_s16_224": (64, {"img_size": 64}),
+    "repvgg_a0": (64, {}),
+    "levit_128s": (64, {"img_size": 64}),
+    "inception_v3": (128, {}),  # whose forward is not made of two halves
+}
+
 
 def gap(got: Tensor, expected: Tensor) -> float:
     """The largest error, relative to the largest expected magnitude."""
