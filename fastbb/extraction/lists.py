@@ -112,7 +112,7 @@ def _source(path: str, prefix: str, n: int, record: object) -> Source:
     id = _id_of(record)
     # an id leaves the path among the columns, so that the file is found again
     is_path = isinstance(record[column], str) and not is_url(image)
-    left_out = {"id"} if is_path and id not in (None, image) else {column, "id"}
+    left_out = {"id"} if is_path and id not in ("", image) else {column, "id"}
     columns = {name: value for name, value in record.items() if name not in left_out}
     if columns:
         columns = _columns(path, n, columns)

@@ -70,6 +70,8 @@ def write(folder: Path, filename: str, state: Any) -> None:
 def command_line(folder: Path, tmp_path: Path) -> str:
     """Returns the error that `fastbb extract` prints for a model that it refuses."""
     Image.new("RGB", (9, 8)).save(tmp_path / "image.png")
+    processor = '{"image_processor_type": "ViTImageProcessor"}'  # which is looked for first
+    (folder / "preprocessor_config.json").write_text(processor)
     arguments = ["extract", str(tmp_path / "image.png"), "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(main, [*arguments, "--model", str(folder)])
     assert result.exit_code == 2, result.output
