@@ -294,7 +294,7 @@ def test_after_any_failed_write_the_next_run_completes_the_same_tree(
         monkeypatch.setattr(store.os, "fsync" if point == "after" else point, original)
         left = tree(out)
         assert not [name for name in left if ".tmp-" in name]
-        assert all(whole[name] == data for name, data in left.items())
+        assert {name: whole[name] for name in left} == left
         run(out)
         assert tree(out) == whole
 

@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 import warnings
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +161,7 @@ def test_a_healthy_machine_has_neither_problems_nor_hints_and_fits_a_screen(
         assert "none: everything runs on the CPU" in text and "not checked yet" not in text
     # aligned: every text begins in the same column
     table = text.split("\n\n")[1].splitlines()
-    column = table[0].index("0.1.0")
+    column = table[0].index(version("fastbb"))
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in table)
 
     details = found.text(verbose=True)
