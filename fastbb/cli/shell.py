@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ..engine.explanation import printable
 from ..engine.interruption import ending_on_signals, interruption_code, interruption_word
 
 _USAGE = 2
@@ -118,8 +119,7 @@ def say(text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Escapes characters that cannot be encoded or that would control a terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else repr(c)[1:-1] for c in text)
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _not_printed(error: OSError) -> str:

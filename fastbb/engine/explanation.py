@@ -104,6 +104,11 @@ class Explanation:
         return Report(self.title, rows, [] if self.copies is None else [self.copies])
 
 
+def printable(text: str) -> str:
+    """Escapes characters that cannot be encoded, that control a terminal, or that break a line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of columns as text; long cells are wrapped."""
     # paths stay whole, so that they can be copied

@@ -22,8 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from .layout import canonical_json, sync_directory, synced, writing
+from .outputs import unit_length
 from .reading import Reader, numpy_array, table_name, utf8
-from .search import unit_length
 from .tables import Tables
 
 ExportFormat = Literal["parquet", "npy", "faiss"]

@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 FORMAT = 3
 _READ_FORMATS = (2, FORMAT)
+_READ_BYTES = 2**20
 # fields that are read back from a plan
 _READ_FIELDS = frozenset(
     {"shard_rows", "batch_size", "precision", "device", "mode", "runs", "versions.torch"}
@@ -172,6 +173,15 @@ def read_plan(path: Path) -> dict[str, Any]:
     except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
     return plan
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def plan_sha256(plan: Mapping[str, Any]) -> str:

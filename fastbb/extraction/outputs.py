@@ -115,17 +115,17 @@ class Storage:
         """
         dtype = self.dtype or (torch.float32 if feature.ndim == 2 else self.precision)
         if feature.ndim == 2:
-            feature = _normalized(feature.float()) if self.normalize else feature.float()
+            feature = unit_length(feature.float()) if self.normalize else feature.float()
         if self.dtype is not None:
             feature = feature.masked_fill(feature.isinf(), math.nan)
         return feature.to(dtype).cpu().contiguous()
 
 
-def _normalized(vectors: Tensor) -> Tensor:
-    """Divides vectors [B, C] by their length, whose square may be out of range."""
-    # by a power of two first, which changes no digit
-    exponents = vectors.abs().amax(1, keepdim=True).frexp().exponent.clamp(-126, 126)
-    return F.normalize(torch.ldexp(vectors, -exponents), dim=1)
+def unit_length(vectors: Tensor) -> Tensor:
+    """Returns vectors [n, C] divided by their L2 norms; zeros stay zeros."""
+    # by a power of two first, which rounds nothing: fp32 has no squares of 1e20 and 1e-25
+    exponents = torch.frexp(vectors.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
+    return F.normalize(torch.ldexp(vectors, -exponents))
 
 
 def _names_a_part(name: object) -> bool:

@@ -120,6 +120,7 @@ class Run:
             "unreadable": tuple(listing.unreadable),
         }
         self.resumed = bool(writer.plan)
+        self._is_prepared = False
         self._new: list[Source] = []
         self._n_vanished = self._n_twice = 0
         self._elsewhere: dict[int, tuple[Source, str]] = {}  # source, and the path before
@@ -141,6 +142,7 @@ class Run:
             assert isinstance(self.sources, list), "a first start without a list was refused"
             asked, n_rows = mode or "auto", len(self.sources[:limit])
             runs = self.extractor.choose_mode(asked, n_rows)
+            self._is_prepared = True
             check_interrupted()  # before the plan records a choice of an interrupted trial
             writer.start(make_plan(self.extractor, asked, runs, shard_rows))
         else:
@@ -318,18 +320,22 @@ class Run:
         if not todo:
             return 0
         budget = self._budget(forgiving)
-        if self.resumed:
+        if not self._is_prepared:
             extractor.prepare(writer.plan["runs"], writer.n_rows)
+            self._is_prepared = True
         n_todo = sum(shard.rows for shard in todo)
         n_done = writer.totals(self._commits)["rows"] - self._n_replaced()
         bar.start(n_done + n_todo, n_done)
         shard_start = time.perf_counter()
+        archives: dict[int, dict[str, Mapping[str, int]]] = {}  # of the shards that are being read
 
         def chunks() -> Iterator[list[tuple[int, str, Source]]]:
             for shard in todo:
-                self._check_archives(shard)
-                rows = ((row, source.id, source) for row, source in writer.rows(shard))
-                yield from chunked(rows, extractor.batch_size)
+                rows = writer.rows(shard)
+                archives[shard.shard] = self._archives(shard, rows)
+                _check_archives(archives[shard.shard])
+                named = ((row, source.id, source) for row, source in rows)
+                yield from chunked(named, extractor.batch_size)
 
         # a first job smaller than a batch is not padded to one; its size is frozen with it
         pad_to = min(extractor.batch_size, writer.generations[0].rows)
@@ -345,7 +351,7 @@ class Run:
                     n_left -= n_batch
                     bar.advance(n_batch)
                     budget.count(shard, n_batch, batch.errors)
-                self._check_archives(shard)
+                _check_archives(archives.pop(shard.shard))
                 content = _shard_content(parts, writer.plan["outputs"])
                 self._commits[shard.shard] = writer.commit(shard, *content)
                 check_interrupted()
@@ -355,22 +361,13 @@ class Run:
                 shard_start = now
         return n_todo
 
-    def _check_archives(self, shard: Shard) -> None:
-        """Raises if rows of a shard are places in an archive that is another one now."""
-        archives = next(g.archives for g in self.writer.generations if shard in g.shards)
-        if not archives:
-            return
-        paths = {source.path for _, source in self.writer.rows(shard)}
-        for path in sorted(paths & archives.keys()):
-            try:
-                changed = archive_state(path) != archives[path]
-            except OSError:
-                changed = True
-            if changed:
-                raise PlanMismatchError(
-                    f"{path} has changed or is gone since its images were listed, and some of them "
-                    "are still to be extracted; restore it, or use another directory"
-                )
+    def _archives(
+        self, shard: Shard, rows: Sequence[tuple[int, Source]]
+    ) -> dict[str, Mapping[str, int]]:
+        """Returns the archives that rows of a shard are in, as they were when they were listed."""
+        listed = next(g.archives for g in self.writer.generations if shard in g.shards)
+        paths = {source.path for _, source in rows} if listed else set()
+        return {path: listed[path] for path in sorted(paths & listed.keys())}
 
     def _budget(self, forgiving: bool) -> _Budget:
         """Counts the rows of generations that no earlier run has finished."""
@@ -421,6 +418,20 @@ class _Budget:
                 f"stopped: {n_failed:,} of {n_done:,} images failed, more than the share of "
                 f"{self.rate:g} allowed{last and f' (last: {last})'}; mend the images and go on "
                 "with --retry-failed, or allow more with --max-error-rate"
+            )
+
+
+def _check_archives(archives: Mapping[str, Mapping[str, int]]) -> None:
+    """Raises if an archive is another one now, so that rows are no places in it."""
+    for path, state in archives.items():
+        try:
+            changed = archive_state(path) != state
+        except OSError:
+            changed = True
+        if changed:
+            raise PlanMismatchError(
+                f"{path} has changed or is gone since its images were listed, and some of them "
+                "are still to be extracted; restore it, or use another directory"
             )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..engine.explanation import Report
+from .outputs import unit_length
 from .reading import Reader
 
 Metric = Literal["cosine", "dot"]
@@ -89,13 +90,6 @@ def search(
     if queries.ndim == 1:
         return Neighbours(named[0], best.scores[0], best.rows[0])
     return Neighbours(named, best.scores, best.rows)
-
-
-def unit_length(vectors: Tensor) -> Tensor:
-    """Returns vectors [n, C] divided by their L2 norms; zeros stay zeros."""
-    # by a power of two first, which rounds nothing: fp32 has no squares of 1e20 and 1e-25
-    exponents = torch.frexp(vectors.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126)
-    return torch.nn.functional.normalize(torch.ldexp(vectors, -exponents))
 
 
 def _count(k: Any) -> int:

@@ -33,6 +33,7 @@ from .layout import (
     canonical_json,
     check_complete,
     file_name,
+    file_sha256,
     is_started,
     numbered,
     plan_sha256,
@@ -53,7 +54,6 @@ _OUR_NAMES = {
     "shards": r"features-\d+\.safetensors|index-\d+\.jsonl|commit-\d+\.json",
 }
 _UNFINISHED = r"\.tmp-\d+"
-_READ_BYTES = 2**20
 
 
 class FeatureWriter:
@@ -360,12 +360,3 @@ def _check_writable(directory: Path, plan: Mapping[str, Any]) -> None:
             f"{directory} holds features of format {plan['format']}, of an earlier fastbb; "
             f"they are read, and only format {FORMAT} is extended. Use another directory"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(_READ_BYTES):
-            digest.update(data)
-    return digest.hexdigest()

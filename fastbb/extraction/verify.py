@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,12 +20,12 @@ from .layout import (
     Shard,
     canonical_json,
     file_name,
+    file_sha256,
     read_index,
     read_rows,
 )
 from .reading import Reader
 
-_READ_BYTES = 2**20
 _AGAIN = "extract again: the shard is computed again"
 _ELSEWHERE = "extract again into another directory"
 _N_SHOWN = 20
@@ -200,7 +199,8 @@ class _Verification:
             return
         for file, stored in commit["files"].items():
             path = self._directory / "shards" / file
-            if self._sha256(path) != stored["sha256"]:
+            self._n_bytes += stored["bytes"]
+            if file_sha256(path) != stored["sha256"]:
                 self._problem(
                     f"shards/{file}", "damaged (sha256 of its commit differs)", self._again
                 )
@@ -274,11 +274,3 @@ class _Verification:
                 yield f"{name}: of a killed run; the next one removes it"
             else:
                 yield f"{name}: belongs to nothing here"
-
-    def _sha256(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-                self._n_bytes += len(data)
-        return digest.hexdigest()

@@ -21,13 +21,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..engine.explanation import printable
 from ..extraction.decode import ImageError, decode, read_bytes
 from ..extraction.export import check_outside
 from ..extraction.features import Features, open_features, read_log
 from ..extraction.layout import read_rows, write_file
 from ..extraction.listing import archive_state
+from ..extraction.outputs import unit_length
 from ..extraction.pillow import fixed_settings
-from ..extraction.search import unit_length
 from ..extraction.sources import Source
 from ..images.formats import EMBEDDED
 
@@ -120,7 +121,7 @@ def report(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Pa
         raise ValueError(f"out: {path} is there, and is no .html file; give another place")
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["escaped"] = _escaped
+    environment.filters["escaped"] = printable
     page = environment.from_string(template).render(_content(features))
     write_file(path, page.encode())
     return path
@@ -348,8 +349,3 @@ def _is_other(path: str, state: Mapping[str, int]) -> bool:
     with contextlib.suppress(OSError):
         return archive_state(path) != state
     return False
-
-
-def _escaped(text: str) -> str:
-    """Shows bytes that are no text, and control characters, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
