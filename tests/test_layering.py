@@ -22,6 +22,7 @@ LAYERS = [
     "fastbb.images",
     "fastbb.extraction",
     "fastbb.inspect",
+    "fastbb.bench",
     "fastbb.cli",
     "fastbb.__main__",
 ]

@@ -1,0 +1,1 @@
+"""`fastbb bench`: measures backbones, and other ways to run them, honestly."""

@@ -1,0 +1,112 @@
+"""Worker processes of a bench, seen from the process that asks them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ..engine.interruption import check_interrupted
+
+# threads of a worker sleep while another one has its turn
+_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+_POLL_S = 0.5
+_OUT_OF_MEMORY = "was killed, as the system does when memory runs out"
+
+
+class WorkerError(Exception):
+    """A worker did not do what it was asked for.
+
+    Attributes:
+        kind: "skip" (the way does not run this), "memory", "timeout" or "error".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Worker:
+    """A process that runs one way of a cell; see `worker` for its commands.
+
+    Its caches of compilers and of fastbb's measurements are new and empty. It is in a session of
+    its own: Ctrl-C reaches this process alone, which ends it by `close`.
+
+    Args:
+        folder: for its caches and its log; one for each worker.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "log.txt"
+        caches = {
+            name: str(folder / name.lower())
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+        }
+        offline = {"HF_HUB_OFFLINE": "1"}  # models come from a directory
+        self.began = time.perf_counter()
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fastbb.bench.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, **_PASSIVE, **caches, **offline},
+                start_new_session=True,
+            )
+
+    def ask(self, do: str, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Sends a command and returns its answer.
+
+        Raises:
+            WorkerError: the answer is an error, the process has died, or time is up.
+            Interrupted: a signal came.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        line = b""
+        while not line.endswith(b"\n"):
+            check_interrupted()
+            left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
+            if left <= 0:
+                raise WorkerError("timeout", f"took longer than {timeout_s:.0f} s")
+            if select.select([self._process.stdout], [], [], left)[0]:
+                chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+                if not chunk:
+                    raise self._died()
+                line += chunk
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["kind"], answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends the process, and those that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+
+    def _died(self) -> WorkerError:
+        code = self._process.wait()
+        if code == -signal.SIGKILL:
+            return WorkerError("memory", f"its process {_OUT_OF_MEMORY}")
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        why = f": {lines[-1][:200]}" if lines else ""
+        ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return WorkerError("error", f"its process ended {ended}{why}")

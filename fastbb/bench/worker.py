@@ -1,0 +1,214 @@
+"""One process of a bench, which runs one way: `python -m fastbb.bench.worker`.
+
+The process reads commands from its standard input and writes one answer to each, both as a line of
+JSON; whatever libraries print goes to stderr. It ends when its input does.
+
+    {"do": "start", "spec": {...}}     builds the runner, runs it once, writes its outputs
+    {"do": "warm", "max_s": 10}        calls until the times are stable
+    {"do": "turn", "seconds": 0.5}     times calls
+    {"do": "memory"}                   peaks of memory
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+_PEAK, _NOW = "VmHWM:", "VmRSS:"  # lines of /proc/self/status
+_RESET_PEAK = "5"  # written to /proc/self/clear_refs, see proc_pid_clear_refs(5)
+
+
+class Runner(Protocol):
+    """What a worker runs. Its module has a function `make_runner(spec)` that returns it.
+
+    Attributes:
+        note: what a reader of its numbers should know; known after `start`.
+    """
+
+    note: str
+
+    def load(self) -> None:
+        """Builds the model."""
+        ...
+
+    def start(self) -> Any:
+        """Makes it ready: converts, compiles, measures; returns the result of a first call."""
+        ...
+
+    def run(self) -> Any:
+        """One call, which is timed."""
+        ...
+
+    def outputs(self, result: Any) -> dict[str, Any]:
+        """The tensors of a result that are compared with upstream's, by name."""
+        ...
+
+    def inside_s(self) -> float | None:
+        """Seconds that calls spent inside replaced modules since the last question; of a host."""
+        ...
+
+
+class SkippedError(Exception):
+    """A way does not run a cell; the message says why."""
+
+
+class _Worker:
+    """The commands of a worker."""
+
+    def __init__(self) -> None:
+        self.runner: Any = None
+        self.device: Any = None
+        self.imported_bytes = 0
+        self.start_peak = 0
+
+    def start(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        import torch
+
+        spec = command["spec"]
+        began = time.perf_counter()
+        for name in spec.get("imports", ()):
+            import_module(name)
+        make_runner = import_module(spec["module"]).make_runner
+        self.device = torch.device(spec["device"])
+        if self.device.type == "cuda":
+            torch.cuda.init()
+        self.imported_bytes = self._memory(_NOW)
+        self._reset_peak()
+        imported = time.perf_counter()
+        self.runner = make_runner(spec)
+        self.runner.load()
+        loaded = time.perf_counter()
+        result = self.runner.start()
+        self._synchronize()
+        started = time.perf_counter()
+        self.start_peak = self._peak()
+        if spec.get("outputs"):
+            _write_outputs(Path(spec["outputs"]), self.runner.outputs(result))
+        del result
+        return {
+            "import_s": imported - began,
+            "load_s": loaded - imported,
+            "start_s": started - loaded,
+            "note": self.runner.note,
+        }
+
+    def warm(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        from .timing import warm_up
+
+        taken = warm_up(self.runner.run, self.device, command["max_s"])
+        _release(self.device)
+        self._reset_peak()
+        self.runner.inside_s()
+        return {"seconds": taken}
+
+    def turn(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        from .timing import timed_calls
+
+        inside: list[float] = []
+
+        def call() -> None:
+            self.runner.run()
+            if (seconds := self.runner.inside_s()) is not None:
+                inside.append(seconds)
+
+        taken = timed_calls(call, command["seconds"], self.device)
+        return {"seconds": taken, "inside": inside[-len(taken) :] or None}
+
+    def memory(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        return {"start_bytes": self.start_peak, "run_bytes": self._peak()}
+
+    def _peak(self) -> int:
+        """Peak memory since the last reset: above imports on a CPU, the allocator's on a GPU."""
+        if self.device.type == "cuda":
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(0, self._memory(_PEAK) - self.imported_bytes)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+        with suppress(OSError):  # some containers forbid it; the peak is then that of the start
+            Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+
+    def _memory(self, line: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        value = next((one for one in lines if one.startswith(line)), f"{line} 0")
+        return int(value.split()[1]) * 1024  # the kernel's kB
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+
+
+def _release(device: Any) -> None:
+    """Gives freed memory back, so that the peak is that of running alone."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        return
+    import ctypes
+
+    with suppress(OSError, AttributeError):  # of glibc only
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in outputs.items()}
+    save_file(tensors, path)
+
+
+def _answer(worker: _Worker, line: str) -> dict[str, Any]:
+    """Runs a command; an error becomes an answer of its kind: "skip", "memory" or "error"."""
+    command = json.loads(line)
+    try:
+        return getattr(worker, command["do"])(command)
+    except SkippedError as error:
+        return {"kind": "skip", "error": str(error)}
+    except Exception as error:
+        from ..engine.measuring import describe
+
+        return {"kind": "memory" if _is_memory(error) else "error", "error": describe(error)}
+
+
+def _is_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)  # of torch's allocators, OpenVINO, ONNX Runtime
+    return any(sign in text for sign in ("can't allocate memory", "out of memory", "bad_alloc"))
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not come between answers
+    warnings.simplefilter("ignore")  # of exporters
+    import torch
+
+    worker = _Worker()
+    with torch.no_grad():
+        for line in sys.stdin:
+            answers.write(json.dumps(_answer(worker, line)) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    main()
