@@ -22,11 +22,14 @@ class Upstream:
         name: of its library and class, for a report.
         module: in eval mode; only copies of it run, because some modules change when they run.
         maps: computes the maps [B, C, h, w] of pixels [B, C, H, W] with a copy of the module.
+        other_maps: stages that this library computes otherwise than the one that decides, each with
+            the reason.
     """
 
     name: str
     module: nn.Module
     maps: Callable[[nn.Module, Tensor], list[Tensor]]
+    other_maps: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Family:
         from_torchvision: returns configuration and renamed tensors of a torchvision state dict.
         upstream: returns the model, with the weights of a backbone, that `verify` compares the
             backbone with; without it `verify` is an error.
+        timm_upstream: returns timm's model with the weights of a backbone, for images of (height,
+            width), which `fastbb bench` measures; raises ValueError where timm has none.
 
     The class of the backbone states the size of its images (`default_size`) and its allowed error
     (`exactness`).
@@ -71,6 +76,7 @@ class Family:
     torchvision_models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     from_torchvision: Callable[[StateDict], tuple[BackboneConfig, StateDict]] | None = None
     upstream: Callable[[Any], Upstream | TransformersModel] | None = None
+    timm_upstream: Callable[[Any, tuple[int, int]], Upstream] | None = None
 
 
 FAMILIES: list[Family] = []

@@ -37,7 +37,20 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         backbone = AutoBackbone.from_config(config)
+        _draw_norms(backbone)
     return backbone.to(device, dtype).eval()
+
+
+@torch.no_grad()
+def _draw_norms(backbone: Backbone) -> None:
+    """Draws biases, and weights and statistics of norms: at 0 and 1 a lost one would not show."""
+    for name, tensor in backbone.state_dict().items():
+        if tensor.ndim != 1 or not tensor.is_floating_point():
+            continue
+        if name.endswith((".weight", "running_var")):
+            tensor.mul_(0.75 + 0.5 * torch.rand(tensor.shape))
+        else:
+            tensor.add_(0.1 * torch.randn(tensor.shape))
 
 
 def config_without_weights(name: str, out_indices: Sequence[int] | None) -> BackboneConfig:

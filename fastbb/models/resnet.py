@@ -24,7 +24,7 @@ from ..backbone.configuration import (
     check_integers,
     hierarchical_stage_names,
 )
-from ..backbone.registry import Family, TransformersModel, register
+from ..backbone.registry import Family, TransformersModel, Upstream, register
 from .layers import ConvNorm
 from .parts import Activation, CalledModules, NativeModule, Refused, kept_parts, untouched
 from .resnet_forward import resnet_maps
@@ -359,6 +359,39 @@ def _from_torchvision(name: str) -> str:
     return f"{prefix}.layer.{int(index) - 1}.{part}.{parameter}"
 
 
+def timm_upstream(backbone: ResNetBackbone, size: tuple[int, int]) -> Upstream:
+    """Builds timm's features-only ResNet with the weights of a backbone.
+
+    Raises:
+        ValueError: timm has no such ResNet.
+    """
+    import timm
+
+    config = backbone.config
+    stages = [backbone.stage_names.index(name) for name in backbone.out_features]
+    if min(stages) < 1:
+        raise ValueError("timm's ResNet has another map of the stem")
+    usual = _torchvision_shape(config.layer_type, *config.depths)
+    is_usual = all(getattr(config, name) == value for name, value in usual.items())
+    v1 = config.downsample_in_bottleneck or config.downsample_in_first_stage
+    if not is_usual or v1 or config.hidden_act != "relu":
+        raise ValueError("timm's resnet18 to resnet152 have other widths, strides or activations")
+    module = timm.create_model(
+        "resnet50" if config.layer_type == "bottleneck" else "resnet18",
+        features_only=True,
+        out_indices=stages,
+        in_chans=config.num_channels,
+        layers=tuple(config.depths),
+    )
+    own = backbone.state_dict()
+    module.load_state_dict({name: own[_from_torchvision(name)] for name in module.state_dict()})
+
+    def maps(module: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+        return list(module(pixel_values))
+
+    return Upstream(f"timm {timm.__version__}, ResNet", module.eval(), maps)
+
+
 def _torchvision_shape(layer_type: str, *depths: int) -> dict[str, Any]:
     expansion = REDUCTION if layer_type == "bottleneck" else 1
     return {
@@ -384,5 +417,6 @@ register(
         },
         from_torchvision=torchvision_resnet,
         upstream=lambda backbone: TransformersModel("transformers", "ResNet"),
+        timm_upstream=timm_upstream,
     )
 )

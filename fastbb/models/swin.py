@@ -46,6 +46,7 @@ from .swin_names import (
     legacy_name,
     on_disk_name,
     stage_norm_name,
+    timm_upstream,
     torchvision_fields,
     torchvision_upstream,
 )
@@ -519,5 +520,6 @@ register(
         },
         from_torchvision=torchvision_swin,
         upstream=_upstream,
+        timm_upstream=timm_upstream,
     )
 )

@@ -1,5 +1,6 @@
-"""Names of Swin's weights in transformers' files and in torchvision's state dicts."""
+"""Names of Swin's weights in transformers' files, and in torchvision's and timm's models."""
 
+import copy
 import re
 from typing import Any
 
@@ -163,3 +164,98 @@ def torchvision_upstream(backbone: Any) -> Upstream:
 
 
 _TORCHVISION_EPS = 1e-5
+
+
+_TIMM_BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn": "attention.relative_position_bias",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def _from_timm(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor of timm's features-only Swin by transformers' names in memory; qkv is split."""
+    first, rest = name.split(".", 1)
+    if first == "patch_embed":
+        return [
+            (f"swin.embeddings.{rest.replace('proj.', 'patch_embeddings.projection.')}", tensor)
+        ]
+    stage = int(first.removeprefix("layers_"))
+    if rest.startswith("downsample."):  # transformers merges patches at the end of a stage
+        return [(f"swin.encoder.layers.{stage - 1}.{rest}", tensor)]
+    _, block, inner = rest.split(".", 2)
+    prefix = f"swin.encoder.layers.{stage}.blocks.{block}"
+    module, parameter = inner.rsplit(".", 1)
+    if module == "attn.qkv":
+        return [
+            (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
+            for part, chunk in zip("qkv", tensor.chunk(3))
+        ]
+    return [(f"{prefix}.{_TIMM_BLOCK[module]}.{parameter}", tensor)]
+
+
+def timm_upstream(backbone: Any, size: tuple[int, int]) -> Upstream:
+    """Builds timm's features-only Swin with the weights of a backbone, for images of one size.
+
+    timm leaves out the norms of the maps; they are computed after its forward.
+
+    Raises:
+        ValueError: timm has no such Swin, or pads other maps at this size.
+    """
+    import timm
+
+    config = backbone.config
+    names = backbone.out_features
+    stages = [backbone.stage_names.index(name) - 1 for name in names]
+    if config.model_type != "swin" or min(stages) < 0:
+        raise ValueError("timm's Swin has no map of the stem")
+    plain = config.layer_norm_eps == _TIMM_EPS and config.hidden_act == "gelu"
+    if not plain or config.use_absolute_embeddings:
+        raise ValueError("timm has no Swin with this activation, eps or absolute embeddings")
+    patch = config.patch_size
+    patch = (patch, patch) if isinstance(patch, int) else patch
+    sides = sorted(n // p for n, p in zip(size, patch))
+    smallest = config.window_size << max(stages)
+    if any(n % (p * smallest) for n, p in zip(size, patch)):
+        multiple = [p * smallest for p in patch]
+        raise ValueError(
+            "timm pads a map that windows do not divide otherwise than transformers; take a size "
+            f"that is a multiple of {multiple[0]}x{multiple[1]}"
+        )
+    module = timm.create_model(
+        "swin_tiny_patch4_window7_224",
+        features_only=True,
+        out_indices=stages,
+        img_size=size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        embed_dim=config.embed_dim,
+        depths=tuple(config.depths),
+        num_heads=tuple(config.num_heads),
+        window_size=config.window_size,
+        mlp_ratio=config.mlp_ratio,
+        qkv_bias=config.qkv_bias,
+    )
+    own = backbone.state_dict()
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            for ours, view in _from_timm(name, tensor):
+                if not ours.endswith("relative_position_index"):
+                    view.copy_(own[ours])
+    norms = copy.deepcopy([backbone.hidden_states_norms[name] for name in names])
+    model = nn.ModuleDict({"timm": module, "norms": nn.ModuleList(norms)})
+
+    def maps(model: Any, pixel_values: Tensor) -> list[Tensor]:
+        found = zip(model["timm"](pixel_values), model["norms"])
+        return [norm(x).permute(0, 3, 1, 2) for x, norm in found]
+
+    why = "timm does not shift the windows of a map that is one window"
+    one_window = sides[0] // config.window_size
+    others = {name: why for name, stage in zip(names, stages) if one_window >> stage <= 1}
+    return Upstream(f"timm {timm.__version__}, SwinTransformer", model.eval(), maps, others)
+
+
+_TIMM_EPS = 1e-5
