@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Worker:
             for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
         }
         offline = {"HF_HUB_OFFLINE": "1"}  # models come from a directory
-        self.began = time.perf_counter()
+        self._began = time.time()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fastbb.bench.worker"],
@@ -61,6 +62,10 @@ class Worker:
                 env={**os.environ, **_PASSIVE, **caches, **offline},
                 start_new_session=True,
             )
+
+    def start(self, spec: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        """Has the worker build its runner; see `ask`."""
+        return self.ask("start", timeout_s, spec=spec, began=self._began)
 
     def ask(self, do: str, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]:
         """Sends a command and returns its answer.

@@ -30,7 +30,6 @@ class Way:
         compile_s: seconds of these that prepare, convert or compile; 0 where nothing does.
         memory_bytes: peak memory while it runs: on a CPU resident memory above that after imports,
             on a GPU that of PyTorch's allocator.
-        start_memory_bytes: the same while it loads and starts.
         rounds_s: seconds of each call, by round; all ways of a cell have the same rounds.
         inside_s: of a host, seconds of each call inside the modules that fastbb replaces, by round.
     """
@@ -46,7 +45,6 @@ class Way:
     cold_start_s: float | None = None
     compile_s: float | None = None
     memory_bytes: int | None = None
-    start_memory_bytes: int | None = None
     rounds_s: list[list[float]] = field(default_factory=list)
     inside_s: list[list[float]] | None = None
 

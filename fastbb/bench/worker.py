@@ -4,9 +4,8 @@ The process reads commands from its standard input and writes one answer to each
 JSON; whatever libraries print goes to stderr. It ends when its input does.
 
     {"do": "start", "spec": {...}}     builds the runner, runs it once, writes its outputs
-    {"do": "warm", "max_s": 10}        calls until the times are stable
-    {"do": "turn", "seconds": 0.5}     times calls
-    {"do": "memory"}                   peaks of memory
+    {"do": "warm", "max_s": 5}         calls until the times are stable
+    {"do": "turn", "seconds": 0.5}     times calls; the peak of memory since the warm-up
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ _RESET_PEAK = "5"  # written to /proc/self/clear_refs, see proc_pid_clear_refs(5
 
 class Runner(Protocol):
     """What a worker runs. Its module has a function `make_runner(spec)` that returns it.
+
+    The time of that function counts nowhere: it may fetch weights that `load` takes.
 
     Attributes:
         note: what a reader of its numbers should know; known after `start`.
@@ -68,35 +69,31 @@ class _Worker:
         self.runner: Any = None
         self.device: Any = None
         self.imported_bytes = 0
-        self.start_peak = 0
 
     def start(self, command: Mapping[str, Any]) -> dict[str, Any]:
         import torch
 
         spec = command["spec"]
-        began = time.perf_counter()
         for name in spec.get("imports", ()):
             import_module(name)
         make_runner = import_module(spec["module"]).make_runner
         self.device = torch.device(spec["device"])
         if self.device.type == "cuda":
             torch.cuda.init()
+        imported_s = time.time() - command["began"]
         self.imported_bytes = self._memory(_NOW)
-        self._reset_peak()
-        imported = time.perf_counter()
         self.runner = make_runner(spec)
+        began = time.perf_counter()
         self.runner.load()
         loaded = time.perf_counter()
         result = self.runner.start()
         self._synchronize()
         started = time.perf_counter()
-        self.start_peak = self._peak()
         if spec.get("outputs"):
             _write_outputs(Path(spec["outputs"]), self.runner.outputs(result))
-        del result
         return {
-            "import_s": imported - began,
-            "load_s": loaded - imported,
+            "import_s": imported_s,
+            "load_s": loaded - began,
             "start_s": started - loaded,
             "note": self.runner.note,
         }
@@ -121,10 +118,11 @@ class _Worker:
                 inside.append(seconds)
 
         taken = timed_calls(call, command["seconds"], self.device)
-        return {"seconds": taken, "inside": inside[-len(taken) :] or None}
-
-    def memory(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        return {"start_bytes": self.start_peak, "run_bytes": self._peak()}
+        return {
+            "seconds": taken,
+            "inside": inside[-len(taken) :] or None,
+            "peak_bytes": self._peak(),
+        }
 
     def _peak(self) -> int:
         """Peak memory since the last reset: above imports on a CPU, the allocator's on a GPU."""
