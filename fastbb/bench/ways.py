@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +26,7 @@ from .worker import SkippedError
 LIBRARIES = ("transformers", "timm", "torchvision")
 ENGINES = ("compile", "openvino", "onnxruntime")
 AGAINST = (*LIBRARIES, *ENGINES)
+_AS_LONG_AS_THE_PROCESS = ExitStack()
 _NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
 TITLES = {"compile": "compiled", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -79,7 +80,7 @@ def make_runner(spec: Mapping[str, Any]) -> Any:
     dtype = torch_dtype(spec["precision"])
     pixels = load_file(spec["pixels"])["pixels"].to(spec["device"], dtype)
     if spec["precision"] == "tf32":
-        fp32_products("tf32").__enter__()  # as long as the process
+        _AS_LONG_AS_THE_PROCESS.enter_context(fp32_products("tf32"))
     if spec["library"] == "fastbb":
         return _Prepared(spec, pixels)
     backbone = AutoBackbone.from_pretrained(spec["model"], dtype=torch.float32)

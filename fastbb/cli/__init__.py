@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from . import features, machine, models
+from . import bench, features, machine, models
 from .shell import Commands
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     """Vision backbones, fast, computing exactly what their own libraries compute."""
 
 
-for room in (features, machine, models):
+for room in (bench, features, machine, models):
     for command in vars(room).values():
         if isinstance(command, click.Command):
             main.add_command(command)

@@ -40,6 +40,8 @@ class Batches(click.ParamType):
     name = "n,m"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
         parts = [part.strip() for part in str(value).split(",")]
         if not all(part.isdecimal() and int(part) for part in parts):
             self.fail(f"wanted numbers of images such as 1,8,64, got {value!r}", param, ctx)
@@ -51,6 +53,20 @@ class Names(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
+class Choices(Names):
+    """Some of these words, separated by commas; each counts once."""
+
+    def __init__(self, *choices: str) -> None:
+        self._choices = choices
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        names = value if isinstance(value, tuple) else super().convert(value, param, ctx)
+        for name in names:
+            if name not in self._choices:
+                self.fail(f"wanted some of {', '.join(self._choices)}, got {name!r}", param, ctx)
+        return tuple(dict.fromkeys(names))
 
 
 class Integers(click.ParamType):

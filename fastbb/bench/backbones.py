@@ -1,0 +1,145 @@
+"""A backbone as the subject of a bench."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastbb_kernels.fp32_precision import fp32_products
+
+from ..backbone.registry import Upstream
+from ..inspect.loading import load_backbone
+from ..inspect.upstream import run_upstream, upstream_of
+from ..inspect.verify import random_images
+from .subject import Truth, WaySpec, rows_to_check, torch_dtype
+from .ways import LIBRARIES, TITLES, library_of, other_upstream
+
+_MODULE = "fastbb.bench.ways"
+# transformers and fastbb import it at first use; memory counts from after that
+_IMPORTS = ["torch._dynamo"]
+
+
+class BackboneSubject:
+    """A backbone, at one size of images. See `subject.Subject`.
+
+    Args:
+        name: as `AutoBackbone.from_pretrained` takes it.
+        folder: for its files.
+        device: that runs it.
+        size: (height, width) of the images; default: the model's own.
+        out_indices: of the maps; default: the model's own.
+        random_weights: loads no weights and draws them.
+        modes: of `prepare`, which are measured.
+        against: libraries and engines to compare with, see `ways.AGAINST`.
+
+    Raises:
+        OSError: there is no such model, or it cannot be had.
+        ValueError: an argument does not fit.
+    """
+
+    kind = "backbone"
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        device: torch.device,
+        size: tuple[int, int] | None = None,
+        out_indices: Sequence[int] | None = None,
+        random_weights: bool = False,
+        modes: Sequence[str] = ("auto",),
+        against: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        self._device, self._modes, self._against = device, tuple(modes), tuple(against)
+        cpu = torch.device("cpu")
+        self._backbone = load_backbone(name, out_indices, torch.float32, cpu, random_weights)
+        self.size = size or self._backbone.default_size
+        self.stages = tuple(self._backbone.out_features)
+        self._directory = folder / "model"
+        self._backbone.save_pretrained(self._directory)
+        self._upstream, why_own = upstream_of(self._backbone)
+        self._library = library_of(self._upstream)
+        modules = {library: [library] for library in LIBRARIES}
+        modules[self._library] = [type(self._upstream.module).__module__]
+        self._modules = modules
+        self.upstream = f"{self._library} eager"
+        self.notes = [] if why_own is None else [f"upstream is our own plain PyTorch: {why_own}"]
+        self._others: dict[str, Upstream | str] = {}
+        for library in (one for one in LIBRARIES if one in against and one != self._library):
+            try:
+                self._others[library] = other_upstream(self._backbone, library, self.size)
+            except ValueError as error:
+                self._others[library] = str(error)
+        self.params: int | None = None
+        self.macs: int | None = None
+        self.activations: int | None = None
+        self._try_input()
+
+    def _try_input(self) -> None:
+        """Runs an image, so that a size that the model does not take is known at once."""
+        with torch.no_grad():
+            self._backbone(random_images(self._backbone, self.size, 1))
+
+    def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = folder / "pixels.safetensors"
+        save_file({"pixels": self._pixels(batch)}, pixels)
+        common = {
+            "module": _MODULE,
+            "device": str(self._device),
+            "model": str(self._directory),
+            "precision": precision,
+            "pixels": str(pixels),
+            "stages": list(self.stages),
+        }
+        compiles = "compile" in self._against
+        found: list[WaySpec] = []
+
+        def add(library: str, engine: str, name: str, **fields: Any) -> None:
+            used = "upstream" if library == self._library else library
+            spec = {**common, "library": used, "engine": engine}
+            spec["imports"] = [*_IMPORTS, *self._modules.get(library, ())]
+            found.append(WaySpec(name, spec, compiles=engine != "eager", **fields))
+
+        add(self._library, "eager", self.upstream)
+        if compiles:
+            add(self._library, "compile", f"{self._library} compiled")
+        for library, other in self._others.items():
+            reason = other if isinstance(other, str) else None
+            add(library, "eager", f"{library} eager", reason=reason)
+            if compiles and reason is None:
+                add(library, "compile", f"{library} compiled")
+        for engine in ("openvino", "onnxruntime"):
+            if engine in self._against:
+                add(self._library, engine, TITLES[engine])
+        for mode in self._modes:
+            spec = {**common, "library": "fastbb", "engine": mode, "imports": _IMPORTS}
+            found.append(WaySpec(f"fastbb {mode}", spec, ours=True, compiles="compile" in mode))
+        return found
+
+    @torch.no_grad()
+    def truth(self, precision: str, batch: int) -> Truth:
+        dtype = torch_dtype(precision)
+        pixels = self._pixels(batch)[rows_to_check(batch)].to(self._device, dtype)
+        with fp32_products("tf32" if precision == "tf32" else "ieee"):
+            eager = run_upstream(self._upstream, pixels)
+        exact = run_upstream(self._upstream, pixels.double())
+        return Truth(self._named(eager), self._named(exact), self._backbone.exactness)
+
+    def skipped(self, way: str) -> Mapping[str, str]:
+        other = self._others.get(way.partition(" ")[0])
+        return other.other_maps if isinstance(other, Upstream) else {}
+
+    def _named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {stage: one.cpu() for stage, one in zip(self.stages, maps)}
+
+    def _pixels(self, batch: int) -> Tensor:
+        """Images [batch, C, H, W] in fp32 on the CPU that bf16 holds exactly."""
+        return random_images(self._backbone, self.size, batch).bfloat16().float()

@@ -1,0 +1,295 @@
+"""Measures cells: one live process for each way, checked first, then timed in turns."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file
+
+from ..engine.interruption import check_interrupted
+from ..engine.measuring import describe
+from .environment import gpu_state, throttled
+from .processes import Worker, WorkerError
+from .results import Cell, Results, Way
+from .subject import Judged, Subject, Truth, WaySpec
+
+ROUNDS, FEWEST_ROUNDS = 10, 5
+SECONDS = 5.0  # of each way in a cell
+_WARM_S = 5.0
+_START_S = 10.0  # that a way takes to start which compiles nothing, for `--budget`
+_NO_TIME = "dropped: compiling takes longer than the {:.0f} s that --budget leaves it"
+
+
+class AnyWorker(Protocol):
+    """What a bench asks of a worker, see `processes.Worker`."""
+
+    def start(self, spec: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]: ...
+    def ask(self, do: str, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class OutOfMemoryError(Exception):
+    """A way ran out of memory in a batch that can be halved."""
+
+
+class Bench:
+    """Measures cells and collects them.
+
+    Args:
+        results: gets each cell when it is measured, and what there is of one that is interrupted.
+        folder: for files and logs of the processes.
+        gpu: of nvidia-smi, index or UUID; None: no GPU runs.
+        seconds: of each way in a cell, without its start.
+        budget_s: seconds for everything: ways whose compiling would pass it are dropped, the
+            slowest first. None: no limit.
+        say: is told what is going on, a line at a time.
+        make_worker: makes a worker from a folder; tests replace it.
+        clock: seconds from any start.
+    """
+
+    def __init__(
+        self,
+        results: Results,
+        folder: Path,
+        *,
+        gpu: str | None = None,
+        seconds: float = SECONDS,
+        budget_s: float | None = None,
+        say: Callable[[str], None] = lambda text: None,
+        make_worker: Callable[[Path], AnyWorker] = Worker,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.results, self.folder, self.gpu = results, folder, gpu
+        self.seconds, self.say, self.make_worker, self.clock = seconds, say, make_worker, clock
+        self._end = None if budget_s is None else clock() + budget_s
+        # seconds of compiling by subject and way; of one that was ended, an estimate
+        self.compile_s: dict[tuple[str, str], float] = {}
+        self.n_planned = self.n_done = 0
+
+    def run(
+        self,
+        subject: Subject,
+        precisions: Sequence[str],
+        batches: Sequence[int],
+        once_more: Callable[[Cell], bool] = lambda cell: False,
+    ) -> None:
+        """Measures every combination into `results`.
+
+        Args:
+            subject: what is measured.
+            precisions: of its cells.
+            batches: of its cells.
+            once_more: whether a cell has to be measured again, which then counts instead.
+
+        Raises:
+            Interrupted: a signal came.
+        """
+        for precision in precisions:
+            for batch in batches:
+                cell = self.measure(subject, precision, batch)
+                self.results.cells.append(cell)
+                if once_more(cell):
+                    self.say(f"{self.title(cell)}: slower than before, measured once more")
+                    self.results.cells[-1] = self.measure(subject, precision, batch)
+                self.n_done += 1
+
+    def measure(self, subject: Subject, precision: str, batch: int) -> Cell:
+        """Measures one cell; halves the batch where memory runs out."""
+        asked, notes = batch, list(subject.notes)
+        while True:
+            cell = Cell(
+                model=subject.name,
+                kind=subject.kind,
+                precision=precision,
+                batch=batch,
+                asked_batch=asked,
+                size=subject.size,
+                upstream=subject.upstream,
+                stages=subject.stages,
+                params=subject.params,
+                macs=subject.macs,
+                activations=subject.activations,
+                notes=notes,
+            )
+            try:
+                _CellRun(self, subject, cell).measure()
+                return cell
+            except OutOfMemoryError as error:
+                notes.append(f"batch {batch} is too large here: {error}")
+                self.say(f"{self.title(cell)}: {error}; half of it is measured")
+                batch //= 2
+            except KeyboardInterrupt:
+                before = any(done.key == cell.key for done in self.results.cells)
+                if any(way.rounds_s for way in cell.ways) and not before:
+                    cell.notes.append("interrupted: fewer rounds than usual")
+                    self.results.cells.append(cell)
+                raise
+
+    def title(self, cell: Cell) -> str:
+        number = self.n_done + 1
+        where = f"{cell.model}, {cell.precision}, batch {cell.batch}"
+        return f"[{number}/{max(number, self.n_planned)}] {where}"
+
+    def share_s(self) -> float | None:
+        """Seconds of the budget for a cell that begins now; None: any number."""
+        if self._end is None:
+            return None
+        return max(0.0, self._end - self.clock()) / max(1, self.n_planned - self.n_done)
+
+
+class _CellRun:
+    """The ways of one cell, each in its process."""
+
+    def __init__(self, bench: Bench, subject: Subject, cell: Cell) -> None:
+        self.bench, self.subject, self.cell = bench, subject, cell
+        self.folder = bench.folder / f"cell-{bench.n_done + 1}"
+        self.workers: dict[str, AnyWorker] = {}
+        share = bench.share_s()
+        self.end = None if share is None else bench.clock() + share
+
+    def measure(self) -> None:
+        try:
+            specs = self.subject.ways(self.cell.precision, self.cell.batch, self.folder)
+            self.cell.ways = [Way(spec.name, ours=spec.ours) for spec in specs]
+            truth = self._truth()
+            # those that compile come last, the quickest first: a budget drops the slowest
+            for spec in sorted(specs, key=lambda spec: (spec.compiles, self._known(spec) or 0.0)):
+                self._start(spec, truth, specs)
+            self._rounds()
+        finally:
+            for worker in self.workers.values():
+                worker.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _truth(self) -> Truth | None:
+        try:
+            return self.subject.truth(self.cell.precision, self.cell.batch)
+        except Exception as error:  # whatever upstream raises for this precision
+            check_interrupted()
+            self.cell.notes.append(f"nothing is compared, upstream fails here: {describe(error)}")
+            return None
+
+    def _start(self, spec: WaySpec, truth: Truth | None, specs: Sequence[WaySpec]) -> None:
+        way = self._way(spec.name)
+        way.reason = spec.reason
+        timeout_s = self._time_for(spec, specs)
+        if way.reason is None and timeout_s is not None and timeout_s <= (self._known(spec) or 0.0):
+            way.reason = _NO_TIME.format(timeout_s)
+        if way.reason is not None:
+            self._say(way, way.reason)
+            return
+        folder = self.folder / f"way-{len(self.workers)}"
+        worker = self.bench.make_worker(folder)
+        self.workers[way.name] = worker
+        outputs = folder / "outputs.safetensors"
+        try:
+            started = worker.start({**spec.spec, "outputs": str(outputs)}, timeout_s)
+            warm = worker.ask("warm", max_s=_WARM_S)["seconds"]
+        except WorkerError as error:
+            if error.kind == "timeout" and timeout_s is not None:
+                self._remember(spec, 2 * timeout_s)  # it is not tried again for a little more
+                error = WorkerError("timeout", _NO_TIME.format(timeout_s))
+            self._lose(way, error)
+            return
+        steady_s = statistics.median(warm[-3:])
+        way.cold_start_s = sum(started[name] for name in ("import_s", "load_s", "start_s"))
+        way.compile_s = max(0.0, started["start_s"] - steady_s) if spec.compiles else 0.0
+        way.note = started["note"]
+        self._remember(spec, way.compile_s)
+        if truth is not None:
+            self._judge(way, truth.judge(load_file(outputs), self.subject.skipped(way.name)))
+        outputs.unlink(missing_ok=True)
+        said = (
+            f"WRONG, {way.wrong}" if way.wrong else f"first result after {way.cold_start_s:.1f} s"
+        )
+        self._say(way, said)
+
+    def _judge(self, way: Way, judged: Judged) -> None:
+        way.error, way.allowed, way.wrong = judged.error, judged.allowed, judged.wrong
+        way.errors = judged.errors
+        way.note = "; ".join(filter(None, (way.note, judged.note)))
+
+    def _rounds(self) -> None:
+        """Times the ways in turns; each round begins with another way.
+
+        A round that is not complete for every way is dropped, so that rounds pair.
+        """
+        seconds = 0.0
+        try:
+            for number in range(ROUNDS):
+                names = list(self.workers)
+                if not names or (
+                    number >= FEWEST_ROUNDS and seconds > 2 * self.bench.seconds * len(names)
+                ):
+                    break
+                first = number % len(names)
+                for name in names[first:] + names[:first]:
+                    seconds += self._turn(self._way(name))
+                if self.bench.gpu is not None:
+                    self.cell.clocks.append(gpu_state(self.bench.gpu))
+        finally:
+            timed = [way for way in self.cell.ways if way.name in self.workers]
+            n_complete = min((len(way.rounds_s) for way in timed), default=0)
+            for way in timed:
+                del way.rounds_s[n_complete:]
+                if way.inside_s is not None:
+                    del way.inside_s[n_complete:]
+        if (note := throttled(self.cell.clocks)) is not None:
+            self.cell.notes.append(note)
+
+    def _turn(self, way: Way) -> float:
+        try:
+            turn = self.workers[way.name].ask("turn", seconds=self.bench.seconds / ROUNDS)
+        except WorkerError as error:
+            self._lose(way, error)
+            return 0.0
+        way.rounds_s.append(turn["seconds"])
+        way.memory_bytes = turn["peak_bytes"]
+        if turn["inside"] is not None:
+            way.inside_s = [*(way.inside_s or []), turn["inside"]]
+        return sum(turn["seconds"])
+
+    def _lose(self, way: Way, error: WorkerError) -> None:
+        """Ends the process of a way that cannot go on; its rounds are void.
+
+        Raises:
+            OutOfMemoryError: half the batch may do.
+        """
+        self.workers.pop(way.name).close()
+        way.reason, way.rounds_s, way.inside_s = str(error), [], None
+        if error.kind == "memory" and self.cell.batch > 1:
+            raise OutOfMemoryError(f"{way.name}: {error}")
+        self._say(way, way.reason)
+
+    def _time_for(self, spec: WaySpec, specs: Sequence[WaySpec]) -> float | None:
+        """Seconds in which a way has to start, by the budget; None: any number."""
+        if self.end is None or not spec.compiles:
+            return None
+        each = self.bench.seconds + _WARM_S
+        waiting = [s for s in specs if not s.compiles and not self._was_tried(s)]
+        reserved = each * len(specs) + _START_S * len(waiting)
+        return max(0.0, self.end - self.bench.clock() - reserved)
+
+    def _was_tried(self, spec: WaySpec) -> bool:
+        return spec.name in self.workers or self._way(spec.name).reason is not None
+
+    def _known(self, spec: WaySpec) -> float | None:
+        """Seconds of compiling that this way took for this model before."""
+        return self.bench.compile_s.get((self.subject.name, spec.name))
+
+    def _remember(self, spec: WaySpec, seconds: float) -> None:
+        key = self.subject.name, spec.name
+        self.bench.compile_s[key] = max(seconds, self.bench.compile_s.get(key, 0.0))
+
+    def _way(self, name: str) -> Way:
+        way = self.cell.way(name)
+        assert way is not None
+        return way
+
+    def _say(self, way: Way, text: str) -> None:
+        self.bench.say(f"{self.bench.title(self.cell)}: {way.name}: {text}")

@@ -1,0 +1,148 @@
+"""A whole bench: what was asked for, measured in order, whatever happens on the way."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbb_kernels.machine import find_device
+
+from .backbones import BackboneSubject
+from .compare import compare, regressed_cells
+from .environment import describe_machine, gpu_for_smi
+from .hosts import HostSubject
+from .measure import SECONDS, Bench
+from .results import Cell, Results
+from .subject import Subject
+from .ways import check_installed
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a bench measures; all fields are plain data, so that a file of results repeats it.
+
+    Attributes:
+        models: backbones, as `AutoBackbone.from_pretrained` takes them.
+        hosts: models for `accelerate`, see `hosts.HostSubject`.
+        batches: images per call.
+        size: (height, width) of the images; None: each model's own.
+        precisions: "fp32", "tf32", "bf16", "fp16".
+        modes: of `prepare` and `accelerate`.
+        against: see `ways.AGAINST`.
+        random_weights: load no weights and draw them.
+        out_indices: of the maps; None: the model's own.
+        device: cpu, cuda or cuda:N; None: a GPU if there is one.
+        seconds: of each way in each cell, without its start.
+        budget_s: see `Bench`.
+    """
+
+    models: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 8)
+    size: tuple[int, int] | None = None
+    precisions: tuple[str, ...] = ("fp32",)
+    modes: tuple[str, ...] = ("auto",)
+    against: tuple[str, ...] = ()
+    random_weights: bool = False
+    out_indices: tuple[int, ...] | None = None
+    device: str | None = None
+    seconds: float = SECONDS
+    budget_s: float | None = None
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Asked:
+        """What a file of results was asked for."""
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in options.items() if name in known}
+        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**lists)
+
+
+def new_results(asked: Asked, command: Sequence[str]) -> Results:
+    """Results without cells, with the description of this machine.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    environment = describe_machine(find_device(asked.device))
+    return Results(shlex.join(command), environment, asdict(asked))
+
+
+def run_bench(
+    asked: Asked,
+    results: Results,
+    *,
+    old: Results | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Measures everything that was asked for into `results`.
+
+    A model that cannot be had ends the bench before anything is measured.
+
+    Args:
+        asked: what to measure.
+        results: see `new_results`.
+        old: earlier results; a cell that seems slower than there is measured once more.
+        say: is told what is going on, a line at a time.
+
+    Raises:
+        OSError: there is no such model, or it cannot be had.
+        ValueError: an argument does not fit.
+        Interrupted: a signal came; `results` has what was measured until then.
+    """
+    device = find_device(asked.device)
+    check_installed(asked.against)
+    for precision in asked.precisions:
+        _check_precision(precision, device)
+
+    def is_slower(cell: Cell) -> bool:
+        if old is None:
+            return False
+        alone = Results(results.command, results.environment, cells=[cell])
+        return bool(regressed_cells(compare(old, alone)))
+
+    with tempfile.TemporaryDirectory(prefix="fastbb-bench-") as name:
+        folder = Path(name)
+        bench = Bench(
+            results,
+            folder,
+            gpu=gpu_for_smi(device),
+            seconds=asked.seconds,
+            budget_s=asked.budget_s,
+            say=say,
+        )
+        subjects = list(_subjects(asked, folder, device, say))
+        bench.n_planned = len(subjects) * len(asked.precisions) * len(asked.batches)
+        for subject in subjects:
+            bench.run(subject, asked.precisions, asked.batches, is_slower)
+
+
+def _subjects(
+    asked: Asked, folder: Path, device: torch.device, say: Callable[[str], None]
+) -> Iterator[Subject]:
+    for number, name in enumerate(asked.models):
+        say(f"loading {name}")
+        yield BackboneSubject(
+            name,
+            folder / f"model-{number}",
+            device=device,
+            size=asked.size,
+            out_indices=asked.out_indices,
+            random_weights=asked.random_weights,
+            modes=asked.modes,
+            against=asked.against,
+        )
+    for name in asked.hosts:
+        say(f"loading {name}")
+        yield HostSubject(name)
+
+
+def _check_precision(precision: str, device: torch.device) -> None:
+    if precision == "tf32" and (device.type != "cuda" or torch.version.hip):
+        raise ValueError(f"--precision tf32: it needs an NVIDIA GPU, this is {device}; take fp32")

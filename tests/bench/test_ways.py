@@ -1,0 +1,242 @@
+"""Ways to run a backbone: each computes upstream's maps; worker processes answer or say why not."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastbb import AutoBackbone, ResNetConfig, SwinConfig
+from fastbb.backbone.registry import family_of
+from fastbb.bench.backbones import BackboneSubject
+from fastbb.bench.processes import Worker, WorkerError
+from fastbb.bench.subject import Truth, WaySpec
+from fastbb.bench.timing import timed_calls, warm_up
+from fastbb.bench.ways import check_installed, make_runner
+from fastbb.inspect.upstream import run_upstream, upstream_of
+from fastbb.inspect.verify import random_images
+
+STAGES = ["stage1", "stage2", "stage3", "stage4"]
+SWIN = SwinConfig(
+    embed_dim=16, depths=(2, 1, 1, 2), num_heads=(1, 2, 4, 8), window_size=2, out_features=STAGES
+)
+RESNET = ResNetConfig(depths=(1, 1, 1, 1), out_features=STAGES)
+BASIC = ResNetConfig(
+    layer_type="basic",
+    hidden_sizes=(64, 128, 256, 512),
+    depths=(1, 2, 1, 1),
+    out_features=["stage2", "stage4"],
+)
+CPU = torch.device("cpu")
+
+
+def saved(config: Any, folder: Path) -> str:
+    AutoBackbone.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def subject(config: Any, tmp_path: Path, **options: Any) -> BackboneSubject:
+    name = saved(config, tmp_path / "saved")
+    options = {"size": (64, 64), "modes": ("eager",), **options}
+    return BackboneSubject(name, tmp_path / "files", device=CPU, random_weights=True, **options)
+
+
+def judged(one: BackboneSubject, spec: WaySpec, truth: Truth) -> Any:
+    runner = make_runner(spec.spec)
+    with torch.no_grad():
+        runner.load()
+        runner.start()
+        return truth.judge(runner.outputs(runner.run()), one.skipped(spec.name))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("config", [SWIN, RESNET], ids=["swin", "resnet"])
+def test_every_way_computes_upstreams_maps(config: Any, precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    one = subject(config, tmp_path, against=("timm", "onnxruntime"))
+    specs = one.ways(precision, 5, tmp_path / "cell")
+    names = [spec.name for spec in specs]
+    assert names == ["transformers eager", "timm eager", "ONNX Runtime", "fastbb eager"]
+    truth = one.truth(precision, 5)
+    assert set(truth.exact) == set(STAGES) and len(truth.exact["stage1"]) == 4
+    for spec in specs:
+        if spec.name == "ONNX Runtime" and precision != "fp32":
+            continue
+        result = judged(one, spec, truth)
+        assert result.wrong is None and 0 <= result.error <= result.allowed, spec.name
+        compared = {"stage1", "stage2", "stage3", "stage4"} - set(one.skipped(spec.name))
+        assert set(result.errors) == compared
+
+
+@pytest.mark.parametrize("change", ["bias", "stage", "nan", "shape", "missing"])
+def test_a_wrong_result_is_found(change: str, tmp_path: Path) -> None:
+    one = subject(RESNET, tmp_path)
+    truth = one.truth("fp32", 3)
+    got = {name: exact.float() for name, exact in truth.exact.items()}
+    assert truth.judge(got).wrong is None
+    if change == "bias":
+        got["stage3"] = got["stage3"] * (1 + 3e-5)
+    elif change == "stage":
+        got["stage1"], got["stage2"] = got["stage2"], got["stage1"]
+    elif change == "nan":
+        got["stage4"][-1, 0, 0, 0] = float("nan")
+    elif change == "shape":
+        got["stage4"] = got["stage4"][:2]
+    else:
+        del got["stage2"]
+    assert truth.judge(got).wrong is not None
+    skipped = {"stage1": "a reason", "stage2": "another", "stage3": "", "stage4": ""}
+    left = truth.judge(got, skipped)
+    assert left.wrong is None and left.error is None and "a reason" in left.note
+
+
+def test_checked_images_are_the_first_and_last() -> None:
+    exact = torch.arange(4.0).double().reshape(4, 1)
+    truth = Truth({"a": exact.float()}, {"a": exact}, 1e-5)
+    batch = torch.tensor([[0.0], [1.0], [77.0], [78.0], [2.0], [3.0]])
+    assert truth.judge({"a": batch}).wrong is None
+    assert truth.judge({"a": batch.flip(0)}).wrong is not None
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 128), (128, 128)])
+@pytest.mark.parametrize("config", [SWIN, RESNET, BASIC], ids=["swin", "resnet", "basic"])
+def test_timm_has_the_same_weights(config: Any, size: tuple[int, int]) -> None:
+    pytest.importorskip("transformers")
+    backbone = AutoBackbone.from_config(config).eval()
+    for norm in (m for m in backbone.modules() if "Norm" in type(m).__name__):
+        torch.nn.init.normal_(norm.weight, 1.0, 0.2)  # type: ignore[arg-type]
+    pixels = random_images(backbone, size, 2).double()
+    find = family_of(config.model_type)[0].timm_upstream
+    assert find is not None
+    timm, (upstream, _) = find(backbone, size), upstream_of(backbone)
+    wanted = run_upstream(upstream, pixels)
+    compared = 0
+    for stage, got, want in zip(config.out_features, run_upstream(timm, pixels), wanted):
+        assert got.shape == want.shape
+        difference = (got - want).abs().max() / want.abs().max()
+        assert (difference > 1e-3) if stage in timm.other_maps else (difference < 1e-12)
+        compared += stage not in timm.other_maps
+    assert compared >= len(config.out_features) - 1
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "reason"),
+    [
+        (SWIN, (72, 72), "multiple of 64x64"),
+        (SwinConfig(hidden_act="relu"), (224, 224), "activation"),
+        (SwinConfig(out_indices=[0, 1]), (224, 224), "stem"),
+        (ResNetConfig(out_indices=[0]), (64, 64), "stem"),
+        (ResNetConfig(downsample_in_bottleneck=True), (64, 64), "strides"),
+        (ResNetConfig(embedding_size=32), (64, 64), "widths"),
+    ],
+)
+def test_timm_that_has_no_such_model_says_so(config: Any, size: Any, reason: str) -> None:
+    backbone = AutoBackbone.from_config(config)
+    find = family_of(config.model_type)[0].timm_upstream
+    assert find is not None
+    with pytest.raises(ValueError, match=reason):
+        find(backbone, size)
+
+
+def test_another_library_without_the_model_is_a_reason(tmp_path: Path) -> None:
+    one = BackboneSubject(
+        "resnet18",
+        tmp_path,
+        device=CPU,
+        size=(32, 32),
+        random_weights=True,
+        against=("timm", "transformers"),
+    )
+    specs = {spec.name: spec for spec in one.ways("fp32", 1, tmp_path / "cell")}
+    assert list(specs) == ["timm eager", "transformers eager", "fastbb auto"]
+    assert specs["transformers eager"].reason == "transformers has no model for these weights"
+    assert judged(one, specs["fastbb auto"], one.truth("fp32", 1)).wrong is None
+
+
+def test_software_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(["timm", "compile"])
+    monkeypatch.setattr("fastbb.bench.ways.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--against openvino: openvino .*fastbb\[bench\]"):
+        check_installed(["compile", "openvino"])
+
+
+def test_a_size_that_the_model_does_not_take_is_known_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pixel_values"):
+        BackboneSubject(
+            "vit_tiny_patch16_224", tmp_path, device=CPU, size=(225, 225), random_weights=True
+        )
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    one = Worker(tmp_path_factory.mktemp("worker"))
+    yield one
+    one.close()
+
+
+def test_a_process_runs_a_way(tmp_path: Path, worker: Worker) -> None:
+    one = subject(RESNET, tmp_path)
+    spec = one.ways("fp32", 2, tmp_path / "cell")[-1]
+    outputs = tmp_path / "outputs.safetensors"
+    with pytest.raises(WorkerError, match="FileNotFoundError|OSError") as wrong:
+        worker.start({**spec.spec, "model": str(tmp_path / "gone")})
+    assert wrong.value.kind == "error"
+    started = worker.start({**spec.spec, "outputs": str(outputs)}, timeout_s=120)
+    assert started["import_s"] > 0 and started["load_s"] > 0 and started["start_s"] > 0
+    assert one.truth("fp32", 2).judge(load_file(outputs)).wrong is None
+    assert worker.ask("warm", max_s=0.1)["seconds"]
+    turn = worker.ask("turn", seconds=0.05)
+    assert sum(turn["seconds"]) >= 0.05 and turn["inside"] is None
+    assert 1e6 < turn["peak_bytes"] < 1e9
+
+
+def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
+    one = Worker(tmp_path / "one")
+    try:
+        with pytest.raises(WorkerError, match="longer than 0 s") as late:
+            one.ask("warm", timeout_s=0.01, max_s=1)
+        assert late.value.kind == "timeout"
+        os.kill(one._process.pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="memory") as died:
+            one.ask("warm", max_s=1)
+            one.ask("warm", max_s=1)
+        assert died.value.kind == "memory"
+    finally:
+        one.close()
+
+
+class Clock:
+    def __init__(self, seconds: list[float]) -> None:
+        self.now, self.seconds = 0.0, seconds
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call(self) -> None:
+        self.now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
+
+
+@pytest.mark.parametrize(("call_s", "n_calls"), [(0.3, 4), (1.0, 1), (9.0, 1)])
+def test_a_turn_lasts_its_seconds(call_s: float, n_calls: int) -> None:
+    clock = Clock([call_s])
+    assert timed_calls(clock.call, 1.0, CPU, clock) == pytest.approx([call_s] * n_calls)
+
+
+def test_warm_up_ends_when_times_are_stable() -> None:
+    clock = Clock([9.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0])
+    taken = warm_up(clock.call, CPU, 1000, clock)
+    assert taken[-3:] == pytest.approx([1.0] * 3) and 8 <= len(taken) <= 12
+    assert len(warm_up(clock.call, CPU, 2.5, clock)) == 3
+    growing = Clock([1.1**i for i in range(200)])
+    assert len(warm_up(growing.call, CPU, 1e9, growing)) == 50
+
+
+def test_a_worker_goes_on_after_a_wrong_command(worker: Worker) -> None:
+    with pytest.raises(WorkerError, match="AttributeError"):
+        worker.ask("nothing")
+    assert worker.ask("warm", max_s=0.0)["seconds"]
