@@ -70,7 +70,9 @@ class BackboneSubject:
         modules[self._library] = [type(self._upstream.module).__module__]
         self._modules = modules
         self.upstream = f"{self._library} eager"
-        self.notes = [] if why_own is None else [f"upstream is our own plain PyTorch: {why_own}"]
+        self.notes: list[str] = (
+            [] if why_own is None else [f"upstream is our own plain PyTorch: {why_own}"]
+        )
         self._others: dict[str, Upstream | str] = {}
         for library in (one for one in LIBRARIES if one in against and one != self._library):
             try:

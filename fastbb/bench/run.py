@@ -19,7 +19,9 @@ from .environment import describe_machine, gpu_for_smi
 from .hosts import HostSubject
 from .measure import SECONDS, Bench
 from .results import Cell, Results
+from .stages import measure_end_to_end
 from .subject import Subject
+from .traffic import Traffic
 from .ways import check_installed
 
 
@@ -59,9 +61,12 @@ class Asked:
     def from_options(cls, options: dict[str, Any]) -> Asked:
         """What a file of results was asked for."""
         known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in options.items() if name in known}
-        lists = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**lists)
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in options.items()
+            if name in known
+        }
+        return cls(**values)
 
 
 def new_results(asked: Asked, command: Sequence[str]) -> Results:
@@ -140,7 +145,76 @@ def _subjects(
         )
     for name in asked.hosts:
         say(f"loading {name}")
-        yield HostSubject(name)
+        yield HostSubject(
+            name,
+            asked.size,
+            random_weights=asked.random_weights,
+            modes=asked.modes,
+            device=device,
+        )
+
+
+def run_end_to_end(
+    asked: Asked,
+    results: Results,
+    images: str,
+    *,
+    null_model: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Measures the extraction of the features of images, for each model and precision.
+
+    Args:
+        asked: what to measure; of the batches the largest counts.
+        results: see `new_results`.
+        images: as `fastbb extract` takes them.
+        null_model: measures the feed alone.
+        say: is told what is going on, a line at a time.
+
+    Raises:
+        OSError, ValueError: see `measure_end_to_end`.
+    """
+    for model in asked.models:
+        for precision in asked.precisions:
+            found = measure_end_to_end(
+                model,
+                images,
+                precision=precision,
+                mode=asked.modes[0],
+                batch=max(asked.batches),
+                device=asked.device,
+                random_weights=asked.random_weights,
+                null_model=null_model,
+                seconds=4 * asked.seconds,
+                say=say,
+            )
+            results.end_to_end.append(found.to_dict())
+            if found.interrupted:
+                results.interrupted = True
+                return
+
+
+def run_traffic(
+    asked: Asked,
+    results: Results,
+    counted: list[Traffic],
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Counts bytes and launches on a GPU, in bf16, for each model, host and batch.
+
+    Args:
+        asked: what to count.
+        results: get a cell for each.
+        counted: gets the launches of each.
+        say: is told what is going on, a line at a time.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: an argument is invalid.
+    """
+    for name in asked.models:
+        for batch in asked.batches:
+            say(f"counting {name}, batch {batch}")
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

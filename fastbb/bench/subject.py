@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,10 @@ from fastbb_kernels.accuracy import (
 )
 
 N_CHECKED = 2  # images at each end of a batch whose results are compared
+
+
+class SkippedError(Exception):
+    """A way does not run a cell; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Subject(Protocol):
     params: int | None
     macs: int | None
     activations: int | None
-    notes: Sequence[str]
+    notes: list[str]
 
     def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
         """The ways to run it, upstream first; writes what their processes read into the folder."""

@@ -20,8 +20,7 @@ from ..backbone.registry import Upstream, family_of
 from ..engine.measuring import describe
 from ..engine.prepare import explain
 from ..inspect.upstream import upstream_of
-from .subject import torch_dtype
-from .worker import SkippedError
+from .subject import SkippedError, torch_dtype
 
 LIBRARIES = ("transformers", "timm", "torchvision")
 ENGINES = ("compile", "openvino", "onnxruntime")

@@ -58,10 +58,6 @@ class Runner(Protocol):
         ...
 
 
-class SkippedError(Exception):
-    """A way does not run a cell; the message says why."""
-
-
 class _Worker:
     """The commands of a worker."""
 
@@ -178,11 +174,12 @@ def _answer(worker: _Worker, line: str) -> dict[str, Any]:
     command = json.loads(line)
     try:
         return getattr(worker, command["do"])(command)
-    except SkippedError as error:
-        return {"kind": "skip", "error": str(error)}
     except Exception as error:
         from ..engine.measuring import describe
+        from .subject import SkippedError
 
+        if isinstance(error, SkippedError):
+            return {"kind": "skip", "error": str(error)}
         return {"kind": "memory" if _is_memory(error) else "error", "error": describe(error)}
 
 

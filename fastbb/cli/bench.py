@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from .options import MODES, RANDOM_WEIGHTS, Batches, Choices, Integers, Names, SizeOrSide
 from .shell import Command, echo, say
@@ -111,6 +113,59 @@ def bench(models: tuple[str, ...], **options: Any) -> None:
     interrupted, 143 terminated.
     """
     from ..bench.command import Outputs, run
+    from ..bench.results import Results
+    from ..bench.run import Asked
 
     outputs = Outputs(**{k: options.pop(f"{k}_path") for k in ("csv", "json", "markdown", "plot")})
-    sys.exit(run(models, outputs=outputs, command=sys.argv[1:], echo=echo, say=say, **options))
+    outputs.check()
+    how = {name: options.pop(name) for name in ("null_model", "traffic")}
+    images, old_path = options.pop("end_to_end"), options.pop("old_path")
+    old = None if old_path is None else Results.read(old_path)
+    hosts = options["hosts"] or ()
+    if old is not None and not (models or hosts):
+        _check_nothing_else_is_said(options)
+        asked = Asked.from_options(old.options)
+    else:
+        asked = Asked(**{**options, "models": models, "hosts": hosts})
+    _check(asked, images=images, old=old, **how)
+    command = ["fastbb", *sys.argv[1:]]
+    sys.exit(
+        run(
+            asked,
+            outputs=outputs,
+            command=command,
+            echo=echo,
+            say=say,
+            images=images,
+            old=old,
+            **how,
+        )
+    )
+
+
+def _check_nothing_else_is_said(options: Mapping[str, Any]) -> None:
+    context = click.get_current_context()
+    said = [
+        name
+        for name in options
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if said:
+        raise click.UsageError(
+            "with --compare and no MODEL the file says what is measured; name MODEL to choose"
+        )
+
+
+def _check(asked: Any, *, images: str | None, null_model: bool, traffic: bool, old: Any) -> None:
+    """Refuses options that contradict each other."""
+    if not (asked.models or asked.hosts):
+        raise click.UsageError(
+            "wanted a MODEL, --accelerate HOST or --compare OLD.json; `fastbb list` prints models"
+        )
+    alone = [name for name, value in (("--end-to-end", images), ("--traffic", traffic)) if value]
+    if len(alone) == 2 or (alone and old is not None):
+        raise click.UsageError(f"{alone[0]} and {(*alone, '--compare')[1]}: take one of them")
+    if null_model and images is None:
+        raise click.UsageError("--null-model is for --end-to-end INPUT")
+    if images is not None and asked.hosts:
+        raise click.UsageError("--end-to-end takes MODEL, not --accelerate HOST")

@@ -85,9 +85,15 @@ class PretendedWorker:
 
 
 class Subject:
-    name, kind, size, upstream, stages = "model", "backbone", (32, 32), UPSTREAM, ("stage1",)
-    params = macs = activations = None
-    notes = ("a note",)
+    name, kind, upstream = "model", "backbone", UPSTREAM
+    size: tuple[int, int] = (32, 32)
+    stages: tuple[str, ...] = ("stage1",)
+    params: int | None = None
+    macs: int | None = None
+    activations: int | None = None
+
+    def __init__(self) -> None:
+        self.notes = ["a note"]
 
     def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
         return [

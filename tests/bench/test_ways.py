@@ -16,7 +16,6 @@ from fastbb.backbone.registry import family_of
 from fastbb.bench.backbones import BackboneSubject
 from fastbb.bench.processes import Worker, WorkerError
 from fastbb.bench.subject import Truth, WaySpec
-from fastbb.bench.timing import timed_calls, warm_up
 from fastbb.bench.ways import check_installed, make_runner
 from fastbb.inspect.upstream import run_upstream, upstream_of
 from fastbb.inspect.verify import random_images
@@ -208,32 +207,6 @@ def test_a_process_that_dies_or_hangs_is_an_error(tmp_path: Path) -> None:
         assert died.value.kind == "memory"
     finally:
         one.close()
-
-
-class Clock:
-    def __init__(self, seconds: list[float]) -> None:
-        self.now, self.seconds = 0.0, seconds
-
-    def __call__(self) -> float:
-        return self.now
-
-    def call(self) -> None:
-        self.now += self.seconds.pop(0) if len(self.seconds) > 1 else self.seconds[0]
-
-
-@pytest.mark.parametrize(("call_s", "n_calls"), [(0.3, 4), (1.0, 1), (9.0, 1)])
-def test_a_turn_lasts_its_seconds(call_s: float, n_calls: int) -> None:
-    clock = Clock([call_s])
-    assert timed_calls(clock.call, 1.0, CPU, clock) == pytest.approx([call_s] * n_calls)
-
-
-def test_warm_up_ends_when_times_are_stable() -> None:
-    clock = Clock([9.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0])
-    taken = warm_up(clock.call, CPU, 1000, clock)
-    assert taken[-3:] == pytest.approx([1.0] * 3) and 8 <= len(taken) <= 12
-    assert len(warm_up(clock.call, CPU, 2.5, clock)) == 3
-    growing = Clock([1.1**i for i in range(200)])
-    assert len(warm_up(growing.call, CPU, 1e9, growing)) == 50
 
 
 def test_a_worker_goes_on_after_a_wrong_command(worker: Worker) -> None:

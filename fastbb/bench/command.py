@@ -1,0 +1,162 @@
+"""The command `fastbb bench`: measures, prints, and writes files, also after Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.interruption import interruption_code
+from ..extraction.layout import OutputError
+from . import end_to_end, exports, markdown, plot, table
+from .compare import Comparison, compare
+from .results import Results
+from .run import Asked, new_results, run_bench, run_end_to_end, run_traffic
+from .traffic import Traffic, breakdown, summary
+from .traffic import plot as plot_traffic
+from .waterfall import plot_waterfall
+
+Line = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Files that a bench writes, None for those that nobody wants."""
+
+    csv: Path | None = None
+    json: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+
+    def check(self) -> None:
+        """Raises a ValueError for a file that could not be written after the measurement."""
+        wanted = {f"--{name}": path for name, path in vars(self).items() if path is not None}
+        exports.check_targets(wanted)
+        if self.plot is not None:
+            plot.check_plot(self.plot)
+
+    def write(self, results: Results, traffic: Sequence[Traffic]) -> list[str]:
+        """Writes the files; returns why some could not be."""
+        problems = []
+        for path, write in (
+            (self.csv, exports.write_csv),
+            (self.json, exports.write_json),
+            (self.markdown, lambda results, path: _write_markdown(results, traffic, path)),
+            (self.plot, lambda results, path: _draw(results, traffic, path)),
+        ):
+            if path is None:
+                continue
+            try:
+                write(results, path)
+            except (OutputError, OSError, ValueError) as error:
+                problems.append(str(error))
+        return problems
+
+
+def run(
+    asked: Asked,
+    *,
+    outputs: Outputs,
+    command: Sequence[str],
+    echo: Line,
+    say: Line,
+    images: str | None = None,
+    null_model: bool = False,
+    traffic: bool = False,
+    old: Results | None = None,
+) -> int:
+    """Runs a bench and returns the exit code of the command.
+
+    Args:
+        asked: what to measure.
+        outputs: files to write.
+        command: as it was typed.
+        echo: prints the report.
+        say: prints what is going on.
+        images: measures the extraction of their features instead.
+        null_model: without the model.
+        traffic: counts bytes and launches instead.
+        old: results to compare with.
+
+    Raises:
+        OSError, ValueError: see `run_bench`.
+        OutputError: a file cannot be written; the report was printed.
+    """
+    results = new_results(asked, command)
+    counted: list[Traffic] = []
+    try:
+        if traffic:
+            run_traffic(asked, results, counted, say)
+        elif images is not None:
+            run_end_to_end(asked, results, images, null_model=null_model, say=say)
+        else:
+            run_bench(asked, results, old=old, say=say)
+    except KeyboardInterrupt:
+        if not (results.cells or results.end_to_end):
+            raise
+        results.interrupted = True
+        # inside this handler the interruption is not raised again
+        _finish(results, counted, outputs, echo, None if old is None else compare(old, results))
+        return interruption_code() or 130
+    comparison = None if old is None else compare(old, results)
+    _finish(results, counted, outputs, echo, comparison)
+    if results.interrupted:
+        return interruption_code() or 130
+    is_slower = comparison is not None and comparison.regressed
+    return 1 if is_slower or _is_wrong(results) else 0
+
+
+def _finish(
+    results: Results,
+    traffic: Sequence[Traffic],
+    outputs: Outputs,
+    echo: Line,
+    comparison: Comparison | None,
+) -> None:
+    problems = outputs.write(results, traffic)
+    parts = [_text(results, traffic), "" if comparison is None else str(comparison)]
+    echo("\n\n".join(filter(None, parts)))
+    if problems:
+        raise OutputError("; ".join(problems))
+
+
+def _is_wrong(results: Results) -> bool:
+    """Whether a way is wrong, or a cell has no times at all."""
+    return any(
+        any(way.wrong for way in cell.ways) or not any(way.rounds_s for way in cell.ways)
+        for cell in results.cells
+        if cell.ways
+    )
+
+
+def _text(results: Results, traffic: Sequence[Traffic]) -> str:
+    if traffic:
+        return "\n\n".join([summary(traffic), *map(breakdown, traffic)])
+    if results.end_to_end:
+        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
+        return "\n\n".join(map(end_to_end.text, found))
+    return table.text(results)
+
+
+def _write_markdown(results: Results, traffic: Sequence[Traffic], path: Path) -> None:
+    exports.write_text(path, _markdown(results, traffic))
+
+
+def _markdown(results: Results, traffic: Sequence[Traffic]) -> str:
+    head = markdown.markdown(results)
+    if traffic:
+        return f"{markdown.run_table(results)}\n\n{summary(traffic)}\n"
+    if results.end_to_end:
+        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
+        return "\n\n".join([markdown.run_table(results), *map(end_to_end.markdown, found)]) + "\n"
+    return head
+
+
+def _draw(results: Results, traffic: Sequence[Traffic], path: Path) -> None:
+    if traffic:
+        plot_traffic(traffic, path)
+    elif results.end_to_end:
+        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
+        plot_waterfall(list(found), path)
+    else:
+        plot.plot(results, path)
