@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from typing import Any
 
 from .noise import best, ratio
 from .results import Cell, Results, Way
@@ -37,15 +37,11 @@ def markdown(results: Results) -> str:
         results: of a bench, complete or interrupted.
     """
     parts = [_run(results)]
-    models = groupby(results.cells, lambda cell: (cell.kind, cell.model, cell.size))
-    hosts: list[list[Cell]] = []
-    for (kind, _, _), same in models:
-        cells = list(same)
-        if kind == "host":
-            hosts.append(cells)
-        else:
-            parts.append(_model(cells))
-    if hosts:
+    models: dict[Any, list[Cell]] = {}
+    for cell in results.cells:
+        models.setdefault((cell.kind, cell.model, cell.size), []).append(cell)
+    parts += [_model(cells) for cells in models.values() if cells[0].kind != "host"]
+    if hosts := [cells for cells in models.values() if cells[0].kind == "host"]:
         parts.append(_hosts(hosts))
     parts.append(_bullets(end_notes(results)))
     return "\n\n".join(filter(None, parts)) + "\n"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..engine.explanation import printable, table
+from ..engine.explanation import printable
 from ..engine.measuring import duration, memory
 from .noise import (
     FEW_ROUNDS,
@@ -20,12 +20,13 @@ from .noise import (
 )
 from .results import Cell, Results, Way
 
-BEST = " *"
+_BEST = " *"
 _ENOUGH_CALLS = 100  # of which one is beyond the 99th percentile
 _LEGEND = (
     "*: fastest of its cell. ratio: times as fast as {upstream}, in the same rounds{interval}."
 )
 _NOTHING = "0 s"
+_INSIDE = "inside: share of the time inside the modules that fastbb replaces."
 _NO_TIMES = "was not measured"
 
 
@@ -66,37 +67,69 @@ def text(results: Results) -> str:
 def _cells(cells: Sequence[Cell], notes: Notes) -> str:
     """One table, so that the columns of all cells have the same place."""
     bests = [best(cell) for cell in cells]
-    columns = {
-        name: [show(cell, way, notes) for cell in cells for way in cell.ways]
-        for name, show in COLUMNS.items()
-    }
-    columns = {name: values for name, values in columns.items() if has_values(values)}
-    ways = [
-        f"  {name_of(way, notes)}{BEST if way is found.way else ''}"
+    # row by row, so that footnotes are numbered as they are read
+    rows = [
+        [
+            name_of(way, notes) + (_BEST if way is found.way else ""),
+            *(show(cell, way, notes) for show in COLUMNS.values()),
+        ]
         for cell, found in zip(cells, bests)
         for way in cell.ways
     ]
-    rows = [["", *columns], *zip(ways, *columns.values())]
-    header, *lines = table(_right_aligned(rows)).split("\n")
-    parts, place = [header], 0
+    columns = dict(zip(("", *COLUMNS), zip(*rows)))
+    columns = {name: values for name, values in columns.items() if not name or has_values(values)}
+    left, sections = list(zip(*columns.values())), []
     for cell, found in zip(cells, bests):
-        n_ways = len(cell.ways)
+        of_cell, left = left[: len(cell.ways)], left[len(cell.ways) :]
         below = [conclusion(cell, found), *cell_notes(cell), *_traffic(cell, notes)]
-        parts += [title(cell), *lines[place : place + n_ways], *(f"  {line}" for line in below), ""]
-        place += n_ways
-    return "\n".join(parts[:-1])
+        sections.append(Section(title(cell), of_cell, below))
+    return with_headings(list(columns), sections)
+
+
+class Section(NamedTuple):
+    """Rows of a table below a heading.
+
+    Attributes:
+        heading: a line.
+        rows: a name and numbers.
+        below: lines after the rows.
+    """
+
+    heading: str
+    rows: Sequence[Sequence[str]]
+    below: Sequence[str] = ()
+
+
+def with_headings(header: Sequence[str], sections: Sequence[Section]) -> str:
+    """One table with headings between its rows.
+
+    Args:
+        header: names of the columns.
+        sections: in order.
+    """
+    indented = [[f"  {row[0]}", *row[1:]] for one in sections for row in one.rows]
+    first, *lines = aligned([header, *indented])
+    parts, place = [first], 0
+    for number, one in enumerate(sections):
+        end = place + len(one.rows)
+        parts += [*([""] if number else []), one.heading, *lines[place:end]]
+        parts += [f"  {line}" for line in one.below]
+        place = end
+    return "\n".join(parts)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip()
+        for row in rows
+    ]
 
 
 def has_values(column: Sequence[str]) -> bool:
+    """Whether a column says anything: of ways that do not compile, "compile" does not."""
     return not {*column} <= {"", _NOTHING}
-
-
-def _right_aligned(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Rows with the same width of every column but the first."""
-    first, *columns = zip(*rows)
-    widths = [max(map(len, column)) for column in columns]
-    aligned = [[value.rjust(width) for value in column] for column, width in zip(columns, widths)]
-    return [list(row) for row in zip(first, *aligned)]
 
 
 def title(cell: Cell) -> str:
@@ -125,7 +158,11 @@ def images_per_s(cell: Cell, way: Way, notes: Notes) -> str:
     measured = speed(way, cell.batch)
     if way.reason is not None or measured is None:
         return "-" + notes.mark(way.reason or _NO_TIMES, way.name)
-    value = measured.images_per_s
+    return rate(measured.images_per_s)
+
+
+def rate(value: float) -> str:
+    """Images per second with three or more digits."""
     return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
@@ -238,7 +275,7 @@ def _traffic(cell: Cell, notes: Notes) -> list[str]:
     if not cell.traffic:
         return []
     header = ("counted on a GPU", "traffic (ratio)", "launches")
-    return table(_right_aligned([header, *traffic_rows(cell, notes)])).split("\n")
+    return aligned([header, *traffic_rows(cell, notes)])
 
 
 def _legend(cells: Sequence[Cell]) -> list[str]:
@@ -249,6 +286,7 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
             interval=interval_words(cells),
         ),
         *call_notes(cells),
+        *([_INSIDE] if any(cell.kind == "host" for cell in cells) else []),
     ]
 
 
@@ -265,8 +303,6 @@ def call_notes(cells: Sequence[Cell]) -> list[str]:
     speeds = [speed(way, cell.batch) for cell in cells for way in cell.ways if is_valid(way)]
     if any(one is not None and one.n_calls < _ENOUGH_CALLS for one in speeds):
         notes.append(f"p99 of fewer than {_ENOUGH_CALLS} calls is about their slowest.")
-    if any(cell.kind == "host" for cell in cells):
-        notes.append("inside: share of the time inside the modules that fastbb replaces.")
     return notes
 
 
