@@ -20,10 +20,10 @@ _BAR_HEIGHT = 0.7
 _SUFFIXES = (".png", ".svg", ".pdf")
 _TITLE = "Images per second"
 # inches
-_COLUMN, _BAR, _PANEL, _LINE = 5.6, 0.23, 0.72, 0.17
+_COLUMN, _BAR, _PANEL, _LINE = 5.8, 0.23, 0.72, 0.17
 _TITLE_HEIGHT, _MARGIN = 0.4, 0.1
 # characters
-_TITLE_CHARS, _REASON_CHARS, _MACHINE_CHARS = 60, 56, 92
+_TITLE_CHARS, _SETTING_CHARS, _NAME_CHARS, _REASON_CHARS, _MACHINE_CHARS = 56, 70, 28, 56, 92
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -65,7 +65,7 @@ def plot(results: Results, path: str | os.PathLike[str]) -> None:
     n_bars = [max(len(cell.ways) for cell in row) for row in rows]
     height = sum(_BAR * number + _PANEL for number in n_bars) + heading
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / height), wspace=0.04, hspace=0.04)
-    figure = Figure(figsize=(_COLUMN * n_columns + 1.0, height), layout=layout)
+    figure = Figure(figsize=(_COLUMN * n_columns + 1.0, height), dpi=160, layout=layout)
     panels = figure.subplots(len(rows), n_columns, squeeze=False, height_ratios=n_bars)
     for panel, cell in zip(panels.flat, cells):
         _draw(panel, cell)
@@ -79,7 +79,7 @@ def plot(results: Results, path: str | os.PathLike[str]) -> None:
     below = 1 - (_TITLE_HEIGHT - 0.05) / height
     figure.text(left, below, "\n".join(lines), va="top", size=9, color=_QUIET, parse_math=False)
     image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix[1:], dpi=160)
+    figure.savefig(image, format=Path(path).suffix[1:])
     write_file(Path(path), image.getvalue())
 
 
@@ -112,7 +112,7 @@ def _draw(axes: Any, cell: Cell) -> None:
         weight = "bold" if way is found.way else "normal"
         axes.text(right, place, label, va="center", size=8.5, weight=weight)
     axes.set_title(_panel_title(cell, found), size=9, loc="left", pad=4, parse_math=False)
-    names = [textwrap.shorten(way.name, 32, placeholder="...") for way in cell.ways]
+    names = [_shortened(way.name, _NAME_CHARS) for way in cell.ways]
     axes.set_yticks(range(len(names)), names, size=9, parse_math=False)
     axes.set_xlim(0, 1.32 * largest)
     axes.set_xticks([])
@@ -136,7 +136,7 @@ def _draw_missing(axes: Any, way: Way, place: int, largest: float) -> None:
         )
         left += 0.06 * largest
     word = "WRONG" if way.wrong is not None else "does not run"
-    text = textwrap.shorten(f"{word}: {why}", _REASON_CHARS, placeholder="...")
+    text = _shortened(f"{word}: {why}", _REASON_CHARS)
     axes.text(left, place, text, va="center", size=8, color=_QUIET, parse_math=False)
 
 
@@ -150,4 +150,8 @@ def _panel_title(cell: Cell, found: Best) -> str:
     words = [f"{setting(cell)}, {pixels(cell)}"]
     if against is not None and found.other is not None:
         words.append(f"ours {against} x {found.other.name}")
-    return f"{model}\n{': '.join(words)}"
+    return f"{model}\n{_shortened(': '.join(words), _SETTING_CHARS)}"
+
+
+def _shortened(text: str, n_chars: int) -> str:
+    return textwrap.shorten(text, n_chars, placeholder="...")
