@@ -63,10 +63,26 @@ def test_slowdown_of_the_whole_machine_changes_nothing() -> None:
     assert not compare(bench(0), new).regressed
 
 
-def test_small_but_certain_change_is_the_same() -> None:
-    old, new = bench(0), bench(0, 0.97)  # the same noise
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.96] * 10, "same"),
+        ([0.94] * 10, "slower"),
+        ([1.04] * 10, "same"),
+        ([1.06] * 10, "faster"),
+        ([0.85] * 7 + [1.1] * 3, "same"),  # 1 is in its 99 % interval, by 5 samples of 100
+    ],
+    ids=["small", "enough", "small-gain", "enough-gain", "uncertain"],
+)
+def test_change_counts_if_it_is_large_and_certain(ratios: list[float], verdict: str) -> None:
+    old, new = (made_results(made_cell(speeds={UPSTREAM: 1.0, PLANTED: 1.0})) for _ in range(2))
+    for results, of_rounds in ((old, [1.0] * 10), (new, ratios)):
+        upstream, ours = results.cells[0].ways
+        upstream.rounds_s = [[1.0]] * 10
+        ours.rounds_s = [[1 / one] for one in of_rounds]
     change = change_of(compare(old, new), PLANTED)
-    assert change.verdict == "same" and not change.regressed
+    assert change.new == pytest.approx(sorted(ratios)[4])
+    assert change.verdict == verdict and change.regressed == (verdict == "slower")
 
 
 def test_slower_other_way_is_information() -> None:
