@@ -132,7 +132,7 @@ def regressed_cells(comparison: Comparison) -> list[CellKey]:
 
 
 def _environments(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], bool]:
-    """What differs, in sentences, and whether the hardware is the same."""
+    """Differences in sentences, and whether the hardware is the same."""
     notices = []
     other = [
         f"{name} {_shown(old.get(name))} -> {_shown(new.get(name))}"

@@ -82,7 +82,7 @@ def _speeds(cells: Sequence[Cell], notes: Notes) -> str:
 
 
 def _details(cells: Sequence[Cell], notes: Notes) -> str:
-    """A row for each way of each cell, with what images/s do not say."""
+    """A row for each way of each cell: ratio, latency, memory, start, error."""
     names = [name for name in COLUMNS if name not in _ELSEWHERE]
     there = [
         (cell, way)

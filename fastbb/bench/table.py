@@ -291,14 +291,14 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
 
 
 def interval_words(cells: Sequence[Cell]) -> str:
-    """What stands in parentheses after a ratio."""
+    """Words for the parentheses after ratios; "" where no ratio has any."""
     ratios = [ratio_to_upstream(cell, way) for cell in cells for way in cell.ways]
     known = any(one is not None and one.low not in (None, 1.0) for one in ratios)
     return ", with its 95 % interval" if known else ""
 
 
 def call_notes(cells: Sequence[Cell]) -> list[str]:
-    """What to know about the numbers of all cells."""
+    """Sentences about the numbers of all cells."""
     notes = []
     speeds = [speed(way, cell.batch) for cell in cells for way in cell.ways if is_valid(way)]
     if any(one is not None and one.n_calls < _ENOUGH_CALLS for one in speeds):
