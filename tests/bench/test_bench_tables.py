@@ -1,0 +1,160 @@
+"""Tables of a bench, in text and in Markdown."""
+
+import re
+
+import pytest
+from bench_results import UPSTREAM, made_cell, made_host, made_results
+
+from fastbb.bench.markdown import markdown
+from fastbb.bench.results import Cell, Results, Way
+from fastbb.bench.table import text
+
+
+def lines_of(results: Results) -> list[str]:
+    return text(results).splitlines()
+
+
+def line_of(results: Results, way: str) -> str:
+    return next(line for line in lines_of(results) if line.startswith(f"  {way}"))
+
+
+def cell_with_every_kind() -> Cell:
+    cell = made_cell(batch=4)
+    cell.asked_batch = 64
+    cell.ways[1].wrong = "stage4: error 0.02, allowed 0.0004"
+    cell.ways[2].note = "some calls ran eager"
+    cell.ways.append(Way("ONNX Runtime", reason="not in bf16"))
+    cell.notes.append("The GPU throttled in 2 rounds: power.")
+    return cell
+
+
+def test_cells_share_one_table_with_machine_and_footnotes() -> None:
+    results = made_results(cell_with_every_kind(), made_cell("resnet50", "bf16", 8))
+    lines = lines_of(results)
+    assert lines[0] == "AMD EPYC, AVX512, avx512_bf16, 2 threads of 2 cores"
+    assert "torch 2.14.1" in lines[1] and lines[2].startswith("2026-11-30")
+    header = lines[4].split()
+    assert header == [
+        "images/s",
+        "ratio",
+        "p50",
+        "p90",
+        "p99",
+        "memory",
+        "cold",
+        "start",
+        "compile",
+        "error",
+    ]
+    assert "microsoft/swin-tiny-patch4-window7-224, fp32, batch 4, 224x224" in lines
+    assert "resnet50, bf16, batch 8, 224x224" in lines
+    rows = [line for line in lines if re.match(r"  (fastbb eager|transformers eager) ", line)]
+    assert {len(line) for line in rows} == {len(lines[4])}  # columns of both cells are aligned
+    assert max(map(len, lines)) <= 120
+    assert "  Batch 4 instead of 64: memory ran out." in lines
+    assert "  The GPU throttled in 2 rounds: power." in lines
+
+
+def test_wrong_way_has_no_speed_and_is_never_the_best() -> None:
+    cell = cell_with_every_kind()
+    cell.ways[1].rounds_s = [[1e-6]] * 10
+    results = made_results(cell)
+    wrong = line_of(results, "OpenVINO").split()
+    assert wrong[:3] == ["OpenVINO", "WRONG", "[1]"] and wrong[-1] == "1.2e-06"
+    assert "ms" not in wrong
+    assert line_of(results, "fastbb compiled *")
+    assert "[1] OpenVINO: stage4: error 0.02, allowed 0.0004" in lines_of(results)
+
+
+def test_way_without_times_has_a_footnote() -> None:
+    results = made_results(cell_with_every_kind())
+    assert line_of(results, "ONNX Runtime").split() == ["ONNX", "Runtime", "-", "[3]"]
+    assert line_of(results, "fastbb eager [2]")
+    assert "[2] fastbb eager: some calls ran eager" in lines_of(results)
+    assert "[3] ONNX Runtime: not in bf16" in lines_of(results)
+    results.cells[0].ways[-1] = Way("ONNX Runtime")  # interrupted before its turn
+    assert "[3] ONNX Runtime: was not measured" in lines_of(results)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "n_rounds", "sentence"),
+    [
+        ({"fastbb auto": 1.2}, 10, r"fastbb auto is 1.\d\d \(.*\) times as fast as .*: faster, b"),
+        ({"fastbb auto": 0.8}, 10, r"fastbb auto is 0.\d\d \(.*\) times as fast as .*: slower, b"),
+        ({"fastbb auto": 1.0}, 10, r"fastbb auto and .* differ by less than the noise: \d"),
+        ({"fastbb auto": 1.2}, 2, r"fastbb auto is 1.\d\d times .*; too few rounds to tell"),
+        ({"timm eager": 1.2}, 10, r"No comparison: no fastbb way has times of a right result"),
+    ],
+    ids=["faster", "slower", "noise", "few-rounds", "none-of-ours"],
+)
+def test_each_cell_has_a_sentence(speeds: dict[str, float], n_rounds: int, sentence: str) -> None:
+    cell = made_cell(speeds={UPSTREAM: 1.0, **speeds}, n_rounds=n_rounds)
+    assert re.search(sentence, text(made_results(cell)))
+
+
+def test_host_has_columns_for_its_backbone() -> None:
+    results = made_results(made_host())
+    assert "inside" in lines_of(results)[4] and "ratio inside" in lines_of(results)[4]
+    assert " 60 % " in line_of(results, UPSTREAM)
+    assert re.search(r"55 %  1\.2\d \(1\.\d\d-1\.\d\d\)", line_of(results, "fastbb auto *"))
+    assert "inside" not in text(made_results(made_cell()))
+    assert "compile" not in lines_of(results)[4]  # nothing compiles
+
+
+def test_traffic_has_its_ratio_to_upstream() -> None:
+    cell = made_cell()
+    cell.traffic = {
+        "fastbb eager": {"bytes": 2_310_000_000, "launches": 56},
+        UPSTREAM: {"bytes": 11_290_000_000, "launches": 427},
+        "OpenVINO": {"reason": "no PyTorch"},
+    }
+    shown = text(made_results(cell))
+    assert re.search(r"fastbb eager +2\.31 GB \(0\.20\) +56\n", shown)
+    assert re.search(r"OpenVINO +- \[1\]\n", shown) and "[1] OpenVINO: no PyTorch" in shown
+    assert "| fp32, batch 1 | fastbb eager | 2.31 GB (0.20) | 56 |" in markdown(made_results(cell))
+
+
+def test_results_without_cells_or_environment_are_shown() -> None:
+    assert text(Results("fastbb bench", {}, interrupted=True)).startswith("Interrupted")
+    assert markdown(Results("fastbb bench", {})).startswith("| command | `fastbb bench` |")
+    lone = made_cell(speeds={"fastbb auto": 1.0})  # upstream is not even listed
+    assert "-" in text(Results("fastbb bench", {}, cells=[lone]))
+
+
+def test_text_of_others_cannot_break_lines_or_markup() -> None:
+    cell = cell_with_every_kind()
+    cell.ways[1].wrong = "a\x1b[31m\nb | <script>"
+    assert "[1] OpenVINO: a\\x1b[31m\\nb | <script>" in text(made_results(cell))
+    assert "a\\x1b[31m\\nb \\| &lt;script&gt;" in markdown(made_results(cell))
+
+
+def tables_of(page: str) -> list[list[str]]:
+    blocks = [block.splitlines() for block in page.split("\n\n")]
+    return [block for block in blocks if block[0].startswith("|")]
+
+
+def test_markdown_has_a_table_for_each_model() -> None:
+    cells = [cell_with_every_kind(), made_cell("resnet50"), made_cell(batch=8), made_host()]
+    page = markdown(made_results(*cells))
+    run, speeds, details, *_ = tables_of(page)
+    assert run[0] == "| command | `fastbb bench swin --batch 1,8` |"
+    assert [row.split(" | ")[0] for row in run[2:]] == ["| hardware", "| date", "| versions"]
+    assert speeds[0] == "| images/s, 224x224 | fp32, batch 4 | fp32, batch 8 |"
+    assert re.fullmatch(r"\| OpenVINO \| WRONG \[1\] \| \d+\.\d \|", speeds[3])
+    assert re.fullmatch(r"\| fastbb compiled \| \*\*\d+\.\d\*\* \| \*\*\d+\.\d\*\* \|", speeds[5])
+    assert re.fullmatch(r"\| ONNX Runtime \| - \[3\] \|  \|", speeds[6])
+    assert speeds[7].startswith("| fastbb's best / best of the others | 1.")
+    assert details[0].startswith("| cell | way | ratio | p50 | p90 | p99 | memory | cold start |")
+    assert page.count("## microsoft/swin-tiny") == 1 and page.count("## resnet50") == 1
+    assert "| MaskFormer | 800x1088 | 1.1" in page and "| 60 % -> 55 % |" in page
+    assert "* fp32, batch 4: Batch 4 instead of 64: memory ran out." in page
+    for table in tables_of(page):
+        assert len({row.replace("\\|", "").count("|") for row in table}) == 1
+
+
+def test_markdown_of_a_host_that_fails_has_the_reason() -> None:
+    cell = made_host()
+    cell.ways[1].rounds_s, cell.ways[1].reason = [], "no such op"
+    page = markdown(made_results(cell))
+    assert "| MaskFormer | 800x1088 | - [1] | - | - |" in page
+    assert "* [1] fastbb auto: no such op" in page
