@@ -11,8 +11,9 @@ from .end_to_end import MAIN, EndToEnd, Stage, number, verdict
 # Okabe and Ito's palette, which colour-blind readers can distinguish
 _BOUND, _FEED, _MAIN, _TOGETHER = "#D55E00", "#56B4E9", "#0072B2", "#555555"
 _BAR_HEIGHT = 0.66
-_BAR_INCHES, _TITLE_INCHES, _FOOT_INCHES = 0.3, 0.75, 0.85
-_ROOM = 1.34  # right end of the axis by that of the bars: numbers stand there
+_BAR_INCHES, _TITLE_INCHES, _FOOT_INCHES = 0.3, 0.68, 1.12
+_ROOM = 1.25  # right end of the axis by that of the whiskers: numbers stand there
+_KEY = (("decode threads", _FEED, 0.66), ("main thread", _MAIN, 0.795), ("bound by", _BOUND, 0.905))
 
 
 def plot_waterfall(results: Sequence[EndToEnd], path: str | os.PathLike[str]) -> None:
@@ -35,9 +36,7 @@ def plot_waterfall(results: Sequence[EndToEnd], path: str | os.PathLike[str]) ->
     drawn = [result for result in results if result.stages]
     if not drawn:
         raise ValueError("plot: no stage was measured, so there is nothing to draw")
-    heights = [
-        (len(result.stages) + 1) * _BAR_INCHES + _TITLE_INCHES + _FOOT_INCHES for result in drawn
-    ]
+    heights = list(map(_inches, drawn))
     figure = Figure(figsize=(9, sum(heights)))
     top = sum(heights)
     for result, height in zip(drawn, heights):
@@ -50,14 +49,18 @@ def plot_waterfall(results: Sequence[EndToEnd], path: str | os.PathLike[str]) ->
     figure.savefig(path, dpi=160)
 
 
+def _inches(result: EndToEnd) -> float:
+    n_bars = len(result.stages) + (result.together is not None)
+    return n_bars * _BAR_INCHES + _TITLE_INCHES + _FOOT_INCHES
+
+
 def _draw(axes: Any, result: EndToEnd) -> None:
-    end = 0.0
-    ends = [result.ms]
+    end, ends = 0.0, list[float]()
     for row, stage in enumerate(result.stages):
         colour = _MAIN if stage.name in MAIN else _FEED
         if stage.name == result.bound_by:
             colour = _BOUND
-        _bar(axes, row, end, stage, colour)
+        ends.append(_bar(axes, row, end, stage, colour))
         end += stage.ms
         if row + 1 < len(result.stages):  # to the next bar, which begins there
             edges = [row + _BAR_HEIGHT / 2, row + 1 - _BAR_HEIGHT / 2]
@@ -65,9 +68,8 @@ def _draw(axes: Any, result: EndToEnd) -> None:
     names = [stage.name for stage in result.stages]
     if result.together is not None:
         axes.axhline(len(names) - 0.5, color="#cccccc", linewidth=0.8)
-        _bar(axes, len(names), 0.0, result.together, _TOGETHER)
+        ends.append(_bar(axes, len(names), 0.0, result.together, _TOGETHER))
         names.append(result.together.name)
-        ends.append(result.together.ms)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, max(ends) * _ROOM)
@@ -80,20 +82,23 @@ def _draw(axes: Any, result: EndToEnd) -> None:
     axes.set_xlabel("ms per image", size=9, labelpad=2)
 
 
-def _bar(axes: Any, row: int, start: float, stage: Stage, colour: str) -> None:
+def _bar(axes: Any, row: int, start: float, stage: Stage, colour: str) -> float:
+    """Draws a bar and returns where it and its whisker end."""
     axes.barh(row, stage.ms, left=start, height=_BAR_HEIGHT, color=colour)
     low, high = stage.interval
     fastest, slowest = start + 1e3 / high, start + 1e3 / low
     axes.plot([fastest, slowest], [row, row], color="black", linewidth=1)
     axes.plot([fastest, slowest], [row, row], "|", color="black", markersize=5)
+    right = max(slowest, start + stage.ms)
     axes.annotate(
         f"{number(stage.images_per_s)} images/s",
-        (max(slowest, start + stage.ms), row),
+        (right, row),
         xytext=(5, 0),
         textcoords="offset points",
         va="center",
         size=9,
     )
+    return right
 
 
 def _write(figure: Any, result: EndToEnd, top: float, inch: float) -> None:
@@ -107,15 +112,13 @@ def _write(figure: Any, result: EndToEnd, top: float, inch: float) -> None:
     """
     name = result.model.rstrip("/").rpartition("/")[2]
     heading = f"{name}, null model (the feed alone)" if result.null_model else name
-    how = (
-        f"{result.precision} on {result.device} ({result.mode}), batch {result.batch}; bars are "
-        "stages alone, one after the other"
-    )
+    how = f"{result.precision} on {result.device} ({result.mode}), batch {result.batch}"
+    how += "; stages alone, one after the other"
     figure.text(0.02, top - 0.14 * inch, heading, va="top", size=12, weight="bold")
     figure.text(0.02, top - 0.4 * inch, how, va="top", size=9, color="#555555")
-    bottom = top - ((len(result.stages) + 1) * _BAR_INCHES + _TITLE_INCHES + _FOOT_INCHES) * inch
-    sentences = verdict(result)
-    shown = [sentences[0], *(text for text in sentences if "overlap" in text)]
-    for line, text in enumerate(shown):
-        y = bottom + (0.4 - 0.18 * line) * inch
+    for what, colour, x in _KEY:
+        figure.text(x, top - 0.4 * inch, what, va="top", size=9, color=colour, weight="bold")
+    bottom = top - _inches(result) * inch
+    for line, text in enumerate(verdict(result)):
+        y = bottom + (_FOOT_INCHES - 0.45 - 0.18 * line) * inch
         figure.text(0.02, y, text, va="top", size=9, weight="normal" if line else "bold")
