@@ -13,7 +13,7 @@ from typing import Any
 # in the order of the pipeline: those of the decode threads, and those of the main thread
 FEED = ("read", "decode", "resize")
 MAIN = ("copy", "model", "write")
-_NEAR = 0.8  # share of what the slower threads reach alone, below which the two hinder each other
+_NEAR = 0.8  # share of what the slower threads reach alone, below which something else slows them
 
 
 @dataclass
@@ -157,8 +157,8 @@ def verdict(result: EndToEnd) -> list[str]:
         sentences.append(f"{times}: overlap hides nothing")
     if together.images_per_s < _NEAR * min(feed, main):
         sentences.append(
-            "decode threads and model slow each other: together is below "
-            f"{_NEAR:.0%} of what the slower of them reaches alone"
+            f"together is below {_NEAR:.0%} of what the slower threads reach alone: decode threads "
+            "and model, or other programs, compete for the CPU"
         )
     return sentences
 

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +256,9 @@ def test_inputs_without_images_are_refused_before_the_model_is_loaded(
 def test_arguments_are_checked(images: Path) -> None:
     with pytest.raises(ValueError, match="limit: wanted a whole number, at least 1, got 0"):
         measure(images, limit=0)
-    for random_weights in (False, True):
+    for drawn in (False, True):
         with pytest.raises(ValueError, match="precision: wanted fp32, fp16, bf16, got 'tf32'"):
-            measure(images, precision="tf32", random_weights=random_weights)
+            measure(images, precision="tf32", random_weights=drawn)
     with pytest.raises(OSError, match="such-model"):
         measure_end_to_end("./no/such-model", images)
 
@@ -288,28 +287,18 @@ def test_nothing_is_left_and_the_inputs_are_untouched(images: Path, tmp_path: Pa
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Interrupts the n-th copy of a batch to the device, counted from the first round."""
-
-    def at(n_wanted: int) -> None:
-        batch, count = stages._Bench._batch, itertools.count(1)
-
-        def counted(self: Any, *arguments: Any) -> Any:
-            if next(count) == n_wanted:
-                raise KeyboardInterrupt
-            return batch(self, *arguments)
-
-        monkeypatch.setattr(stages._Bench, "_batch", counted)
-
-    return at
-
-
 @pytest.mark.parametrize("n_rounds", [0, 1])
 def test_an_interruption_keeps_what_was_measured(
-    images: Path, tmp_path: Path, interrupt: Callable[[int], None], n_rounds: int
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_rounds: int
 ) -> None:
-    interrupt(4 * n_rounds + 3)
+    batch, count = stages._Bench._batch, itertools.count()
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        if next(count) == 4 * n_rounds + 2:  # a round has four batches
+            raise KeyboardInterrupt
+        return batch(self, *arguments)
+
+    monkeypatch.setattr(stages._Bench, "_batch", interrupted)
     result = measure(images)
     assert result.interrupted and list((tmp_path / "tmp").iterdir()) == []
     if n_rounds:
@@ -368,7 +357,7 @@ def test_the_bound_is_among_the_threads_that_are_slower() -> None:
     assert verdict(result)[0] == "bound by resize: together 190 images/s, resize alone 390"
     assert made(model=100, together=95).bound_by == "model"
     slow = made(together=100)
-    assert "overlap hides nothing" in verdict(slow)[2] and "slow each other" in verdict(slow)[3]
+    assert "overlap hides nothing" in verdict(slow)[2] and "compete" in verdict(slow)[3]
 
 
 def test_the_waterfall_has_a_bar_per_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
