@@ -80,8 +80,8 @@ def made(null_model: bool = False, **rates: float) -> EndToEnd:
     return result
 
 
-def test_rates_of_all_stages_come_from_the_clock(images: Path) -> None:
-    said: list[str] = []
+def test_rates_of_all_stages_come_from_the_clock(images: Path, tmp_path: Path) -> None:
+    said, before = list[str](), sorted(images.iterdir())
     result = measure(images, say=said.append)
     assert [stage.name for stage in result.stages] == NAMES
     assert result.together is not None and result.together.rounds == [ROWS] * N_ROUNDS
@@ -97,9 +97,10 @@ def test_rates_of_all_stages_come_from_the_clock(images: Path) -> None:
     assert (result.mode, result.batch, result.features) == ("eager", 4, ["embedding"])
     assert not result.interrupted and result.errors == {}
     assert said[-1] == "round 2 of 2: 16.0 images/s"
+    assert sorted(images.iterdir()) == before and list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_a_slow_stage_is_the_bound(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_medians_find_a_slow_stage(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, copied = Clock(), FeatureExtractor._on_device
 
     def slow(self: FeatureExtractor, pixels: torch.Tensor) -> torch.Tensor:
@@ -107,12 +108,21 @@ def test_a_slow_stage_is_the_bound(images: Path, monkeypatch: pytest.MonkeyPatch
         return copied(self, pixels)
 
     monkeypatch.setattr(FeatureExtractor, "_on_device", slow)
+    monkeypatch.setattr(stages, "N_ROUNDS", 3)
+    run, others = stages.Run.run, iter([0.0, 7.0, 99.0])
+
+    def disturbed(self: Any, **arguments: Any) -> Any:
+        clock.sleep(next(others))
+        return run(self, **arguments)
+
+    monkeypatch.setattr(stages.Run, "run", disturbed)
     result = measure(images, clock=clock)
     rates = {stage.name: stage.images_per_s for stage in result.stages}
     assert rates["copy"] == pytest.approx(4 / 41)
     assert result.bound_by in ("copy", "model")
-    assert result.together is not None
-    assert result.together.images_per_s == pytest.approx(ROWS / (1 + 4 * 40))
+    together = result.together
+    assert together is not None and together.images_per_s == pytest.approx(ROWS / (161 + 7))
+    assert together.interval == pytest.approx((ROWS / (161 + 99), ROWS / 161))
 
 
 def test_stages_run_in_the_threads_of_the_pipeline(
@@ -131,13 +141,16 @@ def test_stages_run_in_the_threads_of_the_pipeline(
     monkeypatch.setattr(stages._Extractor, "_decoded", together, raising=False)
     monkeypatch.setattr(stages._Bench, "_together", lambda self, folder: None)
     monkeypatch.setattr(stages._Bench, "_warm_up", lambda self, sample: 1.0)
-    result = measure(images)
-    assert {s.name: s.threads for s in result.stages} == {
-        **dict.fromkeys(FEED, 3),
-        "copy": 1,
-        "model": torch.get_num_threads(),
-        "write": 1,
-    }
+    clocks = threading.local()
+
+    def clock() -> float:  # of each thread its own: an image takes a second
+        clocks.now = getattr(clocks, "now", 0.0) + 1.0
+        return clocks.now
+
+    result = measure(images, clock=clock)
+    assert {s.images_per_s for s in result.stages if s.name in FEED} == {3.0}
+    threads = [stage.threads for stage in result.stages]
+    assert threads == [3, 3, 3, 1, torch.get_num_threads(), 1]
 
 
 def test_the_null_model_replaces_the_model(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +273,7 @@ def test_arguments_are_checked(images: Path) -> None:
         with pytest.raises(ValueError, match="precision: wanted fp32, fp16, bf16, got 'tf32'"):
             measure(images, precision="tf32", random_weights=drawn)
     with pytest.raises(OSError, match="such-model"):
-        measure_end_to_end("./no/such-model", images)
+        measure(images, model="./no/such-model")
 
 
 def test_random_weights_need_only_a_configuration(images: Path, tmp_path: Path) -> None:
@@ -278,13 +291,6 @@ def test_a_sample_is_spread_over_many_images(images: Path) -> None:
     assert (result.n_images, result.n_sampled, result.rows) == (60, ROWS, ROWS)
     assert stages._spread(list(range(60)), 4) == [0, 15, 30, 45]  # type: ignore[arg-type]
     assert measure(images, limit=2).n_sampled == 2
-
-
-def test_nothing_is_left_and_the_inputs_are_untouched(images: Path, tmp_path: Path) -> None:
-    before = sorted(images.iterdir())
-    measure(images)
-    assert sorted(images.iterdir()) == before
-    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("n_rounds", [0, 1])
