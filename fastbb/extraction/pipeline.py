@@ -21,6 +21,7 @@ from typing import Any
 
 import PIL
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastbb_kernels.machine import find_device
@@ -435,14 +436,7 @@ class FeatureExtractor:
             if isinstance(image, Source):
                 image = read_bytes(image)
             if isinstance(image, (bytes, bytearray, memoryview)):
-                spec = self.processor.spec
-                # a crop without a resize makes no image larger
-                limited = spec.resize is not None or spec.output_size is None
-                image = decode(bytes(image), spec.resized_size if limited else None)
-                try:
-                    return self.processor.process(self.processor.rgb_from_file(image))
-                except Exception as error:  # any error that a library raises for an odd image
-                    return ImageError("transform", f"{type(error).__name__}: {error}")
+                return self._processed(self._decoded(bytes(image)))
         except ImageError as error:
             return error
         if isinstance(image, (list, tuple)) or getattr(image, "ndim", 0) > 3:
@@ -458,6 +452,19 @@ class FeatureExtractor:
             text = str(error).removeprefix("images[0]: ")  # a separate list, not the caller's
             raise type(error)(f"image {n}: {text}") from error
 
+    def _decoded(self, data: bytes) -> Image.Image:
+        spec = self.processor.spec
+        # a crop without a resize makes no image larger
+        limited = spec.resize is not None or spec.output_size is None
+        return decode(data, spec.resized_size if limited else None)
+
+    def _processed(self, image: Image.Image) -> Tensor:
+        """Returns fp32 [3, H, W] of an image that was just decoded."""
+        try:
+            return self.processor.process(self.processor.rgb_from_file(image))
+        except Exception as error:  # any error that a library raises for an odd image
+            raise ImageError("transform", f"{type(error).__name__}: {error}") from error
+
     def _batch(
         self,
         chunk: list[Row],
@@ -465,26 +472,41 @@ class FeatureExtractor:
         pad_to: int,
     ) -> FeatureBatch:
         loaded = [future.result() for future in futures]
+        pixels = self._stacked(loaded, pad_to)
+        result = {} if pixels is None else self._forward_or_reason(pixels)
+        return self._finished(chunk, loaded, result)
+
+    def _stacked(self, loaded: Sequence[Tensor | ImageError], pad_to: int) -> Tensor | None:
+        """Returns fp32 pixels [B, 3, H, W] with zeros for what failed; None if everything has."""
         good = [item for item in loaded if isinstance(item, Tensor)]
+        if not good:
+            return None
+        pixels = torch.zeros(max(len(loaded), pad_to), *good[0].shape)
+        for i, item in enumerate(loaded):
+            if isinstance(item, Tensor):
+                pixels[i] = item
+        return pixels
+
+    def _finished(
+        self,
+        chunk: list[Row],
+        loaded: list[Tensor | ImageError],
+        result: dict[str, Tensor] | ImageError,
+    ) -> FeatureBatch:
+        """Returns the batch, from what each image was loaded as and the features of all of them."""
         features: dict[str, Tensor] = {}
-        if good:
-            pixels = torch.zeros(max(len(chunk), pad_to), *good[0].shape)
-            for i, item in enumerate(loaded):
-                if isinstance(item, Tensor):
-                    pixels[i] = item
-            result = self._forward_or_reason(pixels)
-            if isinstance(result, ImageError):
-                loaded = [result]
-            else:
-                features = {name: tensor[: len(chunk)] for name, tensor in result.items()}
-                for i, item in enumerate(loaded):
-                    finite = all(bool(tensor[i].isfinite().all()) for tensor in features.values())
-                    if isinstance(item, Tensor) and not finite:
-                        is_cast = any(bool(tensor[i].isinf().any()) for tensor in features.values())
-                        stored = self._storage.dtype
-                        hint = f" as {stored} stores it" if stored and is_cast else ""
-                        problem = f"a feature is NaN or infinite{hint}"
-                        loaded[i] = ImageError("nonfinite_output", problem)
+        if isinstance(result, ImageError):
+            loaded = [result]
+        else:
+            features = {name: tensor[: len(chunk)] for name, tensor in result.items()}
+        for i, item in enumerate(loaded):
+            finite = all(bool(tensor[i].isfinite().all()) for tensor in features.values())
+            if isinstance(item, Tensor) and not finite:
+                is_cast = any(bool(tensor[i].isinf().any()) for tensor in features.values())
+                stored = self._storage.dtype
+                hint = f" as {stored} stores it" if stored and is_cast else ""
+                problem = f"a feature is NaN or infinite{hint}"
+                loaded[i] = ImageError("nonfinite_output", problem)
         kept = [i for i, item in enumerate(loaded) if isinstance(item, Tensor)]
         return FeatureBatch(
             ids=[chunk[i][1] for i in kept],

@@ -352,7 +352,7 @@ class Run:
                     bar.advance(n_batch)
                     budget.count(shard, n_batch, batch.errors)
                 _check_archives(archives.pop(shard.shard))
-                content = _shard_content(parts, writer.plan["outputs"])
+                content = shard_content(parts, writer.plan["outputs"])
                 self._commits[shard.shard] = writer.commit(shard, *content)
                 check_interrupted()
                 now = time.perf_counter()
@@ -443,8 +443,8 @@ def _counted(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-def _shard_content(
-    parts: list[FeatureBatch], outputs: dict[str, Any]
+def shard_content(
+    parts: list[FeatureBatch], outputs: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Returns tensors and index of a shard."""
     rows = [row for part in parts for row in part.rows]
