@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.interruption import interruption_code
-from ..extraction.layout import OutputError
+from ..extraction.layout import OutputError, write_file
 from . import end_to_end, exports, markdown, plot, table
 from .compare import Comparison, compare
 from .results import Results
@@ -132,31 +132,26 @@ def _is_wrong(results: Results) -> bool:
 def _text(results: Results, traffic: Sequence[Traffic]) -> str:
     if traffic:
         return "\n\n".join([summary(traffic), *map(breakdown, traffic)])
-    if results.end_to_end:
-        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
-        return "\n\n".join(map(end_to_end.text, found))
-    return table.text(results)
+    return "\n\n".join([table.text(results), *map(end_to_end.text, _extractions(results))])
 
 
 def _write_markdown(results: Results, traffic: Sequence[Traffic], path: Path) -> None:
-    exports.write_text(path, _markdown(results, traffic))
-
-
-def _markdown(results: Results, traffic: Sequence[Traffic]) -> str:
-    head = markdown.markdown(results)
-    if traffic:
-        return f"{markdown.run_table(results)}\n\n{summary(traffic)}\n"
-    if results.end_to_end:
-        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
-        return "\n\n".join([markdown.run_table(results), *map(end_to_end.markdown, found)]) + "\n"
-    return head
+    if traffic:  # its cells have no times
+        parts = [markdown.markdown(replace(results, cells=[])), summary(traffic)]
+    else:
+        parts = [markdown.markdown(results), *map(end_to_end.markdown, _extractions(results))]
+    text = "\n\n".join(part.strip() for part in parts)
+    write_file(path, f"{text}\n".encode())
 
 
 def _draw(results: Results, traffic: Sequence[Traffic], path: Path) -> None:
     if traffic:
         plot_traffic(traffic, path)
     elif results.end_to_end:
-        found = map(end_to_end.EndToEnd.from_dict, results.end_to_end)
-        plot_waterfall(list(found), path)
+        plot_waterfall(_extractions(results), path)
     else:
         plot.plot(results, path)
+
+
+def _extractions(results: Results) -> list[end_to_end.EndToEnd]:
+    return list(map(end_to_end.EndToEnd.from_dict, results.end_to_end))

@@ -192,6 +192,8 @@ def _change(old: Cell, new: Cell, was: Way, way: Way) -> Change | None:
         return replace(change, reason="had no times") if is_valid(way) else None
     if way.wrong is not None:
         return replace(change, verdict=WRONG, reason=way.wrong)
+    if way.dropped:
+        return replace(change, reason=way.reason or "was dropped")
     if not is_valid(way):
         return replace(change, verdict=NO_TIMES, reason=way.reason or "was not measured")
     if change.old is None or change.new is None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from ..extraction.layout import write_file
-from .markdown import markdown
 from .noise import inside_ratio, inside_share, is_valid, speed
 from .results import Cell, Results, Way
 from .table import ratio_to_upstream
@@ -68,11 +67,6 @@ def write_json(results: Results, path: str | os.PathLike[str]) -> None:
     write_file(Path(path), text.replace(json.dumps(_INFINITY), _BEYOND).encode() + b"\n")
 
 
-def write_markdown(results: Results, path: str | os.PathLike[str]) -> None:
-    """Writes tables for a page of documentation."""
-    write_file(Path(path), markdown(results).encode())
-
-
 def _strict(value: Any) -> Any:
     """The same without floats that JSON lacks; NaN becomes null."""
     if isinstance(value, dict):
@@ -115,7 +109,6 @@ _OUR_COLUMNS = (
     "fb_rounds",
     "fb_calls",
     "fb_memory_bytes",
-    "fb_start_memory_bytes",
     "fb_cold_start_s",
     "fb_compile_s",
     "fb_error",
@@ -156,7 +149,6 @@ def _row(results: Results, cell: Cell, way: Way) -> dict[str, Any]:
         "fb_upstream": _word(way.name == cell.upstream),
         **(_speeds(cell, way) if is_valid(way) else {}),
         "fb_memory_bytes": way.memory_bytes,
-        "fb_start_memory_bytes": way.start_memory_bytes,
         "fb_cold_start_s": _scaled(way.cold_start_s, 1, 3),
         "fb_compile_s": _scaled(way.compile_s, 1, 3),
         "fb_error": way.error,

@@ -120,7 +120,7 @@ class Bench:
                 _CellRun(self, subject, cell).measure()
                 return cell
             except OutOfMemoryError as error:
-                notes.append(f"batch {batch} is too large here: {error}")
+                notes.append(f"batch {batch}: {error}")
                 self.say(f"{self.title(cell)}: {error}; half of it is measured")
                 batch //= 2
             except KeyboardInterrupt:
@@ -179,7 +179,7 @@ class _CellRun:
         way.reason = spec.reason
         timeout_s = self._time_for(spec, specs)
         if way.reason is None and timeout_s is not None and timeout_s <= (self._known(spec) or 0.0):
-            way.reason = _NO_TIME.format(timeout_s)
+            way.reason, way.dropped = _NO_TIME.format(timeout_s), True
         if way.reason is not None:
             self._say(way, way.reason)
             return
@@ -194,6 +194,7 @@ class _CellRun:
             if error.kind == "timeout" and timeout_s is not None:
                 self._remember(spec, 2 * timeout_s)  # it is not tried again for a little more
                 error = WorkerError("timeout", _NO_TIME.format(timeout_s))
+                way.dropped = True
             self._lose(way, error)
             return
         steady_s = statistics.median(warm[-3:])

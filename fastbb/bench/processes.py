@@ -14,12 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 from ..engine.interruption import check_interrupted
 
 # threads of a worker sleep while another one has its turn
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 _POLL_S = 0.5
 _OUT_OF_MEMORY = "was killed, as the system does when memory runs out"
+
+
+def _torch_home() -> str:
+    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
+    return os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
 
 
 class WorkerError(Exception):
@@ -51,7 +58,8 @@ class Worker:
             name: str(folder / name.lower())
             for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
         }
-        offline = {"HF_HUB_OFFLINE": "1"}  # models come from a directory
+        # these would move with XDG_CACHE_HOME; what is to be downloaded is there by now
+        kept = {"HF_HOME": HF_HOME, "TORCH_HOME": _torch_home(), "HF_HUB_OFFLINE": "1"}
         self._began = time.time()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
@@ -59,7 +67,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **_PASSIVE, **caches, **offline},
+                env={**os.environ, **_PASSIVE, **caches, **kept},
                 start_new_session=True,
             )
 

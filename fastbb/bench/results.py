@@ -19,6 +19,7 @@ class Way:
         name: "transformers eager", "timm compiled", "OpenVINO", "fastbb auto" ...
         ours: whether fastbb runs.
         reason: why there are no times, or None.
+        dropped: whether that is because time was up.
         wrong: why its result is beyond the accuracy rule, or None.
         note: what a reader of its numbers should know.
         error: largest difference from upstream in float64, relative to the largest magnitude of the
@@ -37,6 +38,7 @@ class Way:
     name: str
     ours: bool = False
     reason: str | None = None
+    dropped: bool = False
     wrong: str | None = None
     note: str = ""
     error: float | None = None

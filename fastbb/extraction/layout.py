@@ -397,7 +397,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = (
-            "free some space and run the same again, finished shards are kept"
+            "free some space and run the same again"
             if full
             else "give a directory that can be written"
         )

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from bench_results import made_cell, made_host, made_results
 
-from fastbb.bench.exports import check_targets, write_csv, write_json, write_markdown
-from fastbb.bench.markdown import markdown
+from fastbb.bench.exports import check_targets, write_csv, write_json
 from fastbb.bench.results import Results, Way
 from fastbb.extraction.layout import OutputError
 
@@ -80,12 +79,11 @@ def test_json_comes_back_and_is_strict(tmp_path: Path) -> None:
     assert Results.read(tmp_path / "a.json").cells[0].ways[1].error is None
 
 
-def test_markdown_is_written(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     results = made_results(made_cell())
-    write_markdown(results, tmp_path / "a.md")
-    assert (tmp_path / "a.md").read_text() == markdown(results)
-    with pytest.raises(OutputError, match="cannot write"):
-        write_markdown(results, tmp_path / "none" / "a.md")
+    for write in (write_csv, write_json):
+        with pytest.raises(OutputError, match="cannot write"):
+            write(results, tmp_path / "none" / "a")
 
 
 def test_targets_that_can_be_written_pass(tmp_path: Path) -> None:
