@@ -97,7 +97,7 @@ def test_rates_of_all_stages_come_from_the_clock(images: Path, tmp_path: Path) -
     assert (result.mode, result.batch, result.features) == ("eager", 4, ["embedding"])
     assert not result.interrupted and result.errors == {}
     assert said[-1] == "round 2 of 2: 16.0 images/s"
-    assert sorted(images.iterdir()) == before and list((tmp_path / "tmp").iterdir()) == []
+    assert sorted(images.iterdir()) == before and not list((tmp_path / "tmp").glob("fastbb-*"))
 
 
 def test_medians_find_a_slow_stage(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,7 +306,7 @@ def test_an_interruption_keeps_what_was_measured(
 
     monkeypatch.setattr(stages._Bench, "_batch", interrupted)
     result = measure(images)
-    assert result.interrupted and list((tmp_path / "tmp").iterdir()) == []
+    assert result.interrupted and not list((tmp_path / "tmp").glob("fastbb-*"))
     if n_rounds:
         assert [stage.name for stage in result.stages] == NAMES
         assert {len(stage.rounds) for stage in result.stages} == {n_rounds}
