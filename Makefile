@@ -61,7 +61,6 @@ dist: .venv/.dev
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
 	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
-	$(BIN)/python bench/hosts.py --json bench/results/hosts.json
 
 # RUN=1: right, and how fast; RUN=2: launch configurations; RUN=3: NVIDIA's tools and the rest.
 # Each takes the Python, torch and triton that the machine has, installs nothing; under eight minutes

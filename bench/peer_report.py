@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ledger import table
+from fastbb.bench.traffic import table
 
 Row = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-# Okabe and Ito's blue, which is the colour of most of our bytes in `ledger_plot`, and greys
+# Okabe and Ito's blue, which is the colour of most of our bytes in the plot of traffic, and greys
 OURS, BEST_PEER, PEER, MISSING = "#0072B2", "#7F7F7F", "#CCCCCC", "#999999"
 TITLE = "Images per second on a CPU, all four stages out"
 BAR_HEIGHT = 0.7

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..auto import AutoBackbone, AutoConfig
 from ..backbone.base import Backbone
@@ -37,14 +38,14 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         backbone = AutoBackbone.from_config(config)
-        _draw_norms(backbone)
+        draw_norms(backbone)
     return backbone.to(device, dtype).eval()
 
 
 @torch.no_grad()
-def _draw_norms(backbone: Backbone) -> None:
+def draw_norms(module: nn.Module) -> None:
     """Draws biases, and weights and statistics of norms: at 0 and 1 a lost one would not show."""
-    for name, tensor in backbone.state_dict().items():
+    for name, tensor in module.state_dict().items():
         if tensor.ndim != 1 or not tensor.is_floating_point():
             continue
         if name.endswith((".weight", "running_var")):

@@ -23,7 +23,7 @@ def upstream_of(backbone: Backbone) -> tuple[Upstream, str | None]:
     """The model that a backbone is held to, with its weights; why it is not upstream's, or None.
 
     The family says which model that is. Where its library is missing or raises, our own plain
-    PyTorch stands in.
+    PyTorch stands in. Of a backbone on the meta device it is on that device too.
 
     Raises:
         ValueError: the family names no model, or the backbone has weights that no such model has.
@@ -36,7 +36,8 @@ def upstream_of(backbone: Backbone) -> tuple[Upstream, str | None]:
             "model (Family.upstream); give reference=, a module that returns the same maps"
         )
     # modules draw their first weights at random, on the device that is the default
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    is_meta = any(parameter.is_meta for parameter in backbone.parameters())
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if is_meta else "cpu"):
         try:
             named = family.upstream(backbone)
             if isinstance(named, TransformersModel):

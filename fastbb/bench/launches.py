@@ -14,18 +14,21 @@ tensor), the counter does the same as its source.
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastbb_kernels.testing import TensorArgument
+from fastbb_kernels.recorder import TensorArgument, record_launches
 
 GEMM = "GEMM"
 ATTENTION = "attention"
@@ -116,8 +119,43 @@ def count_launches(weights: Iterable[Tensor] = ()) -> Iterator[list[Launch]]:
         NotImplementedError: an op whose launches this module does not know.
     """
     counter = _Counter(weights)
-    with _FusedAttention(counter), counter:
+    with _FusedAttention(counter), _fused_convolution(counter), counter:
         yield counter.launches
+
+
+@contextmanager
+def count_kernels(weights: Iterable[Tensor]) -> Iterator[list[Launch]]:
+    """Counts like `count_launches`, and the launches of our kernels as well.
+
+    Ops choose what they do on an H100.
+    """
+    with record_launches() as record, count_launches(weights) as launches:
+        yield launches
+    launches += [
+        Launch(kernel.name, kernel_category(kernel.name), kernel.n_bytes)
+        for kernel in record.launches
+    ]
+
+
+# parts of the names of our kernels; a fused kernel has the category of most of its work
+_KERNEL_CATEGORIES = {
+    "attention": ATTENTION,
+    "layer_norm_nchw": NORM,
+    "bias_act": ACTIVATION,
+    **dict.fromkeys(("conv", "linear", "mlp", "patch", "bottleneck"), GEMM),
+}
+
+
+def kernel_category(kernel: str) -> str:
+    """Category of one of our kernels, by its name.
+
+    Raises:
+        NotImplementedError: no part of the name is known.
+    """
+    for part, category in _KERNEL_CATEGORIES.items():
+        if part in kernel:
+            return category
+    raise NotImplementedError(f"the kernel {kernel} has no category: add a part of its name")
 
 
 def n_distinct_bytes(tensors: Iterable[Tensor]) -> int:
@@ -156,7 +194,8 @@ class _Counter(TorchDispatchMode):
         if _has_kernel(op, "CompositeExplicitAutograd") and not _has_kernel(op, "CPU"):
             return self._take_apart(name, op, *args, **kwargs)
         raise NotImplementedError(
-            f"the ledger does not know how many kernels {op} launches; if one, add it to KERNELS"
+            f"the count of traffic does not know how many kernels {op} launches; "
+            "if one, add it to KERNELS"
         )
 
     def launch(
@@ -186,10 +225,12 @@ class _Counter(TorchDispatchMode):
             else:
                 self._constants.pop(_storage(tensor), None)
 
-    def contiguous(self, tensor: Tensor) -> Tensor:
+    def contiguous(
+        self, tensor: Tensor, layout: torch.memory_format = torch.contiguous_format
+    ) -> Tensor:
         """Makes the copy of a strided input that many CUDA implementations make."""
         with self:
-            return tensor.contiguous()
+            return tensor.contiguous(memory_format=layout)
 
     def _is_constant(self, tensor: Tensor) -> bool:
         return _storage(tensor) in self._constants
@@ -227,8 +268,13 @@ def _roll(counter: _Counter, op: OpOverload, x: Tensor, shifts: list[int], dims:
 def _convolution(
     counter: _Counter, op: OpOverload, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> Tensor:
-    # Convolution.cpp: cuDNN's kernel has no bias, an addition in place follows it
-    y = counter.launch("convolution", GEMM, op, counter.contiguous(x), weight, None, *args)
+    # Convolution.cpp: if x or weight is channels-last, both are made so, and the result is; cuDNN's
+    # kernel has no bias, an addition in place follows it
+    formats = {suggest_memory_format(tensor) for tensor in (x, weight)} - {torch.contiguous_format}
+    layout = next(iter(formats), torch.contiguous_format)
+    x, weight = (counter.contiguous(tensor, layout) for tensor in (x, weight))
+    y = torch.empty_like(op(x, weight, None, *args), memory_format=layout)
+    counter.count("convolution", GEMM, [x, weight], [y])
     if bias is not None:
         counter.count("convolution_bias", GEMM, [y, bias], [y])
     return y
@@ -268,6 +314,24 @@ SEVERAL_KERNELS: dict[str, Callable[..., Any]] = {
     "native_layer_norm": _of_contiguous,
     "_softmax": _of_contiguous,
 }
+
+
+@contextmanager
+def _fused_convolution(counter: _Counter) -> Iterator[None]:
+    """Counts cuDNN's fused convolution, which our op calls on a GPU and not on a pretended one."""
+    module = import_module("fastbb_kernels.ops.conv3x3_bn_act")
+
+    def convolve(
+        x: Tensor, weight: Tensor, bias: Tensor, stride: int, dilation: int, residual: Tensor | None
+    ) -> Tensor:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        y = module.empty_output(x, weight, stride)
+        read = [tensor for tensor in (x, weight, bias, residual) if tensor is not None]
+        counter.count("cudnn_convolution_add_relu", GEMM, read, [y])
+        return y
+
+    with mock.patch.object(module, "_call_cudnn", convolve):
+        yield
 
 
 class _FusedAttention(TorchFunctionMode):

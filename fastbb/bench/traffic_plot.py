@@ -1,9 +1,15 @@
-"""Plot of a ledger: one bar per implementation, divided by category of its bytes."""
+"""Plot of counted traffic: one bar per way, divided by category of its bytes."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from ledger_count import (
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from .launches import (
     ACTIVATION,
     ATTENTION,
     COPY,
@@ -19,9 +25,6 @@ from ledger_count import (
     bytes_by_category,
     n_bytes,
 )
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 # Okabe and Ito's palette, which colour-blind readers can distinguish, and greys; colour of text
 COLOURS = {
@@ -48,29 +51,31 @@ SMALLEST_NUMBER = 0.03
 SMALLEST_NAME = 0.02
 
 
-def plot(ledgers: Mapping[str, Mapping[str, Sequence[Launch]]], path: Path) -> None:
+def draw(
+    counts: Mapping[str, Mapping[str, Sequence[Launch]]], path: str | os.PathLike[str]
+) -> None:
     """Draws one panel per model.
 
     Args:
-        ledgers: launches by model and implementation.
+        counts: launches by model and way.
         path: the image file to write.
     """
     # inches: a bar takes 0.47, the names above a panel the same, the heading 0.6
-    n_rows = [len(ledger) + 1.3 for ledger in ledgers.values()]
+    n_rows = [len(ways) + 1.3 for ways in counts.values()]
     height = 0.47 * sum(n_rows) + 0.6
     layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.6 / height))
     figure = Figure(figsize=(10, height), layout=layout)
-    panels = figure.subplots(len(ledgers), 1, squeeze=False, height_ratios=n_rows)[:, 0]
-    for axes, (model, ledger) in zip(panels, ledgers.items()):
-        _draw(axes, model, ledger)
+    panels = figure.subplots(len(counts), 1, squeeze=False, height_ratios=n_rows)[:, 0]
+    for axes, (model, ways) in zip(panels, counts.items()):
+        _draw(axes, model, ways)
     figure.text(0.008, 1 - 0.1 / height, TITLE, va="top", size=12, weight="bold")
     figure.text(0.008, 1 - 0.36 / height, SUBTITLE, va="top", size=9, color="#555555")
     figure.savefig(path, dpi=160)
 
 
-def _draw(axes: Axes, model: str, ledger: Mapping[str, Sequence[Launch]]) -> None:
+def _draw(axes: Axes, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
     # the longest bar comes first: its pieces have the most room for their names
-    bars = sorted(ledger.items(), key=lambda bar: -n_bytes(bar[1]))
+    bars = sorted(ways.items(), key=lambda bar: -n_bytes(bar[1]))
     longest = n_bytes(bars[0][1]) / 1e9
     named: set[str] = set()
     for row, (_, launches) in enumerate(bars):
