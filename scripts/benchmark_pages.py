@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def count(title: str, folder: Path) -> Traffic:
     """Counts a model of `COUNTED`, of which the folder has the directory."""
     name, size, batch = COUNTED[title]
     model = str(folder / name) if name in CONFIGS else name
-    return Traffic(title, batch, count_traffic(model, size, batch, STAGES))
+    return replace(count_traffic(model, size, batch, STAGES), title=title)
 
 
 def with_table(page: str, table: str) -> str:

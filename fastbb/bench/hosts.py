@@ -29,9 +29,8 @@ from .host_models import (
     on_meta,
 )
 from .launches import Launch, count_kernels, count_launches
-from .subject import Truth, WaySpec, rows_to_check, torch_dtype
-from .traffic import Counts, totals
-from .worker import SkippedError
+from .subject import SkippedError, Truth, WaySpec, rows_to_check, torch_dtype
+from .traffic import Counts, Traffic
 
 AS_IS, ACCELERATED = "as it is", "fastbb.accelerate"
 _SAFE = "accelerate() itself compares every module that it replaces in float64"
@@ -48,7 +47,7 @@ class HostSubject:
         name: see `host_models.WANTED`.
         size: (height, width) of the images; default: the model's own, or a usual one.
         random_weights: draws the weights, the same ones every time, and loads none.
-        mode: of `accelerate`.
+        modes: of `accelerate`.
         device: that runs.
 
     Raises:
@@ -68,14 +67,14 @@ class HostSubject:
         size: tuple[int, int] | None = None,
         *,
         random_weights: bool = False,
-        mode: str = "auto",
+        modes: Sequence[str] = ("auto",),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.name = name
+        self.name, self._modes = name, tuple(modes)
         self._module = build_host(name, random_weights)
         self.size = size or default_size(self._module)
         make_inputs(self._module, 1, self.size)  # raises where it takes no images
-        self.params = sum(parameter.numel() for parameter in self._module.parameters())
+        self.params: int | None = sum(parameter.numel() for parameter in self._module.parameters())
         self.notes: list[str] = []
         self._device = torch.device(device)
         self._spec: dict[str, Any] = {
@@ -85,7 +84,6 @@ class HostSubject:
             "host": name,
             "random_weights": random_weights,
             "size": list(self.size),
-            "mode": mode,
             "inside": _replaced_modules(self._module),
         }
         if ":" in name:
@@ -94,10 +92,16 @@ class HostSubject:
     def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
         """The model as it is, and accelerated; both watch the modules that are replaced."""
         spec = {**self._spec, "precision": precision, "batch": batch}
-        return [
-            WaySpec(AS_IS, {**spec, "accelerate": False}),
-            WaySpec(ACCELERATED, {**spec, "accelerate": True}, ours=True),
+        ours = [
+            WaySpec(
+                ACCELERATED if mode == "auto" else f"{ACCELERATED} {mode}",
+                {**spec, "mode": mode},
+                ours=True,
+                compiles="compile" in mode,
+            )
+            for mode in self._modes
         ]
+        return [WaySpec(AS_IS, {**spec, "mode": None}), *ours]
 
     def skipped(self, way: str) -> Mapping[str, str]:
         return {}
@@ -156,9 +160,10 @@ class HostSubject:
         if note not in self.notes:
             self.notes.append(note)
 
-    def traffic(self, batch: int) -> dict[str, dict[str, Any]]:
-        """Bytes and launches of the replaced modules on a GPU by way, see `Cell.traffic`."""
-        return totals(count_host(self._module, batch, self.size))
+    def traffic(self, batch: int) -> Traffic:
+        """Launches of the replaced modules on a GPU by way."""
+        title = f"{self.name}, {self.size[0]}x{self.size[1]}, batch {batch}"
+        return Traffic(title, batch, self.size, count_host(self._module, batch, self.size))
 
 
 def _is_near(found: Tensor | None, exact: Tensor, precision: str) -> bool:
@@ -224,7 +229,7 @@ class HostRunner:
 
     def start(self) -> Any:
         report = None
-        if self._spec["accelerate"]:
+        if self._spec["mode"] is not None:
             report = _accelerated(self._module, self._spec["mode"])
         try:
             with RecordedOutputs(self._module, self._spec["inside"]) as self._inner:

@@ -21,7 +21,7 @@ from .measure import SECONDS, Bench
 from .results import Cell, Results
 from .stages import measure_end_to_end
 from .subject import Subject
-from .traffic import Traffic
+from .traffic import Traffic, count_traffic, totals
 from .ways import check_installed
 
 
@@ -212,9 +212,24 @@ def run_traffic(
         OSError: there is no such model.
         ValueError: an argument is invalid.
     """
+
+    def add(kind: str, name: str, found: Traffic) -> None:
+        counted.append(found)
+        cell = Cell(
+            name, kind, "bf16", found.batch, found.batch, found.size, next(iter(found.counts))
+        )
+        cell.traffic = totals(found.counts)
+        results.cells.append(cell)
+
     for name in asked.models:
         for batch in asked.batches:
             say(f"counting {name}, batch {batch}")
+            add("backbone", name, count_traffic(name, asked.size, batch, asked.out_indices))
+    for name in asked.hosts:
+        say(f"counting {name}")
+        host = HostSubject(name, asked.size, random_weights=asked.random_weights)
+        for batch in asked.batches:
+            add("host", name, host.traffic(batch))
 
 
 def _check_precision(precision: str, device: torch.device) -> None:

@@ -39,29 +39,34 @@ class Traffic:
     """A model whose traffic was counted.
 
     Attributes:
-        title: model, size and batch, in tables.
+        title: in tables.
         batch: images per forward pass.
-        counts: see `count_traffic`.
+        size: (height, width) of the images, pixels.
+        counts: launches by way, upstream first, or the reason why there are none.
     """
 
     title: str
     batch: int
+    size: tuple[int, int]
     counts: Counts
 
 
 def count_traffic(
-    name: str, size: tuple[int, int], batch: int, out_indices: Sequence[int] | None = None
-) -> Counts:
+    name: str,
+    size: tuple[int, int] | None,
+    batch: int,
+    out_indices: Sequence[int] | None = None,
+) -> Traffic:
     """Counts the launches of one forward pass of a model, in bf16 on an H100, by every way.
 
     Args:
         name: as `AutoBackbone.from_pretrained` takes it; no weights are loaded.
-        size: (height, width) of the images, pixels.
+        size: (height, width) of the images, pixels; None: the model's own.
         batch: images per forward pass.
         out_indices: of the maps; default: the model's own.
 
     Returns:
-        Launches by way: upstream's library, timm where it is another, "fastbb" as it runs by
+        Counts of these ways: upstream's library, timm where it is another, "fastbb" as it runs by
         default, and, where they differ, "fastbb, separate ops" without kernels of whole blocks and
         "fastbb, every kernel" with those that are off by default and no convolution of a library.
         Instead of launches the reason why they cannot be counted.
@@ -74,12 +79,17 @@ def count_traffic(
     with torch.device("meta"):
         backbone: Any = AutoBackbone.from_config(config)
     backbone = backbone.eval()
-    pixels = torch.empty(batch, config.num_channels, *size, dtype=torch.bfloat16, device="meta")
+    height, width = size or backbone.default_size
+    pixels = torch.empty(
+        batch, config.num_channels, height, width, dtype=torch.bfloat16, device="meta"
+    )
     # before ours, whose forwards keep derived weights on the modules
     counts = _of_libraries(backbone, pixels)
     ours = {way: _count_ours(backbone, pixels, *how) for way, how in _OURS.items()}
     usual = ours[DEFAULT]
-    return counts | {way: n for way, n in ours.items() if way == DEFAULT or n != usual}
+    counts |= {way: n for way, n in ours.items() if way == DEFAULT or n != usual}
+    title = f"{name}, {height}x{width}, batch {batch}"
+    return Traffic(title, batch, (height, width), counts)
 
 
 # implementation of ops, and whether kernels of whole blocks may run

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastbb.bench import host_models, hosts
 from fastbb.bench.host_models import build_host, default_size, make_inputs, named_outputs
 from fastbb.bench.hosts import ACCELERATED, AS_IS, HostRunner, HostSubject, make_runner, outermost
-from fastbb.bench.worker import SkippedError
+from fastbb.bench.subject import SkippedError
+from fastbb.bench.traffic import totals
 from fastbb.hosts.accelerate import accelerate
 
 SIZE = (32, 32)
@@ -316,19 +317,19 @@ def test_more_images_than_are_checked_are_compared_at_both_ends() -> None:
 
 
 def test_traffic_is_that_of_the_replaced_modules() -> None:
-    found = HostSubject(SWIN_HOST, SIZE).traffic(2)
+    found = totals(HostSubject(SWIN_HOST, SIZE).traffic(2).counts)
     assert 0 < found[ACCELERATED]["launches"] < found[AS_IS]["launches"]
     assert 0 < found[ACCELERATED]["bytes"] < found[AS_IS]["bytes"]
 
 
 def test_traffic_needs_no_knowledge_of_the_head() -> None:
     subject = HostSubject(f"{__name__}:jumpy", SIZE)  # `sin` has no category
-    assert "bytes" in subject.traffic(1)[AS_IS]
+    assert "bytes" in totals(subject.traffic(1).counts)[AS_IS]
 
 
 def test_host_without_a_backbone_has_the_reason() -> None:
     found = HostSubject("torch.nn:Identity", SIZE)
-    assert found.traffic(1) == {ACCELERATED: {"reason": "accelerate() replaces nothing in it"}}
+    assert found.traffic(1).counts == {ACCELERATED: "accelerate() replaces nothing in it"}
     made = runner(found, ACCELERATED)
     made.start()
     assert made.inside_s() is None and made.note.startswith("there is no backbone")

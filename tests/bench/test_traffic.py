@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +248,13 @@ TWO_WAYS: Counts = {
     "timm": "NotImplementedError: no such op",
     DEFAULT: [Launch("_linear_residual_fwd_kernel", GEMM, GB)],
 }
-MODEL = Traffic("Swin-T, 224, batch 64", 64, TWO_WAYS)
+MODEL = Traffic("Swin-T, 224, batch 64", 64, (224, 224), TWO_WAYS)
 
 
 def test_summary_has_a_row_per_model_and_the_reasons_below() -> None:
-    other = Traffic("another", 1, {"timm": [Launch("mm", GEMM, GB)], DEFAULT: "no such kernel"})
+    other = Traffic(
+        "another", 1, (9, 9), {"timm": [Launch("mm", GEMM, GB)], DEFAULT: "no such kernel"}
+    )
     assert traffic.summary([MODEL, other]).splitlines() == [
         "| traffic (ratio), launches |      transformers |              timm |            fastbb |",
         "|---------------------------|------------------:|------------------:|------------------:|",
@@ -284,7 +287,7 @@ def test_totals_are_bytes_and_launches_or_the_reason() -> None:
 
 def test_picture_is_drawn_without_the_ways_that_have_a_reason(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    traffic.plot([MODEL, Traffic("none", 1, {"timm": "why"})], tmp_path / "traffic.png")
+    traffic.plot([MODEL, Traffic("none", 1, (9, 9), {"timm": "why"})], tmp_path / "traffic.png")
     assert (tmp_path / "traffic.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -302,20 +305,20 @@ def test_unknown_op_is_the_reason_of_its_way_alone(
 
     without = {name: kind for name, kind in launches.KERNELS.items() if name != "relu"}
     monkeypatch.setattr(launches, "KERNELS", without)
-    counts = count_traffic(tiny(tmp_path), (64, 64), 2)
+    counts = count_traffic(tiny(tmp_path), (64, 64), 2).counts
     assert "how many kernels aten.relu" in str(counts[TRANSFORMERS])
     assert isinstance(counts[DEFAULT], list)
 
 
 def test_missing_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    counts = count_traffic(tiny(tmp_path), (64, 64), 2)
+    counts = count_traffic(tiny(tmp_path), (64, 64), 2).counts
     assert isinstance(counts[TRANSFORMERS], list) and isinstance(counts["timm"], str)
 
 
 def test_maps_that_are_asked_for_are_counted(tmp_path: Path) -> None:
     name = tiny(tmp_path)
-    few, all_ = (count_traffic(name, (64, 64), 2, indices) for indices in ([1], [1, 2]))
+    few, all_ = (count_traffic(name, (64, 64), 2, indices).counts for indices in ([1], [1, 2]))
     assert n_bytes(few[DEFAULT]) < n_bytes(all_[DEFAULT])  # type: ignore[arg-type]
 
 
@@ -326,6 +329,6 @@ def test_wrong_name_is_an_error() -> None:
 
 def test_traffic_page_shows_the_counted_numbers() -> None:
     page = benchmark_pages.PAGE.read_text()
-    models = [Traffic(title, 1, counts_of(name)) for name, title in TITLES.items()]
-    models = [Traffic(m.title, benchmark_pages.COUNTED[m.title][2], m.counts) for m in models]
+    models = [Traffic(title, 1, (1, 1), counts_of(name)) for name, title in TITLES.items()]
+    models = [replace(m, batch=benchmark_pages.COUNTED[m.title][2]) for m in models]
     assert benchmark_pages.with_table(page, traffic.summary(models)) == page
