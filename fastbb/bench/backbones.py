@@ -16,6 +16,7 @@ from ..backbone.registry import Upstream
 from ..inspect.loading import load_backbone
 from ..inspect.upstream import run_upstream, upstream_of
 from ..inspect.verify import random_images
+from .counts import count
 from .subject import Truth, WaySpec, rows_to_check, torch_dtype
 from .ways import LIBRARIES, TITLES, library_of, other_upstream
 
@@ -79,9 +80,13 @@ class BackboneSubject:
                 self._others[library] = other_upstream(self._backbone, library, self.size)
             except ValueError as error:
                 self._others[library] = str(error)
-        self.params: int | None = None
-        self.macs: int | None = None
-        self.activations: int | None = None
+        self.params: int | None
+        self.params, self.macs, self.activations = count(
+            self._upstream.maps,
+            self._upstream.module,
+            self.size,
+            self._backbone.config.num_channels,
+        )
         self._try_input()
 
     def _try_input(self) -> None:

@@ -202,10 +202,8 @@ def make_runner(spec: Mapping[str, Any]) -> HostRunner:
 
     Args:
         spec: "host", "random_weights", "size", "batch", "precision", "device", "inside" (names of
-            the modules that are timed), "accelerate" (whether to) and "mode".
+            the modules that are timed) and "mode" of `accelerate`, None for the model as it is.
     """
-    if spec["precision"] == "tf32":
-        fp32_products("tf32").__enter__()  # as long as the process
     return HostRunner(spec)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from fastbb_kernels.fp32_precision import fp32_products
 
 from ..auto import AutoBackbone
 from ..backbone.registry import Upstream, family_of
@@ -25,7 +23,6 @@ from .subject import SkippedError, torch_dtype
 LIBRARIES = ("transformers", "timm", "torchvision")
 ENGINES = ("compile", "openvino", "onnxruntime")
 AGAINST = (*LIBRARIES, *ENGINES)
-_AS_LONG_AS_THE_PROCESS = ExitStack()
 _NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
 TITLES = {"compile": "compiled", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -78,8 +75,6 @@ def make_runner(spec: Mapping[str, Any]) -> Any:
 
     dtype = torch_dtype(spec["precision"])
     pixels = load_file(spec["pixels"])["pixels"].to(spec["device"], dtype)
-    if spec["precision"] == "tf32":
-        _AS_LONG_AS_THE_PROCESS.enter_context(fp32_products("tf32"))
     if spec["library"] == "fastbb":
         return _Prepared(spec, pixels)
     backbone = AutoBackbone.from_pretrained(spec["model"], dtype=torch.float32)

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,8 @@ _RESET_PEAK = "5"  # written to /proc/self/clear_refs, see proc_pid_clear_refs(5
 class Runner(Protocol):
     """What a worker runs. Its module has a function `make_runner(spec)` that returns it.
 
-    The time of that function counts nowhere: it may fetch weights that `load` takes.
+    The time of that function counts nowhere: it may fetch weights that `load` takes. fp32 products
+    are in tf32 where the spec's "precision" says so.
 
     Attributes:
         note: what a reader of its numbers should know; known after `start`.
@@ -65,6 +66,7 @@ class _Worker:
         self.runner: Any = None
         self.device: Any = None
         self.imported_bytes = 0
+        self.precision = ExitStack()  # as long as the process
 
     def start(self, command: Mapping[str, Any]) -> dict[str, Any]:
         import torch
@@ -78,6 +80,10 @@ class _Worker:
             torch.cuda.init()
         imported_s = time.time() - command["began"]
         self.imported_bytes = self._memory(_NOW)
+        if spec.get("precision") == "tf32":
+            from fastbb_kernels.fp32_precision import fp32_products
+
+            self.precision.enter_context(fp32_products("tf32"))
         self.runner = make_runner(spec)
         began = time.perf_counter()
         self.runner.load()
