@@ -28,6 +28,11 @@ _LEGEND = (
 _NOTHING = "0 s"
 _INSIDE = "inside: share of the time inside the modules that fastbb replaces."
 _NO_TIMES = "was not measured"
+# versions beside a table; the JSON file has all of them
+_SHOWN = (
+    *("fastbb", "torch", "triton", "transformers", "timm", "torchvision"),
+    *("openvino", "onnxruntime"),
+)
 
 
 class Notes:
@@ -334,8 +339,10 @@ def machine(environment: Mapping[str, Any]) -> dict[str, str]:
         known("load average {}", "load_average"),
     ]
     libraries = environment.get("versions") or {}
-    versions = [f"{name} {version}" for name, version in libraries.items() if version]
-    versions += [known("Python {}", "python"), known("fastbb at {}", "fastbb_commit")]
+    versions = [f"{name} {libraries[name]}" for name in _SHOWN if libraries.get(name)]
+    if commit := environment.get("fastbb_commit"):
+        versions.append(f"fastbb at {commit[:10]}")
+    versions.append(known("Python {}", "python"))
     return {
         "hardware": printable(", ".join(filter(None, hardware))),
         "versions": printable(", ".join(filter(None, versions))),

@@ -40,7 +40,7 @@ COLOURS = {
     MASK: ("#333333", "white"),
     OTHER: ("#CCCCCC", "black"),
 }
-TITLE = "Memory traffic of one forward pass, GB"
+TITLE = "Memory traffic of one forward pass"
 SUBTITLE = (
     "bf16; every launch reads its inputs once and writes its outputs once; "
     "a fused kernel counts where its main work is"
@@ -76,12 +76,13 @@ def draw(
 def _draw(axes: Axes, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
     # the longest bar comes first: its pieces have the most room for their names
     bars = sorted(ways.items(), key=lambda bar: -n_bytes(bar[1]))
-    longest = n_bytes(bars[0][1]) / 1e9
+    unit, scale = ("GB", 1e9) if n_bytes(bars[0][1]) >= 1e9 else ("MB", 1e6)
+    longest = n_bytes(bars[0][1]) / scale
     named: set[str] = set()
     for row, (_, launches) in enumerate(bars):
         left = 0.0
         for category, category_bytes in bytes_by_category(launches).items():
-            width = category_bytes / 1e9
+            width = category_bytes / scale
             middle = left + width / 2
             colour, ink = COLOURS[category]
             axes.barh(row, width, BAR_HEIGHT, left, color=colour, edgecolor="white")
@@ -94,7 +95,7 @@ def _draw(axes: Axes, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
                 named.add(category)
                 name, above = category.replace(" ", "\n"), row - BAR_HEIGHT / 2 - 0.1
                 axes.text(middle, above, name, ha="center", va="baseline", size=8)
-        total = f"  {left:.1f} GB, {len(launches)} launches"
+        total = f"  {left:.1f} {unit}, {len(launches)} launches"
         axes.text(left, row, total, va="center", size=9.5, weight="bold")
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], size=9.5)
     axes.set_ylim(len(bars) - 0.6, -1.1)
