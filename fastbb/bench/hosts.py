@@ -76,7 +76,7 @@ class HostSubject:
         self.size = size or default_size(self._module)
         make_inputs(self._module, 1, self.size)  # raises where it takes no images
         self.params = sum(parameter.numel() for parameter in self._module.parameters())
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # of the last truth
         self._device = torch.device(device)
         self._spec: dict[str, Any] = {
             "module": __name__,
@@ -103,12 +103,13 @@ class HostSubject:
         return {}
 
     def truth(self, precision: str, batch: int) -> Truth | None:
-        """What the model returns as it is, or None; `notes` say what is not compared, and why.
+        """What the model returns as it is, or None; `notes` then say what is not compared, and why.
 
         Outputs that jump with a rounding, such as the boxes of the best scores, say nothing about
         another way to compute them. They are left out; what the replaced modules return is compared
         in their place, which the rest of the model gets.
         """
+        self.notes = []
         dtype, rows = torch_dtype(precision), rows_to_check(batch)
         inputs = make_inputs(self._module, batch, self.size)
         pixels = inputs.pixels.to(self._device, dtype)[rows]
@@ -126,7 +127,9 @@ class HostSubject:
                     eager, rounded = run(dtype, pixels), run(dtype, near)
                 exact = run(torch.float64, pixels)
         except Exception as error:
-            self._note(f"outputs are not compared, since it raises {describe(error)}; {_SAFE}")
+            self.notes.append(
+                f"outputs are not compared, since it raises {describe(error)}; {_SAFE}"
+            )
             return None
 
         def steady(part: int) -> list[str]:
@@ -140,9 +143,10 @@ class HostSubject:
         compared = [(0, name) for name in steady(0)]
         if left := [name for name in exact[0] if (0, name) not in compared]:
             compared += [(1, name) for name in steady(1)]
-            self._note(
-                f"{len(left)} of {len(exact[0])} outputs are not compared ({_listed(left)}), since "
-                f"they jump with a rounding or mix images; {_SAFE}"
+            self.notes.append(
+                f"{len(left)} of {len(exact[0])} outputs are not compared ({_listed(left)}): they "
+                "jump with a rounding, mix images, or are never in float64; what the replaced "
+                f"modules return is compared instead, and {_SAFE}"
             )
         if not compared:
             return None
@@ -152,10 +156,6 @@ class HostSubject:
             FP32_REL_FOLDED,
         )
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
     def traffic(self, batch: int) -> dict[str, dict[str, Any]]:
         """Bytes and launches of the replaced modules on a GPU by way, see `Cell.traffic`."""
         return totals(count_host(self._module, batch, self.size))
@@ -163,7 +163,7 @@ class HostSubject:
 
 def _is_near(found: Tensor | None, exact: Tensor, precision: str) -> bool:
     """Whether upstream's result is as near to the exact one as roundings alone leave it."""
-    if found is None or found.shape != exact.shape:
+    if found is None or found.shape != exact.shape or exact.dtype != torch.float64:
         return False
     eps = _TF32_EPS if precision == "tf32" else torch.finfo(torch_dtype(precision)).eps
     allowed = max(FP32_REL_FOLDED, _MOST_ROUNDINGS * eps)
