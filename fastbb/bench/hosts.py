@@ -106,8 +106,8 @@ class HostSubject:
         """What the model returns as it is, or None; `notes` then say what is not compared, and why.
 
         Outputs that jump with a rounding, such as the boxes of the best scores, say nothing about
-        another way to compute them. They are left out; what the replaced modules return is compared
-        in their place, which the rest of the model gets.
+        another way to compute them, nor do those that depend on them. What the replaced modules
+        return is compared in their place, which the rest of the model gets.
         """
         self.notes = []
         dtype, rows = torch_dtype(precision), rows_to_check(batch)
@@ -142,11 +142,11 @@ class HostSubject:
 
         compared = [(0, name) for name in steady(0)]
         if left := [name for name in exact[0] if (0, name) not in compared]:
-            compared += [(1, name) for name in steady(1)]
+            # others may depend on the same choices
+            compared = [(1, name) for name in steady(1)] or compared
             self.notes.append(
-                f"{len(left)} of {len(exact[0])} outputs are not compared ({_listed(left)}): they "
-                "jump with a rounding, mix images, or are never in float64; what the replaced "
-                f"modules return is compared instead, and {_SAFE}"
+                f"{_listed(left)} of the outputs jump with a rounding, mix images, or are never in "
+                f"float64: what the replaced modules return is compared instead; {_SAFE}"
             )
         if not compared:
             return None
