@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
+from ..engine.measuring import describe
 from ..inspect.loading import draw_norms
 
 WANTED = (
@@ -65,7 +66,7 @@ def _builder(name: str, random_weights: bool) -> Callable[[], Any]:
             raise ValueError(f"--accelerate {name}: the directory has no config.json")
         return lambda: _of_transformers(name, random_weights)
     if ":" in name and not name.startswith("hf-hub:"):
-        return lambda: _of_function(name)()
+        return partial(_called, name)
     library, _, model = name.partition("/")
     if library == "torchvision" and model:
         return _of_torchvision(model, random_weights)
@@ -117,8 +118,10 @@ def _of_function(name: str) -> Callable[[], Any]:
         sys.path.insert(0, os.getcwd())
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"--accelerate {name}: cannot import {module_name}: {error}") from error
+    except Exception as error:  # whatever the code of a user raises
+        raise ValueError(
+            f"--accelerate {name}: cannot import {module_name}: {describe(error)}"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         functions = [n for n, value in vars(module).items() if inspect.isroutine(value)]
@@ -128,6 +131,15 @@ def _of_function(name: str) -> Callable[[], Any]:
             f"it has {', '.join(close) or 'none'}"
         )
     return found
+
+
+def _called(name: str) -> Any:
+    """The result of the function that `module:function` names."""
+    function = _of_function(name)
+    try:
+        return function()
+    except Exception as error:  # whatever the code of a user raises
+        raise ValueError(f"--accelerate {name}: it raises {describe(error)}") from error
 
 
 def _torchvision_names() -> list[str]:

@@ -32,7 +32,7 @@ from .launches import Launch, count_kernels, count_launches
 from .subject import SkippedError, Truth, WaySpec, rows_to_check, torch_dtype
 from .traffic import Counts, Traffic
 
-AS_IS, ACCELERATED = "as it is", "fastbb.accelerate"
+AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 _SAFE = "accelerate() itself compares every module that it replaces in float64"
 _N_NAMES = 3  # in notes
 # errors of a deep model in low precision, in units of the largest value; more is a jump
@@ -75,7 +75,7 @@ class HostSubject:
         self.size = size or default_size(self._module)
         make_inputs(self._module, 1, self.size)  # raises where it takes no images
         self.params: int | None = sum(parameter.numel() for parameter in self._module.parameters())
-        self.notes: list[str] = []
+        self.notes: list[str] = []  # of the last truth
         self._device = torch.device(device)
         self._spec: dict[str, Any] = {
             "module": __name__,
@@ -107,12 +107,13 @@ class HostSubject:
         return {}
 
     def truth(self, precision: str, batch: int) -> Truth | None:
-        """What the model returns as it is, or None; `notes` say what is not compared, and why.
+        """What the model returns as it is, or None; `notes` then say what is not compared, and why.
 
         Outputs that jump with a rounding, such as the boxes of the best scores, say nothing about
-        another way to compute them. They are left out; what the replaced modules return is compared
-        in their place, which the rest of the model gets.
+        another way to compute them, nor do those that depend on them. What the replaced modules
+        return is compared in their place, which the rest of the model gets.
         """
+        self.notes = []
         dtype, rows = torch_dtype(precision), rows_to_check(batch)
         inputs = make_inputs(self._module, batch, self.size)
         pixels = inputs.pixels.to(self._device, dtype)[rows]
@@ -130,7 +131,9 @@ class HostSubject:
                     eager, rounded = run(dtype, pixels), run(dtype, near)
                 exact = run(torch.float64, pixels)
         except Exception as error:
-            self._note(f"outputs are not compared, since it raises {describe(error)}; {_SAFE}")
+            self.notes.append(
+                f"outputs are not compared, since it raises {describe(error)}; {_SAFE}"
+            )
             return None
 
         def steady(part: int) -> list[str]:
@@ -143,10 +146,11 @@ class HostSubject:
 
         compared = [(0, name) for name in steady(0)]
         if left := [name for name in exact[0] if (0, name) not in compared]:
-            compared += [(1, name) for name in steady(1)]
-            self._note(
-                f"{len(left)} of {len(exact[0])} outputs are not compared ({_listed(left)}), since "
-                f"they jump with a rounding or mix images; {_SAFE}"
+            # others may depend on the same choices
+            compared = [(1, name) for name in steady(1)] or compared
+            self.notes.append(
+                f"{_listed(left)} of the outputs jump with a rounding, mix images, or are never in "
+                f"float64: what the replaced modules return is compared instead; {_SAFE}"
             )
         if not compared:
             return None
@@ -156,10 +160,6 @@ class HostSubject:
             FP32_REL_FOLDED,
         )
 
-    def _note(self, note: str) -> None:
-        if note not in self.notes:
-            self.notes.append(note)
-
     def traffic(self, batch: int) -> Traffic:
         """Launches of the replaced modules on a GPU by way."""
         title = f"{self.name}, {self.size[0]}x{self.size[1]}, batch {batch}"
@@ -168,7 +168,7 @@ class HostSubject:
 
 def _is_near(found: Tensor | None, exact: Tensor, precision: str) -> bool:
     """Whether upstream's result is as near to the exact one as roundings alone leave it."""
-    if found is None or found.shape != exact.shape:
+    if found is None or found.shape != exact.shape or exact.dtype != torch.float64:
         return False
     eps = _TF32_EPS if precision == "tf32" else torch.finfo(torch_dtype(precision)).eps
     allowed = max(FP32_REL_FOLDED, _MOST_ROUNDINGS * eps)

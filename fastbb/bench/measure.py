@@ -100,7 +100,8 @@ class Bench:
 
     def measure(self, subject: Subject, precision: str, batch: int) -> Cell:
         """Measures one cell; halves the batch where memory runs out."""
-        asked, notes = batch, list(subject.notes)
+        asked = batch
+        notes: list[str] = []
         while True:
             cell = Cell(
                 model=subject.name,
@@ -114,7 +115,7 @@ class Bench:
                 params=subject.params,
                 macs=subject.macs,
                 activations=subject.activations,
-                notes=notes,
+                notes=list(notes),
             )
             try:
                 _CellRun(self, subject, cell).measure()
@@ -157,6 +158,7 @@ class _CellRun:
             specs = self.subject.ways(self.cell.precision, self.cell.batch, self.folder)
             self.cell.ways = [Way(spec.name, ours=spec.ours) for spec in specs]
             truth = self._truth()
+            self.cell.notes += self.subject.notes
             # those that compile come last, the quickest first: a budget drops the slowest
             for spec in sorted(specs, key=lambda spec: (spec.compiles, self._known(spec) or 0.0)):
                 self._start(spec, truth, specs)

@@ -93,13 +93,15 @@ def test_function_of_the_working_directory_is_called(
 ) -> None:
     (tmp_path / "my_hosts.py").write_text(
         "from torch import nn\ndef mine():\n    return nn.Conv2d(3, 4, 3)\n"
-        "def wrong():\n    return 3\n"
+        "def wrong():\n    return 3\ndef none():\n    raise KeyError('lost')\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
     assert isinstance(build_host("my_hosts:mine", random_weights=False), nn.Conv2d)
     with pytest.raises(ValueError, match="wanted a torch.nn.Module, got int"):
         build_host("my_hosts:wrong", random_weights=False)
+    with pytest.raises(ValueError, match="my_hosts:none: it raises KeyError: 'lost'"):
+        build_host("my_hosts:none", random_weights=False)
     with pytest.raises(ValueError, match="no function 'min'; it has mine"):
         build_host("my_hosts:min", random_weights=False)
 
@@ -269,7 +271,8 @@ class Jumpy(nn.Module):
         if self.broken:
             raise TypeError("no such dtype here")
         noise = (1e9 * x.flatten(1)).sin()
-        return {"chosen": noise, "some": x.flatten()[x.flatten() > x.mean()]}
+        many = x.flatten()[noise.flatten() > 0]
+        return {"chosen": noise, "many": many, "single": x.float(), "steady": x}
 
 
 def jumpy() -> nn.Module:
@@ -285,8 +288,9 @@ def broken() -> nn.Module:
 def test_outputs_that_jump_are_left_out_and_the_backbone_is_compared() -> None:
     subject = HostSubject(f"{__name__}:jumpy", SIZE)
     truth = subject.truth("fp32", 2)
-    assert truth is not None and "chosen" not in truth.exact
-    assert any(name.startswith("backbone") for name in truth.exact)
+    assert truth is not None and truth.exact
+    assert all(name.startswith("backbone") for name in truth.exact)
+    assert subject.notes[0].startswith("chosen, many, single of the outputs jump")
     assert (
         "jump with a rounding" in subject.notes[0] and "compares every module" in subject.notes[0]
     )
