@@ -18,20 +18,17 @@ from typing import Any
 import torch
 from gpu_device import n_processes, on_device
 from gpu_measure import PRECISIONS, Clock, OurBytes, peaks, precision
-from gpu_profile import profiled
-from gpu_work import Work, describe
-from peer_models import (
-    MODELS,
+from gpu_peers import (
     Cell,
     FeatureMaps,
-    Model,
     StateDict,
     fastbb_model,
     load_timm,
     random_weights,
-    timm_maps,
     transformers_model,
 )
+from gpu_profile import profiled
+from gpu_work import Work, describe
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,24 +39,6 @@ from fastbb_kernels.fp32_precision import convolution_precision
 from fastbb_kernels.precompiling import n_cores
 
 N_CHECKED = 4  # images that are compared with float64
-_SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
-ALL_MODELS = {
-    **MODELS,
-    "swin_b": Model("Swin-B", "swin", _SWIN_B, "swin_base_patch4_window7_224"),
-}
-_TINY_SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
-_TINY_RESNET = [1, 1]
-TINY_MODELS = {
-    "swin_t": Model("", "swin", _TINY_SWIN, "swin_tiny_patch4_window7_224", _TINY_SWIN),
-    "resnet50": Model(
-        "",
-        "resnet",
-        {"depths": _TINY_RESNET, "hidden_sizes": [256, 512]},
-        "resnet50",
-        {"layers": _TINY_RESNET},
-    ),
-}
-TINY_MODELS["swin_b"] = TINY_MODELS["swin_t"]
 _CELL_S = 1.5
 _PROFILED_CALLS = 5
 
@@ -80,36 +59,18 @@ class Wrong(Exception):
     """The maps of a column are wrong; the message says why."""
 
 
-@dataclass(frozen=True)
-class GpuCell(Cell):
-    """A cell of one of three models, tiny in a dry run; its `dtype` is a precision."""
-
-    @property
-    def model(self) -> Model:
-        return TINY_MODELS[self.name] if self.tiny else ALL_MODELS[self.name]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return PRECISIONS[self.dtype]
-
-    @property
-    def title(self) -> str:
-        return f"{self.name}, {self.dtype}, batch {self.batch}"
-
-
-def cell(name: str, dtype: str, batch: int, dry_run: bool) -> GpuCell:
+def cell(name: str, dtype: str, batch: int, dry_run: bool) -> Cell:
     if dry_run:
-        return GpuCell(name, dtype, batch, 32, tiny=True, stages=("stage1", "stage2"))
-    return GpuCell(name, dtype, batch, 224)
+        return Cell(name, dtype, batch, 32, tiny=True, stages=("stage1", "stage2"))
+    return Cell(name, dtype, batch, 224)
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """A library's own model, and a function that converts its maps to those of transformers."""
+    """A library's own model, which returns transformers' maps."""
 
     library: str
     module: nn.Module
-    maps: Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 @cache
@@ -124,16 +85,13 @@ def upstream(name: str, dtype: str, device: torch.device, dry_run: bool) -> Upst
     problems = []
     for library, load in (("transformers", _load_transformers), ("timm", load_timm)):
         try:
-            module, maps = load(one, state), _unchanged
+            module = load(one, state)
         except Exception as error:  # not installed, or a version that does not fit
             problems.append(f"{library}: {describe(error)}")
             continue
-        if library == "timm":
-            maps = _in_transformers_words(one, state, device)
-        label = _label(library, module, problems)
-        return Upstream(label, _laid_out(module, one, device), maps)
+        return Upstream(_label(library, module, problems), _laid_out(module, one, device))
     module = _laid_out(FeatureMaps(_ours(one, state)), one, device)
-    return Upstream("fastbb eager" + _because(problems), _PlainPyTorch(module), _unchanged)
+    return Upstream("fastbb eager" + _because(problems), _PlainPyTorch(module))
 
 
 def _label(library: str, module: nn.Module, problems: Sequence[str]) -> str:
@@ -161,17 +119,6 @@ def _load_transformers(one: Cell, state: StateDict) -> nn.Module:
     raise ValueError(f"this version has other names: {sorted(set(wanted) - state.keys())[:3]}")
 
 
-def _unchanged(maps: Sequence[Tensor]) -> Sequence[Tensor]:
-    return maps
-
-
-def _in_transformers_words(
-    one: GpuCell, state: StateDict, device: torch.device
-) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
-    on_device = {name: tensor.to(device) for name, tensor in state.items()}
-    return lambda maps: timm_maps(maps, one, on_device)
-
-
 class _PlainPyTorch(nn.Module):
     """Our model without kernels, used if no other library is installed."""
 
@@ -184,17 +131,17 @@ class _PlainPyTorch(nn.Module):
             return self.module(pixels)
 
 
-def _laid_out(module: nn.Module, one: GpuCell, device: torch.device) -> nn.Module:
+def _laid_out(module: nn.Module, one: Cell, device: torch.device) -> nn.Module:
     """Converts a model to the layout that is fastest for users: channels_last for convolutions."""
     module = module.to(device)
     return module.to(memory_format=torch.channels_last) if _is_resnet(one) else module
 
 
-def _is_resnet(one: GpuCell) -> bool:
+def _is_resnet(one: Cell) -> bool:
     return one.model.family == "resnet"
 
 
-def _ours(one: GpuCell, state: StateDict) -> Any:
+def _ours(one: Cell, state: StateDict) -> Any:
     model = fastbb_model(one)
     model.load_state_dict(state)
     return model.to(one.torch_dtype).eval()
@@ -213,7 +160,7 @@ def _images(n: int, size: int) -> Tensor:
     return torch.stack(images).bfloat16().float()
 
 
-def pixels_of(one: GpuCell, device: torch.device) -> Tensor:
+def pixels_of(one: Cell, device: torch.device) -> Tensor:
     return _images(one.batch, one.size).to(device, one.torch_dtype)
 
 
@@ -250,53 +197,53 @@ def truth(name: str, dtype: str, n_images: int, device: torch.device, dry_run: b
     pixels = pixels_of(cell(name, dtype, n_images, dry_run), device)
     exact = copy.deepcopy(source.module).double()
     with torch.inference_mode():
-        eager = source.maps(source.module(pixels))
+        eager = source.module(pixels)
         return Truth(
             tuple(x.to(PRECISIONS[dtype]) for x in eager),
-            tuple(x.double() for x in source.maps(exact(pixels.double()))),
+            tuple(x.double() for x in exact(pixels.double())),
         )
 
 
 # columns
 
 
-def _upstream_column(one: GpuCell, pixels: Tensor) -> Run:
+def _upstream_column(one: Cell, pixels: Tensor) -> Run:
     module = upstream(one.name, one.dtype, pixels.device, one.tiny).module
     laid_out = _channels_last(pixels, one)
     return lambda: module(laid_out)
 
 
-def _channels_last(pixels: Tensor, one: GpuCell) -> Tensor:
+def _channels_last(pixels: Tensor, one: Cell) -> Tensor:
     if not _is_resnet(one):
         return pixels
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def _fastbb_column(one: GpuCell, pixels: Tensor) -> Run:
+def _fastbb_column(one: Cell, pixels: Tensor) -> Run:
     backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
     return lambda: backbone(pixels).feature_maps
 
 
-def _warm_up(one: GpuCell, device: torch.device) -> None:
+def _warm_up(one: Cell, device: torch.device) -> None:
     """Makes our fused and folded weights by one run."""
     # in a dry run, which times nothing, an op that does not run its kernel is an error
     with use_impl("triton") if one.tiny else nullcontext():
         ours(one.name, one.dtype, device, one.tiny)(pixels_of(one, device)[:1])
 
 
-def prepared(backbone: Any, mode: str, one: GpuCell, **options: Any) -> Any:
+def prepared(backbone: Any, mode: str, one: Cell, **options: Any) -> Any:
     """Prepares the engine for a cell; the only caller of `Backbone.prepare`."""
     if not hasattr(backbone, "prepare"):
         raise NotImplementedError("this version of fastbb has no Backbone.prepare()")
     return backbone.prepare(mode=mode, example=(one.batch, one.size, one.size), **options)
 
 
-def _graph_column(one: GpuCell, pixels: Tensor) -> Run:
+def _graph_column(one: Cell, pixels: Tensor) -> Run:
     run = graphed(one, pixels)
     return lambda: run(pixels)
 
 
-def graphed(one: GpuCell, pixels: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
+def graphed(one: Cell, pixels: Tensor) -> Callable[[Tensor], Sequence[Tensor]]:
     """Returns our model as CUDA graphs, recorded for these pixels; other shapes at first use."""
     backbone = ours(one.name, one.dtype, pixels.device, one.tiny)
     ready = prepared(backbone, "triton", one, cuda_graph=pixels.is_cuda)
@@ -320,7 +267,7 @@ def _decisions(ready: Any) -> list[dict[str, str]]:
     ]
 
 
-def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None) -> Run:
+def _compiled_column(one: Cell, pixels: Tensor, mode: str | None) -> Run:
     from torch._inductor import config
 
     # a choice that was made while other processes used the GPU would be unfair to upstream
@@ -346,7 +293,7 @@ def _compiled_column(one: GpuCell, pixels: Tensor, mode: str | None) -> Run:
     return call
 
 
-COLUMNS: dict[str, Callable[[GpuCell, Tensor], Run]] = {
+COLUMNS: dict[str, Callable[[Cell, Tensor], Run]] = {
     UPSTREAM: _upstream_column,
     FASTBB: _fastbb_column,
     GRAPH: _graph_column,
@@ -370,7 +317,7 @@ OTHER_BATCHES = tuple((name, batch) for batch in (8, 256) for name in ("swin_t",
 
 def _cells(
     cells: Sequence[tuple[str, int]], dtypes: Sequence[str], dry_run: bool, n_dry: int = 1
-) -> list[GpuCell]:
+) -> list[Cell]:
     if dry_run:
         return [cell(name, dtypes[0], 1, True) for name, _ in cells[:n_dry]]
     return [cell(name, dtype, batch, False) for name, batch in cells for dtype in dtypes]
@@ -402,7 +349,7 @@ def compile_ahead(work: Work, dry_run: bool) -> None:
     work.in_processes(tasks, n)
 
 
-def _compile(one: GpuCell, column: str, n_threads: int) -> dict[str, Any]:
+def _compile(one: Cell, column: str, n_threads: int) -> dict[str, Any]:
     from torch._inductor import config
 
     config.compile_threads = max(1, n_threads)
@@ -424,7 +371,7 @@ def max_autotune(work: Work, dry_run: bool, name: str) -> None:
     run_cells(work, _cells(((name, 64),), ("bf16",), dry_run), (*BASE, MAX_AUTOTUNE))
 
 
-def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BASE) -> None:
+def run_cells(work: Work, cells: Sequence[Cell], columns: Sequence[str] = BASE) -> None:
     """Measures cells until the time is over; writes a row for each.
 
     A row names the ops that are off in this process; PyTorch's own ops run in their place.
@@ -447,7 +394,7 @@ def run_cells(work: Work, cells: Sequence[GpuCell], columns: Sequence[str] = BAS
             torch.cuda.empty_cache()
 
 
-def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[str, Any]:
+def measure(one: Cell, columns: Sequence[str], device: torch.device) -> dict[str, Any]:
     """Measures a cell; returns its row."""
     pixels = pixels_of(one, device)
     reference = truth(one.name, one.dtype, min(N_CHECKED, one.batch), device, one.tiny)
@@ -468,8 +415,7 @@ def measure(one: GpuCell, columns: Sequence[str], device: torch.device) -> dict[
                 torch.cuda.synchronize()
                 peak = torch.cuda.max_memory_allocated(device)
                 cells[name]["peak_mb"] = (peak - before) / 2**20
-                of_upstream = name == UPSTREAM or name in COMPILE_MODES
-                reference.check(source.maps(found) if of_upstream else found)
+                reference.check(found)
             runs[name] = run
         except Exception as error:
             cells[name]["problem"] = _problem(error)
@@ -493,7 +439,7 @@ def _problem(error: Exception) -> str:
     return describe(error)
 
 
-def floor_of(one: GpuCell, device: torch.device) -> dict[str, Any]:
+def floor_of(one: Cell, device: torch.device) -> dict[str, Any]:
     """Lower bounds of the time of a forward pass through our ops, from traffic and arithmetic."""
     try:
         with torch.inference_mode(), OurBytes() as counted:

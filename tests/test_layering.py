@@ -38,7 +38,7 @@ RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
 NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
-CLI_MODULES = ("features", "machine", "models", "options", "shell")
+CLI_MODULES = ("bench", "features", "machine", "models", "options", "shell")
 CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
 IMPORTED_WITH = {"click": CLI, "transformers": ("fastbb.hosts.heads",)}
 
