@@ -58,9 +58,10 @@ docs: .venv/.dev
 dist: .venv/.dev
 	$(BIN)/python -m hatchling build
 
+# the tables of docs/benchmarks and of the README, on this CPU; an hour
 bench: .venv/.bench
 	$(BIN)/python -m pytest bench --benchmark-only -q
-	$(BIN)/python bench/peers.py --json bench/results/peers.json --plot bench/results/peers.png
+	$(BIN)/python scripts/benchmark_pages.py --measure
 
 # RUN=1: right, and how fast; RUN=2: launch configurations; RUN=3: NVIDIA's tools and the rest.
 # Each takes the Python, torch and triton that the machine has, installs nothing; under eight minutes

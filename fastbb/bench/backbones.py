@@ -18,7 +18,7 @@ from ..inspect.upstream import run_upstream, upstream_of
 from ..inspect.verify import random_images
 from .counts import count
 from .subject import Truth, WaySpec, rows_to_check, torch_dtype
-from .ways import LIBRARIES, TITLES, library_of, other_upstream
+from .ways import LIBRARIES, TITLES, engine_problem, library_of, other_upstream
 
 _MODULE = "fastbb.bench.ways"
 # transformers and fastbb import it at first use; memory counts from after that
@@ -125,7 +125,8 @@ class BackboneSubject:
                 add(library, "compile", f"{library} compiled")
         for engine in ("openvino", "onnxruntime"):
             if engine in self._against:
-                add(self._library, engine, TITLES[engine])
+                reason = engine_problem(engine, precision, self._device)
+                add(self._library, engine, TITLES[engine], reason=reason)
         for mode in self._modes:
             spec = {**common, "library": "fastbb", "engine": mode, "imports": _IMPORTS}
             found.append(WaySpec(f"fastbb {mode}", spec, ours=True, compiles="compile" in mode))

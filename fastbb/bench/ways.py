@@ -45,6 +45,15 @@ def _has(package: str) -> bool:
         return False
 
 
+def engine_problem(engine: str, precision: str, device: torch.device) -> str | None:
+    """Why an engine does not run a precision on a device, or None."""
+    if engine in _NEEDED and device.type != "cpu":
+        return f"is measured on a CPU only, this is {device}"
+    if engine == "onnxruntime" and precision != "fp32":
+        return f"its CPU kernels have no {precision}"
+    return None
+
+
 def library_of(upstream: Upstream) -> str:
     """Name of the library of an upstream model, as `--against` has it."""
     name = upstream.name.partition(" ")[0]
@@ -198,7 +207,6 @@ class _OpenVINO(_Eager):
     """OpenVINO's CPU plugin, in exactly the precision that was asked for."""
 
     def start(self) -> Sequence[Any]:
-        _check_cpu(self.pixels)
         precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[self.spec["precision"]]
         openvino = import_module("openvino")
         model = self.model.float()
@@ -232,9 +240,6 @@ class _ONNXRuntime(_Eager):
     """ONNX Runtime's CPU provider."""
 
     def start(self) -> Sequence[Any]:
-        _check_cpu(self.pixels)
-        if self.spec["precision"] != "fp32":
-            raise SkippedError(f"its CPU kernels have no {self.spec['precision']}")
         onnxruntime = import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -260,11 +265,6 @@ class _ONNXRuntime(_Eager):
             file = io.BytesIO()
             torch.onnx.export(self.model, (self.pixels,), file, dynamo=False)  # type: ignore[arg-type]  # a file is allowed, the stub lacks it
             return file.getvalue()
-
-
-def _check_cpu(pixels: Tensor) -> None:
-    if pixels.device.type != "cpu":
-        raise SkippedError(f"is measured on a CPU only, this is {pixels.device}")
 
 
 _STARTS: dict[str, type[_Eager]] = {

@@ -1,4 +1,4 @@
-"""`fastbb bench`: arguments, exit codes and files; measurements are pretended, except in two runs."""
+"""`fastbb bench`: arguments, exit codes and files; most measurements are pretended."""
 
 from __future__ import annotations
 
