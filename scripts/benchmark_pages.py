@@ -1,23 +1,36 @@
-"""Writes the table of docs/benchmarks/traffic.md and the picture docs/ledger.png.
+"""Writes the tables and pictures of docs/benchmarks and the table of the README.
 
-    python scripts/benchmark_pages.py
+    python scripts/benchmark_pages.py --measure     # on this CPU, an hour with nothing else running
+    python scripts/benchmark_pages.py               # from the results that are there, and counts
 
-The models are directories with only a config.json, of which `fastbb bench --random-weights` takes
-each as well; `--configs FOLDER` leaves them there.
+Measured are docs/benchmarks/backbones.json and hosts.json, by the commands of `fastbb bench` that
+the pages name. The models are directories with only a config.json; `--configs FOLDER` leaves them
+there.
 """
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastbb.bench.exports import write_json
+from fastbb.bench.markdown import markdown
+from fastbb.bench.noise import best, is_valid, speed
+from fastbb.bench.results import Cell, Results
+from fastbb.bench.table import rate
 from fastbb.bench.traffic import Traffic, count_traffic, plot, summary
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGE, PICTURE = DOCS / "benchmarks" / "traffic.md", DOCS / "ledger.png"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+PAGES = DOCS / "benchmarks"
+PAGE, PICTURE = PAGES / "traffic.md", DOCS / "ledger.png"
 
 STAGES = (1, 2, 3, 4)
 SWIN_S = {"model_type": "swin", "depths": [2, 2, 18, 2]}
@@ -40,6 +53,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "ResNet-101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
 }
+BACKBONES = (
+    "Swin-T ResNet-50 --random-weights --out-indices 1,2,3,4 --batch 1,8 --precision fp32,bf16 "
+    "--mode eager,compile --against timm,compile,openvino,onnxruntime --budget 1800"
+)
+# HOST,... and further options; those of `bench.hosts` are built by bench/hosts.py
+HOSTS = (
+    "SwinForImageClassification,bench.hosts:swin_backbone,ResNetForImageClassification,"
+    "bench.hosts:maskformer,bench.hosts:upernet,bench.hosts:detr,GroundingDinoForObjectDetection,"
+    "swin_tiny_patch4_window7_224,resnet50,efficientnet_b0,torchvision/swin_t,torchvision/resnet50,"
+    "torchvision/fasterrcnn_resnet50_fpn,torchvision/deeplabv3_resnet50,bench.hosts:smp_swin",
+    "bench.hosts:mask2former --size 800x1088",
+    "RTDetrForObjectDetection --size 640",
+    "bench.hosts:smp_unet --size 512",
+)
+# columns of the README, as the bench names them
+README_WAYS = (
+    *("transformers eager", "fastbb eager", "transformers compiled", "timm compiled"),
+    *("fastbb compile", "OpenVINO", "ONNX Runtime"),
+)
 # name of the model, (height, width) and batch, by title in the table
 COUNTED: dict[str, tuple[str, tuple[int, int], int]] = {
     "Swin-T, 224, batch 64": ("Swin-T", (224, 224), 64),
@@ -61,6 +93,35 @@ def write_configs(folder: Path) -> None:
         (folder / name / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+def bench(options: str, folder: Path) -> Results:
+    """Runs `fastbb bench` in a folder; its reasons for failing are printed."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "results.json"
+        command = [sys.executable, "-m", "fastbb", "bench", *options.split(), "--json", str(path)]
+        where = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+        subprocess.run(command, cwd=folder, env={**os.environ, **where}, stdout=subprocess.DEVNULL)
+        return replace(Results.read(path), command=f"fastbb bench {options}")
+
+
+def measure_hosts() -> Results:
+    """Measures the hosts in fp32 with one image, and counts the traffic of what is replaced."""
+    options = [f"--accelerate {host} --random-weights --batch 1" for host in HOSTS]
+    parts = [bench(one, ROOT) for one in options]
+    counts = [cell for one in options for cell in bench(f"{one} --traffic", ROOT).cells]
+    traffic = {(cell.model, cell.size): cell.traffic for cell in counts}
+    cells = [cell for part in parts for cell in part.cells]
+    for cell in cells:
+        cell.traffic = traffic.get((cell.model, cell.size), {})
+    others = ", ".join(f"`{part.command}`" for part in parts[1:])
+    return replace(parts[0], cells=cells, notes=[f"Other sizes: {others}."])
+
+
+def measure(folder: Path) -> None:
+    """Measures what the pages show into their JSON files."""
+    write_json(bench(BACKBONES, folder), PAGES / "backbones.json")
+    write_json(measure_hosts(), PAGES / "hosts.json")
+
+
 def count(title: str, folder: Path) -> Traffic:
     """Counts a model of `COUNTED`, of which the folder has the directory."""
     name, size, batch = COUNTED[title]
@@ -76,18 +137,69 @@ def with_table(page: str, table: str) -> str:
     return found + "\n"
 
 
+def with_measured(page: str, text: str) -> str:
+    """Replaces what stands between the two marks of a page."""
+    pattern = r"(?<=<!-- measured -->\n).*?(?=<!-- end of measured -->)"
+    found, n = re.subn(pattern, lambda _: f"{text.strip()}\n", page, flags=re.S)
+    assert n == 1, "the page has no marks for what is measured, or several"
+    return found
+
+
+def readme_table(results: Results) -> str:
+    """Images per second: a row for each cell, the fastest in bold."""
+    rows = [["", *README_WAYS], ["---", *["--:"] * len(README_WAYS)]]
+    for cell in sorted(results.cells, key=lambda cell: model_order(results.cells, cell)):
+        rows.append(
+            [
+                f"{cell.model}, {cell.precision}, batch {cell.batch}",
+                *(_speed(cell, name) for name in README_WAYS),
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def model_order(cells: Sequence[Cell], cell: Cell) -> int:
+    """Place of a cell's model: cells of one model stay together."""
+    return [other.model for other in cells].index(cell.model)
+
+
+def _speed(cell: Cell, name: str) -> str:
+    way = cell.way(name)
+    found = None if way is None or not is_valid(way) else speed(way, cell.batch)
+    if found is None:
+        return "-"
+    text = rate(found.images_per_s)
+    return f"**{text}**" if best(cell).way is way else text
+
+
+def write_measured_pages() -> None:
+    """Writes the pages that have results, and the README."""
+    for name in ("backbones", "hosts"):
+        results, page = Results.read(PAGES / f"{name}.json"), PAGES / f"{name}.md"
+        page.write_text(with_measured(page.read_text(), markdown(results)))
+    backbones = Results.read(PAGES / "backbones.json")
+    README.write_text(with_measured(README.read_text(), readme_table(backbones)))
+    from fastbb.bench.plot import plot as plot_bars
+
+    plot_bars(backbones, DOCS / "backbones.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--measure", action="store_true", help="measure first")
     parser.add_argument("--configs", type=Path, metavar="FOLDER", help="default: a temporary one")
-    folder = parser.parse_args().configs
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = folder or Path(temporary)
+        folder = options.configs or Path(temporary)
         write_configs(folder)
+        if options.measure:
+            measure(folder)
         models = [count(title, folder) for title in COUNTED]
     PAGE.write_text(with_table(PAGE.read_text(), summary(models)))
     plot([model for model in models if model.title in DRAWN], PICTURE)
+    write_measured_pages()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_pages
 import click
 import numpy as np
 import page_models
@@ -23,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastbb
 import fastbb_kernels
+from fastbb.bench.markdown import markdown
+from fastbb.bench.results import Results
 from fastbb.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,7 +193,8 @@ def test_commands_of_a_page_parse(page: Path, desk: Path) -> None:
         "fastbb examine",
         "make everything",
         "python bench/none.py",
-        "python bench/peers.py --onlyy peers",
+        "fastbb bench resnet50 --againstt timm",
+        "python bench/speed_of_light.py --archh 90",
         "python -m fastbb_kernels.chek --quick",
         "python -m fastbb veiw photo.jpg",
     ],
@@ -228,25 +232,12 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
-def test_the_times_of_the_readme_are_those_of_the_benchmark_page() -> None:
-    page = (ROOT / "docs" / "benchmarks" / "backbones.md").read_text()
-    measured: dict[tuple[str, str], list[str]] = {}
-    for model in ("Swin-T", "ResNet-50"):
-        for name, *cells in table_rows(page.partition(f"## {model}\n")[2].partition("\n## ")[0]):
-            measured[model, name] = [cell.partition(" (")[0] for cell in cells]
-    readme = (ROOT / "README.md").read_text().partition("## Performance")[2].partition("\n## ")[0]
-    (_, *names), *rows = table_rows(readme)
-    forms = ["fp32, batch 1", "fp32, batch 8", "bf16, batch 1", "bf16, batch 8"]
-    wanted = [
-        [f"{model}, {form}", *(measured[model, name][index] for name in names)]
-        for model in ("Swin-T", "ResNet-50")
-        for index, form in enumerate(forms)
-    ]
-    assert [[cell.strip("*") for cell in row] for row in rows] == wanted
-
-
-def table_rows(text: str) -> list[list[str]]:
-    """The cells of the rows of all tables of a page, without lines of dashes."""
-    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line] for line in lines]
-    return [row for row in rows if not set("".join(row)) <= set("-: ")]
+@pytest.mark.parametrize("name", ["backbones", "hosts"])
+def test_measured_pages_show_the_results_beside_them(name: str) -> None:
+    results = Results.read(benchmark_pages.PAGES / f"{name}.json")
+    page = (benchmark_pages.PAGES / f"{name}.md").read_text()
+    assert benchmark_pages.with_measured(page, markdown(results)) == page
+    if name == "backbones":
+        readme = benchmark_pages.README.read_text()
+        table = benchmark_pages.readme_table(results)
+        assert benchmark_pages.with_measured(readme, table) == readme

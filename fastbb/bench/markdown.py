@@ -81,7 +81,7 @@ def _speeds(cells: Sequence[Cell], notes: Notes) -> str:
     return _table([header, *rows])
 
 
-def _details(cells: Sequence[Cell], notes: Notes) -> str:
+def _details(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> str:
     """A row for each way of each cell: ratio, latency, memory, start, error."""
     names = [name for name in COLUMNS if name not in _ELSEWHERE]
     there = [
@@ -94,9 +94,16 @@ def _details(cells: Sequence[Cell], notes: Notes) -> str:
     columns = {name: values for name, values in columns.items() if has_values(values)}
     if not columns:
         return ""
-    first = [[setting(cell), _escaped(way.name)] for cell, way in there]
+    first = [
+        [*_model_column(cell, with_model), setting(cell), _escaped(way.name)] for cell, way in there
+    ]
     rows = [[*one, *values] for one, values in zip(first, zip(*columns.values()))]
-    return _table([["cell", "way", *columns], *rows], n_texts=2)
+    header = [*(["model"] if with_model else []), "cell", "way", *columns]
+    return _table([header, *rows], n_texts=2 + with_model)
+
+
+def _model_column(cell: Cell, with_model: bool) -> list[str]:
+    return [_escaped(cell.model)] if with_model else []
 
 
 def _hosts(hosts: Sequence[Sequence[Cell]]) -> str:
@@ -115,10 +122,7 @@ def _hosts(hosts: Sequence[Sequence[Cell]]) -> str:
             row += ["", "", ""] if cell is None else _host(cell, notes)
         rows.append(row)
     parts = ["## Accelerated models", _table([header, *rows], n_texts=2)]
-    for same in hosts:
-        details = _details(same, notes)
-        parts += [f"### {_escaped(same[0].model)}", details] if details else []
-    parts.append(_traffic(cells, notes, with_model=True))
+    parts += [_details(cells, notes, with_model=True), _traffic(cells, notes, with_model=True)]
     return "\n\n".join(filter(None, [*parts, _end(cells, notes)]))
 
 
@@ -139,7 +143,7 @@ def _host(cell: Cell, notes: Notes) -> list[str]:
 
 def _traffic(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> str:
     rows = [
-        [*([_escaped(cell.model)] if with_model else []), setting(cell), *row]
+        [*_model_column(cell, with_model), setting(cell), *row]
         for cell in cells
         for row in traffic_rows(cell, notes)
     ]

@@ -161,6 +161,8 @@ class Results:
         """
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise OSError(f"{path} cannot be read: {error.strerror or error}") from error
         except ValueError as error:  # of JSON, of UTF-8, or ours
             raise ValueError(
                 f"{path}: not a file of `fastbb bench --json`: {str(error).splitlines()[0]}"

@@ -97,7 +97,6 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--compare",
     "old_path",
-    type=click.Path(exists=True, dir_okay=False),
     metavar="OLD.json",
     help="Measure again what this file of --json has, or MODEL, and judge each cell.",
 )

@@ -148,7 +148,7 @@ def test_compare_alone_repeats_the_file(pretended: Any, tmp_path: Path) -> None:
         (["a", "--traffic", "--end-to-end", "."], "take one of them"),
         (["a", "--json", "no/such/dir.json"], "make it first"),
         (["a", "--plot", "a.txt"], "--plot a.txt: wanted one of"),
-        (["a", "--compare", "gone.json"], "does not exist"),
+        (["a", "--compare", "gone.json"], "gone.json cannot be read: No such file"),
         (["a", "--device", "cuda:9"], "device: cuda:9 is not there"),
         (["nano-resnet-digits", "--end-to-end", "no-such-images"], "no-such-images"),
     ],
