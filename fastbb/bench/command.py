@@ -91,12 +91,14 @@ def run(
             run_end_to_end(asked, results, images, null_model=null_model, say=say)
         else:
             run_bench(asked, results, old=old, say=say)
-    except KeyboardInterrupt:
+    except BaseException as error:
         if not (results.cells or results.end_to_end):
             raise
         results.interrupted = True
-        # inside this handler the interruption is not raised again
+        # inside this handler an interruption is not raised again
         _finish(results, counted, outputs, echo, None if old is None else compare(old, results))
+        if not isinstance(error, KeyboardInterrupt):
+            raise  # of a later model: what was measured is printed and written
         return interruption_code() or 130
     comparison = None if old is None else compare(old, results)
     _finish(results, counted, outputs, echo, comparison)

@@ -93,7 +93,7 @@ class Cell:
     @property
     def key(self) -> tuple[str, str, str, int, tuple[int, int]]:
         """What makes two cells of two files the same."""
-        return self.kind, self.model, self.precision, self.batch, self.size
+        return self.kind, self.model, self.precision, self.asked_batch, self.size
 
     def way(self, name: str) -> Way | None:
         return next((way for way in self.ways if way.name == name), None)
@@ -135,6 +135,9 @@ class Results:
             got = value.get("format") if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"wanted results of fastbb bench of format {FORMAT}, got {got!r}")
         fields = {name: one for name, one in value.items() if name != "format"}
+        for name in ("environment", "options"):
+            if not isinstance(fields.get(name, {}), dict):
+                raise ValueError(f"results of fastbb bench are damaged: {name}")
         try:
             cells = [
                 Cell(

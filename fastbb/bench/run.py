@@ -6,6 +6,7 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,17 @@ class Asked:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Asked:
-        """What a file of results was asked for."""
-        known = {field.name for field in fields(cls)}
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in options.items()
-            if name in known
-        }
+        """What a file of results was asked for.
+
+        Raises:
+            ValueError: these are no such options.
+        """
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            value = options.get(field.name, field.default)
+            if isinstance(field.default, tuple) and not isinstance(value, list | tuple):
+                raise ValueError(f"the options of the results are damaged: {field.name}")
+            values[field.name] = tuple(value) if isinstance(value, list) else value
         return cls(**values)
 
 
@@ -162,10 +167,10 @@ def run_end_to_end(
     null_model: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Measures the extraction of the features of images, for each model and precision.
+    """Measures the extraction of the features of images, for each model and way to run it.
 
     Args:
-        asked: what to measure; of the batches the largest counts.
+        asked: what to measure.
         results: see `new_results`.
         images: as `fastbb extract` takes them.
         null_model: measures the feed alone.
@@ -174,24 +179,24 @@ def run_end_to_end(
     Raises:
         OSError, ValueError: see `measure_end_to_end`.
     """
-    for model in asked.models:
-        for precision in asked.precisions:
-            found = measure_end_to_end(
-                model,
-                images,
-                precision=precision,
-                mode=asked.modes[0],
-                batch=max(asked.batches),
-                device=asked.device,
-                random_weights=asked.random_weights,
-                null_model=null_model,
-                seconds=4 * asked.seconds,
-                say=say,
-            )
-            results.end_to_end.append(found.to_dict())
-            if found.interrupted:
-                results.interrupted = True
-                return
+    every = product(asked.models, asked.precisions, asked.batches, asked.modes)
+    for model, precision, batch, mode in every:
+        found = measure_end_to_end(
+            model,
+            images,
+            precision=precision,
+            mode=mode,
+            batch=batch,
+            device=asked.device,
+            random_weights=asked.random_weights,
+            null_model=null_model,
+            seconds=4 * asked.seconds,
+            say=say,
+        )
+        results.end_to_end.append(found.to_dict())
+        if found.interrupted:
+            results.interrupted = True
+            return
 
 
 def run_traffic(

@@ -114,57 +114,91 @@ def bench(models: tuple[str, ...], **options: Any) -> None:
     from ..bench.command import Outputs, run
     from ..bench.results import Results
     from ..bench.run import Asked
+    from ..extraction.plan import DEFAULT_BATCH_SIZE
 
     outputs = Outputs(**{k: options.pop(f"{k}_path") for k in ("csv", "json", "markdown", "plot")})
+    images, null_model, traffic, old_path = (
+        options.pop(name) for name in ("end_to_end", "null_model", "traffic", "old_path")
+    )
+    said = _said()
+    options |= {"models": models, "hosts": options["hosts"] or ()}
+    if images is not None and "batches" not in said:
+        options["batches"] = (DEFAULT_BATCH_SIZE,)  # that of `fastbb extract`
+    kind = "--traffic" if traffic else "--end-to-end" if images is not None else None
+    _check(said, kind, options, repeats=old_path is not None)
     outputs.check()
-    how = {name: options.pop(name) for name in ("null_model", "traffic")}
-    images, old_path = options.pop("end_to_end"), options.pop("old_path")
     old = None if old_path is None else Results.read(old_path)
-    hosts = options["hosts"] or ()
-    if old is not None and not (models or hosts):
-        _check_nothing_else_is_said(options)
-        asked = Asked.from_options(old.options)
-    else:
-        asked = Asked(**{**options, "models": models, "hosts": hosts})
-    _check(asked, images=images, old=old, **how)
-    command = ["fastbb", *sys.argv[1:]]
+    if old is not None and not any(way.rounds_s for cell in old.cells for way in cell.ways):
+        raise click.UsageError(f"--compare {old_path}: nothing in it was timed")
+    repeats = old is not None and not (models or options["hosts"])
     sys.exit(
         run(
-            asked,
+            Asked.from_options(old.options) if old is not None and repeats else Asked(**options),
             outputs=outputs,
-            command=command,
+            command=["fastbb", *sys.argv[1:]],
             echo=echo,
             say=say,
             images=images,
+            null_model=null_model,
+            traffic=traffic,
             old=old,
-            **how,
         )
     )
 
 
-def _check_nothing_else_is_said(options: Mapping[str, Any]) -> None:
+def _said() -> dict[str, str]:
+    """The options of the command line by parameter."""
     context = click.get_current_context()
-    said = [
-        name
-        for name in options
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
-    if said:
-        raise click.UsageError(
-            "with --compare and no MODEL the file says what is measured; name MODEL to choose"
-        )
+    return {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name is not None
+        and isinstance(parameter, click.Option)
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    }
 
 
-def _check(asked: Any, *, images: str | None, null_model: bool, traffic: bool, old: Any) -> None:
-    """Refuses options that contradict each other."""
-    if not (asked.models or asked.hosts):
+# parameters that say something where nothing is timed, or an extraction is
+_OUTPUT = {"json_path", "markdown_path", "plot_path"}
+_APPLIES = {
+    "--traffic": {"batches", "size", "random_weights", "out_indices", "hosts", "traffic", *_OUTPUT},
+    "--end-to-end": {
+        *("batches", "precisions", "modes", "random_weights", "device", "seconds"),
+        *("end_to_end", "null_model", *_OUTPUT),
+    },
+}
+_OF_MODELS = {"against", "out_indices"}
+
+
+def _check(
+    said: Mapping[str, str], kind: str | None, options: Mapping[str, Any], repeats: bool
+) -> None:
+    """Refuses options that contradict each other, or would be ignored.
+
+    Args:
+        said: see `_said`.
+        kind: the option that measures something else than cells, or None.
+        options: of the bench.
+        repeats: whether there is a file to compare with.
+    """
+    models, hosts = options["models"], options["hosts"]
+    refused: list[str] = []
+    why = ""
+    if kind is not None:
+        refused = [option for name, option in said.items() if name not in _APPLIES[kind]]
+        why = f"does not go with {kind}"
+    elif "null_model" in said:
+        refused, why = [said["null_model"]], "is for --end-to-end INPUT"
+    elif repeats and not (models or hosts):
+        free = {"old_path", "csv_path", *_OUTPUT}
+        refused = [option for name, option in said.items() if name not in free]
+        why = "has no meaning where --compare repeats what its file measured: name MODEL to choose"
+    elif hosts and not models:
+        refused = [option for name, option in said.items() if name in _OF_MODELS]
+        why = "is for MODEL, not for --accelerate HOST"
+    if refused:
+        raise click.UsageError(f"{refused[0]} {why}")
+    if not (models or hosts or repeats):
         raise click.UsageError(
             "wanted a MODEL, --accelerate HOST or --compare OLD.json; `fastbb list` prints models"
         )
-    alone = [name for name, value in (("--end-to-end", images), ("--traffic", traffic)) if value]
-    if len(alone) == 2 or (alone and old is not None):
-        raise click.UsageError(f"{alone[0]} and {(*alone, '--compare')[1]}: take one of them")
-    if null_model and images is None:
-        raise click.UsageError("--null-model is for --end-to-end INPUT")
-    if images is not None and asked.hosts:
-        raise click.UsageError("--end-to-end takes MODEL, not --accelerate HOST")

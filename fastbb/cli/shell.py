@@ -80,17 +80,16 @@ class Commands(Command, click.Group):
 def _judge(error: BaseException) -> tuple[int, str]:
     """Returns the exit code for an error, and the line for the user."""
     code = interruption_code()
+    is_extract = click.get_current_context().invoked_subcommand == "extract"
     if code is not None or isinstance(error, KeyboardInterrupt):
-        message = interruption_word()
-        if click.get_current_context().invoked_subcommand == "extract":
-            message += "; the same command again goes on after the last finished shard"
-        return code or _INTERRUPTED, message
+        resumes = "; the same command again goes on after the last finished shard"
+        return code or _INTERRUPTED, interruption_word() + resumes * is_extract
     code = getattr(error, "exit_code", None)  # of an ExtractionError, which costs importing torch
     if code is None:
         code = _USAGE if isinstance(error, (ValueError, OSError)) else _DEFECT
     if code == _DEFECT:
         return code, "this is a defect of fastbb, the lines above say where"
-    return code, str(error)
+    return code, str(error) + ", finished shards are kept" * (is_extract and code == _OUTPUT)
 
 
 def echo(text: str) -> None:

@@ -128,7 +128,7 @@ def test_compare_alone_repeats_the_file(pretended: Any, tmp_path: Path) -> None:
     assert fastbb("--compare", tmp_path / "old.json").exit_code == 0
     assert seen == [asked]
     refused = fastbb("--compare", tmp_path / "old.json", "--batch", 8)
-    assert refused.exit_code == 2 and "the file says what is measured" in refused.stderr
+    assert refused.exit_code == 2 and "repeats what its file measured" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,11 @@ def test_compare_alone_repeats_the_file(pretended: Any, tmp_path: Path) -> None:
         (["no_such_model_at_all"], "no_such_model_at_all"),
         (["--accelerate", "NoSuchModelClass"], "NoSuchModelClass"),
         (["a", "--null-model"], "--null-model is for --end-to-end"),
-        (["a", "--traffic", "--end-to-end", "."], "take one of them"),
+        (["a", "--traffic", "--end-to-end", "."], "--end-to-end does not go with --traffic"),
+        (["a", "--traffic", "--against", "timm"], "--against does not go with --traffic"),
+        (["a", "--end-to-end", ".", "--size", "32"], "--size does not go with --end-to-end"),
+        (["a", "--end-to-end", ".", "--csv", "a.csv"], "--csv does not go with --end-to-end"),
+        (["--accelerate", "a", "--against", "timm"], "--against is for MODEL"),
         (["a", "--json", "no/such/dir.json"], "make it first"),
         (["a", "--plot", "a.txt"], "--plot a.txt: wanted one of"),
         (["a", "--compare", "gone.json"], "gone.json cannot be read: No such file"),
@@ -159,8 +163,30 @@ def test_wrong_arguments_are_told_at_once(arguments: list[str], message: str) ->
     assert message in result.stderr and len(result.stderr.splitlines()) <= 10
 
 
+def test_a_file_without_times_is_not_compared_with(tmp_path: Path) -> None:
+    cell = made_cell()
+    cell.ways = []
+    write_json(made_results(cell), tmp_path / "old.json")
+    result = fastbb("--compare", tmp_path / "old.json")
+    assert result.exit_code == 2 and "nothing in it was timed" in result.stderr
+
+
+def test_what_was_measured_before_an_error_is_printed_and_written(
+    pretended: Any, tmp_path: Path
+) -> None:
+    pretended(made_cell(), then=OSError("no model of that name"))
+    result = fastbb("a", "--json", tmp_path / "a.json")
+    assert result.exit_code == 2 and "no model of that name" in result.stderr
+    assert "transformers eager" in result.stdout and "Interrupted" in result.stdout
+    assert Results.read(tmp_path / "a.json").interrupted
+
+
 def test_a_damaged_file_to_compare_with_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "old.json"
+    whole = json.dumps({**made_results(made_cell()).to_dict(), "options": {"models": 5}})
+    path.write_text(whole)
+    damaged = fastbb("--compare", path)
+    assert damaged.exit_code == 2 and "damaged: models" in damaged.stderr
     for text in ("", "[]", '{"format": 99}', '{"format": 1, "cells": [{}]}', "\xff"):
         path.write_bytes(text.encode("latin-1"))
         result = fastbb("a", "--compare", path)
