@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastbb_kernels.fp32_precision import fp32_products
@@ -17,12 +16,20 @@ from ..inspect.loading import load_backbone
 from ..inspect.upstream import run_upstream, upstream_of
 from ..inspect.verify import random_images
 from .counts import count
-from .subject import Truth, WaySpec, rows_to_check, torch_dtype
-from .ways import LIBRARIES, TITLES, engine_problem, library_of, other_upstream
+from .subject import N_IMAGES, Truth, WaySpec, image_of_each, torch_dtype, write_tensors
+from .ways import (
+    LIBRARIES,
+    TITLES,
+    engine_problem,
+    library_of,
+    measured_upstream,
+    other_upstream,
+)
 
 _MODULE = "fastbb.bench.ways"
 # transformers and fastbb import it at first use; memory counts from after that
 _IMPORTS = ["torch._dynamo"]
+_ENGINE = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime",)}
 
 
 class BackboneSubject:
@@ -36,7 +43,7 @@ class BackboneSubject:
         out_indices: of the maps; default: the model's own.
         random_weights: loads no weights and draws them.
         modes: of `prepare`, which are measured.
-        against: libraries and engines to compare with, see `ways.AGAINST`.
+        against: libraries and engines to compare with.
 
     Raises:
         OSError: there is no such model, or it cannot be had.
@@ -64,7 +71,10 @@ class BackboneSubject:
         self.size = size or self._backbone.default_size
         self.stages = tuple(self._backbone.out_features)
         self._directory = folder / "model"
-        self._backbone.save_pretrained(self._directory)
+        try:
+            self._backbone.save_pretrained(self._directory)
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            raise OSError(f"cannot write {folder}: {error}; is TMPDIR full?") from error
         self._upstream, why_own = upstream_of(self._backbone)
         self._library = library_of(self._upstream)
         modules = {library: [library] for library in LIBRARIES}
@@ -80,10 +90,11 @@ class BackboneSubject:
                 self._others[library] = other_upstream(self._backbone, library, self.size)
             except ValueError as error:
                 self._others[library] = str(error)
+        measured = measured_upstream(self._backbone, "upstream", self.size)
         self.params: int | None
         self.params, self.macs, self.activations = count(
-            self._upstream.maps,
-            self._upstream.module,
+            measured.maps,
+            measured.module,
             self.size,
             self._backbone.config.num_channels,
         )
@@ -95,9 +106,8 @@ class BackboneSubject:
             self._backbone(random_images(self._backbone, self.size, 1))
 
     def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
-        folder.mkdir(parents=True, exist_ok=True)
         pixels = folder / "pixels.safetensors"
-        save_file({"pixels": self._pixels(batch)}, pixels)
+        write_tensors(pixels, {"pixels": self._images(batch)[image_of_each(batch)]})
         common = {
             "module": _MODULE,
             "device": str(self._device),
@@ -112,14 +122,14 @@ class BackboneSubject:
         def add(library: str, engine: str, name: str, **fields: Any) -> None:
             used = "upstream" if library == self._library else library
             spec = {**common, "library": used, "engine": engine}
-            spec["imports"] = [*_IMPORTS, *self._modules.get(library, ())]
+            spec["imports"] = [*_IMPORTS, *self._modules.get(library, ()), *_ENGINE.get(engine, ())]
             found.append(WaySpec(name, spec, compiles=engine != "eager", **fields))
 
         add(self._library, "eager", self.upstream)
         if compiles:
             add(self._library, "compile", f"{self._library} compiled")
         for library, other in self._others.items():
-            reason = other if isinstance(other, str) else None
+            reason = other if isinstance(other, str) else self._incomparable(other)
             add(library, "eager", f"{library} eager", reason=reason)
             if compiles and reason is None:
                 add(library, "compile", f"{library} compiled")
@@ -135,19 +145,30 @@ class BackboneSubject:
     @torch.no_grad()
     def truth(self, precision: str, batch: int) -> Truth:
         dtype = torch_dtype(precision)
-        pixels = self._pixels(batch)[rows_to_check(batch)].to(self._device, dtype)
+        pixels = self._images(batch).to(self._device, dtype)
         with fp32_products("tf32" if precision == "tf32" else "ieee"):
             eager = run_upstream(self._upstream, pixels)
         exact = run_upstream(self._upstream, pixels.double())
-        return Truth(self._named(eager), self._named(exact), self._backbone.exactness)
+        found = Truth(self._named(eager), self._named(exact), self._backbone.exactness)
+        if self._device.type == "cuda":
+            del eager, exact, pixels
+            torch.cuda.empty_cache()  # the ways have the same GPU
+        return found
 
     def skipped(self, way: str) -> Mapping[str, str]:
         other = self._others.get(way.partition(" ")[0])
         return other.other_maps if isinstance(other, Upstream) else {}
 
+    def _incomparable(self, other: Upstream) -> str | None:
+        """Why no map of another library can be compared, or None."""
+        if all(stage in other.other_maps for stage in self.stages):
+            return f"no map can be compared: {other.other_maps[self.stages[0]]}"
+        return None
+
     def _named(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         return {stage: one.cpu() for stage, one in zip(self.stages, maps)}
 
-    def _pixels(self, batch: int) -> Tensor:
-        """Images [batch, C, H, W] in fp32 on the CPU that bf16 holds exactly."""
-        return random_images(self._backbone, self.size, batch).bfloat16().float()
+    def _images(self, batch: int) -> Tensor:
+        """The distinct images of a batch, in fp32 on the CPU; bf16 holds them exactly."""
+        n_images = min(batch, N_IMAGES)
+        return random_images(self._backbone, self.size, n_images).bfloat16().float()

@@ -104,8 +104,7 @@ def run(
     _finish(results, counted, outputs, echo, comparison)
     if results.interrupted:
         return interruption_code() or 130
-    is_slower = comparison is not None and comparison.regressed
-    return 1 if is_slower or _is_wrong(results) else 0
+    return 1 if _is_wrong(results) or (comparison is not None and _fails(comparison)) else 0
 
 
 def _finish(
@@ -122,12 +121,17 @@ def _finish(
         raise OutputError("; ".join(problems))
 
 
+def _fails(comparison: Comparison) -> bool:
+    """Whether there is a regression, or nothing to judge though the hardware is the same."""
+    return comparison.regressed or (comparison.same_hardware and not comparison.n_judged)
+
+
 def _is_wrong(results: Results) -> bool:
-    """Whether a way is wrong, or a cell has no times at all."""
+    """Whether a way is wrong, or ours or upstream's failed."""
     return any(
-        any(way.wrong for way in cell.ways) or not any(way.rounds_s for way in cell.ways)
+        way.wrong is not None or (way.failed and (way.ours or way.name == cell.upstream))
         for cell in results.cells
-        if cell.ways
+        for way in cell.ways
     )
 
 

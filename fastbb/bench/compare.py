@@ -21,9 +21,10 @@ from .table import Notes, Section, title, with_headings
 SMALLEST_CHANGE = 0.05  # of the ratio that counts
 _CONFIDENCE = 0.99
 SAME, FASTER, SLOWER, WRONG, NO_TIMES = "same", "faster", "slower", "WRONG", "no times"
+NOISY, _BLIND = "too noisy", 0.15  # a fall of the ratio that the interval must exclude
 _UNKNOWN = "unknown"  # for lack of rounds or of upstream's times
 # the first of these that a way of ours has is the verdict on its cell
-_VERDICTS = (WRONG, NO_TIMES, SLOWER, FASTER, SAME)
+_VERDICTS = (WRONG, NO_TIMES, SLOWER, FASTER, NOISY, SAME)
 _HARDWARE = ("cpu", "gpu", "threads")
 
 CellKey = tuple[str, str, str, int, tuple[int, int]]
@@ -36,7 +37,8 @@ class Change:
     Attributes:
         way: its name.
         ours: whether fastbb runs.
-        verdict: "same", "faster", "slower", "WRONG", "no times", or "unknown" with the reason.
+        verdict: "same", "faster", "slower", "WRONG", "no times"; "too noisy" or "unknown" with the
+            reason.
         old, new: ratio to upstream, above 1 is faster; None where it has none.
         low, high: of the 99 % interval of new divided by old; None with fewer than five rounds.
         reason: of the verdict, or "".
@@ -82,14 +84,22 @@ class Comparison:
     Attributes:
         cells: that both have.
         notices: sentences: other hardware or versions, cells and ways that only one has.
+        same_hardware: whether the machines are alike; else nothing is a regression.
     """
 
     cells: tuple[CellChange, ...]
     notices: tuple[str, ...]
+    same_hardware: bool = True
 
     @property
     def regressed(self) -> bool:
         return bool(regressed_cells(self))
+
+    @property
+    def n_judged(self) -> int:
+        """Number of ways of fastbb that have a verdict."""
+        changes = (change for cell in self.cells for change in cell.ways)
+        return sum(change.ours and change.verdict in _VERDICTS for change in changes)
 
     def __str__(self) -> str:
         return text(self)
@@ -117,13 +127,15 @@ def compare(old: Results, new: Results) -> Comparison:
             notices.append(f"Only in the new file: {title(cell)}.")
         elif (was.upstream, was.stages) != (cell.upstream, cell.stages):
             notices.append(f"Not compared, another upstream or other maps: {title(cell)}.")
+        elif was.batch < cell.batch:
+            notices.append(f"Not compared, it ran with batch {was.batch} before: {title(cell)}.")
         else:
             cells.append(_cell(was, cell, same_hardware, new.interrupted))
             notices += _ways_of_one(was, cell)
     notices += [
         f"Only in the old file: {title(cell)}." for key, cell in before.items() if key not in after
     ]
-    return Comparison(tuple(cells), tuple(notices))
+    return Comparison(tuple(cells), tuple(notices), same_hardware)
 
 
 def regressed_cells(comparison: Comparison) -> list[CellKey]:
@@ -198,6 +210,9 @@ def _change(old: Cell, new: Cell, was: Way, way: Way) -> Change | None:
         return replace(change, verdict=NO_TIMES, reason=way.reason or "was not measured")
     if change.old is None or change.new is None:
         return replace(change, reason="upstream has no times")
+    if new.batch < old.batch:
+        why = f"memory ran out: batch {new.batch}, {old.batch} before"
+        return replace(change, verdict=NO_TIMES, reason=why)
     # the runs are independent, and so are their samples
     old_samples, new_samples = resampled_medians(before, seed=1), resampled_medians(after, seed=2)
     if old_samples is None or new_samples is None:
@@ -209,6 +224,9 @@ def _change(old: Cell, new: Cell, was: Way, way: Way) -> Change | None:
         verdict = SLOWER
     elif factor > 1 / (1 - SMALLEST_CHANGE) and low > 1:
         verdict = FASTER
+    elif low < 1 - _BLIND:
+        why = f"a fall by {1 - low:.0%} would not show; take a larger --seconds"
+        return replace(change, verdict=NOISY, low=low, high=high, reason=why)
     return replace(change, verdict=verdict, low=low, high=high)
 
 
@@ -240,7 +258,12 @@ def text(comparison: Comparison) -> str:
         for change in cell.ways
         if change.regressed
     ]
-    end = f"Regressions: {'; '.join(regressed)}." if regressed else "No regression."
+    n_judged = comparison.n_judged
+    end = f"No regression in {n_judged} way{'s' * (n_judged != 1)} of fastbb."
+    if regressed:
+        end = f"Regressions: {'; '.join(regressed)}."
+    elif not n_judged:
+        end = "Nothing was compared: no way of fastbb has times in both."
     return "\n\n".join(filter(None, [*parts, "\n".join([*about, *notes.lines()]), end]))
 
 

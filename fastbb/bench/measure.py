@@ -5,10 +5,13 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors.torch import load_file
 
 from ..engine.interruption import check_interrupted
@@ -16,13 +19,13 @@ from ..engine.measuring import describe
 from .environment import gpu_state, throttled
 from .processes import Worker, WorkerError
 from .results import Cell, Results, Way
-from .subject import Judged, Subject, Truth, WaySpec
+from .subject import Subject, Truth, WaySpec
 
 ROUNDS, FEWEST_ROUNDS = 10, 5
 SECONDS = 5.0  # of each way in a cell
 _WARM_S = 5.0
-_START_S = 10.0  # that a way takes to start which compiles nothing, for `--budget`
-_NO_TIME = "dropped: compiling takes longer than the {:.0f} s that --budget leaves it"
+# that a way takes to start which compiles nothing, and to get warm; for `--budget`
+_START_S, _USUAL_WARM_S = 5.0, 1.0
 
 
 class AnyWorker(Protocol):
@@ -31,6 +34,10 @@ class AnyWorker(Protocol):
     def start(self, spec: Mapping[str, Any], timeout_s: float | None = None) -> dict[str, Any]: ...
     def ask(self, do: str, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]: ...
     def close(self) -> None: ...
+
+
+class _IncomparableError(Exception):
+    """There is no truth to compare with."""
 
 
 class OutOfMemoryError(Exception):
@@ -94,7 +101,7 @@ class Bench:
                 cell = self.measure(subject, precision, batch)
                 self.results.cells.append(cell)
                 if once_more(cell):
-                    self.say(f"{self.title(cell)}: slower than before, measured once more")
+                    self.say(f"{self.title(cell)}: seems to have regressed, measured once more")
                     self.results.cells[-1] = self.measure(subject, precision, batch)
                 self.n_done += 1
 
@@ -157,7 +164,13 @@ class _CellRun:
         try:
             specs = self.subject.ways(self.cell.precision, self.cell.batch, self.folder)
             self.cell.ways = [Way(spec.name, ours=spec.ours) for spec in specs]
-            truth = self._truth()
+            try:
+                truth = self._truth()
+            except _IncomparableError as error:  # what cannot be compared is not timed
+                for way in self.cell.ways:
+                    way.reason, way.failed = f"upstream fails here: {error}", True
+                self.bench.say(f"{self.bench.title(self.cell)}: upstream fails here: {error}")
+                return
             self.cell.notes += self.subject.notes
             # those that compile come last, the quickest first: a budget drops the slowest
             for spec in sorted(specs, key=lambda spec: (spec.compiles, self._known(spec) or 0.0)):
@@ -171,51 +184,64 @@ class _CellRun:
     def _truth(self) -> Truth | None:
         try:
             return self.subject.truth(self.cell.precision, self.cell.batch)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            if self.cell.batch > 1:
+                raise OutOfMemoryError(f"upstream in float64: {describe(error)}") from error
+            raise _IncomparableError(describe(error)) from error
         except Exception as error:  # whatever upstream raises for this precision
             check_interrupted()
-            self.cell.notes.append(f"nothing is compared, upstream fails here: {describe(error)}")
-            return None
+            raise _IncomparableError(describe(error)) from error
 
     def _start(self, spec: WaySpec, truth: Truth | None, specs: Sequence[WaySpec]) -> None:
         way = self._way(spec.name)
         way.reason = spec.reason
         timeout_s = self._time_for(spec, specs)
-        if way.reason is None and timeout_s is not None and timeout_s <= (self._known(spec) or 0.0):
-            way.reason, way.dropped = _NO_TIME.format(timeout_s), True
+        known_s = self._known(spec) or 0.0
+        if way.reason is None and timeout_s is not None and timeout_s <= known_s:
+            way.dropped = True
+            way.reason = (
+                f"dropped: compiling takes about {known_s:.0f} s, --budget leaves it "
+                f"{timeout_s:.0f} s"
+            )
         if way.reason is not None:
             self._say(way, way.reason)
             return
         folder = self.folder / f"way-{len(self.workers)}"
         worker = self.bench.make_worker(folder)
         self.workers[way.name] = worker
-        outputs = folder / "outputs.safetensors"
+        first, steady = (folder / f"{name}.safetensors" for name in ("first", "steady"))
         try:
-            started = worker.start({**spec.spec, "outputs": str(outputs)}, timeout_s)
-            warm = worker.ask("warm", max_s=_WARM_S)["seconds"]
+            started = worker.start({**spec.spec, "outputs": str(first)}, timeout_s)
+            warm = worker.ask("warm", max_s=_WARM_S, outputs=str(steady))["seconds"]
         except WorkerError as error:
             if error.kind == "timeout" and timeout_s is not None:
                 self._remember(spec, 2 * timeout_s)  # it is not tried again for a little more
-                error = WorkerError("timeout", _NO_TIME.format(timeout_s))
                 way.dropped = True
+                why = f"dropped: not compiled after the {timeout_s:.0f} s that --budget leaves it"
+                error = WorkerError("timeout", why)
             self._lose(way, error)
             return
         steady_s = statistics.median(warm[-3:])
         way.cold_start_s = sum(started[name] for name in ("import_s", "load_s", "start_s"))
-        way.compile_s = max(0.0, started["start_s"] - steady_s) if spec.compiles else 0.0
+        prepares = spec.compiles or spec.ours
+        way.compile_s = max(0.0, started["start_s"] - steady_s) if prepares else 0.0
         way.note = started["note"]
         self._remember(spec, way.compile_s)
         if truth is not None:
-            self._judge(way, truth.judge(load_file(outputs), self.subject.skipped(way.name)))
-        outputs.unlink(missing_ok=True)
-        said = (
-            f"WRONG, {way.wrong}" if way.wrong else f"first result after {way.cold_start_s:.1f} s"
-        )
-        self._say(way, said)
+            self._judge(way, truth, first, steady)
+        said = f"first result after {way.cold_start_s:.1f} s"
+        self._say(way, f"WRONG, {way.wrong}" if way.wrong else said)
 
-    def _judge(self, way: Way, judged: Judged) -> None:
-        way.error, way.allowed, way.wrong = judged.error, judged.allowed, judged.wrong
-        way.errors = judged.errors
-        way.note = "; ".join(filter(None, (way.note, judged.note)))
+    def _judge(self, way: Way, truth: Truth, *files: Path) -> None:
+        """Judges results of a way by the worst of them, and removes them."""
+        skipped, batch = self.subject.skipped(way.name), self.cell.batch
+        found = [truth.judge(load_file(file), batch, skipped) for file in files]
+        worst = max(found, key=lambda one: (one.wrong is not None, one.error or 0.0))
+        way.error, way.allowed, way.wrong = worst.error, worst.allowed, worst.wrong
+        way.errors = worst.errors
+        way.note = "; ".join(filter(None, (way.note, worst.note)))
+        for file in files:
+            file.unlink()
 
     def _rounds(self) -> None:
         """Times the ways in turns; each round begins with another way.
@@ -223,6 +249,10 @@ class _CellRun:
         A round that is not complete for every way is dropped, so that rounds pair.
         """
         seconds = 0.0
+        if self.workers:
+            about = len(self.workers) * self.bench.seconds
+            number = f"{len(self.workers)} ways" if len(self.workers) > 1 else "one way"
+            self.bench.say(f"{self.bench.title(self.cell)}: timing {number}, {about:.0f} s or more")
         try:
             for number in range(ROUNDS):
                 names = list(self.workers)
@@ -231,10 +261,9 @@ class _CellRun:
                 ):
                     break
                 first = number % len(names)
-                for name in names[first:] + names[:first]:
-                    seconds += self._turn(self._way(name))
-                if self.bench.gpu is not None:
-                    self.cell.clocks.append(gpu_state(self.bench.gpu))
+                with self._gpu_watched():
+                    for name in names[first:] + names[:first]:
+                        seconds += self._turn(self._way(name))
         finally:
             timed = [way for way in self.cell.ways if way.name in self.workers]
             n_complete = min((len(way.rounds_s) for way in timed), default=0)
@@ -244,6 +273,17 @@ class _CellRun:
                     del way.inside_s[n_complete:]
         if (note := throttled(self.cell.clocks)) is not None:
             self.cell.notes.append(note)
+
+    @contextmanager
+    def _gpu_watched(self) -> Iterator[None]:
+        """Asks for the state of the GPU while the block keeps it busy."""
+        if self.bench.gpu is None:
+            yield
+            return
+        with ThreadPoolExecutor(1) as pool:
+            state = pool.submit(gpu_state, self.bench.gpu)
+            yield
+        self.cell.clocks.append(state.result())
 
     def _turn(self, way: Way) -> float:
         try:
@@ -265,6 +305,7 @@ class _CellRun:
         """
         self.workers.pop(way.name).close()
         way.reason, way.rounds_s, way.inside_s = str(error), [], None
+        way.failed = error.kind != "skip" and not way.dropped
         if error.kind == "memory" and self.cell.batch > 1:
             raise OutOfMemoryError(f"{way.name}: {error}")
         self._say(way, way.reason)
@@ -273,7 +314,7 @@ class _CellRun:
         """Seconds in which a way has to start, by the budget; None: any number."""
         if self.end is None or not spec.compiles:
             return None
-        each = self.bench.seconds + _WARM_S
+        each = self.bench.seconds + _USUAL_WARM_S
         waiting = [s for s in specs if not s.compiles and not self._was_tried(s)]
         reserved = each * len(specs) + _START_S * len(waiting)
         return max(0.0, self.end - self.bench.clock() - reserved)

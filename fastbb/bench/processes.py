@@ -21,7 +21,11 @@ from ..engine.interruption import check_interrupted
 # threads of a worker sleep while another one has its turn
 _PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 _POLL_S = 0.5
-_OUT_OF_MEMORY = "was killed, as the system does when memory runs out"
+# with the paths of this process: `-m` would put the working directory before the libraries
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from fastbb.bench.worker import main; main()"
+)
 
 
 def _torch_home() -> str:
@@ -54,16 +58,16 @@ class Worker:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "log.txt"
-        caches = {
-            name: str(folder / name.lower())
-            for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
-        }
+        caches = {}
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME", "TMPDIR"):
+            (folder / name.lower()).mkdir()
+            caches[name] = str(folder / name.lower())
         # these would move with XDG_CACHE_HOME; what is to be downloaded is there by now
         kept = {"HF_HOME": HF_HOME, "TORCH_HOME": _torch_home(), "HF_HUB_OFFLINE": "1"}
         self._began = time.time()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fastbb.bench.worker"],
+                [sys.executable, "-c", _START, json.dumps(sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -118,7 +122,7 @@ class Worker:
     def _died(self) -> WorkerError:
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            return WorkerError("memory", f"its process {_OUT_OF_MEMORY}")
+            return WorkerError("memory", "its process was killed (SIGKILL), perhaps for memory")
         lines = self._log.read_text(errors="replace").strip().splitlines()
         why = f": {lines[-1][:200]}" if lines else ""
         ended = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"

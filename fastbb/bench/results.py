@@ -20,6 +20,7 @@ class Way:
         ours: whether fastbb runs.
         reason: why there are no times, or None.
         dropped: whether that is because time was up.
+        failed: whether that is an error, and not a choice.
         wrong: why its result is beyond the accuracy rule, or None.
         note: what a reader of its numbers should know.
         error: largest difference from upstream in float64, relative to the largest magnitude of the
@@ -39,6 +40,7 @@ class Way:
     ours: bool = False
     reason: str | None = None
     dropped: bool = False
+    failed: bool = False
     wrong: str | None = None
     note: str = ""
     error: float | None = None
@@ -145,7 +147,7 @@ class Results:
                         **cell,
                         "size": tuple(cell["size"]),
                         "stages": tuple(cell["stages"]),
-                        "ways": [Way(**way) for way in cell["ways"]],
+                        "ways": [_way(way) for way in cell["ways"]],
                     }
                 )
                 for cell in fields.pop("cells")
@@ -170,3 +172,16 @@ class Results:
             raise ValueError(
                 f"{path}: not a file of `fastbb bench --json`: {str(error).splitlines()[0]}"
             ) from error
+
+
+def _way(value: dict[str, Any]) -> Way:
+    """Reads a way from JSON.
+
+    Raises:
+        TypeError: its times are something else.
+    """
+    way = Way(**value)
+    for rounds in (way.rounds_s, [] if way.inside_s is None else way.inside_s):
+        if not all(isinstance(seconds, float | int) for calls in rounds for seconds in calls):
+            raise TypeError(f"times of {way.name} are no numbers")
+    return way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import product
@@ -37,7 +38,7 @@ class Asked:
         size: (height, width) of the images; None: each model's own.
         precisions: "fp32", "tf32", "bf16", "fp16".
         modes: of `prepare` and `accelerate`.
-        against: see `ways.AGAINST`.
+        against: libraries and engines to compare with.
         random_weights: load no weights and draw them.
         out_indices: of the maps; None: the model's own.
         device: cpu, cuda or cuda:N; None: a GPU if there is one.
@@ -129,8 +130,15 @@ def run_bench(
         )
         subjects = list(_subjects(asked, folder, device, say))
         bench.n_planned = len(subjects) * len(asked.precisions) * len(asked.batches)
+        began = time.monotonic()
         for subject in subjects:
             bench.run(subject, asked.precisions, asked.batches, is_slower)
+        took_s = time.monotonic() - began
+        if asked.budget_s is not None and took_s > asked.budget_s:
+            results.notes.append(
+                f"It took {took_s:.0f} s, more than --budget {asked.budget_s:.0f}: what compiles "
+                "nothing is never dropped."
+            )
 
 
 def _subjects(
@@ -138,16 +146,20 @@ def _subjects(
 ) -> Iterator[Subject]:
     for number, name in enumerate(asked.models):
         say(f"loading {name}")
-        yield BackboneSubject(
-            name,
-            folder / f"model-{number}",
-            device=device,
-            size=asked.size,
-            out_indices=asked.out_indices,
-            random_weights=asked.random_weights,
-            modes=asked.modes,
-            against=asked.against,
-        )
+        try:
+            yield BackboneSubject(
+                name,
+                folder / f"model-{number}",
+                device=device,
+                size=asked.size,
+                out_indices=asked.out_indices,
+                random_weights=asked.random_weights,
+                modes=asked.modes,
+                against=asked.against,
+            )
+        except OSError as error:
+            hint = "" if asked.random_weights else "; --random-weights loads no weights"
+            raise OSError(f"{error}{hint}") from error
     for name in asked.hosts:
         say(f"loading {name}")
         yield HostSubject(

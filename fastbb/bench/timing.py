@@ -12,7 +12,9 @@ _MOST_CALLS = 1000
 # warm-up: the median of so many calls, compared with that of as many before
 _WINDOW = 3
 _STABLE = 0.05
-_WARM_S, _MOST_WARM_CALLS = 10.0, 50
+_MOST_WARM_CALLS = 50
+# a first call that takes no more than this share of a turn does not count
+_COLD = 0.25
 
 
 def timed_calls(
@@ -23,8 +25,9 @@ def timed_calls(
 ) -> list[float]:
     """Seconds of each of some calls in a row: at least one, else as many as fit.
 
-    On a GPU the calls are queued back to back and each takes the time between two events, which is
-    the longer of the times of the host and of the GPU; one call before them is not timed.
+    Another process ran before, so that caches are cold: a short first call does not count. On a GPU
+    no first call does; the others are queued back to back, and each takes the time between two
+    events, which is the longer of the times of the host and of the GPU.
 
     Args:
         call: returns when its work is done or, on a GPU, queued.
@@ -34,18 +37,23 @@ def timed_calls(
     """
     if device.type == "cuda":
         return _by_events(call, seconds, device)
-    taken: list[float] = []
-    while not taken or (sum(taken) < seconds and len(taken) < _MOST_CALLS):
+
+    def timed() -> float:
         start = clock()
         call()
-        taken.append(clock() - start)
+        return clock() - start
+
+    first = timed()
+    taken = [] if first < _COLD * seconds else [first]
+    while not taken or (sum(taken) < seconds and len(taken) < _MOST_CALLS):
+        taken.append(timed())
     return taken
 
 
 def _by_events(call: Callable[[], object], seconds: float, device: torch.device) -> list[float]:
     with torch.cuda.device(device):
         start = time.perf_counter()
-        call()  # after other processes' turns its memory and clocks are cold
+        call()
         torch.cuda.synchronize(device)
         n_calls = int(seconds / max(time.perf_counter() - start, 1e-6))
         n_calls = min(max(n_calls, 1), _MOST_CALLS)
@@ -61,7 +69,7 @@ def _by_events(call: Callable[[], object], seconds: float, device: torch.device)
 def warm_up(
     call: Callable[[], object],
     device: torch.device,
-    max_s: float = _WARM_S,
+    max_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[float]:
     """Calls until the time of a call is stable; returns the seconds of each.

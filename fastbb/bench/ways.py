@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..auto import AutoBackbone
@@ -22,7 +24,6 @@ from .subject import SkippedError, torch_dtype
 
 LIBRARIES = ("transformers", "timm", "torchvision")
 ENGINES = ("compile", "openvino", "onnxruntime")
-AGAINST = (*LIBRARIES, *ENGINES)
 _NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
 TITLES = {"compile": "compiled", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -72,6 +73,28 @@ def other_upstream(backbone: Any, library: str, size: tuple[int, int]) -> Upstre
     return family.timm_upstream(backbone, size)
 
 
+def measured_upstream(backbone: Any, library: str, size: tuple[int, int]) -> Upstream:
+    """The model of a library that is timed.
+
+    Args:
+        backbone: has the weights.
+        library: "upstream" is the backbone's own.
+        size: (height, width) of the images.
+
+    Raises:
+        ValueError: the library has no such model.
+    """
+    if library != "upstream":
+        return other_upstream(backbone, library, size)
+    upstream, _ = upstream_of(backbone)
+    if library_of(upstream) == "timm":
+        try:  # timm builds no stages after the last selected one
+            return other_upstream(backbone, "timm", size)
+        except ValueError:
+            pass
+    return upstream
+
+
 def make_runner(spec: Mapping[str, Any]) -> Any:
     """Makes the runner of a way of a backbone.
 
@@ -80,8 +103,6 @@ def make_runner(spec: Mapping[str, Any]) -> Any:
             fastbb a mode of `prepare`), "model" (a directory), "precision", "device" and "pixels"
             (a safetensors file).
     """
-    from safetensors.torch import load_file
-
     dtype = torch_dtype(spec["precision"])
     pixels = load_file(spec["pixels"])["pixels"].to(spec["device"], dtype)
     if spec["library"] == "fastbb":
@@ -163,10 +184,8 @@ class _Eager(_Runner):
 
     def load(self) -> None:
         size = (self.pixels.shape[2], self.pixels.shape[3])
-        if self.spec["library"] == "upstream":
-            upstream, _ = upstream_of(self._backbone)
-        else:
-            upstream = other_upstream(self._backbone, self.spec["library"], size)
+        load_file(Path(self.spec["model"]) / "model.safetensors")  # as its library would
+        upstream = measured_upstream(self._backbone, self.spec["library"], size)
         del self._backbone
         dtype = torch_dtype(self.spec["precision"])
         self.model = _Maps(upstream).to(self.spec["device"], dtype)

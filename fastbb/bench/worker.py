@@ -1,19 +1,21 @@
-"""One process of a bench, which runs one way: `python -m fastbb.bench.worker`.
+"""One process of a bench, which runs one way; `processes.Worker` starts it.
 
 The process reads commands from its standard input and writes one answer to each, both as a line of
 JSON; whatever libraries print goes to stderr. It ends when its input does.
 
     {"do": "start", "spec": {...}}     builds the runner, runs it once, writes its outputs
-    {"do": "warm", "max_s": 5}         calls until the times are stable
+    {"do": "warm", "max_s": 5}         calls until the times are stable, writes outputs once more
     {"do": "turn", "seconds": 0.5}     times calls; the peak of memory since the warm-up
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -21,6 +23,15 @@ from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from fastbb_kernels.fp32_precision import fp32_products
+
+from ..engine.measuring import describe, synchronize
+from .subject import SkippedError
+from .timing import timed_calls, warm_up
 
 _PEAK, _NOW = "VmHWM:", "VmRSS:"  # lines of /proc/self/status
 _RESET_PEAK = "5"  # written to /proc/self/clear_refs, see proc_pid_clear_refs(5)
@@ -69,8 +80,6 @@ class _Worker:
         self.precision = ExitStack()  # as long as the process
 
     def start(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        import torch
-
         spec = command["spec"]
         for name in spec.get("imports", ()):
             import_module(name)
@@ -80,16 +89,15 @@ class _Worker:
             torch.cuda.init()
         imported_s = time.time() - command["began"]
         self.imported_bytes = self._memory(_NOW)
-        if spec.get("precision") == "tf32":
-            from fastbb_kernels.fp32_precision import fp32_products
-
-            self.precision.enter_context(fp32_products("tf32"))
+        # PyTorch's own default for convolutions of fp32 is tf32 on a GPU
+        products = "tf32" if spec.get("precision") == "tf32" else "ieee"
+        self.precision.enter_context(fp32_products(products))
         self.runner = make_runner(spec)
         began = time.perf_counter()
         self.runner.load()
         loaded = time.perf_counter()
         result = self.runner.start()
-        self._synchronize()
+        synchronize(self.device)
         started = time.perf_counter()
         if spec.get("outputs"):
             _write_outputs(Path(spec["outputs"]), self.runner.outputs(result))
@@ -101,17 +109,15 @@ class _Worker:
         }
 
     def warm(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        from .timing import warm_up
-
         taken = warm_up(self.runner.run, self.device, command["max_s"])
+        if command.get("outputs"):  # of what is timed: graphs and compiled code run by now
+            _write_outputs(Path(command["outputs"]), self.runner.outputs(self.runner.run()))
         _release(self.device)
         self._reset_peak()
         self.runner.inside_s()
         return {"seconds": taken}
 
     def turn(self, command: Mapping[str, Any]) -> dict[str, Any]:
-        from .timing import timed_calls
-
         inside: list[float] = []
 
         def call() -> None:
@@ -120,24 +126,23 @@ class _Worker:
                 inside.append(seconds)
 
         taken = timed_calls(call, command["seconds"], self.device)
-        return {
+        answer = {
             "seconds": taken,
             "inside": inside[-len(taken) :] or None,
             "peak_bytes": self._peak(),
         }
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the next way has the same GPU
+        return answer
 
     def _peak(self) -> int:
         """Peak memory since the last reset: above imports on a CPU, the allocator's on a GPU."""
         if self.device.type == "cuda":
-            import torch
-
             return torch.cuda.max_memory_allocated(self.device)
         return max(0, self._memory(_PEAK) - self.imported_bytes)
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
-            import torch
-
             torch.cuda.reset_peak_memory_stats(self.device)
         with suppress(OSError):  # some containers forbid it; the peak is then that of the start
             Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
@@ -147,30 +152,18 @@ class _Worker:
         value = next((one for one in lines if one.startswith(line)), f"{line} 0")
         return int(value.split()[1]) * 1024  # the kernel's kB
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.device)
-
 
 def _release(device: Any) -> None:
     """Gives freed memory back, so that the peak is that of running alone."""
     gc.collect()
     if device.type == "cuda":
-        import torch
-
         torch.cuda.empty_cache()
         return
-    import ctypes
-
     with suppress(OSError, AttributeError):  # of glibc only
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in outputs.items()}
     save_file(tensors, path)
 
@@ -180,36 +173,35 @@ def _answer(worker: _Worker, line: str) -> dict[str, Any]:
     command = json.loads(line)
     try:
         return getattr(worker, command["do"])(command)
+    except SkippedError as error:
+        return {"kind": "skip", "error": str(error)}
     except Exception as error:
-        from ..engine.measuring import describe
-        from .subject import SkippedError
-
-        if isinstance(error, SkippedError):
-            return {"kind": "skip", "error": str(error)}
-        return {"kind": "memory" if _is_memory(error) else "error", "error": describe(error)}
+        remedy = "; pip install 'fastbb[bench]'" if isinstance(error, ImportError) else ""
+        kind = "memory" if _is_memory(error) else "error"
+        return {"kind": kind, "error": describe(error) + remedy}
 
 
 def _is_memory(error: Exception) -> bool:
-    import torch
-
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error)  # of torch's allocators, OpenVINO, ONNX Runtime
     return any(sign in text for sign in ("can't allocate memory", "out of memory", "bad_alloc"))
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has gone, also in the middle of a command."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not come between answers
     warnings.simplefilter("ignore")  # of exporters
-    import torch
-
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     worker = _Worker()
     with torch.no_grad():
         for line in sys.stdin:
             answers.write(json.dumps(_answer(worker, line)) + "\n")
             answers.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -70,7 +70,7 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
     "budget_s",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="For everything; ways that compile too slowly for it are dropped and named.",
+    help="Drop ways, and name them, that compile too slowly to end in so many seconds.",
 )
 @click.option(
     "--accelerate",
@@ -101,15 +101,16 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
     help="Measure again what this file of --json has, or MODEL, and judge each cell.",
 )
 def bench(models: tuple[str, ...], **options: Any) -> None:
-    """Measures how fast a backbone runs, in every way, and whether each computes the same.
+    """Measures backbones, beside other software.
 
-    A cell is a model, a precision and a batch. Each way runs in a process of its own; they take
-    turns, and their maps are compared with upstream's in float64 first. A way that is wrong is
-    printed WRONG and is never the best. Ctrl-C prints and writes what was measured until then.
+    Speed, memory, start and errors. A cell is a model, a precision and a batch. Each way runs in a
+    process of its own; they take turns, and their maps are compared with upstream's in float64
+    first. A way that is wrong is printed WRONG and is never the best. Ctrl-C prints and writes what
+    was measured until then.
 
-    Exit codes: 0 measured; 1 a way is WRONG, nothing could be timed, or --compare found a
-    regression; 2 wrong arguments or no such model; 6 a file or the report cannot be written; 130
-    interrupted, 143 terminated.
+    Exit codes: 0 measured; 1 a way is WRONG, fastbb or upstream failed, or --compare found a
+    regression or nothing to compare; 2 wrong arguments or no such model; 6 a file or the report
+    cannot be written; 130 interrupted, 143 terminated.
     """
     from ..bench.command import Outputs, run
     from ..bench.results import Results

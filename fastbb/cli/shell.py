@@ -89,7 +89,8 @@ def _judge(error: BaseException) -> tuple[int, str]:
         code = _USAGE if isinstance(error, (ValueError, OSError)) else _DEFECT
     if code == _DEFECT:
         return code, "this is a defect of fastbb, the lines above say where"
-    return code, str(error) + ", finished shards are kept" * (is_extract and code == _OUTPUT)
+    has_shards = is_extract and code == _OUTPUT and not isinstance(error, _CannotPrintError)
+    return code, str(error) + ", finished shards are kept" * has_shards
 
 
 def echo(text: str) -> None:

@@ -512,11 +512,35 @@ def _run_children(backbone: nn.Module, x: Tensor, last: int) -> list[Tensor]:
 
 
 def _upstream(backbone: TimmBackbone) -> Upstream:
-    import timm
-
     module = copy.deepcopy(backbone._backbone)
     unfold(module)
-    positions = [backbone._built.index(i % len(backbone.stage_names)) for i in backbone.out_indices]
+    positions = [backbone._built.index(stage) for stage in _stages(backbone)]
+    return _as_upstream(backbone, module, positions)
+
+
+def _timm_upstream(backbone: TimmBackbone, size: tuple[int, int]) -> Upstream:
+    """timm's model with the selected maps only, as timm builds it: without what follows them."""
+    stages = _stages(backbone)
+    in_order = sorted(set(stages))
+    config = backbone.config
+    name, kwargs = str(config.backbone), config.model_arguments()
+    module = create_features(name, kwargs, None, HubOptions(), stages=in_order)
+    whole = copy.deepcopy(backbone._backbone)
+    unfold(whole)
+    own = whole.state_dict()
+    if missing := module.state_dict().keys() - own.keys():
+        raise ValueError(f"timm names its weights otherwise without later stages: {min(missing)}")
+    module.load_state_dict({name: own[name] for name in module.state_dict()})
+    return _as_upstream(backbone, module.eval(), [in_order.index(stage) for stage in stages])
+
+
+def _stages(backbone: TimmBackbone) -> list[int]:
+    """Indices of the selected stages in timm's model."""
+    return [index % len(backbone.stage_names) for index in backbone.out_indices]
+
+
+def _as_upstream(backbone: TimmBackbone, module: nn.Module, positions: list[int]) -> Upstream:
+    import timm
 
     def maps(module: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         found: Any = module(pixel_values)
@@ -527,4 +551,11 @@ def _upstream(backbone: TimmBackbone) -> Upstream:
     return Upstream(f"timm {timm.__version__}, {backbone.config.backbone}", module, maps)
 
 
-register(Family(backbone=TimmBackbone, configs=(TimmBackboneConfig,), upstream=_upstream))
+register(
+    Family(
+        backbone=TimmBackbone,
+        configs=(TimmBackboneConfig,),
+        upstream=_upstream,
+        timm_upstream=_timm_upstream,
+    )
+)

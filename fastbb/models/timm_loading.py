@@ -50,6 +50,7 @@ def create_features(
     source: TimmSource | None,
     hub: HubOptions,
     last_stage: int | None = None,
+    stages: Sequence[int] | None = None,
 ) -> nn.Module:
     """Builds timm's features-only module up to a stage, for all image sizes that timm supports.
 
@@ -59,6 +60,7 @@ def create_features(
         source: of the weights; None: random weights.
         hub: options for downloads.
         last_stage: index of the last stage to build; default: the last of the model.
+        stages: indices of the stages with maps; default: all up to the last.
 
     Raises:
         ValueError: timm has no such model, or cannot build it with these arguments.
@@ -72,9 +74,9 @@ def create_features(
             raise ValueError(f"timm {timm.__version__} has no stages of {name!r}")
         info: Any = model.feature_info
         # a placeholder (tresnet) counts as a stage but has no module
-        stages = [i for i in range(len(info)) if info[i]["module"]]
-        wanted = tuple(i for i in stages if last_stage is None or i <= last_stage)
-        return {"features_only": True, "out_indices": wanted}
+        built = [i for i in range(len(info)) if info[i]["module"]]
+        wanted = [i for i in built if last_stage is None or i <= last_stage]
+        return {"features_only": True, "out_indices": tuple(stages or wanted)}
 
     return _create(name, kwargs, source, hub, arguments)
 

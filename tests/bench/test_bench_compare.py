@@ -33,7 +33,7 @@ def test_equal_runs_pass_20_of_20() -> None:
     found = [compare(bench(2 * i), bench(2 * i + 1)) for i in range(N_PAIRS)]
     assert [regressions(one) for one in found] == [[]] * N_PAIRS
     assert {cell.verdict for one in found for cell in one.cells} == {"same"}
-    assert "No regression." in str(found[0])
+    assert "No regression in" in str(found[0])
 
 
 @pytest.mark.parametrize("factor", [1 / 1.1, 0.9], ids=["time+10%", "speed-10%"])
@@ -214,3 +214,33 @@ def test_text_has_a_table_with_footnotes() -> None:
     assert max(map(len, shown[:-1])) <= 100
     nothing = Comparison((CellChange(new.cells[0].key, "a", ()),), ())
     assert nothing.cells[0].verdict == "unknown" and not nothing.regressed
+
+
+def test_a_comparison_without_power_says_so() -> None:
+    old, new = made_cell(seed=1), made_cell(seed=2)
+    for cell in (old, new):
+        ours = [way for way in cell.ways if way.ours]
+        for way in ours:  # rounds that differ by a factor of three
+            way.rounds_s = [
+                [(1 + number % 3) * call for call in calls]
+                for number, calls in enumerate(way.rounds_s)
+            ]
+    found = compare(made_results(old), made_results(new))
+    assert {change.verdict for cell in found.cells for change in cell.ways if change.ours} == {
+        "too noisy"
+    }
+    assert "would not show" in str(found) and not found.regressed and found.n_judged == 2
+
+
+def test_a_batch_that_ran_before_and_is_halved_now_is_a_regression() -> None:
+    old, new = made_cell(batch=16), made_cell(batch=16)
+    new.batch = 8
+    found = compare(made_results(old), made_results(new))
+    assert found.regressed and "batch 8, 16 before" in str(found)
+    other = compare(made_results(new), made_results(old))
+    assert not other.n_judged and "ran with batch 8 before" in str(other)
+
+
+def test_nothing_in_common_is_said() -> None:
+    found = compare(made_results(made_cell(batch=1)), made_results(made_cell(batch=2)))
+    assert found.n_judged == 0 and "Nothing was compared" in str(found)

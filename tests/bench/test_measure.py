@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fastbb.bench import measure
 from fastbb.bench.measure import FEWEST_ROUNDS, ROUNDS, Bench
 from fastbb.bench.processes import WorkerError
 from fastbb.bench.results import Cell, Results
-from fastbb.bench.subject import Truth, WaySpec
+from fastbb.bench.subject import N_IMAGES, Truth, WaySpec
 from fastbb.engine.interruption import Interrupted
 
 UPSTREAM, OURS, COMPILED = "library eager", "fastbb eager", "library compiled"
@@ -26,6 +27,7 @@ class Room:
         call_s: seconds of a call by way.
         start_s: seconds of a start by way.
         error: of the result, relative, by way.
+        late_error: of the result after the warm-up.
         fails: what a way raises, by way and command.
     """
 
@@ -34,6 +36,7 @@ class Room:
         self.call_s: dict[str, float] = {UPSTREAM: 0.1, OURS: 0.05, COMPILED: 0.02}
         self.start_s = {COMPILED: 30.0}
         self.error: dict[str, float] = {}
+        self.late_error: dict[str, float] = {}
         self.fails: dict[tuple[str, str], Callable[[int], None]] = {}
         self.turns: list[str] = []
         self.tried: list[str] = []
@@ -62,19 +65,24 @@ class PretendedWorker:
             room.now += timeout_s
             raise WorkerError("timeout", "late")
         room.now += seconds
-        maps = torch.ones(self.batch, 4) * (1 + room.error.get(self.way, 0.0))
-        save_file({"stage1": maps}, spec["outputs"])
+        self._write(spec["outputs"], room.error.get(self.way, 0.0))
         return {"import_s": 0.5, "load_s": 0.25, "start_s": seconds, "note": ""}
 
     def ask(self, do: str, timeout_s: float | None = None, **arguments: Any) -> dict[str, Any]:
         self._fail(do)
         call_s = self.room.call_s[self.way]
         if do == "warm":
+            room = self.room
+            error = room.late_error.get(self.way, room.error.get(self.way, 0.0))
+            self._write(arguments["outputs"], error)
             return {"seconds": [call_s] * 3}
         self.room.turns.append(self.way)
         n_calls = max(1, round(arguments["seconds"] / call_s))
         self.room.now += n_calls * call_s
         return {"seconds": [call_s] * n_calls, "inside": None, "peak_bytes": 1000}
+
+    def _write(self, path: str, error: float) -> None:
+        save_file({"stage1": torch.ones(self.batch, 4) * (1 + error)}, path)
 
     def close(self) -> None:
         self.room.open -= 1
@@ -102,7 +110,7 @@ class Subject:
         ]
 
     def truth(self, precision: str, batch: int) -> Truth | None:
-        ones = torch.ones(min(batch, 4), 4)
+        ones = torch.ones(min(batch, N_IMAGES), 4)
         return Truth({"stage1": ones}, {"stage1": ones.double()}, 1e-5)
 
     def skipped(self, way: str) -> dict[str, str]:
@@ -171,6 +179,15 @@ def test_a_wrong_way_is_marked_and_timed(room: Room, tmp_path: Path) -> None:
     assert wrong.error == pytest.approx(1e-3, rel=1e-2) and wrong.rounds_s
     assert bench.results.cells[0].way(OURS).wrong is None  # type: ignore[union-attr]
     assert any("WRONG" in line for line in said)
+
+
+def test_a_way_that_is_wrong_after_its_warm_up_is_found(room: Room, tmp_path: Path) -> None:
+    room.late_error[OURS] = 1e-3
+    bench = make_bench(room, tmp_path)
+    bench.run(Subject(), ["fp32"], [9])
+    ours = bench.results.cells[0].way(OURS)
+    assert ours is not None and ours.wrong is not None
+    assert bench.results.cells[0].way(COMPILED).wrong is None  # type: ignore[union-attr]
 
 
 def test_a_batch_without_memory_is_halved_for_every_way(room: Room, tmp_path: Path) -> None:
@@ -260,7 +277,7 @@ def test_a_cell_that_seems_slower_is_measured_once_more(room: Room, tmp_path: Pa
     assert room.tried.count(OURS) == 2
 
 
-def test_without_a_truth_nothing_is_compared(room: Room, tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_not_timed(room: Room, tmp_path: Path) -> None:
     class Unknown(Subject):
         def truth(self, precision: str, batch: int) -> Truth | None:
             raise RuntimeError("not implemented for 'Half'")
@@ -268,5 +285,31 @@ def test_without_a_truth_nothing_is_compared(room: Room, tmp_path: Path) -> None
     bench = make_bench(room, tmp_path)
     bench.run(Unknown(), ["fp16"], [1])
     (cell,) = bench.results.cells
-    assert any("not implemented for 'Half'" in note for note in cell.notes)
-    assert all(way.error is None and way.wrong is None and way.rounds_s for way in cell.ways)
+    assert all("not implemented for 'Half'" in str(way.reason) for way in cell.ways)
+    assert all(way.failed and not way.rounds_s for way in cell.ways) and not room.tried
+
+
+def test_the_batch_is_halved_if_the_truth_has_no_memory(room: Room, tmp_path: Path) -> None:
+    class Large(Subject):
+        def truth(self, precision: str, batch: int) -> Truth | None:
+            if batch > 2:
+                raise MemoryError("9 GB")
+            return super().truth(precision, batch)
+
+    bench = make_bench(room, tmp_path)
+    bench.run(Large(), ["fp32"], [8])
+    (cell,) = bench.results.cells
+    assert (cell.batch, cell.asked_batch) == (2, 8)
+    assert all(way.error == 0 and way.rounds_s for way in cell.ways)
+
+
+def test_the_gpu_is_watched_while_it_works(
+    room: Room, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter([{"reasons": 0x4, "sm_mhz": 1200.0, "max_sm_mhz": 1980.0}] * ROUNDS)
+    monkeypatch.setattr(measure, "gpu_state", lambda gpu: next(states))
+    bench = make_bench(room, tmp_path, gpu="GPU-1")
+    bench.run(Subject(), ["fp32"], [1])
+    (cell,) = bench.results.cells
+    assert len(cell.clocks) == ROUNDS
+    assert "the GPU was throttled by its power limit (1200 to 1200 of 1980 MHz)" in cell.notes

@@ -30,6 +30,13 @@ def test_a_turn_lasts_its_seconds(call_s: float, n_calls: int) -> None:
     assert timed_calls(clock.call, 1.0, CPU, clock) == pytest.approx([call_s] * n_calls)
 
 
+def test_a_short_first_call_does_not_count() -> None:
+    clock = Clock([0.2, 0.1])
+    assert timed_calls(clock.call, 0.95, CPU, clock) == pytest.approx([0.1] * 10)
+    long = Clock([0.6, 0.5])
+    assert timed_calls(long.call, 1.0, CPU, long) == pytest.approx([0.6, 0.5])
+
+
 def test_warm_up_ends_when_times_are_stable() -> None:
     clock = Clock([9.0, 5.0, 3.0, 2.0, 1.5, 1.2, 1.0])
     taken = warm_up(clock.call, CPU, 1000, clock)
