@@ -123,6 +123,10 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generator() -> Non
         ("no_such_module_here:make", "cannot import no_such_module_here"),
         ("./no-such-directory", "wanted a directory or Hub name of transformers"),
         ("timm/no_such_model", "nothing has this name"),
+        ("resnet18.nonexistent", "timm raises RuntimeError: .*nonexistent"),
+        ("PreTrainedModel", "this class has no configuration of its own"),
+        ("AutoModel", "this class has no configuration of its own"),
+        ("", "--accelerate: wanted a directory or Hub name of .*, got ''"),
     ],
 )
 def test_wrong_name_says_what_was_wanted(name: str, message: str) -> None:
@@ -290,9 +294,9 @@ def test_outputs_that_jump_are_left_out_and_the_backbone_is_compared() -> None:
     truth = subject.truth("fp32", 2)
     assert truth is not None and truth.exact
     assert all(name.startswith("backbone") for name in truth.exact)
-    assert subject.notes[0].startswith("chosen, many, single of the outputs jump")
-    assert (
-        "jump with a rounding" in subject.notes[0] and "compares every module" in subject.notes[0]
+    assert subject.notes[0].startswith(
+        "outputs that jump with a rounding: chosen, many; outputs that are never in float64: "
+        "single: what the replaced modules return is compared instead; accelerate() itself"
     )
     made = runner(subject, ACCELERATED)
     assert truth.judge(made.outputs(made.start())).wrong is None
@@ -304,6 +308,66 @@ def test_model_that_does_not_run_itself_is_skipped_with_its_error(way: str) -> N
     assert subject.truth("bf16", 1) is None and "no such dtype here" in subject.notes[0]
     with pytest.raises(SkippedError, match="itself does not run in bf16: TypeError: no such"):
         runner(subject, way, "bf16").start()
+
+
+class Returns(nn.Module):
+    """A model without a backbone, whose result a function makes from the pixels."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.make(pixels)
+
+
+def mixing() -> nn.Module:
+    return Returns(lambda y: {"mixed": y - y.mean(0), "own": y})
+
+
+def indices() -> nn.Module:
+    return Returns(lambda y: y.flatten(1).argmax(1))
+
+
+def single() -> nn.Module:
+    return Returns(lambda y: y.float())
+
+
+def test_outputs_that_mix_images_are_not_compared() -> None:
+    subject = HostSubject(f"{__name__}:mixing", SIZE)
+    truth = subject.truth("fp32", 6)
+    assert truth is not None and truth.exact.keys() == {"own"}
+    assert subject.notes[0].startswith(
+        "outputs that mix images of a batch: mixed: others are compared instead"
+    )
+    made = runner(subject, AS_IS, batch=6)
+    assert truth.judge(made.outputs(made.start())).wrong is None
+    small = subject.truth("fp32", 4)  # the whole batch is checked
+    assert small is not None and small.exact.keys() == {"mixed", "own"} and not subject.notes
+
+
+@pytest.mark.parametrize(
+    ("host", "why"),
+    [
+        ("indices", "it returns no floating tensors"),
+        ("single", "outputs that are never in float64: output"),
+        ("broken", "it raises TypeError: no such dtype here"),
+    ],
+)
+def test_note_says_that_nothing_is_compared(host: str, why: str) -> None:
+    subject = HostSubject(f"{__name__}:{host}", SIZE)
+    assert subject.truth("fp32", 2) is None
+    assert subject.notes[0].startswith(f"nothing is compared: {why}; accelerate() itself")
+
+
+def test_libraries_are_imported_before_memory_is_counted() -> None:
+    def imports(name: str) -> list[str]:
+        return HostSubject(name, SIZE).ways("fp32", 1, Path())[0].spec["imports"]
+
+    found = imports(SWIN_HOST)
+    assert found[0] == "torch._dynamo"
+    assert "transformers.models.swin.modeling_swin" in found
+    assert not [name for name in imports(f"{__name__}:mixing") if name == __name__]
 
 
 def test_more_images_than_are_checked_are_compared_at_both_ends() -> None:
