@@ -22,10 +22,11 @@ from fastbb_kernels.recorder import record_launches
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..backbone.registry import Upstream
-from ..engine.measuring import describe
+from ..engine.measuring import describe, memory
 from ..inspect.loading import config_without_weights
 from ..inspect.upstream import upstream_of
 from .launches import CATEGORIES, Launch, count_kernels, count_launches, n_bytes
+from .markdown import escaped, table
 from .ways import library_of, other_upstream
 
 SEPARATE, DEFAULT, EVERY = "fastbb, separate ops", "fastbb", "fastbb, every kernel"
@@ -192,14 +193,14 @@ def summary(models: Sequence[Traffic]) -> str:
     found = dict.fromkeys(way for model in models for way in model.counts)
     ours = [way for way in _OURS if way in found]
     ways = [*upstreams, *(way for way in found if way not in (*upstreams, *ours)), *ours]
-    rows = [[model.title, *(_cell(model, way) for way in ways)] for model in models]
+    rows = [[escaped(model.title), *(_cell(model, way) for way in ways)] for model in models]
     reasons = [
-        f"* {model.title}, {way}: {found}"
+        escaped(f"* {model.title}, {way}: {found}")
         for model in models
         for way, found in model.counts.items()
         if isinstance(found, str)
     ]
-    lines = table(["traffic (ratio), launches", *ways], rows)
+    lines = table([["traffic (ratio), launches", *map(escaped, ways)], *rows], readable=True)
     return "\n".join([lines, "", *reasons]) if reasons else lines
 
 
@@ -209,40 +210,32 @@ def _cell(model: Traffic, way: str) -> str:
         return "-"
     upstream = next(iter(model.counts.values()))
     ratio = "" if isinstance(upstream, str) else f" ({n_bytes(found) / n_bytes(upstream):.2f})"
-    return f"{n_bytes(found) / 1e9:.2f} GB{ratio}, {len(found)}"
+    return f"{memory(n_bytes(found))}{ratio}, {len(found)}"
 
 
 def breakdown(model: Traffic) -> str:
-    """Formats the traffic of a model by category, with launches in brackets."""
+    """Formats the traffic of a model by category, with launches in brackets; "" without any."""
     counts = _found(model.counts)
+    if not counts:
+        return ""
 
     def row(name: str, wanted: Collection[str]) -> list[str]:
         chosen = [[x for x in launches if x.category in wanted] for launches in counts.values()]
-        return [name, *(f"{n_bytes(x) / 1e9:.3f} ({len(x)})" if x else "" for x in chosen)]
+        return [name, *(f"{memory(n_bytes(x))} ({len(x)})" if x else "" for x in chosen)]
 
     rows = [row(category, [category]) for category in CATEGORIES] + [row("total", CATEGORIES)]
-    per_image = [f"{n_bytes(x) / 1e6 / model.batch:.1f}" for x in counts.values()]
-    rows = [row for row in rows if any(row[1:])] + [["MB per image", *per_image]]
-    return table([f"{model.title}: GB (launches)", *counts], rows)
+    per_image = [memory(round(n_bytes(x) / model.batch)) for x in counts.values()]
+    rows = [row for row in rows if any(row[1:])] + [["per image", *per_image]]
+    header = [f"{escaped(model.title)}: traffic (launches)", *map(escaped, counts)]
+    return table([header, *rows], readable=True)
 
 
 def _found(counts: Mapping[str, list[Launch] | str]) -> dict[str, list[Launch]]:
     return {way: found for way, found in counts.items() if not isinstance(found, str)}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Formats markdown that is also readable as text: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in [header, *rows]
-    ]
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
-
-
 def plot(models: Sequence[Traffic], path: str | os.PathLike[str]) -> None:
-    """Draws where the bytes go, one panel for each model; needs matplotlib, the extra `plot`."""
+    """Draws where the bytes go, one panel for each model; see `traffic_plot.draw`."""
     from .traffic_plot import draw
 
     counts = {model.title: _found(model.counts) for model in models}

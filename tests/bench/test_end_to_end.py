@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastbb.bench import stages, waterfall
 from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, Stage, markdown, text, verdict
 from fastbb.bench.stages import measure_end_to_end
 from fastbb.extraction import FeatureExtractor, InputError
+from fastbb.extraction.layout import OutputError
 
 MODEL = Path(fastbb.__file__).parent / "assets" / "nano-swin-digits"
 N_ROUNDS, ROWS = 2, 16  # in these tests, and the images of a round by their clock
@@ -307,11 +309,15 @@ def test_an_interruption_keeps_what_was_measured(
     monkeypatch.setattr(stages._Bench, "_batch", interrupted)
     result = measure(images)
     assert result.interrupted and not list((tmp_path / "tmp").glob("fastbb-*"))
+    assert "speeds of a single round" in text(result) and "medians of" not in text(result)
+    assert "interrupted: some rounds are missing" in text(result)
+    assert not re.search(r"\d to \d", text(result))
     if n_rounds:
         assert [stage.name for stage in result.stages] == NAMES
         assert {len(stage.rounds) for stage in result.stages} == {n_rounds}
         assert result.together is not None and result.bound_by in FEED
-        assert "interrupted: 1 round measured" in text(result)
+        waterfall.plot_waterfall([result], tmp_path / "a.svg")
+        assert all(stage.interval is None for stage in result.stages)
     else:
         assert [stage.name for stage in result.stages] == [*FEED, "copy", "model"]
         assert {stage.name: stage.images for stage in result.stages}["model"] == 8
@@ -343,24 +349,25 @@ def test_the_report_names_the_bound_and_what_overlap_hides() -> None:
     feed = 1 / (1 / 4000 + 1 / 230 + 1 / 2500)
     assert result.lane(FEED) == pytest.approx(feed)
     first, turns, hidden = verdict(result)
-    assert first == "bound by decode: together 210 images/s, decode alone 230"
-    assert f"in 4 decode threads: {feed:.0f} images/s" in turns
+    assert first == "bound by decode: together 210.0 images/s, decode alone 230.0"
+    assert f"in 4 decode threads: {feed:.1f} images/s" in turns
     whole = sum(1 / rate for rate in (4000, 230, 2500, 9000, 800, 9999))
-    assert hidden.endswith(f"overlap hides {1 - 1 / 210 / whole:.0%}")
+    assert hidden.endswith(f"overlap hides {100 * (1 - 1 / 210 / whole):.0f} %")
     report = text(result)
     assert "photos: 512 of 1,000 images in each round" in report
     row = next(line for line in report.splitlines() if line.startswith("decode"))
-    assert row.split() == ["decode", "230", "207", "to", "253", "4.35", "67%", "4"]
+    assert re.split("  +", row) == ["decode", "230.0", "207.0 to 253.0", "4.35 ms", "67 %", "4"]
+    assert "medians of 3 rounds, with the lowest and the highest" in report
     table = markdown(result)
-    assert "| decode | 230 | 207 to 253 | 4.35 | 67% | 4 |" in table
-    assert "* **bound by decode: together 210 images/s, decode alone 230**" in table
+    assert "| decode | 230.0 | 207.0 to 253.0 | 4.35 ms | 67 % | 4 |" in table
+    assert "* **bound by decode: together 210.0 images/s, decode alone 230.0**" in table
 
 
 def test_the_bound_is_among_the_threads_that_are_slower() -> None:
     # the model is the slowest stage, but decode and resize share their threads
     result = made(decode=400, resize=390, model=350, together=190)
     assert result.bound_by == "resize"
-    assert verdict(result)[0] == "bound by resize: together 190 images/s, resize alone 390"
+    assert verdict(result)[0] == "bound by resize: together 190.0 images/s, resize alone 390.0"
     assert made(model=100, together=95).bound_by == "model"
     slow = made(together=100)
     assert "overlap hides nothing" in verdict(slow)[2] and "compete" in verdict(slow)[3]
@@ -392,7 +399,19 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
     empty.stages, empty.together = [], None
     with pytest.raises(ValueError, match="nothing to draw"):
         waterfall.plot_waterfall([empty], tmp_path / "a.png")
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"plot: needs matplotlib; pip install 'fastbb\[plot\]'"):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(ValueError, match=r"--plot needs matplotlib: pip install 'fastbb\[plot\]'"):
         waterfall.plot_waterfall([made()], tmp_path / "a.png")
     assert os.listdir(tmp_path) == ["tmp"]
+
+
+def test_names_of_others_are_no_markup(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = made()
+    result.model, result.failed = r"a|$\frac$<b>" + "long" * 50, ["c|d.png: corrupt"]
+    page = markdown(result)
+    assert r"a\|$\frac$&lt;b&gt;" in page and r"c\|d.png" in page
+    waterfall.plot_waterfall([result], tmp_path / "a.png")  # no mathematics, which raises
+    with pytest.raises(OutputError, match="cannot write"):
+        waterfall.plot_waterfall([result], tmp_path / "none" / "a.png")
+    assert not list(tmp_path.glob("*tmp-*"))
