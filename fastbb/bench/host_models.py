@@ -1,4 +1,4 @@
-"""Models of other libraries by name, their inputs, and the tensors that they return."""
+"""Models of other libraries by name, their inputs and outputs, and what `accelerate` replaces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 from ..engine.measuring import describe
+from ..hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate
 from ..inspect.loading import draw_norms
 
+AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 WANTED = (
     "a directory or Hub name of transformers, a class of transformers with --random-weights, a "
     "timm name, torchvision/NAME, or MODULE:FUNCTION"
@@ -356,3 +359,19 @@ def on_meta(values: Any, dtype: torch.dtype) -> Any:
         return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
 
     return tree_map_only(Tensor, moved, values)
+
+
+def accelerated(module: nn.Module, mode: str = "auto") -> AccelerateReport:
+    """Accelerates a model without warnings: the report has what they say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelerateWarning)
+        return accelerate(module, mode=mode)
+
+
+def outermost(names: Sequence[str]) -> list[str]:
+    """Names of modules without those inside another one of them."""
+
+    def is_inside(name: str, outer: str) -> bool:
+        return name != outer and (not outer or name.startswith(f"{outer}."))
+
+    return [name for name in names if not any(is_inside(name, outer) for outer in names)]

@@ -6,7 +6,6 @@ import copy
 import os
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -20,23 +19,23 @@ from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL_FOLDED, max_error, max_magnitude
 from fastbb_kernels.fp32_precision import fp32_products
-from fastbb_kernels.recorder import record_launches
 
 from ..engine.measuring import describe
-from ..hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate, restore
+from ..hosts.accelerate import AccelerateReport, restore
 from .host_models import (
+    ACCELERATED,
+    AS_IS,
     RecordedOutputs,
+    accelerated,
     build_host,
     default_size,
     make_inputs,
     named_outputs,
-    on_meta,
+    outermost,
 )
-from .launches import Launch, count_kernels, count_launches
 from .subject import SkippedError, Truth, WaySpec, rows_to_check, torch_dtype
-from .traffic import Counts, Traffic
+from .traffic import Traffic, count_host
 
-AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 _SAFE = "accelerate() itself compares every module that it replaces in float64"
 _N_NAMES = 3  # in notes
 # errors of a deep model in low precision, in units of the largest value; more is a jump
@@ -252,24 +251,9 @@ def _imports(module: nn.Module, own: str) -> list[str]:
 
 def _replaced_modules(module: nn.Module) -> list[str]:
     """Names of the outermost modules that `accelerate` replaces, "" for the model itself."""
-    report = _accelerated(module)
+    report = accelerated(module)
     restore(module)
     return outermost(report.accelerated)
-
-
-def _accelerated(module: nn.Module, mode: str = "auto") -> AccelerateReport:
-    with warnings.catch_warnings():  # the note says what it found
-        warnings.simplefilter("ignore", AccelerateWarning)
-        return accelerate(module, mode=mode)
-
-
-def outermost(names: Sequence[str]) -> list[str]:
-    """Names of modules without those inside another one of them."""
-
-    def is_inside(name: str, outer: str) -> bool:
-        return name != outer and (not outer or name.startswith(f"{outer}."))
-
-    return [name for name in names if not any(is_inside(name, outer) for outer in names)]
 
 
 def make_runner(spec: Mapping[str, Any]) -> HostRunner:
@@ -303,7 +287,7 @@ class HostRunner:
     def start(self) -> Any:
         report = None
         if self._spec["mode"] is not None:
-            report = _accelerated(self._module, self._spec["mode"])
+            report = accelerated(self._module, self._spec["mode"])
         try:
             with RecordedOutputs(self._module, self._spec["inside"]) as self._inner:
                 result = self.run()
@@ -382,72 +366,3 @@ def summary(report: AccelerateReport) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown, more = ", ".join(names[:_N_NAMES]), len(names) - _N_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-@torch.no_grad()
-def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
-    """Counts the launches of the modules that `accelerate` replaces on an H100, in bf16.
-
-    The model runs once on its device, to see with what it calls these modules; they are counted on
-    the meta device, without the rest of the model.
-
-    Args:
-        module: as it is.
-        batch: images.
-        size: (height, width) of the images, pixels.
-    """
-    try:
-        theirs, ours = (_copied_to_meta(module) for _ in range(2))
-        with record_launches():
-            names = outermost(_accelerated(ours).accelerated)
-        if not names:
-            return {ACCELERATED: "accelerate() replaces nothing in it"}
-        calls = _calls_of(module, names, batch, size)
-        return {
-            AS_IS: _count_calls(theirs, calls, count_launches),
-            ACCELERATED: _count_calls(ours, calls, count_kernels),
-        }
-    except Exception as error:  # an op that the count does not know, or code that needs values
-        return {ACCELERATED: describe(error)}
-
-
-def _copied_to_meta(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).to("meta", torch.bfloat16)
-
-
-_Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a module, and its arguments
-
-
-def _calls_of(
-    module: nn.Module, names: Sequence[str], batch: int, size: tuple[int, int]
-) -> list[_Call]:
-    """The calls of modules in a forward pass, with arguments on the meta device."""
-    calls: list[_Call] = []
-
-    def watch(name: str) -> Any:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((name, *(on_meta(values, torch.bfloat16) for values in (args, kwargs))))
-
-        return module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
-
-    handles = [watch(name) for name in names]
-    try:
-        make_inputs(module, batch, size).call(module)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _count_calls(module: nn.Module, calls: Sequence[_Call], count: Any) -> list[Launch]:
-    weights = [*module.parameters(), *module.buffers()]
-
-    def run() -> None:
-        for name, args, kwargs in calls:
-            module.get_submodule(name)(*args, **kwargs)
-
-    with record_launches():
-        run()  # computes values that are made once per set of weights
-    with count(weights) as launches:
-        run()
-    return launches

@@ -7,6 +7,7 @@ counts, without values that are computed once per set of weights.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -25,6 +26,7 @@ from ..backbone.registry import Upstream
 from ..engine.measuring import describe, memory
 from ..inspect.loading import config_without_weights
 from ..inspect.upstream import upstream_of
+from .host_models import ACCELERATED, AS_IS, accelerated, make_inputs, on_meta, outermost
 from .launches import CATEGORIES, Launch, count_kernels, count_launches, n_bytes
 from .markdown import escaped, table
 from .ways import library_of, other_upstream
@@ -171,6 +173,75 @@ def count_forward(
         forward(module, pixels)  # computes values that are made once per set of weights
     with torch.no_grad(), count(weights) as launches:
         forward(module, pixels)
+    return launches
+
+
+@torch.no_grad()
+def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
+    """Counts the launches of the modules that `accelerate` replaces on an H100, in bf16.
+
+    The model runs once on its device, to see with what it calls these modules; they are counted on
+    the meta device, without the rest of the model.
+
+    Args:
+        module: as it is.
+        batch: images.
+        size: (height, width) of the images, pixels.
+    """
+    try:
+        theirs, ours = (_copied_to_meta(module) for _ in range(2))
+        with record_launches():
+            names = outermost(accelerated(ours).accelerated)
+        if not names:
+            return {ACCELERATED: "accelerate() replaces nothing in it"}
+        calls = _calls_of(module, names, batch, size)
+        return {
+            AS_IS: _count_calls(theirs, calls, count_launches),
+            ACCELERATED: _count_calls(ours, calls, count_kernels),
+        }
+    except Exception as error:  # an op that the count does not know, or code that needs values
+        return {ACCELERATED: describe(error)}
+
+
+def _copied_to_meta(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).to("meta", torch.bfloat16)
+
+
+_Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a module, and its arguments
+
+
+def _calls_of(
+    module: nn.Module, names: Sequence[str], batch: int, size: tuple[int, int]
+) -> list[_Call]:
+    """The calls of modules in a forward pass, with arguments on the meta device."""
+    calls: list[_Call] = []
+
+    def watch(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((name, *(on_meta(values, torch.bfloat16) for values in (args, kwargs))))
+
+        return module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+
+    handles = [watch(name) for name in names]
+    try:
+        make_inputs(module, batch, size).call(module)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _count_calls(module: nn.Module, calls: Sequence[_Call], count: Any) -> list[Launch]:
+    weights = [*module.parameters(), *module.buffers()]
+
+    def run() -> None:
+        for name, args, kwargs in calls:
+            module.get_submodule(name)(*args, **kwargs)
+
+    with record_launches():
+        run()  # computes values that are made once per set of weights
+    with count(weights) as launches:
+        run()
     return launches
 
 

@@ -65,7 +65,7 @@ BAR_HEIGHT = 0.64
 SMALLEST_NUMBER = 0.03
 SMALLEST_NAME = 0.02
 HEADING = 0.6  # inches
-TITLE_CHARS, NAME_CHARS = 90, 32
+TITLE_CHARS, NAME_CHARS = 72, 32
 
 
 def draw(
@@ -116,7 +116,8 @@ def _draw(axes: Any, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
                 named.add(category)
                 name, above = category.replace(" ", "\n"), row - BAR_HEIGHT / 2 - 0.1
                 axes.text(middle, above, name, ha="center", va="baseline", size=8)
-        total = f"  {memory(n_bytes(launches))}, {len(launches)} launches"
+        many = "1 launch" if len(launches) == 1 else f"{len(launches)} launches"
+        total = f"  {memory(n_bytes(launches))}, {many}"
         axes.text(left, row, total, va="center", size=9.5, weight="bold")
     names = [without_middle(name, NAME_CHARS) for name, _ in bars]
     axes.set_yticks(range(len(bars)), names, size=9.5, parse_math=False)

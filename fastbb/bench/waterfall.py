@@ -26,7 +26,7 @@ _BOUND, _FEED, _MAIN, _TOGETHER = VERMILION, SKY, BLUE, QUIET
 _BAR_HEIGHT = 0.66
 _BAR_INCHES, _TITLE_INCHES, _FOOT_INCHES = 0.3, 0.68, 1.12
 _ROOM = 1.25  # right end of the axis by that of the whiskers: numbers stand there
-_NAME_CHARS, _LINE_CHARS = 80, 130
+_NAME_CHARS, _LINE_CHARS = 52, 130
 _KEY = (("decode threads", _FEED, 0.66), ("main thread", _MAIN, 0.795), ("bound by", _BOUND, 0.905))
 
 

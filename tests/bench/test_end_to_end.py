@@ -1,6 +1,5 @@
 import itertools
 import json
-import os
 import re
 import shutil
 import threading
@@ -10,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_results import made_extraction
 from PIL import Image
 
 import fastbb
 from fastbb.bench import stages, waterfall
-from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, Stage, markdown, text, verdict
+from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, markdown, text, verdict
 from fastbb.bench.stages import measure_end_to_end
 from fastbb.extraction import FeatureExtractor, InputError
-from fastbb.extraction.layout import OutputError
 
 MODEL = Path(fastbb.__file__).parent / "assets" / "nano-swin-digits"
 N_ROUNDS, ROWS = 2, 16  # in these tests, and the images of a round by their clock
@@ -60,26 +59,6 @@ class Clock:
 def measure(images: Any, **arguments: Any) -> EndToEnd:
     options = {"mode": "eager", "batch": 4, "device": "cpu", "clock": Clock(), "seconds": 1.0}
     return measure_end_to_end(inputs=images, **{"model": MODEL, **options, **arguments})
-
-
-def made(null_model: bool = False, **rates: float) -> EndToEnd:
-    given = {"read": 4000, "decode": 230, "resize": 2500, "copy": 9000, "model": 800, "write": 9999}
-    given |= rates
-    together = given.pop("together", 210)
-
-    def stage(name: str, rate: float) -> Stage:
-        return Stage(name, rate, 1.0, 10, 4, [rate * 0.9, rate, rate * 1.1])
-
-    result = EndToEnd(
-        *("org/model", "photos", "fp32", "eager", "cpu", 32, ["embedding"], 1000, 512, 512),
-        null_model,
-        stages=[stage(*item) for item in given.items()],
-        together=stage("together", together),
-        errors={"corrupt": 2},
-        failed=["a.png: corrupt, cut"],
-    )
-    result.bound_by = result.find_bound()
-    return result
 
 
 def test_rates_of_all_stages_come_from_the_clock(images: Path, tmp_path: Path) -> None:
@@ -336,7 +315,7 @@ def test_an_error_is_no_interruption(images: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_result_survives_json() -> None:
-    result = made()
+    result = made_extraction()
     assert EndToEnd.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     good = result.to_dict()
     for damaged in ({}, None, {**good, "more": 1}, {**good, "stages": [{}]}):
@@ -345,7 +324,7 @@ def test_a_result_survives_json() -> None:
 
 
 def test_the_report_names_the_bound_and_what_overlap_hides() -> None:
-    result = made()
+    result = made_extraction()
     feed = 1 / (1 / 4000 + 1 / 230 + 1 / 2500)
     assert result.lane(FEED) == pytest.approx(feed)
     first, turns, hidden = verdict(result)
@@ -365,53 +344,9 @@ def test_the_report_names_the_bound_and_what_overlap_hides() -> None:
 
 def test_the_bound_is_among_the_threads_that_are_slower() -> None:
     # the model is the slowest stage, but decode and resize share their threads
-    result = made(decode=400, resize=390, model=350, together=190)
+    result = made_extraction(decode=400, resize=390, model=350, together=190)
     assert result.bound_by == "resize"
     assert verdict(result)[0] == "bound by resize: together 190.0 images/s, resize alone 390.0"
-    assert made(model=100, together=95).bound_by == "model"
-    slow = made(together=100)
+    assert made_extraction(model=100, together=95).bound_by == "model"
+    slow = made_extraction(together=100)
     assert "overlap hides nothing" in verdict(slow)[2] and "compete" in verdict(slow)[3]
-
-
-def test_the_waterfall_has_a_bar_per_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    bars: list[tuple[str, float, float, str]] = []
-    bar = waterfall._bar
-
-    def drawn(axes: Any, row: int, start: float, stage: Stage, colour: str) -> float:
-        bars.append((stage.name, start, stage.ms, colour))
-        return bar(axes, row, start, stage, colour)
-
-    monkeypatch.setattr(waterfall, "_bar", drawn)
-    result = made()
-    waterfall.plot_waterfall([result, made(null_model=True)], tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.format == "PNG" and image.width == 9 * 160
-    assert [name for name, *_ in bars] == [*NAMES, "together"] * 2
-    ends = list(itertools.accumulate(stage.ms for stage in result.stages))
-    assert [start for _, start, *_ in bars[:7]] == pytest.approx([0.0, *ends[:-1], 0.0])
-    coloured = [name for name, *_, colour in bars[:7] if colour == waterfall._BOUND]
-    assert coloured == ["decode"]
-
-
-def test_nothing_to_draw_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = made()
-    empty.stages, empty.together = [], None
-    with pytest.raises(ValueError, match="nothing to draw"):
-        waterfall.plot_waterfall([empty], tmp_path / "a.png")
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"--plot needs matplotlib: pip install 'fastbb\[plot\]'"):
-        waterfall.plot_waterfall([made()], tmp_path / "a.png")
-    assert os.listdir(tmp_path) == ["tmp"]
-
-
-def test_names_of_others_are_no_markup(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    result = made()
-    result.model, result.failed = r"a|$\frac$<b>" + "long" * 50, ["c|d.png: corrupt"]
-    page = markdown(result)
-    assert r"a\|$\frac$&lt;b&gt;" in page and r"c\|d.png" in page
-    waterfall.plot_waterfall([result], tmp_path / "a.png")  # no mathematics, which raises
-    with pytest.raises(OutputError, match="cannot write"):
-        waterfall.plot_waterfall([result], tmp_path / "none" / "a.png")
-    assert not list(tmp_path.glob("*tmp-*"))
