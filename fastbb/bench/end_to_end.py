@@ -10,6 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..engine.measuring import duration
+from .markdown import escaped
+from .markdown import table as markdown_table
+from .table import aligned, percent, rate
+
 # in the order of the pipeline: those of the decode threads, and those of the main thread
 FEED = ("read", "decode", "resize")
 MAIN = ("copy", "model", "write")
@@ -37,9 +42,9 @@ class Stage:
     rounds: list[float]
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """Lowest and highest images/s of the rounds."""
-        return min(self.rounds), max(self.rounds)
+    def interval(self) -> tuple[float, float] | None:
+        """Lowest and highest images/s of the rounds; None for one round."""
+        return (min(self.rounds), max(self.rounds)) if len(self.rounds) > 1 else None
 
     @property
     def ms(self) -> float:
@@ -144,60 +149,56 @@ def verdict(result: EndToEnd) -> list[str]:
     n_threads = next(stage.threads for stage in result.stages if stage.name == FEED[0])
     threads = "1 decode thread" if n_threads == 1 else f"{n_threads} decode threads"
     sentences = [
-        f"bound by {bound.name}: together {number(together.images_per_s)} images/s, {bound.name} "
-        f"alone {number(bound.images_per_s)}",
-        f"read, decode and resize by turns, in {threads}: {number(feed)} images/s; copy, model and "
-        f"write by turns: {number(main)}",
+        f"bound by {bound.name}: together {rate(together.images_per_s)} images/s, {bound.name} "
+        f"alone {rate(bound.images_per_s)}",
+        f"read, decode and resize by turns, in {threads}: {rate(feed)} images/s; copy, model and "
+        f"write by turns: {rate(main)}",
     ]
     alone, both = result.ms, together.ms
-    times = f"one stage after the other {number(alone)} ms per image, together {number(both)} ms"
+    times = f"one stage after the other {duration(alone / 1e3)} per image, together "
+    times += f"{duration(both / 1e3)}"
     if both < alone:
-        sentences.append(f"{times}: overlap hides {1 - both / alone:.0%}")
+        sentences.append(f"{times}: overlap hides {percent(1 - both / alone)}")
     else:
         sentences.append(f"{times}: overlap hides nothing")
     if together.images_per_s < _NEAR * min(feed, main):
         sentences.append(
-            f"together is below {_NEAR:.0%} of what the slower threads reach alone: decode threads "
-            "and model, or other programs, compete for the CPU"
+            f"together is below {percent(_NEAR)} of what the slower threads reach alone: decode "
+            "threads and model, or other programs, compete for the CPU"
         )
     return sentences
 
 
 def text(result: EndToEnd) -> str:
     """The report, for a terminal."""
-    rows = [_HEADER, *_cells(result)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
     lines = [title(result), f"{result.directory}: {_counts(result)}", ""]
-    for first, *others in rows:
-        aligned = (cell.rjust(width) for cell, width in zip(others, widths[1:]))
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+    lines += aligned([_HEADER, *_cells(result)])
     return "\n".join([*lines, "", *verdict(result), *_remarks(result)])
 
 
 def markdown(result: EndToEnd) -> str:
     """The report as Markdown."""
-    rows = [_HEADER, ("---", *["---:"] * (len(_HEADER) - 1)), *_cells(result)]
-    lines = [f"**{title(result)}**", "", f"`{result.directory}`: {_counts(result)}", ""]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines = [f"**{escaped(title(result))}**", "", f"`{result.directory}`: {_counts(result)}", ""]
+    lines.append(markdown_table([_HEADER, *_cells(result)]))
     first, *others = verdict(result)
-    points = [f"**{first}**", *others, *_remarks(result)]
+    points = [f"**{first}**", *map(escaped, [*others, *_remarks(result)])]
     return "\n".join([*lines, "", *(f"* {point}" for point in points)])
 
 
-_HEADER = ("stage", "images/s", "interval", "ms/image", "share", "threads")
+_HEADER = ("stage", "images/s", "interval", "time/image", "share", "threads")
 
 
 def _cells(result: EndToEnd) -> list[tuple[str, ...]]:
     whole = result.ms
-    rows = [_row(stage, f"{stage.ms / whole:.0%}") for stage in result.stages]
+    rows = [_row(stage, percent(stage.ms / whole)) for stage in result.stages]
     return rows if result.together is None else [*rows, _row(result.together, "")]
 
 
 def _row(stage: Stage, share: str) -> tuple[str, ...]:
-    low, high = stage.interval
+    interval = "" if stage.interval is None else " to ".join(map(rate, stage.interval))
     threads = "" if stage.name == "together" else str(stage.threads)
-    interval = f"{number(low)} to {number(high)}"
-    return stage.name, number(stage.images_per_s), interval, number(stage.ms), share, threads
+    time = duration(stage.ms / 1e3)
+    return stage.name, rate(stage.images_per_s), interval, time, share, threads
 
 
 def _counts(result: EndToEnd) -> str:
@@ -211,17 +212,15 @@ def _counts(result: EndToEnd) -> str:
 
 
 def _remarks(result: EndToEnd) -> list[str]:
+    n_rounds = max((len(stage.rounds) for stage in result.stages), default=0)
     remarks = list(result.notes)
+    if n_rounds:
+        many = f"medians of {n_rounds} rounds, with the lowest and the highest"
+        remarks.insert(0, many if n_rounds > 1 else "speeds of a single round")
     if result.errors:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(result.errors.items()))
         n_failed = sum(result.errors.values())
         remarks.insert(0, f"{n_failed:,} failed ({kinds}): {'; '.join(result.failed)}")
     if result.interrupted:
-        n_rounds = max((len(stage.rounds) for stage in result.stages), default=0)
-        remarks.append(f"interrupted: {n_rounds} round{'' if n_rounds == 1 else 's'} measured")
+        remarks.append("interrupted: some rounds are missing")
     return remarks
-
-
-def number(value: float) -> str:
-    """Formats a number with three digits, more only before the point."""
-    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"

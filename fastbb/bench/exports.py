@@ -1,4 +1,4 @@
-"""Files of a bench: CSV with timm's columns, JSON, Markdown, and checks of where they go."""
+"""Files of a bench: CSV with timm's columns, JSON, and checks of where files go."""
 
 from __future__ import annotations
 
@@ -118,8 +118,6 @@ _OUR_COLUMNS = (
     "fb_note",
     "fb_inside_share",
     "fb_inside_ratio",
-    "fb_traffic_bytes",
-    "fb_launches",
     "fb_date",
     "fb_device",
     "fb_threads",
@@ -131,7 +129,6 @@ _OUR_COLUMNS = (
 def _row(results: Results, cell: Cell, way: Way) -> dict[str, Any]:
     environment = results.environment
     height, width = cell.size
-    traffic = cell.traffic.get(way.name, {})
     return {
         "model": cell.model,
         "infer_img_size": width,  # as timm's, which has the last side
@@ -156,8 +153,6 @@ def _row(results: Results, cell: Cell, way: Way) -> dict[str, Any]:
         "fb_wrong": way.wrong,
         "fb_reason": way.reason,
         "fb_note": way.note,
-        "fb_traffic_bytes": traffic.get("bytes"),
-        "fb_launches": traffic.get("launches"),
         "fb_date": environment.get("date"),
         "fb_device": environment.get("gpu") or environment.get("cpu"),
         "fb_threads": environment.get("threads"),

@@ -1,4 +1,4 @@
-"""Models of other libraries by name, their inputs, and the tensors that they return."""
+"""Models of other libraries by name, their inputs and outputs, and what `accelerate` replaces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 
 from ..engine.measuring import describe
+from ..hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate
 from ..inspect.loading import draw_norms
 
+AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 WANTED = (
     "a directory or Hub name of transformers, a class of transformers with --random-weights, a "
     "timm name, torchvision/NAME, or MODULE:FUNCTION"
@@ -61,6 +64,8 @@ def build_host(name: str, random_weights: bool) -> nn.Module:
 
 
 def _builder(name: str, random_weights: bool) -> Callable[[], Any]:
+    if not name:  # a path that is empty is the working directory
+        raise ValueError(f"--accelerate: wanted {WANTED}, got ''")
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"--accelerate {name}: the directory has no config.json")
@@ -77,10 +82,15 @@ def _builder(name: str, random_weights: bool) -> Callable[[], Any]:
                 "directory or Hub name"
             )
         return lambda: cls(_without_downloads(cls.config_class()))
+    if name in _classes_of_transformers():
+        raise ValueError(
+            f"--accelerate {name}: this class has no configuration of its own; give a class that "
+            "has one, or a directory or Hub name"
+        )
     timm = _imported("timm")
     bare = name.removeprefix("timm/")
     if timm is not None and (name.startswith("hf-hub:") or timm.is_model(bare.split(".")[0])):
-        return lambda: timm.create_model(bare, pretrained=not random_weights)
+        return partial(_of_timm, timm, bare, random_weights)
     if model and not name.startswith(("timm/", ".", "/")):
         return lambda: _of_transformers(name, random_weights)
     raise _wrong(name)
@@ -97,11 +107,27 @@ def _wrong(name: str) -> ValueError:
 
 
 def _known_names() -> list[str]:
-    timm, transformers = _imported("timm"), _imported("transformers")
+    timm = _imported("timm")
     names = [] if timm is None else list(timm.list_models())
-    if transformers is not None:
-        names += [n for n in dir(transformers) if "For" in n or n.endswith(("Model", "Backbone"))]
-    return [*names, *(f"torchvision/{name}" for name in _torchvision_names())]
+    return [
+        *names,
+        *_classes_of_transformers(),
+        *(f"torchvision/{name}" for name in _torchvision_names()),
+    ]
+
+
+def _classes_of_transformers() -> list[str]:
+    names = dir(_imported("transformers") or object)
+    return [n for n in names if "For" in n or n.endswith(("Model", "Backbone"))]
+
+
+def _of_timm(timm: Any, name: str, random_weights: bool) -> Any:
+    try:
+        return timm.create_model(name, pretrained=not random_weights)
+    except OSError:  # weights that cannot be had
+        raise
+    except Exception as error:  # an unknown tag, or a model without weights
+        raise ValueError(f"--accelerate {name}: timm raises {describe(error)}") from error
 
 
 def _imported(library: str) -> Any:
@@ -333,3 +359,19 @@ def on_meta(values: Any, dtype: torch.dtype) -> Any:
         return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
 
     return tree_map_only(Tensor, moved, values)
+
+
+def accelerated(module: nn.Module, mode: str = "auto") -> AccelerateReport:
+    """Accelerates a model without warnings: the report has what they say."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccelerateWarning)
+        return accelerate(module, mode=mode)
+
+
+def outermost(names: Sequence[str]) -> list[str]:
+    """Names of modules without those inside another one of them."""
+
+    def is_inside(name: str, outer: str) -> bool:
+        return name != outer and (not outer or name.startswith(f"{outer}."))
+
+    return [name for name in names if not any(is_inside(name, outer) for outer in names)]

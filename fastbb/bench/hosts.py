@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
+import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +19,23 @@ from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL_FOLDED, max_error, max_magnitude
 from fastbb_kernels.fp32_precision import fp32_products
-from fastbb_kernels.recorder import record_launches
 
 from ..engine.measuring import describe
-from ..hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate, restore
+from ..hosts.accelerate import AccelerateReport, restore
 from .host_models import (
+    ACCELERATED,
+    AS_IS,
     RecordedOutputs,
+    accelerated,
     build_host,
     default_size,
     make_inputs,
     named_outputs,
-    on_meta,
+    outermost,
 )
-from .launches import Launch, count_kernels, count_launches
 from .subject import SkippedError, Truth, WaySpec, rows_to_check, torch_dtype
-from .traffic import Counts, Traffic
+from .traffic import Traffic, count_host
 
-AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 _SAFE = "accelerate() itself compares every module that it replaces in float64"
 _N_NAMES = 3  # in notes
 # errors of a deep model in low precision, in units of the largest value; more is a jump
@@ -79,15 +82,13 @@ class HostSubject:
         self._device = torch.device(device)
         self._spec: dict[str, Any] = {
             "module": __name__,
-            "imports": [type(self._module).__module__.partition(".")[0]],
+            "imports": _imports(self._module, name.partition(":")[0]),
             "device": str(device),
             "host": name,
             "random_weights": random_weights,
             "size": list(self.size),
             "inside": _replaced_modules(self._module),
         }
-        if ":" in name:
-            self._spec["imports"] = []  # its module may be in the working directory
 
     def ways(self, precision: str, batch: int, folder: Path) -> list[WaySpec]:
         """The model as it is, and accelerated; both watch the modules that are replaced."""
@@ -114,87 +115,145 @@ class HostSubject:
         return is compared in their place, which the rest of the model gets.
         """
         self.notes = []
-        dtype, rows = torch_dtype(precision), rows_to_check(batch)
-        inputs = make_inputs(self._module, batch, self.size)
-        pixels = inputs.pixels.to(self._device, dtype)[rows]
-
-        def run(dtype: torch.dtype, pixels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            module = copy.deepcopy(self._module).to(self._device, dtype)
-            with RecordedOutputs(module, self._spec["inside"]) as inside:
-                return named_outputs(inputs.call(module, pixels.to(dtype))), inside
-
-        signs = torch.randint(0, 2, pixels.shape, generator=torch.Generator().manual_seed(0))
-        near = pixels * (1 + torch.finfo(dtype).eps * (2 * signs - 1).to(pixels))
         try:
-            with torch.no_grad():
-                with fp32_products("tf32") if precision == "tf32" else nullcontext():
-                    eager, rounded = run(dtype, pixels), run(dtype, near)
-                exact = run(torch.float64, pixels)
-        except Exception as error:
-            self.notes.append(
-                f"outputs are not compared, since it raises {describe(error)}; {_SAFE}"
-            )
+            runs = self._runs(precision, batch)
+        except Exception as error:  # whatever the model raises for this precision
+            self.notes.append(f"nothing is compared: it raises {describe(error)}; {_SAFE}")
             return None
-
-        def steady(part: int) -> list[str]:
-            return [
-                name
-                for name, found in exact[part].items()
-                if (len(rows) == batch or (found.dim() and len(found) == len(rows)))
-                and all(_is_near(one[part].get(name), found, precision) for one in (eager, rounded))
-            ]
-
-        compared = [(0, name) for name in steady(0)]
-        if left := [name for name in exact[0] if (0, name) not in compared]:
-            # others may depend on the same choices
-            compared = [(1, name) for name in steady(1)] or compared
-            self.notes.append(
-                f"{_listed(left)} of the outputs jump with a rounding, mix images, or are never in "
-                f"float64: what the replaced modules return is compared instead; {_SAFE}"
-            )
-        if not compared:
-            return None
+        found = [runs.steady(part) for part in (_OUTPUTS, _INSIDE)]
+        causes = runs.causes(_OUTPUTS)
+        part = _OUTPUTS
+        if not found[_OUTPUTS] or causes:  # other outputs may depend on the same choices
+            part = _INSIDE if found[_INSIDE] else _OUTPUTS
+            why = "; ".join(f"outputs that {cause}: {_listed(n)}" for cause, n in causes.items())
+            why = why or "it returns no floating tensors"
+            if not found[part]:
+                self.notes.append(f"nothing is compared: {why}; {_SAFE}")
+                return None
+            instead = "what the replaced modules return is" if part == _INSIDE else "others are"
+            self.notes.append(f"{why}: {instead} compared instead; {_SAFE}")
+        names = found[part]
         return Truth(
-            {name: eager[part][name] for part, name in compared},
-            {name: exact[part][name] for part, name in compared},
+            {name: runs.eager[part][name] for name in names},
+            {name: runs.exact[part][name] for name in names},
             FP32_REL_FOLDED,
         )
 
+    def _runs(self, precision: str, batch: int) -> _Runs:
+        """Runs the model as it is, for `truth`."""
+        dtype, rows = torch_dtype(precision), rows_to_check(batch)
+        inputs = make_inputs(self._module, batch, self.size)
+        images = inputs.pixels.to(self._device, dtype)
+        pixels = images[rows]
+
+        def run(dtype: torch.dtype, pixels: Tensor) -> _Tensors:
+            module = copy.deepcopy(self._module).to(self._device, dtype)
+            with RecordedOutputs(module, self._spec["inside"]) as inside:
+                outputs = named_outputs(inputs.call(module, pixels.to(dtype)))
+            return tuple({n: one.cpu() for n, one in part.items()} for part in (outputs, inside))
+
+        signs = torch.randint(0, 2, pixels.shape, generator=torch.Generator().manual_seed(0))
+        near = pixels * (1 + torch.finfo(dtype).eps * (2 * signs - 1).to(pixels))
+        with torch.no_grad():
+            with fp32_products("tf32") if precision == "tf32" else nullcontext():
+                eager, rounded = run(dtype, pixels), run(dtype, near)
+                whole = eager if len(rows) == batch else run(dtype, images)
+            exact = run(torch.float64, pixels)
+        torch.cuda.empty_cache()  # for the processes of the ways; does nothing without a GPU
+        return _Runs(precision, batch, eager, rounded, whole, exact)
+
     def traffic(self, batch: int) -> Traffic:
         """Launches of the replaced modules on a GPU by way."""
-        title = f"{self.name}, {self.size[0]}x{self.size[1]}, batch {batch}"
+        title = f"replaced modules of {self.name}, {self.size[0]}x{self.size[1]}, batch {batch}"
         return Traffic(title, batch, self.size, count_host(self._module, batch, self.size))
 
 
-def _is_near(found: Tensor | None, exact: Tensor, precision: str) -> bool:
-    """Whether upstream's result is as near to the exact one as roundings alone leave it."""
-    if found is None or found.shape != exact.shape or exact.dtype != torch.float64:
-        return False
-    eps = _TF32_EPS if precision == "tf32" else torch.finfo(torch_dtype(precision)).eps
-    allowed = max(FP32_REL_FOLDED, _MOST_ROUNDINGS * eps)
-    return max_error(found, exact) <= allowed * max_magnitude(exact)
+_OUTPUTS, _INSIDE = 0, 1  # what the model returns, and its replaced modules, by name
+_Tensors = tuple[dict[str, Tensor], ...]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Results of a model as it is, for the images of a batch that are checked.
+
+    Attributes:
+        precision: see `Cell`.
+        batch: images of a batch.
+        eager: in the dtype of the precision.
+        rounded: the same, of images that differ by a rounding.
+        whole: the same, of all images of the batch.
+        exact: in float64.
+    """
+
+    precision: str
+    batch: int
+    eager: _Tensors
+    rounded: _Tensors
+    whole: _Tensors
+    exact: _Tensors
+
+    def steady(self, part: int) -> list[str]:
+        """Names of the tensors that another way has to reproduce."""
+        return [name for name in self.exact[part] if self._cause(part, name) is None]
+
+    def causes(self, part: int) -> dict[str, list[str]]:
+        """Names of the others by the reason, in words after "that"."""
+        found: dict[str, list[str]] = {}
+        for name in self.exact[part]:
+            if (cause := self._cause(part, name)) is not None:
+                found.setdefault(cause, []).append(name)
+        return found
+
+    def _cause(self, part: int, name: str) -> str | None:
+        exact = self.exact[part][name]
+        if exact.dtype != torch.float64:
+            return "are never in float64"
+        if not all(self._is_near(one[part].get(name), exact) for one in (self.eager, self.rounded)):
+            return "jump with a rounding"
+        rows, whole = rows_to_check(self.batch), self.whole[part].get(name)
+        if len(rows) == self.batch:
+            return None
+        by_image = exact.dim() and len(exact) == len(rows)
+        if not by_image or whole is None or not whole.dim() or len(whole) != self.batch:
+            return "have no row for each image"
+        return None if self._is_near(whole[rows], exact) else "mix images of a batch"
+
+    def _is_near(self, found: Tensor | None, exact: Tensor) -> bool:
+        """Whether upstream's result is as near to the exact one as roundings alone leave it."""
+        if found is None or found.shape != exact.shape:
+            return False
+        tf32 = self.precision == "tf32"
+        eps = _TF32_EPS if tf32 else torch.finfo(torch_dtype(self.precision)).eps
+        allowed = max(FP32_REL_FOLDED, _MOST_ROUNDINGS * eps)
+        return max_error(found, exact) <= allowed * max_magnitude(exact)
+
+
+def _imports(module: nn.Module, own: str) -> list[str]:
+    """Modules of libraries that a model needs, so that their memory is not counted as its own.
+
+    Args:
+        module: the model.
+        own: module of a function that builds it, which only the working directory may have.
+    """
+    here = ("", os.getcwd())
+    elsewhere = [path for path in sys.path if path not in here]
+
+    def is_library(name: str) -> bool:
+        root = name.partition(".")[0]
+        if name not in sys.modules or root == own.partition(".")[0]:
+            return False
+        return PathFinder.find_spec(root, elsewhere) is not None
+
+    # libraries import dynamo at first use
+    names = {type(one).__module__ for one in module.modules()}
+    return ["torch._dynamo", *sorted(filter(is_library, names))]
 
 
 def _replaced_modules(module: nn.Module) -> list[str]:
     """Names of the outermost modules that `accelerate` replaces, "" for the model itself."""
-    report = _accelerated(module)
+    report = accelerated(module)
     restore(module)
     return outermost(report.accelerated)
-
-
-def _accelerated(module: nn.Module, mode: str = "auto") -> AccelerateReport:
-    with warnings.catch_warnings():  # the note says what it found
-        warnings.simplefilter("ignore", AccelerateWarning)
-        return accelerate(module, mode=mode)
-
-
-def outermost(names: Sequence[str]) -> list[str]:
-    """Names of modules without those inside another one of them."""
-
-    def is_inside(name: str, outer: str) -> bool:
-        return name != outer and (not outer or name.startswith(f"{outer}."))
-
-    return [name for name in names if not any(is_inside(name, outer) for outer in names)]
 
 
 def make_runner(spec: Mapping[str, Any]) -> HostRunner:
@@ -228,7 +287,7 @@ class HostRunner:
     def start(self) -> Any:
         report = None
         if self._spec["mode"] is not None:
-            report = _accelerated(self._module, self._spec["mode"])
+            report = accelerated(self._module, self._spec["mode"])
         try:
             with RecordedOutputs(self._module, self._spec["inside"]) as self._inner:
                 result = self.run()
@@ -307,72 +366,3 @@ def summary(report: AccelerateReport) -> str:
 def _listed(names: Sequence[str]) -> str:
     shown, more = ", ".join(names[:_N_NAMES]), len(names) - _N_NAMES
     return f"{shown} and {more} more" if more > 0 else shown
-
-
-@torch.no_grad()
-def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
-    """Counts the launches of the modules that `accelerate` replaces on an H100, in bf16.
-
-    The model runs once on its device, to see with what it calls these modules; they are counted on
-    the meta device, without the rest of the model.
-
-    Args:
-        module: as it is.
-        batch: images.
-        size: (height, width) of the images, pixels.
-    """
-    try:
-        theirs, ours = (_copied_to_meta(module) for _ in range(2))
-        with record_launches():
-            names = outermost(_accelerated(ours).accelerated)
-        if not names:
-            return {ACCELERATED: "accelerate() replaces nothing in it"}
-        calls = _calls_of(module, names, batch, size)
-        return {
-            AS_IS: _count_calls(theirs, calls, count_launches),
-            ACCELERATED: _count_calls(ours, calls, count_kernels),
-        }
-    except Exception as error:  # an op that the count does not know, or code that needs values
-        return {ACCELERATED: describe(error)}
-
-
-def _copied_to_meta(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).to("meta", torch.bfloat16)
-
-
-_Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a module, and its arguments
-
-
-def _calls_of(
-    module: nn.Module, names: Sequence[str], batch: int, size: tuple[int, int]
-) -> list[_Call]:
-    """The calls of modules in a forward pass, with arguments on the meta device."""
-    calls: list[_Call] = []
-
-    def watch(name: str) -> Any:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append((name, *(on_meta(values, torch.bfloat16) for values in (args, kwargs))))
-
-        return module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
-
-    handles = [watch(name) for name in names]
-    try:
-        make_inputs(module, batch, size).call(module)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _count_calls(module: nn.Module, calls: Sequence[_Call], count: Any) -> list[Launch]:
-    weights = [*module.parameters(), *module.buffers()]
-
-    def run() -> None:
-        for name, args, kwargs in calls:
-            module.get_submodule(name)(*args, **kwargs)
-
-    with record_launches():
-        run()  # computes values that are made once per set of weights
-    with count(weights) as launches:
-        run()
-    return launches

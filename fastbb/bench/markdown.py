@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..engine.explanation import printable
+from ..engine.measuring import memory
 from .noise import best, ratio
 from .results import Cell, Results, Way
 from .table import (
@@ -23,7 +25,6 @@ from .table import (
     pixels,
     ratio_to_upstream,
     setting,
-    traffic_rows,
 )
 
 # they have tables of their own
@@ -49,15 +50,14 @@ def markdown(results: Results) -> str:
 
 def _run(results: Results) -> str:
     command = "`" + results.command.replace("|", "\\|") + "`"
-    known = {name: _escaped(value) for name, value in machine(results.environment).items()}
+    known = {name: escaped(value) for name, value in machine(results.environment).items()}
     rows = [[name, known[name]] for name in ("hardware", "date", "versions") if known[name]]
-    return _table([["command", command], *rows], n_texts=2)
+    return table([["command", command], *rows], n_texts=2)
 
 
 def _model(cells: Sequence[Cell]) -> str:
     notes, first = Notes(), cells[0]
-    parts = [f"## {_escaped(first.model)}", _speeds(cells, notes), _details(cells, notes)]
-    parts += [_traffic(cells, notes)]
+    parts = [f"## {escaped(first.model)}", _speeds(cells, notes), _details(cells, notes)]
     return "\n\n".join(filter(None, [*parts, _end(cells, notes)]))
 
 
@@ -78,7 +78,7 @@ def _speeds(cells: Sequence[Cell], notes: Notes) -> str:
         for found in bests
     ]
     rows.append(["fastbb's best / best of the others", *against])
-    return _table([header, *rows])
+    return table([header, *rows])
 
 
 def _details(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> str:
@@ -94,16 +94,15 @@ def _details(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> s
     columns = {name: values for name, values in columns.items() if has_values(values)}
     if not columns:
         return ""
-    first = [
-        [*_model_column(cell, with_model), setting(cell), _escaped(way.name)] for cell, way in there
-    ]
+    first = [[setting(cell), escaped(way.name)] for cell, way in there]
+    if with_model:  # its first table has no names of ways, which footnotes follow
+        first = [
+            [escaped(cell.model), setting(cell), _named([way], notes.of(cell.model))]
+            for cell, way in there
+        ]
     rows = [[*one, *values] for one, values in zip(first, zip(*columns.values()))]
     header = [*(["model"] if with_model else []), "cell", "way", *columns]
-    return _table([header, *rows], n_texts=2 + with_model)
-
-
-def _model_column(cell: Cell, with_model: bool) -> list[str]:
-    return [_escaped(cell.model)] if with_model else []
+    return table([header, *rows], n_texts=2 + with_model)
 
 
 def _hosts(hosts: Sequence[Sequence[Cell]]) -> str:
@@ -114,15 +113,21 @@ def _hosts(hosts: Sequence[Sequence[Cell]]) -> str:
     for name in settings:
         header += [name, "its backbone", "backbone's share of the time"]
     rows = []
+    with_traffic = any(cell.traffic for cell in cells)
+    if with_traffic:
+        header.append("GPU traffic (counted), launches")
     for same in hosts:
+        of_model = notes.of(same[0].model)
         by_setting = {setting(cell): cell for cell in same}
-        row = [_escaped(same[0].model), pixels(same[0])]
+        row = [escaped(same[0].model), pixels(same[0])]
         for name in settings:
             cell = by_setting.get(name)
-            row += ["", "", ""] if cell is None else _host(cell, notes)
+            row += ["", "", ""] if cell is None else _host(cell, of_model)
+        if with_traffic:
+            row.append(_traffic(same, of_model))
         rows.append(row)
-    parts = ["## Accelerated models", _table([header, *rows], n_texts=2)]
-    parts += [_details(cells, notes, with_model=True), _traffic(cells, notes, with_model=True)]
+    parts = ["## Accelerated models", table([header, *rows], n_texts=2)]
+    parts += [_details(cells, notes, with_model=True)]
     return "\n\n".join(filter(None, [*parts, _end(cells, notes)]))
 
 
@@ -141,19 +146,28 @@ def _host(cell: Cell, notes: Notes) -> list[str]:
     return [str(found), inside or "-", " -> ".join(shares) if all(shares) else "-"]
 
 
-def _traffic(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> str:
-    rows = [
-        [*_model_column(cell, with_model), setting(cell), *row]
-        for cell in cells
-        for row in traffic_rows(cell, notes)
-    ]
-    model = ["model"] if with_model else []
-    header = [*model, "counted on a GPU", "way", "traffic (ratio)", "launches"]
-    return _table([header, *rows], n_texts=2 + with_model) if rows else ""
+def _traffic(cells: Sequence[Cell], notes: Notes) -> str:
+    """Bytes and launches of a host as it is and accelerated, which no precision changes."""
+    found = next((cell for cell in cells if cell.traffic), None)
+    if found is None:
+        return ""
+    upstream = found.traffic.get(found.upstream)
+    way, ours = next((one for one in found.traffic.items() if one[0] != found.upstream), ("", {}))
+    for name, counted in ((found.upstream, upstream or {}), (way, ours)):
+        if "reason" in counted:
+            return "-" + notes.mark(counted["reason"], name)
+    if upstream is None or not ours:
+        return "-"
+    sizes = f"{memory(upstream['bytes'])} -> {memory(ours['bytes'])}"
+    return f"{sizes}, {upstream['launches']} -> {ours['launches']}"
 
 
 def _end(cells: Sequence[Cell], notes: Notes) -> str:
-    below = [f"{setting(cell)}: {note}" for cell in cells for note in cell_notes(cell)]
+    below = [
+        f"{f'{cell.model}, ' if cell.kind == 'host' else ''}{setting(cell)}: {note}"
+        for cell in cells
+        for note in cell_notes(cell)
+    ]
     upstream = " or ".join(dict.fromkeys(cell.upstream for cell in cells))
     about = f"Ratios: times as fast as {upstream}, in the same rounds{interval_words(cells)}."
     return _bullets([about, *call_notes(cells), *below, *notes.lines()])
@@ -161,26 +175,34 @@ def _end(cells: Sequence[Cell], notes: Notes) -> str:
 
 def _named(ways: Sequence[Way], notes: Notes) -> str:
     """The name of a way with the marks of its notes in all cells."""
-    marks = dict.fromkeys(name_of(way, notes).removeprefix(way.name) for way in ways)
-    return _escaped(ways[0].name) + "".join(marks)
+    marks = dict.fromkeys(name_of(way, notes).removeprefix(printable(way.name)) for way in ways)
+    return escaped(ways[0].name) + "".join(marks)
 
 
-def _table(rows: Sequence[Sequence[str]], n_texts: int = 1) -> str:
+def table(rows: Sequence[Sequence[str]], n_texts: int = 1, readable: bool = False) -> str:
     """A table whose first row is its header.
 
     Args:
-        rows: cells, escaped.
+        rows: cells, `escaped`.
         n_texts: number of the first columns that are aligned to the left.
+        readable: aligns the source as well, for a terminal.
     """
-    n_numbers = len(rows[0]) - n_texts
-    rule = "|" + "---|" * n_texts + "--:|" * n_numbers
-    header, *lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([header, rule, *lines])
+    sizes = [max(map(len, column)) if readable else 0 for column in zip(*rows)]
+
+    def line(row: Sequence[str]) -> str:
+        sides = [str.ljust] * n_texts + [str.rjust] * (len(row) - n_texts)
+        return f"| {' | '.join(side(one, size) for side, one, size in zip(sides, row, sizes))} |"
+
+    rule = ["-" * max(3, size + 2) for size in sizes]
+    rule[n_texts:] = [f"{one[:-1]}:" for one in rule[n_texts:]]
+    header, *lines = map(line, rows)
+    return "\n".join([header, f"|{'|'.join(rule)}|", *lines])
 
 
 def _bullets(sentences: Iterable[str]) -> str:
-    return "\n".join(f"* {_escaped(sentence)}" for sentence in sentences)
+    return "\n".join(f"* {escaped(sentence)}" for sentence in sentences)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that can stand in a table, or anywhere in Markdown, without being markup."""
     return html.escape(text, quote=False).replace("|", "\\|")

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import io
 import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from ..extraction.layout import write_file
 from .noise import Best, best, is_valid, ratio, speed
+from .pictures import (
+    BLUE,
+    GREY,
+    LIGHT,
+    QUIET,
+    check_plot,
+    new_figure,
+    save,
+    shortened,
+    without_middle,
+    write_heading,
+)
 from .results import Cell, Results, Way
 from .table import machine, pixels, rate, setting
 
-# Okabe and Ito's blue, which colour-blind readers can distinguish, and greys
-_OURS, _BEST_OTHER, _OTHER = "#0072B2", "#7F7F7F", "#CCCCCC"
-_MISSING, _QUIET = "#999999", "#555555"
+_OURS, _BEST_OTHER, _OTHER, _MISSING = BLUE, GREY, LIGHT, "#999999"
 _BAR_HEIGHT = 0.7
-_SUFFIXES = (".png", ".svg", ".pdf")
 _TITLE = "Images per second"
 # inches
 _COLUMN, _BAR, _PANEL, _LINE = 5.8, 0.23, 0.72, 0.17
 _TITLE_HEIGHT, _MARGIN = 0.4, 0.1
 # characters
 _TITLE_CHARS, _SETTING_CHARS, _NAME_CHARS, _REASON_CHARS, _MACHINE_CHARS = 56, 70, 28, 56, 92
-
-
-def check_plot(path: str | os.PathLike[str]) -> None:
-    """Checks before a measurement that a picture can be drawn.
-
-    Raises:
-        ValueError: matplotlib is missing, or the name has another suffix.
-    """
-    if (suffix := Path(path).suffix) not in _SUFFIXES:
-        raise ValueError(f"--plot {path}: wanted one of {', '.join(_SUFFIXES)}, got {suffix!r}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'fastbb[plot]'") from None
 
 
 def plot(results: Results, path: str | os.PathLike[str]) -> None:
@@ -53,10 +45,6 @@ def plot(results: Results, path: str | os.PathLike[str]) -> None:
     check_plot(path)
     if not results.cells:
         raise ValueError("--plot: there is nothing to draw, no cell was measured")
-    # a figure of its own: no window system, and no state of pyplot
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
     cells = results.cells
     n_columns = min(2, len(cells))
     lines = _machine_lines(results, _MACHINE_CHARS * n_columns)
@@ -64,8 +52,7 @@ def plot(results: Results, path: str | os.PathLike[str]) -> None:
     rows = [cells[start : start + n_columns] for start in range(0, len(cells), n_columns)]
     n_bars = [max(len(cell.ways) for cell in row) for row in rows]
     height = sum(_BAR * number + _PANEL for number in n_bars) + heading
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - heading / height), wspace=0.04, hspace=0.04)
-    figure = Figure(figsize=(_COLUMN * n_columns + 1.0, height), dpi=160, layout=layout)
+    figure = new_figure(_COLUMN * n_columns + 1.0, height, heading)
     panels = figure.subplots(len(rows), n_columns, squeeze=False, height_ratios=n_bars)
     for panel, cell in zip(panels.flat, cells):
         _draw(panel, cell)
@@ -74,13 +61,8 @@ def plot(results: Results, path: str | os.PathLike[str]) -> None:
             panel.set_ylim(number - 0.5, -0.5)  # bars of a row have the same height
     for panel in panels.flat[len(cells) :]:
         panel.set_axis_off()
-    left = 0.1 / figure.get_figwidth()
-    figure.text(left, 1 - _MARGIN / height, _TITLE, va="top", size=12, weight="bold")
-    below = 1 - (_TITLE_HEIGHT - 0.05) / height
-    figure.text(left, below, "\n".join(lines), va="top", size=9, color=_QUIET, parse_math=False)
-    image = io.BytesIO()
-    figure.savefig(image, format=Path(path).suffix[1:])
-    write_file(Path(path), image.getvalue())
+    write_heading(figure, _TITLE, lines)
+    save(figure, path)
 
 
 def _machine_lines(results: Results, n_chars: int) -> list[str]:
@@ -112,7 +94,7 @@ def _draw(axes: Any, cell: Cell) -> None:
         weight = "bold" if way is found.way else "normal"
         axes.text(right, place, label, va="center", size=8.5, weight=weight)
     axes.set_title(_panel_title(cell, found), size=9, loc="left", pad=4, parse_math=False)
-    names = [_shortened(way.name, _NAME_CHARS) for way in cell.ways]
+    names = [shortened(way.name, _NAME_CHARS) for way in cell.ways]
     axes.set_yticks(range(len(names)), names, size=9, parse_math=False)
     axes.set_xlim(0, 1.32 * largest)
     axes.set_xticks([])
@@ -136,22 +118,15 @@ def _draw_missing(axes: Any, way: Way, place: int, largest: float) -> None:
         )
         left += 0.06 * largest
     word = "WRONG" if way.wrong is not None else "does not run"
-    text = _shortened(f"{word}: {why}", _REASON_CHARS)
-    axes.text(left, place, text, va="center", size=8, color=_QUIET, parse_math=False)
+    text = shortened(f"{word}: {why}", _REASON_CHARS)
+    axes.text(left, place, text, va="center", size=8, color=QUIET, parse_math=False)
 
 
 def _panel_title(cell: Cell, found: Best) -> str:
     """The model, then its setting and what the best of ours achieves."""
-    model = cell.model
-    if len(model) > _TITLE_CHARS:
-        half = _TITLE_CHARS // 2 - 2
-        model = f"{model[:half]}...{model[-half:]}"
     against = ratio(found.ours, found.other) if found.ours and found.other else None
     words = [f"{setting(cell)}, {pixels(cell)}"]
     if against is not None and found.other is not None:
         words.append(f"ours {against} x {found.other.name}")
-    return f"{model}\n{_shortened(': '.join(words), _SETTING_CHARS)}"
-
-
-def _shortened(text: str, n_chars: int) -> str:
-    return textwrap.shorten(text, n_chars, placeholder="...")
+    model = without_middle(cell.model, _TITLE_CHARS)
+    return f"{model}\n{shortened(': '.join(words), _SETTING_CHARS)}"

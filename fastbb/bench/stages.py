@@ -431,8 +431,7 @@ class _Bench:
         """What a reader of the numbers should know."""
         real, here = self._plan["shard_rows"], min(self._plan["shard_rows"], len(self.rows))
         notes = [
-            f"medians of {N_ROUNDS} rounds, with the lowest and the highest; files were read once "
-            "before, so they come from the page cache",
+            "files were read once before, so they come from the page cache",
             f"write: shards of {here:,} images, flushed to {tempfile.gettempdir()}"
             + (f"; those of a large extraction have {real:,}" if here < real else ""),
         ]

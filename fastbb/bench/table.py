@@ -36,16 +36,27 @@ _SHOWN = (
 
 
 class Notes:
-    """Numbered footnotes; the same text has the same number."""
+    """Numbered footnotes; the same text has the same number.
 
-    def __init__(self) -> None:
-        self.texts: list[str] = []
+    Args:
+        about: begins each text, "" for nothing.
+        texts: that there are; new ones are added.
+    """
+
+    def __init__(self, about: str = "", texts: list[str] | None = None) -> None:
+        self._about = about
+        self.texts: list[str] = [] if texts is None else texts
+
+    def of(self, model: str) -> Notes:
+        """The same footnotes, to which it adds those of one model."""
+        return Notes(model, self.texts)
 
     def mark(self, text: str, way: str = "") -> str:
         """Returns the mark after a value of a table; "" for no text."""
         if not text:
             return ""
-        text = printable(f"{way}: {text}" if way else text)
+        about = ", ".join(filter(None, (self._about, way)))
+        text = printable(f"{about}: {text}" if about else text)
         if text not in self.texts:
             self.texts.append(text)
         return f" [{self.texts.index(text) + 1}]"
@@ -86,7 +97,7 @@ def _cells(cells: Sequence[Cell], notes: Notes) -> str:
     left, sections = list(zip(*columns.values())), []
     for cell, found in zip(cells, bests):
         of_cell, left = left[: len(cell.ways)], left[len(cell.ways) :]
-        below = [conclusion(cell, found), *cell_notes(cell), *_traffic(cell, notes)]
+        below = [conclusion(cell, found), *cell_notes(cell)]
         sections.append(Section(title(cell), of_cell, below))
     return with_headings(list(columns), sections)
 
@@ -143,8 +154,9 @@ def title(cell: Cell) -> str:
 
 
 def setting(cell: Cell) -> str:
-    """Precision and batch of a cell."""
-    return f"{cell.precision}, batch {cell.batch}"
+    """Precision and batch of a cell, also the batch that was asked for."""
+    ran = f" (ran {cell.batch})" if cell.batch < cell.asked_batch else ""
+    return f"{cell.precision}, batch {cell.asked_batch}{ran}"
 
 
 def pixels(cell: Cell) -> str:
@@ -169,6 +181,11 @@ def images_per_s(cell: Cell, way: Way, notes: Notes) -> str:
 def rate(value: float) -> str:
     """Images per second with three or more digits."""
     return f"{value:.{2 if value < 10 else 1 if value < 1000 else 0}f}"
+
+
+def percent(share: float) -> str:
+    """A share in percent, without digits after the point."""
+    return f"{100 * share:.0f} %"
 
 
 def ratio_to_upstream(cell: Cell, way: Way) -> Ratio | None:
@@ -216,7 +233,7 @@ def inside_columns(cell: Cell, way: Way) -> tuple[str, str]:
     if share is None or upstream is None or not is_valid(upstream):
         return "", ""
     found = "1" if way is upstream else str(inside_ratio(way, upstream) or "")
-    return f"{100 * share:.0f} %", found
+    return percent(share), found
 
 
 # columns after the name; those without any value are left out
@@ -259,28 +276,6 @@ def cell_notes(cell: Cell) -> list[str]:
     if cell.batch < cell.asked_batch:
         notes.append(f"Batch {cell.batch} instead of {cell.asked_batch}: memory ran out.")
     return notes + [printable(note) for note in cell.notes]
-
-
-def traffic_rows(cell: Cell, notes: Notes) -> list[tuple[str, str, str]]:
-    """Way, bytes with their ratio to upstream's, launches; counted, not measured."""
-    base = cell.traffic.get(cell.upstream) or next(iter(cell.traffic.values()), {})
-    rows = []
-    for name, counted in cell.traffic.items():
-        n_bytes = counted.get("bytes")
-        if n_bytes is None:
-            mark = notes.mark(counted.get("reason") or "was not counted", name)
-            rows.append((printable(name), f"-{mark}", ""))
-            continue
-        share = f" ({n_bytes / base['bytes']:.2f})" if base.get("bytes") else ""
-        rows.append((printable(name), memory(n_bytes) + share, str(counted.get("launches", ""))))
-    return rows
-
-
-def _traffic(cell: Cell, notes: Notes) -> list[str]:
-    if not cell.traffic:
-        return []
-    header = ("counted on a GPU", "traffic (ratio)", "launches")
-    return aligned([header, *traffic_rows(cell, notes)])
 
 
 def _legend(cells: Sequence[Cell]) -> list[str]:

@@ -7,6 +7,7 @@ counts, without values that are computed once per set of weights.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -22,10 +23,12 @@ from fastbb_kernels.recorder import record_launches
 from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..backbone.registry import Upstream
-from ..engine.measuring import describe
+from ..engine.measuring import describe, memory
 from ..inspect.loading import config_without_weights
 from ..inspect.upstream import upstream_of
+from .host_models import ACCELERATED, AS_IS, accelerated, make_inputs, on_meta, outermost
 from .launches import CATEGORIES, Launch, count_kernels, count_launches, n_bytes
+from .markdown import escaped, table
 from .ways import library_of, other_upstream
 
 SEPARATE, DEFAULT, EVERY = "fastbb, separate ops", "fastbb", "fastbb, every kernel"
@@ -173,6 +176,75 @@ def count_forward(
     return launches
 
 
+@torch.no_grad()
+def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
+    """Counts the launches of the modules that `accelerate` replaces on an H100, in bf16.
+
+    The model runs once on its device, to see with what it calls these modules; they are counted on
+    the meta device, without the rest of the model.
+
+    Args:
+        module: as it is.
+        batch: images.
+        size: (height, width) of the images, pixels.
+    """
+    try:
+        theirs, ours = (_copied_to_meta(module) for _ in range(2))
+        with record_launches():
+            names = outermost(accelerated(ours).accelerated)
+        if not names:
+            return {ACCELERATED: "accelerate() replaces nothing in it"}
+        calls = _calls_of(module, names, batch, size)
+        return {
+            AS_IS: _count_calls(theirs, calls, count_launches),
+            ACCELERATED: _count_calls(ours, calls, count_kernels),
+        }
+    except Exception as error:  # an op that the count does not know, or code that needs values
+        return {ACCELERATED: describe(error)}
+
+
+def _copied_to_meta(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).to("meta", torch.bfloat16)
+
+
+_Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a module, and its arguments
+
+
+def _calls_of(
+    module: nn.Module, names: Sequence[str], batch: int, size: tuple[int, int]
+) -> list[_Call]:
+    """The calls of modules in a forward pass, with arguments on the meta device."""
+    calls: list[_Call] = []
+
+    def watch(name: str) -> Any:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append((name, *(on_meta(values, torch.bfloat16) for values in (args, kwargs))))
+
+        return module.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+
+    handles = [watch(name) for name in names]
+    try:
+        make_inputs(module, batch, size).call(module)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _count_calls(module: nn.Module, calls: Sequence[_Call], count: Any) -> list[Launch]:
+    weights = [*module.parameters(), *module.buffers()]
+
+    def run() -> None:
+        for name, args, kwargs in calls:
+            module.get_submodule(name)(*args, **kwargs)
+
+    with record_launches():
+        run()  # computes values that are made once per set of weights
+    with count(weights) as launches:
+        run()
+    return launches
+
+
 def totals(counts: Counts) -> dict[str, dict[str, Any]]:
     """Bytes and launches by way, or the reason why there are none, see `Cell.traffic`."""
     return {
@@ -192,14 +264,14 @@ def summary(models: Sequence[Traffic]) -> str:
     found = dict.fromkeys(way for model in models for way in model.counts)
     ours = [way for way in _OURS if way in found]
     ways = [*upstreams, *(way for way in found if way not in (*upstreams, *ours)), *ours]
-    rows = [[model.title, *(_cell(model, way) for way in ways)] for model in models]
+    rows = [[escaped(model.title), *(_cell(model, way) for way in ways)] for model in models]
     reasons = [
-        f"* {model.title}, {way}: {found}"
+        escaped(f"* {model.title}, {way}: {found}")
         for model in models
         for way, found in model.counts.items()
         if isinstance(found, str)
     ]
-    lines = table(["traffic (ratio), launches", *ways], rows)
+    lines = table([["traffic (ratio), launches", *map(escaped, ways)], *rows], readable=True)
     return "\n".join([lines, "", *reasons]) if reasons else lines
 
 
@@ -209,40 +281,32 @@ def _cell(model: Traffic, way: str) -> str:
         return "-"
     upstream = next(iter(model.counts.values()))
     ratio = "" if isinstance(upstream, str) else f" ({n_bytes(found) / n_bytes(upstream):.2f})"
-    return f"{n_bytes(found) / 1e9:.2f} GB{ratio}, {len(found)}"
+    return f"{memory(n_bytes(found))}{ratio}, {len(found)}"
 
 
 def breakdown(model: Traffic) -> str:
-    """Formats the traffic of a model by category, with launches in brackets."""
+    """Formats the traffic of a model by category, with launches in brackets; "" without any."""
     counts = _found(model.counts)
+    if not counts:
+        return ""
 
     def row(name: str, wanted: Collection[str]) -> list[str]:
         chosen = [[x for x in launches if x.category in wanted] for launches in counts.values()]
-        return [name, *(f"{n_bytes(x) / 1e9:.3f} ({len(x)})" if x else "" for x in chosen)]
+        return [name, *(f"{memory(n_bytes(x))} ({len(x)})" if x else "" for x in chosen)]
 
     rows = [row(category, [category]) for category in CATEGORIES] + [row("total", CATEGORIES)]
-    per_image = [f"{n_bytes(x) / 1e6 / model.batch:.1f}" for x in counts.values()]
-    rows = [row for row in rows if any(row[1:])] + [["MB per image", *per_image]]
-    return table([f"{model.title}: GB (launches)", *counts], rows)
+    per_image = [memory(round(n_bytes(x) / model.batch)) for x in counts.values()]
+    rows = [row for row in rows if any(row[1:])] + [["per image", *per_image]]
+    header = [f"{escaped(model.title)}: traffic (launches)", *map(escaped, counts)]
+    return table([header, *rows], readable=True)
 
 
 def _found(counts: Mapping[str, list[Launch] | str]) -> dict[str, list[Launch]]:
     return {way: found for way, found in counts.items() if not isinstance(found, str)}
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Formats markdown that is also readable as text: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows)]
-    lines = [
-        "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"
-        for row in [header, *rows]
-    ]
-    rule = ["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "|" + "|".join(rule) + "|", *lines[1:]])
-
-
 def plot(models: Sequence[Traffic], path: str | os.PathLike[str]) -> None:
-    """Draws where the bytes go, one panel for each model; needs matplotlib, the extra `plot`."""
+    """Draws where the bytes go, one panel for each model; see `traffic_plot.draw`."""
     from .traffic_plot import draw
 
     counts = {model.title: _found(model.counts) for model in models}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+from ..engine.measuring import memory
 from .launches import (
     ACTIVATION,
     ATTENTION,
@@ -25,20 +23,37 @@ from .launches import (
     bytes_by_category,
     n_bytes,
 )
+from .pictures import (
+    BLUE,
+    DARK,
+    GREEN,
+    GREY,
+    LIGHT,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILION,
+    YELLOW,
+    check_plot,
+    new_figure,
+    save,
+    without_middle,
+    write_heading,
+)
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish, and greys; colour of text
+# of a bar, and of text on it
 COLOURS = {
-    GEMM: ("#0072B2", "white"),
-    ATTENTION: ("#56B4E9", "black"),
-    NORM: ("#009E73", "black"),
-    ACTIVATION: ("#F0E442", "black"),
-    RESIDUAL: ("#E69F00", "black"),
-    COPY: ("#D55E00", "white"),
+    GEMM: (BLUE, "white"),
+    ATTENTION: (SKY, "black"),
+    NORM: (GREEN, "black"),
+    ACTIVATION: (YELLOW, "black"),
+    RESIDUAL: (ORANGE, "black"),
+    COPY: (VERMILION, "white"),
     POOL: ("#999933", "white"),
-    ROLL: ("#CC79A7", "black"),
-    PAD: ("#7F7F7F", "white"),
-    MASK: ("#333333", "white"),
-    OTHER: ("#CCCCCC", "black"),
+    ROLL: (PURPLE, "black"),
+    PAD: (GREY, "white"),
+    MASK: (DARK, "white"),
+    OTHER: (LIGHT, "black"),
 }
 TITLE = "Memory traffic of one forward pass"
 SUBTITLE = (
@@ -49,6 +64,8 @@ BAR_HEIGHT = 0.64
 # share of the longest bar: shorter pieces have no room for their number, or the name above
 SMALLEST_NUMBER = 0.03
 SMALLEST_NAME = 0.02
+HEADING = 0.6  # inches
+TITLE_CHARS, NAME_CHARS = 72, 32
 
 
 def draw(
@@ -59,49 +76,55 @@ def draw(
     Args:
         counts: launches by model and way.
         path: the image file to write.
+
+    Raises:
+        ValueError: nothing was counted, matplotlib is missing, or the name has another suffix.
+        OutputError: the file cannot be written.
     """
-    # inches: a bar takes 0.47, the names above a panel the same, the heading 0.6
-    n_rows = [len(ways) + 1.3 for ways in counts.values()]
-    height = 0.47 * sum(n_rows) + 0.6
-    layout = ConstrainedLayoutEngine(rect=(0, 0, 1, 1 - 0.6 / height))
-    figure = Figure(figsize=(10, height), layout=layout)
-    panels = figure.subplots(len(counts), 1, squeeze=False, height_ratios=n_rows)[:, 0]
+    check_plot(path)
+    if not counts:
+        raise ValueError("--plot: there is nothing to draw, no launches were counted")
+    # inches: a bar takes 0.47, the names above a panel and its title 0.8
+    heights = [0.47 * len(ways) + 0.8 for ways in counts.values()]
+    height = sum(heights) + HEADING
+    figure = new_figure(10, height, HEADING)
+    panels = figure.subplots(len(counts), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (model, ways) in zip(panels, counts.items()):
         _draw(axes, model, ways)
-    figure.text(0.008, 1 - 0.1 / height, TITLE, va="top", size=12, weight="bold")
-    figure.text(0.008, 1 - 0.36 / height, SUBTITLE, va="top", size=9, color="#555555")
-    figure.savefig(path, dpi=160)
+    write_heading(figure, TITLE, [SUBTITLE])
+    save(figure, path)
 
 
-def _draw(axes: Axes, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
+def _draw(axes: Any, model: str, ways: Mapping[str, Sequence[Launch]]) -> None:
     # the longest bar comes first: its pieces have the most room for their names
     bars = sorted(ways.items(), key=lambda bar: -n_bytes(bar[1]))
-    unit, scale = ("GB", 1e9) if n_bytes(bars[0][1]) >= 1e9 else ("MB", 1e6)
-    longest = n_bytes(bars[0][1]) / scale
+    longest = n_bytes(bars[0][1])
+    scale = 10.0 ** (3 * (len(f"{longest:,}".split(",")) - 1))  # of the unit that `memory` takes
     named: set[str] = set()
     for row, (_, launches) in enumerate(bars):
         left = 0.0
         for category, category_bytes in bytes_by_category(launches).items():
-            width = category_bytes / scale
+            width = category_bytes
             middle = left + width / 2
             colour, ink = COLOURS[category]
             axes.barh(row, width, BAR_HEIGHT, left, color=colour, edgecolor="white")
             left += width
             if width >= SMALLEST_NUMBER * longest:
-                axes.text(
-                    middle, row, f"{width:.1f}", color=ink, ha="center", va="center", size=8.5
-                )
+                number = f"{width / scale:.1f}"
+                axes.text(middle, row, number, color=ink, ha="center", va="center", size=8.5)
             if width >= SMALLEST_NAME * longest and category not in named:
                 named.add(category)
                 name, above = category.replace(" ", "\n"), row - BAR_HEIGHT / 2 - 0.1
                 axes.text(middle, above, name, ha="center", va="baseline", size=8)
-        total = f"  {left:.1f} {unit}, {len(launches)} launches"
+        many = "1 launch" if len(launches) == 1 else f"{len(launches)} launches"
+        total = f"  {memory(n_bytes(launches))}, {many}"
         axes.text(left, row, total, va="center", size=9.5, weight="bold")
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars], size=9.5)
+    names = [without_middle(name, NAME_CHARS) for name, _ in bars]
+    axes.set_yticks(range(len(bars)), names, size=9.5, parse_math=False)
     axes.set_ylim(len(bars) - 0.6, -1.1)
     axes.set_xlim(0, 1.25 * longest)
-    over_names = axes.get_yaxis_transform()
-    axes.text(-0.012, -0.75, model, transform=over_names, ha="right", size=10.5, weight="bold")
+    title = without_middle(model, TITLE_CHARS)
+    axes.set_title(title, loc="left", size=10.5, weight="bold", parse_math=False)
     axes.set_xticks([])
     axes.tick_params(left=False)
     axes.spines[:].set_visible(False)

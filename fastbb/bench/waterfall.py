@@ -6,13 +6,27 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from .end_to_end import MAIN, EndToEnd, Stage, number, verdict
+from .end_to_end import MAIN, EndToEnd, Stage, verdict
+from .pictures import (
+    BLUE,
+    LIGHT,
+    QUIET,
+    SKY,
+    VERMILION,
+    check_plot,
+    new_figure,
+    save,
+    shortened,
+    without_middle,
+    write_heading,
+)
+from .table import rate
 
-# Okabe and Ito's palette, which colour-blind readers can distinguish
-_BOUND, _FEED, _MAIN, _TOGETHER = "#D55E00", "#56B4E9", "#0072B2", "#555555"
+_BOUND, _FEED, _MAIN, _TOGETHER = VERMILION, SKY, BLUE, QUIET
 _BAR_HEIGHT = 0.66
 _BAR_INCHES, _TITLE_INCHES, _FOOT_INCHES = 0.3, 0.68, 1.12
 _ROOM = 1.25  # right end of the axis by that of the whiskers: numbers stand there
+_NAME_CHARS, _LINE_CHARS = 52, 130
 _KEY = (("decode threads", _FEED, 0.66), ("main thread", _MAIN, 0.795), ("bound by", _BOUND, 0.905))
 
 
@@ -27,26 +41,23 @@ def plot_waterfall(results: Sequence[EndToEnd], path: str | os.PathLike[str]) ->
 
     Raises:
         ValueError: matplotlib is not installed, nothing was measured, or there is no such format.
-        OSError: the picture cannot be written.
+        OutputError: the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("plot: needs matplotlib; pip install 'fastbb[plot]'") from error
+    check_plot(path)
     drawn = [result for result in results if result.stages]
     if not drawn:
-        raise ValueError("plot: no stage was measured, so there is nothing to draw")
+        raise ValueError("--plot: there is nothing to draw, no stage was measured")
     heights = list(map(_inches, drawn))
-    figure = Figure(figsize=(9, sum(heights)))
+    figure = new_figure(9, sum(heights))
     top = sum(heights)
     for result, height in zip(drawn, heights):
         bottom = top - height + _FOOT_INCHES
         inside = height - _TITLE_INCHES - _FOOT_INCHES
         axes = figure.add_axes((0.1, bottom / sum(heights), 0.87, inside / sum(heights)))
         _draw(axes, result)
-        _write(figure, result, top / sum(heights), 1 / sum(heights))
+        _write(figure, result, top)
         top -= height
-    figure.savefig(path, dpi=160)
+    save(figure, path)
 
 
 def _inches(result: EndToEnd) -> float:
@@ -67,7 +78,7 @@ def _draw(axes: Any, result: EndToEnd) -> None:
             axes.plot([end, end], edges, color="#999999", linewidth=0.8)
     names = [stage.name for stage in result.stages]
     if result.together is not None:
-        axes.axhline(len(names) - 0.5, color="#cccccc", linewidth=0.8)
+        axes.axhline(len(names) - 0.5, color=LIGHT, linewidth=0.8)
         ends.append(_bar(axes, len(names), 0.0, result.together, _TOGETHER))
         names.append(result.together.name)
     axes.set_yticks(range(len(names)), names)
@@ -85,13 +96,14 @@ def _draw(axes: Any, result: EndToEnd) -> None:
 def _bar(axes: Any, row: int, start: float, stage: Stage, colour: str) -> float:
     """Draws a bar and returns where it and its whisker end."""
     axes.barh(row, stage.ms, left=start, height=_BAR_HEIGHT, color=colour)
-    low, high = stage.interval
-    fastest, slowest = start + 1e3 / high, start + 1e3 / low
-    axes.plot([fastest, slowest], [row, row], color="black", linewidth=1)
-    axes.plot([fastest, slowest], [row, row], "|", color="black", markersize=5)
-    right = max(slowest, start + stage.ms)
+    right = start + stage.ms
+    if stage.interval is not None:
+        ends = [start + 1e3 / images_per_s for images_per_s in stage.interval]
+        axes.plot(ends, [row, row], color="black", linewidth=1)
+        axes.plot(ends, [row, row], "|", color="black", markersize=5)
+        right = max(right, *ends)
     axes.annotate(
-        f"{number(stage.images_per_s)} images/s",
+        f"{rate(stage.images_per_s)} images/s",
         (right, row),
         xytext=(5, 0),
         textcoords="offset points",
@@ -101,24 +113,20 @@ def _bar(axes: Any, row: int, start: float, stage: Stage, colour: str) -> float:
     return right
 
 
-def _write(figure: Any, result: EndToEnd, top: float, inch: float) -> None:
-    """Writes title and sentences of a panel.
-
-    Args:
-        figure: to write on.
-        result: of the panel.
-        top: of the panel, as a share of the figure.
-        inch: the same of an inch.
-    """
-    name = result.model.rstrip("/").rpartition("/")[2]
-    heading = f"{name}, null model (the feed alone)" if result.null_model else name
+def _write(figure: Any, result: EndToEnd, top: float) -> None:
+    """Writes title and sentences of a panel, whose upper edge is at `top` inches."""
+    name = without_middle(result.model.rstrip("/").rpartition("/")[2], _NAME_CHARS)
+    title = f"{name}, null model (the feed alone)" if result.null_model else name
     how = f"{result.precision} on {result.device} ({result.mode}), batch {result.batch}"
     how += "; stages alone, one after the other"
-    figure.text(0.02, top - 0.14 * inch, heading, va="top", size=12, weight="bold")
-    figure.text(0.02, top - 0.4 * inch, how, va="top", size=9, color="#555555")
+    height = figure.get_figheight()
+    write_heading(figure, title, [how], top=height - top, left=0.18)
     for what, colour, x in _KEY:
-        figure.text(x, top - 0.4 * inch, what, va="top", size=9, color=colour, weight="bold")
-    bottom = top - _inches(result) * inch
+        y = (top - 0.36) / height
+        figure.text(x, y, what, va="top", size=9, color=colour, weight="bold")
+    bottom = top - _inches(result)
     for line, text in enumerate(verdict(result)):
-        y = bottom + (_FOOT_INCHES - 0.45 - 0.18 * line) * inch
-        figure.text(0.02, y, text, va="top", size=9, weight="normal" if line else "bold")
+        y = (bottom + _FOOT_INCHES - 0.45 - 0.18 * line) / height
+        weight = "normal" if line else "bold"
+        text = shortened(text, _LINE_CHARS)
+        figure.text(0.02, y, text, va="top", size=9, weight=weight, parse_math=False)

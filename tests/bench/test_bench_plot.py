@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 from bench_results import made_cell, made_host, made_results
 
+from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, Stage
+from fastbb.bench.launches import GEMM, Launch
 from fastbb.bench.plot import check_plot, plot
 from fastbb.bench.results import Results, Way
+from fastbb.bench.traffic import Traffic
+from fastbb.bench.traffic import plot as plot_traffic
+from fastbb.bench.waterfall import plot_waterfall
 
 pytest.importorskip("matplotlib")
 SIGNATURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
@@ -102,3 +107,22 @@ def test_problems_are_found_before_the_measurement(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match=r"pip install 'fastbb\[plot\]'"):
         check_plot(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("kind", ["traffic", "end-to-end"])
+def test_long_names_stay_inside_other_pictures(
+    kind: str, figures: list[Any], tmp_path: Path
+) -> None:
+    name = "timm convnextv2_base.fcmae_ft_in22k_in1k_384.with_a_very_long_tag_of_its_own" * 3
+    if kind == "traffic":
+        counts: Any = {name: [Launch("mm", GEMM, 90_000)], "fastbb": [Launch("mm", GEMM, 9)]}
+        plot_traffic([Traffic(name, 1, (9, 9), counts)], tmp_path / "a.png")
+    else:
+        stages = [Stage(one, 100.0, 1.0, 10, 4, [90.0, 110.0]) for one in (*FEED, *MAIN)]
+        how: Any = ("fp32", "eager", "cpu", 32, ["embedding"], 10, 10, 10, True)
+        result = EndToEnd(name, "photos", *how, stages=stages, together=stages[0])
+        plot_waterfall([result], tmp_path / "a.png")
+    (figure,) = figures
+    boxes = [text.get_window_extent() for text in figure.texts]
+    boxes += [panel.get_tightbbox() for panel in figure.axes]
+    assert all(box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)

@@ -46,7 +46,7 @@ def test_cells_share_one_table_with_machine_and_footnotes() -> None:
         "compile",
         "error",
     ]
-    assert "microsoft/swin-tiny-patch4-window7-224, fp32, batch 4, 224x224" in lines
+    assert "microsoft/swin-tiny-patch4-window7-224, fp32, batch 64 (ran 4), 224x224" in lines
     assert "resnet50, bf16, batch 8, 224x224" in lines
     rows = [line for line in lines if re.match(r"  (fastbb eager|transformers eager) ", line)]
     assert {len(line) for line in rows} == {len(lines[4])}  # columns of both cells are aligned
@@ -101,17 +101,43 @@ def test_host_has_columns_for_its_backbone() -> None:
     assert "compile" not in lines_of(results)[4]  # nothing compiles
 
 
-def test_traffic_has_its_ratio_to_upstream() -> None:
-    cell = made_cell()
-    cell.traffic = {
-        "fastbb eager": {"bytes": 2_310_000_000, "launches": 56},
-        UPSTREAM: {"bytes": 11_290_000_000, "launches": 427},
-        "OpenVINO": {"reason": "no PyTorch"},
+def test_markdown_of_hosts_has_their_traffic_in_a_column() -> None:
+    cells = [made_host(), made_host(), made_host()]
+    for number, cell in enumerate(cells):
+        cell.model = f"model{number}"
+    cells[0].traffic = {
+        UPSTREAM: {"bytes": 230_000_000, "launches": 383},
+        "fastbb.accelerate": {"bytes": 90_000_000, "launches": 61},
     }
-    shown = text(made_results(cell))
-    assert re.search(r"fastbb eager +2\.31 GB \(0\.20\) +56\n", shown)
-    assert re.search(r"OpenVINO +- \[1\]\n", shown) and "[1] OpenVINO: no PyTorch" in shown
-    assert "| fp32, batch 1 | fastbb eager | 2.31 GB (0.20) | 56 |" in markdown(made_results(cell))
+    cells[1].traffic = {"fastbb.accelerate": {"reason": "accelerate() replaces nothing in it"}}
+    page = markdown(made_results(*cells))
+    (hosts,) = [table for table in tables_of(page) if table[0].startswith("| host ")]
+    assert hosts[0].endswith("| GPU traffic (counted), launches |")
+    assert hosts[2].endswith("| 230 MB -> 90 MB, 383 -> 61 |")
+    assert hosts[3].endswith("| - [1] |") and hosts[4].endswith("|  |")
+    reason = "fastbb.accelerate: accelerate() replaces nothing in it"
+    assert f"* [1] model1, {reason}" in page
+    assert "traffic" not in markdown(made_results(made_host())) + text(made_results(*cells))
+
+
+def test_markdown_of_hosts_says_whose_notes_are_whose() -> None:
+    cells = [made_host(), made_host(seed=1)]
+    cells[1].model = "UperNet|x"
+    for cell in cells:
+        cell.ways[1].note = "fastbb runs backbone"
+        cell.notes.append("outputs jump")
+    page = markdown(made_results(*cells))
+    for number, name in enumerate(("MaskFormer", r"UperNet\|x"), 1):
+        assert f"* [{number}] {name}, fastbb auto: fastbb runs backbone" in page
+        assert f"* {name}, bf16, batch 1: outputs jump" in page
+        assert f"| fastbb auto [{number}] |" in page
+
+
+def test_halved_batches_are_told_apart() -> None:
+    halved = made_cell(batch=4)
+    halved.asked_batch = 8
+    speeds = tables_of(markdown(made_results(made_cell(batch=4), halved)))[1]
+    assert speeds[0] == "| images/s, 224x224 | fp32, batch 4 | fp32, batch 8 (ran 4) |"
 
 
 def test_results_without_cells_or_environment_are_shown() -> None:
@@ -139,7 +165,7 @@ def test_markdown_has_a_table_for_each_model() -> None:
     run, speeds, details, *_ = tables_of(page)
     assert run[0] == "| command | `fastbb bench swin --batch 1,8` |"
     assert [row.split(" | ")[0] for row in run[2:]] == ["| hardware", "| date", "| versions"]
-    assert speeds[0] == "| images/s, 224x224 | fp32, batch 4 | fp32, batch 8 |"
+    assert speeds[0] == "| images/s, 224x224 | fp32, batch 64 (ran 4) | fp32, batch 8 |"
     assert re.fullmatch(r"\| OpenVINO \| WRONG \[1\] \| \d+\.\d \|", speeds[3])
     assert re.fullmatch(r"\| fastbb compiled \| \*\*\d+\.\d\*\* \| \*\*\d+\.\d\*\* \|", speeds[5])
     assert re.fullmatch(r"\| ONNX Runtime \| - \[3\] \|  \|", speeds[6])
@@ -147,7 +173,7 @@ def test_markdown_has_a_table_for_each_model() -> None:
     assert details[0].startswith("| cell | way | ratio | p50 | p90 | p99 | memory | cold start |")
     assert page.count("## microsoft/swin-tiny") == 1 and page.count("## resnet50") == 1
     assert "| MaskFormer | 800x1088 | 1.1" in page and "| 60 % -> 55 % |" in page
-    assert "* fp32, batch 4: Batch 4 instead of 64: memory ran out." in page
+    assert "* fp32, batch 64 (ran 4): Batch 4 instead of 64: memory ran out." in page
     for table in tables_of(page):
         assert len({row.replace("\\|", "").count("|") for row in table}) == 1
 
@@ -157,4 +183,4 @@ def test_markdown_of_a_host_that_fails_has_the_reason() -> None:
     cell.ways[1].rounds_s, cell.ways[1].reason = [], "no such op"
     page = markdown(made_results(cell))
     assert "| MaskFormer | 800x1088 | - [1] | - | - |" in page
-    assert "* [1] fastbb auto: no such op" in page
+    assert "* [1] MaskFormer, fastbb auto: no such op" in page

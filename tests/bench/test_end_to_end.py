@@ -1,6 +1,6 @@
 import itertools
 import json
-import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bench_results import made_extraction
 from PIL import Image
 
 import fastbb
 from fastbb.bench import stages, waterfall
-from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, Stage, markdown, text, verdict
+from fastbb.bench.end_to_end import FEED, MAIN, EndToEnd, markdown, text, verdict
 from fastbb.bench.stages import measure_end_to_end
 from fastbb.extraction import FeatureExtractor, InputError
 
@@ -58,26 +59,6 @@ class Clock:
 def measure(images: Any, **arguments: Any) -> EndToEnd:
     options = {"mode": "eager", "batch": 4, "device": "cpu", "clock": Clock(), "seconds": 1.0}
     return measure_end_to_end(inputs=images, **{"model": MODEL, **options, **arguments})
-
-
-def made(null_model: bool = False, **rates: float) -> EndToEnd:
-    given = {"read": 4000, "decode": 230, "resize": 2500, "copy": 9000, "model": 800, "write": 9999}
-    given |= rates
-    together = given.pop("together", 210)
-
-    def stage(name: str, rate: float) -> Stage:
-        return Stage(name, rate, 1.0, 10, 4, [rate * 0.9, rate, rate * 1.1])
-
-    result = EndToEnd(
-        *("org/model", "photos", "fp32", "eager", "cpu", 32, ["embedding"], 1000, 512, 512),
-        null_model,
-        stages=[stage(*item) for item in given.items()],
-        together=stage("together", together),
-        errors={"corrupt": 2},
-        failed=["a.png: corrupt, cut"],
-    )
-    result.bound_by = result.find_bound()
-    return result
 
 
 def test_rates_of_all_stages_come_from_the_clock(images: Path, tmp_path: Path) -> None:
@@ -307,11 +288,15 @@ def test_an_interruption_keeps_what_was_measured(
     monkeypatch.setattr(stages._Bench, "_batch", interrupted)
     result = measure(images)
     assert result.interrupted and not list((tmp_path / "tmp").glob("fastbb-*"))
+    assert "speeds of a single round" in text(result) and "medians of" not in text(result)
+    assert "interrupted: some rounds are missing" in text(result)
+    assert not re.search(r"\d to \d", text(result))
     if n_rounds:
         assert [stage.name for stage in result.stages] == NAMES
         assert {len(stage.rounds) for stage in result.stages} == {n_rounds}
         assert result.together is not None and result.bound_by in FEED
-        assert "interrupted: 1 round measured" in text(result)
+        waterfall.plot_waterfall([result], tmp_path / "a.svg")
+        assert all(stage.interval is None for stage in result.stages)
     else:
         assert [stage.name for stage in result.stages] == [*FEED, "copy", "model"]
         assert {stage.name: stage.images for stage in result.stages}["model"] == 8
@@ -330,7 +315,7 @@ def test_an_error_is_no_interruption(images: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_result_survives_json() -> None:
-    result = made()
+    result = made_extraction()
     assert EndToEnd.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     good = result.to_dict()
     for damaged in ({}, None, {**good, "more": 1}, {**good, "stages": [{}]}):
@@ -339,60 +324,29 @@ def test_a_result_survives_json() -> None:
 
 
 def test_the_report_names_the_bound_and_what_overlap_hides() -> None:
-    result = made()
+    result = made_extraction()
     feed = 1 / (1 / 4000 + 1 / 230 + 1 / 2500)
     assert result.lane(FEED) == pytest.approx(feed)
     first, turns, hidden = verdict(result)
-    assert first == "bound by decode: together 210 images/s, decode alone 230"
-    assert f"in 4 decode threads: {feed:.0f} images/s" in turns
+    assert first == "bound by decode: together 210.0 images/s, decode alone 230.0"
+    assert f"in 4 decode threads: {feed:.1f} images/s" in turns
     whole = sum(1 / rate for rate in (4000, 230, 2500, 9000, 800, 9999))
-    assert hidden.endswith(f"overlap hides {1 - 1 / 210 / whole:.0%}")
+    assert hidden.endswith(f"overlap hides {100 * (1 - 1 / 210 / whole):.0f} %")
     report = text(result)
     assert "photos: 512 of 1,000 images in each round" in report
     row = next(line for line in report.splitlines() if line.startswith("decode"))
-    assert row.split() == ["decode", "230", "207", "to", "253", "4.35", "67%", "4"]
+    assert re.split("  +", row) == ["decode", "230.0", "207.0 to 253.0", "4.35 ms", "67 %", "4"]
+    assert "medians of 3 rounds, with the lowest and the highest" in report
     table = markdown(result)
-    assert "| decode | 230 | 207 to 253 | 4.35 | 67% | 4 |" in table
-    assert "* **bound by decode: together 210 images/s, decode alone 230**" in table
+    assert "| decode | 230.0 | 207.0 to 253.0 | 4.35 ms | 67 % | 4 |" in table
+    assert "* **bound by decode: together 210.0 images/s, decode alone 230.0**" in table
 
 
 def test_the_bound_is_among_the_threads_that_are_slower() -> None:
     # the model is the slowest stage, but decode and resize share their threads
-    result = made(decode=400, resize=390, model=350, together=190)
+    result = made_extraction(decode=400, resize=390, model=350, together=190)
     assert result.bound_by == "resize"
-    assert verdict(result)[0] == "bound by resize: together 190 images/s, resize alone 390"
-    assert made(model=100, together=95).bound_by == "model"
-    slow = made(together=100)
+    assert verdict(result)[0] == "bound by resize: together 190.0 images/s, resize alone 390.0"
+    assert made_extraction(model=100, together=95).bound_by == "model"
+    slow = made_extraction(together=100)
     assert "overlap hides nothing" in verdict(slow)[2] and "compete" in verdict(slow)[3]
-
-
-def test_the_waterfall_has_a_bar_per_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    bars: list[tuple[str, float, float, str]] = []
-    bar = waterfall._bar
-
-    def drawn(axes: Any, row: int, start: float, stage: Stage, colour: str) -> float:
-        bars.append((stage.name, start, stage.ms, colour))
-        return bar(axes, row, start, stage, colour)
-
-    monkeypatch.setattr(waterfall, "_bar", drawn)
-    result = made()
-    waterfall.plot_waterfall([result, made(null_model=True)], tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.format == "PNG" and image.width == 9 * 160
-    assert [name for name, *_ in bars] == [*NAMES, "together"] * 2
-    ends = list(itertools.accumulate(stage.ms for stage in result.stages))
-    assert [start for _, start, *_ in bars[:7]] == pytest.approx([0.0, *ends[:-1], 0.0])
-    coloured = [name for name, *_, colour in bars[:7] if colour == waterfall._BOUND]
-    assert coloured == ["decode"]
-
-
-def test_nothing_to_draw_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    empty = made()
-    empty.stages, empty.together = [], None
-    with pytest.raises(ValueError, match="nothing to draw"):
-        waterfall.plot_waterfall([empty], tmp_path / "a.png")
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ValueError, match=r"plot: needs matplotlib; pip install 'fastbb\[plot\]'"):
-        waterfall.plot_waterfall([made()], tmp_path / "a.png")
-    assert os.listdir(tmp_path) == ["tmp"]

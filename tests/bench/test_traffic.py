@@ -27,6 +27,7 @@ from fastbb.bench.launches import (
     n_bytes,
 )
 from fastbb.bench.traffic import DEFAULT, EVERY, SEPARATE, Counts, Traffic, count_traffic
+from fastbb.extraction.layout import OutputError
 from fastbb.inspect.loading import config_without_weights
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,10 +257,10 @@ def test_summary_has_a_row_per_model_and_the_reasons_below() -> None:
         "another", 1, (9, 9), {"timm": [Launch("mm", GEMM, GB)], DEFAULT: "no such kernel"}
     )
     assert traffic.summary([MODEL, other]).splitlines() == [
-        "| traffic (ratio), launches |      transformers |              timm |            fastbb |",
-        "|---------------------------|------------------:|------------------:|------------------:|",
-        "| Swin-T, 224, batch 64     | 4.00 GB (1.00), 2 |                 - | 1.00 GB (0.25), 1 |",
-        "| another                   |                 - | 1.00 GB (1.00), 1 |                 - |",
+        "| traffic (ratio), launches |   transformers |           timm |         fastbb |",
+        "|---------------------------|---------------:|---------------:|---------------:|",
+        "| Swin-T, 224, batch 64     | 4 GB (1.00), 2 |              - | 1 GB (0.25), 1 |",
+        "| another                   |              - | 1 GB (1.00), 1 |              - |",
         "",
         "* Swin-T, 224, batch 64, timm: NotImplementedError: no such op",
         "* another, fastbb: no such kernel",
@@ -268,13 +269,40 @@ def test_summary_has_a_row_per_model_and_the_reasons_below() -> None:
 
 def test_breakdown_has_a_row_per_category() -> None:
     assert traffic.breakdown(MODEL).splitlines() == [
-        "| Swin-T, 224, batch 64: GB (launches) | transformers |    fastbb |",
-        "|--------------------------------------|-------------:|----------:|",
-        "| GEMM                                 |    3.000 (1) | 1.000 (1) |",
-        "| roll                                 |    1.000 (1) |           |",
-        "| total                                |    4.000 (2) | 1.000 (1) |",
-        "| MB per image                         |         62.5 |      15.6 |",
+        "| Swin-T, 224, batch 64: traffic (launches) | transformers |   fastbb |",
+        "|-------------------------------------------|-------------:|---------:|",
+        "| GEMM                                      |     3 GB (1) | 1 GB (1) |",
+        "| roll                                      |     1 GB (1) |          |",
+        "| total                                     |     4 GB (2) | 1 GB (1) |",
+        "| per image                                 |      62.5 MB |  15.6 MB |",
     ]
+
+
+def test_small_models_and_odd_names_have_a_table() -> None:
+    counts: Counts = {"a|b": [Launch("mm", GEMM, 12_000)], DEFAULT: [Launch("k", GEMM, 3_000)]}
+    model = Traffic("c|<d>", 2, (8, 8), counts)
+    header, rule, row = traffic.summary([model]).splitlines()
+    assert r"a\|b" in header and r"| c\|&lt;d&gt; " in row and "12 kB (1.00), 1" in row
+    assert len(header) == len(rule) == len(row)
+    assert "3 kB (1)" in traffic.breakdown(model) and "1.5 kB" in traffic.breakdown(model)
+
+
+def test_nothing_counted_is_no_table_and_no_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    none = Traffic("none", 1, (9, 9), {DEFAULT: "accelerate() replaces nothing in it"})
+    assert traffic.breakdown(none) == ""
+    assert "accelerate() replaces nothing" in traffic.summary([none])
+    with pytest.raises(ValueError, match="nothing to draw, no launches were counted"):
+        traffic.plot([none], tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture_takes_any_name_and_a_path_that_cannot_be_written(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    odd = replace(MODEL, title=r"$\frac$" + "long" * 50, counts={"$^$": [Launch("mm", GEMM, 9)]})
+    traffic.plot([odd], tmp_path / "a.png")
+    with pytest.raises(OutputError, match="cannot write"):
+        traffic.plot([odd], tmp_path / "none" / "a.png")
 
 
 def test_totals_are_bytes_and_launches_or_the_reason() -> None:

@@ -1,4 +1,4 @@
-"""Made-up results of a bench, with realistic noise."""
+"""Made-up results of a bench: speeds with realistic noise, and an extraction."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from fastbb.bench.end_to_end import EndToEnd, Stage
 from fastbb.bench.results import Cell, Results, Way
 
 UPSTREAM = "transformers eager"
@@ -91,3 +92,24 @@ def made_host(seed: int = 0) -> Cell:
 
 def made_results(*cells: Cell) -> Results:
     return Results("fastbb bench swin --batch 1,8", dict(ENVIRONMENT), {}, list(cells))
+
+
+def made_extraction(null_model: bool = False, **rates: float) -> EndToEnd:
+    """The speed of an extraction with four decode threads, by images/s of its stages."""
+    given = {"read": 4000, "decode": 230, "resize": 2500, "copy": 9000, "model": 800, "write": 9999}
+    given |= rates
+    together = given.pop("together", 210)
+
+    def stage(name: str, rate: float) -> Stage:
+        return Stage(name, rate, 1.0, 10, 4, [rate * 0.9, rate, rate * 1.1])
+
+    result = EndToEnd(
+        *("org/model", "photos", "fp32", "eager", "cpu", 32, ["embedding"], 1000, 512, 512),
+        null_model,
+        stages=[stage(*item) for item in given.items()],
+        together=stage("together", together),
+        errors={"corrupt": 2},
+        failed=["a.png: corrupt, cut"],
+    )
+    result.bound_by = result.find_bound()
+    return result
