@@ -137,7 +137,7 @@ def _is_wrong(results: Results) -> bool:
 
 def _text(results: Results, traffic: Sequence[Traffic]) -> str:
     if traffic:
-        return "\n\n".join([summary(traffic), *map(breakdown, traffic)])
+        return "\n\n".join(filter(None, [summary(traffic), *map(breakdown, traffic)]))
     return "\n\n".join([table.text(results), *map(end_to_end.text, _extractions(results))])
 
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten_with_path, tree_map_only
 from ..engine.measuring import describe
 from ..hosts.accelerate import AccelerateReport, AccelerateWarning, accelerate
 from ..inspect.loading import draw_norms
+from .subject import N_IMAGES, image_of_each
 
 AS_IS, ACCELERATED = "upstream", "fastbb.accelerate"
 WANTED = (
@@ -260,13 +261,14 @@ class Inputs:
 
 
 def make_inputs(module: nn.Module, batch: int, size: tuple[int, int]) -> Inputs:
-    """Random inputs of a model, the same ones every time, in fp32 on the CPU.
+    """Random inputs of a model, the same ones every time, in fp32 on the CPU; images repeat.
 
     Raises:
         ValueError: the model takes no pixels.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    pixels = torch.randn(batch, _channels(module), *size, generator=generator, device="cpu")
+    shape = (min(batch, N_IMAGES), _channels(module), *size)
+    pixels = torch.randn(shape, generator=generator, device="cpu")[image_of_each(batch)]
     root = _root(module)
     if root.startswith(_DETECTION):
         return Inputs(pixels, lambda pixels: ((list(pixels),), {}))

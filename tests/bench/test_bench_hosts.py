@@ -48,7 +48,7 @@ def test_both_ways_run_and_are_right(host: str, precision: str) -> None:
     assert subject.params and subject.ways(precision, 2, Path())[0].name == subject.upstream
     for way in (AS_IS, ACCELERATED):
         made = runner(subject, way, precision)
-        judged = truth.judge(made.outputs(made.start()))
+        judged = truth.judge(made.outputs(made.start()), 2)
         assert judged.wrong is None and judged.errors
         assert made.note.startswith("" if way == AS_IS else ("fastbb runs", "nothing runs"))
 
@@ -91,7 +91,7 @@ def test_wrong_acceleration_is_judged_wrong(monkeypatch: pytest.MonkeyPatch) -> 
     truth = subject.truth("fp32", 2)
     monkeypatch.setattr(host_models, "accelerate", wrong)
     made = runner(subject, ACCELERATED)
-    judged = truth and truth.judge(made.outputs(made.start()))
+    judged = truth and truth.judge(made.outputs(made.start()), 2)
     assert judged is not None and judged.wrong is not None and "logits: error" in judged.wrong
 
 
@@ -136,7 +136,7 @@ def test_outputs_that_jump_are_left_out_and_the_backbone_is_compared() -> None:
         "single: what the replaced modules return is compared instead; accelerate() itself"
     )
     made = runner(subject, ACCELERATED)
-    assert truth.judge(made.outputs(made.start())).wrong is None
+    assert truth.judge(made.outputs(made.start()), 2).wrong is None
 
 
 @pytest.mark.parametrize("way", [AS_IS, ACCELERATED])
@@ -172,13 +172,13 @@ def single() -> nn.Module:
 
 def test_outputs_that_mix_images_are_not_compared() -> None:
     subject = HostSubject(f"{__name__}:mixing", SIZE)
-    truth = subject.truth("fp32", 6)
+    truth = subject.truth("fp32", 9)
     assert truth is not None and truth.exact.keys() == {"own"}
     assert subject.notes[0].startswith(
         "outputs that mix images of a batch: mixed: others are compared instead"
     )
-    made = runner(subject, AS_IS, batch=6)
-    assert truth.judge(made.outputs(made.start())).wrong is None
+    made = runner(subject, AS_IS, batch=9)
+    assert truth.judge(made.outputs(made.start()), 9).wrong is None
     small = subject.truth("fp32", 4)  # the whole batch is checked
     assert small is not None and small.exact.keys() == {"mixed", "own"} and not subject.notes
 
@@ -207,15 +207,15 @@ def test_libraries_are_imported_before_memory_is_counted() -> None:
     assert not [name for name in imports(f"{__name__}:mixing") if name == __name__]
 
 
-def test_more_images_than_are_checked_are_compared_at_both_ends() -> None:
+def test_every_image_of_a_host_is_compared() -> None:
     subject = HostSubject(SWIN_HOST, SIZE)
-    truth = subject.truth("fp32", 6)
-    made = runner(subject, ACCELERATED, batch=6)
+    truth = subject.truth("fp32", 9)
+    made = runner(subject, ACCELERATED, batch=9)
     outputs = made.outputs(made.start())
-    assert truth is not None and len(truth.exact["logits"]) == 4 < len(outputs["logits"])
-    assert truth.judge(outputs).wrong is None
+    assert truth is not None and len(truth.exact["logits"]) == 7 < len(outputs["logits"])
+    assert truth.judge(outputs, 9).wrong is None
     outputs["logits"][5] += 1
-    assert truth.judge(outputs).wrong is not None
+    assert truth.judge(outputs, 9).wrong is not None
 
 
 # --- traffic

@@ -82,12 +82,22 @@ def test_a_wrong_way_makes_the_exit_code_1(pretended: Any) -> None:
     assert result.exit_code == 1 and "WRONG" in result.stdout
 
 
-def test_a_cell_without_times_makes_the_exit_code_1(pretended: Any) -> None:
+@pytest.mark.parametrize(("way", "code"), [(0, 1), (1, 0), (-1, 1)])
+def test_a_failure_of_upstream_or_ours_makes_the_exit_code_1(
+    way: int, code: int, pretended: Any
+) -> None:
     cell = made_cell()
-    for way in cell.ways:
-        way.rounds_s, way.reason = [], "no such op"
-    pretended(made_cell(), cell)
-    assert fastbb("a").exit_code == 1
+    failed = cell.ways[way]
+    failed.rounds_s, failed.reason, failed.failed = [], "no such op", True
+    pretended(made_cell(batch=2), cell)
+    assert fastbb("a").exit_code == code
+
+
+def test_a_way_that_does_not_run_by_choice_is_no_failure(pretended: Any) -> None:
+    cell = made_cell()
+    cell.ways[-1].rounds_s, cell.ways[-1].reason = [], "dropped"
+    pretended(cell)
+    assert fastbb("a").exit_code == 0
 
 
 def test_what_was_measured_before_ctrl_c_is_printed_and_written(
