@@ -157,6 +157,7 @@ class _CellRun:
         self.bench, self.subject, self.cell = bench, subject, cell
         self.folder = bench.folder / f"cell-{bench.n_done + 1}"
         self.workers: dict[str, AnyWorker] = {}
+        self.n_started = 0
         share = bench.share_s()
         self.end = None if share is None else bench.clock() + share
 
@@ -206,7 +207,8 @@ class _CellRun:
         if way.reason is not None:
             self._say(way, way.reason)
             return
-        folder = self.folder / f"way-{len(self.workers)}"
+        self.n_started += 1
+        folder = self.folder / f"way-{self.n_started}"
         worker = self.bench.make_worker(folder)
         self.workers[way.name] = worker
         first, steady = (folder / f"{name}.safetensors" for name in ("first", "steady"))

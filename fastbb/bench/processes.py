@@ -18,8 +18,6 @@ from huggingface_hub.constants import HF_HOME
 
 from ..engine.interruption import check_interrupted
 
-# threads of a worker sleep while another one has its turn
-_PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 _POLL_S = 0.5
 # with the paths of this process: `-m` would put the working directory before the libraries
 _START = (
@@ -71,7 +69,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, **_PASSIVE, **caches, **kept},
+                env={**os.environ, **caches, **kept},
                 start_new_session=True,
             )
 

@@ -33,6 +33,7 @@ from ..engine.measuring import describe, synchronize
 from .subject import SkippedError
 from .timing import timed_calls, warm_up
 
+_PAUSE_S = 0.02
 _PEAK, _NOW = "VmHWM:", "VmRSS:"  # lines of /proc/self/status
 _RESET_PEAK = "5"  # written to /proc/self/clear_refs, see proc_pid_clear_refs(5)
 
@@ -89,9 +90,9 @@ class _Worker:
             torch.cuda.init()
         imported_s = time.time() - command["began"]
         self.imported_bytes = self._memory(_NOW)
-        # PyTorch's own default for convolutions of fp32 is tf32 on a GPU
-        products = "tf32" if spec.get("precision") == "tf32" else "ieee"
-        self.precision.enter_context(fp32_products(products))
+        if self.device.type == "cuda":  # PyTorch's default for convolutions of fp32 is tf32 there
+            products = "tf32" if spec.get("precision") == "tf32" else "ieee"
+            self.precision.enter_context(fp32_products(products))
         self.runner = make_runner(spec)
         began = time.perf_counter()
         self.runner.load()
@@ -118,6 +119,9 @@ class _Worker:
         return {"seconds": taken}
 
     def turn(self, command: Mapping[str, Any]) -> dict[str, Any]:
+        # threads of the way before spin for some milliseconds; passive waiting (OMP_WAIT_POLICY)
+        # would slow PyTorch down, and no other engine
+        time.sleep(_PAUSE_S)
         inside: list[float] = []
 
         def call() -> None:

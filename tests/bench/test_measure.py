@@ -216,12 +216,13 @@ def test_a_single_image_without_memory_loses_one_way(room: Room, tmp_path: Path)
 
 @pytest.mark.parametrize("do", ["start", "warm", "turn"])
 def test_a_way_that_fails_leaves_the_others_running(room: Room, tmp_path: Path, do: str) -> None:
-    room.fails[COMPILED, do] = raising(WorkerError("error", "RuntimeError: no compiler"))
+    room.fails[OURS, do] = raising(WorkerError("error", "RuntimeError: no compiler"))
     bench = make_bench(room, tmp_path)
     bench.run(Subject(), ["fp32"], [4])
     (cell,) = bench.results.cells
-    assert names_with_times(cell) == [UPSTREAM, OURS]
-    assert cell.way(COMPILED).reason == "RuntimeError: no compiler"  # type: ignore[union-attr]
+    assert names_with_times(cell) == [UPSTREAM, COMPILED]
+    assert cell.way(OURS).reason == "RuntimeError: no compiler"  # type: ignore[union-attr]
+    assert cell.way(OURS).failed  # type: ignore[union-attr]
     assert {len(way.rounds_s) for way in cell.ways if way.rounds_s} == {ROUNDS}
 
 
