@@ -12,7 +12,7 @@ from . import end_to_end, exports, markdown, plot, table
 from .compare import Comparison, compare
 from .results import Results
 from .run import Asked, new_results, run_bench, run_end_to_end, run_traffic
-from .traffic import Traffic, breakdown, summary
+from .traffic import LEGEND, Traffic, breakdown, summary
 from .traffic import plot as plot_traffic
 from .waterfall import plot_waterfall
 
@@ -137,13 +137,14 @@ def _is_wrong(results: Results) -> bool:
 
 def _text(results: Results, traffic: Sequence[Traffic]) -> str:
     if traffic:
-        return "\n\n".join(filter(None, [summary(traffic), *map(breakdown, traffic)]))
+        return "\n\n".join(filter(None, [summary(traffic), LEGEND, *map(breakdown, traffic)]))
     return "\n\n".join([table.text(results), *map(end_to_end.text, _extractions(results))])
 
 
 def _write_markdown(results: Results, traffic: Sequence[Traffic], path: Path) -> None:
     if traffic:  # its cells have no times
-        parts = [markdown.markdown(replace(results, cells=[])), summary(traffic)]
+        parts = [markdown.markdown(replace(results, cells=[])), summary(traffic), LEGEND]
+        parts += [found for found in map(breakdown, traffic) if found]
     else:
         parts = [markdown.markdown(results), *map(end_to_end.markdown, _extractions(results))]
     text = "\n\n".join(part.strip() for part in parts)

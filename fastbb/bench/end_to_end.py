@@ -148,9 +148,12 @@ def verdict(result: EndToEnd) -> list[str]:
     bound = next(stage for stage in result.stages if stage.name == result.bound_by)
     n_threads = next(stage.threads for stage in result.stages if stage.name == FEED[0])
     threads = "1 decode thread" if n_threads == 1 else f"{n_threads} decode threads"
+    speed = f"together {rate(together.images_per_s)} images/s"
+    is_slowed = together.images_per_s < _NEAR * min(feed, main)
     sentences = [
-        f"bound by {bound.name}: together {rate(together.images_per_s)} images/s, {bound.name} "
-        f"alone {rate(bound.images_per_s)}",
+        f"slower than its stages allow: {speed}, the slower threads alone {rate(min(feed, main))}"
+        if is_slowed
+        else f"bound by {bound.name}: {speed}, {bound.name} alone {rate(bound.images_per_s)}",
         f"read, decode and resize by turns, in {threads}: {rate(feed)} images/s; copy, model and "
         f"write by turns: {rate(main)}",
     ]
@@ -160,12 +163,9 @@ def verdict(result: EndToEnd) -> list[str]:
     if both < alone:
         sentences.append(f"{times}: overlap hides {percent(1 - both / alone)}")
     else:
-        sentences.append(f"{times}: overlap hides nothing")
-    if together.images_per_s < _NEAR * min(feed, main):
-        sentences.append(
-            f"together is below {percent(_NEAR)} of what the slower threads reach alone: decode "
-            "threads and model, or other programs, compete for the CPU"
-        )
+        sentences.append(f"{times}: {both / alone:.2f} times as long")
+    if is_slowed:
+        sentences.append("decode threads and model, or other programs, compete for the CPU")
     return sentences
 
 

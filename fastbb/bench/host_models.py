@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def _of_function(name: str) -> Callable[[], Any]:
         module = import_module(module_name)
     except Exception as error:  # whatever the code of a user raises
         raise ValueError(
-            f"--accelerate {name}: cannot import {module_name}: {describe(error)}"
+            f"--accelerate {name}: cannot import {module_name}: {located(error)}"
         ) from error
     found = getattr(module, function, None)
     if not callable(found):
@@ -160,13 +161,24 @@ def _of_function(name: str) -> Callable[[], Any]:
     return found
 
 
+def located(error: BaseException) -> str:
+    """An error in one line, with the last line of code outside of installed packages."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(part in frame.filename for part in ("site-packages", "/fastbb/", "<frozen"))
+    ]
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return describe(error) + where
+
+
 def _called(name: str) -> Any:
     """The result of the function that `module:function` names."""
     function = _of_function(name)
     try:
         return function()
     except Exception as error:  # whatever the code of a user raises
-        raise ValueError(f"--accelerate {name}: it raises {describe(error)}") from error
+        raise ValueError(f"--accelerate {name}: it raises {located(error)}") from error
 
 
 def _torchvision_names() -> list[str]:

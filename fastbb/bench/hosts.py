@@ -28,6 +28,7 @@ from .host_models import (
     accelerated,
     build_host,
     default_size,
+    located,
     make_inputs,
     named_outputs,
     outermost,
@@ -117,7 +118,7 @@ class HostSubject:
         try:
             runs = self._runs(precision, batch)
         except Exception as error:  # whatever the model raises for this precision
-            self.notes.append(f"nothing is compared: it raises {describe(error)}; {_SAFE}")
+            self.notes.append(f"nothing is compared: it raises {located(error)}; {_SAFE}")
             return None
         found = [runs.steady(part) for part in (_OUTPUTS, _INSIDE)]
         causes = runs.causes(_OUTPUTS)

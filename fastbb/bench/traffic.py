@@ -31,6 +31,11 @@ from .launches import CATEGORIES, Launch, count_kernels, count_launches, n_bytes
 from .markdown import escaped, table
 from .ways import library_of, other_upstream
 
+LEGEND = (
+    "Counted for bf16 on an H100, not measured. fastbb: what runs by default; separate ops: "
+    "without kernels of whole blocks; every kernel: with those that are off by default. Equal "
+    "columns are left out."
+)
 SEPARATE, DEFAULT, EVERY = "fastbb, separate ops", "fastbb", "fastbb, every kernel"
 
 # launches of one forward pass by way, upstream first; a string says why there are none

@@ -93,7 +93,9 @@ def test_function_of_the_working_directory_is_called(
     assert isinstance(build_host("my_hosts:mine", random_weights=False), nn.Conv2d)
     with pytest.raises(ValueError, match="wanted a torch.nn.Module, got int"):
         build_host("my_hosts:wrong", random_weights=False)
-    with pytest.raises(ValueError, match="my_hosts:none: it raises KeyError: 'lost'"):
+    with pytest.raises(
+        ValueError, match=r"my_hosts:none: it raises KeyError: 'lost' \(my_hosts.py:\d+\)"
+    ):
         build_host("my_hosts:none", random_weights=False)
     with pytest.raises(ValueError, match="no function 'min'; it has mine"):
         build_host("my_hosts:min", random_weights=False)
