@@ -143,11 +143,14 @@ class Bench:
         where = f"{cell.model}, {cell.precision}, batch {cell.batch}"
         return f"[{number}/{max(number, self.n_planned)}] {where}"
 
-    def share_s(self) -> float | None:
-        """Seconds of the budget for a cell that begins now; None: any number."""
-        if self._end is None:
-            return None
-        return max(0.0, self._end - self.clock()) / max(1, self.n_planned - self.n_done)
+    def left_s(self) -> float | None:
+        """Seconds of the budget that are left; None: any number."""
+        return None if self._end is None else max(0.0, self._end - self.clock())
+
+    @property
+    def n_left(self) -> int:
+        """Number of cells after the one that is measured."""
+        return max(0, self.n_planned - self.n_done - 1)
 
 
 class _CellRun:
@@ -158,8 +161,6 @@ class _CellRun:
         self.folder = bench.folder / f"cell-{bench.n_done + 1}"
         self.workers: dict[str, AnyWorker] = {}
         self.n_started = 0
-        share = bench.share_s()
-        self.end = None if share is None else bench.clock() + share
 
     def measure(self) -> None:
         try:
@@ -313,13 +314,21 @@ class _CellRun:
         self._say(way, way.reason)
 
     def _time_for(self, spec: WaySpec, specs: Sequence[WaySpec]) -> float | None:
-        """Seconds in which a way has to start, by the budget; None: any number."""
-        if self.end is None or not spec.compiles:
+        """Seconds in which a way has to start, by the budget; None: any number.
+
+        What compiles nothing is reserved, in this cell and in those that follow. Of what is left a
+        cell may take twice its part, since others may take less.
+        """
+        left_s, n_left = self.bench.left_s(), self.bench.n_left
+        if left_s is None or not spec.compiles:
             return None
-        each = self.bench.seconds + _USUAL_WARM_S
-        waiting = [s for s in specs if not s.compiles and not self._was_tried(s)]
-        reserved = each * len(specs) + _START_S * len(waiting)
-        return max(0.0, self.end - self.bench.clock() - reserved)
+        timing = (self.bench.seconds + _USUAL_WARM_S) * len(specs)
+        plain = [one for one in specs if not one.compiles]
+        waiting = [one for one in plain if not self._was_tried(one)]
+        reserved = timing + _START_S * len(waiting)
+        reserved += n_left * (timing + _START_S * len(plain))
+        spare_s = max(0.0, left_s - reserved)
+        return min(spare_s, 2 * spare_s / (n_left + 1))
 
     def _was_tried(self, spec: WaySpec) -> bool:
         return spec.name in self.workers or self._way(spec.name).reason is not None
