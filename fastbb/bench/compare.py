@@ -139,7 +139,7 @@ def compare(old: Results, new: Results) -> Comparison:
 
 
 def regressed_cells(comparison: Comparison) -> list[CellKey]:
-    """Keys of the cells with a regression, which deserve a second measurement."""
+    """Keys of the cells with a regression."""
     return [cell.key for cell in comparison.cells if any(one.regressed for one in cell.ways)]
 
 

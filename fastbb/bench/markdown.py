@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ def markdown(results: Results) -> str:
     if hosts := [cells for cells in models.values() if cells[0].kind == "host"]:
         parts.append(_hosts(hosts))
     parts.append(_bullets(end_notes(results)))
-    return "\n\n".join(filter(None, parts)) + "\n"
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    return re.sub(r"\[(\d+)\]", r"\\[\1\\]", text)  # two marks in a row would be a link
 
 
 def _run(results: Results) -> str:

@@ -99,7 +99,7 @@ def run_bench(
     Args:
         asked: what to measure.
         results: see `new_results`.
-        old: earlier results; a cell that seems slower than there is measured once more.
+        old: earlier results; a cell that seems to have regressed is measured again.
         say: is told what is going on, a line at a time.
 
     Raises:

@@ -5,9 +5,21 @@ import re
 import pytest
 from bench_results import UPSTREAM, made_cell, made_host, made_results
 
-from fastbb.bench.markdown import markdown
+from fastbb.bench import markdown as markdown_module
 from fastbb.bench.results import Cell, Results, Way
 from fastbb.bench.table import text
+
+
+def markdown(results: Results) -> str:
+    """The Markdown of results with its marks as they are shown."""
+    return markdown_module.markdown(results).replace(r"\[", "[").replace(r"\]", "]")
+
+
+def test_marks_in_a_row_are_no_link() -> None:
+    cell = made_cell()
+    cell.ways[1].note, cell.ways[1].wrong = "a note", "wrong"
+    text = markdown_module.markdown(made_results(cell))
+    assert r"\[1\]" in text and "[1]" not in text
 
 
 def lines_of(results: Results) -> list[str]:
