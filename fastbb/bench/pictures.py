@@ -15,7 +15,6 @@ from ..extraction.layout import write_file
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILION, PURPLE = "#E69F00", "#D55E00", "#CC79A7"
 DARK, QUIET, GREY, LIGHT = "#333333", "#555555", "#7F7F7F", "#CCCCCC"
-_SUFFIXES = (".png", ".svg", ".pdf")
 _DPI = 160
 
 
@@ -25,12 +24,14 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: matplotlib is missing, or the name has another suffix.
     """
-    if (suffix := Path(path).suffix) not in _SUFFIXES:
-        raise ValueError(f"--plot {path}: wanted one of {', '.join(_SUFFIXES)}, got {suffix!r}")
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # not there: one error, whatever of it is imported
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError:
         raise ValueError("--plot needs matplotlib: pip install 'fastbb[plot]'") from None
+    known = [f".{name}" for name in sorted(FigureCanvasBase.get_supported_filetypes())]
+    if (suffix := Path(path).suffix) not in known:
+        raise ValueError(f"--plot {path}: wanted one of {', '.join(known)}, got {suffix!r}")
 
 
 def new_figure(width: float, height: float, heading: float | None = None) -> Any:
