@@ -63,7 +63,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "kernels": machine.kernels,
         "transparent_hugepages": read("/sys/kernel/mm/transparent_hugepage/enabled").strip(),
         "load_average": read("/proc/loadavg").split()[:3],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions,
         "fastbb_commit": _commit(),
