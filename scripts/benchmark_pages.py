@@ -23,6 +23,7 @@ from typing import Any
 from fastbb.bench.exports import write_json
 from fastbb.bench.markdown import markdown
 from fastbb.bench.noise import best, is_valid, speed
+from fastbb.bench.plot import plot as plot_bars
 from fastbb.bench.results import Cell, Results
 from fastbb.bench.table import rate
 from fastbb.bench.traffic import Traffic, count_traffic, plot, summary
@@ -179,8 +180,6 @@ def write_measured_pages() -> None:
         page.write_text(with_measured(page.read_text(), markdown(results)))
     backbones = Results.read(PAGES / "backbones.json")
     README.write_text(with_measured(README.read_text(), readme_table(backbones)))
-    from fastbb.bench.plot import plot as plot_bars
-
     plot_bars(backbones, DOCS / "backbones.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,17 @@ from torch import Tensor
 from fastbb_kernels.fp32_precision import fp32_products
 
 from ..backbone.registry import Upstream
+from ..engine.settings import torch_dtype
 from ..inspect.loading import load_backbone
 from ..inspect.upstream import run_upstream, upstream_of
 from ..inspect.verify import random_images
 from .counts import count
-from .subject import N_IMAGES, Truth, WaySpec, image_of_each, torch_dtype, write_tensors
+from .subject import N_IMAGES, Truth, WaySpec, image_of_each, write_tensors
 from .ways import (
     LIBRARIES,
     TITLES,
     engine_problem,
     library_of,
-    measured_upstream,
     other_upstream,
 )
 
@@ -90,7 +91,12 @@ class BackboneSubject:
                 self._others[library] = other_upstream(self._backbone, library, self.size)
             except ValueError as error:
                 self._others[library] = str(error)
-        measured = measured_upstream(self._backbone, "upstream", self.size)
+        # what is timed: timm builds no stages after the last selected one
+        measured, self._measured = self._upstream, "upstream"
+        if self._library == "timm":
+            with suppress(ValueError):
+                measured = other_upstream(self._backbone, "timm", self.size)
+                self._measured = "timm"
         self.params: int | None
         self.params, self.macs, self.activations = count(
             measured.maps,
@@ -120,7 +126,7 @@ class BackboneSubject:
         found: list[WaySpec] = []
 
         def add(library: str, engine: str, name: str, **fields: Any) -> None:
-            used = "upstream" if library == self._library else library
+            used = self._measured if library == self._library else library
             spec = {**common, "library": used, "engine": engine}
             spec["imports"] = [*_IMPORTS, *self._modules.get(library, ()), *_ENGINE.get(engine, ())]
             found.append(WaySpec(name, spec, compiles=engine != "eager", **fields))
@@ -133,10 +139,10 @@ class BackboneSubject:
             add(library, "eager", f"{library} eager", reason=reason)
             if compiles and reason is None:
                 add(library, "compile", f"{library} compiled")
-        for engine in ("openvino", "onnxruntime"):
+        for engine, title in TITLES.items():
             if engine in self._against:
                 reason = engine_problem(engine, precision, self._device)
-                add(self._library, engine, TITLES[engine], reason=reason)
+                add(self._library, engine, title, reason=reason)
         for mode in self._modes:
             spec = {**common, "library": "fastbb", "engine": mode, "imports": _IMPORTS}
             found.append(WaySpec(f"fastbb {mode}", spec, ours=True, compiles="compile" in mode))

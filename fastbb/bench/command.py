@@ -10,6 +10,7 @@ from ..engine.interruption import interruption_code
 from ..extraction.layout import OutputError, write_file
 from . import end_to_end, exports, markdown, plot, table
 from .compare import Comparison, compare
+from .pictures import check_plot
 from .results import Results
 from .run import Asked, new_results, run_bench, run_end_to_end, run_traffic
 from .traffic import LEGEND, Traffic, breakdown, summary
@@ -33,7 +34,7 @@ class Outputs:
         wanted = {f"--{name}": path for name, path in vars(self).items() if path is not None}
         exports.check_targets(wanted)
         if self.plot is not None:
-            plot.check_plot(self.plot)
+            check_plot(self.plot)
 
     def write(self, results: Results, traffic: Sequence[Traffic]) -> list[str]:
         """Writes the files; returns why some could not be."""
@@ -96,12 +97,11 @@ def run(
             raise
         results.interrupted = True
         # inside this handler an interruption is not raised again
-        _finish(results, counted, outputs, echo, None if old is None else compare(old, results))
+        _finish(results, counted, outputs, echo, old)
         if not isinstance(error, KeyboardInterrupt):
             raise  # of a later model: what was measured is printed and written
         return interruption_code() or 130
-    comparison = None if old is None else compare(old, results)
-    _finish(results, counted, outputs, echo, comparison)
+    comparison = _finish(results, counted, outputs, echo, old)
     if results.interrupted:
         return interruption_code() or 130
     return 1 if _is_wrong(results) or (comparison is not None and _fails(comparison)) else 0
@@ -112,13 +112,16 @@ def _finish(
     traffic: Sequence[Traffic],
     outputs: Outputs,
     echo: Line,
-    comparison: Comparison | None,
-) -> None:
+    old: Results | None,
+) -> Comparison | None:
+    """Writes the files, prints the report, and returns the comparison with older results."""
+    comparison = None if old is None else compare(old, results)
     problems = outputs.write(results, traffic)
     parts = [_text(results, traffic), "" if comparison is None else str(comparison)]
     echo("\n\n".join(filter(None, parts)))
     if problems:
         raise OutputError("; ".join(problems))
+    return comparison
 
 
 def _fails(comparison: Comparison) -> bool:

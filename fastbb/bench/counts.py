@@ -52,7 +52,7 @@ def count(
     params = sum(parameter.numel() for parameter in module.parameters())
     activations = _Activations()
     try:
-        on_meta = _on_meta(module)
+        on_meta = meta_copy(module)
         pixels = torch.empty(1, channels, *size, device="meta", dtype=_dtype(module))
         # the mode entered last takes ops apart first
         with torch.no_grad(), activations, FlopCounterMode(display=False) as flops:
@@ -67,7 +67,7 @@ def _dtype(module: nn.Module) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _on_meta(module: nn.Module) -> nn.Module:
+def meta_copy(module: nn.Module) -> nn.Module:
     """Copies a module without the memory of its weights."""
     weights: dict[int, Any] = {}
     for parameter in module.parameters():

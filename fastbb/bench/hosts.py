@@ -20,6 +20,7 @@ from fastbb_kernels.accuracy import FP32_REL_FOLDED, max_error, max_magnitude
 from fastbb_kernels.fp32_precision import fp32_products
 
 from ..engine.measuring import describe
+from ..engine.settings import torch_dtype
 from ..hosts.accelerate import AccelerateReport, restore
 from .host_models import (
     ACCELERATED,
@@ -33,7 +34,7 @@ from .host_models import (
     named_outputs,
     outermost,
 )
-from .subject import N_IMAGES, SkippedError, Truth, WaySpec, torch_dtype
+from .subject import N_IMAGES, SkippedError, Truth, WaySpec
 from .traffic import Traffic, count_host
 
 _SAFE = "accelerate() itself compares every module that it replaces in float64"

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.constants import HF_HOME
 
 from ..engine.interruption import check_interrupted
@@ -24,11 +25,6 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from fastbb.bench.worker import main; main()"
 )
-
-
-def _torch_home() -> str:
-    cache = os.environ.get("XDG_CACHE_HOME", os.path.expanduser("~/.cache"))
-    return os.environ.get("TORCH_HOME", os.path.join(cache, "torch"))
 
 
 class WorkerError(Exception):
@@ -61,7 +57,8 @@ class Worker:
             (folder / name.lower()).mkdir()
             caches[name] = str(folder / name.lower())
         # these would move with XDG_CACHE_HOME; what is to be downloaded is there by now
-        kept = {"HF_HOME": HF_HOME, "TORCH_HOME": _torch_home(), "HF_HUB_OFFLINE": "1"}
+        torch_home = os.path.dirname(torch.hub.get_dir())
+        kept = {"HF_HOME": HF_HOME, "TORCH_HOME": torch_home, "HF_HUB_OFFLINE": "1"}
         self._began = time.time()
         with self._log.open("w") as log:
             self._process = subprocess.Popen(

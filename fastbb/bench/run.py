@@ -15,6 +15,7 @@ import torch
 
 from fastbb_kernels.machine import find_device
 
+from ..engine.settings import Settings
 from .backbones import BackboneSubject
 from .compare import compare, regressed_cells
 from .environment import describe_machine, gpu_for_smi
@@ -110,7 +111,7 @@ def run_bench(
     device = find_device(asked.device)
     check_installed(asked.against)
     for precision in asked.precisions:
-        _check_precision(precision, device)
+        Settings(precision=precision).check_device(device, "model")  # type: ignore[arg-type]  # checks it
 
     def is_slower(cell: Cell) -> bool:
         if old is None:
@@ -247,8 +248,3 @@ def run_traffic(
         host = HostSubject(name, asked.size, random_weights=asked.random_weights)
         for batch in asked.batches:
             add("host", name, host.traffic(batch))
-
-
-def _check_precision(precision: str, device: torch.device) -> None:
-    if precision == "tf32" and (device.type != "cuda" or torch.version.hip):
-        raise ValueError(f"--precision tf32: it needs an NVIDIA GPU, this is {device}; take fp32")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -167,10 +166,3 @@ class Subject(Protocol):
     def skipped(self, way: str) -> Mapping[str, str]:
         """Maps that a way may compute otherwise, by name, with the reason."""
         ...
-
-
-def torch_dtype(precision: str) -> torch.dtype:
-    """dtype of the weights for a precision; tf32 is fp32 with other products."""
-    from ..engine.settings import DTYPES
-
-    return DTYPES.get(precision, torch.float32)

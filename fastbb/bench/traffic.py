@@ -7,7 +7,6 @@ counts, without values that are computed once per set of weights.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -26,6 +25,7 @@ from ..backbone.registry import Upstream
 from ..engine.measuring import describe, memory
 from ..inspect.loading import config_without_weights
 from ..inspect.upstream import upstream_of
+from .counts import meta_copy
 from .host_models import ACCELERATED, AS_IS, accelerated, make_inputs, on_meta, outermost
 from .launches import CATEGORIES, Launch, count_kernels, count_launches, n_bytes
 from .markdown import escaped, table
@@ -194,7 +194,7 @@ def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
         size: (height, width) of the images, pixels.
     """
     try:
-        theirs, ours = (_copied_to_meta(module) for _ in range(2))
+        theirs, ours = (meta_copy(module).to(torch.bfloat16) for _ in range(2))
         with record_launches():
             names = outermost(accelerated(ours).accelerated)
         if not names:
@@ -206,10 +206,6 @@ def count_host(module: nn.Module, batch: int, size: tuple[int, int]) -> Counts:
         }
     except Exception as error:  # an op that the count does not know, or code that needs values
         return {ACCELERATED: describe(error)}
-
-
-def _copied_to_meta(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).to("meta", torch.bfloat16)
 
 
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # name of a module, and its arguments

@@ -19,19 +19,20 @@ from ..auto import AutoBackbone
 from ..backbone.registry import Upstream, family_of
 from ..engine.measuring import describe
 from ..engine.prepare import explain
+from ..engine.settings import torch_dtype
 from ..inspect.upstream import upstream_of
-from .subject import SkippedError, torch_dtype
+from .subject import SkippedError
 
 LIBRARIES = ("transformers", "timm", "torchvision")
-ENGINES = ("compile", "openvino", "onnxruntime")
-_NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
-TITLES = {"compile": "compiled", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+# of the engines beside torch.compile, which run on a CPU
+TITLES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+_NEEDED = {"compile": (), "openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnxscript")}
 
 
 def check_installed(against: Sequence[str]) -> None:
     """Raises a ValueError for software to compare with that is not installed."""
     for name in against:
-        missing = [one for one in _NEEDED.get(name, (name,)) if name != "compile" and not _has(one)]
+        missing = [one for one in _NEEDED.get(name, (name,)) if not _has(one)]
         if missing:
             raise ValueError(
                 f"--against {name}: {' and '.join(missing)} cannot be imported; "
@@ -48,7 +49,7 @@ def _has(package: str) -> bool:
 
 def engine_problem(engine: str, precision: str, device: torch.device) -> str | None:
     """Why an engine does not run a precision on a device, or None."""
-    if engine in _NEEDED and device.type != "cpu":
+    if engine in TITLES and device.type != "cpu":
         return f"is measured on a CPU only, this is {device}"
     if engine == "onnxruntime" and precision != "fp32":
         return f"its CPU kernels have no {precision}"
@@ -73,35 +74,13 @@ def other_upstream(backbone: Any, library: str, size: tuple[int, int]) -> Upstre
     return family.timm_upstream(backbone, size)
 
 
-def measured_upstream(backbone: Any, library: str, size: tuple[int, int]) -> Upstream:
-    """The model of a library that is timed.
-
-    Args:
-        backbone: has the weights.
-        library: "upstream" is the backbone's own.
-        size: (height, width) of the images.
-
-    Raises:
-        ValueError: the library has no such model.
-    """
-    if library != "upstream":
-        return other_upstream(backbone, library, size)
-    upstream, _ = upstream_of(backbone)
-    if library_of(upstream) == "timm":
-        try:  # timm builds no stages after the last selected one
-            return other_upstream(backbone, "timm", size)
-        except ValueError:
-            pass
-    return upstream
-
-
 def make_runner(spec: Mapping[str, Any]) -> Any:
     """Makes the runner of a way of a backbone.
 
     Args:
-        spec: "library" ("upstream", "timm" or "fastbb"), "engine" ("eager", one of `ENGINES`, or of
-            fastbb a mode of `prepare`), "model" (a directory), "precision", "device" and "pixels"
-            (a safetensors file).
+        spec: "library" ("upstream", "timm" or "fastbb"), "engine" ("eager", "compile", one of
+            `TITLES`, or of fastbb a mode of `prepare`), "model" (a directory), "precision",
+            "device" and "pixels" (a safetensors file).
     """
     dtype = torch_dtype(spec["precision"])
     pixels = load_file(spec["pixels"])["pixels"].to(spec["device"], dtype)
@@ -185,7 +164,10 @@ class _Eager(_Runner):
     def load(self) -> None:
         size = (self.pixels.shape[2], self.pixels.shape[3])
         load_file(Path(self.spec["model"]) / "model.safetensors")  # as its library would
-        upstream = measured_upstream(self._backbone, self.spec["library"], size)
+        if self.spec["library"] == "upstream":
+            upstream, _ = upstream_of(self._backbone)
+        else:
+            upstream = other_upstream(self._backbone, self.spec["library"], size)
         del self._backbone
         dtype = torch_dtype(self.spec["precision"])
         self.model = _Maps(upstream).to(self.spec["device"], dtype)

@@ -25,12 +25,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from fastbb_kernels.fp32_precision import fp32_products
 
 from ..engine.measuring import describe, synchronize
-from .subject import SkippedError
+from .subject import SkippedError, write_tensors
 from .timing import timed_calls, warm_up
 
 _PAUSE_S = 0.02
@@ -169,7 +168,7 @@ def _release(device: Any) -> None:
 
 def _write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in outputs.items()}
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def _answer(worker: _Worker, line: str) -> dict[str, Any]:

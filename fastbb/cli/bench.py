@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from .options import MODES, RANDOM_WEIGHTS, Batches, Choices, Integers, Names, SizeOrSide
+from .options import DEVICE, MODES, OUT_INDICES, RANDOM_WEIGHTS, SIZE, Batches, Choices, Names
 from .shell import Command, echo, say
 
 _PATH = click.Path(dir_okay=False, path_type=Path)
@@ -26,12 +26,7 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="Images per call; halved where memory runs out.",
 )
-@click.option(
-    "--size",
-    type=SizeOrSide(),
-    metavar="HxW",
-    help="Of the images; one number is a square.  [default: the model's own]",
-)
+@SIZE
 @click.option(
     "--precision",
     "precisions",
@@ -56,8 +51,8 @@ _PATH = click.Path(dir_okay=False, path_type=Path)
     "torchvision, compile (each library under torch.compile), openvino, onnxruntime.",
 )
 @RANDOM_WEIGHTS
-@click.option("--out-indices", type=Integers(), help="Which maps.  [default: the model's own]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
+@OUT_INDICES
+@DEVICE
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0, min_open=True),

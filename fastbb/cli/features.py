@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import MODES, ExtractedSize, Integers, Names
+from .options import DEVICE, MODES, OUT_INDICES, ExtractedSize, Names
 from .shell import Command, echo
 
 
@@ -22,7 +22,7 @@ from .shell import Command, echo
     help="embedding, cls, patch_mean, tokens, projection, pooled, maps, maps.<stage>, "
     "layer:<module>.  [default: embedding]",
 )
-@click.option("--out-indices", type=Integers(), help="Which maps.  [default: the model's own]")
+@OUT_INDICES
 @click.option(
     "--norm",
     type=click.Choice(["final", "none"]),
@@ -44,7 +44,7 @@ from .shell import Command, echo
     help="What is stored.  [default: fp32; of maps, tokens and layers the precision]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="[default: 32]")
-@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
+@DEVICE
 @click.option(
     "--size",
     type=ExtractedSize(),

@@ -9,7 +9,17 @@ from typing import Any
 
 import click
 
-from .options import MODES, RANDOM_WEIGHTS, WITH_DTYPE, Batches, Integers, Names, Size, SizeOrSide
+from .options import (
+    DEVICE,
+    MODES,
+    OUT_INDICES,
+    RANDOM_WEIGHTS,
+    SIZE,
+    WITH_DTYPE,
+    Batches,
+    Names,
+    Size,
+)
 from .shell import Command, echo, say
 
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of our kernels
@@ -90,8 +100,8 @@ def view(images: tuple[str, ...], model: str, out: str, **options: Any) -> None:
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True
 )
-@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
-@click.option("--out-indices", type=Integers(), help="Which maps.  [default: the model's own]")
+@DEVICE
+@OUT_INDICES
 @click.option(
     "--mode",
     type=click.Choice(MODES),
@@ -134,8 +144,8 @@ def verify_model(name: str, **options: Any) -> None:
     multiple=True,
     help="May be repeated.  [default: bf16 on a GPU, fp32 on a CPU]",
 )
-@click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]")
-@click.option("--out-indices", type=Integers(), help="Which maps.  [default: the model's own]")
+@DEVICE
+@OUT_INDICES
 @click.option(
     "--budget",
     "budget_s",
@@ -176,12 +186,7 @@ def tune(name: str, device: str | None, **options: Any) -> None:
     show_default=True,
     help="Images per forward pass.",
 )
-@click.option(
-    "--size",
-    type=SizeOrSide(),
-    metavar="HxW",
-    help="Of the images; one number is a square.  [default: the model's own]",
-)
+@SIZE
 @click.option(
     "--precision", type=click.Choice(["fp32", "bf16", "fp16"]), default="bf16", show_default=True
 )
@@ -196,7 +201,7 @@ def tune(name: str, device: str | None, **options: Any) -> None:
     type=click.IntRange(min=1),
     help="Processes that compile.  [default: one for each core]",
 )
-@click.option("--out-indices", type=Integers(), help="Which maps.  [default: the model's own]")
+@OUT_INDICES
 def warmup(name: str, arch: str | None, **options: Any) -> None:
     """Compiles a model's kernels before its first run.
 

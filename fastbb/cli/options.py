@@ -81,6 +81,18 @@ class Integers(click.ParamType):
 
 # --dtype, the earlier name of --precision, is accepted and not shown
 WITH_DTYPE = {"token_normalize_func": lambda name: "precision" if name == "dtype" else name}
+OUT_INDICES = click.option(
+    "--out-indices", type=Integers(), help="Which maps.  [default: the model's own]"
+)
+DEVICE = click.option(
+    "--device", metavar="DEVICE", help="cpu, cuda or cuda:N.  [default: a GPU if any]"
+)
+SIZE = click.option(
+    "--size",
+    type=SizeOrSide(),
+    metavar="HxW",
+    help="Of the images; one number is a square.  [default: the model's own]",
+)
 RANDOM_WEIGHTS = click.option(
     "--random-weights",
     is_flag=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base import Backbone
-from .settings import DTYPES
+from .settings import torch_dtype
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
@@ -85,7 +85,7 @@ def without_engine(backbone: AnyBackbone) -> AnyBackbone:
 
 def in_precision(computation: Computation, precision: str | None) -> Computation:
     """Returns the computation, or one over converted weights if the precision has another dtype."""
-    dtype = None if precision is None else DTYPES.get(precision, torch.float32)
+    dtype = None if precision is None else torch_dtype(precision)
     if dtype in (None, dtype_of(computation.module)):
         return computation
     with torch.inference_mode(False):

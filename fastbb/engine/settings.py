@@ -18,6 +18,11 @@ Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def torch_dtype(precision: str) -> torch.dtype:
+    """The dtype of weights in a precision; "tf32" is fp32 with other products."""
+    return DTYPES.get(precision, torch.float32)
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The name of a dtype as a precision, or torch's own."""
     names = {dtype: name for name, dtype in DTYPES.items()}

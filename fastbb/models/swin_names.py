@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -111,13 +112,20 @@ def _from_torchvision(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(f"swin.encoder.layers.{index // 2 - 1}.downsample.{rest}", tensor)]
     block, inner = rest.split(".", 1)
     prefix = f"swin.encoder.layers.{index // 2}.blocks.{block}"
-    module, parameter = inner.rsplit(".", 1)
+    return _in_block(prefix, inner, tensor, _TORCHVISION_BLOCK)
+
+
+def _in_block(
+    prefix: str, name: str, tensor: Tensor, names: Mapping[str, str]
+) -> list[tuple[str, Tensor]]:
+    """A tensor of a block by transformers' names; fused queries, keys and values are split."""
+    module, parameter = name.rsplit(".", 1)
     if module == "attn.qkv":
         return [
             (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
             for part, chunk in zip("qkv", tensor.chunk(3))
         ]
-    return [(f"{prefix}.{_TORCHVISION_BLOCK[module]}.{parameter}", tensor)]
+    return [(f"{prefix}.{names[module]}.{parameter}", tensor)]
 
 
 def torchvision_upstream(backbone: Any) -> Upstream:
@@ -188,13 +196,7 @@ def _from_timm(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(f"swin.encoder.layers.{stage - 1}.{rest}", tensor)]
     _, block, inner = rest.split(".", 2)
     prefix = f"swin.encoder.layers.{stage}.blocks.{block}"
-    module, parameter = inner.rsplit(".", 1)
-    if module == "attn.qkv":
-        return [
-            (f"{prefix}.attention.{part}_proj.{parameter}", chunk)
-            for part, chunk in zip("qkv", tensor.chunk(3))
-        ]
-    return [(f"{prefix}.{_TIMM_BLOCK[module]}.{parameter}", tensor)]
+    return _in_block(prefix, inner, tensor, _TIMM_BLOCK)
 
 
 def timm_upstream(backbone: Any, size: tuple[int, int]) -> Upstream:
