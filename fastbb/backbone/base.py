@@ -158,12 +158,19 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
             kwargs: options of the family.
 
         Returns:
-            [B, C, h, w] for each wanted stage, before the norm that `feature_map` applies.
+            The hidden state of each wanted stage, before the norm that `feature_map` applies: a map
+            [B, C, h, w], or of a ViT tokens [B, N, C].
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward_stages")
 
-    def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
-        """Computes the returned map [B, C, h, w] from the hidden state [B, C, h, w] of a stage."""
+    def feature_map(self, stage: str, hidden_state: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Computes the returned map [B, C, h, w] from the hidden state of a stage.
+
+        Args:
+            stage: its name.
+            hidden_state: of `forward_stages`.
+            image_size: height and width of the pixels.
+        """
         return hidden_state
 
     def forward(
@@ -179,8 +186,8 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
         Args:
             pixel_values: [B, C, H, W] of any floating dtype, on the device of the weights. They are
                 converted to the dtype of the weights, except under torch.autocast. B may be 0.
-            output_hidden_states: also return every stage, before its norm; with a list of indices,
-                the other stages are None.
+            output_hidden_states: also return the hidden state of every stage; with a list of
+                indices, the other stages are None.
             output_attentions: also return the attention weights of the last block of each stage.
             return_dict: False returns a tuple.
             kwargs: options of the family. Others are ignored, as in transformers: processors
@@ -212,7 +219,7 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
         else:
             stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
             output = BackboneOutput(
-                tuple(self.feature_map(name, stages[name]) for name in self.out_features),
+                self._returned_maps(stages, pixel_values),
                 None if hidden is False else self._hidden_states(stages, hidden),
                 None if attentions is None else tuple(attentions),
             )
@@ -223,7 +230,13 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Computes the maps [B, C, h, w] of `out_features` op by op, from checked [B, C, H, W]."""
         stages = self.forward_stages(pixel_values, self.out_features)
-        return tuple(self.feature_map(name, stages[name]) for name in self.out_features)
+        return self._returned_maps(stages, pixel_values)
+
+    def _returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        height, width = pixel_values.shape[2:]
+        return tuple(
+            self.feature_map(name, stages[name], (height, width)) for name in self.out_features
+        )
 
     def called_modules(self) -> dict[str, str]:
         """The modules that run layer by layer, by name, with the reason: hooks, or other layers.

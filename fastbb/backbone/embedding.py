@@ -14,15 +14,39 @@ class FinalNorm:
 
     # whether the model's own library has the last stage as tokens; of a CNN it is a map
     has_tokens: ClassVar[bool] = False
+    # tokens before those of the patches: the class token, which is the first, and registers
+    n_prefix_tokens: int = 0
+    # whether the model projects embeddings to a space that images share with text
+    has_projection: bool = False
 
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm after the last stage, or None if the model has none."""
         return None
 
-    def final_map(self, hidden_state: Tensor) -> Tensor:
-        """Normalizes the hidden state [B, C, h, w] of the last stage by the final norm."""
+    def final_state(self, hidden_state: Tensor) -> Tensor:
+        """Normalizes the hidden state of the last stage by the final norm.
+
+        Args:
+            hidden_state: [B, C, h, w], or of a ViT tokens [B, N, C].
+        """
         return hidden_state
+
+    def embedding_of(self, final_state: Tensor) -> Tensor:
+        """Computes the image embedding [B, D] from what `final_state` returns."""
+        return final_state.float().mean((2, 3))
+
+    def tokens_of(self, state: Tensor) -> Tensor:
+        """The tokens [B, N, C] of the last stage, before or after the final norm."""
+        return state.flatten(2).transpose(1, 2)
+
+    def patch_mean_of(self, state: Tensor) -> Tensor:
+        """The fp32 mean [B, C] of the tokens of patches, before or after the final norm."""
+        return state.float().mean((2, 3))
+
+    def projection_of(self, final_state: Tensor) -> Tensor:
+        """Projects images [B, D] to the space of text, from what `final_state` returns."""
+        raise NotImplementedError(f"{type(self).__name__} must define projection_of")
 
     def with_library_windows(self: Any) -> Any:
         """Returns a backbone over the same modules that cuts windows as the library's full model.

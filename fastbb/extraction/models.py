@@ -101,9 +101,10 @@ class _Stages(BackboneMaps):
         backbone, last = self.module, self.module.stage_names[-1]
         ends_last = self.last and last not in self.maps
         stages = backbone.forward_stages(pixel_values, [*self.maps, *([last] if ends_last else [])])
-        maps = [backbone.feature_map(name, stages[name]) for name in self.maps]
+        height, width = pixel_values.shape[2:]
+        maps = [backbone.feature_map(name, stages[name], (height, width)) for name in self.maps]
         for norm in self.last:
-            maps.append(backbone.final_map(stages[last]) if norm == "final" else stages[last])
+            maps.append(backbone.final_state(stages[last]) if norm == "final" else stages[last])
         return tuple(maps)
 
     def copied(self) -> _Stages:
@@ -133,7 +134,8 @@ class BackboneModel(FeatureModel):
         pooled: str | None = None,
     ) -> None:
         _check_native(backbone, full, norm)
-        final: list[Norm] = ["final"] if "embedding" in full or norm == "final" else []
+        ends = {"embedding", "projection"} & set(full)
+        final: list[Norm] = ["final"] if ends or norm == "final" else []
         last: list[Norm] = [*final, "none"] if norm == "none" else final
         used = {*stored, pooled}
         maps = tuple(name for name in backbone.stage_names if name in used)
@@ -157,30 +159,42 @@ class BackboneModel(FeatureModel):
         found = dict(zip([*self._maps, *self._last], computed))
         features: dict[str, Tensor] = {}
         for name in self._full:
-            x = found["final" if name == "embedding" else str(self._norm)]
-            is_vector = name != "tokens"
-            features[name] = x.float().mean((2, 3)) if is_vector else x.flatten(2).transpose(1, 2)
+            features[name] = self._feature(name, found)
         if self._pooled is not None:
             features["pooled"] = found[self._pooled].float().mean((2, 3))
         return features | {f"maps.{name}": found[name] for name in self._stored}
+
+    def _feature(self, name: str, found: dict[str, Tensor]) -> Tensor:
+        """Computes a feature of the last stage from its states before and after the final norm."""
+        backbone = self.backbone
+        if name == "embedding":
+            return backbone.embedding_of(found["final"])
+        if name == "projection":
+            return backbone.projection_of(found["final"])
+        state = found[str(self._norm)]
+        if name == "patch_mean":
+            return backbone.patch_mean_of(state)
+        tokens = backbone.tokens_of(state)
+        return tokens[:, 0] if name == "cls" else tokens
 
 
 def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) -> None:
     """Raises a ValueError for a feature that a native backbone has not."""
     what = type(backbone).__name__
-    if "projection" in full:
+    if "projection" in full and not backbone.has_projection:
         raise ValueError(
             f"projection: a {what} has none, as CLIP has to the space that images share with text; "
             "ask for --features embedding"
         )
-    tokens = [name for name in full if name != "embedding"]
+    tokens = [name for name in full if name not in ("embedding", "projection")]
     if tokens and not backbone.has_tokens:
         raise ValueError(f"{tokens[0]}: a {what} is a CNN and has no tokens; {POOLED_OR_MAPS}")
-    if "cls" in full:
+    if "cls" in full and not backbone.n_prefix_tokens:
         raise ValueError(
             f"cls: a {what} has no class token; ask for --features embedding, patch_mean or pooled"
         )
-    if ("embedding" in full or norm == "final") and backbone.lacks_final_norm:
+    ends = {"embedding", "projection"} & set(full)
+    if (ends or norm == "final") and backbone.lacks_final_norm:
         raise ValueError(f"{full[0]}: {_no_final_norm(backbone)}")
 
 

@@ -288,7 +288,7 @@ class SwinBackbone(Backbone):
                 called[f"hidden_states_norms.{name}"] = str(refused)
         return called
 
-    def feature_map(self, stage: str, hidden_state: Tensor) -> Tensor:
+    def feature_map(self, stage: str, hidden_state: Tensor, image_size: tuple[int, int]) -> Tensor:
         if stage not in self.hidden_states_norms:
             return hidden_state
         return _normed(hidden_state, self.hidden_states_norms[stage])
@@ -297,7 +297,7 @@ class SwinBackbone(Backbone):
     def final_norm(self) -> nn.Module:
         return self.swin.layernorm
 
-    def final_map(self, hidden_state: Tensor) -> Tensor:
+    def final_state(self, hidden_state: Tensor) -> Tensor:
         return _normed(hidden_state, self.swin.layernorm)
 
     @property

@@ -55,8 +55,8 @@ def change_map(backbone: Any, stage: str, change: Callable[[Tensor], Tensor]) ->
     """Changes the map of one stage that a backbone returns."""
     original = backbone.feature_map
 
-    def feature_map(name: str, hidden_state: Tensor) -> Tensor:
-        found = original(name, hidden_state)
+    def feature_map(name: str, hidden_state: Tensor, image_size: tuple[int, int]) -> Tensor:
+        found = original(name, hidden_state, image_size)
         return change(found) if name == stage else found
 
     backbone.feature_map = feature_map
@@ -357,7 +357,7 @@ def test_verify_command_prints_results_and_exit_codes(monkeypatch: pytest.Monkey
         ["3x3x21x20", "stage1"],
         ["3x3x21x20", "stage4"],
     ]
-    monkeypatch.setattr(Backbone, "feature_map", lambda self, stage, x: x * 1.001)
+    monkeypatch.setattr(Backbone, "feature_map", lambda self, stage, x, size: x * 1.001)
     result = command("nano-resnet-digits", "--size", "32x32")
     assert result.exit_code == 1 and "1 of 1 maps are wrong" in result.stdout
 
