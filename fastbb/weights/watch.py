@@ -167,6 +167,21 @@ def has_hooks(attributes: Iterable[dict[str, Any]]) -> bool:
     return any(map(any, map(_hooks_of, attributes)))
 
 
+def hooks_in(attributes: Iterable[dict[str, Any]]) -> list[Any]:
+    """The hooks of these modules, given by their dictionaries."""
+    kinds = itertools.chain.from_iterable(map(_hooks_of, attributes))
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def is_capturing(hook: Any) -> bool:
+    """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
+
+    Arguments of the forward say whether they are.
+    """
+    is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
 class ModuleStructure:
     """A record of the layers inside a module, to detect replaced layers, hooks and forwards.
 
@@ -203,10 +218,7 @@ class ModuleStructure:
 
     def hooks(self) -> list[Any]:
         """The hooks of the layers inside the module."""
-        if not has_hooks(self._attributes):
-            return []
-        kinds = itertools.chain.from_iterable(map(_hooks_of, self._attributes))
-        return [hook for hooks in kinds for hook in hooks.values()]
+        return hooks_in(self._attributes) if has_hooks(self._attributes) else []
 
     def observed(self) -> list[int]:
         """Positions of the layers inside that have hooks, and of those with a foreign forward.
