@@ -104,7 +104,7 @@ def _detector_name(name: str) -> str:
 
 
 def _names(model: Any) -> set[str]:
-    """Names of a module's tensors, in memory, in files of transformers, and in those of its base."""
+    """Names of a module's tensors, in memory and in files of transformers, or of its base model."""
     state = model.state_dict()
     names = set(state)
     with suppress(Exception):  # internals of transformers, which may move

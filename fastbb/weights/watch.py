@@ -100,11 +100,18 @@ class ModuleSettings:
 _OWN_ATTRIBUTES = set(vars(nn.Module()))
 
 
+def is_bookkeeping(module: nn.Module, name: str) -> bool:
+    """Whether an attribute decides nothing, because transformers keeps its books in it.
+
+    Private attributes of adapters switch them on and off.
+    """
+    is_theirs = type(module).__module__.startswith("transformers.")
+    private = name.startswith("_") or name == "name_or_path"
+    return (is_theirs and private) or name == "_is_hf_initialized"  # on torch's own layers too
+
+
 def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
-    if name in _OWN_ATTRIBUTES:
-        return False
-    # transformers keeps its books in private attributes; those of adapters switch them on and off
-    if name.startswith("_") and type(module).__module__.startswith("transformers."):
+    if name in _OWN_ATTRIBUTES or is_bookkeeping(module, name):
         return False
     # `ModuleStamp` and others watch methods that replace those of the class
     return not callable(getattr(type(module), name, None)) and _is_plain_value(value)
