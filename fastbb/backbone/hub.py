@@ -304,10 +304,14 @@ def timm_pretrained_cfg(
 
 
 def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[str, Any]:
-    """The backbone's configuration inside that of a head (MaskFormer, DETR, UperNet ...)."""
+    """The backbone's configuration inside that of a head or of a model of images and text."""
     inner = config.get("backbone_config")
     if isinstance(inner, dict):
         return inner
+    tower = config.get("vision_config")
+    if isinstance(tower, dict) and "model_type" in tower:
+        # CLIP's first files have a second dictionary, which wins
+        return {**tower, **(config.get("vision_config_dict") or {})}
     name = config.get("backbone")
     if not isinstance(name, str) or config.get("model_type") == "timm_backbone":
         return config

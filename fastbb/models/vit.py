@@ -13,18 +13,34 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base import Backbone
-from ..backbone.checkpoint import StateDict, find_prefix, strip_prefix
+from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, strip_prefix
 from ..backbone.configuration import BackboneConfig
 from ..backbone.registry import Family, TransformersModel, register
 from .parts import CalledModules, Refused, kept_parts, untouched
-from .vit_config import Dinov2Config, Dinov2WithRegistersConfig, ViTFamilyConfig
+from .vit_config import (
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTFamilyConfig,
+)
+from .vit_ends import ViTAttentionPool, ViTPooler
 from .vit_forward import normed_map, normed_tokens, vit_states
 from .vit_modules import LayerShape, ViTEmbeddings, ViTEncoder, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
 from .vit_positions import PositionRules, patch_grid
 
-CONFIGS = (Dinov2Config, Dinov2WithRegistersConfig)
+CONFIGS = (
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    ViTConfig,
+    DeiTConfig,
+    CLIPVisionConfig,
+    SiglipVisionConfig,
+)
 
 
 class ViTBackbone(Backbone):
@@ -43,9 +59,12 @@ class ViTBackbone(Backbone):
     config_class = ViTFamilyConfig
     config: ViTFamilyConfig
     # `mask_token` is of training by masked patches
-    optional_weights = ("*mask_token",)
+    optional_weights = ("*mask_token", "pooler.*", "visual_projection.*")
     unused_weights = ("*mask_token", "*position_ids")
     has_tokens = True
+    pooler: nn.Module | None
+    visual_projection: nn.Module | None
+    head: nn.Module | None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
@@ -56,11 +75,15 @@ class ViTBackbone(Backbone):
         n_extra = _n_extra(config, self.names)
         self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra
         self._build(self.names, n_extra)
+        self.pooler = self.visual_projection = self.head = None
+        self._build_ends()
         self._init_weights()
 
     def _build(self, names: ViTNames, n_extra: int) -> None:
         config, channels = self.config, self.config.hidden_size
-        projection = nn.Conv2d(config.num_channels, channels, config.patch, config.patch)
+        projection = nn.Conv2d(
+            config.num_channels, channels, config.patch, config.patch, bias=names.patches_bias
+        )
         n_positions = self.n_prefix_tokens if names.extras_have_positions else 1
         rules = PositionRules(
             config.grid,
@@ -68,13 +91,14 @@ class ViTBackbone(Backbone):
             names.antialias,
             names.in_fp32,
         )
+        has_mask_token = config.field("use_mask_token", default=names.has_mask_token)
         self.embeddings = ViTEmbeddings(
             projection,
             names,
             rules,
             n_extra,
             names.positions is not None,
-            (1, channels) if config.field("use_mask_token", default=True) else None,
+            (1, channels) if has_mask_token else None,
             config.field("hidden_dropout_prob", default=0.0),
         )
         shape, specs = _layer_shape(config), _block_specs(config)
@@ -83,7 +107,23 @@ class ViTBackbone(Backbone):
         if inner:
             setattr(self, outer, ViTEncoder())
         put(self, names.layers, layers)
+        if names.pre_norm is not None:
+            put(self, names.pre_norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
         put(self, names.norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
+
+    def _build_ends(self) -> None:
+        """Builds what the image embedding and its projection are computed with."""
+        config, channels = self.config, self.config.hidden_size
+        if size := config.field("pooler_output_size", default=None):
+            self.pooler = ViTPooler(channels, size, config.pooler_act)
+        if size := config.field("projection_dim", default=None):
+            self.visual_projection = nn.Linear(channels, size, bias=False)
+        if config.field("vision_use_head", default=False):
+            self.head = ViTAttentionPool(_layer_shape(config), _block_specs(config)[0], self.names)
+
+    @property
+    def has_projection(self) -> bool:  # type: ignore[override]  # depends on the checkpoint
+        return self.visual_projection is not None or self.head is not None
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -175,7 +215,20 @@ class ViTBackbone(Backbone):
             return self.final_norm(hidden_state)
 
     def embedding_of(self, final_state: Tensor) -> Tensor:
+        if self.head is not None:
+            return self.head(final_state)
+        if self.pooler is not None:
+            return self.pooler(final_state)
+        if self.names.cls_token is None:
+            raise ValueError(
+                f"embedding: this {self.config.model_type} has no pooling head and no class token; "
+                "ask for --features pooled or patch_mean"
+            )
         return final_state[:, 0]
+
+    def projection_of(self, final_state: Tensor) -> Tensor:
+        embedding = self.embedding_of(final_state)
+        return embedding if self.visual_projection is None else self.visual_projection(embedding)
 
     def tokens_of(self, state: Tensor) -> Tensor:
         return state
@@ -184,12 +237,13 @@ class ViTBackbone(Backbone):
         return state[:, self.n_prefix_tokens :].float().mean(1)
 
     def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
-        norm, state = f"{self.names.norm}.", self.state_dict()
-        is_normed = final or (self.config.apply_layernorm and bool(maps))
+        ends = () if final else ("pooler.", "visual_projection.", "head.")
+        if not final and not (self.config.apply_layernorm and maps):
+            ends += (f"{self.names.norm}.",)
         return {
             name: tensor
-            for name, tensor in state.items()
-            if not name.endswith("mask_token") and (is_normed or not name.startswith(norm))
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(ends) and not name.endswith("mask_token")
         }
 
     def init_optional_weights(self) -> None:
@@ -197,6 +251,39 @@ class ViTBackbone(Backbone):
             for name, parameter in module.named_parameters(recurse=False):
                 if name == "mask_token":
                     setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
+        for end in filter(None, (self.pooler, self.visual_projection)):
+            for module in end.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        super().report_loading(name, info)
+        self._drop_ends({name.partition(".")[0] for name in info.initialized})
+
+    def _load_from_state_dict(
+        self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accepts state dicts without the ends that a checkpoint may lack."""
+        names = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        if f"embeddings.{self.names.patches}.weight" in names:
+            self._drop_ends({"pooler", "visual_projection"} - {n.partition(".")[0] for n in names})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _drop_ends(self, names: set[str]) -> None:
+        """Removes ends of which the checkpoint has no weights."""
+        for name in names & {"pooler", "visual_projection"}:
+            setattr(self, name, None)
+
+    @classmethod
+    def from_state_dict(
+        cls, config: Any, state: StateDict, **options: Any
+    ) -> tuple[Any, LoadingInfo]:
+        for name, tensor in state.items():
+            # the model around a vision tower decides the size
+            if name.endswith("visual_projection.weight"):
+                fields = {"projection_dim": tensor.shape[0]}
+                config = type(config).from_dict(config.to_dict(), **fields)
+        return super().from_state_dict(config, state, **options)
 
     @classmethod
     def from_checkpoint_names(
@@ -204,11 +291,15 @@ class ViTBackbone(Backbone):
     ) -> tuple[StateDict, str, list[str]]:
         names: ViTNames = backbone.names
         found = in_memory(names, state)
-        expected = list(backbone.state_dict())
+        expected = [n for n in backbone.state_dict() if not n.startswith("visual_projection.")]
         anchor = f"embeddings.{names.patches}.weight"
         expected.sort(key=lambda name: name != anchor)
         prefix = find_prefix(found, expected, names.upstream)
         inside, outside = strip_prefix(found, prefix)
+        beside = f"{prefix.removesuffix(names.file_prefix)}visual_projection.weight"
+        if beside in outside and backbone.visual_projection is not None:
+            inside["visual_projection.weight"] = found[beside]
+            outside.remove(beside)
         return inside, prefix, outside
 
     def to_checkpoint_names(self) -> StateDict:
@@ -231,6 +322,12 @@ def _n_extra(config: ViTFamilyConfig, names: ViTNames) -> int:
     return config.field("num_register_tokens", default=1)
 
 
+def _branch_dropout(config: ViTFamilyConfig) -> float:
+    """Dropout of the branches of a layer, which only some types have."""
+    has_it = NAMES[config.model_type].drops_branches
+    return config.field("hidden_dropout_prob", default=0.0) if has_it else 0.0
+
+
 def _layer_shape(config: ViTFamilyConfig) -> LayerShape:
     qkv_bias = config.field("qkv_bias", default=True)
     return LayerShape(
@@ -250,13 +347,44 @@ def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
         num_heads=config.num_attention_heads,
         activation="silu" if is_gated else config.hidden_act,
         drop_path=config.field("drop_path_rate", default=0.0),
-        attention_dropout=config.field("attention_probs_dropout_prob", default=0.0),
+        dropout=_branch_dropout(config),
+        attention_dropout=config.field(
+            "attention_probs_dropout_prob", config.field("attention_dropout", default=0.0)
+        ),
     )
     return [spec] * config.num_hidden_layers
 
 
 def _upstream(backbone: ViTBackbone) -> TransformersModel:
-    return TransformersModel("transformers", backbone.names.upstream)
+    package, name = "transformers", backbone.names.upstream
+    if backbone.names.has_backbone:
+        return TransformersModel(package, name)
+    return TransformersModel(package, name, _model_state, partial(_model_maps, backbone))
+
+
+def _model_state(backbone: ViTBackbone) -> StateDict:
+    """The weights by the names of upstream's model, whose pooler is NaN where there is none."""
+    state = backbone.state_dict()
+    state.pop("visual_projection.weight", None)
+    channels = backbone.config.hidden_size
+    if size := backbone.config.field("pooler_output_size", default=None):
+        state.setdefault("pooler.dense.weight", torch.full((size, channels), torch.nan))
+        state.setdefault("pooler.dense.bias", torch.full((size,), torch.nan))
+    return state
+
+
+def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> list[Tensor]:
+    """The selected maps of upstream's model without a backbone class, from its hidden states."""
+    config, n_prefix = backbone.config, backbone.n_prefix_tokens
+    out = module(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    states = [out.hidden_states[index] for index in backbone.out_indices]
+    if config.apply_layernorm:
+        states = [part(module, backbone.names.norm)(state) for state in states]
+    if not config.reshape_hidden_states:
+        return states
+    height, width = pixel_values.shape[2:]
+    grid = patch_grid(config.patch, (height, width))
+    return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]
 
 
 register(Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream))

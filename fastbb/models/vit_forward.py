@@ -217,9 +217,7 @@ def _add_branch(
 ) -> Tensor:
     """Adds a branch, which ends with a linear layer and a layer scale, to the residual."""
     if spec.dropout == 0.0 and spec.drop_path == 0.0:
-        if scale is None:
-            return linear_residual(x, weight, bias, residual)
-        return residual + scale * F.linear(x, weight, bias)
+        return linear_residual(x, weight, bias, residual, scale)
     branch = F.dropout(F.linear(x, weight, bias), spec.dropout)
     branch = branch if scale is None else branch * scale
     return residual + drop_path(branch, spec.drop_path)

@@ -17,9 +17,12 @@ class ViTNames:
     """The names of a type, and how its embedding works.
 
     Attributes:
-        upstream: name of transformers' classes; `<upstream>Model` or `<upstream>Backbone`.
-        root: attribute around embeddings, layers and norm, or "".
+        upstream: name of transformers' classes; `<upstream>Model`.
+        has_backbone: whether there is `<upstream>Backbone` too.
         patches: convolution of patches.
+        patches_bias: whether it has a bias.
+        has_mask_token: whether there is a token of masked patches, if no field says so.
+        drops_branches: whether the branches of a layer have dropout.
         cls_token: class token, or None.
         extra_tokens: tokens between class token and patches, or None.
         positions: absolute position embeddings, or None.
@@ -40,11 +43,15 @@ class ViTNames:
         gated_activation: of the gate.
         files: regular expressions of names in files, with the names in memory.
         saved: regular expressions of names in memory, with those that transformers writes.
+        file_prefix: of all names that it writes, except that of a projection.
     """
 
     upstream: str
-    root: str = ""
+    has_backbone: bool = True
     patches: str = "patch_embeddings.projection"
+    patches_bias: bool = True
+    has_mask_token: bool = False
+    drops_branches: bool = False
     cls_token: str | None = "cls_token"
     extra_tokens: str | None = None
     positions: str | None = "position_embeddings"
@@ -65,6 +72,7 @@ class ViTNames:
     gated_activation: str = "act_fn"
     files: tuple[tuple[str, str], ...] = ()
     saved: tuple[tuple[str, str], ...] = ()
+    file_prefix: str = ""
 
 
 # transformers 4's names of attention and MLP, which 5 still writes
@@ -85,6 +93,7 @@ _SAVED_MLP = ((r"mlp\.fc1\.", "intermediate.dense."), (r"mlp\.fc2\.", "output.de
 _LAYERS, _SAVED_LAYERS = (r"encoder\.layer\.", "layers."), (r"\blayers\.", "encoder.layer.")
 
 _DINOV2: dict[str, Any] = {
+    "has_mask_token": True,
     "in_fp32": True,
     "layers": "encoder.layer",
     "norms": ("norm1", "norm2"),
@@ -93,10 +102,14 @@ _DINOV2: dict[str, Any] = {
     "saved": (*_SAVED_ATTENTION, (r"mlp\.down_proj\.", "mlp.weights_out.")),
 }
 _VIT: dict[str, Any] = {
+    "has_backbone": False,
+    "drops_branches": True,
     "files": (_LAYERS, *_ATTENTION, *_MLP),
     "saved": (_SAVED_LAYERS, *_SAVED_ATTENTION, *_SAVED_MLP),
 }
 _TOWER: dict[str, Any] = {
+    "has_backbone": False,
+    "file_prefix": "vision_model.",
     "patches": "patch_embedding",
     "positions": "position_embedding.weight",
     "layers": "encoder.layers",
@@ -114,7 +127,11 @@ NAMES = {
     "vit": ViTNames("ViT", **_VIT),
     "deit": ViTNames("DeiT", extra_tokens="distillation_token", extras_have_positions=True, **_VIT),
     "clip_vision_model": ViTNames(
-        "CLIPVision", cls_token="class_embedding", pre_norm="pre_layrnorm", **_TOWER
+        "CLIPVision",
+        patches_bias=False,
+        cls_token="class_embedding",
+        pre_norm="pre_layrnorm",
+        **_TOWER,
     ),
     "siglip_vision_model": ViTNames("SiglipVision", cls_token=None, **_TOWER),
 }
@@ -148,7 +165,8 @@ def in_files(names: ViTNames, state: StateDict) -> StateDict:
             result[name.replace(".gate_proj.", ".weights_in.")] = torch.cat([tensor, up])
         elif not (".mlp.up_proj." in name and _writes_fused(names)):
             result[_substituted(name, names.saved)] = tensor
-    return result
+    prefix = names.file_prefix
+    return rename(result, lambda n: n if n.startswith("visual_projection.") else prefix + n)
 
 
 def _writes_fused(names: ViTNames) -> bool:

@@ -10,12 +10,15 @@ from reference_models import images
 from upstream_tests import load_upstream_tests
 
 from fastbb import (
+    AutoConfig,
+    Dinov2Config,
     ResNetBackbone,
     ResNetConfig,
     SwinBackbone,
     SwinConfig,
     TimmBackbone,
     TimmBackboneConfig,
+    ViTBackbone,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -62,10 +65,17 @@ def timm_config() -> TimmBackboneConfig:
     return config
 
 
+def vit_config(kind: str) -> Any:
+    fields = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    fields |= {"image_size": 32, "patch_size": 8, "out_indices": [1, 2]}
+    return AutoConfig.for_model(kind, **fields)
+
+
 FAMILIES = {
     "swin": (SwinConfig, SwinBackbone, swin_config),
     "resnet": (ResNetConfig, ResNetBackbone, resnet_config),
     "timm": (TimmBackboneConfig, TimmBackbone, timm_config),
+    "dinov2": (Dinov2Config, ViTBackbone, lambda: vit_config("dinov2")),
 }
 TESTS = [
     "test_config",

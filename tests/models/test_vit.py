@@ -8,9 +8,10 @@ import torch
 from contract import BackboneContract
 from reference_models import Pair, from_hf, gradients, hf_pair, images, saved_bytes
 from tolerance import assert_equal_gradients, assert_equals_upstream
-from vit_models import TYPES, hf_vit, hf_vit_model, vit_config
+from vit_models import PLAIN, TYPES, hf_vit, hf_vit_model, patches, vit_config
 
 from fastbb import AutoBackbone, AutoConfig
+from fastbb.inspect.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,7 +48,15 @@ DINO = [
     {"mlp_ratio": 2, "hidden_act": "gelu_new", "num_channels": 1},
     {"patch_size": 4, "image_size": (28, 28), "hidden_dropout_prob": 0.5},  # not in eval()
 ]
-FIELDS = {"dinov2": DINO, "dinov2_with_registers": [*DINO[:4], {"num_register_tokens": 5}]}
+FLAGS = [{"apply_layernorm": False}, {"reshape_hidden_states": False}]
+FIELDS = {
+    "dinov2": DINO,
+    "dinov2_with_registers": [*DINO[:4], {"num_register_tokens": 5}],
+    "vit": [*FLAGS, {"qkv_bias": False, "hidden_act": "relu"}],
+    "deit": FLAGS,
+    "clip_vision_model": [{"apply_layernorm": True}, {"reshape_hidden_states": False}],
+    "siglip_vision_model": FLAGS,
+}
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,7 @@ def test_a_swiglu_is_saved_as_transformers_loads_it(tmp_path: Any) -> None:
 def test_state_dict_has_upstreams_names(kind: str) -> None:
     pair = vit_pair(kind)
     assert pair.ours.state_dict().keys() == pair.upstream.state_dict().keys()
+    assert verify(pair.ours, batch=1).passed
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -92,10 +102,15 @@ def test_embedding_equals_upstreams_pooler_output(kind: str) -> None:
     ours = from_hf(upstream)
     with torch.no_grad():
         last = ours.stage_names[-1]
-        final = ours.final_state(ours.forward_stages(pixels, [last])[last])
-        theirs = upstream(pixels)
+        state = ours.forward_stages(pixels, [last])[last]
+        final = ours.final_state(state)
+        theirs = upstream(pixels, **({"interpolate_pos_encoding": True} if kind in PLAIN else {}))
         assert_equals_upstream(ours.embedding_of(final), theirs.pooler_output)
-        assert_equals_upstream(ours.tokens_of(final), theirs.last_hidden_state)
+        # CLIP's last hidden state has no norm
+        state = state if kind == "clip_vision_model" else final
+        assert_equals_upstream(ours.tokens_of(state), theirs.last_hidden_state)
+        of_patches = patches(theirs.last_hidden_state, ours.n_prefix_tokens, (4, 6))
+        assert_equals_upstream(ours(pixels).feature_maps[-1], of_patches)
 
 
 @pytest.mark.parametrize("kind", TYPES)
