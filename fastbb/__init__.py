@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .hosts.heads import MaskFormerForInstanceSegmentation as MaskFormerForInstanceSegmentation
     from .hosts.heads import register as register
     from .hosts.heads import unregister as unregister
+    from .hosts.transformers_backbone import TransformersBackbone, TransformersBackboneConfig
     from .images.processor import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
@@ -55,6 +56,8 @@ __all__ = [
     "SwinConfig",
     "TimmBackbone",
     "TimmBackboneConfig",
+    "TransformersBackbone",
+    "TransformersBackboneConfig",
     "accelerate",
     "export_features",
     "extract",
@@ -83,6 +86,7 @@ _MODULES = {
         "register",
         "unregister",
     ),
+    "hosts.transformers_backbone": ("TransformersBackbone", "TransformersBackboneConfig"),
     "images.processor": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),

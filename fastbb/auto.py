@@ -1,8 +1,10 @@
 """One entry point for all backbones: loads a backbone of the right family from a name."""
 
 import enum
+import fnmatch
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,52 @@ from .backbone.checkpoint import StateDict, not_tensors
 from .backbone.configuration import BackboneConfig
 from .backbone.hub import ConfigFile, HubOptions
 from .backbone.registry import FAMILIES, Family, family_of
+from .hosts.model_types import BACKBONE_TYPES
+from .hosts.transformers_backbone import TransformersBackbone  # registers transformers' other types
 from .models.lookup import find_config, list_backbones, pretrained_config
+from .models.timm import TimmBackbone
 
-__all__ = ["AutoBackbone", "AutoConfig", "list_backbones"]
+__all__ = ["AutoBackbone", "AutoConfig", "list_backbones", "list_types"]
+
+
+@dataclass(frozen=True)
+class TypeRow:
+    """A model type of transformers' checkpoints, and what loads it.
+
+    Attributes:
+        model_type: in config.json.
+        loads_as: class of fastbb.
+        is_native: whether its forward is fastbb's own.
+        upstream: class of transformers that it is held to.
+        needs: transformers where that computes it, else "-".
+        example: a checkpoint on the Hub.
+    """
+
+    model_type: str
+    loads_as: str
+    is_native: bool
+    upstream: str
+    needs: str
+    example: str
+
+
+def list_types(filter: str = "") -> list[TypeRow]:
+    """The model types of transformers' checkpoints that `AutoBackbone.from_pretrained` loads.
+
+    Args:
+        filter: shell pattern such as `dino*`; default: all.
+    """
+    rows = []
+    for name, known in BACKBONE_TYPES.items():
+        if filter and not fnmatch.fnmatch(name, filter):
+            continue
+        backbone = family_of(name)[0].backbone
+        is_native = backbone not in (TransformersBackbone, TimmBackbone)
+        wrapped = backbone is TransformersBackbone
+        needs = f"transformers>={known.since}" if wrapped else "-"
+        row = TypeRow(name, backbone.__name__, is_native, known.backbone, needs, known.example)
+        rows.append(row)
+    return rows
 
 
 class AutoConfig:
@@ -54,7 +99,7 @@ class AutoConfig:
     @classmethod
     def for_model(cls, model_type: str, **kwargs: Any) -> BackboneConfig:
         """Builds a configuration of a `model_type` with the given fields."""
-        return family_of(model_type)[1](**kwargs)
+        return family_of(model_type)[1].from_dict({"model_type": model_type, **kwargs})
 
 
 class AutoBackbone:

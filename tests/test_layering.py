@@ -40,7 +40,8 @@ NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
 CLI_MODULES = ("bench", "features", "machine", "models", "options", "shell")
 CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
-IMPORTED_WITH = {"click": CLI, "transformers": ("fastbb.hosts.heads",)}
+TRANSFORMERS = ("fastbb.hosts.heads", "fastbb.hosts.transformers_backbone")
+IMPORTED_WITH = {"click": CLI, "transformers": TRANSFORMERS}
 
 
 def python_files() -> list[Path]:

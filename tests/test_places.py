@@ -28,6 +28,7 @@ OTHER_TESTS = {"ops", "harness", "support"}
 # files beyond that, each with its reason
 PUBLIC = {
     "fastbb/__init__.py": "typed exports of its classes, which are found without",
+    "fastbb/hosts/model_types.py": "the table of transformers' model types",
     "fastbb/hosts/libraries.py": "a class of transformers that is run as a whole, not replaced",
     "fastbb/images/spec_readers.py": "the image processor of old checkpoints that name none",
     "kernels/fastbb_kernels/check.py": "one of the models that the command counts on a device",

@@ -145,7 +145,7 @@ def _read_shards(name_or_dir: str | os.PathLike[str], index: Path, hub: HubOptio
     missing = sorted(weight_map.keys() - state.keys())
     if missing:
         raise OSError(
-            f"the shards of {str(name_or_dir)!r} lack {_some(missing)}, named in its index"
+            f"the shards of {str(name_or_dir)!r} lack {some(missing)}, named in its index"
         )
     return state
 
@@ -191,7 +191,7 @@ def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str
     if not prefixes:
         raise ValueError(
             f"The checkpoint holds no {what}: no tensor is named {anchor!r}, "
-            f"with or without a prefix. It holds {_some(sorted(names))}"
+            f"with or without a prefix. It holds {some(sorted(names))}"
         )
     score = {prefix: sum(prefix + name in names for name in expected) for prefix in prefixes}
     best = [prefix for prefix in prefixes if score[prefix] == max(score.values())]
@@ -243,7 +243,7 @@ def check_dtypes(state: Mapping[str, Any], weights: Iterable[str], what: str) ->
     if wrong:
         raise ValueError(
             f"The weights of {what} must be float32, float16, bfloat16 or float64, but "
-            f"{_some(wrong, most=3)}: convert them and save them again"
+            f"{some(wrong, most=3)}: convert them and save them again"
         )
 
 
@@ -292,7 +292,7 @@ def load_strict(
     is_wanted = torch.device(device or "cpu").type != "meta"
     empty = [name for name in expected if name in state and state[name].is_meta and is_wanted]
     problems = [
-        f"{title}: {_some(found)}"
+        f"{title}: {some(found)}"
         for title, found in (
             ("missing", missing),
             ("unknown", unknown),
@@ -328,7 +328,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _some(names: Sequence[Any], most: int = 20) -> str:
+def some(names: Sequence[Any], most: int = 20) -> str:
+    """Joins the first names of a list for a message, with their number if there are more."""
     shown = ", ".join(str(name) for name in names[:most])
     return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
 

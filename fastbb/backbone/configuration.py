@@ -133,7 +133,7 @@ def _verify_indices(names: list[str], out_indices: Any) -> None:
 
 _COMMON = ("output_hidden_states", "output_attentions", "return_dict")
 # constructor fields that decide no value in inference
-_DECIDE_NOTHING = {
+DECIDE_NOTHING = {
     *("out_features", "out_indices", "unknown", "initializer_range", "encoder_stride"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 }
@@ -189,9 +189,14 @@ class BackboneConfig(BackboneConfigMixin):
 
     def deciding_fields(self) -> dict[str, Any]:
         """The fields that decide what a model with these weights computes in inference."""
-        fields = signature(type(self).__init__).parameters.keys() - {"self", *_DECIDE_NOTHING}
+        fields = signature(type(self).__init__).parameters.keys() - {"self", *DECIDE_NOTHING}
         values = {name: getattr(self, name) for name in sorted(fields)}
         return copy.deepcopy({"model_type": self.model_type, **values})
+
+    @classmethod
+    def model_types(cls) -> tuple[str, ...]:
+        """Values of `model_type` that this class serves."""
+        return (cls.model_type,)
 
     def to_json_string(self) -> str:
         """`to_dict` as JSON with sorted keys."""

@@ -304,14 +304,15 @@ def timm_pretrained_cfg(
 
 
 def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[str, Any]:
-    """The backbone's configuration inside that of a head or of a model of images and text."""
+    """The backbone's configuration inside that of a head (MaskFormer, DETR, CLIP, UperNet ...)."""
     inner = config.get("backbone_config")
     if isinstance(inner, dict):
         return inner
     tower = config.get("vision_config")
-    if isinstance(tower, dict) and "model_type" in tower:
+    if isinstance(tower, dict):
         # CLIP's first files have a second dictionary, which wins
-        return {**tower, **(config.get("vision_config_dict") or {})}
+        second = config.get("vision_config_dict") or {}
+        return {"model_type": f"{config.get('model_type')}_vision_model", **tower, **second}
     name = config.get("backbone")
     if not isinstance(name, str) or config.get("model_type") == "timm_backbone":
         return config
@@ -350,8 +351,16 @@ class ConfigFile:
 
         Raises:
             OSError: the model does not exist, or it has no config.json.
+            ValueError: the model needs code of its own.
         """
         values = read_config(name_or_dir, hub)
+        if "auto_map" in values:
+            raise ValueError(
+                f"{str(name_or_dir)!r} needs code of its own (`auto_map` in its config.json), and "
+                "fastbb runs no code of checkpoints. If its weights are those of a model that "
+                "transformers has itself, give its configuration: "
+                "from_pretrained(..., config=AutoConfig.for_model(model_type, ...))"
+            )
         if not is_timm_config(values):
             return cls(values, unwrap_head(values, hub))
         model_args = values.get("model_args") or {}

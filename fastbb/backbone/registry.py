@@ -97,9 +97,11 @@ def family_of(model_type: str | None) -> tuple[Family, type[BackboneConfig]]:
     """
     for family in FAMILIES:
         for config in family.configs:
-            if config.model_type == model_type:
+            if model_type in config.model_types():
                 return family, config
-    supported = sorted(config.model_type for family in FAMILIES for config in family.configs)
+    supported = sorted(
+        name for family in FAMILIES for config in family.configs for name in config.model_types()
+    )
     raise ValueError(
         f"model_type {model_type!r} is not supported: fastbb has backbones for "
         f"{', '.join(supported)}, and any timm model by its timm name"

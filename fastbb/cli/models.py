@@ -27,15 +27,30 @@ ARCHITECTURES = ("80", "86", "89", "90", "100", "120", "gfx90a", "gfx942")  # of
 
 @click.command(name="list", cls=Command)
 @click.argument("filter", default="")
-def list_models(filter: str) -> None:
+@click.option(
+    "--type",
+    "by_type",
+    is_flag=True,
+    help="List model types of transformers' checkpoints, and what loads them.",
+)
+def list_models(filter: str, by_type: bool) -> None:
     """Lists the names of models. All, or those that match FILTER, such as 'swin*'.
 
     Exit codes: 0 listed; 2 no name matches; 6 the list cannot be written; 130 interrupted,
     143 terminated.
     """
-    from ..auto import list_backbones
+    from ..auto import list_backbones, list_types
+    from ..engine.explanation import table
 
-    names = list_backbones(filter)
+    if by_type:
+        rows = [
+            (row.model_type, row.loads_as, "yes" if row.is_native else "no", row.needs, row.example)
+            for row in list_types(filter)
+        ]
+        head = ("model_type", "loads as", "native", "needs", "for example")
+        names = [table([head, *rows])] if rows else []
+    else:
+        names = list_backbones(filter)
     if not names:
         raise click.BadParameter(
             f"wanted a pattern that matches a name, such as '*swin*', got {filter!r}",

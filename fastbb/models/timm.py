@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels.accuracy import FP32_REL, FP32_REL_FOLDED
 
-from ..backbone.base import Backbone, BackboneType
+from ..backbone.base import Backbone
 from ..backbone.checkpoint import (
     LoadingInfo,
     StateDict,
@@ -28,6 +28,7 @@ from ..backbone.checkpoint import (
 )
 from ..backbone.configuration import BackboneConfig, check_boolean, check_integer, check_size
 from ..backbone.hub import ConfigFile, HubOptions, TimmSource, absolute_name, timm_source
+from ..backbone.mixin import BackboneType
 from ..backbone.registry import FAMILIES, Family, MapsForward, Upstream, register
 from ..weights.find_norms import FoldedNorm, FoldReport, find_norms
 from ..weights.folded_model import Folding, unfold
