@@ -1,7 +1,7 @@
-"""Vision Transformers of transformers: DINOv2, DINOv2 with registers, ViT, DeiT, CLIP, SigLIP.
+"""Vision Transformers of transformers: DINOv2 and 3, ViT, DeiT, CLIP, SigLIP.
 
-Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `vit/`, `deit/`, `clip/`,
-`siglip/`. The last four have no backbone class there: their maps are the hidden states of
+Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`, `vit/`, `deit/`,
+`clip/`, `siglip/`. The last four have no backbone class there: their maps are the hidden states of
 `ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
 """
 
@@ -22,6 +22,7 @@ from .vit_config import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
     SiglipVisionConfig,
     ViTConfig,
     ViTFamilyConfig,
@@ -31,7 +32,14 @@ from .vit_forward import normed_map, normed_tokens, vit_states
 from .vit_modules import LayerShape, ViTEmbeddings, ViTEncoder, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
-from .vit_positions import PositionRules, patch_grid
+from .vit_positions import (
+    Grid,
+    PositionRules,
+    RopeAugmentation,
+    Rotation,
+    ViTRope,
+    patch_grid,
+)
 
 CONFIGS = (
     Dinov2Config,
@@ -40,6 +48,7 @@ CONFIGS = (
     DeiTConfig,
     CLIPVisionConfig,
     SiglipVisionConfig,
+    DINOv3ViTConfig,
 )
 
 
@@ -98,7 +107,7 @@ class ViTBackbone(Backbone):
             rules,
             n_extra,
             names.positions is not None,
-            (1, channels) if has_mask_token else None,
+            (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
             config.field("hidden_dropout_prob", default=0.0),
         )
         shape, specs = _layer_shape(config), _block_specs(config)
@@ -107,6 +116,10 @@ class ViTBackbone(Backbone):
         if inner:
             setattr(self, outer, ViTEncoder())
         put(self, names.layers, layers)
+        if isinstance(config, DINOv3ViTConfig) and names.rope is not None:
+            changes = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
+            rope = ViTRope(config.head_size, config.rope_theta, RopeAugmentation(*changes))
+            put(self, names.rope, rope)
         if names.pre_norm is not None:
             put(self, names.pre_norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
         put(self, names.norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
@@ -159,6 +172,40 @@ class ViTBackbone(Backbone):
         )
         return dict(zip(wanted, states))
 
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes feature maps; see `Backbone.forward`.
+
+        With `return_class_token` (DINOv3) the output has `cls_tokens` too, [B, C] of each returned
+        stage, with the norm that the maps have; all layers run then.
+        """
+        config = self.config
+        if not (isinstance(config, DINOv3ViTConfig) and config.return_class_token):
+            return super().forward(
+                pixel_values, output_hidden_states, output_attentions, return_dict, **kwargs
+            )
+        output = super().forward(pixel_values, True, output_attentions, True, **kwargs)
+        tokens = [output.hidden_states[index][:, :1] for index in self.out_indices]
+        if config.apply_layernorm:
+            tokens = [self.final_state(token) for token in tokens]
+        output["cls_tokens"] = tuple(token[:, 0] for token in tokens)
+        hidden = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        if isinstance(hidden, Sequence):
+            states = dict(zip(self.stage_names, output.hidden_states))
+            output["hidden_states"] = self._hidden_states(states, hidden)
+        elif not hidden:
+            del output["hidden_states"]
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
     def _parts(self, called: CalledModules) -> ViTParts:
         """All layers except the final norm, and those that have to be called."""
         names = self.names
@@ -175,7 +222,12 @@ class ViTBackbone(Backbone):
             None if names.pre_norm is None else part(self, names.pre_norm),
             () if encoder is not None else called.read_each(part(self, names.layers), ViTLayer),
             encoder,
+            None if names.rope is None else self._rotation,
         )
+
+    def _rotation(self, grid: Grid) -> Rotation:
+        """The rotation of the patches of a grid."""
+        return part(self, str(self.names.rope))(next(self.parameters()), grid)
 
     def called_modules(self) -> dict[str, str]:
         called = kept_parts(self, self._parts)[1].by_name(self)
@@ -192,9 +244,11 @@ class ViTBackbone(Backbone):
             [B, C, h, w], or tokens as upstream's with `reshape_hidden_states=False`.
         """
         config = self.config
+        n_prefix = self.n_prefix_tokens
         if not config.reshape_hidden_states:
-            return self.final_state(hidden_state) if config.apply_layernorm else hidden_state
-        grid, n_prefix = patch_grid(config.patch, image_size), self.n_prefix_tokens
+            state = self.final_state(hidden_state) if config.apply_layernorm else hidden_state
+            return state if self.names.keeps_prefix else state[:, n_prefix:]
+        grid = patch_grid(config.patch, image_size)
         if config.apply_layernorm:
             try:
                 norm = untouched(self.final_norm, nn.LayerNorm)
@@ -329,23 +383,28 @@ def _branch_dropout(config: ViTFamilyConfig) -> float:
 
 
 def _layer_shape(config: ViTFamilyConfig) -> LayerShape:
-    qkv_bias = config.field("qkv_bias", default=True)
+    every = config.field("qkv_bias", default=True)
+    query, key, value = (
+        config.field(f"{name}_bias", default=every) for name in ("query", "key", "value")
+    )
     return LayerShape(
         channels=config.hidden_size,
         hidden=config.mlp_size,
         eps=config.layer_norm_eps,
-        qkv_bias=(qkv_bias, qkv_bias, qkv_bias),
-        is_gated=config.field("use_swiglu_ffn", default=False),
+        qkv_bias=(query, key, value),
+        proj_bias=config.field("proj_bias", default=True),
+        mlp_bias=config.field("mlp_bias", default=True),
+        is_gated=config.field("use_swiglu_ffn", config.field("use_gated_mlp", default=False)),
         layer_scale=config.field("layerscale_value", default=None),
         patch=config.patch,
     )
 
 
 def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
-    is_gated = config.field("use_swiglu_ffn", default=False)
+    is_swiglu = config.field("use_swiglu_ffn", default=False)
     spec = ViTBlockSpec(
         num_heads=config.num_attention_heads,
-        activation="silu" if is_gated else config.hidden_act,
+        activation="silu" if is_swiglu else config.hidden_act,
         drop_path=config.field("drop_path_rate", default=0.0),
         dropout=_branch_dropout(config),
         attention_dropout=config.field(
@@ -357,7 +416,9 @@ def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
 
 def _upstream(backbone: ViTBackbone) -> TransformersModel:
     package, name = "transformers", backbone.names.upstream
-    if backbone.names.has_backbone:
+    # DINOv3's backbone normalizes the last stage in any case
+    is_as_asked = backbone.config.apply_layernorm or backbone.names.rope is None
+    if backbone.names.has_backbone and is_as_asked:
         return TransformersModel(package, name)
     return TransformersModel(package, name, _model_state, partial(_model_maps, backbone))
 
@@ -374,14 +435,15 @@ def _model_state(backbone: ViTBackbone) -> StateDict:
 
 
 def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> list[Tensor]:
-    """The selected maps of upstream's model without a backbone class, from its hidden states."""
+    """The selected maps of upstream's model, from its hidden states."""
     config, n_prefix = backbone.config, backbone.n_prefix_tokens
-    out = module(pixel_values, interpolate_pos_encoding=True, output_hidden_states=True)
+    options = {"interpolate_pos_encoding": True} if backbone.names.positions else {}
+    out = module(pixel_values, output_hidden_states=True, **options)
     states = [out.hidden_states[index] for index in backbone.out_indices]
     if config.apply_layernorm:
         states = [part(module, backbone.names.norm)(state) for state in states]
     if not config.reshape_hidden_states:
-        return states
+        return states if backbone.names.keeps_prefix else [state[:, n_prefix:] for state in states]
     height, width = pixel_values.shape[2:]
     grid = patch_grid(config.patch, (height, width))
     return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]

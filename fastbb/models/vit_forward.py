@@ -18,7 +18,7 @@ from .vit_parts import (
     ViTEmbeddingParts,
     ViTParts,
 )
-from .vit_positions import Grid, Rotation, embedding_terms, patch_grid, with_prefix
+from .vit_positions import Grid, Rotation, embedding_terms, patch_grid, rotated, with_prefix
 
 
 def vit_states(
@@ -56,7 +56,7 @@ def vit_states(
         x = parts.pre_norm(x)
     options: dict[str, Any] = {}
     if parts.rope is not None:
-        options["position_embeddings"] = parts.rope(x, grid)
+        options["position_embeddings"] = parts.rope(grid)
     if parts.shared_bias is not None:
         options["attention_mask"] = parts.shared_bias(grid)
     if parts.takes_resolution:
@@ -158,7 +158,7 @@ def _qkv(
         eps=parts.norms[0].eps,
     )
     q, k, v = qkv.unflatten(-1, (3, spec.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v
+    return (q, k, v) if rotation is None else (rotated(q, rotation), rotated(k, rotation), v)
 
 
 def attend(

@@ -24,6 +24,7 @@ from .vit_positions import (
     Rotation,
     embedding_terms,
     patch_grid,
+    rotated,
     with_prefix,
 )
 
@@ -86,6 +87,8 @@ class ViTAttention(NativeModule):
     ) -> Tensor:
         heads = (self.spec.num_heads, -1)
         q, k, v = (layer(x).unflatten(-1, heads).transpose(1, 2) for layer in self.projections)
+        if position_embeddings is not None:
+            q, k = rotated(q, position_embeddings), rotated(k, position_embeddings)
         dropout = self.spec.attention_dropout if self.training else 0.0
         return self.proj(attend(q, k, v, attention_mask, dropout, attentions))
 

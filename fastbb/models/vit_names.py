@@ -22,6 +22,7 @@ class ViTNames:
         patches: convolution of patches.
         patches_bias: whether it has a bias.
         has_mask_token: whether there is a token of masked patches, if no field says so.
+        mask_token_ndim: number of its dimensions.
         drops_branches: whether the branches of a layer have dropout.
         cls_token: class token, or None.
         extra_tokens: tokens between class token and patches, or None.
@@ -29,6 +30,7 @@ class ViTNames:
         extras_have_positions: whether those tokens have position embeddings too.
         antialias: whether interpolation of position embeddings reduces without aliasing.
         in_fp32: whether position embeddings are interpolated in fp32 whatever their dtype.
+        rope: module of rotary position embeddings, or None.
         pre_norm: norm before the layers, or None.
         layers: list of layers.
         norm: final norm.
@@ -43,6 +45,7 @@ class ViTNames:
         gated_activation: of the gate.
         files: regular expressions of names in files, with the names in memory.
         saved: regular expressions of names in memory, with those that transformers writes.
+        keeps_prefix: whether returned tokens, which are no maps, include those before the patches.
         file_prefix: of all names that it writes, except that of a projection.
     """
 
@@ -51,6 +54,7 @@ class ViTNames:
     patches: str = "patch_embeddings.projection"
     patches_bias: bool = True
     has_mask_token: bool = False
+    mask_token_ndim: int = 3
     drops_branches: bool = False
     cls_token: str | None = "cls_token"
     extra_tokens: str | None = None
@@ -58,6 +62,7 @@ class ViTNames:
     extras_have_positions: bool = False
     antialias: bool = False
     in_fp32: bool = False
+    rope: str | None = None
     pre_norm: str | None = None
     layers: str = "layers"
     norm: str = "layernorm"
@@ -72,6 +77,7 @@ class ViTNames:
     gated_activation: str = "act_fn"
     files: tuple[tuple[str, str], ...] = ()
     saved: tuple[tuple[str, str], ...] = ()
+    keeps_prefix: bool = True
     file_prefix: str = ""
 
 
@@ -92,12 +98,16 @@ _MLP = ((r"intermediate\.dense\.", "mlp.fc1."), (r"output\.dense\.", "mlp.fc2.")
 _SAVED_MLP = ((r"mlp\.fc1\.", "intermediate.dense."), (r"mlp\.fc2\.", "output.dense."))
 _LAYERS, _SAVED_LAYERS = (r"encoder\.layer\.", "layers."), (r"\blayers\.", "encoder.layer.")
 
+_DINO_NORMS = ("norm1", "norm2")
+_DINO_SCALES = ("layer_scale1.lambda1", "layer_scale2.lambda1")
+
 _DINOV2: dict[str, Any] = {
     "has_mask_token": True,
+    "mask_token_ndim": 2,
     "in_fp32": True,
     "layers": "encoder.layer",
-    "norms": ("norm1", "norm2"),
-    "scales": ("layer_scale1.lambda1", "layer_scale2.lambda1"),
+    "norms": _DINO_NORMS,
+    "scales": _DINO_SCALES,
     "files": (*_ATTENTION, (r"mlp\.weights_out\.", "mlp.down_proj.")),
     "saved": (*_SAVED_ATTENTION, (r"mlp\.down_proj\.", "mlp.weights_out.")),
 }
@@ -134,6 +144,23 @@ NAMES = {
         **_TOWER,
     ),
     "siglip_vision_model": ViTNames("SiglipVision", cls_token=None, **_TOWER),
+    "dinov3_vit": ViTNames(
+        "DINOv3ViT",
+        patches="patch_embeddings",
+        extra_tokens="register_tokens",
+        positions=None,
+        rope="rope_embeddings",
+        keeps_prefix=False,
+        has_mask_token=True,
+        layers="model.layer",
+        norm="norm",
+        norms=_DINO_NORMS,
+        scales=_DINO_SCALES,
+        fc=("up_proj", "down_proj"),
+        activation="act_fn",
+        files=((r"(?<!model\.)\blayer\.", "model.layer."),),
+        saved=((r"^model\.layer\.", "layer."),),
+    ),
 }
 
 _WEIGHTS_IN = re.compile(r"(.*\.mlp\.)weights_in\.(weight|bias)")

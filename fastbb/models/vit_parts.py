@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..weights.derived import derive
-from .vit_positions import PositionRules
+from .vit_positions import Grid, PositionRules, Rotation
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class ViTParts:
         pre_norm: norm before the layers, or None.
         blocks: in order of depth.
         encoder: module around the layers, if it has to be called, else None.
-        rope: computes rotary position embeddings, or None.
+        rope: computes the rotation of a grid of patches, or None.
         shared_bias: relative position bias of all layers, or None.
         takes_resolution: whether layers have a relative position bias of their own.
     """
@@ -175,6 +175,6 @@ class ViTParts:
     pre_norm: nn.Module | None
     blocks: tuple[ViTBlockParts | nn.Module, ...]
     encoder: nn.Module | None = None
-    rope: nn.Module | None = None
+    rope: Callable[[Grid], Rotation] | None = None
     shared_bias: nn.Module | None = None
     takes_resolution: bool = False

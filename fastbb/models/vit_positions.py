@@ -1,5 +1,6 @@
-"""Position embeddings of ViTs: absolute ones that are interpolated."""
+"""Position embeddings of ViTs: absolute ones that are interpolated, and rotary ones."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..weights.derived import derive
+from .parts import NativeModule
 
 Grid = tuple[int, int]  # rows and columns of patches
 Rotation = tuple[Tensor, Tensor]  # cosines and sines [h * w, head_dim]
@@ -111,3 +113,92 @@ def _interpolated(positions: Tensor, rules: PositionRules, grid: Grid) -> Tensor
         antialias=rules.antialias,
     )
     return maps.to(positions.dtype).permute(0, 2, 3, 1).flatten(1, 2).contiguous()
+
+
+class RopeAugmentation(NamedTuple):
+    """Random changes of the coordinates of patches in training; None is no change.
+
+    Attributes:
+        shift: both axes shift by up to this.
+        jitter: each axis is scaled by up to this factor.
+        rescale: both axes are scaled by up to this factor.
+    """
+
+    shift: float | None
+    jitter: float | None
+    rescale: float | None
+
+
+class ViTRope(NativeModule):
+    """Rotary position embeddings of the centers of patches (DINOv3).
+
+    Args:
+        head_dim: channels of a head.
+        theta: base of the frequencies.
+        augmentation: in training.
+    """
+
+    def __init__(self, head_dim: int, theta: float, augmentation: RopeAugmentation) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self.augmentation = augmentation
+
+    def forward(self, like: Tensor, grid: Grid) -> Rotation:
+        """Computes the rotation in fp32.
+
+        Args:
+            like: a parameter, of whose dtype and device the rotation is.
+            grid: rows and columns of patches.
+
+        Returns:
+            Cosines and sines [h * w, head_dim].
+        """
+        if self.training and any(value is not None for value in self.augmentation):
+            coordinates = _augmented(_centers(grid, like.device), self.augmentation)
+            return _rotation(coordinates, self.head_dim, self.theta, like.dtype)
+        return derive(
+            self,
+            "rotation",
+            lambda like: _rotation(
+                _centers(grid, like.device), self.head_dim, self.theta, like.dtype
+            ),
+            like,
+            constants=(grid, self.theta),
+        )
+
+
+def _centers(grid: Grid, device: torch.device) -> Tensor:
+    """Centers (y, x) of the patches of a grid, in -1 ... 1, [h * w, 2]."""
+    axes = [torch.arange(0.5, n, dtype=torch.float32, device=device) / n for n in grid]
+    return 2.0 * torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1) - 1.0
+
+
+def _augmented(coordinates: Tensor, augmentation: RopeAugmentation) -> Tensor:
+    """Shifts and scales coordinates [h * w, 2] at random."""
+    shift, jitter, rescale = augmentation
+    if shift is not None:
+        coordinates = coordinates + coordinates.new_empty(1, 2).uniform_(-shift, shift)
+    if jitter is not None:
+        limit = math.log(jitter)
+        coordinates = coordinates * coordinates.new_empty(1, 2).uniform_(-limit, limit).exp()
+    if rescale is not None:
+        limit = math.log(rescale)
+        coordinates = coordinates * coordinates.new_empty(1).uniform_(-limit, limit).exp()
+    return coordinates
+
+
+def _rotation(coordinates: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
+    """Cosines and sines [h * w, head_dim] of coordinates [h * w, 2]."""
+    steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=coordinates.device)
+    angles = 2 * math.pi * coordinates[:, :, None] * (1 / theta**steps)
+    angles = angles.flatten(1, 2).tile(2)
+    return torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)
+
+
+def rotated(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates the patches of queries or keys [B, num_heads, N, head_dim], which are last."""
+    cos, sin = rotation
+    prefix, of_patches = x.split([x.shape[-2] - cos.shape[0], cos.shape[0]], dim=-2)
+    first, second = of_patches.chunk(2, dim=-1)
+    turned = of_patches * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([prefix, turned], dim=-2)

@@ -12,6 +12,7 @@ from upstream_tests import load_upstream_tests
 from fastbb import (
     AutoConfig,
     Dinov2Config,
+    DINOv3ViTConfig,
     ResNetBackbone,
     ResNetConfig,
     SwinBackbone,
@@ -76,6 +77,7 @@ FAMILIES = {
     "resnet": (ResNetConfig, ResNetBackbone, resnet_config),
     "timm": (TimmBackboneConfig, TimmBackbone, timm_config),
     "dinov2": (Dinov2Config, ViTBackbone, lambda: vit_config("dinov2")),
+    "dinov3_vit": (DINOv3ViTConfig, ViTBackbone, lambda: vit_config("dinov3_vit")),
 }
 TESTS = [
     "test_config",
