@@ -1,11 +1,12 @@
-"""Vision Transformers of transformers: DINOv2 and 3, ViT, DeiT, CLIP, SigLIP.
+"""Vision Transformers of transformers: DINOv2 and 3, BEiT, ViT, DeiT, CLIP, SigLIP.
 
-Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`, `vit/`, `deit/`,
-`clip/`, `siglip/`. The last four have no backbone class there: their maps are the hidden states of
-`ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
+Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`, `beit/`, `vit/`,
+`deit/`, `clip/`, `siglip/`. The last four have no backbone class there: their maps are the hidden
+states of `ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..backbone.configuration import BackboneConfig
 from ..backbone.registry import Family, TransformersModel, register
 from .parts import CalledModules, Refused, kept_parts, untouched
 from .vit_config import (
+    BeitConfig,
     CLIPVisionConfig,
     DeiTConfig,
     Dinov2Config,
@@ -27,9 +29,9 @@ from .vit_config import (
     ViTConfig,
     ViTFamilyConfig,
 )
-from .vit_ends import ViTAttentionPool, ViTPooler
+from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_forward import normed_map, normed_tokens, vit_states
-from .vit_modules import LayerShape, ViTEmbeddings, ViTEncoder, ViTLayer
+from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
 from .vit_positions import (
@@ -37,6 +39,7 @@ from .vit_positions import (
     PositionRules,
     RopeAugmentation,
     Rotation,
+    ViTRelativePositionBias,
     ViTRope,
     patch_grid,
 )
@@ -49,6 +52,7 @@ CONFIGS = (
     CLIPVisionConfig,
     SiglipVisionConfig,
     DINOv3ViTConfig,
+    BeitConfig,
 )
 
 
@@ -68,12 +72,12 @@ class ViTBackbone(Backbone):
     config_class = ViTFamilyConfig
     config: ViTFamilyConfig
     # `mask_token` is of training by masked patches
-    optional_weights = ("*mask_token", "pooler.*", "visual_projection.*")
-    unused_weights = ("*mask_token", "*position_ids")
+    optional_weights = ("*mask_token", "pooler.*", "beit.pooler.*", "visual_projection.*")
+    unused_weights = ("*mask_token", "*position_ids", "*relative_position_index", "*inv_freq")
     has_tokens = True
-    pooler: nn.Module | None
     visual_projection: nn.Module | None
     head: nn.Module | None
+    fpn: nn.Module | None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
@@ -84,8 +88,7 @@ class ViTBackbone(Backbone):
         n_extra = _n_extra(config, self.names)
         self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra
         self._build(self.names, n_extra)
-        self.pooler = self.visual_projection = self.head = None
-        self._build_ends()
+        self._build_ends(self.names)
         self._init_weights()
 
     def _build(self, names: ViTNames, n_extra: int) -> None:
@@ -100,37 +103,51 @@ class ViTBackbone(Backbone):
             names.antialias,
             names.in_fp32,
         )
+        has_positions = config.field("use_absolute_position_embeddings", default=True)
         has_mask_token = config.field("use_mask_token", default=names.has_mask_token)
-        self.embeddings = ViTEmbeddings(
+        if names.root:
+            put(self, names.root[:-1], ViTContainer())
+        embeddings = ViTEmbeddings(
             projection,
             names,
             rules,
             n_extra,
-            names.positions is not None,
+            names.positions is not None and has_positions,
             (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
             config.field("hidden_dropout_prob", default=0.0),
         )
+        put(self, names.embeddings, embeddings)
         shape, specs = _layer_shape(config), _block_specs(config)
         layers = nn.ModuleList(ViTLayer(shape, spec, names) for spec in specs)
-        outer, _, inner = names.layers.partition(".")
-        if inner:
-            setattr(self, outer, ViTEncoder())
+        if encoder := names.encoder:
+            put(self, encoder, ViTContainer())
         put(self, names.layers, layers)
+        if config.field("use_shared_relative_position_bias", default=False):
+            bias = ViTRelativePositionBias(config.grid, config.num_attention_heads)
+            put(self, f"{names.root}shared_position_bias", bias)
         if isinstance(config, DINOv3ViTConfig) and names.rope is not None:
             changes = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
             rope = ViTRope(config.head_size, config.rope_theta, RopeAugmentation(*changes))
             put(self, names.rope, rope)
         if names.pre_norm is not None:
             put(self, names.pre_norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
-        put(self, names.norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
+        is_mean = config.field("use_mean_pooling", default=False)
+        norm = nn.Identity() if is_mean else nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        put(self, names.norm, norm)
 
-    def _build_ends(self) -> None:
-        """Builds what the image embedding and its projection are computed with."""
+    def _build_ends(self, names: ViTNames) -> None:
+        """Builds what the image embedding, its projection and a pyramid are computed with."""
         config, channels = self.config, self.config.hidden_size
+        pooler = self.visual_projection = self.head = self.fpn = None
         if size := config.field("pooler_output_size", default=None):
-            self.pooler = ViTPooler(channels, size, config.pooler_act)
+            pooler = ViTPooler(channels, size, config.pooler_act)
+        if config.field("use_mean_pooling", default=False):
+            pooler = ViTMeanPooler(channels, config.layer_norm_eps)
+        put(self, f"{names.root}pooler", pooler)
         if size := config.field("projection_dim", default=None):
             self.visual_projection = nn.Linear(channels, size, bias=False)
+        if config.field("add_fpn", default=False):
+            self.fpn = ViTPyramid(channels)
         if config.field("vision_use_head", default=False):
             self.head = ViTAttentionPool(_layer_shape(config), _block_specs(config)[0], self.names)
 
@@ -209,20 +226,29 @@ class ViTBackbone(Backbone):
     def _parts(self, called: CalledModules) -> ViTParts:
         """All layers except the final norm, and those that have to be called."""
         names = self.names
-        outer, _, inner = names.layers.partition(".")
-        encoder = getattr(self, outer) if inner else None
-        if encoder is not None:  # None if it need not be called
-            encoder = called.read_or_call(partial(_check_encoder, encoder), encoder)
+
+        def container(path: str) -> nn.Module | None:
+            """A module around others, if its hooks have to see the call."""
+
+            def read() -> None:
+                untouched(part(self, path), ViTContainer)
+
+            return called.read_or_call(read, part(self, path))
 
         def read_embeddings() -> ViTEmbeddingParts:
-            return untouched(self.embeddings, ViTEmbeddings).parts()
+            return untouched(embeddings, ViTEmbeddings).parts()
 
+        embeddings = part(self, names.embeddings)
+        shared = self.config.field("use_shared_relative_position_bias", default=False)
         return ViTParts(
-            called.read_or_call(read_embeddings, self.embeddings),
+            called.read_or_call(read_embeddings, embeddings),
             None if names.pre_norm is None else part(self, names.pre_norm),
-            () if encoder is not None else called.read_each(part(self, names.layers), ViTLayer),
-            encoder,
-            None if names.rope is None else self._rotation,
+            called.read_each(part(self, names.layers), ViTLayer),
+            root=container(names.root[:-1]) if names.root else None,
+            encoder=container(names.encoder) if names.encoder else None,
+            rope=None if names.rope is None else self._rotation,
+            shared_bias=part(self, f"{names.root}shared_position_bias") if shared else None,
+            takes_resolution=_has_own_bias(self.config),
         )
 
     def _rotation(self, grid: Grid) -> Rotation:
@@ -232,7 +258,7 @@ class ViTBackbone(Backbone):
     def called_modules(self) -> dict[str, str]:
         called = kept_parts(self, self._parts)[1].by_name(self)
         try:
-            untouched(self.final_norm, nn.LayerNorm)
+            untouched(part(self, self.names.norm), nn.LayerNorm, nn.Identity)
         except Refused as refused:
             called[self.names.norm] = str(refused)
         return called
@@ -258,21 +284,42 @@ class ViTBackbone(Backbone):
                 return normed_map(hidden_state[:, n_prefix:].unflatten(1, grid), norm)
         return hidden_state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
 
+    def _returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        maps = super()._returned_maps(stages, pixel_values)
+        if self.fpn is None:
+            return maps
+        if len(maps) != 4:
+            raise ValueError(
+                f"the feature pyramid (add_fpn) is computed of four maps, got {len(maps)}: choose "
+                "four out_indices, or load the model with add_fpn=False"
+            )
+        return self.fpn(maps)
+
+    def _pooler(self) -> nn.Module | None:
+        """Computes the image embedding, or None if that is the class token."""
+        return part(self, f"{self.names.root}pooler")
+
     @property
     def final_norm(self) -> Any:
-        return part(self, self.names.norm)
+        norm = part(self, self.names.norm)
+        # the norm of the mean of the patches stands in for that of tokens
+        return getattr(self._pooler(), "layernorm", None) if isinstance(norm, nn.Identity) else norm
+
+    @property
+    def lacks_final_norm(self) -> bool:
+        return self.final_norm is None or super().lacks_final_norm
 
     def final_state(self, hidden_state: Tensor) -> Tensor:
+        norm = part(self, self.names.norm)
         try:
-            return normed_tokens(hidden_state, untouched(self.final_norm, nn.LayerNorm))
+            return normed_tokens(hidden_state, untouched(norm, nn.LayerNorm))
         except Refused:
-            return self.final_norm(hidden_state)
+            return norm(hidden_state)
 
     def embedding_of(self, final_state: Tensor) -> Tensor:
-        if self.head is not None:
-            return self.head(final_state)
-        if self.pooler is not None:
-            return self.pooler(final_state)
+        pool = self._pooler() if self.head is None else self.head
+        if pool is not None:
+            return pool(final_state)
         if self.names.cls_token is None:
             raise ValueError(
                 f"embedding: this {self.config.model_type} has no pooling head and no class token; "
@@ -291,7 +338,7 @@ class ViTBackbone(Backbone):
         return state[:, self.n_prefix_tokens :].float().mean(1)
 
     def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
-        ends = () if final else ("pooler.", "visual_projection.", "head.")
+        ends = () if final else (*self._optional_ends(), "head.")
         if not final and not (self.config.apply_layernorm and maps):
             ends += (f"{self.names.norm}.",)
         return {
@@ -300,33 +347,34 @@ class ViTBackbone(Backbone):
             if not name.startswith(ends) and not name.endswith("mask_token")
         }
 
+    def _optional_ends(self) -> tuple[str, ...]:
+        """Modules that a checkpoint may lack, with a dot."""
+        return f"{self.names.root}pooler.", "visual_projection."
+
     def init_optional_weights(self) -> None:
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if name == "mask_token":
-                    setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
-        for end in filter(None, (self.pooler, self.visual_projection)):
-            for module in end.modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    setattr(module, name, nn.Parameter(torch.zeros(parameter.shape)))
+        for name, parameter in list(self.named_parameters()):
+            if name.endswith("mask_token") or name.startswith(self._optional_ends()):
+                put(self, name, nn.Parameter(torch.zeros(parameter.shape)))
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
         super().report_loading(name, info)
-        self._drop_ends({name.partition(".")[0] for name in info.initialized})
+        for end in self._optional_ends():
+            if any(initialized.startswith(end) for initialized in info.initialized):
+                put(self, end[:-1], None)
 
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accepts state dicts without the ends that a checkpoint may lack."""
-        names = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-        if f"embeddings.{self.names.patches}.weight" in names:
-            self._drop_ends({"pooler", "visual_projection"} - {n.partition(".")[0] for n in names})
+        if f"{prefix}{self._first_name()}" in state_dict:
+            for end in self._optional_ends():
+                if not any(name.startswith(prefix + end) for name in state_dict):
+                    put(self, end[:-1], None)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _drop_ends(self, names: set[str]) -> None:
-        """Removes ends of which the checkpoint has no weights."""
-        for name in names & {"pooler", "visual_projection"}:
-            setattr(self, name, None)
+    def _first_name(self) -> str:
+        """The name of a weight that every checkpoint has."""
+        return f"{self.names.embeddings}.{self.names.patches}.weight"
 
     @classmethod
     def from_state_dict(
@@ -344,17 +392,20 @@ class ViTBackbone(Backbone):
         cls, state: StateDict, backbone: Any
     ) -> tuple[StateDict, str, list[str]]:
         names: ViTNames = backbone.names
-        found = in_memory(names, state)
-        expected = [n for n in backbone.state_dict() if not n.startswith("visual_projection.")]
-        anchor = f"embeddings.{names.patches}.weight"
-        expected.sort(key=lambda name: name != anchor)
+        found, root = in_memory(names, state), names.root
+        # outside of the root are a projection and a pyramid
+        own = [name for name in backbone.state_dict() if not name.startswith(_BESIDE)]
+        own.sort(key=lambda name: name != backbone._first_name())
+        expected = [name.removeprefix(root) for name in own]
         prefix = find_prefix(found, expected, names.upstream)
         inside, outside = strip_prefix(found, prefix)
-        beside = f"{prefix.removesuffix(names.file_prefix)}visual_projection.weight"
-        if beside in outside and backbone.visual_projection is not None:
-            inside["visual_projection.weight"] = found[beside]
-            outside.remove(beside)
-        return inside, prefix, outside
+        parent = prefix.removesuffix(root or names.file_prefix)
+        beside = {name: name.removeprefix(parent) for name in outside if name.startswith(parent)}
+        wanted = {name for name in backbone.state_dict() if name.startswith(_BESIDE)}
+        beside = {name: inner for name, inner in beside.items() if inner in wanted}
+        tensors = {root + name: tensor for name, tensor in inside.items()}
+        tensors |= {inner: found[name] for name, inner in beside.items()}
+        return tensors, prefix, [name for name in outside if name not in beside]
 
     def to_checkpoint_names(self) -> StateDict:
         return in_files(self.names, self.state_dict())
@@ -364,9 +415,7 @@ class ViTBackbone(Backbone):
         return {config.model_type: config for config in CONFIGS}
 
 
-def _check_encoder(encoder: nn.Module) -> None:
-    """Raises `Refused` if the module around the layers has to be called."""
-    untouched(encoder, ViTEncoder)
+_BESIDE = ("visual_projection.", "fpn.")
 
 
 def _n_extra(config: ViTFamilyConfig, names: ViTNames) -> int:
@@ -382,21 +431,30 @@ def _branch_dropout(config: ViTFamilyConfig) -> float:
     return config.field("hidden_dropout_prob", default=0.0) if has_it else 0.0
 
 
+def _has_own_bias(config: ViTFamilyConfig) -> bool:
+    """Whether each layer has a relative position bias of its own."""
+    return config.field("use_relative_position_bias", default=False)
+
+
 def _layer_shape(config: ViTFamilyConfig) -> LayerShape:
-    every = config.field("qkv_bias", default=True)
-    query, key, value = (
-        config.field(f"{name}_bias", default=every) for name in ("query", "key", "value")
-    )
+    names, every = NAMES[config.model_type], config.field("qkv_bias", default=True)
+    # the factor of a branch is 1 without a layer scale
+    initial = config.field("layer_scale_init_value", default=0.0)
     return LayerShape(
         channels=config.hidden_size,
         hidden=config.mlp_size,
         eps=config.layer_norm_eps,
-        qkv_bias=(query, key, value),
+        qkv_bias=(
+            config.field("query_bias", every),
+            config.field("key_bias", every and names.key_bias),
+            config.field("value_bias", every),
+        ),
         proj_bias=config.field("proj_bias", default=True),
         mlp_bias=config.field("mlp_bias", default=True),
         is_gated=config.field("use_swiglu_ffn", config.field("use_gated_mlp", default=False)),
-        layer_scale=config.field("layerscale_value", default=None),
+        layer_scale=config.field("layerscale_value", initial if initial > 0 else None),
         patch=config.patch,
+        bias_grid=config.grid if _has_own_bias(config) else None,
     )
 
 
@@ -405,13 +463,16 @@ def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
     spec = ViTBlockSpec(
         num_heads=config.num_attention_heads,
         activation="silu" if is_swiglu else config.hidden_act,
-        drop_path=config.field("drop_path_rate", default=0.0),
         dropout=_branch_dropout(config),
         attention_dropout=config.field(
             "attention_probs_dropout_prob", config.field("attention_dropout", default=0.0)
         ),
     )
-    return [spec] * config.num_hidden_layers
+    n_layers = config.num_hidden_layers
+    rates = [config.field("drop_path_rate", default=0.0)] * n_layers
+    if NAMES[config.model_type].drop_path_grows:
+        rates = [rate * index / max(n_layers - 1, 1) for index, rate in enumerate(rates)]
+    return [replace(spec, drop_path=rate) for rate in rates]
 
 
 def _upstream(backbone: ViTBackbone) -> TransformersModel:

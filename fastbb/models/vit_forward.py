@@ -46,6 +46,20 @@ def vit_states(
     Raises:
         ValueError: the image is smaller than a patch.
     """
+    run = partial(
+        _run, parts, wanted=wanted, patch=patch, attentions=attentions, run_block=run_block
+    )
+    return run(pixel_values) if parts.root is None else parts.root(pixel_values, run)
+
+
+def _run(
+    parts: ViTParts,
+    pixel_values: Tensor,
+    wanted: Sequence[int],
+    patch: Grid,
+    attentions: list[Tensor] | None,
+    run_block: BlockRunner | None,
+) -> list[Tensor]:
     height, width = pixel_values.shape[2:]
     grid = patch_grid(patch, (height, width))
     if isinstance(parts.embedding, ViTEmbeddingParts):
@@ -63,25 +77,24 @@ def vit_states(
         options["resolution"] = (height, width)
     if attentions is not None:
         options["attentions"] = attentions
-    if parts.encoder is not None:
-        return parts.encoder(x, wanted, run_block=run_block, **options)
     blocks = [
         partial(vit_block, parts=block, patch=patch) if isinstance(block, ViTBlockParts) else block
         for block in parts.blocks[: max(wanted)]
     ]
-    return run_blocks(blocks, x, wanted, run_block, options)
+    run = partial(_run_blocks, blocks, wanted=wanted, run_block=run_block, options=options)
+    return run(x) if parts.encoder is None else parts.encoder(x, run)
 
 
-def run_blocks(
+def _run_blocks(
     blocks: Sequence[Any],
     x: Tensor,
     wanted: Sequence[int],
     run_block: BlockRunner | None,
     options: dict[str, Any],
 ) -> list[Tensor]:
-    """Runs layers up to the last wanted state; returns the wanted states, of which 0 is `x`."""
+    """Runs layers; returns the wanted states, of which 0 is `x`."""
     states = {0: x}
-    for index, block in enumerate(blocks[: max(wanted)], start=1):
+    for index, block in enumerate(blocks, start=1):
         run = partial(block, **options)
         x = run(x) if run_block is None else run_block(run, x)
         if index in wanted:

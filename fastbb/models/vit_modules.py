@@ -5,23 +5,23 @@ per layer: they run wherever hooks must see the calls, or adapters (LoRA) and ot
 inside, in inference and training. The names come from the row of the type in `vit_names`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
 from .parts import Activation, NativeModule, untouched
-from .vit_forward import attend, layer_bias, run_blocks
+from .vit_forward import attend, layer_bias
 from .vit_names import ViTNames, part
 from .vit_parts import ViTBlockParts, ViTBlockSpec, ViTEmbeddingParts
 from .vit_positions import (
     Grid,
     PositionRules,
     Rotation,
+    ViTRelativePositionBias,
     embedding_terms,
     patch_grid,
     rotated,
@@ -43,6 +43,7 @@ class LayerShape:
         is_gated: whether the MLP is gated.
         layer_scale: initial value of the layer scales, or None.
         patch: height and width of a patch.
+        bias_grid: patches of the trained size, if the layer has a relative position bias.
     """
 
     channels: int
@@ -54,6 +55,7 @@ class LayerShape:
     is_gated: bool = False
     layer_scale: float | None = None
     patch: Grid = (1, 1)
+    bias_grid: Grid | None = None
 
 
 class ViTAttention(NativeModule):
@@ -169,7 +171,11 @@ class ViTLayer(NativeModule):
             name, _, inner = path.partition(".")
             scale = ViTLayerScale(shape.channels, shape.layer_scale or 0.0)
             setattr(self, name, scale if inner else scale.lambda1)
-        self.relative_position_bias = None
+        self.relative_position_bias = (
+            None
+            if shape.bias_grid is None
+            else ViTRelativePositionBias(shape.bias_grid, spec.num_heads)
+        )
 
     def forward(
         self,
@@ -246,19 +252,11 @@ class ViTLayer(NativeModule):
         )
 
 
-class ViTEncoder(NativeModule):
-    """The module around the layers of some types."""
+class ViTContainer(NativeModule):
+    """A module around others; its hooks see what goes in and comes out."""
 
-    def forward(
-        self,
-        x: Tensor,
-        wanted: Sequence[int],
-        run_block: BlockRunner | None = None,
-        **options: Any,
-    ) -> list[Tensor]:
-        (layers,) = self.children()
-        assert isinstance(layers, nn.ModuleList)
-        return run_blocks(list(layers), x, wanted, run_block, options)
+    def forward(self, x: Tensor, run: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        return run(x)
 
 
 class ViTPatchEmbeddings(NativeModule):

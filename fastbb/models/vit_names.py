@@ -19,10 +19,14 @@ class ViTNames:
     Attributes:
         upstream: name of transformers' classes; `<upstream>Model`.
         has_backbone: whether there is `<upstream>Backbone` too.
-        patches: convolution of patches.
+        root: path of the module around embeddings, layers and norm, with a dot, or "".
+        embeddings: module of patches and tokens.
+        patches: convolution of patches, in it.
         patches_bias: whether it has a bias.
         has_mask_token: whether there is a token of masked patches, if no field says so.
         mask_token_ndim: number of its dimensions.
+        key_bias: whether keys have a bias where queries and values have one.
+        drop_path_grows: whether the rate of stochastic depth grows with depth.
         drops_branches: whether the branches of a layer have dropout.
         cls_token: class token, or None.
         extra_tokens: tokens between class token and patches, or None.
@@ -51,10 +55,14 @@ class ViTNames:
 
     upstream: str
     has_backbone: bool = True
+    root: str = ""
+    embeddings: str = "embeddings"
     patches: str = "patch_embeddings.projection"
     patches_bias: bool = True
     has_mask_token: bool = False
     mask_token_ndim: int = 3
+    key_bias: bool = True
+    drop_path_grows: bool = False
     drops_branches: bool = False
     cls_token: str | None = "cls_token"
     extra_tokens: str | None = None
@@ -79,6 +87,12 @@ class ViTNames:
     saved: tuple[tuple[str, str], ...] = ()
     keeps_prefix: bool = True
     file_prefix: str = ""
+
+    @property
+    def encoder(self) -> str:
+        """Path of the module around the layers, or "" if that is the root or the backbone."""
+        outer = self.layers.rpartition(".")[0]
+        return "" if f"{outer}." == self.root else outer
 
 
 # transformers 4's names of attention and MLP, which 5 still writes
@@ -144,6 +158,35 @@ NAMES = {
         **_TOWER,
     ),
     "siglip_vision_model": ViTNames("SiglipVision", cls_token=None, **_TOWER),
+    "beit": ViTNames(
+        "Beit",
+        root="beit.",
+        embeddings="beit.embeddings",
+        key_bias=False,
+        drop_path_grows=True,
+        drops_branches=True,
+        layers="beit.layers",
+        norm="beit.layernorm",
+        scales=("lambda_1", "lambda_2"),
+        files=(
+            *_VIT["files"],
+            (r"encoder\.relative_position_bias\.", "shared_position_bias."),
+            (r"attention\.attention\.relative_position_bias\.", "relative_position_bias."),
+            # transformers 4's feature pyramid
+            (r"(?<!fpn\.)\bfpn1\.0\.", "fpn.fpn1.conv_transpose1."),
+            (r"(?<!fpn\.)\bfpn1\.1\.", "fpn.fpn1.normalization."),
+            (r"(?<!fpn\.)\bfpn1\.3\.", "fpn.fpn1.conv_transpose2."),
+            (r"(?<!fpn\.)\bfpn2\.0\.", "fpn.fpn2."),
+        ),
+        saved=(
+            (
+                r"layers\.(\d+)\.relative_position_bias\.",
+                r"layers.\1.attention.attention.relative_position_bias.",
+            ),
+            (r"shared_position_bias\.", "encoder.relative_position_bias."),
+            *_VIT["saved"],
+        ),
+    ),
     "dinov3_vit": ViTNames(
         "DINOv3ViT",
         patches="patch_embeddings",
@@ -180,7 +223,26 @@ def in_memory(names: ViTNames, state: StateDict) -> StateDict:
             gate, up = tensor.chunk(2)
             result[f"{fused[1]}gate_proj.{fused[2]}"] = gate
             result[f"{fused[1]}up_proj.{fused[2]}"] = up
-    return result
+    return _with_root(names, result) if names.root else result
+
+
+_INSIDE = ("embeddings.", "layers.", "layernorm.", "pooler.", "shared_position_bias.")
+
+
+def _with_root(names: ViTNames, state: StateDict) -> StateDict:
+    """Adds the root, without which transformers saves models and backbones, to names in memory."""
+    anchor = f"embeddings.{names.cls_token}"
+    outside = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
+    if len(outside) != 1 or outside[0].endswith(names.root):
+        return state
+    (outer,) = outside
+
+    def rooted(name: str) -> str:
+        inner = name.removeprefix(outer)
+        is_inside = name.startswith(outer) and inner.startswith(_INSIDE)
+        return f"{outer}{names.root}{inner}" if is_inside else name
+
+    return rename(state, rooted)
 
 
 def in_files(names: ViTNames, state: StateDict) -> StateDict:

@@ -165,7 +165,8 @@ class ViTParts:
         embedding: of patches.
         pre_norm: norm before the layers, or None.
         blocks: in order of depth.
-        encoder: module around the layers, if it has to be called, else None.
+        root: module around all, if its hooks have to see the call, else None.
+        encoder: module around the layers, if its hooks have to see the call, else None.
         rope: computes the rotation of a grid of patches, or None.
         shared_bias: relative position bias of all layers, or None.
         takes_resolution: whether layers have a relative position bias of their own.
@@ -174,6 +175,7 @@ class ViTParts:
     embedding: ViTEmbeddingParts | nn.Module
     pre_norm: nn.Module | None
     blocks: tuple[ViTBlockParts | nn.Module, ...]
+    root: nn.Module | None = None
     encoder: nn.Module | None = None
     rope: Callable[[Grid], Rotation] | None = None
     shared_bias: nn.Module | None = None

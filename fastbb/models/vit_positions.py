@@ -1,4 +1,4 @@
-"""Position embeddings of ViTs: absolute ones that are interpolated, and rotary ones."""
+"""Position embeddings of ViTs: absolute ones, which are interpolated, rotary and relative ones."""
 
 import math
 from functools import partial
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastbb_kernels import relative_position_index
 
 from ..weights.derived import derive
 from .parts import NativeModule
@@ -202,3 +204,43 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     first, second = of_patches.chunk(2, dim=-1)
     turned = of_patches * cos + torch.cat([-second, first], dim=-1) * sin
     return torch.cat([prefix, turned], dim=-2)
+
+
+class ViTRelativePositionBias(NativeModule):
+    """The bias of the attention scores by relative positions of patches (BEiT).
+
+    Args:
+        grid: rows and columns of patches of the trained size.
+        num_heads: attention heads.
+    """
+
+    def __init__(self, grid: Grid, num_heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        # the last three are for class token to patch, patch to class token, and itself
+        n_rows = (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(n_rows, num_heads))
+
+    def forward(self, grid: Grid) -> Tensor:
+        """Computes the bias [1, num_heads, N, N] for a grid of patches after a class token."""
+        table = self.relative_position_bias_table
+        compute = partial(_relative_bias, self.grid, grid)
+        return derive(self, "bias", compute, table, constants=(self.grid, grid))[0]
+
+
+def _relative_bias(trained: Grid, grid: Grid, table: Tensor) -> tuple[Tensor]:
+    (old_h, old_w), (new_h, new_w) = [(2 * h - 1, 2 * w - 1) for h, w in (trained, grid)]
+    # upstream takes a table of a trained grid that is no square as width x height
+    maps = table[:-3].view(1, old_w, old_h, -1).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, size=(new_h, new_w), mode="bilinear")
+    rows = torch.cat([maps.permute(0, 2, 3, 1).flatten(0, 2), table[-3:]])
+    n_patches, n_relative = grid[0] * grid[1], new_h * new_w
+    index = torch.empty(n_patches + 1, n_patches + 1, dtype=torch.int64, device=table.device)
+    index[1:, 1:] = relative_position_index(grid, table.device).view(n_patches, n_patches)
+    index[0, :] = n_relative
+    index[:, 0] = n_relative + 1
+    index[0, 0] = n_relative + 2
+    bias = rows[index.flatten()].view(*index.shape, -1).permute(2, 0, 1)
+    # rows whose starts are aligned, as the kernels of attention ask for
+    bias = F.pad(bias, (0, -len(index) % 16)).contiguous()
+    return (bias[None, ..., : len(index)],)

@@ -11,6 +11,7 @@ from upstream_tests import load_upstream_tests
 
 from fastbb import (
     AutoConfig,
+    BeitConfig,
     Dinov2Config,
     DINOv3ViTConfig,
     ResNetBackbone,
@@ -77,6 +78,7 @@ FAMILIES = {
     "resnet": (ResNetConfig, ResNetBackbone, resnet_config),
     "timm": (TimmBackboneConfig, TimmBackbone, timm_config),
     "dinov2": (Dinov2Config, ViTBackbone, lambda: vit_config("dinov2")),
+    "beit": (BeitConfig, ViTBackbone, lambda: vit_config("beit")),
     "dinov3_vit": (DINOv3ViTConfig, ViTBackbone, lambda: vit_config("dinov3_vit")),
 }
 TESTS = [

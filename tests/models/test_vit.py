@@ -56,6 +56,13 @@ FIELDS = {
     "deit": FLAGS,
     "clip_vision_model": [{"apply_layernorm": True}, {"reshape_hidden_states": False}],
     "siglip_vision_model": FLAGS,
+    "beit": [
+        {"reshape_hidden_states": False},
+        {"use_shared_relative_position_bias": True, "use_absolute_position_embeddings": True},
+        {"use_relative_position_bias": False, "layer_scale_init_value": 0.0},
+        {"use_mean_pooling": False, "use_mask_token": True},
+        {"add_fpn": True},
+    ],
     "dinov3_vit": [
         {"reshape_hidden_states": False},
         {"use_gated_mlp": True, "hidden_act": "silu", "num_register_tokens": 0},

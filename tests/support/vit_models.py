@@ -30,6 +30,11 @@ TYPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "clip_vision_model": ("clip", "CLIPVision", {"intermediate_size": 48}),
     "siglip_vision_model": ("siglip", "SiglipVision", {"intermediate_size": 48}),
     "dinov3_vit": ("dinov3_vit", "DINOv3ViT", {"intermediate_size": 48, "num_register_tokens": 2}),
+    "beit": (
+        "beit",
+        "Beit",
+        {"intermediate_size": 48, "use_relative_position_bias": True, "drop_path_rate": 0.0},
+    ),
 }
 # of the types that transformers has no backbone class of: tokens before the patches, final norm,
 # and whether the maps have it by default
