@@ -114,7 +114,7 @@ class ViTBackbone(Backbone):
             n_extra,
             names.positions is not None and has_positions,
             (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
-            config.field("hidden_dropout_prob", default=0.0),
+            config.field("hidden_dropout_prob", default=None),
         )
         put(self, names.embeddings, embeddings)
         shape, specs = _layer_shape(config), _block_specs(config)
