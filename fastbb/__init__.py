@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .hosts.heads import MaskFormerForInstanceSegmentation as MaskFormerForInstanceSegmentation
     from .hosts.heads import register as register
     from .hosts.heads import unregister as unregister
-    from .hosts.transformers_backbone import TransformersBackbone, TransformersBackboneConfig
+    from .hosts.transformers_backbone import TransformersBackbone
+    from .hosts.transformers_config import TransformersBackboneConfig
     from .images.processor import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
@@ -86,7 +87,8 @@ _MODULES = {
         "register",
         "unregister",
     ),
-    "hosts.transformers_backbone": ("TransformersBackbone", "TransformersBackboneConfig"),
+    "hosts.transformers_backbone": ("TransformersBackbone",),
+    "hosts.transformers_config": ("TransformersBackboneConfig",),
     "images.processor": ("AutoImageProcessor", "ImageProcessor"),
     "models.resnet": ("ResNetBackbone", "ResNetConfig"),
     "models.swin": ("SwinBackbone", "SwinConfig"),

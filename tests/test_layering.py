@@ -40,7 +40,7 @@ NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
 CLI_MODULES = ("bench", "features", "machine", "models", "options", "shell")
 CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
-TRANSFORMERS = ("fastbb.hosts.heads", "fastbb.hosts.transformers_backbone")
+TRANSFORMERS = ("fastbb.hosts.heads", "fastbb.hosts.transformers_config")
 IMPORTED_WITH = {"click": CLI, "transformers": TRANSFORMERS}
 
 

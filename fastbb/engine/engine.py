@@ -18,7 +18,15 @@ from fastbb_kernels.fp32_precision import fp32_products, is_in_force
 
 from ..backbone.base import Backbone
 from ..weights.derived import is_tracing
-from ..weights.watch import ModuleStamp, follow_layers, has_hooks, statistics_note, untraced
+from ..weights.watch import (
+    ModuleStamp,
+    follow_layers,
+    has_hooks,
+    hooks_in,
+    is_capturing,
+    statistics_note,
+    untraced,
+)
 from .choose import Chooser, Plan, by
 from .computation import Computation, device_of, dtype_of
 from .copies import copies_note
@@ -195,7 +203,11 @@ class Engine:
 
     @property
     def _has_hooks(self) -> bool:
-        return bool(self._layers) and (has_hooks(self._layers) or bool(_has_any_global_hook()))
+        if not self._layers:
+            return False
+        if has_hooks(self._layers) and not all(map(is_capturing, hooks_in(self._layers))):
+            return True
+        return bool(_has_any_global_hook())
 
     def _note(self, topic: str, reason: str) -> str:
         self._notes[topic] = reason

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base import Backbone
-from ..weights.watch import has_foreign_forward
+from ..weights.watch import has_foreign_forward, is_bookkeeping
 from .layout import canonical_json
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -83,6 +83,7 @@ def _description(module: nn.Module) -> str:
         for name, value in vars(module).items()
         if name not in _OWN_ATTRIBUTES
         and not isinstance(module, Backbone)  # whose attributes are the configuration and caches
+        and not is_bookkeeping(module, name)
         and "checkpoint" not in name
         and (text := _setting(value)) is not None
     ]

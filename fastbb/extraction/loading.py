@@ -16,6 +16,7 @@ from ..backbone.base import Backbone
 from ..backbone.configuration import BackboneConfig
 from ..backbone.hub import DEFAULT_HUB, HubOptions, absolute_name
 from ..engine.computation import without_engine
+from ..hosts.transformers_backbone import TransformersBackbone
 from ..images.processor import AutoImageProcessor, ImageProcessor
 from ..models.lookup import find_config
 from ..models.timm import TimmBackbone, TimmBackboneConfig
@@ -23,6 +24,7 @@ from ..models.timm_full import POOLED_OR_MAPS, check_same_weights, load_full
 from .identity import changes, changes_digest
 from .models import BackboneModel, FeatureModel, LayerModel, TimmModel, upstream_model
 from .outputs import Wanted
+from .transformers_model import TransformersModel
 
 Origin = tuple[str, HubOptions]
 
@@ -127,7 +129,8 @@ def load_models(
     origin = origin_of(model)
     is_timm = _is_timm(model)
     layers = [f"layer:{layer}" for layer in wanted.layers]
-    changed = _changes_digest(model, [*(wanted.full if is_timm else ()), *layers])
+    is_wrapped = is_timm or isinstance(model, TransformersBackbone)
+    changed = _changes_digest(model, [*(wanted.full if is_wrapped else ()), *layers])
     backbone = None
     if isinstance(model, Backbone) or wanted.has_stages or not is_timm:
         backbone = _load_backbone(model, wanted.has_stages, out_indices, dtype, device)
@@ -136,7 +139,15 @@ def load_models(
     maps: dict[str, Any] = {}
     if backbone is not None and wanted.has_stages:
         stages, maps = _select_maps(backbone, wanted)
-    if backbone is not None and wanted.full and not is_timm:
+    if isinstance(backbone, TransformersBackbone) and wanted.full:
+        if origin is None:
+            raise ValueError(
+                f"{wanted.full[0]}: this backbone is a part of transformers' model, and was not "
+                f"loaded by from_pretrained: {POOLED_OR_MAPS}"
+            )
+        is_object = isinstance(model, Backbone)
+        models.append(TransformersModel(backbone, origin, wanted.full, wanted.norm, is_object))
+    elif backbone is not None and wanted.full and not is_timm:
         whole = backbone.with_library_windows()
         together = maps if whole is backbone else {}
         models.append(BackboneModel(whole, wanted.full, wanted.norm, **together))

@@ -36,6 +36,7 @@ from ..weights.watch import (
     ModuleSettings,
     ModuleStructure,
     OwnForward,
+    is_capturing,
     note_written,
     own_forward,
 )
@@ -348,7 +349,7 @@ class Replacement(OwnForward):
         """Returns why the parameters inside do not determine the module's result, or None."""
         if structure.trains():
             return "it is in training mode: call .eval()"
-        if not all(map(_is_capturing, structure.hooks())):
+        if not all(map(is_capturing, structure.hooks())):
             return "a layer inside it has hooks"
         if _has_any_global_hook():
             return "hooks of all modules are registered"
@@ -537,12 +538,3 @@ def upstream_only() -> Iterator[None]:
             yield
     finally:
         _local.upstream_only = before
-
-
-def _is_capturing(hook: Any) -> bool:
-    """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
-
-    The arguments say whether they are, see `ModuleForward.why_not`.
-    """
-    is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-    return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"

@@ -100,11 +100,18 @@ class ModuleSettings:
 _OWN_ATTRIBUTES = set(vars(nn.Module()))
 
 
+def is_bookkeeping(module: nn.Module, name: str) -> bool:
+    """Whether an attribute decides nothing, because transformers keeps its books in it.
+
+    Private attributes of adapters switch them on and off.
+    """
+    is_theirs = type(module).__module__.startswith("transformers.")
+    private = name.startswith("_") or name == "name_or_path"
+    return (is_theirs and private) or name == "_is_hf_initialized"  # on torch's own layers too
+
+
 def _is_setting(module: nn.Module, name: str, value: Any) -> bool:
-    if name in _OWN_ATTRIBUTES:
-        return False
-    # transformers keeps its books in private attributes; those of adapters switch them on and off
-    if name.startswith("_") and type(module).__module__.startswith("transformers."):
+    if name in _OWN_ATTRIBUTES or is_bookkeeping(module, name):
         return False
     # `ModuleStamp` and others watch methods that replace those of the class
     return not callable(getattr(type(module), name, None)) and _is_plain_value(value)
@@ -167,6 +174,21 @@ def has_hooks(attributes: Iterable[dict[str, Any]]) -> bool:
     return any(map(any, map(_hooks_of, attributes)))
 
 
+def hooks_in(attributes: Iterable[dict[str, Any]]) -> list[Any]:
+    """The hooks of these modules, given by their dictionaries."""
+    kinds = itertools.chain.from_iterable(map(_hooks_of, attributes))
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
+def is_capturing(hook: Any) -> bool:
+    """Whether a hook is transformers' own, which does nothing unless hidden states are asked for.
+
+    Arguments of the forward say whether they are.
+    """
+    is_theirs = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_theirs and getattr(hook, "__name__", "") == "output_capturing_hook"
+
+
 class ModuleStructure:
     """A record of the layers inside a module, to detect replaced layers, hooks and forwards.
 
@@ -203,10 +225,7 @@ class ModuleStructure:
 
     def hooks(self) -> list[Any]:
         """The hooks of the layers inside the module."""
-        if not has_hooks(self._attributes):
-            return []
-        kinds = itertools.chain.from_iterable(map(_hooks_of, self._attributes))
-        return [hook for hooks in kinds for hook in hooks.values()]
+        return hooks_in(self._attributes) if has_hooks(self._attributes) else []
 
     def observed(self) -> list[int]:
         """Positions of the layers inside that have hooks, and of those with a foreign forward.

@@ -1,0 +1,183 @@
+"""Loads modules of transformers strictly from the tensors of any checkpoint around them."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backbone.checkpoint import (
+    LoadingInfo,
+    StateDict,
+    as_dtype,
+    check_dtypes,
+    rename,
+    shapes_only,
+    some,
+)
+from .transformers_config import transformers
+
+# norms of maps, which exist for the selected stages only, and which classifiers lack
+STAGE_NORMS = "hidden_states_norms."
+
+
+def _dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
+
+
+def load_module(
+    model_class: Any,
+    config: Any,
+    state: StateDict,
+    name: str,
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Any, LoadingInfo]:
+    """Loads a module of transformers strictly, in eval mode, on the CPU.
+
+    Args:
+        model_class: of transformers.
+        config: of transformers.
+        state: tensors of a checkpoint, of the module or of a model around it.
+        name: of the checkpoint, for messages.
+        dtype: of the weights; default (or "auto"): that of the checkpoint.
+
+    Returns:
+        The module, and the use of the tensors; `initialized` are norms of maps, not yet with their
+        values.
+
+    Raises:
+        ValueError: the weights do not fit; lists what is missing or misshapen.
+    """
+    what = f"{model_class.__name__} from {name!r}"
+    with shapes_only():
+        empty = model_class(config)
+    if config.model_type in _DETECTORS:
+        state = rename(state, _detector_name)
+    found, prefix, outside = inside(state, _names(empty), what)
+    weights = [n for n, tensor in empty.state_dict().items() if tensor.is_floating_point()]
+    check_dtypes(found, weights, what)
+    with quiet():
+        try:
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=found,
+                output_loading_info=True,
+                dtype=as_dtype(dtype) or _dtype_of(found.values()),
+            )
+        except RuntimeError as error:  # of shapes
+            raise ValueError(f"The weights do not fit {what}. {error}") from error
+    _mend_pixio(model, found)
+    optional = {n for n in info["missing_keys"] if n.endswith("num_batches_tracked")}
+    initialized = sorted(n for n in info["missing_keys"] if n.startswith(STAGE_NORMS))
+    missing = sorted(info["missing_keys"] - optional - _mended(model) - {*initialized})
+    shapes = [
+        f"{n}: {list(theirs)} in the checkpoint, {list(ours)} in the model"
+        for n, theirs, ours in info["mismatched_keys"]
+    ]
+    problems = [f"missing: {some(missing)}"] if missing else []
+    problems += [f"of the wrong shape: {some(shapes)}"] if shapes else []
+    if problems:
+        raise ValueError(f"The weights do not fit {what}. " + "\n".join(problems))
+    unused = sorted({*outside, *info["unexpected_keys"]})
+    return model.eval(), LoadingInfo(prefix, unused, initialized)
+
+
+# their detectors save layers under older names, which upstream renames for the detector only
+_DETECTORS = ("lw_detr_vit", "rf_detr_dinov2")
+_RENAMED = {
+    ".attention.attention.query.": ".attention.q_proj.",
+    ".attention.attention.key.": ".attention.k_proj.",
+    ".attention.attention.value.": ".attention.v_proj.",
+    ".attention.output.dense.": ".attention.o_proj.",
+    ".attention.output.": ".attention.o_proj.",
+}
+
+
+def _detector_name(name: str) -> str:
+    for old, new in _RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _names(model: Any) -> set[str]:
+    """Names of a module's tensors, in memory and in files of transformers, or of its base model."""
+    state = model.state_dict()
+    names = set(state)
+    with suppress(Exception):  # internals of transformers, which may move
+        internals = import_module(f"{transformers().__name__}.core_model_loading")
+        names |= set(internals.revert_weight_conversion(model, state))
+    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+
+
+def inside(
+    state: StateDict, expected: Collection[str], what: str
+) -> tuple[StateDict, str, list[str]]:
+    """Finds a module of transformers in a checkpoint, whose names may be older than the module's.
+
+    Args:
+        state: names and tensors of the checkpoint.
+        expected: names of the module's tensors, some of which the checkpoint has.
+        what: the module, for the error.
+
+    Returns:
+        Its tensors without the prefix, the prefix, and the names of the others.
+
+    Raises:
+        ValueError: the module is not in the checkpoint, or more than once.
+    """
+    votes: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in expected:
+                votes["".join(f"{part}." for part in parts[:start])] += 1
+    if not votes:
+        raise ValueError(
+            f"The checkpoint holds no {what}: it has none of its tensors, with or without a "
+            f"prefix. It holds {some(sorted(state))}"
+        )
+    best = [prefix for prefix, count in votes.items() if count == max(votes.values())]
+    prefix = min(best, key=len)  # upstream finds its own part below the prefix of a base model
+    if not all(other.startswith(prefix) for other in best):
+        raise ValueError(f"The checkpoint holds more than one {what}: under {sorted(best)}")
+    found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    return found, prefix, sorted(n for n in state if not n.startswith(prefix))
+
+
+def _mended(model: Any) -> set[str]:
+    return {"layernorm.weight", "layernorm.bias"} if hasattr(model, "pixio") else set()
+
+
+@torch.no_grad()
+def _mend_pixio(model: Any, state: StateDict) -> None:
+    """Gives a PixioBackbone the final norm of its checkpoint.
+
+    Upstream loads the norm of a PixioModel into another layer and leaves the norm of the maps as
+    it was built, and swaps the two of a checkpoint that a PixioBackbone saved.
+    """
+    if not hasattr(model, "pixio"):
+        return
+    for part in ("weight", "bias"):
+        norm = state[f"layernorm.{part}"]
+        model.get_parameter(f"layernorm.{part}").copy_(norm)
+        whole = state.get(f"encoder.layernorm.{part}", norm)
+        model.get_parameter(f"pixio.layernorm.{part}").copy_(whole)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers from drawing progress bars and tables of names, which errors here have."""
+    logging = transformers().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

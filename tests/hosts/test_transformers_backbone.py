@@ -1,0 +1,323 @@
+"""TransformersBackbone: what it mends of upstream, its options, its errors."""
+
+import json
+import pickle
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hub_server import HubServer
+from reference_models import images, randomize_
+from safetensors.torch import load_file, save_file
+from tiny_types import FIELDS, config, upstream
+from tolerance import assert_equals_upstream
+
+from fastbb import AutoBackbone, AutoConfig, FeatureExtractor, ImageProcessor
+from fastbb.backbone.hub import ConfigFile
+from fastbb.images.spec import ImageProcessorSpec
+from fastbb_kernels.accuracy import FP32_REL
+
+transformers = pytest.importorskip("transformers")
+
+PIXELS = images(32, 32)
+
+
+def maps(backbone: Any) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return list(backbone(PIXELS).feature_maps)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def swinv2(tmp_path: Path) -> Any:
+    return AutoBackbone.from_pretrained(saved(upstream("swinv2"), tmp_path / "swinv2"))
+
+
+# --- upstream's defects, beside upstream
+
+
+def test_default_configuration_of_focalnet_builds() -> None:
+    theirs = transformers.FocalNetConfig()
+    with pytest.raises(TypeError, match="can only concatenate list"), torch.device("meta"):
+        transformers.AutoBackbone.from_config(theirs)
+    with torch.device("meta"):
+        assert AutoBackbone.from_config(theirs).channels == [768]
+
+
+def test_stages_of_hiera_may_change(tmp_path: Path) -> None:
+    theirs = upstream("hiera")
+    ours = AutoBackbone.from_pretrained(saved(theirs, tmp_path))
+    theirs.out_features = ["stage1"]
+    with pytest.raises(KeyError, match="stage1"):
+        theirs(PIXELS)
+    with pytest.warns(UserWarning, match="The checkpoint has no norm for stage1"):
+        ours.out_features = ["stage1", "stage2"]
+    first, second = maps(ours)
+    want = upstream("hiera", out_features=["stage1", "stage2"])
+    want.load_state_dict(theirs.state_dict(), strict=False)
+    torch.nn.init.ones_(want.hidden_states_norms["stage1"].weight)
+    torch.nn.init.zeros_(want.hidden_states_norms["stage1"].bias)
+    for ours_map, theirs_map in zip((first, second), maps(want), strict=True):
+        assert_equals_upstream(ours_map, theirs_map, FP32_REL)
+    ours.out_features = ["stage2"]  # norms of other stages are not written
+    ours.save_pretrained(tmp_path / "again")
+    names = load_file(tmp_path / "again" / "model.safetensors")
+    assert {n for n in names if "norms" in n} == {
+        f"hidden_states_norms.stage2.{p}" for p in ("weight", "bias")
+    }
+
+
+def test_final_norm_of_pixio_is_loaded(tmp_path: Path) -> None:
+    made = randomize_(transformers.PixioModel(config("pixio")))
+    folder = saved(made, tmp_path / "model")
+    exact = made(PIXELS).last_hidden_state[:, 2:].transpose(1, 2).reshape(2, 32, 4, 4).detach()
+    theirs = transformers.PixioBackbone.from_pretrained(folder).eval()
+    assert not torch.allclose(maps(theirs)[0], exact, atol=1e-3)  # its norm is not loaded
+    ours = AutoBackbone.from_pretrained(folder)
+    assert_equals_upstream(maps(ours)[0], exact, FP32_REL)
+
+    backbone = upstream("pixio")
+    folder = saved(backbone, tmp_path / "backbone")
+    again = transformers.PixioBackbone.from_pretrained(folder).eval()
+    assert not torch.allclose(maps(again)[0], maps(backbone)[0], atol=1e-3)  # norms are swapped
+    ours = AutoBackbone.from_pretrained(folder)
+    assert_equals_upstream(maps(ours)[0], maps(backbone)[0], FP32_REL)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields"),
+    [("hgnet_v2", {}), ("pp_lcnet", {"scale": 0.7}), ("uvdoc_backbone", {})],
+)
+def test_channels_are_those_of_the_maps(model_type: str, fields: dict[str, Any]) -> None:
+    theirs = upstream(model_type, **fields)
+    ours = AutoBackbone.from_config(theirs.config)
+    ours.out_indices = list(range(len(ours.stage_names)))
+    found = [m.shape[1] for m in maps(ours.eval())]
+    assert ours.channels == found != list(theirs.num_features)
+
+
+# --- its options
+
+
+def test_hidden_states_attentions_and_tuples_are_upstreams(tmp_path: Path, swinv2: Any) -> None:
+    theirs = transformers.Swinv2Backbone.from_pretrained(tmp_path / "swinv2").eval()
+    options: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        got, want = swinv2(PIXELS, **options), theirs(PIXELS, **options)
+        chosen = swinv2(PIXELS, output_hidden_states=[1]).hidden_states
+        (only,) = swinv2(PIXELS, return_dict=False)
+    for name in ("feature_maps", "hidden_states", "attentions"):
+        for x, y in zip(got[name], want[name], strict=True):
+            assert torch.equal(x, y), name
+    assert [state is None for state in chosen] == [True, False, True]
+    assert torch.equal(only[0], got.feature_maps[0])
+
+
+def test_flags_of_upstream_are_kept(tmp_path: Path) -> None:
+    theirs = upstream("tipsv2_vision_model", reshape_hidden_states=False, out_indices=[1, 3])
+    ours = AutoBackbone.from_pretrained(saved(theirs, tmp_path))
+    for x, y in zip(maps(ours), maps(theirs), strict=True):
+        assert x.ndim == 3 and torch.equal(x, y)
+    plain = AutoBackbone.from_pretrained(tmp_path, apply_layernorm=False)
+    assert not torch.allclose(maps(plain)[0], maps(ours)[0])
+    with pytest.raises(TypeError, match="'tipsv2_vision_model' has no field apply_layernrm; its f"):
+        AutoBackbone.from_pretrained(tmp_path, apply_layernrm=False)
+
+
+def test_copies_may_return_other_stages(swinv2: Any) -> None:
+    from fastbb.engine.computation import without_engine
+
+    other = without_engine(swinv2)
+    other.out_features = ["stem", "stage1"]
+    assert len(maps(other)) == 2 and len(maps(swinv2)) == 1
+    assert torch.equal(maps(pickle.loads(pickle.dumps(other)))[1], maps(other)[1])
+
+
+def test_hooks_of_upstream_keep_no_backbone_from_its_engine() -> None:
+    pixio = AutoBackbone.from_config(config("pixio")).eval()
+    assert any(m._forward_hooks for m in pixio.modules())  # capture hidden states
+    prepared = pixio.prepare()
+    assert torch.equal(maps(prepared)[0], maps(pixio)[0])
+    assert "hooks" not in str(prepared.explain())
+    handle = pixio.model.pixio.register_forward_hook(lambda *_: None)
+    maps(prepared)
+    assert "layers have hooks" in str(prepared.explain())
+    handle.remove()
+
+
+def test_verify_holds_it_to_upstream(swinv2: Any) -> None:
+    report = swinv2.verify(inputs=PIXELS)
+    assert report.passed and "Swinv2Backbone" in report.reference
+    with torch.no_grad():
+        swinv2.model.embeddings.norm.bias.add_(1)  # of ours and of upstream's, which gets it
+    assert swinv2.verify(inputs=PIXELS).passed
+
+    def wrong(module: Any, args: Any, output: Any) -> Any:
+        output.feature_maps = tuple(m * 1.001 for m in output.feature_maps)
+        return output
+
+    swinv2.model.register_forward_hook(wrong)
+    assert not swinv2.verify(inputs=PIXELS).passed
+
+
+def test_gradients_and_training_reach_upstreams_parameters(swinv2: Any) -> None:
+    swinv2.train()
+    swinv2(PIXELS).feature_maps[0].sum().backward()
+    assert all(p.grad is not None for p in swinv2.parameters())
+
+
+# --- bad input
+
+
+def test_missing_and_misshapen_weights_are_listed(tmp_path: Path) -> None:
+    folder = saved(upstream("bit"), tmp_path)
+    state = load_file(folder / "model.safetensors")
+    name = "encoder.stages.0.layers.0.conv1.weight"
+    save_file({n: t for n, t in state.items() if name not in n}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"do not fit BitBackbone .*missing: .*{name}"):
+        AutoBackbone.from_pretrained(folder)
+    key = next(n for n in state if name in n)
+    save_file({**state, key: torch.zeros(1, 2, 3, 4)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="do not fit BitBackbone"):
+        AutoBackbone.from_pretrained(folder)
+    save_file({"other.weight": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="The checkpoint holds no BitBackbone"):
+        AutoBackbone.from_pretrained(folder)
+
+
+def test_code_of_a_checkpoint_never_runs(tmp_path: Path) -> None:
+    folder = saved(upstream("swinv2"), tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    mark = tmp_path / "ran"
+    (folder / "modeling.py").write_text(f"open({str(mark)!r}, 'w')")
+    values["auto_map"] = {"AutoBackbone": "modeling.Mine", "AutoConfig": "modeling.MyConfig"}
+    (folder / "config.json").write_text(json.dumps(values))
+    for load in (AutoBackbone.from_pretrained, AutoConfig.from_pretrained, ConfigFile.read):
+        with pytest.raises(ValueError, match="needs code of its own .*fastbb runs no code"):
+            load(folder)
+    own = AutoConfig.for_model("swinv2", **FIELDS["swinv2"])
+    assert maps(AutoBackbone.from_pretrained(folder, config=own)) and not mark.exists()
+
+
+def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
+    hiera = AutoBackbone.from_config(config("hiera"))
+    with pytest.raises(
+        ValueError, match="hiera takes images of its .* size only, 32x32, got 64x32"
+    ):
+        hiera(images(64, 32))
+    vitdet = AutoBackbone.from_config(config("vitdet"))
+    with pytest.raises(ValueError, match="at least one patch of 8x8 pixels, got 32x7"):
+        vitdet(images(32, 7))
+
+
+def test_configuration_that_upstream_refuses() -> None:
+    with pytest.raises(ValueError, match="transformers refuses the configuration"):
+        AutoConfig.for_model("swinv2", depths="two")
+
+
+def test_without_transformers_one_sentence_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(upstream("swinv2"), tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"not installed: pip install 'transformers>=5\.9'"):
+        AutoBackbone.from_pretrained(folder)
+
+
+# --- features
+
+
+@pytest.mark.parametrize(
+    ("model_type", "model"),
+    [
+        ("bit", "BitModel"),
+        ("focalnet", "FocalNetModel"),
+        ("hiera", "HieraModel"),
+        ("pixio", "PixioModel"),
+        ("sapiens2", "Sapiens2Model"),
+        ("swinv2", "Swinv2Model"),
+        ("textnet", "TextNetModel"),
+        ("tipsv2_vision_model", "Tipsv2VisionModel"),
+    ],
+)
+def test_the_embedding_is_upstreams_pooler_output(
+    model_type: str, model: str, tmp_path: Path
+) -> None:
+    made = randomize_(getattr(transformers, model)(config(model_type)))
+    extractor = FeatureExtractor(saved(made, tmp_path), "embedding", processor=processor())
+    with torch.no_grad():
+        want = made(PIXELS).pooler_output.flatten(1)
+        got = extractor._models[0].features(PIXELS)["embedding"]
+    assert_equals_upstream(got, want, FP32_REL)
+
+
+def processor() -> ImageProcessor:
+    return ImageProcessor(
+        ImageProcessorSpec(
+            image_processor_type="ViTImageProcessor", reference="hf", resize="exact", size=(32, 32)
+        )
+    )
+
+
+def test_tokens_and_the_class_token_are_upstreams(tmp_path: Path) -> None:
+    made = randomize_(transformers.PixioModel(config("pixio")))
+    names = ["cls", "patch_mean", "tokens"]
+    extractor = FeatureExtractor(saved(made, tmp_path), names, processor=processor())
+    with torch.no_grad():
+        want = made(PIXELS).last_hidden_state
+        got = extractor._models[0].features(PIXELS)
+    assert_equals_upstream(got["tokens"], want, FP32_REL)
+    assert_equals_upstream(got["cls"], want[:, 0], FP32_REL)
+    assert_equals_upstream(got["patch_mean"], want[:, 2:].mean(1), FP32_REL)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "features", "problem"),
+    [
+        (
+            "hgnet_v2",
+            "embedding",
+            "embedding: transformers' hgnet_v2 is a backbone alone; .*pooled",
+        ),
+        ("pvt_v2", "embedding", "embedding: transformers' PvtV2Model has no pooler_output; .*pool"),
+        ("swinv2", "embedding", "embedding: the checkpoint lacks a trained part of .*layernorm"),
+        ("swinv2", "cls", "cls: transformers' swinv2 has no class token"),
+        ("swinv2", "projection", "projection: transformers' swinv2 has none"),
+    ],
+)
+def test_missing_features_are_errors(
+    model_type: str, features: str, problem: str, tmp_path: Path
+) -> None:
+    folder = saved(upstream(model_type), tmp_path)
+    with pytest.raises(ValueError, match=problem):
+        FeatureExtractor(folder, features, processor=processor())
+
+
+def test_changed_weights_have_no_embedding_of_the_checkpoint(tmp_path: Path) -> None:
+    made = randomize_(transformers.Swinv2Model(config("swinv2")))
+    ours = AutoBackbone.from_pretrained(saved(made, tmp_path))
+    FeatureExtractor(ours, "embedding", processor=processor())
+    with torch.no_grad():
+        next(ours.model.parameters()).add_(1)
+    with pytest.raises(ValueError, match="of this backbone is not its checkpoint's"):
+        FeatureExtractor(ours, "embedding", processor=processor())
+
+
+def test_nothing_is_printed_while_loading(
+    tmp_path: Path, hub: HubServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = saved(
+        randomize_(transformers.Swinv2ForImageClassification(config("swinv2"))), tmp_path
+    )
+    capfd.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoBackbone.from_pretrained(folder)
+    assert capfd.readouterr() == ("", "")
