@@ -86,7 +86,8 @@ class TransformersBackbone(Backbone):
         if output_attentions is None:
             output_attentions = config.output_attentions
         options = {name: v for name, v in kwargs.items() if name in self._options and v is not None}
-        only_maps = not (output_hidden_states or output_attentions or options)
+        more = output_hidden_states or output_attentions or options
+        only_maps = not (more or getattr(config, "return_class_token", False))
         if self._engine is not None and only_maps:
             output = BackboneOutput(self._engine(pixel_values))
         else:

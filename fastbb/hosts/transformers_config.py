@@ -13,6 +13,8 @@ from .model_types import BACKBONE_TYPES, OLDEST
 Config = TypeVar("Config", bound="TransformersBackboneConfig")
 
 _SELECTION = {"out_features", "out_indices"}
+# fields that a model of transformers reads, and its configuration does not declare
+_UNDECLARED = {"sapiens2": ("return_class_token",)}
 # of every configuration of transformers: written by it, or said by a call
 _NOT_OF_THE_MODEL = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type"),
@@ -134,7 +136,7 @@ class TransformersBackboneConfig(BackboneConfig):
             for name in _SELECTION:
                 values.pop(name, None)
         model_type = values.pop("model_type")
-        known = {*config_class(model_type)().to_dict(), *values}
+        known = {*config_class(model_type)().to_dict(), *values, *_UNDECLARED.get(model_type, ())}
         if unknown := sorted(overrides.keys() - known):
             fields = ", ".join(sorted(known - _NOT_OF_THE_MODEL))
             raise TypeError(
