@@ -38,6 +38,7 @@ from .vit_positions import (
     Rotation,
     patch_grid,
 )
+from .vit_timm import timm_upstream
 
 CONFIGS = (
     Dinov2Config,
@@ -407,4 +408,6 @@ def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> lis
     return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]
 
 
-register(Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream))
+register(
+    Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream, timm_upstream=timm_upstream)
+)
