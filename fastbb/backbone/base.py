@@ -163,7 +163,7 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
         return self.returned_maps(stages, pixel_values)
 
     def returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
-        """Computes the maps of `out_features` from what `forward_stages` returned for the pixels."""
+        """Computes the maps of `out_features` from the hidden states of stages."""
         height, width = pixel_values.shape[2:]
         return tuple(
             self.feature_map(name, stages[name], (height, width)) for name in self.out_features
