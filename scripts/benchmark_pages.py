@@ -35,6 +35,17 @@ PAGE, PICTURE = PAGES / "traffic.md", DOCS / "ledger.png"
 
 STAGES = (1, 2, 3, 4)
 SWIN_S = {"model_type": "swin", "depths": [2, 2, 18, 2]}
+VIT_B = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+VIT_S = {**VIT_B, "hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6}
+TRAINED_AT_518 = {"image_size": 518, "patch_size": 14}
+CONVNEXT_T = {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3], "image_size": 224}
 CONFIGS: dict[str, dict[str, Any]] = {
     "Swin-T": {"model_type": "swin"},
     "Swin-S": SWIN_S,
@@ -53,6 +64,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_sizes": [64, 128, 256, 512],
     },
     "ResNet-101": {"model_type": "resnet", "depths": [3, 4, 23, 3]},
+    "DINOv2-S": {"model_type": "dinov2", **VIT_S, **TRAINED_AT_518},
+    "DINOv2-B": {"model_type": "dinov2", **VIT_B, **TRAINED_AT_518},
+    "DINOv3-S": {"model_type": "dinov3_vit", **VIT_S, "num_register_tokens": 4},
+    "DINOv3-B": {"model_type": "dinov3_vit", **VIT_B, "num_register_tokens": 4},
+    "BEiT-B": {
+        "model_type": "beit",
+        **VIT_B,
+        "use_absolute_position_embeddings": False,
+        "use_relative_position_bias": True,
+    },
+    "ConvNeXt-T": {"model_type": "convnext", **CONVNEXT_T},
+    "ConvNeXtV2-T": {"model_type": "convnextv2", **CONVNEXT_T},
 }
 BACKBONES = (
     "Swin-T ResNet-50 --random-weights --out-indices 1,2,3,4 --batch 1,8 --precision fp32,bf16 "
@@ -83,6 +106,13 @@ COUNTED: dict[str, tuple[str, tuple[int, int], int]] = {
     "ResNet-18, 224, batch 64": ("ResNet-18", (224, 224), 64),
     "ResNet-101, 224, batch 64": ("ResNet-101", (224, 224), 64),
     "timm's ResNet-50-D, 224, batch 64": ("resnet50d", (224, 224), 64),
+    **{
+        f"{name}, 224, batch 64": (name, (224, 224), 64)
+        for name in (
+            *("DINOv2-S", "DINOv2-B", "DINOv3-S", "DINOv3-B", "BEiT-B"),
+            *("ConvNeXt-T", "ConvNeXtV2-T"),
+        )
+    },
 }
 DRAWN = ("Swin-T, 224, batch 64", "ResNet-50, 224, batch 64")
 
@@ -127,7 +157,9 @@ def count(title: str, folder: Path) -> Traffic:
     """Counts a model of `COUNTED`, of which the folder has the directory."""
     name, size, batch = COUNTED[title]
     model = str(folder / name) if name in CONFIGS else name
-    return replace(count_traffic(model, size, batch, STAGES), title=title)
+    layers = CONFIGS.get(name, {}).get("num_hidden_layers")
+    stages = STAGES if layers is None else (layers,)  # maps of a ViT are of one size
+    return replace(count_traffic(model, size, batch, stages), title=title)
 
 
 def with_table(page: str, table: str) -> str:

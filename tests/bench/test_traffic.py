@@ -43,6 +43,13 @@ TITLES = {
     "resnet18": "ResNet-18, 224, batch 64",
     "resnet101": "ResNet-101, 224, batch 64",
     "resnet50d": "timm's ResNet-50-D, 224, batch 64",
+    "dinov2_s": "DINOv2-S, 224, batch 64",
+    "dinov2_b": "DINOv2-B, 224, batch 64",
+    "dinov3_s": "DINOv3-S, 224, batch 64",
+    "dinov3_b": "DINOv3-B, 224, batch 64",
+    "beit_b": "BEiT-B, 224, batch 64",
+    "convnext_t": "ConvNeXt-T, 224, batch 64",
+    "convnextv2_t": "ConvNeXtV2-T, 224, batch 64",
 }
 
 
@@ -124,6 +131,24 @@ UPSTREAM = {
     ("resnet50d", TIMM_OWN): (11_197_095_616, 291),
     ("resnet50d", "timm"): (11_197_095_616, 291),
 }
+
+
+# most bytes of a forward pass, of those of transformers
+SHARES = {
+    "dinov2_s": 0.52,
+    "dinov2_b": 0.52,
+    "dinov3_s": 0.34,
+    "dinov3_b": 0.34,
+    "beit_b": 0.52,
+    "convnext_t": 0.23,
+    "convnextv2_t": 0.28,
+}
+
+
+@pytest.mark.parametrize("model", SHARES)
+def test_traffic_is_at_most_a_share_of_upstreams(model: str) -> None:
+    ours, theirs = (n_bytes(launches_of(model, way)) for way in (DEFAULT, TRANSFORMERS))
+    assert ours <= SHARES[model] * theirs
 
 
 @pytest.mark.parametrize(("model", "way"), UPSTREAM)
