@@ -24,6 +24,11 @@ class FinalNorm:
         """The norm after the last stage, or None if the model has none."""
         return None
 
+    @property
+    def norms_tokens(self) -> bool:
+        """Whether the final norm is of tokens, and not only of what is pooled from them."""
+        return True
+
     def final_state(self, hidden_state: Tensor) -> Tensor:
         """Normalizes the hidden state of the last stage by the final norm.
 

@@ -140,6 +140,8 @@ class BackboneModel(FeatureModel):
         used = {*stored, pooled}
         maps = tuple(name for name in backbone.stage_names if name in used)
         self.backbone = without_engine(backbone)
+        if not getattr(self.backbone.config, "reshape_hidden_states", True):
+            self.backbone.config.reshape_hidden_states = True  # of its own copy: features are maps
         super().__init__(self.backbone, _Stages(self.backbone, maps, tuple(last)))
         self._maps, self._last = maps, last
         self._full, self._norm, self._stored, self._pooled = full, norm, stored, pooled
@@ -193,15 +195,21 @@ def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) ->
         raise ValueError(
             f"cls: a {what} has no class token; ask for --features embedding, patch_mean or pooled"
         )
-    ends = {"embedding", "projection"} & set(full)
+    if tokens and norm == "final" and not backbone.norms_tokens:
+        raise ValueError(
+            f"{tokens[0]}: this {what} normalizes only after it pooled its tokens: ask for them "
+            "with --norm none, or for --features embedding"
+        )
+    ends = [name for name in full if name not in tokens]
     if (ends or norm == "final") and backbone.lacks_final_norm:
-        raise ValueError(f"{full[0]}: {_no_final_norm(backbone)}")
+        without = "" if ends else "ask for --norm none, or "
+        raise ValueError(f"{full[0]}: {_no_final_norm(backbone)}; {without}{POOLED_OR_MAPS}")
 
 
 def _no_final_norm(backbone: Backbone) -> str:
     return (
         f"the checkpoint of this {type(backbone).__name__} has no trained final norm, as it was "
-        f"trained or saved without a head; {POOLED_OR_MAPS}"
+        "trained or saved without a head"
     )
 
 
@@ -556,7 +564,7 @@ def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:
     check_modules(module, layers)
     late = [layer for layer in layers if layer.partition(".")[0] not in _STAGES]
     if late and backbone.lacks_final_norm:
-        raise ValueError(f"layer:{late[0]}: {_no_final_norm(backbone)}")
+        raise ValueError(f"layer:{late[0]}: {_no_final_norm(backbone)}; {POOLED_OR_MAPS}")
     return module.to(backbone.device, backbone.dtype).eval()
 
 

@@ -5,7 +5,7 @@ Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`
 states of `ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone.base import Backbone
-from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, strip_prefix
+from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, matches, strip_prefix
 from ..backbone.configuration import BackboneConfig
 from ..backbone.registry import Family, TransformersModel, register
 from .parts import CalledModules, Refused, kept_parts, untouched
@@ -52,6 +52,11 @@ CONFIGS = (
 )
 
 
+# modules after the layers that a checkpoint may lack, and those that are outside of the root
+_OPTIONAL_ENDS = ("pooler.", "beit.pooler.", "visual_projection.")
+_BESIDE = ("visual_projection.", "fpn.")
+
+
 class ViTBackbone(Backbone):
     """A ViT with transformers' parameter names. Calls may have images of different sizes.
 
@@ -68,7 +73,7 @@ class ViTBackbone(Backbone):
     config_class = ViTFamilyConfig
     config: ViTFamilyConfig
     # `mask_token` is of training by masked patches
-    optional_weights = ("*mask_token", "pooler.*", "beit.pooler.*", "visual_projection.*")
+    optional_weights = ("*mask_token", *(f"{end}*" for end in _OPTIONAL_ENDS))
     unused_weights = ("*mask_token", "*position_ids", "*relative_position_index", "*inv_freq")
     has_tokens = True
     visual_projection: nn.Module | None
@@ -84,12 +89,11 @@ class ViTBackbone(Backbone):
         self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra(config)
         build_layers(self, config)
         build_ends(self, config)
-        self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
         self._init_weights()
 
     @property
     def has_projection(self) -> bool:  # type: ignore[override]  # depends on the checkpoint
-        return self.visual_projection is not None or self.head is not None
+        return self._end("visual_projection") is not None or self.head is not None
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -227,19 +231,32 @@ class ViTBackbone(Backbone):
         if len(maps) != 4:
             raise ValueError(
                 f"the feature pyramid (add_fpn) is computed of four maps, got {len(maps)}: choose "
-                "four out_indices, or load the model with add_fpn=False"
+                "four out_indices, ask for --features maps of all four, or load the model with "
+                "add_fpn=False"
             )
         return self.fpn(maps)
 
+    def _end(self, name: str) -> nn.Module | None:
+        """A module after the layers, or None if the checkpoint lacks it."""
+        # a copy that shares the modules has no attribute of one that was dropped later
+        return getattr(self, name, None)
+
     def _pooler(self) -> nn.Module | None:
         """Computes the image embedding, or None if that is the class token."""
-        return part(self, f"{self.names.root}pooler")
+        return getattr(
+            part(self, self.names.root[:-1]) if self.names.root else self, "pooler", None
+        )
 
     @property
     def final_norm(self) -> Any:
-        norm = part(self, self.names.norm)
         # the norm of the mean of the patches stands in for that of tokens
-        return getattr(self._pooler(), "layernorm", None) if isinstance(norm, nn.Identity) else norm
+        if not self.norms_tokens:
+            return getattr(self._pooler(), "layernorm", None)
+        return part(self, self.names.norm)
+
+    @property
+    def norms_tokens(self) -> bool:
+        return not isinstance(part(self, self.names.norm), nn.Identity)
 
     @property
     def lacks_final_norm(self) -> bool:
@@ -264,8 +281,8 @@ class ViTBackbone(Backbone):
         return final_state[:, 0]
 
     def projection_of(self, final_state: Tensor) -> Tensor:
-        embedding = self.embedding_of(final_state)
-        return embedding if self.visual_projection is None else self.visual_projection(embedding)
+        embedding, projection = self.embedding_of(final_state), self._end("visual_projection")
+        return embedding if projection is None else projection(embedding)
 
     def tokens_of(self, state: Tensor) -> Tensor:
         return state
@@ -274,7 +291,7 @@ class ViTBackbone(Backbone):
         return state[:, self.n_prefix_tokens :].float().mean(1)
 
     def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
-        ends = () if final else (*self._optional_ends(), "head.")
+        ends = () if final else (*_OPTIONAL_ENDS, "head.")
         if not final and not (self.config.apply_layernorm and maps):
             ends += (f"{self.names.norm}.",)
         return {
@@ -283,39 +300,32 @@ class ViTBackbone(Backbone):
             if not name.startswith(ends) and not name.endswith("mask_token")
         }
 
-    def _optional_ends(self) -> tuple[str, ...]:
-        """Modules that a checkpoint may lack, with a dot."""
-        return f"{self.names.root}pooler.", "visual_projection."
-
     def init_optional_weights(self) -> None:
         for name, parameter in list(self.named_parameters()):
-            if name.endswith("mask_token") or name.startswith(self._optional_ends()):
+            if matches(name, self.optional_weights):
                 put(self, name, nn.Parameter(torch.zeros(parameter.shape)))
 
     def report_loading(self, name: str, info: LoadingInfo) -> None:
         super().report_loading(name, info)
-        for end in self._optional_ends():
-            if any(initialized.startswith(end) for initialized in info.initialized):
-                put(self, end[:-1], None)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        self._loads_strictly = strict
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._loads_strictly = True
+        self._drop_ends(info.initialized)
 
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Accepts state dicts without the ends that a checkpoint may lack."""
-        if self._loads_strictly and f"{prefix}{self._first_name()}" in state_dict:
-            for end in self._optional_ends():
-                if not any(name.startswith(prefix + end) for name in state_dict):
-                    put(self, end[:-1], None)
+        """Drops ends that the checkpoint of a whole backbone lacks, as they would be untrained.
+
+        A part of the weights (those of an adapter) leaves all modules as they are.
+        """
+        missing = [name for name in self.state_dict() if prefix + name not in state_dict]
+        if all(matches(name, self.optional_weights) for name in missing):
+            self._drop_ends(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _drop_ends(self, missing: Sequence[str]) -> None:
+        """Drops the modules after the layers of which a weight is missing."""
+        for end in _OPTIONAL_ENDS:
+            if any(name.startswith(end) for name in missing):
+                put(self, end[:-1], None)
 
     def _first_name(self) -> str:
         """The name of a weight that every checkpoint has."""
@@ -359,9 +369,6 @@ class ViTBackbone(Backbone):
     @classmethod
     def config_classes(cls) -> dict[str, type[BackboneConfig]]:
         return {config.model_type: config for config in CONFIGS}
-
-
-_BESIDE = ("visual_projection.", "fpn.")
 
 
 def _upstream(backbone: ViTBackbone) -> TransformersModel:

@@ -280,4 +280,7 @@ def part(owner: Any, path: str) -> Any:
 def put(owner: nn.Module, path: str, value: nn.Module | nn.Parameter | None) -> None:
     """Sets the attribute of an attribute ... of a module, by its path with dots."""
     *outer, name = path.split(".")
-    setattr(reduce(getattr, outer, owner), name, value)
+    owner = reduce(getattr, outer, owner)
+    if value is None and name in owner._modules:
+        delattr(owner, name)  # torch ignores weights of a module that is None
+    setattr(owner, name, value)

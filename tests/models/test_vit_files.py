@@ -9,7 +9,7 @@ import torch
 from reference_models import from_hf, hf_pair, images, randomize_
 from safetensors.torch import load_file, save_file
 from tolerance import assert_equals_upstream
-from vit_models import SHAPE, TYPES, hf_vit, hf_vit_model, upstream_class, vit_config
+from vit_models import SHAPE, TYPES, hf_vit, hf_vit_model, patches, upstream_class, vit_config
 
 from fastbb import AutoBackbone
 from fastbb.extraction.models import BackboneModel, LayerModel, upstream_model
@@ -68,6 +68,22 @@ def test_without_weights_of_a_pooler_the_embedding_is_the_class_token(
     assert again.pooler is None
     ours.save_pretrained(tmp_path)
     assert AutoBackbone.from_pretrained(tmp_path).pooler is None
+
+
+def test_an_end_whose_weights_are_missing_is_dropped_or_left_but_never_ignored() -> None:
+    state = from_hf(hf_vit_model("vit")).state_dict()
+    lost = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
+    ours = from_hf(hf_vit_model("vit"))
+    around = torch.nn.ModuleDict({"backbone": ours})
+    part = {"backbone.layernorm.weight": state["layernorm.weight"]}
+    embeddings = {f"backbone.{n}": t for n, t in state.items() if n.startswith("embeddings.")}
+    around.load_state_dict({**part, **embeddings}, strict=False)
+    assert ours.pooler is not None
+    around.load_state_dict({f"backbone.{name}": tensor for name, tensor in lost.items()})
+    assert ours.pooler is None
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"pooler\.dense\.weight"'):
+        ours.load_state_dict(state)
+    ours.load_state_dict(lost)
 
 
 def two_towers(kind: str, projection: int = 24) -> Any:
@@ -138,6 +154,20 @@ def test_embedding_of_beit_is_the_mean_or_the_class_token(shared: bool) -> None:
         BackboneModel(from_hf(hf_vit("beit")), ["embedding"])
 
 
+@pytest.mark.parametrize("name", ["cls", "tokens", "patch_mean"])
+def test_tokens_of_a_beit_that_normalizes_their_mean_have_no_norm(name: str) -> None:
+    upstream, pixels = hf_vit_model("beit"), images(28, 28)
+    ours = from_hf(upstream)
+    with pytest.raises(ValueError, match=f"{name}: .* --norm none, or for --features embedding"):
+        BackboneModel(ours, ["embedding", name], "final")
+    with torch.no_grad():
+        got = BackboneModel(ours, ["embedding", name], "none").features(pixels)
+        theirs = upstream(pixels)
+        last = theirs.last_hidden_state
+        want = {"cls": last[:, 0], "tokens": last, "patch_mean": last[:, 1:].mean(1)}[name]
+        assert_equals_upstream([*got.values()], [theirs.pooler_output, want])
+
+
 def test_a_segmentation_model_of_beit_gives_the_maps_of_its_backbone(tmp_path: Path) -> None:
     config = vit_config("beit", auxiliary_channels=8, add_fpn=True)
     whole = randomize_(upstream_class("beit", "ForSemanticSegmentation")(config))
@@ -147,6 +177,9 @@ def test_a_segmentation_model_of_beit_gives_the_maps_of_its_backbone(tmp_path: P
         states = whole.beit(pixels, output_hidden_states=True).hidden_states
         maps = [states[index][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2) for index in range(4)]
         assert_equals_upstream(ours(pixels).feature_maps, whole.fpn(maps))
+    ours.out_indices = [3]
+    with pytest.raises(ValueError, match="got 1: .* ask for --features maps of all four"):
+        BackboneModel(ours, pooled="stage3").features(pixels)
     ours.out_indices = [1, 2]
     with pytest.raises(ValueError, match="computed of four maps, got 2"):
         ours(pixels)
@@ -165,15 +198,25 @@ def test_the_backbone_of_a_depth_model_gives_its_tokens(kind: str, tmp_path: Pat
     whole.save_pretrained(tmp_path)
     ours, pixels = AutoBackbone.from_pretrained(tmp_path), images(28, 28)
     with torch.no_grad():
-        assert_equals_upstream(ours(pixels).feature_maps, whole.backbone(pixels).feature_maps)
+        tokens = whole.backbone(pixels).feature_maps
+        assert_equals_upstream(ours(pixels).feature_maps, tokens)
+        ours.out_indices = [2, 3]
+        model = BackboneModel(ours, stored=["stage2"], pooled="stage3")
+        model.prepare("eager", None)
+        got = model.features(pixels)
+        assert_equals_upstream([got["pooled"]], [tokens[3][:, -16:].mean(1)])
+        assert_equals_upstream([got["maps.stage2"]], [patches(tokens[2][:, -16:], 0, (4, 4))])
+        assert_equals_upstream(ours(pixels).feature_maps, tokens[2:])
 
 
 def test_an_untrained_final_norm_is_an_error() -> None:
     upstream = hf_vit("dinov2")
     torch.nn.init.ones_(upstream.layernorm.weight)
     torch.nn.init.zeros_(upstream.layernorm.bias)
-    with pytest.raises(ValueError, match="no trained final norm"):
+    with pytest.raises(ValueError, match="no trained final norm.*head; ask for --features pooled"):
         BackboneModel(from_hf(upstream), ["embedding"])
+    with pytest.raises(ValueError, match="no trained final norm.*; ask for --norm none, or"):
+        BackboneModel(from_hf(upstream), ["cls", "tokens"], "final")
 
 
 @pytest.mark.parametrize("kind", TYPES)
