@@ -28,6 +28,7 @@ from .vit_config import (
     SiglipVisionConfig,
     ViTConfig,
     ViTFamilyConfig,
+    pair,
 )
 from .vit_forward import normed_map, normed_tokens, vit_states
 from .vit_modules import ViTContainer, ViTEmbeddings, ViTLayer
@@ -403,14 +404,15 @@ def _model_state(backbone: ViTBackbone) -> StateDict:
 def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> list[Tensor]:
     """The selected maps of upstream's model, from its hidden states."""
     config, n_prefix = backbone.config, backbone.n_prefix_tokens
-    options = {"interpolate_pos_encoding": True} if backbone.names.positions else {}
+    height, width = pixel_values.shape[2:]
+    is_other = (height, width) != pair(config.image_size)
+    options = {"interpolate_pos_encoding": is_other} if backbone.names.positions else {}
     out = module(pixel_values, output_hidden_states=True, **options)
     states = [out.hidden_states[index] for index in backbone.out_indices]
     if config.apply_layernorm:
         states = [part(module, backbone.names.norm)(state) for state in states]
     if not config.reshape_hidden_states:
         return states if backbone.names.keeps_prefix else [state[:, n_prefix:] for state in states]
-    height, width = pixel_values.shape[2:]
     grid = patch_grid(config.patch, (height, width))
     return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .vit_config import DINOv3ViTConfig, ViTFamilyConfig
+from .vit_config import DINOv3ViTConfig, ViTFamilyConfig, pair
 from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, put
@@ -20,13 +20,16 @@ def build_layers(backbone: Any, config: ViTFamilyConfig) -> None:
         config.num_channels, channels, config.patch, config.patch, bias=names.patches_bias
     )
     n_positions = backbone.n_prefix_tokens if names.extras_have_positions else 1
+    # upstream's backbones interpolate for any image that is no square, also of the trained size
+    is_kept = not names.has_backbone or len({*pair(config.image_size)}) == 1
     rules = PositionRules(
-        config.grid,
+        config.grid if is_kept else None,
         n_positions if names.cls_token is not None else 0,
         names.antialias,
         names.in_fp32,
     )
     has_positions = config.field("use_absolute_position_embeddings", default=True)
+    n_patches = config.grid[0] * config.grid[1]
     has_mask_token = config.field("use_mask_token", default=names.has_mask_token)
     if names.root:
         put(backbone, names.root[:-1], ViTContainer())
@@ -35,7 +38,7 @@ def build_layers(backbone: Any, config: ViTFamilyConfig) -> None:
         names,
         rules,
         n_extra(config),
-        names.positions is not None and has_positions,
+        n_patches if names.positions is not None and has_positions else None,
         (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
         config.field("hidden_dropout_prob", default=None),
     )

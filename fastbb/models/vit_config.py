@@ -118,12 +118,12 @@ class ViTFamilyConfig(BackboneConfig):
     @property
     def patch(self) -> tuple[int, int]:
         """Height and width of a patch."""
-        return _pair(self.patch_size)
+        return pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of the trained size."""
-        (height, width), (h, w) = _pair(self.image_size), self.patch
+        (height, width), (h, w) = pair(self.image_size), self.patch
         return height // h, width // w
 
     def field(self, name: str, default: Any) -> Any:
@@ -132,7 +132,8 @@ class ViTFamilyConfig(BackboneConfig):
         return getattr(self, name) if known else default
 
 
-def _pair(size: Size) -> tuple[int, int]:
+def pair(size: Size) -> tuple[int, int]:
+    """Height and width."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -297,7 +297,7 @@ class ViTEmbeddings(NativeModule):
         names: of the type.
         rules: of positions.
         n_extra: tokens between the class token and the patches.
-        has_positions: whether there are absolute position embeddings.
+        n_patches: number of patches with absolute position embeddings; None if there are none.
         mask_token: shape of the token of masked patches, which no map depends on, or None.
         dropout: of the tokens, or None where upstream has no such module.
     """
@@ -308,7 +308,7 @@ class ViTEmbeddings(NativeModule):
         names: ViTNames,
         rules: PositionRules,
         n_extra: int,
-        has_positions: bool,
+        n_patches: int | None,
         mask_token: tuple[int, ...] | None,
         dropout: float | None,
     ) -> None:
@@ -326,11 +326,10 @@ class ViTEmbeddings(NativeModule):
             self.mask_token = nn.Parameter(torch.zeros(mask_token))
         if names.extra_tokens is not None:
             setattr(self, names.extra_tokens, nn.Parameter(torch.zeros(1, n_extra, channels)))
-        self.has_positions = has_positions
-        if has_positions:
-            assert names.positions is not None
-            n_positions = rules.grid[0] * rules.grid[1] + rules.n_prefix
-            name, _, inner = names.positions.partition(".")
+        self.has_positions = n_patches is not None
+        if n_patches is not None:
+            n_positions = n_patches + rules.n_prefix
+            name, _, inner = str(names.positions).partition(".")
             positions = torch.zeros(1, n_positions, channels)
             value = ViTPositions(n_positions, channels) if inner else nn.Parameter(positions)
             setattr(self, name, value)

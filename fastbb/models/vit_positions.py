@@ -39,13 +39,13 @@ class PositionRules(NamedTuple):
     """How position embeddings are interpolated.
 
     Attributes:
-        grid: of the trained size.
+        grid: for which they are as they are, or None; rows and columns.
         n_prefix: positions before those of the patches.
         antialias: whether a reduction is smoothed.
         in_fp32: whether the computation is fp32 whatever the dtype.
     """
 
-    grid: Grid
+    grid: Grid | None
     n_prefix: int
     antialias: bool
     in_fp32: bool
@@ -103,10 +103,23 @@ def _embedding_terms(
 
 
 def _interpolated(positions: Tensor, rules: PositionRules, grid: Grid) -> Tensor:
-    """Positions [1, h * w, C] of the trained grid for another one; copied if it is the same."""
+    """Positions [1, N, C] for a grid of patches; copied if it is the trained one.
+
+    Raises:
+        ValueError: N is no square, and the grid is another one.
+    """
     if grid == rules.grid:
         return positions.contiguous()
-    maps = positions.unflatten(1, rules.grid).permute(0, 3, 1, 2)
+    n_positions = positions.shape[1]
+    side = math.isqrt(n_positions)
+    if side * side != n_positions:
+        raise ValueError(
+            f"the {n_positions} position embeddings cannot be interpolated for {grid[0]}x{grid[1]} "
+            "patches, as transformers takes them as a square: wanted a square number of them"
+            + ("" if rules.grid is None else ", or images of {}x{} patches".format(*rules.grid))
+        )
+    # upstream takes positions of a grid that is no square as one too
+    maps = positions.unflatten(1, (side, side)).permute(0, 3, 1, 2)
     maps = F.interpolate(
         maps.float() if rules.in_fp32 else maps,
         size=grid,

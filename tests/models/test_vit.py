@@ -8,7 +8,15 @@ import torch
 from contract import BackboneContract
 from reference_models import Pair, from_hf, gradients, hf_pair, images, saved_bytes
 from tolerance import assert_equal_gradients, assert_equals_upstream
-from vit_models import PLAIN, TYPES, hf_vit, hf_vit_model, patches, vit_config
+from vit_models import (
+    PLAIN,
+    TYPES,
+    hf_vit,
+    hf_vit_model,
+    patches,
+    upstream_class,
+    vit_config,
+)
 
 from fastbb import AutoBackbone, AutoConfig
 from fastbb.inspect.verify import verify
@@ -84,6 +92,28 @@ def test_config_fields_equal_upstream(kind: str, config: dict[str, Any]) -> None
     pixels = images(33, 44, channels=config.get("num_channels", 3))
     with torch.no_grad():
         assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "vit", "deit", "beit"])
+@torch.no_grad()
+def test_trained_sizes_that_are_not_square_equal_upstream(kind: str) -> None:
+    beit = {"use_absolute_position_embeddings": True, "use_relative_position_bias": False}
+    fields = {"image_size": (14, 56), **(beit if kind == "beit" else {})}
+    pair = hf_pair(hf_vit(kind, **fields))
+    for size in ((14, 56), (28, 28), (35, 21)):
+        pixels = images(*size)
+        if kind not in PLAIN or size != (14, 56):
+            assert_equals_upstream(pair.ours(pixels).feature_maps, pair.maps(pixels))
+            continue
+        # without interpolate_pos_encoding transformers keeps the true grid
+        forward = upstream_class(kind, "Model").forward
+        states = forward(pair.upstream, pixels, output_hidden_states=True).hidden_states
+        ours = pair.ours(pixels, output_hidden_states=True)
+        assert_equals_upstream(ours.hidden_states, states)
+    assert verify(pair.ours, batch=1).passed
+    ours = from_hf(hf_vit(kind, **{**fields, "image_size": (14, 28)}))
+    with pytest.raises(ValueError, match="8 position embeddings cannot be interpolated for 4x4"):
+        ours(images(28, 28))
 
 
 @pytest.mark.parametrize("kind", TYPES)
