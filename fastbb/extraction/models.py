@@ -103,6 +103,7 @@ class _Stages(BackboneMaps):
         stages = backbone.forward_stages(pixel_values, [*self.maps, *([last] if ends_last else [])])
         # a feature pyramid computes its maps of all of them
         maps = list(backbone.returned_maps(stages, pixel_values)) if self.maps else []
+        maps = maps[: len(self.maps)]  # class tokens may follow
         for norm in self.last:
             maps.append(backbone.final_state(stages[last]) if norm == "final" else stages[last])
         return tuple(maps)

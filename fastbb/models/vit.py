@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backbone.base import Backbone
 from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, matches, strip_prefix
 from ..backbone.configuration import BackboneConfig
+from ..backbone.output import BackboneOutput
 from ..backbone.registry import Family, TransformersModel, register
 from .parts import CalledModules, Refused, kept_parts, untouched
 from .vit_build import build_ends, build_layers, has_own_bias, n_extra
@@ -141,28 +142,24 @@ class ViTBackbone(Backbone):
         """Computes feature maps; see `Backbone.forward`.
 
         With `return_class_token` (DINOv3) the output has `cls_tokens` too, [B, C] of each returned
-        stage, with the norm that the maps have; all layers run then.
+        stage, with the norm that the maps have.
         """
-        config = self.config
-        if not (isinstance(config, DINOv3ViTConfig) and config.return_class_token):
+        if not self._returns_class_tokens:
             return super().forward(
                 pixel_values, output_hidden_states, output_attentions, return_dict, **kwargs
             )
-        output = super().forward(pixel_values, True, output_attentions, True, **kwargs)
-        tokens = [output.hidden_states[index][:, :1] for index in self.out_indices]
-        if config.apply_layernorm:
-            tokens = [self.final_state(token) for token in tokens]
-        output["cls_tokens"] = tuple(token[:, 0] for token in tokens)
-        hidden = (
-            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = super().forward(
+            pixel_values, output_hidden_states, output_attentions, True, **kwargs
         )
-        if isinstance(hidden, Sequence):
-            states = dict(zip(self.stage_names, output.hidden_states))
-            output["hidden_states"] = self._hidden_states(states, hidden)
-        elif not hidden:
-            del output["hidden_states"]
-        return_dict = config.return_dict if return_dict is None else return_dict
+        n_maps = len(self.out_features)
+        maps, tokens = output.feature_maps[:n_maps], output.feature_maps[n_maps:]
+        output = BackboneOutput(maps, output.hidden_states, output.attentions, tokens)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _returns_class_tokens(self) -> bool:
+        return self.config.field("return_class_token", default=False)
 
     def _parts(self, called: CalledModules) -> ViTParts:
         """All layers except the final norm, and those that have to be called."""
@@ -226,7 +223,13 @@ class ViTBackbone(Backbone):
         return hidden_state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
 
     def returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Computes maps from hidden states, and after them the class tokens if `forward` does."""
         maps = super().returned_maps(stages, pixel_values)
+        if self._returns_class_tokens:
+            tokens = [stages[name][:, :1] for name in self.out_features]
+            if self.config.apply_layernorm:
+                tokens = [self.final_state(token) for token in tokens]
+            maps += tuple(token[:, 0] for token in tokens)
         if self.fpn is None:
             return maps
         if len(maps) != 4:

@@ -19,6 +19,7 @@ from vit_models import (
 )
 
 from fastbb import AutoBackbone, AutoConfig
+from fastbb.extraction.models import BackboneModel
 from fastbb.inspect.verify import verify
 from fastbb.models.vit_timm import timm_upstream
 
@@ -212,6 +213,28 @@ def test_dinov3_returns_class_tokens() -> None:
             ours(pixels, output_hidden_states=[1]).hidden_states[1],
             upstream(pixels, output_hidden_states=True).hidden_states[1],
         )
+
+
+def test_class_tokens_run_no_later_layers_and_are_prepared() -> None:
+    upstream = hf_vit("dinov3_vit", return_class_token=True, out_indices=[0, 2])
+    ours, pixels = from_hf(upstream), images(28, 28)
+    last = ours.model.layer[2].register_forward_hook(lambda *_: pytest.fail("it ran"))
+    plain = ours(pixels)
+    last.remove()
+    with torch.no_grad():
+        theirs = upstream(pixels)
+        assert_equals_upstream(plain.cls_tokens, theirs.cls_tokens)
+        prepared = ours.prepare("eager")
+        out = prepared(pixels)
+        assert prepared._engine is not None and prepared._engine._plans
+        assert_equals_upstream(out.cls_tokens, theirs.cls_tokens)
+        assert_equals_upstream(out.feature_maps, theirs.feature_maps)
+        assert verify(prepared, batch=1).passed
+        assert len(prepared(pixels, return_dict=False)[1]) == 2
+        ours.out_indices = [2]
+        features = BackboneModel(ours, ["cls"], "final", pooled="stage2").features(pixels)
+        state = upstream(pixels, output_hidden_states=True).hidden_states[-1]
+        assert_equals_upstream(features["cls"], upstream.norm(state)[:, 0])
 
 
 def test_dinov3_without_a_norm_has_none_on_the_last_map() -> None:
