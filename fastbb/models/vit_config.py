@@ -19,16 +19,47 @@ from ..backbone.configuration import (
 Size = int | Sequence[int]
 
 
+# names of transformers for others of `ACTIVATIONS`
+_SAME_ACTIVATIONS = {"gelu_python": "gelu"}
+
+
 def _check_activation(name: str, value: Any) -> str:
-    return check_choice(name, value, [*ACTIVATIONS])
+    return check_choice(name, value, [*ACTIVATIONS, *_SAME_ACTIVATIONS])
 
 
 def _check_pooler_activation(name: str, value: Any) -> str:
-    return check_choice(name, value, ["tanh", *ACTIVATIONS])
+    return check_choice(name, value, ["tanh", *ACTIVATIONS, *_SAME_ACTIVATIONS])
 
 
-def _check_optional_number(name: str, value: Any) -> float | None:
-    return None if value is None else check_number(name, value)
+def activation_of(name: str) -> str:
+    """The name in `ACTIVATIONS` of an activation of transformers."""
+    return _SAME_ACTIVATIONS.get(name, name)
+
+
+# transformers refuses to read an integer where it wants a float, and 4.0 where it wants 4
+def _check_float(name: str, value: Any) -> float:
+    return float(check_number(name, value))
+
+
+def _check_positive(name: str, value: Any) -> float:
+    if _check_float(name, value) <= 0:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return float(value)
+
+
+def _check_rate(name: str, value: Any) -> float:
+    if not 0 <= check_number(name, value) <= 1:
+        raise ValueError(f"{name} must be in 0 ... 1, got {value!r}")
+    return float(value)
+
+
+def _check_ratio(name: str, value: Any) -> float:
+    value = _check_positive(name, value)
+    return int(value) if value.is_integer() else value
+
+
+def _check_optional_float(name: str, value: Any) -> float | None:
+    return None if value is None else _check_float(name, value)
 
 
 def _check_count(name: str, value: Any) -> int:
@@ -45,12 +76,14 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys(("image_size", "patch_size"), check_size),
     "hidden_act": _check_activation,
     "pooler_act": _check_pooler_activation,
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), check_number),
-    **dict.fromkeys(("attention_dropout", "drop_path_rate", "mlp_ratio"), check_number),
-    **dict.fromkeys(("initializer_range", "initializer_factor", "layer_norm_eps"), check_number),
-    **dict.fromkeys(("layerscale_value", "layer_scale_init_value", "rope_theta"), check_number),
+    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), _check_rate),
+    **dict.fromkeys(("attention_dropout", "drop_path_rate"), _check_rate),
+    **dict.fromkeys(("layer_norm_eps", "rope_theta"), _check_positive),
+    "mlp_ratio": _check_ratio,
+    **dict.fromkeys(("initializer_range", "initializer_factor"), _check_float),
+    **dict.fromkeys(("layerscale_value", "layer_scale_init_value"), _check_float),
     **dict.fromkeys(
-        ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"), _check_optional_number
+        ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"), _check_optional_float
     ),
     "num_register_tokens": _check_count,
 }

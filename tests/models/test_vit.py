@@ -62,7 +62,7 @@ FLAGS = [{"apply_layernorm": False}, {"reshape_hidden_states": False}]
 FIELDS = {
     "dinov2": DINO,
     "dinov2_with_registers": [*DINO[:4], {"num_register_tokens": 5}],
-    "vit": [*FLAGS, {"qkv_bias": False, "hidden_act": "relu"}],
+    "vit": [*FLAGS, {"qkv_bias": False, "hidden_act": "relu"}, {"hidden_act": "gelu_python"}],
     "deit": FLAGS,
     "clip_vision_model": [{"apply_layernorm": True}, {"reshape_hidden_states": False}],
     "siglip_vision_model": FLAGS,
@@ -296,10 +296,31 @@ def test_images_and_configurations_that_do_not_fit_are_errors() -> None:
         ({"num_attention_heads": 3}, "must divide hidden_size, got 3 heads for 32"),
         ({"num_experts": 6}, "mixture of experts"),
         ({"head_dim": 8}, "head_dim must be"),
-        ({"hidden_act": "sine"}, "hidden_act must be one of"),
+        ({"hidden_act": "sine"}, "hidden_act must be one of 'gelu', .*'gelu_python'"),
+        ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate must be in 0 ... 1, got 1.5"),
+        ({"hidden_dropout_prob": -0.1}, "hidden_dropout_prob must be in"),
+        ({"mlp_ratio": -4}, "mlp_ratio must be positive"),
     ):
         with pytest.raises(ValueError, match=problem):
             AutoConfig.for_model("dinov2", hidden_size=32, **{"num_attention_heads": 2, **fields})
+    with pytest.raises(ValueError, match="rope_theta must be positive, got -1"):
+        AutoConfig.for_model("dinov3_vit", rope_theta=-1)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_numbers_are_saved_in_the_type_that_transformers_reads(kind: str, tmp_path: Any) -> None:
+    default = AutoConfig.for_model(kind)
+    fields = {
+        name: int(value) if isinstance(value, float) else float(value)
+        for name, value in default.to_dict().items()
+        if name == "mlp_ratio" or (isinstance(value, float) and value.is_integer())
+    }
+    whole = {"layer_norm_eps": 1, "initializer_range": 1, **fields}
+    ours = AutoConfig.for_model(kind, **whole)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert {name: getattr(theirs, name) for name in whole} == whole
 
 
 @pytest.mark.parametrize(
