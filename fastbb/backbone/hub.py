@@ -309,6 +309,8 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
     if isinstance(inner, dict):
         return inner
     tower = config.get("vision_config")
+    if tower is None and config.get("model_type") in ("clip", "siglip"):
+        tower = {}  # all defaults
     if isinstance(tower, dict):
         # CLIP's first files have a second dictionary, which wins
         second = config.get("vision_config_dict") or {}

@@ -68,7 +68,7 @@ class ViTAttentionPool(NativeModule):
     def __init__(self, shape: LayerShape, spec: ViTBlockSpec, names: ViTNames) -> None:
         super().__init__()
         channels = shape.channels
-        self.probe = nn.Parameter(torch.zeros(1, 1, channels))
+        self.probe = nn.Parameter(nn.init.normal_(torch.empty(1, 1, channels)))
         self.attention = nn.MultiheadAttention(channels, spec.num_heads, batch_first=True)
         self.layernorm = nn.LayerNorm(channels, eps=shape.eps)
         self.mlp = ViTMlp(shape, spec.activation, names)

@@ -205,12 +205,14 @@ NAMES = {
         scales=_DINO_SCALES,
         fc=("up_proj", "down_proj"),
         activation="act_fn",
-        files=((r"(?<!model\.)\blayer\.", "model.layer."),),
+        files=((r"^layer\.", "model.layer."),),
         saved=((r"^model\.layer\.", "layer."),),
     ),
 }
 
 _WEIGHTS_IN = re.compile(r"(.*\.mlp\.)weights_in\.(weight|bias)")
+# modules of a root, where a type has one
+_INSIDE = ("embeddings.", "layers.", "layernorm.", "pooler.", "shared_position_bias.")
 
 
 def in_memory(names: ViTNames, state: StateDict) -> StateDict:
@@ -218,8 +220,20 @@ def in_memory(names: ViTNames, state: StateDict) -> StateDict:
 
     The fused first layer of a SwiGLU is split.
     """
+    anchor = f"{names.embeddings.removeprefix(names.root)}.{names.patches}.weight"
+    outers = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
+
+    def renamed(name: str) -> str:
+        outer = max((o for o in outers if name.startswith(o)), key=len, default=None)
+        if outer is None:
+            return _substituted(name, names.files)
+        inner = _substituted(name.removeprefix(outer), names.files)
+        # transformers saves models and backbones without the root
+        lacks_root = not outer.endswith(names.root) and inner.startswith(_INSIDE)
+        return f"{outer}{names.root}{inner}" if lacks_root else f"{outer}{inner}"
+
     result: StateDict = {}
-    for name, tensor in rename(state, lambda name: _substituted(name, names.files)).items():
+    for name, tensor in rename(state, renamed).items():
         fused = _WEIGHTS_IN.fullmatch(name)
         if fused is None:
             result[name] = tensor
@@ -227,26 +241,7 @@ def in_memory(names: ViTNames, state: StateDict) -> StateDict:
             gate, up = tensor.chunk(2)
             result[f"{fused[1]}gate_proj.{fused[2]}"] = gate
             result[f"{fused[1]}up_proj.{fused[2]}"] = up
-    return _with_root(names, result) if names.root else result
-
-
-_INSIDE = ("embeddings.", "layers.", "layernorm.", "pooler.", "shared_position_bias.")
-
-
-def _with_root(names: ViTNames, state: StateDict) -> StateDict:
-    """Adds the root, without which transformers saves models and backbones, to names in memory."""
-    anchor = f"embeddings.{names.cls_token}"
-    outside = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
-    if len(outside) != 1 or outside[0].endswith(names.root):
-        return state
-    (outer,) = outside
-
-    def rooted(name: str) -> str:
-        inner = name.removeprefix(outer)
-        is_inside = name.startswith(outer) and inner.startswith(_INSIDE)
-        return f"{outer}{names.root}{inner}" if is_inside else name
-
-    return rename(state, rooted)
+    return result
 
 
 def in_files(names: ViTNames, state: StateDict) -> StateDict:

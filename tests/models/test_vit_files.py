@@ -1,5 +1,6 @@
 """Checkpoints that hold a ViT: other names of weights, heads around it, a text tower beside it."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tolerance import assert_equals_upstream
 from vit_models import SHAPE, TYPES, hf_vit, hf_vit_model, patches, upstream_class, vit_config
 
-from fastbb import AutoBackbone
+from fastbb import AutoBackbone, AutoConfig
 from fastbb.extraction.models import BackboneModel, LayerModel, upstream_model
 from fastbb.inspect.verify import verify
 
@@ -34,6 +35,19 @@ def test_names_of_transformers_in_memory_load(kind: str, tmp_path: Path) -> None
     pair.upstream.save_pretrained(tmp_path)
     save_file(pair.upstream.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
     ours = AutoBackbone.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert_equals_upstream(ours(pixels).feature_maps, pair.maps(pixels))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("outer", ["model.", "student.backbone."])
+def test_names_of_files_load_under_any_prefix(kind: str, outer: str, tmp_path: Path) -> None:
+    pair, pixels = hf_pair(hf_vit(kind)), images(28, 28)
+    pair.upstream.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"{outer}{name}": tensor for name, tensor in load_file(file).items()}, file)
+    ours, info = AutoBackbone.from_pretrained(tmp_path, output_loading_info=True)
+    assert info.prefix.startswith(outer)
     with torch.no_grad():
         assert_equals_upstream(ours(pixels).feature_maps, pair.maps(pixels))
 
@@ -117,6 +131,22 @@ def test_a_tower_beside_one_for_text_gives_features_of_images(kind: str, tmp_pat
         if kind == "clip_vision_model":
             projects = transformers.CLIPVisionModelWithProjection.from_pretrained(tmp_path).eval()
             assert_equals_upstream(got["projection"], projects(pixels).image_embeds)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("tower", [{}, {"vision_config": None}], ids=["absent", "null"])
+def test_a_tower_without_a_configuration_has_the_defaults(
+    name: str, tower: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **tower}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path).vision_config
+    ours = AutoConfig.from_pretrained(tmp_path)
+    assert ours.model_type == theirs.model_type and ours.hidden_size == theirs.hidden_size
+
+
+def test_the_probe_of_siglip_is_random() -> None:
+    ours = AutoBackbone.from_config(vit_config("siglip_vision_model"))
+    assert ours.head.probe.std() > 0.01
 
 
 def test_features_that_a_checkpoint_has_no_weights_for_are_errors() -> None:
