@@ -331,10 +331,6 @@ class ViTBackbone(Backbone):
             if any(name.startswith(end) for name in missing):
                 put(self, end[:-1], None)
 
-    def _first_name(self) -> str:
-        """The name of a weight that every checkpoint has."""
-        return f"{self.names.embeddings}.{self.names.patches}.weight"
-
     @classmethod
     def from_state_dict(
         cls, config: Any, state: StateDict, **options: Any
@@ -355,7 +351,7 @@ class ViTBackbone(Backbone):
         found, root = in_memory(names, state), names.root
         # outside of the root are a projection and a pyramid
         own = [name for name in backbone.state_dict() if not name.startswith(_BESIDE)]
-        own.sort(key=lambda name: name != backbone._first_name())
+        own.sort(key=lambda name: name != names.first_weight)
         expected = [name.removeprefix(root) for name in own]
         prefix = find_prefix(found, expected, names.upstream)
         inside, outside = strip_prefix(found, prefix)

@@ -300,38 +300,10 @@ class ViTConfig(ViTFamilyConfig):
         self._take(locals())
 
 
-class DeiTConfig(ViTFamilyConfig):
+class DeiTConfig(ViTConfig):
     """Configuration of DeiT (Touvron et al. 2020), with a distillation token; see `ViTConfig`."""
 
     model_type: ClassVar[str] = "deit"
-
-    def __init__(
-        self,
-        *,
-        hidden_size: int = 768,
-        num_hidden_layers: int = 12,
-        num_attention_heads: int = 12,
-        intermediate_size: int = 3072,
-        hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.0,
-        attention_probs_dropout_prob: float = 0.0,
-        initializer_range: float = 0.02,
-        layer_norm_eps: float = 1e-12,
-        image_size: Size = 224,
-        patch_size: Size = 16,
-        num_channels: int = 3,
-        qkv_bias: bool = True,
-        encoder_stride: int = 16,
-        pooler_output_size: int | None = None,
-        pooler_act: str = "tanh",
-        apply_layernorm: bool = True,
-        reshape_hidden_states: bool = True,
-        out_features: list[str] | None = None,
-        out_indices: Sequence[int] | None = None,
-        **unknown: Any,
-    ) -> None:
-        pooler_output_size = pooler_output_size or hidden_size
-        self._take(locals())
 
 
 class CLIPVisionConfig(ViTFamilyConfig):

@@ -100,27 +100,23 @@ class ViTMlp(NativeModule):
 
     def __init__(self, shape: LayerShape, activation: str, names: ViTNames) -> None:
         super().__init__()
-        self.names = names
         self.is_gated = shape.is_gated
         sizes, bias = (shape.channels, shape.hidden), shape.mlp_bias
-        first, second = names.gated_fc if self.is_gated else names.fc
+        self.layer_names = (*names.fc, names.activation)
         if self.is_gated:
-            setattr(self, names.gate, nn.Linear(*sizes, bias=bias))
+            self.layer_names = ("up_proj", "down_proj", "act_fn")
+            self.gate_proj = nn.Linear(*sizes, bias=bias)
+        first, second, third = self.layer_names
         setattr(self, first, nn.Linear(*sizes, bias=bias))
         setattr(self, second, nn.Linear(*sizes[::-1], bias=bias))
-        name = names.gated_activation if self.is_gated else names.activation
-        setattr(self, name, Activation(activation))
+        setattr(self, third, Activation(activation))
 
     @property
     def layers(self) -> tuple[Any, Any, Any, Any]:
         """Gate or None, first layer, second layer, activation."""
-        names = self.names
-        if self.is_gated:
-            found = names.gate, *names.gated_fc, names.gated_activation
-            gate, fc1, fc2, activation = (getattr(self, name) for name in found)
-            return gate, fc1, fc2, activation
-        fc1, fc2, activation = (getattr(self, name) for name in (*names.fc, names.activation))
-        return None, fc1, fc2, activation
+        gate = self.gate_proj if self.is_gated else None
+        fc1, fc2, activation = (getattr(self, name) for name in self.layer_names)
+        return gate, fc1, fc2, activation
 
     def forward(self, x: Tensor) -> Tensor:
         gate, fc1, fc2, activation = self.layers

@@ -14,17 +14,18 @@ from ..backbone.checkpoint import StateDict, rename
 
 @dataclass(frozen=True)
 class ViTNames:
-    """The names of a type, and how its embedding works.
+    """The names of a type, and its properties that no field of a configuration has.
 
     Attributes:
         upstream: name of transformers' classes; `<upstream>Model`.
         has_backbone: whether there is `<upstream>Backbone` too.
         root: path of the module around embeddings, layers and norm, with a dot, or "".
         embeddings: module of patches and tokens.
-        patches: convolution of patches, in it.
-        patches_bias: whether it has a bias.
-        has_mask_token: whether there is a token of masked patches, if no field says so.
-        mask_token_ndim: number of its dimensions.
+        patches: convolution of patches, in that module.
+        patches_bias: whether that convolution has a bias.
+        has_mask_token: whether there is a token of masked patches where the configuration has no
+            `use_mask_token`.
+        mask_token_ndim: number of dimensions of that token.
         key_bias: whether keys have a bias where queries and values have one.
         drop_path_grows: whether the rate of stochastic depth grows with depth.
         has_drop_path: whether layers have stochastic depth.
@@ -32,26 +33,24 @@ class ViTNames:
         cls_token: class token, or None.
         extra_tokens: tokens between class token and patches, or None.
         positions: absolute position embeddings, or None.
-        extras_have_positions: whether those tokens have position embeddings too.
+        extras_have_positions: whether the extra tokens have position embeddings too.
         antialias: whether interpolation of position embeddings reduces without aliasing.
         in_fp32: whether position embeddings are interpolated in fp32 whatever their dtype.
         rope: module of rotary position embeddings, or None.
-        pre_norm: norm before the layers, or None.
+        pre_norm: norm between the embedding and the first layer, or None.
         layers: list of layers.
-        norm: final norm.
+        norm: norm after the last layer.
         attention: attention of a layer.
-        proj: its output projection.
-        norms: of a layer, before attention and MLP.
-        scales: layer scales, or None.
-        fc: first and second layer of the MLP; of a gated one too.
-        gate: layer of a gated MLP.
-        gated_fc: other two layers of a gated MLP.
-        activation: of the MLP.
-        gated_activation: of the gate.
+        proj: output projection of the attention.
+        norms: two norms of a layer, before the attention and before the MLP.
+        scales: two layer scales of a layer, or None.
+        fc: first and second layer of an MLP that is not gated.
+        activation: activation of an MLP that is not gated.
         files: regular expressions of names in files, with the names in memory.
         saved: regular expressions of names in memory, with those that transformers writes.
-        keeps_prefix: whether returned tokens, which are no maps, include those before the patches.
-        file_prefix: of all names that it writes, except that of a projection.
+        keeps_prefix: whether tokens returned by `reshape_hidden_states=False` include those before
+            the patches.
+        file_prefix: prefix of all names in saved files, except that of a projection.
     """
 
     upstream: str
@@ -81,14 +80,16 @@ class ViTNames:
     norms: tuple[str, str] = ("layernorm_before", "layernorm_after")
     scales: tuple[str, str] | None = None
     fc: tuple[str, str] = ("fc1", "fc2")
-    gate: str = "gate_proj"
-    gated_fc: tuple[str, str] = ("up_proj", "down_proj")
     activation: str = "activation_fn"
-    gated_activation: str = "act_fn"
     files: tuple[tuple[str, str], ...] = ()
     saved: tuple[tuple[str, str], ...] = ()
     keeps_prefix: bool = True
     file_prefix: str = ""
+
+    @property
+    def first_weight(self) -> str:
+        """A weight that every checkpoint has."""
+        return f"{self.embeddings}.{self.patches}.weight"
 
     @property
     def encoder(self) -> str:
@@ -97,22 +98,32 @@ class ViTNames:
         return "" if f"{outer}." == self.root else outer
 
 
-# transformers 4's names of attention and MLP, which 5 still writes
+def _both_ways(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """The rules `files` and `saved` of names in files and in memory."""
+    return {
+        "files": tuple((re.escape(file), memory) for file, memory in pairs),
+        "saved": tuple((re.escape(memory), file) for file, memory in reversed(pairs)),
+    }
+
+
+# transformers 4's names, which 5 still writes
 _ATTENTION = (
-    (r"attention\.attention\.query\.", "attention.q_proj."),
-    (r"attention\.attention\.key\.", "attention.k_proj."),
-    (r"attention\.attention\.value\.", "attention.v_proj."),
-    (r"attention\.output\.dense\.", "attention.o_proj."),
+    ("attention.attention.query.", "attention.q_proj."),
+    ("attention.attention.key.", "attention.k_proj."),
+    ("attention.attention.value.", "attention.v_proj."),
+    ("attention.output.dense.", "attention.o_proj."),
 )
-_SAVED_ATTENTION = (
-    (r"attention\.q_proj\.", "attention.attention.query."),
-    (r"attention\.k_proj\.", "attention.attention.key."),
-    (r"attention\.v_proj\.", "attention.attention.value."),
-    (r"attention\.o_proj\.", "attention.output.dense."),
+_LAYERS = (
+    ("encoder.layer.", "layers."),
+    *_ATTENTION,
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
 )
-_MLP = ((r"intermediate\.dense\.", "mlp.fc1."), (r"output\.dense\.", "mlp.fc2."))
-_SAVED_MLP = ((r"mlp\.fc1\.", "intermediate.dense."), (r"mlp\.fc2\.", "output.dense."))
-_LAYERS, _SAVED_LAYERS = (r"encoder\.layer\.", "layers."), (r"\blayers\.", "encoder.layer.")
+_BEIT = _both_ways(
+    *_LAYERS,
+    ("encoder.relative_position_bias.", "shared_position_bias."),
+    ("attention.attention.relative_position_bias.", "relative_position_bias."),
+)
 
 _DINO_NORMS = ("norm1", "norm2")
 _DINO_SCALES = ("layer_scale1.lambda1", "layer_scale2.lambda1")
@@ -124,15 +135,13 @@ _DINOV2: dict[str, Any] = {
     "layers": "encoder.layer",
     "norms": _DINO_NORMS,
     "scales": _DINO_SCALES,
-    "files": (*_ATTENTION, (r"mlp\.weights_out\.", "mlp.down_proj.")),
-    "saved": (*_SAVED_ATTENTION, (r"mlp\.down_proj\.", "mlp.weights_out.")),
+    **_both_ways(*_ATTENTION, ("mlp.weights_out.", "mlp.down_proj.")),
 }
 _VIT: dict[str, Any] = {
     "has_backbone": False,
     "has_drop_path": False,
     "drops_branches": True,
-    "files": (_LAYERS, *_ATTENTION, *_MLP),
-    "saved": (_SAVED_LAYERS, *_SAVED_ATTENTION, *_SAVED_MLP),
+    **_both_ways(*_LAYERS),
 }
 _TOWER: dict[str, Any] = {
     "has_backbone": False,
@@ -173,23 +182,14 @@ NAMES = {
         norm="beit.layernorm",
         scales=("lambda_1", "lambda_2"),
         files=(
-            *_VIT["files"],
-            (r"encoder\.relative_position_bias\.", "shared_position_bias."),
-            (r"attention\.attention\.relative_position_bias\.", "relative_position_bias."),
+            *_BEIT["files"],
             # transformers 4's feature pyramid
             (r"(?<!fpn\.)\bfpn1\.0\.", "fpn.fpn1.conv_transpose1."),
             (r"(?<!fpn\.)\bfpn1\.1\.", "fpn.fpn1.normalization."),
             (r"(?<!fpn\.)\bfpn1\.3\.", "fpn.fpn1.conv_transpose2."),
             (r"(?<!fpn\.)\bfpn2\.0\.", "fpn.fpn2."),
         ),
-        saved=(
-            (
-                r"layers\.(\d+)\.relative_position_bias\.",
-                r"layers.\1.attention.attention.relative_position_bias.",
-            ),
-            (r"shared_position_bias\.", "encoder.relative_position_bias."),
-            *_VIT["saved"],
-        ),
+        saved=_BEIT["saved"],
     ),
     "dinov3_vit": ViTNames(
         "DINOv3ViT",
@@ -220,7 +220,7 @@ def in_memory(names: ViTNames, state: StateDict) -> StateDict:
 
     The fused first layer of a SwiGLU is split.
     """
-    anchor = f"{names.embeddings.removeprefix(names.root)}.{names.patches}.weight"
+    anchor = names.first_weight.removeprefix(names.root)
     outers = [name.removesuffix(anchor) for name in state if name.endswith(anchor)]
 
     def renamed(name: str) -> str:
