@@ -93,8 +93,11 @@ def test_an_end_whose_weights_are_missing_is_dropped_or_left_but_never_ignored()
     embeddings = {f"backbone.{n}": t for n, t in state.items() if n.startswith("embeddings.")}
     around.load_state_dict({**part, **embeddings}, strict=False)
     assert ours.pooler is not None
+    prepared = ours.prepare("eager")
     around.load_state_dict({f"backbone.{name}": tensor for name, tensor in lost.items()})
     assert ours.pooler is None
+    tokens = torch.ones(1, 17, 32)
+    assert torch.equal(prepared.embedding_of(tokens), tokens[:, 0])
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"pooler\.dense\.weight"'):
         ours.load_state_dict(state)
     ours.load_state_dict(lost)
@@ -146,7 +149,7 @@ def test_a_tower_without_a_configuration_has_the_defaults(
 
 def test_the_probe_of_siglip_is_random() -> None:
     ours = AutoBackbone.from_config(vit_config("siglip_vision_model"))
-    assert ours.head.probe.std() > 0.01
+    assert ours.get_parameter("head.probe").std() > 0.01
 
 
 def test_features_that_a_checkpoint_has_no_weights_for_are_errors() -> None:
