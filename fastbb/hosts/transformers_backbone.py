@@ -121,10 +121,11 @@ class TransformersBackbone(Backbone):
     def _model_for(self, stages: Sequence[str]) -> Any:
         """transformers' module that returns these stages; its parts are those of `model`."""
         model: Any = self.model
-        if model.config._out_features == list(stages):
+        wanted = list(stages), getattr(self.config, _RESHAPES, True)
+        if _returned(model.config) == wanted:
             return model
         other = self._selected.model
-        if other is None or other.config._out_features != list(stages):
+        if other is None or _returned(other.config) != wanted:
             other = copy.copy(model)
             other.config = self.config.upstream(stages)
             self._selected.model = other
@@ -227,6 +228,15 @@ class _Selected:
     """Holds transformers' module with other stages selected; it is no setting of a backbone."""
 
     model: Any = None
+
+
+# a field of ViTs: whether maps are [B, C, h, w], and not tokens
+_RESHAPES = "reshape_hidden_states"
+
+
+def _returned(config: Any) -> tuple[list[str], bool]:
+    """The stages that transformers' module returns, and whether as maps."""
+    return config._out_features, getattr(config, _RESHAPES, True)
 
 
 _ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict", "args")

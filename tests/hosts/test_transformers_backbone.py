@@ -17,6 +17,7 @@ from tolerance import assert_equals_upstream
 
 from fastbb import AutoBackbone, AutoConfig, FeatureExtractor, ImageProcessor
 from fastbb.backbone.hub import ConfigFile
+from fastbb.extraction.models import BackboneModel
 from fastbb.images.spec import ImageProcessorSpec
 from fastbb_kernels.accuracy import FP32_REL
 
@@ -329,3 +330,18 @@ def test_nothing_is_printed_while_loading(
         warnings.simplefilter("error")
         AutoBackbone.from_pretrained(folder)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("model_type", ["pixio", "sapiens2"])
+def test_features_of_maps_are_maps_where_the_backbone_returns_tokens(model_type: str) -> None:
+    with torch.no_grad():
+        tokens: Any = AutoBackbone.from_config(config(model_type, reshape_hidden_states=False))
+        tokens.eval()
+        want = upstream(model_type)
+        want.load_state_dict(tokens.model.state_dict())
+        stage = tokens.out_features[-1]
+        found = BackboneModel(tokens, stored=[stage], pooled=stage).features(PIXELS)
+        (last,) = maps(want)
+        assert_equals_upstream(found[f"maps.{stage}"], last)
+        assert_equals_upstream(found["pooled"], last.mean((2, 3)))
+        assert [m.ndim for m in maps(tokens)] == [3]
