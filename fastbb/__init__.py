@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
     from .models.timm import TimmBackbone, TimmBackboneConfig
+    from .models.vit import ViTBackbone as ViTBackbone
+    from .models.vit_config import BeitConfig as BeitConfig
+    from .models.vit_config import CLIPVisionConfig as CLIPVisionConfig
+    from .models.vit_config import DeiTConfig as DeiTConfig
+    from .models.vit_config import Dinov2Config as Dinov2Config
+    from .models.vit_config import Dinov2WithRegistersConfig as Dinov2WithRegistersConfig
+    from .models.vit_config import DINOv3ViTConfig as DINOv3ViTConfig
+    from .models.vit_config import SiglipVisionConfig as SiglipVisionConfig
+    from .models.vit_config import ViTConfig as ViTConfig
 
 __version__ = "0.2.0"
 

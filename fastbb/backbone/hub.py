@@ -310,7 +310,9 @@ def unwrap_head(config: dict[str, Any], hub: HubOptions = DEFAULT_HUB) -> dict[s
         return inner
     tower = config.get("vision_config")
     if isinstance(tower, dict):
-        return {"model_type": f"{config.get('model_type')}_vision_model", **tower}
+        # CLIP's first files have a second dictionary, which wins
+        second = config.get("vision_config_dict") or {}
+        return {"model_type": f"{config.get('model_type')}_vision_model", **tower, **second}
     name = config.get("backbone")
     if not isinstance(name, str) or config.get("model_type") == "timm_backbone":
         return config

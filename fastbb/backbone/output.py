@@ -16,6 +16,7 @@ class BackboneOutput(OrderedDict[str, Any]):
             Strides may be channels-last.
         hidden_states: tuple of [B, C, h, w], one for each of `stage_names`, or None.
         attentions: tuple of [B * nW, num_heads, N, N], one for each stage, or None.
+        cls_tokens: tuple of [B, C], one for each of `out_features`, or None.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class BackboneOutput(OrderedDict[str, Any]):
         feature_maps: tuple[Tensor, ...] | Mapping[str, Any] | None = None,
         hidden_states: tuple[Tensor | None, ...] | None = None,
         attentions: tuple[Tensor, ...] | None = None,
+        cls_tokens: tuple[Tensor, ...] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(feature_maps, Mapping):  # libraries rebuild a dictionary of tensors so
@@ -32,6 +34,7 @@ class BackboneOutput(OrderedDict[str, Any]):
             ("feature_maps", feature_maps),
             ("hidden_states", hidden_states),
             ("attentions", attentions),
+            ("cls_tokens", cls_tokens),
         ):
             if value is not None:
                 self[name] = value
@@ -47,6 +50,10 @@ class BackboneOutput(OrderedDict[str, Any]):
     @property
     def attentions(self) -> tuple[Tensor, ...] | None:
         return self.get("attentions")
+
+    @property
+    def cls_tokens(self) -> tuple[Tensor, ...] | None:
+        return self.get("cls_tokens")
 
     @overload
     def __getitem__(self, key: str) -> Any: ...

@@ -40,11 +40,13 @@ class TransformersModel:
         package: module that has the class and its `<name>Config`.
         name: of the model.
         state: returns the weights of one of our backbones by the names of that class.
+        maps: computes the maps with `<name>Model`, of which transformers has no backbone class.
     """
 
     package: str
     name: str
     state: Callable[[Any], StateDict] = Backbone.state_dict
+    maps: Callable[[nn.Module, Tensor], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,14 @@ def _of_transformers(backbone: Backbone, named: TransformersModel) -> Upstream:
     library = import_module(named.package)
     fields = {**backbone.config.to_dict(), **_OUTPUT}
     config = getattr(library, f"{named.name}Config").from_dict(fields)
-    module = getattr(library, f"{named.name}Backbone")(config)
+    class_name = f"{named.name}{'Backbone' if named.maps is None else 'Model'}"
+    module = getattr(library, class_name)(config)
     state = named.state(backbone)
     # it has norms for the selected stages only
     unselected = {n for n in state.keys() - module.state_dict() if n.startswith(_STAGE_NORMS)}
     module.load_state_dict({n: tensor for n, tensor in state.items() if n not in unselected})
-    label = f"transformers {import_module('transformers').__version__}, {named.name}Backbone"
-    return Upstream(label, module.eval(), _transformers_maps)
+    label = f"transformers {import_module('transformers').__version__}, {class_name}"
+    return Upstream(label, module.eval(), named.maps or _transformers_maps)
 
 
 def _transformers_maps(module: nn.Module, pixel_values: Tensor) -> list[Tensor]:

@@ -7,7 +7,7 @@ A native backbone computes from the parameters of its layers. A block that holds
 (LoRA) or other layers is called as a module instead, and calls its layers one by one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -137,15 +137,24 @@ class CalledModules:
             An entry for each block; the stage alone if the whole stage has to be called.
         """
 
-        def read_block(block: Any) -> Any:
-            return untouched(block, block_class).parts()
-
         def read_stage() -> tuple[Any, ...]:
-            blocks = getattr(untouched(stage, stage_class), name)
-            return tuple(self.read_or_call(partial(read_block, block), block) for block in blocks)
+            return self.read_each(getattr(untouched(stage, stage_class), name), block_class)
 
         found = self.read_or_call(read_stage, stage)
         return found if isinstance(found, tuple) else (stage,)
+
+    def read_each(self, blocks: Iterable[Any], block_class: type[nn.Module]) -> tuple[Any, ...]:
+        """The parts of each block, or the block itself if it has to be called.
+
+        Args:
+            blocks: in order of depth.
+            block_class: their class, whose `parts` reads one.
+        """
+
+        def read(block: Any) -> Any:
+            return untouched(block, block_class).parts()
+
+        return tuple(self.read_or_call(partial(read, block), block) for block in blocks)
 
     def by_name(self, backbone: nn.Module) -> dict[str, str]:
         """Names of the modules in the backbone ("" is the backbone itself), and the reasons."""

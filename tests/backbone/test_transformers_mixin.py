@@ -10,12 +10,17 @@ from reference_models import images
 from upstream_tests import load_upstream_tests
 
 from fastbb import (
+    AutoConfig,
+    BeitConfig,
+    Dinov2Config,
+    DINOv3ViTConfig,
     ResNetBackbone,
     ResNetConfig,
     SwinBackbone,
     SwinConfig,
     TimmBackbone,
     TimmBackboneConfig,
+    ViTBackbone,
 )
 
 transformers = pytest.importorskip("transformers")
@@ -62,10 +67,19 @@ def timm_config() -> TimmBackboneConfig:
     return config
 
 
+def vit_config(kind: str) -> Any:
+    fields = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    fields |= {"image_size": 32, "patch_size": 8, "out_indices": [1, 2]}
+    return AutoConfig.for_model(kind, **fields)
+
+
 FAMILIES = {
     "swin": (SwinConfig, SwinBackbone, swin_config),
     "resnet": (ResNetConfig, ResNetBackbone, resnet_config),
     "timm": (TimmBackboneConfig, TimmBackbone, timm_config),
+    "dinov2": (Dinov2Config, ViTBackbone, lambda: vit_config("dinov2")),
+    "beit": (BeitConfig, ViTBackbone, lambda: vit_config("beit")),
+    "dinov3_vit": (DINOv3ViTConfig, ViTBackbone, lambda: vit_config("dinov3_vit")),
 }
 TESTS = [
     "test_config",

@@ -165,9 +165,9 @@ def test_a_launch_inside_a_compiled_graph_is_checked(tmp_path: Path) -> None:
     launch = launch_of(OP)
     with launching(linear_residual=Launcher(wrong="small")) as launches, use(self_check(tmp_path)):
         with pytest.warns(KernelWarning):
-            assert torch.equal(launch(*arguments(FEW)), expected(FEW))
+            assert torch.equal(launch(*arguments(FEW), None), expected(FEW))
         n_launches = launches[OP].call_count
-        assert torch.equal(launch(*arguments(FEW)), expected(FEW))
+        assert torch.equal(launch(*arguments(FEW), None), expected(FEW))
         assert launches[OP].call_count == n_launches
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import nn
+from transformers.activations import QuickGELUActivation
 
 import fastbb_kernels
 from fastbb_kernels import (
@@ -202,6 +203,7 @@ def test_every_activation_equals_torch():
         "gelu": nn.GELU(),
         "gelu_new": nn.GELU("tanh"),
         "gelu_pytorch_tanh": nn.GELU("tanh"),
+        "quick_gelu": QuickGELUActivation(),
         "relu": nn.ReLU(),
         "silu": nn.SiLU(),
         "swish": nn.SiLU(),

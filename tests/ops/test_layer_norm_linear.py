@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import QuickGELU
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,12 +27,13 @@ CUSTOM_OP = OP.custom_op
 # not the default, so that a lost eps shows
 EPS = 1e-2
 
-# torch's modules by the name of their activation
+# upstream's modules by the name of their activation
 MODULES: dict[str | None, nn.Module] = {
     None: nn.Identity(),
     "gelu": nn.GELU(),
     "gelu_new": nn.GELU("tanh"),
     "gelu_pytorch_tanh": nn.GELU("tanh"),
+    "quick_gelu": QuickGELU(),
     "relu": nn.ReLU(),
     "silu": nn.SiLU(),
     "swish": nn.SiLU(),

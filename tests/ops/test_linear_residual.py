@@ -1,12 +1,14 @@
 """linear_residual: its kernel against torch in float64, its addresses, and what it refuses."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tolerance import assert_as_accurate_as_eager
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.dinov2.modeling_dinov2 import Dinov2LayerScale
 
 from fastbb_kernels import linear_residual
 from fastbb_kernels._dispatch import Architecture
@@ -20,27 +22,37 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 OP = find_op("linear_residual")
 CUSTOM_OP = OP.custom_op
 
-Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor]
+Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
-def upstream(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return residual + F.linear(x, weight, bias)
+def upstream(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None
+) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if scale is not None:
+        y = Dinov2LayerScale.forward(Mock(lambda1=scale), y)
+    return residual + y
 
 
 def exactly(args: Arguments) -> Tensor:
-    x, weight, bias, residual = args
-    exact_bias = None if bias is None else bias.double()
-    return upstream(x.double(), weight.double(), exact_bias, residual.double())
+    exact: Any = [None if t is None else t.double() for t in args]
+    return upstream(*exact)
 
 
 def arguments(
-    rows: tuple[int, ...], features: int, out_features: int, dtype: torch.dtype, bias: bool = True
+    rows: tuple[int, ...],
+    features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    bias: bool = True,
+    scale: bool = False,
 ) -> Arguments:
     return (
         torch.randn(*rows, features).to(dtype),
         (torch.randn(out_features, features) * features**-0.5).to(dtype),
         torch.randn(out_features).to(dtype) if bias else None,
         torch.randn(*rows, out_features).to(dtype),
+        torch.randn(out_features).to(dtype) if scale else None,
     )
 
 
@@ -115,10 +127,16 @@ def test_without_bias_is_as_accurate_as_eager() -> None:
     assert_right(arguments((50,), 32, 48, torch.bfloat16, bias=False))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_layer_scale_is_as_accurate_as_eager(bias: bool, dtype: torch.dtype) -> None:
+    assert_right(arguments((3, 23), 64, 40, dtype, bias, scale=True))
+
+
 def test_large_residual_loses_no_precision() -> None:
     # adding the residual first would round every product to its last place
     args = arguments((8,), 512, 32, torch.float32)
-    args = *args[:3], args[3] + 1e4
+    args = *args[:3], args[3] + 1e4, None
     exact = exactly(args)
     assert max_error(run(args), exact) <= 2 * max_error(upstream(*args), exact)
 
@@ -129,10 +147,10 @@ def test_strided_views_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     columns = torch.randn(40, 70).to(dtype).t()[3:23]  # the stride of a column is 70
     sliced = torch.randn(20, 99).to(dtype)[:, 7:47]  # rows of 99
     weight = (torch.randn(40, 61) / 8).to(dtype).t()[5:55]
-    bias = torch.randn(101).to(dtype)[1::2]
+    bias, scale = torch.randn(2, 101).to(dtype)[:, 1::2]
     residual = torch.randn(4, 60, 11).to(dtype)[:, 4:54, 3:8].transpose(1, 2)
     for view in (x, columns.view(4, 5, 40), sliced.view(4, 5, 40)):
-        args = view, weight, bias, residual
+        args = view, weight, bias, residual, scale
         with torch.no_grad(), trace() as t:
             y = linear_residual(*args, impl="triton")
         t.assert_written_once("y_ptr")
@@ -160,17 +178,16 @@ def test_offsets_beyond_32_bits_stay_in_bounds(transposed: bool) -> None:
 
 
 @pytest.mark.parametrize("op", [linear_residual, CUSTOM_OP], ids=["public", "custom"])
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_compiled_and_exported_op_equals_upstream(op: Any, bias: bool) -> None:
+@pytest.mark.parametrize(("bias", "scale"), [(True, False), (False, True)], ids=["bias", "scale"])
+def test_compiled_and_exported_op_equals_upstream(op: Any, bias: bool, scale: bool) -> None:
     class Model(nn.Module):
         def forward(self, *args: Tensor | None) -> Tensor:
             return op(*args)
 
-    small = arguments((2, 5), 16, 24, torch.float32, bias)
-    large = arguments((7, 5), 16, 24, torch.float32, bias)
+    small, large = (arguments((batch, 5), 16, 24, torch.float32, bias, scale) for batch in (2, 7))
     compiled = torch.compile(Model(), fullgraph=True, backend="aot_eager")
     batch = torch.export.Dim("batch", min=1, max=64)
-    shapes = (({0: batch}, None, None, {0: batch}),)
+    shapes = (({0: batch}, None, None, {0: batch}, None),)
     exported = torch.export.export(Model(), small, dynamic_shapes=shapes).module()
     assert torch.equal(compiled(*small), upstream(*small))
     assert torch.equal(exported(*large), upstream(*large))
@@ -179,17 +196,18 @@ def test_compiled_and_exported_op_equals_upstream(op: Any, bias: bool) -> None:
 def test_custom_op_passes_opcheck() -> None:
     for args in (
         arguments((2, 5), 16, 24, torch.float32),
-        arguments((3,), 16, 24, torch.bfloat16, bias=False),
+        arguments((3,), 16, 24, torch.bfloat16, bias=False, scale=True),
         arguments((0, 5), 16, 24, torch.float32),
     ):
         torch.library.opcheck(CUSTOM_OP, args)
-    x, weight, bias, residual = arguments((2, 3, 5), 16, 24, torch.float32)
-    y = CUSTOM_OP(x, weight, bias, residual.transpose(0, 1).contiguous().transpose(0, 1))
+    x, weight, bias, residual, _ = arguments((2, 3, 5), 16, 24, torch.float32)
+    y = CUSTOM_OP(x, weight, bias, residual.transpose(0, 1).contiguous().transpose(0, 1), None)
     assert y.is_contiguous()
 
 
 def test_gradients_equal_upstream() -> None:
-    args = [a.requires_grad_() for a in arguments((4,), 8, 6, torch.float32) if a is not None]
+    tensors = arguments((4,), 8, 6, torch.float32, scale=True)
+    args: Any = [a.requires_grad_() for a in tensors if a is not None]
     got = torch.autograd.grad(linear_residual(*args).square().sum(), args)
     want = torch.autograd.grad(upstream(*args).square().sum(), args)
     for ours, theirs in zip(got, want):
@@ -203,14 +221,16 @@ def test_gradients_equal_upstream() -> None:
         ({"weight": (4,)}, r"weight must be \[C_out, C\] .* got weight \[4\]"),
         ({"x": ()}, r"weight must be \[C_out, C\] .* and x \[\]"),
         ({"bias": (5,)}, r"bias must be \[4\], got \[5\]"),
+        ({"scale": (1,)}, r"scale must be \[4\], got \[1\]"),
         ({"residual": (3, 4)}, r"residual must be \[2, 3, 4\], got \[3, 4\]"),
     ],
-    ids=["features", "weight-ndim", "x-ndim", "bias", "residual"],
+    ids=["features", "weight-ndim", "x-ndim", "bias", "scale", "residual"],
 )
 def test_wrong_shapes_raise_value_error(change: dict[str, tuple[int, ...]], message: str) -> None:
     shapes = {"x": (2, 3, 8), "weight": (4, 8), "bias": (4,), "residual": (2, 3, 4), **change}
+    args: dict[str, Any] = {name: torch.randn(shape) for name, shape in shapes.items()}
     with pytest.raises(ValueError, match=f"linear_residual: {message}"):
-        linear_residual(*(torch.randn(shape) for shape in shapes.values()))
+        linear_residual(**args)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +239,15 @@ def test_wrong_shapes_raise_value_error(change: dict[str, tuple[int, ...]], mess
         ("x", torch.Tensor.double, "needs fp32, fp16 or bf16, got torch.float64"),
         ("weight", torch.Tensor.half, "all tensors in torch.float32, got weight in torch.float16"),
         ("bias", torch.Tensor.bfloat16, "got bias in torch.bfloat16"),
+        ("scale", torch.Tensor.half, "all tensors in torch.float32, got scale in torch.float16"),
         ("residual", lambda r: r.to("meta"), "all tensors on cpu, got residual on meta"),
         ("weight", lambda w: w.requires_grad_(), "no backward and a gradient is needed"),
     ],
-    ids=["dtype", "weight-dtype", "bias-dtype", "device", "gradient"],
+    ids=["dtype", "weight-dtype", "bias-dtype", "scale-dtype", "device", "gradient"],
 )
 def test_impl_triton_refuses_unsupported_tensors(name: str, change: Any, message: str) -> None:
-    names = ("x", "weight", "bias", "residual")
-    args: dict[str, Any] = dict(zip(names, arguments((3,), 8, 4, torch.float32)))
+    names = ("x", "weight", "bias", "residual", "scale")
+    args: dict[str, Any] = dict(zip(names, arguments((3,), 8, 4, torch.float32, scale=True)))
     args[name] = change(args[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
         linear_residual(**args, impl="triton")

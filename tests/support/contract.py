@@ -47,9 +47,7 @@ class BackboneContract:
         upstream, pixels = upstream_of(out_indices=[1]), images(60, 44)
         theirs = upstream(pixels, output_hidden_states=True)
         out = from_hf(upstream)(pixels, output_hidden_states=True)
-        assert (
-            len(out.hidden_states) == len(upstream.stage_names) and out.hidden_states[0].ndim == 4
-        )
+        assert len(out.hidden_states) == len(upstream.stage_names)
         assert_equals_upstream(out.hidden_states, theirs.hidden_states)
         assert_equals_upstream(out.feature_maps, theirs.feature_maps)
 
@@ -84,8 +82,10 @@ class BackboneContract:
         exact = copy.deepcopy(upstream).double()(pixels.double()).feature_maps
         with torch.autocast("cpu", torch.bfloat16):
             eager, got = upstream(pixels).feature_maps, ours(pixels).feature_maps
-        for stage, *maps in zip(ours.out_features, got, eager, exact):
-            assert_as_accurate_as_eager(stage, *maps)
+        assert [m.dtype for m in got] == [m.dtype for m in eager]
+        for stage, ours_, theirs, truth in zip(ours.out_features, got, eager, exact):
+            # a norm may return fp32, but the products before it are bf16
+            assert_as_accurate_as_eager(stage, ours_.bfloat16(), theirs.bfloat16(), truth)
 
     @torch.no_grad()
     def test_views_channels_last_and_empty_batches_equal_upstream(

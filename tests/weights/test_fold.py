@@ -239,12 +239,14 @@ def test_compiles_and_exports() -> None:
 
 def test_activations_are_recognised_by_what_they_compute() -> None:
     import timm.layers as layers
+    from transformers.activations import QuickGELUActivation
 
     names = {
         "relu": [nn.ReLU(), nn.ReLU(inplace=True)],
         "silu": [nn.SiLU(), layers.Swish()],
         "gelu": [nn.GELU(), layers.GELU()],
         "gelu_new": [nn.GELU("tanh"), layers.GELUTanh()],
+        "quick_gelu": [QuickGELUActivation(), layers.QuickGELU()],
         "hardswish": [nn.Hardswish(), layers.HardSwish()],
     }
     for name, modules in names.items():

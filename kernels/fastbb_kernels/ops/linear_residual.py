@@ -1,6 +1,6 @@
 """Linear layer added to a residual: the end of both halves of a transformer block.
 
-Algorithm: GEMM, bias and residual in one epilogue.
+Algorithm: GEMM, bias, layer scale and residual in one epilogue.
 Bound: memory at Swin's widths (read x and the residual, write y).
 """
 
@@ -18,16 +18,18 @@ def linear_residual(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor,
+    scale: Tensor | None = None,
     *,
     impl: Impl | None = None,
 ) -> Tensor:
-    """Computes `residual + linear(x)`.
+    """Computes `residual + scale * linear(x)`.
 
     Args:
         x: [..., C] floating point, any strides.
         weight: [C_out, C].
         bias: [C_out] or None.
         residual: [..., C_out], any strides.
+        scale: layer scale [C_out]; None: 1.
         impl: implementation to use; default: that of `use_impl`.
 
     Returns:
@@ -37,7 +39,7 @@ def linear_residual(
         ValueError: shapes that do not fit together.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    return _op(LinearResidual(x, weight, bias, residual), impl)
+    return _op(LinearResidual(x, weight, bias, residual, scale), impl)
 
 
 class LinearResidual(NamedTuple):
@@ -47,18 +49,20 @@ class LinearResidual(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     residual: Tensor
+    scale: Tensor | None = None
 
     def check(self) -> None:
-        x, weight, bias, residual = self
+        x, weight, bias, residual, scale = self
         if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 "linear_residual: weight must be [C_out, C] for x [..., C], "
                 f"got weight {list(weight.shape)} and x {list(x.shape)}"
             )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"linear_residual: bias must be [{weight.shape[0]}], got {list(bias.shape)}"
-            )
+        for name, tensor in (("bias", bias), ("scale", scale)):
+            if tensor is not None and tensor.shape != weight.shape[:1]:
+                raise ValueError(
+                    f"linear_residual: {name} must be [{weight.shape[0]}], got {list(tensor.shape)}"
+                )
         if residual.shape != (*x.shape[:-1], weight.shape[0]):
             raise ValueError(
                 f"linear_residual: residual must be {[*x.shape[:-1], weight.shape[0]]}, "
@@ -66,17 +70,19 @@ class LinearResidual(NamedTuple):
             )
 
     def eager(self) -> Tensor:
-        return self.residual + F.linear(self.x, self.weight, self.bias)
+        y = F.linear(self.x, self.weight, self.bias)
+        return self.residual + (y if self.scale is None else self.scale * y)
 
     def unsupported(self) -> str | None:
         return common_unsupported(self)
 
     def n_bytes(self) -> int:
-        """Counts x, residual, weight and bias read once, y written once."""
+        """Counts x, residual and parameters read once, y written once."""
         n_rows = self.x.numel() // max(self.x.shape[-1], 1)
         out_features, features = self.weight.shape
-        n_elements = n_rows * (features + 2 * out_features) + out_features * features
-        return self.x.element_size() * (n_elements + (0 if self.bias is None else out_features))
+        n_vectors = (self.bias is not None) + (self.scale is not None)
+        n_elements = n_rows * (features + 2 * out_features) + out_features * (features + n_vectors)
+        return self.x.element_size() * n_elements
 
     def empty_result(self) -> Tensor:
         return self.x.new_empty(self.residual.shape)

@@ -15,6 +15,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_new" or ACTIVATION == "gelu_pytorch_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2 * u)
         x = x * tl.sigmoid((x + 0.044715 * x * x * x) * _SQRT_8_OVER_PI)
+    elif ACTIVATION == "quick_gelu":
+        x = x * tl.sigmoid(1.702 * x)
     elif ACTIVATION == "relu":
         x = tl.where(x < 0.0, 0.0, x)  # keeps NaN, unlike a maximum
     elif ACTIVATION == "silu" or ACTIVATION == "swish":

@@ -1,6 +1,6 @@
-"""y = residual + x @ weight.T + bias: a tiled GEMM with both additions in its epilogue."""
-# pyright: reportArgumentType=false
-# a launch passes plain values for constexpr parameters
+"""y = residual + scale * (x @ weight.T + bias): a tiled GEMM with all of it in its epilogue."""
+# pyright: reportArgumentType=false, reportPossiblyUnboundVariable=false
+# a launch passes plain values for constexpr parameters, and these decide what a kernel defines
 
 import torch
 import triton
@@ -41,7 +41,9 @@ def launch_config(
     return GemmConfig(64, 32, block_k, num_warps=4, num_stages=5)
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def launch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None
+) -> Tensor:
     """Runs the kernel; arguments and result as `linear_residual`."""
     out_features, features = weight.shape
     y = x.new_empty(residual.shape)
@@ -59,6 +61,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
         weight,
         None if bias is None else bias.contiguous(),
         residual.contiguous(),
+        None if scale is None else scale.contiguous(),
         y,
         n_rows,
         features,
@@ -66,6 +69,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> 
         *rows.stride(),
         *weight.stride(),
         HAS_BIAS=bias is not None,
+        HAS_SCALE=scale is not None,
         EVEN_K=features % config.block_k == 0,
         PRECISION=input_precision(x.dtype),
         **config.options(),
@@ -80,6 +84,7 @@ def _linear_residual_fwd_kernel(
     weight_ptr,  # [out_features, features]
     bias_ptr,  # [out_features] or None
     residual_ptr,  # [n_rows, out_features], contiguous
+    scale_ptr,  # [out_features] or None
     y_ptr,  # [n_rows, out_features], contiguous
     n_rows,
     features,
@@ -89,6 +94,7 @@ def _linear_residual_fwd_kernel(
     stride_weight_row,
     stride_weight_col,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -119,7 +125,13 @@ def _linear_residual_fwd_kernel(
     # residual, then bias: this order takes the fewest registers
     mask = row_mask[:, None] & col_mask[None, :]
     offsets = first_row * out_features + rows[:, None] * out_features + cols[None, :]
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        acc *= scale[None, :]
     acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            bias *= scale
+        acc += bias[None, :]
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)

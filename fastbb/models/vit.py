@@ -1,0 +1,513 @@
+"""Vision Transformers of transformers: DINOv2 and 3, BEiT, ViT, DeiT, CLIP, SigLIP.
+
+Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`, `beit/`, `vit/`,
+`deit/`, `clip/`, `siglip/`. The last four have no backbone class there: their maps are the hidden
+states of `ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbone.base import Backbone
+from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, strip_prefix
+from ..backbone.configuration import BackboneConfig
+from ..backbone.registry import Family, TransformersModel, register
+from .parts import CalledModules, Refused, kept_parts, untouched
+from .vit_config import (
+    BeitConfig,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTFamilyConfig,
+)
+from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
+from .vit_forward import normed_map, normed_tokens, vit_states
+from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
+from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
+from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
+from .vit_positions import (
+    Grid,
+    PositionRules,
+    RopeAugmentation,
+    Rotation,
+    ViTRelativePositionBias,
+    ViTRope,
+    patch_grid,
+)
+
+CONFIGS = (
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    ViTConfig,
+    DeiTConfig,
+    CLIPVisionConfig,
+    SiglipVisionConfig,
+    DINOv3ViTConfig,
+    BeitConfig,
+)
+
+
+class ViTBackbone(Backbone):
+    """A ViT with transformers' parameter names. Calls may have images of different sizes.
+
+    The configuration decides the type. Stages: "stem" (the embedding), then one per layer,
+    "stage1", "stage2" ... Hidden states are tokens [B, N, C]: class token, registers or
+    distillation token, patches. Maps are those of the patches, [B, C, h, w].
+
+    Position embeddings are interpolated, as upstream does, for any other size than the trained one.
+    transformers' ViT, DeiT, CLIP and SigLIP raise an error for other sizes unless they are called
+    with `interpolate_pos_encoding=True`; this class never does. Pixels beyond the last whole patch
+    are dropped.
+    """
+
+    config_class = ViTFamilyConfig
+    config: ViTFamilyConfig
+    # `mask_token` is of training by masked patches
+    optional_weights = ("*mask_token", "pooler.*", "beit.pooler.*", "visual_projection.*")
+    unused_weights = ("*mask_token", "*position_ids", "*relative_position_index", "*inv_freq")
+    has_tokens = True
+    visual_projection: nn.Module | None
+    head: nn.Module | None
+    fpn: nn.Module | None
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config)
+        config = self.config  # converted to ours if it was transformers'
+        self.stage_names = list(config.stage_names or ())
+        self.num_features = [config.hidden_size] * len(self.stage_names)
+        self.names = NAMES[config.model_type]
+        n_extra = _n_extra(config, self.names)
+        self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra
+        self._build(self.names, n_extra)
+        self._build_ends(self.names)
+        self._init_weights()
+
+    def _build(self, names: ViTNames, n_extra: int) -> None:
+        config, channels = self.config, self.config.hidden_size
+        projection = nn.Conv2d(
+            config.num_channels, channels, config.patch, config.patch, bias=names.patches_bias
+        )
+        n_positions = self.n_prefix_tokens if names.extras_have_positions else 1
+        rules = PositionRules(
+            config.grid,
+            n_positions if names.cls_token is not None else 0,
+            names.antialias,
+            names.in_fp32,
+        )
+        has_positions = config.field("use_absolute_position_embeddings", default=True)
+        has_mask_token = config.field("use_mask_token", default=names.has_mask_token)
+        if names.root:
+            put(self, names.root[:-1], ViTContainer())
+        embeddings = ViTEmbeddings(
+            projection,
+            names,
+            rules,
+            n_extra,
+            names.positions is not None and has_positions,
+            (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
+            config.field("hidden_dropout_prob", default=0.0),
+        )
+        put(self, names.embeddings, embeddings)
+        shape, specs = _layer_shape(config), _block_specs(config)
+        layers = nn.ModuleList(ViTLayer(shape, spec, names) for spec in specs)
+        if encoder := names.encoder:
+            put(self, encoder, ViTContainer())
+        put(self, names.layers, layers)
+        if config.field("use_shared_relative_position_bias", default=False):
+            bias = ViTRelativePositionBias(config.grid, config.num_attention_heads)
+            put(self, f"{names.root}shared_position_bias", bias)
+        if isinstance(config, DINOv3ViTConfig) and names.rope is not None:
+            changes = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
+            rope = ViTRope(config.head_size, config.rope_theta, RopeAugmentation(*changes))
+            put(self, names.rope, rope)
+        if names.pre_norm is not None:
+            put(self, names.pre_norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
+        is_mean = config.field("use_mean_pooling", default=False)
+        norm = nn.Identity() if is_mean else nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        put(self, names.norm, norm)
+
+    def _build_ends(self, names: ViTNames) -> None:
+        """Builds what the image embedding, its projection and a pyramid are computed with."""
+        config, channels = self.config, self.config.hidden_size
+        pooler = self.visual_projection = self.head = self.fpn = None
+        if size := config.field("pooler_output_size", default=None):
+            pooler = ViTPooler(channels, size, config.pooler_act)
+        if config.field("use_mean_pooling", default=False):
+            pooler = ViTMeanPooler(channels, config.layer_norm_eps)
+        put(self, f"{names.root}pooler", pooler)
+        if size := config.field("projection_dim", default=None):
+            self.visual_projection = nn.Linear(channels, size, bias=False)
+        if config.field("add_fpn", default=False):
+            self.fpn = ViTPyramid(channels)
+        if config.field("vision_use_head", default=False):
+            self.head = ViTAttentionPool(_layer_shape(config), _block_specs(config)[0], self.names)
+
+    @property
+    def has_projection(self) -> bool:  # type: ignore[override]  # depends on the checkpoint
+        return self.visual_projection is not None or self.head is not None
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        std = self.config.field("initializer_range", default=0.02)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, ViTEmbeddings):
+                for name, parameter in module.named_parameters():
+                    if parameter.ndim < 4 and not name.endswith(("bias", "mask_token")):
+                        nn.init.normal_(parameter, std=std)
+
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        if not wanted:
+            return {}
+        parts, _ = kept_parts(self, self._parts)
+        assert parts is not None  # nothing refuses the whole
+        states = vit_states(
+            parts,
+            pixel_values,
+            [self.stage_names.index(name) for name in wanted],
+            patch=self.config.patch,
+            attentions=attentions,
+            run_block=self.block_runner(),
+        )
+        return dict(zip(wanted, states))
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | Sequence[int] | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Computes feature maps; see `Backbone.forward`.
+
+        With `return_class_token` (DINOv3) the output has `cls_tokens` too, [B, C] of each returned
+        stage, with the norm that the maps have; all layers run then.
+        """
+        config = self.config
+        if not (isinstance(config, DINOv3ViTConfig) and config.return_class_token):
+            return super().forward(
+                pixel_values, output_hidden_states, output_attentions, return_dict, **kwargs
+            )
+        output = super().forward(pixel_values, True, output_attentions, True, **kwargs)
+        tokens = [output.hidden_states[index][:, :1] for index in self.out_indices]
+        if config.apply_layernorm:
+            tokens = [self.final_state(token) for token in tokens]
+        output["cls_tokens"] = tuple(token[:, 0] for token in tokens)
+        hidden = (
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        if isinstance(hidden, Sequence):
+            states = dict(zip(self.stage_names, output.hidden_states))
+            output["hidden_states"] = self._hidden_states(states, hidden)
+        elif not hidden:
+            del output["hidden_states"]
+        return_dict = config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _parts(self, called: CalledModules) -> ViTParts:
+        """All layers except the final norm, and those that have to be called."""
+        names = self.names
+
+        def container(path: str) -> nn.Module | None:
+            """A module around others, if its hooks have to see the call."""
+
+            def read() -> None:
+                untouched(part(self, path), ViTContainer)
+
+            return called.read_or_call(read, part(self, path))
+
+        def read_embeddings() -> ViTEmbeddingParts:
+            return untouched(embeddings, ViTEmbeddings).parts()
+
+        embeddings = part(self, names.embeddings)
+        shared = self.config.field("use_shared_relative_position_bias", default=False)
+        return ViTParts(
+            called.read_or_call(read_embeddings, embeddings),
+            None if names.pre_norm is None else part(self, names.pre_norm),
+            called.read_each(part(self, names.layers), ViTLayer),
+            root=container(names.root[:-1]) if names.root else None,
+            encoder=container(names.encoder) if names.encoder else None,
+            rope=None if names.rope is None else self._rotation,
+            shared_bias=part(self, f"{names.root}shared_position_bias") if shared else None,
+            takes_resolution=_has_own_bias(self.config),
+        )
+
+    def _rotation(self, grid: Grid) -> Rotation:
+        """The rotation of the patches of a grid."""
+        return part(self, str(self.names.rope))(next(self.parameters()), grid)
+
+    def called_modules(self) -> dict[str, str]:
+        called = kept_parts(self, self._parts)[1].by_name(self)
+        try:
+            untouched(part(self, self.names.norm), nn.LayerNorm, nn.Identity)
+        except Refused as refused:
+            called[self.names.norm] = str(refused)
+        return called
+
+    def feature_map(self, stage: str, hidden_state: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Computes the returned map from the tokens [B, N, C] of a stage.
+
+        Returns:
+            [B, C, h, w], or tokens as upstream's with `reshape_hidden_states=False`.
+        """
+        config = self.config
+        n_prefix = self.n_prefix_tokens
+        if not config.reshape_hidden_states:
+            state = self.final_state(hidden_state) if config.apply_layernorm else hidden_state
+            return state if self.names.keeps_prefix else state[:, n_prefix:]
+        grid = patch_grid(config.patch, image_size)
+        if config.apply_layernorm:
+            try:
+                norm = untouched(self.final_norm, nn.LayerNorm)
+            except Refused:
+                hidden_state = self.final_norm(hidden_state)
+            else:
+                return normed_map(hidden_state[:, n_prefix:].unflatten(1, grid), norm)
+        return hidden_state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
+
+    def _returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        maps = super()._returned_maps(stages, pixel_values)
+        if self.fpn is None:
+            return maps
+        if len(maps) != 4:
+            raise ValueError(
+                f"the feature pyramid (add_fpn) is computed of four maps, got {len(maps)}: choose "
+                "four out_indices, or load the model with add_fpn=False"
+            )
+        return self.fpn(maps)
+
+    def _pooler(self) -> nn.Module | None:
+        """Computes the image embedding, or None if that is the class token."""
+        return part(self, f"{self.names.root}pooler")
+
+    @property
+    def final_norm(self) -> Any:
+        norm = part(self, self.names.norm)
+        # the norm of the mean of the patches stands in for that of tokens
+        return getattr(self._pooler(), "layernorm", None) if isinstance(norm, nn.Identity) else norm
+
+    @property
+    def lacks_final_norm(self) -> bool:
+        return self.final_norm is None or super().lacks_final_norm
+
+    def final_state(self, hidden_state: Tensor) -> Tensor:
+        norm = part(self, self.names.norm)
+        try:
+            return normed_tokens(hidden_state, untouched(norm, nn.LayerNorm))
+        except Refused:
+            return norm(hidden_state)
+
+    def embedding_of(self, final_state: Tensor) -> Tensor:
+        pool = self._pooler() if self.head is None else self.head
+        if pool is not None:
+            return pool(final_state)
+        if self.names.cls_token is None:
+            raise ValueError(
+                f"embedding: this {self.config.model_type} has no pooling head and no class token; "
+                "ask for --features pooled or patch_mean"
+            )
+        return final_state[:, 0]
+
+    def projection_of(self, final_state: Tensor) -> Tensor:
+        embedding = self.embedding_of(final_state)
+        return embedding if self.visual_projection is None else self.visual_projection(embedding)
+
+    def tokens_of(self, state: Tensor) -> Tensor:
+        return state
+
+    def patch_mean_of(self, state: Tensor) -> Tensor:
+        return state[:, self.n_prefix_tokens :].float().mean(1)
+
+    def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
+        ends = () if final else (*self._optional_ends(), "head.")
+        if not final and not (self.config.apply_layernorm and maps):
+            ends += (f"{self.names.norm}.",)
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith(ends) and not name.endswith("mask_token")
+        }
+
+    def _optional_ends(self) -> tuple[str, ...]:
+        """Modules that a checkpoint may lack, with a dot."""
+        return f"{self.names.root}pooler.", "visual_projection."
+
+    def init_optional_weights(self) -> None:
+        for name, parameter in list(self.named_parameters()):
+            if name.endswith("mask_token") or name.startswith(self._optional_ends()):
+                put(self, name, nn.Parameter(torch.zeros(parameter.shape)))
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        super().report_loading(name, info)
+        for end in self._optional_ends():
+            if any(initialized.startswith(end) for initialized in info.initialized):
+                put(self, end[:-1], None)
+
+    def _load_from_state_dict(
+        self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Accepts state dicts without the ends that a checkpoint may lack."""
+        if f"{prefix}{self._first_name()}" in state_dict:
+            for end in self._optional_ends():
+                if not any(name.startswith(prefix + end) for name in state_dict):
+                    put(self, end[:-1], None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _first_name(self) -> str:
+        """The name of a weight that every checkpoint has."""
+        return f"{self.names.embeddings}.{self.names.patches}.weight"
+
+    @classmethod
+    def from_state_dict(
+        cls, config: Any, state: StateDict, **options: Any
+    ) -> tuple[Any, LoadingInfo]:
+        for name, tensor in state.items():
+            # the model around a vision tower decides the size
+            if name.endswith("visual_projection.weight"):
+                fields = {"projection_dim": tensor.shape[0]}
+                config = type(config).from_dict(config.to_dict(), **fields)
+        return super().from_state_dict(config, state, **options)
+
+    @classmethod
+    def from_checkpoint_names(
+        cls, state: StateDict, backbone: Any
+    ) -> tuple[StateDict, str, list[str]]:
+        names: ViTNames = backbone.names
+        found, root = in_memory(names, state), names.root
+        # outside of the root are a projection and a pyramid
+        own = [name for name in backbone.state_dict() if not name.startswith(_BESIDE)]
+        own.sort(key=lambda name: name != backbone._first_name())
+        expected = [name.removeprefix(root) for name in own]
+        prefix = find_prefix(found, expected, names.upstream)
+        inside, outside = strip_prefix(found, prefix)
+        parent = prefix.removesuffix(root or names.file_prefix)
+        beside = {name: name.removeprefix(parent) for name in outside if name.startswith(parent)}
+        wanted = {name for name in backbone.state_dict() if name.startswith(_BESIDE)}
+        beside = {name: inner for name, inner in beside.items() if inner in wanted}
+        tensors = {root + name: tensor for name, tensor in inside.items()}
+        tensors |= {inner: found[name] for name, inner in beside.items()}
+        return tensors, prefix, [name for name in outside if name not in beside]
+
+    def to_checkpoint_names(self) -> StateDict:
+        return in_files(self.names, self.state_dict())
+
+    @classmethod
+    def config_classes(cls) -> dict[str, type[BackboneConfig]]:
+        return {config.model_type: config for config in CONFIGS}
+
+
+_BESIDE = ("visual_projection.", "fpn.")
+
+
+def _n_extra(config: ViTFamilyConfig, names: ViTNames) -> int:
+    """Number of tokens between the class token and the patches."""
+    if names.extra_tokens is None:
+        return 0
+    return config.field("num_register_tokens", default=1)
+
+
+def _branch_dropout(config: ViTFamilyConfig) -> float:
+    """Dropout of the branches of a layer, which only some types have."""
+    has_it = NAMES[config.model_type].drops_branches
+    return config.field("hidden_dropout_prob", default=0.0) if has_it else 0.0
+
+
+def _has_own_bias(config: ViTFamilyConfig) -> bool:
+    """Whether each layer has a relative position bias of its own."""
+    return config.field("use_relative_position_bias", default=False)
+
+
+def _layer_shape(config: ViTFamilyConfig) -> LayerShape:
+    names, every = NAMES[config.model_type], config.field("qkv_bias", default=True)
+    # the factor of a branch is 1 without a layer scale
+    initial = config.field("layer_scale_init_value", default=0.0)
+    return LayerShape(
+        channels=config.hidden_size,
+        hidden=config.mlp_size,
+        eps=config.layer_norm_eps,
+        qkv_bias=(
+            config.field("query_bias", every),
+            config.field("key_bias", every and names.key_bias),
+            config.field("value_bias", every),
+        ),
+        proj_bias=config.field("proj_bias", default=True),
+        mlp_bias=config.field("mlp_bias", default=True),
+        is_gated=config.field("use_swiglu_ffn", config.field("use_gated_mlp", default=False)),
+        layer_scale=config.field("layerscale_value", initial if initial > 0 else None),
+        patch=config.patch,
+        bias_grid=config.grid if _has_own_bias(config) else None,
+    )
+
+
+def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
+    is_swiglu = config.field("use_swiglu_ffn", default=False)
+    spec = ViTBlockSpec(
+        num_heads=config.num_attention_heads,
+        activation="silu" if is_swiglu else config.hidden_act,
+        dropout=_branch_dropout(config),
+        attention_dropout=config.field(
+            "attention_probs_dropout_prob", config.field("attention_dropout", default=0.0)
+        ),
+    )
+    n_layers = config.num_hidden_layers
+    rates = [config.field("drop_path_rate", default=0.0)] * n_layers
+    if NAMES[config.model_type].drop_path_grows:
+        rates = [rate * index / max(n_layers - 1, 1) for index, rate in enumerate(rates)]
+    return [replace(spec, drop_path=rate) for rate in rates]
+
+
+def _upstream(backbone: ViTBackbone) -> TransformersModel:
+    package, name = "transformers", backbone.names.upstream
+    # DINOv3's backbone normalizes the last stage in any case
+    is_as_asked = backbone.config.apply_layernorm or backbone.names.rope is None
+    if backbone.names.has_backbone and is_as_asked:
+        return TransformersModel(package, name)
+    return TransformersModel(package, name, _model_state, partial(_model_maps, backbone))
+
+
+def _model_state(backbone: ViTBackbone) -> StateDict:
+    """The weights by the names of upstream's model, whose pooler is NaN where there is none."""
+    state = backbone.state_dict()
+    state.pop("visual_projection.weight", None)
+    channels = backbone.config.hidden_size
+    if size := backbone.config.field("pooler_output_size", default=None):
+        state.setdefault("pooler.dense.weight", torch.full((size, channels), torch.nan))
+        state.setdefault("pooler.dense.bias", torch.full((size,), torch.nan))
+    return state
+
+
+def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> list[Tensor]:
+    """The selected maps of upstream's model, from its hidden states."""
+    config, n_prefix = backbone.config, backbone.n_prefix_tokens
+    options = {"interpolate_pos_encoding": True} if backbone.names.positions else {}
+    out = module(pixel_values, output_hidden_states=True, **options)
+    states = [out.hidden_states[index] for index in backbone.out_indices]
+    if config.apply_layernorm:
+        states = [part(module, backbone.names.norm)(state) for state in states]
+    if not config.reshape_hidden_states:
+        return states if backbone.names.keeps_prefix else [state[:, n_prefix:] for state in states]
+    height, width = pixel_values.shape[2:]
+    grid = patch_grid(config.patch, (height, width))
+    return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]
+
+
+register(Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream))
