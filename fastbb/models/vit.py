@@ -31,6 +31,7 @@ from .vit_config import (
 )
 from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_forward import normed_map, normed_tokens, vit_states
+from .vit_libraries import timm_maps, timm_parts
 from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
@@ -510,4 +511,12 @@ def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> lis
     return [state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2) for state in states]
 
 
-register(Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream))
+register(
+    Family(
+        backbone=ViTBackbone,
+        configs=CONFIGS,
+        timm_parts=timm_parts,
+        maps=timm_maps,
+        upstream=_upstream,
+    )
+)
