@@ -31,7 +31,6 @@ from .vit_config import (
 )
 from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_forward import normed_map, normed_tokens, vit_states
-from .vit_libraries import timm_maps, timm_parts
 from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
@@ -44,6 +43,7 @@ from .vit_positions import (
     ViTRope,
     patch_grid,
 )
+from .vit_timm import timm_maps, timm_parts, timm_upstream
 
 CONFIGS = (
     Dinov2Config,
@@ -518,5 +518,6 @@ register(
         timm_parts=timm_parts,
         maps=timm_maps,
         upstream=_upstream,
+        timm_upstream=timm_upstream,
     )
 )

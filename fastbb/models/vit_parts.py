@@ -125,8 +125,8 @@ class ViTBlockParts:
     def hidden(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         """Weight [F, C] and bias [F] of the gate, and of the first layer."""
         gate = self.gate
-        own = (None, None) if gate is None else (gate.weight, gate.bias)
-        return *own, self.fc1.weight, self.fc1.bias
+        gate_weight, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
+        return gate_weight, gate_bias, self.fc1.weight, self.fc1.bias
 
 
 def _fused(has_bias: list[bool], *tensors: Tensor) -> tuple[Tensor, Tensor | None]:

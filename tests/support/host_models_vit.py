@@ -1,15 +1,12 @@
 """Tiny random ViTs of transformers and timm: backbones, classifiers, towers, depth."""
 
-from functools import partial
 from typing import Any
 
 import timm
-import torch
 import transformers
 from host_matrix import Host, host
 from host_models_transformers import pixels, tokens
 from reference_models import images, randomize_
-from torch import nn
 from vit_models import TYPES, hf_vit, vit_config
 
 hf: Any = transformers
