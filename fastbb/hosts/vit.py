@@ -258,6 +258,8 @@ class TimmViTBlock(_ViTBlock):
 class TimmEvaBlock(_ViTBlock):
     """EvaBlock of timm, without rotation or with that of DINOv3."""
 
+    any_dtype = ("rope",)  # timm computes it in fp32
+
     def read(self) -> ViTBlockParts:
         return timm_eva_block(self.module)
 
@@ -278,7 +280,8 @@ class TimmEvaBlock(_ViTBlock):
         return None
 
     def forward(self, x: Tensor, rope: Tensor | None = None, **_: Any) -> Tensor:
-        return self.computed(x, position_embeddings=None if rope is None else eva_rotation(rope))
+        rotation = None if rope is None else eva_rotation(rope.to(x.dtype))
+        return self.computed(x, position_embeddings=rotation)
 
 
 _DINOV2 = "transformers.models.dinov2.modeling_dinov2.Dinov2"
