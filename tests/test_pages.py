@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import benchmark_pages
 import click
+import model_types_page
 import numpy as np
 import page_models
 import pytest
@@ -241,3 +242,9 @@ def test_measured_pages_show_the_results_beside_them(name: str) -> None:
         readme = benchmark_pages.README.read_text()
         table = benchmark_pages.readme_table(results)
         assert benchmark_pages.with_measured(readme, table) == readme
+
+
+def test_the_table_of_model_types_is_that_of_the_command() -> None:
+    page = model_types_page.PAGE.read_text()
+    assert model_types_page.with_table(page) == page
+    assert page.count("| `") > 32

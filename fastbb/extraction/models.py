@@ -513,7 +513,7 @@ def _first_tensor(output: Any) -> Tensor | None:
 
 
 # the modules before the final norm
-_STAGES = ("embeddings", "embedder", "encoder", "features")
+_STAGES = ("embeddings", "embedder", "encoder", "layers", "model", "features")
 
 
 def upstream_model(backbone: Backbone, layers: Sequence[str] = ()) -> nn.Module:

@@ -86,7 +86,8 @@ class TransformersBackbone(Backbone):
         if output_attentions is None:
             output_attentions = config.output_attentions
         options = {name: v for name, v in kwargs.items() if name in self._options and v is not None}
-        only_maps = not (output_hidden_states or output_attentions or options)
+        more = output_hidden_states or output_attentions or options
+        only_maps = not (more or getattr(config, "return_class_token", False))
         if self._engine is not None and only_maps:
             output = BackboneOutput(self._engine(pixel_values))
         else:
@@ -94,7 +95,8 @@ class TransformersBackbone(Backbone):
                 options["output_hidden_states"] = True
             if output_attentions and self.has_attentions:
                 options["output_attentions"] = True
-            found = self._upstream_output(pixel_values, **options)
+            model = self._model_for(self.out_features)
+            found = model(pixel_values, return_dict=True, **options)
             output = BackboneOutput({n: v for n, v in found.items() if v is not None})
             if output_hidden_states and not isinstance(output_hidden_states, bool):
                 named: Any = dict(zip(self.stage_names, output.hidden_states or ()))
@@ -103,22 +105,28 @@ class TransformersBackbone(Backbone):
             return_dict = config.return_dict
         return output if return_dict else output.to_tuple()
 
-    def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._upstream_output(pixel_values).feature_maps)
+    def forward_stages(
+        self,
+        pixel_values: Tensor,
+        wanted: Sequence[str],
+        attentions: list[Tensor] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Computes the maps of the wanted stages; upstream runs all stages."""
+        if not wanted:
+            return {}
+        output = self._model_for(wanted)(pixel_values, return_dict=True)
+        return dict(zip(wanted, output.feature_maps))
 
-    def _upstream_output(self, pixel_values: Tensor, **options: Any) -> Any:
-        return self._selected_model()(pixel_values, return_dict=True, **options)
-
-    def _selected_model(self) -> Any:
-        """transformers' module with the selected stages; its parts are those of `model`."""
-        wanted = list(self.out_features)
+    def _model_for(self, stages: Sequence[str]) -> Any:
+        """transformers' module that returns these stages; its parts are those of `model`."""
         model: Any = self.model
-        if model.config._out_features == wanted:
+        if model.config._out_features == list(stages):
             return model
         other = self._selected.model
-        if other is None or other.config._out_features != wanted:
+        if other is None or other.config._out_features != list(stages):
             other = copy.copy(model)
-            other.config = self.config.upstream()
+            other.config = self.config.upstream(stages)
             self._selected.model = other
         return other
 
@@ -205,7 +213,7 @@ class TransformersBackbone(Backbone):
         self.check_own_weights()
         unselected = [n for n in self.stage_names if n not in self.out_features]
         left_out = tuple(f"{STAGE_NORMS}{name}." for name in unselected)
-        model = self._selected_model()
+        model = self._model_for(self.out_features)
         state = {n: t for n, t in model.state_dict().items() if not n.startswith(left_out)}
         if "pixio.layernorm.weight" in state:  # upstream swaps the two when it loads them
             for part in ("weight", "bias"):

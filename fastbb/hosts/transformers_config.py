@@ -13,6 +13,8 @@ from .model_types import BACKBONE_TYPES, OLDEST
 Config = TypeVar("Config", bound="TransformersBackboneConfig")
 
 _SELECTION = {"out_features", "out_indices"}
+# fields that a model of transformers reads, and its configuration does not declare
+_UNDECLARED = {"sapiens2": ("return_class_token",)}
 # of every configuration of transformers: written by it, or said by a call
 _NOT_OF_THE_MODEL = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type"),
@@ -20,16 +22,22 @@ _NOT_OF_THE_MODEL = {
 }
 
 
+class CannotComputeError(ImportError):
+    """transformers, or a package that it needs for a backbone, is missing or too old."""
+
+    exit_code = 2  # of a command: the same as of a wrong name
+
+
 def transformers() -> Any:
     """Imports transformers.
 
     Raises:
-        ImportError: it is not installed; the message says how to install it.
+        CannotComputeError: it is not installed; the message says how to install it.
     """
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
+        raise CannotComputeError(
             "this backbone is computed by transformers, which is not installed: "
             f"pip install 'transformers>={OLDEST}' (the extra fastbb[transformers])"
         ) from error
@@ -40,12 +48,12 @@ def config_class(model_type: str) -> Any:
     """transformers' configuration class of a model type.
 
     Raises:
-        ImportError: transformers is missing, too old, or lacks NATTEN for Dinat.
+        CannotComputeError: transformers is missing, too old, or lacks NATTEN for Dinat.
     """
     library = transformers()
     needs = BACKBONE_TYPES[model_type].since
     if model_type not in library.CONFIG_MAPPING:
-        raise ImportError(
+        raise CannotComputeError(
             f"model_type {model_type!r} needs transformers {needs} or later, installed is "
             f"{library.__version__}: pip install -U transformers"
         )
@@ -60,7 +68,7 @@ def _check_natten() -> None:
     except importlib.metadata.PackageNotFoundError:
         version = None
     if version is None or tuple(map(int, version.split(".")[:2])) >= (0, 20):
-        raise ImportError(
+        raise CannotComputeError(
             "model_type 'dinat' needs NATTEN below 0.20, whose functions transformers calls and "
             f"later versions removed; installed is {version or 'none'}"
         )
@@ -87,7 +95,7 @@ class TransformersBackboneConfig(BackboneConfig):
         fields: of transformers' class.
 
     Raises:
-        ImportError: transformers is not installed, or too old for the type.
+        CannotComputeError: transformers is not installed, or too old for the type.
         ValueError: transformers refuses the fields.
     """
 
@@ -128,7 +136,7 @@ class TransformersBackboneConfig(BackboneConfig):
             for name in _SELECTION:
                 values.pop(name, None)
         model_type = values.pop("model_type")
-        known = {*config_class(model_type)().to_dict(), *values}
+        known = {*config_class(model_type)().to_dict(), *values, *_UNDECLARED.get(model_type, ())}
         if unknown := sorted(overrides.keys() - known):
             fields = ", ".join(sorted(known - _NOT_OF_THE_MODEL))
             raise TypeError(

@@ -5,8 +5,7 @@ Upstream: transformers `models/dinov2/`, `dinov2_with_registers/`, `dinov3_vit/`
 states of `ViTModel`, `DeiTModel`, `CLIPVisionModel` and `SiglipVisionModel`.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, strip_pre
 from ..backbone.configuration import BackboneConfig
 from ..backbone.registry import Family, TransformersModel, register
 from .parts import CalledModules, Refused, kept_parts, untouched
+from .vit_build import build_ends, build_layers, has_own_bias, n_extra
 from .vit_config import (
     BeitConfig,
     CLIPVisionConfig,
@@ -29,18 +29,13 @@ from .vit_config import (
     ViTConfig,
     ViTFamilyConfig,
 )
-from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_forward import normed_map, normed_tokens, vit_states
-from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
+from .vit_modules import ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
-from .vit_parts import ViTBlockSpec, ViTEmbeddingParts, ViTParts
+from .vit_parts import ViTEmbeddingParts, ViTParts
 from .vit_positions import (
     Grid,
-    PositionRules,
-    RopeAugmentation,
     Rotation,
-    ViTRelativePositionBias,
-    ViTRope,
     patch_grid,
 )
 from .vit_timm import timm_maps, timm_parts, timm_upstream
@@ -86,71 +81,11 @@ class ViTBackbone(Backbone):
         self.stage_names = list(config.stage_names or ())
         self.num_features = [config.hidden_size] * len(self.stage_names)
         self.names = NAMES[config.model_type]
-        n_extra = _n_extra(config, self.names)
-        self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra
-        self._build(self.names, n_extra)
-        self._build_ends(self.names)
+        self.n_prefix_tokens = (self.names.cls_token is not None) + n_extra(config)
+        build_layers(self, config)
+        build_ends(self, config)
+        self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
         self._init_weights()
-
-    def _build(self, names: ViTNames, n_extra: int) -> None:
-        config, channels = self.config, self.config.hidden_size
-        projection = nn.Conv2d(
-            config.num_channels, channels, config.patch, config.patch, bias=names.patches_bias
-        )
-        n_positions = self.n_prefix_tokens if names.extras_have_positions else 1
-        rules = PositionRules(
-            config.grid,
-            n_positions if names.cls_token is not None else 0,
-            names.antialias,
-            names.in_fp32,
-        )
-        has_positions = config.field("use_absolute_position_embeddings", default=True)
-        has_mask_token = config.field("use_mask_token", default=names.has_mask_token)
-        if names.root:
-            put(self, names.root[:-1], ViTContainer())
-        embeddings = ViTEmbeddings(
-            projection,
-            names,
-            rules,
-            n_extra,
-            names.positions is not None and has_positions,
-            (1, 1, channels)[-names.mask_token_ndim :] if has_mask_token else None,
-            config.field("hidden_dropout_prob", default=0.0),
-        )
-        put(self, names.embeddings, embeddings)
-        shape, specs = _layer_shape(config), _block_specs(config)
-        layers = nn.ModuleList(ViTLayer(shape, spec, names) for spec in specs)
-        if encoder := names.encoder:
-            put(self, encoder, ViTContainer())
-        put(self, names.layers, layers)
-        if config.field("use_shared_relative_position_bias", default=False):
-            bias = ViTRelativePositionBias(config.grid, config.num_attention_heads)
-            put(self, f"{names.root}shared_position_bias", bias)
-        if isinstance(config, DINOv3ViTConfig) and names.rope is not None:
-            changes = config.pos_embed_shift, config.pos_embed_jitter, config.pos_embed_rescale
-            rope = ViTRope(config.head_size, config.rope_theta, RopeAugmentation(*changes))
-            put(self, names.rope, rope)
-        if names.pre_norm is not None:
-            put(self, names.pre_norm, nn.LayerNorm(channels, eps=config.layer_norm_eps))
-        is_mean = config.field("use_mean_pooling", default=False)
-        norm = nn.Identity() if is_mean else nn.LayerNorm(channels, eps=config.layer_norm_eps)
-        put(self, names.norm, norm)
-
-    def _build_ends(self, names: ViTNames) -> None:
-        """Builds what the image embedding, its projection and a pyramid are computed with."""
-        config, channels = self.config, self.config.hidden_size
-        pooler = self.visual_projection = self.head = self.fpn = None
-        if size := config.field("pooler_output_size", default=None):
-            pooler = ViTPooler(channels, size, config.pooler_act)
-        if config.field("use_mean_pooling", default=False):
-            pooler = ViTMeanPooler(channels, config.layer_norm_eps)
-        put(self, f"{names.root}pooler", pooler)
-        if size := config.field("projection_dim", default=None):
-            self.visual_projection = nn.Linear(channels, size, bias=False)
-        if config.field("add_fpn", default=False):
-            self.fpn = ViTPyramid(channels)
-        if config.field("vision_use_head", default=False):
-            self.head = ViTAttentionPool(_layer_shape(config), _block_specs(config)[0], self.names)
 
     @property
     def has_projection(self) -> bool:  # type: ignore[override]  # depends on the checkpoint
@@ -249,7 +184,7 @@ class ViTBackbone(Backbone):
             encoder=container(names.encoder) if names.encoder else None,
             rope=None if names.rope is None else self._rotation,
             shared_bias=part(self, f"{names.root}shared_position_bias") if shared else None,
-            takes_resolution=_has_own_bias(self.config),
+            takes_resolution=has_own_bias(self.config),
         )
 
     def _rotation(self, grid: Grid) -> Rotation:
@@ -363,11 +298,20 @@ class ViTBackbone(Backbone):
             if any(initialized.startswith(end) for initialized in info.initialized):
                 put(self, end[:-1], None)
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        self._loads_strictly = strict
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        finally:
+            self._loads_strictly = True
+
     def _load_from_state_dict(
         self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Accepts state dicts without the ends that a checkpoint may lack."""
-        if f"{prefix}{self._first_name()}" in state_dict:
+        if self._loads_strictly and f"{prefix}{self._first_name()}" in state_dict:
             for end in self._optional_ends():
                 if not any(name.startswith(prefix + end) for name in state_dict):
                     put(self, end[:-1], None)
@@ -383,7 +327,8 @@ class ViTBackbone(Backbone):
     ) -> tuple[Any, LoadingInfo]:
         for name, tensor in state.items():
             # the model around a vision tower decides the size
-            if name.endswith("visual_projection.weight"):
+            projects = config.field("projection_dim", default=None) is not None
+            if projects and name.endswith("visual_projection.weight"):
                 fields = {"projection_dim": tensor.shape[0]}
                 config = type(config).from_dict(config.to_dict(), **fields)
         return super().from_state_dict(config, state, **options)
@@ -419,80 +364,32 @@ class ViTBackbone(Backbone):
 _BESIDE = ("visual_projection.", "fpn.")
 
 
-def _n_extra(config: ViTFamilyConfig, names: ViTNames) -> int:
-    """Number of tokens between the class token and the patches."""
-    if names.extra_tokens is None:
-        return 0
-    return config.field("num_register_tokens", default=1)
-
-
-def _branch_dropout(config: ViTFamilyConfig) -> float:
-    """Dropout of the branches of a layer, which only some types have."""
-    has_it = NAMES[config.model_type].drops_branches
-    return config.field("hidden_dropout_prob", default=0.0) if has_it else 0.0
-
-
-def _has_own_bias(config: ViTFamilyConfig) -> bool:
-    """Whether each layer has a relative position bias of its own."""
-    return config.field("use_relative_position_bias", default=False)
-
-
-def _layer_shape(config: ViTFamilyConfig) -> LayerShape:
-    names, every = NAMES[config.model_type], config.field("qkv_bias", default=True)
-    # the factor of a branch is 1 without a layer scale
-    initial = config.field("layer_scale_init_value", default=0.0)
-    return LayerShape(
-        channels=config.hidden_size,
-        hidden=config.mlp_size,
-        eps=config.layer_norm_eps,
-        qkv_bias=(
-            config.field("query_bias", every),
-            config.field("key_bias", every and names.key_bias),
-            config.field("value_bias", every),
-        ),
-        proj_bias=config.field("proj_bias", default=True),
-        mlp_bias=config.field("mlp_bias", default=True),
-        is_gated=config.field("use_swiglu_ffn", config.field("use_gated_mlp", default=False)),
-        layer_scale=config.field("layerscale_value", initial if initial > 0 else None),
-        patch=config.patch,
-        bias_grid=config.grid if _has_own_bias(config) else None,
-    )
-
-
-def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
-    is_swiglu = config.field("use_swiglu_ffn", default=False)
-    spec = ViTBlockSpec(
-        num_heads=config.num_attention_heads,
-        activation="silu" if is_swiglu else config.hidden_act,
-        dropout=_branch_dropout(config),
-        attention_dropout=config.field(
-            "attention_probs_dropout_prob", config.field("attention_dropout", default=0.0)
-        ),
-    )
-    n_layers = config.num_hidden_layers
-    rates = [config.field("drop_path_rate", default=0.0)] * n_layers
-    if NAMES[config.model_type].drop_path_grows:
-        rates = [rate * index / max(n_layers - 1, 1) for index, rate in enumerate(rates)]
-    return [replace(spec, drop_path=rate) for rate in rates]
-
-
 def _upstream(backbone: ViTBackbone) -> TransformersModel:
     package, name = "transformers", backbone.names.upstream
-    # DINOv3's backbone normalizes the last stage in any case
-    is_as_asked = backbone.config.apply_layernorm or backbone.names.rope is None
-    if backbone.names.has_backbone and is_as_asked:
-        return TransformersModel(package, name)
+    names = backbone.names
+    # DINOv3's backbone normalizes the last stage in any case, and BEiT's has no pooler
+    is_as_asked = backbone.config.apply_layernorm or names.rope is None
+    has_all = not names.root or backbone.fpn is not None
+    if names.has_backbone and is_as_asked and has_all:
+        return TransformersModel(package, name, _backbone_state)
     return TransformersModel(package, name, _model_state, partial(_model_maps, backbone))
+
+
+def _backbone_state(backbone: ViTBackbone) -> StateDict:
+    """The weights by the names of upstream's backbone, which has no pooler."""
+    pooler = f"{backbone.names.root}pooler."
+    return {n: tensor for n, tensor in backbone.state_dict().items() if not n.startswith(pooler)}
 
 
 def _model_state(backbone: ViTBackbone) -> StateDict:
     """The weights by the names of upstream's model, whose pooler is NaN where there is none."""
-    state = backbone.state_dict()
+    state = {n.removeprefix(backbone.names.root): t for n, t in backbone.state_dict().items()}
     state.pop("visual_projection.weight", None)
-    channels = backbone.config.hidden_size
-    if size := backbone.config.field("pooler_output_size", default=None):
-        state.setdefault("pooler.dense.weight", torch.full((size, channels), torch.nan))
-        state.setdefault("pooler.dense.bias", torch.full((size,), torch.nan))
+    absent = type(backbone)(backbone.config).state_dict() if backbone._pooler() is None else {}
+    for name, tensor in absent.items():
+        name = name.removeprefix(backbone.names.root)
+        if name.startswith("pooler."):
+            state[name] = torch.full(tensor.shape, torch.nan)
     return state
 
 

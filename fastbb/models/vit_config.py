@@ -481,6 +481,7 @@ class BeitConfig(ViTFamilyConfig):
     ) -> None:
         if "segmentation_indices" in unknown and out_indices is None:
             out_indices = unknown.pop("segmentation_indices")
+        unknown.pop("apply_layernorm", None)  # upstream ignores it
         self._take(locals())
         if self.add_fpn and len(self.out_indices or ()) != 4:
             raise ValueError(

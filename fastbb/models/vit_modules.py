@@ -164,8 +164,10 @@ class ViTLayer(NativeModule):
         for name in names.norms:
             setattr(self, name, nn.LayerNorm(shape.channels, eps=shape.eps))
         self.mlp = ViTMlp(shape, spec.activation, names)
-        self.dropout = nn.Dropout(spec.dropout)
-        self.drop_path = ViTDropPath(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.dropout = nn.Dropout(spec.dropout) if names.drops_branches else None
+        self.drop_path = None
+        if names.has_drop_path:
+            self.drop_path = ViTDropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         self.scale_names = () if shape.layer_scale is None or not names.scales else names.scales
         for path in self.scale_names:
             name, _, inner = path.partition(".")
@@ -199,11 +201,11 @@ class ViTLayer(NativeModule):
 
     def _branch(self, x: Tensor, index: int) -> Tensor:
         """Dropout, layer scale and stochastic depth of the first or second branch."""
-        x = self.dropout(x)
+        x = x if self.dropout is None else self.dropout(x)
         if self.scale_names:
             scale = getattr(self, self.scale_names[index].partition(".")[0])
             x = x * scale if isinstance(scale, Tensor) else scale(x)
-        return self.drop_path(x)
+        return x if self.drop_path is None else self.drop_path(x)
 
     def _scales(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.scale_names:
@@ -215,10 +217,11 @@ class ViTLayer(NativeModule):
         """The semantics for a call; the modules have modes and rates of their own."""
         attention: Any = getattr(self, self.names.attention)
         dropout, path = self.dropout, self.drop_path
+        drops_path = isinstance(path, ViTDropPath) and path.training
         return replace(
             self.spec,
-            drop_path=path.drop_prob if path.training and isinstance(path, ViTDropPath) else 0.0,
-            dropout=dropout.p if dropout.training else 0.0,
+            drop_path=path.drop_prob if drops_path else 0.0,
+            dropout=0.0 if dropout is None or not dropout.training else dropout.p,
             attention_dropout=self.spec.attention_dropout if attention.training else 0.0,
         )
 
@@ -232,8 +235,10 @@ class ViTLayer(NativeModule):
         for linear in linears:
             untouched(linear, nn.Linear)
         untouched(activation, Activation)
-        untouched(self.dropout, nn.Dropout)
-        untouched(self.drop_path, ViTDropPath, nn.Identity)
+        if self.dropout is not None:
+            untouched(self.dropout, nn.Dropout)
+        if self.drop_path is not None:
+            untouched(self.drop_path, ViTDropPath, nn.Identity)
         for path in self.scale_names:
             name, _, inner = path.partition(".")
             if inner:
@@ -291,7 +296,7 @@ class ViTEmbeddings(NativeModule):
         n_extra: tokens between the class token and the patches.
         has_positions: whether there are absolute position embeddings.
         mask_token: shape of the token of masked patches, which no map depends on, or None.
-        dropout: of the tokens.
+        dropout: of the tokens, or None where upstream has no such module.
     """
 
     def __init__(
@@ -302,7 +307,7 @@ class ViTEmbeddings(NativeModule):
         n_extra: int,
         has_positions: bool,
         mask_token: tuple[int, ...] | None,
-        dropout: float,
+        dropout: float | None,
     ) -> None:
         super().__init__()
         self.names, self.rules = names, rules
@@ -326,7 +331,7 @@ class ViTEmbeddings(NativeModule):
             positions = torch.zeros(1, n_positions, channels)
             value = ViTPositions(n_positions, channels) if inner else nn.Parameter(positions)
             setattr(self, name, value)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = None if dropout is None else nn.Dropout(dropout)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         grid = patch_grid(self.patch, (pixel_values.shape[2], pixel_values.shape[3]))
@@ -337,7 +342,8 @@ class ViTEmbeddings(NativeModule):
             positions = getattr(self, str(self.names.positions).partition(".")[0])
             positions = positions if isinstance(positions, Tensor) else positions()
         tokens = self._cls_token(), self._extra_tokens(), positions
-        return self.dropout(with_prefix(x, *embedding_terms(self, self.rules, grid, *tokens)))
+        x = with_prefix(x, *embedding_terms(self, self.rules, grid, *tokens))
+        return x if self.dropout is None else self.dropout(x)
 
     def _cls_token(self) -> Tensor | None:
         return None if self.names.cls_token is None else getattr(self, self.names.cls_token)
@@ -356,7 +362,8 @@ class ViTEmbeddings(NativeModule):
         name, _, inner = str(self.names.positions).partition(".")
         if self.has_positions and inner:
             untouched(getattr(self, name), ViTPositions)
-        untouched(self.dropout, nn.Dropout)
+        if self.dropout is not None:
+            untouched(self.dropout, nn.Dropout)
         return ViTEmbeddingParts(
             owner=self,
             projection=untouched(part(self, self.names.patches), nn.Conv2d),

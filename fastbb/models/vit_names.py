@@ -27,6 +27,7 @@ class ViTNames:
         mask_token_ndim: number of its dimensions.
         key_bias: whether keys have a bias where queries and values have one.
         drop_path_grows: whether the rate of stochastic depth grows with depth.
+        has_drop_path: whether layers have stochastic depth.
         drops_branches: whether the branches of a layer have dropout.
         cls_token: class token, or None.
         extra_tokens: tokens between class token and patches, or None.
@@ -63,6 +64,7 @@ class ViTNames:
     mask_token_ndim: int = 3
     key_bias: bool = True
     drop_path_grows: bool = False
+    has_drop_path: bool = True
     drops_branches: bool = False
     cls_token: str | None = "cls_token"
     extra_tokens: str | None = None
@@ -127,12 +129,14 @@ _DINOV2: dict[str, Any] = {
 }
 _VIT: dict[str, Any] = {
     "has_backbone": False,
+    "has_drop_path": False,
     "drops_branches": True,
     "files": (_LAYERS, *_ATTENTION, *_MLP),
     "saved": (_SAVED_LAYERS, *_SAVED_ATTENTION, *_SAVED_MLP),
 }
 _TOWER: dict[str, Any] = {
     "has_backbone": False,
+    "has_drop_path": False,
     "file_prefix": "vision_model.",
     "patches": "patch_embedding",
     "positions": "position_embedding.weight",

@@ -146,7 +146,7 @@ class ViTRope(NativeModule):
         self.augmentation = augmentation
 
     def forward(self, like: Tensor, grid: Grid) -> Rotation:
-        """Computes the rotation in fp32.
+        """Computes the rotation, in fp32 for any dtype but float64.
 
         Args:
             like: a parameter, of whose dtype and device the rotation is.
@@ -192,7 +192,10 @@ def _augmented(coordinates: Tensor, augmentation: RopeAugmentation) -> Tensor:
 def _rotation(coordinates: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Rotation:
     """Cosines and sines [h * w, head_dim] of coordinates [h * w, 2]."""
     steps = torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=coordinates.device)
-    angles = 2 * math.pi * coordinates[:, :, None] * (1 / theta**steps)
+    frequencies = 1 / theta**steps
+    if dtype == torch.float64:  # a buffer of upstream's, which it converts
+        frequencies = frequencies.double()
+    angles = 2 * math.pi * coordinates[:, :, None] * frequencies
     angles = angles.flatten(1, 2).tile(2)
     return torch.cos(angles).to(dtype), torch.sin(angles).to(dtype)
 

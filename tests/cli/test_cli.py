@@ -212,6 +212,17 @@ def test_control_characters_are_shown_as_escapes(images: Path, tmp_path: Path) -
     assert r"  'a\nfailed    99\x1b[2J.png': unsupported_format" in shown and "\x1b" not in shown
 
 
+def test_list_of_types_says_what_loads_each() -> None:
+    lines = fastbb("list", "--type").stdout.splitlines()
+    assert lines[0].split() == ["model_type", "loads", "as", "native", "needs", "for", "example"]
+    assert len(lines) > 32
+    rows = {words[0]: words for words in map(str.split, lines[1:])}
+    assert rows["resnet"][1:4] == ["ResNetBackbone", "yes", "-"]
+    assert rows["hiera"][1:4] == ["TransformersBackbone", "no", "transformers>=5.9"]
+    assert len(fastbb("list", "--type", "pp_*").stdout.splitlines()) == 4
+    assert fastbb("list", "--type", "no-such-*").exit_code == 2
+
+
 def test_list_prints_the_names_that_match() -> None:
     result = fastbb("list", "*digits")
     assert result.exit_code == 0

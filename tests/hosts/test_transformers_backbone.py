@@ -131,6 +131,14 @@ def test_flags_of_upstream_are_kept(tmp_path: Path) -> None:
         AutoBackbone.from_pretrained(tmp_path, apply_layernrm=False)
 
 
+def test_class_tokens_are_returned(tmp_path: Path) -> None:
+    theirs = upstream("sapiens2", return_class_token=True)
+    folder = saved(theirs, tmp_path)
+    ours = AutoBackbone.from_pretrained(folder, return_class_token=True).prepare()
+    with torch.no_grad():
+        assert torch.equal(ours(PIXELS).cls_tokens[0], theirs(PIXELS).cls_tokens[0])
+
+
 def test_copies_may_return_other_stages(swinv2: Any) -> None:
     from fastbb.engine.computation import without_engine
 
@@ -141,7 +149,7 @@ def test_copies_may_return_other_stages(swinv2: Any) -> None:
 
 
 def test_hooks_of_upstream_keep_no_backbone_from_its_engine() -> None:
-    pixio = AutoBackbone.from_config(config("pixio")).eval()
+    pixio: Any = AutoBackbone.from_config(config("pixio")).eval()
     assert any(m._forward_hooks for m in pixio.modules())  # capture hidden states
     prepared = pixio.prepare()
     assert torch.equal(maps(prepared)[0], maps(pixio)[0])

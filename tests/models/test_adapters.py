@@ -10,6 +10,7 @@ import torch
 from reference_models import from_hf, hf_resnet, hf_swin, images
 from tolerance import assert_equals_upstream
 from torch import Tensor
+from vit_models import hf_vit
 
 from fastbb import AutoBackbone
 
@@ -26,6 +27,10 @@ def swin(**config: Any) -> Any:
 
 def resnet() -> Any:
     return hf_resnet("bottleneck", **RESNET)
+
+
+def vit() -> Any:
+    return hf_vit("dinov3_vit", pos_embed_rescale=None)
 
 
 def lora(*targets: str, **options: Any) -> Any:
@@ -51,6 +56,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
             feedforward_modules=["fc2"],
             init_ia3_weights=False,
         ),
+    ),
+    "vit_everything": (
+        vit,
+        lambda: lora("q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "patch_embeddings"),
     ),
     "resnet_convolutions": (resnet, lambda: lora("convolution")),
     "resnet_one": (resnet, lambda: lora("layer.1.convolution", use_dora=True)),

@@ -17,6 +17,7 @@ from reference_models import (
 )
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor
+from vit_models import hf_vit
 
 import fastbb
 from fastbb import AutoBackbone
@@ -55,6 +56,9 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "torchvision_swin": torchvision_pair,
     "basic_resnet": lambda: of_transformers(hf_resnet()),
     "bottleneck_resnet": lambda: of_transformers(hf_resnet("bottleneck")),
+    "dinov2": lambda: of_transformers(hf_vit("dinov2")),
+    "dinov3": lambda: of_transformers(hf_vit("dinov3_vit", use_gated_mlp=True, hidden_act="silu")),
+    "beit": lambda: of_transformers(hf_vit("beit")),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from reference_models import (
 from tolerance import assert_equals_upstream
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from vit_models import hf_vit
 
 from fastbb import AutoBackbone
 
@@ -28,6 +30,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "maskformer_swin": hf_maskformer_swin,
     "basic_resnet": hf_resnet,
     "bottleneck_resnet": lambda: hf_resnet("bottleneck", hidden_act="gelu"),
+    "dinov2": partial(hf_vit, "dinov2"),
+    "dinov3": partial(hf_vit, "dinov3_vit"),
+    "beit": partial(hf_vit, "beit", use_shared_relative_position_bias=True),
 }
 # a layer of each kind
 SWIN_LAYERS = [
@@ -60,8 +65,20 @@ RESNET_LAYERS = [
     "encoder.stages.0.layers.0.layer.0.activation",
     "encoder.stages.2.layers.0.shortcut",
 ]
-LAYERS = [("swin", name) for name in SWIN_LAYERS] + [
-    (model, name) for model in ("basic_resnet", "bottleneck_resnet") for name in RESNET_LAYERS
+VIT_LAYERS = {
+    "dinov2": [
+        "encoder.layer.0.attention.k_proj",
+        "encoder.layer.1.layer_scale1",
+        "encoder.layer.2.mlp.activation_fn",
+        "layernorm",
+    ],
+    "dinov3": ["model.layer.1.attention.q_proj", "model.layer.0.norm2"],
+    "beit": ["beit.embeddings.dropout", "beit.layers.1.dropout", "beit.layers.0.attention.o_proj"],
+}
+LAYERS = [
+    *(("swin", name) for name in SWIN_LAYERS),
+    *((kind, name) for kind in ("basic_resnet", "bottleneck_resnet") for name in RESNET_LAYERS),
+    *((kind, name) for kind, names in VIT_LAYERS.items() for name in names),
 ]
 
 
@@ -104,7 +121,8 @@ def test_hooks_on_every_module_run_as_often_as_upstreams_and_change_no_map(name:
             module.register_forward_hook(lambda *_, layer=layer, n=counter: n.update([layer]))
         assert_equals_upstream(maps(model), before)
     theirs, ours = calls
-    unused = {"swin.layernorm", "hidden_states_norms.stem"}  # of the model's output; of no map
+    # of the model's output; of no map
+    unused = {"swin.layernorm", "hidden_states_norms.stem", "beit.layernorm", "fpn"}
     if name != "maskformer_swin":  # which has other names
         expected = {n: count for n, count in theirs.items() if n not in unused}
         assert {n: count for n, count in ours.items() if n not in unused} == expected
@@ -183,7 +201,8 @@ def test_hooks_on_modules_of_a_resnet_see_the_values_of_upstream(name: str) -> N
 def test_only_the_block_with_a_hook_runs_layer_by_layer(name: str) -> None:
     backbone = from_hf(MODELS[name]())
     blocks = [n for n, m in backbone.named_modules() if type(m).__name__.endswith("Layer")]
-    blocks = [n for n in blocks if n.rpartition(".")[0].endswith(("blocks", "layers"))]
+    parents = ("blocks", "layers", "encoder.layer", "model.layer")
+    blocks = [n for n in blocks if n.rpartition(".")[0].endswith(parents)]
     block = backbone.get_submodule(blocks[1])
     assert backbone.called_modules() == {}
     inner = next(m for m in block.modules() if isinstance(m, nn.Linear | nn.Conv2d))

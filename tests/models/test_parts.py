@@ -15,12 +15,14 @@ from torch import nn
 
 import fastbb.models
 from fastbb import (
+    DINOv3ViTConfig,
     ResNetBackbone,
     ResNetConfig,
     SwinBackbone,
     SwinConfig,
     TimmBackbone,
     TimmBackboneConfig,
+    ViTBackbone,
 )
 from fastbb.backbone.registry import FAMILIES
 from fastbb.models import resnet_parts, swin_parts
@@ -37,6 +39,11 @@ def resnet() -> Any:
     return ResNetBackbone(ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1]))
 
 
+def vit() -> Any:
+    fields = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTBackbone(DINOv3ViTConfig(**fields, intermediate_size=24))
+
+
 def timm_swin() -> Any:
     small = {"embed_dim": 8, "depths": (2, 1), "num_heads": (1, 2), "window_size": 4}
     name = "swin_tiny_patch4_window7_224"
@@ -48,11 +55,12 @@ def timm_resnet() -> Any:
     return TimmBackbone(TimmBackboneConfig("resnet50", backbone_kwargs=small))
 
 
-MAKES = [swin, resnet, timm_swin, timm_resnet]
+MAKES = [swin, resnet, vit, timm_swin, timm_resnet]
 # a layer of each, by the name of its parent
 LAYERS = {
     swin: ("swin.encoder.layers.0.blocks.0.mlp", "fc1"),
     resnet: ("encoder.stages.0.layers.0.layer.1", "convolution"),
+    vit: ("model.layer.0.mlp", "up_proj"),
     timm_swin: ("_backbone.layers_0.blocks.0.mlp", "fc1"),
     timm_resnet: ("_backbone.layer1.0", "conv2"),
 }
@@ -72,7 +80,7 @@ def make(request: pytest.FixtureRequest) -> Callable[[], Any]:
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """Records the modules whose parts are read from now on."""
     read: list[nn.Module] = []
-    for cls in (SwinBackbone, ResNetBackbone):
+    for cls in (SwinBackbone, ResNetBackbone, ViTBackbone):
         own: Any = cls._parts
         monkeypatch.setattr(
             cls, "_parts", lambda self, *args, own=own: read.append(self) or own(self, *args)
@@ -96,7 +104,7 @@ def test_parts_are_read_once(make: Callable[[], Any], readings: list[nn.Module])
         backbone.load_state_dict(backbone.state_dict())
         next(backbone.parameters()).mul_(2)
     for module in backbone.modules():
-        if hasattr(module, "eps") and make in (swin, resnet):  # read at every call
+        if hasattr(module, "eps") and make in (swin, resnet, vit):  # read at every call
             module.eps = 0.1
     assert not torch.equal(infer(backbone), first)
     assert len(readings) == 1
@@ -216,7 +224,8 @@ def test_activations_have_the_names_of_the_ops() -> None:
 
 def test_every_family_in_the_folder_is_registered() -> None:
     names = {module.name for module in pkgutil.iter_modules(fastbb.models.__path__)}
-    registered = {family.backbone.__module__.rpartition(".")[2] for family in FAMILIES}
+    modules = [family.backbone.__module__.rpartition(".") for family in FAMILIES]
+    registered = {name for package, _, name in modules if package == "fastbb.models"}
     assert registered == {name for name in names if "_" not in name} - {"layers", "lookup", "parts"}
 
 

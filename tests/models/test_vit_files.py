@@ -12,7 +12,8 @@ from tolerance import assert_equals_upstream
 from vit_models import SHAPE, TYPES, hf_vit, hf_vit_model, upstream_class, vit_config
 
 from fastbb import AutoBackbone
-from fastbb.extraction.models import BackboneModel
+from fastbb.extraction.models import BackboneModel, LayerModel, upstream_model
+from fastbb.inspect.verify import verify
 
 transformers = pytest.importorskip("transformers")
 
@@ -124,7 +125,15 @@ def test_embedding_of_beit_is_the_mean_or_the_class_token(shared: bool) -> None:
         with torch.no_grad():
             got = BackboneModel(ours, ["embedding"]).features(pixels)["embedding"]
             assert_equals_upstream(got, upstream(pixels).pooler_output)
-    # a backbone has no weights of a pooler
+        report = verify(ours, batch=1)
+        assert report.passed and "BeitModel" in report.reference
+    # a backbone has no weights of a pooler; layers before it are there
+    upstream = hf_vit("beit")
+    module = upstream_model(from_hf(upstream), ["layers.1"])
+    with torch.no_grad():
+        got = LayerModel(module, ["layers.1"]).features(pixels)["layer:layers.1"]
+        want = upstream(pixels, output_hidden_states=True).hidden_states[2]
+        assert_equals_upstream(got, want)
     with pytest.raises(ValueError, match="no trained final norm"):
         BackboneModel(from_hf(hf_vit("beit")), ["embedding"])
 
