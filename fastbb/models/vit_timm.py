@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbone.registry import Upstream
 from ..weights.derived import derive
 from .parts import Refused
-from .vit_forward import normed_map, vit_states
+from .vit_forward import vit_states
 from .vit_libraries import block_spec, check_block
 from .vit_names import part
 from .vit_parts import ViTBlockParts, ViTBlockWeights, ViTParts
@@ -131,13 +131,11 @@ class TimmViT:
         parts: its layers; timm's own modules embed the patches.
         patch: height and width of a patch.
         n_prefix: tokens before the patches.
-        norm: of the maps, or None.
     """
 
     parts: ViTParts
     patch: Grid
     n_prefix: int
-    norm: nn.LayerNorm | None
 
 
 def timm_parts(features: Any) -> TimmViT:
@@ -155,15 +153,12 @@ def timm_parts(features: Any) -> TimmViT:
         raise Refused("it is no ViT")
     if type(model.patch_embed) is not PatchEmbed:
         raise Refused(f"its patch embedding is a {type(model.patch_embed).__name__}")
-    if features.output_fmt.value != "NCHW" or model.patch_embed.dynamic_img_pad:
-        raise Refused("its maps have another layout or size")
+    if features.output_fmt.value != "NCHW" or features.norm or model.patch_embed.dynamic_img_pad:
+        raise Refused("its maps are normalized, or have another layout or size")
     kind, read = (EvaBlock, timm_eva_block) if is_eva else (Block, timm_block)
     for block in model.blocks:
         if type(block) is not kind:
             raise Refused(f"a {type(block).__name__} is inside it")
-    norm = model.norm if features.norm else None
-    if norm is not None:
-        check_block(norm, [], [norm], [])
     return TimmViT(
         ViTParts(
             embedding=partial(_timm_embedding, model),
@@ -173,7 +168,6 @@ def timm_parts(features: Any) -> TimmViT:
         ),
         patch=model.patch_embed.patch_size,
         n_prefix=model.num_prefix_tokens,
-        norm=norm,
     )
 
 
@@ -191,7 +185,7 @@ def _timm_rope(model: Any) -> Callable[[Grid], Rotation] | None:
         return None
     if getattr(model, "rope_mixed", False) or not all(b.attn.rotate_half for b in model.blocks):
         raise Refused("it does not rotate as DINOv3 does")
-    weight, is_dynamic = model.patch_embed.proj, model.dynamic_img_size
+    projection, is_dynamic = model.patch_embed.proj, model.dynamic_img_size
 
     def rotation(grid: Grid) -> Rotation:
         def compute(like: Tensor, *buffers: Tensor) -> Rotation:
@@ -199,7 +193,7 @@ def _timm_rope(model: Any) -> Callable[[Grid], Rotation] | None:
             cos, sin = eva_rotation(found.to(like.dtype))
             return cos.contiguous(), sin.contiguous()
 
-        return derive(rope, "rotation", compute, weight.weight, *rope.buffers(), constants=grid)
+        return derive(rope, "rotation", compute, projection.weight, *rope.buffers(), constants=grid)
 
     return rotation
 
@@ -216,9 +210,7 @@ def timm_maps(vit: TimmViT, pixel_values: Tensor, indices: Sequence[int]) -> lis
     grid = patch_grid(vit.patch, (height, width))
     states = vit_states(vit.parts, pixel_values, [i + 1 for i in indices], patch=vit.patch)
     patches = [state[:, vit.n_prefix :].unflatten(1, grid) for state in states]
-    if vit.norm is None:
-        return [x.permute(0, 3, 1, 2).contiguous() for x in patches]
-    return [normed_map(x, vit.norm) for x in patches]
+    return [x.permute(0, 3, 1, 2).contiguous() for x in patches]
 
 
 _TIMM_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -241,7 +233,10 @@ def timm_upstream(backbone: Any, size: tuple[int, int]) -> Upstream:
         raise ValueError("timm's ViT has no map of the stem")
     if not config.reshape_hidden_states:
         raise ValueError("timm's ViT returns maps, not tokens")
-    blocks = [layer.parts() for layer in part(backbone, names.layers)]
+    try:
+        blocks: list[ViTBlockParts] = [layer.parts() for layer in part(backbone, names.layers)]
+    except Refused as refused:
+        raise ValueError(f"timm's ViT has plain layers, and here are {refused}") from refused
     if blocks[0].position_bias is not None or config.field(
         "use_shared_relative_position_bias", default=False
     ):
