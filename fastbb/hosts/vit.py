@@ -7,11 +7,16 @@ from torch import Tensor, nn
 
 from ..engine.settings import Settings
 from ..models.vit_forward import normed_tokens, vit_block, vit_states
-from ..models.vit_libraries import transformers_block, transformers_parts
+from ..models.vit_libraries import (
+    eva_rotation,
+    timm_block,
+    timm_eva_block,
+    transformers_block,
+    transformers_parts,
+)
 from ..models.vit_names import NAMES, ViTNames, part
 from ..models.vit_parts import ViTBlockParts
 from ..models.vit_positions import Grid, Rotation, patch_grid
-from ..models.vit_timm import eva_rotation, timm_block, timm_eva_block
 from .host_backbone import TransformersHostBackbone, check_parts
 from .module_forward import ModuleForward
 

@@ -30,6 +30,7 @@ from .vit_config import (
     ViTFamilyConfig,
 )
 from .vit_forward import normed_map, normed_tokens, vit_states
+from .vit_libraries import timm_maps, timm_parts
 from .vit_modules import ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTEmbeddingParts, ViTParts
@@ -38,7 +39,7 @@ from .vit_positions import (
     Rotation,
     patch_grid,
 )
-from .vit_timm import timm_maps, timm_parts, timm_upstream
+from .vit_timm import timm_upstream
 
 CONFIGS = (
     Dinov2Config,

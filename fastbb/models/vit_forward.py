@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbb_kernels import ACTIVATIONS, layer_norm_linear, layer_norm_nchw, linear_residual
+from fastbb_kernels import layer_norm_linear, layer_norm_nchw, linear_residual
+from fastbb_kernels.ops.layer_norm_swiglu import layer_norm_swiglu
+from fastbb_kernels.ops.rope_qkv import rope_qkv
 
 from ..backbone.checkpointing import BlockRunner
 from .layers import drop_path
@@ -18,7 +20,7 @@ from .vit_parts import (
     ViTEmbeddingParts,
     ViTParts,
 )
-from .vit_positions import Grid, Rotation, embedding_terms, patch_grid, rotated, with_prefix
+from .vit_positions import Grid, Rotation, embedding_terms, patch_grid, with_prefix
 
 
 def vit_states(
@@ -162,16 +164,15 @@ def _qkv(
     rotation: Rotation | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, num_heads, N, head_dim] of tokens [B, N, C]."""
-    qkv = layer_norm_linear(
-        x,
-        weights.norm1_weight,
-        weights.norm1_bias,
-        weights.qkv_weight,
-        weights.qkv_bias,
-        eps=parts.norms[0].eps,
-    )
-    q, k, v = qkv.unflatten(-1, (3, spec.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
-    return (q, k, v) if rotation is None else (rotated(q, rotation), rotated(k, rotation), v)
+    tensors = weights.norm1_weight, weights.norm1_bias, weights.qkv_weight, weights.qkv_bias
+    eps, heads = parts.norms[0].eps, spec.num_heads
+    if rotation is None:
+        qkv = layer_norm_linear(x, *tensors, eps=eps).unflatten(-1, (3, heads, -1))
+    else:
+        n_prefix = x.shape[1] - rotation[0].shape[0]
+        qkv = rope_qkv(x, *tensors, *rotation, num_heads=heads, n_prefix=n_prefix, eps=eps)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def attend(
@@ -211,13 +212,14 @@ def _hidden(
 ) -> Tensor:
     """The hidden layer of the MLP, [B, N, C] to [B, N, F]."""
     norm, eps = (weights.norm2_weight, weights.norm2_bias), parts.norms[1].eps
+    fc1 = weights.fc1_weight, weights.fc1_bias
     if weights.gate_weight is None:
-        return layer_norm_linear(
-            x, *norm, weights.fc1_weight, weights.fc1_bias, eps=eps, activation=spec.activation
-        )
-    x = F.layer_norm(x, x.shape[-1:], *norm, eps)
-    gate = ACTIVATIONS[spec.activation](F.linear(x, weights.gate_weight, weights.gate_bias))
-    return gate * F.linear(x, weights.fc1_weight, weights.fc1_bias)
+        return layer_norm_linear(x, *norm, *fc1, eps=eps, activation=spec.activation)
+    gate = weights.gate_weight, weights.gate_bias
+    if spec.activation == "silu":
+        return layer_norm_swiglu(x, *norm, *gate, *fc1, eps=eps)
+    gated = layer_norm_linear(x, *norm, *gate, eps=eps, activation=spec.activation)
+    return gated * layer_norm_linear(x, *norm, *fc1, eps=eps)
 
 
 def _add_branch(

@@ -217,10 +217,9 @@ class ViTLayer(NativeModule):
         """The semantics for a call; the modules have modes and rates of their own."""
         attention: Any = getattr(self, self.names.attention)
         dropout, path = self.dropout, self.drop_path
-        drops_path = isinstance(path, ViTDropPath) and path.training
         return replace(
             self.spec,
-            drop_path=path.drop_prob if drops_path else 0.0,
+            drop_path=path.drop_prob if isinstance(path, ViTDropPath) and path.training else 0.0,
             dropout=0.0 if dropout is None or not dropout.training else dropout.p,
             attention_dropout=self.spec.attention_dropout if attention.training else 0.0,
         )

@@ -217,13 +217,16 @@ def _checked(op: str, device: torch.device, dtype: torch.dtype, warn: bool) -> s
 _checked._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def common_unsupported(call: Arguments, first: int = 0) -> str | None:
+def common_unsupported(
+    call: Arguments, first: int = 0, or_fp32: tuple[str, ...] = ()
+) -> str | None:
     """Returns the reason why no forward-only kernel can take the tensors of a call, or None.
 
     Args:
         call: of an op.
         first: position of the argument whose device and dtype all later tensors must have; earlier
             arguments are not checked.
+        or_fp32: names of arguments that may also be fp32.
     """
     arguments = call[first:] if first else call
     x = arguments[0]
@@ -243,7 +246,8 @@ def common_unsupported(call: Arguments, first: int = 0) -> str | None:
             return f"needs all tensors on {device}, got {name} on {tensor.device}"
         if tensor.dtype != dtype:
             name = call._fields[first + index]
-            return f"needs all tensors in {dtype}, got {name} in {tensor.dtype}"
+            if name not in or_fp32 or tensor.dtype != torch.float32:
+                return f"needs all tensors in {dtype}, got {name} in {tensor.dtype}"
         needs_grad = needs_grad or tensor.requires_grad
     if x.is_cuda and torch.is_autocast_enabled(device.type):
         return "under torch.autocast the dtypes are autocast's choice; cast the model instead"

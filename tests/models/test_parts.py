@@ -40,8 +40,10 @@ def resnet() -> Any:
 
 
 def vit() -> Any:
-    fields = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return ViTBackbone(DINOv3ViTConfig(**fields, intermediate_size=24))
+    config = DINOv3ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+    )
+    return ViTBackbone(config)
 
 
 def timm_swin() -> Any:

@@ -12,6 +12,7 @@ from vit_models import PLAIN, TYPES, hf_vit, hf_vit_model, patches, vit_config
 
 from fastbb import AutoBackbone, AutoConfig
 from fastbb.inspect.verify import verify
+from fastbb.models.vit_timm import timm_upstream
 
 transformers = pytest.importorskip("transformers")
 
@@ -263,3 +264,25 @@ def test_weights_that_do_not_fit_are_named(
     vit_config(kind, **config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=problem):
         AutoBackbone.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("dinov2", {"use_swiglu_ffn": True}),
+        ("dinov2_with_registers", {}),
+        ("deit", {}),
+        ("clip_vision_model", {}),
+        ("siglip_vision_model", {}),
+    ],
+    ids=str,
+)
+def test_timms_vit_with_the_weights_computes_the_same(kind: str, config: dict[str, Any]) -> None:
+    pytest.importorskip("timm")
+    ours = from_hf(hf_vit(kind, **config), out_indices=[1, 3])
+    pixels = images(28, 42)
+    with torch.no_grad():
+        upstream = timm_upstream(ours, (28, 42))
+        assert_equals_upstream(ours(pixels).feature_maps, upstream.maps(upstream.module, pixels))
+    with pytest.raises(ValueError, match="no map of the stem"):
+        timm_upstream(from_hf(hf_vit(kind)), (28, 28))

@@ -30,9 +30,9 @@ def scale_after_the_residual(
     return scale * (residual + F.linear(x, weight, bias))
 
 
-def prefix_rotated(x: Tensor, rotation: vit_positions.Rotation) -> Tensor:
-    n_prefix = x.shape[2] - len(rotation[0])
-    return rotated(x.roll(-n_prefix, dims=2), rotation).roll(n_prefix, dims=2)
+def prefix_rotated(x: Tensor, *args: Any, n_prefix: int, **options: Any) -> Tensor:
+    qkv = rope_qkv(x.roll(-n_prefix, dims=1), *args, n_prefix=n_prefix, **options)
+    return qkv.roll(n_prefix, dims=1)
 
 
 def registers_with_positions(x: Tensor, prefix: Tensor, positions: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ def registers_with_positions(x: Tensor, prefix: Tensor, positions: Tensor) -> Te
 
 
 interpolate, states = F.interpolate, vit_forward.vit_states
-rotated, with_prefix = vit_positions.rotated, vit_positions.with_prefix
+rope_qkv, with_prefix = vit_forward.rope_qkv, vit_positions.with_prefix
 
 BUGS: dict[Callable[..., Any], tuple[str, Any, str]] = {
     half_a_pixel_off: ("dinov2", vit_positions.F, "interpolate"),
     class_token_in_the_map: ("dinov2", vit, "vit_states"),
     scale_after_the_residual: ("dinov2", vit_forward, "_add_branch"),
-    prefix_rotated: ("dinov3_vit", vit_forward, "rotated"),
+    prefix_rotated: ("dinov3_vit", vit_forward, "rope_qkv"),
     registers_with_positions: ("dinov2_with_registers", vit_forward, "with_prefix"),
 }
 

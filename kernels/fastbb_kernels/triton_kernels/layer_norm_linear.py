@@ -8,7 +8,6 @@ pixels of a map, gathered by address (patch merging).
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # a launch passes plain values for constexpr parameters, and pyright takes tl.range for no iterator
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from ..launching import chosen_config
 from .activation import activate
 from .config import GemmConfig
 from .kernel import Kernel
+from .normalized_gemm import load_weight, merge_statistics, normalize, streamed_tiles
 
 # up to this number of features, 64 normalized rows stay on the chip
 _MAX_RESIDENT_FEATURES = 512
@@ -41,8 +41,6 @@ _MAX_FEATURES_OF_128_ROWS: dict[Architecture | None, int] = {
 _SHORT_ROW = 256
 # about two programs per multiprocessor of a GPU, times two: the others wait for the last ones
 _ENOUGH_PROGRAMS = 512
-# about one program per multiprocessor
-_FEW_PROGRAMS = 128
 
 
 class LayerNormLinearConfig(NamedTuple):
@@ -74,34 +72,23 @@ def launch_config(
     rows, which have few tiles, always stay on the chip: no other tiles read fewer bytes from L2,
     and one binary serves all batches.
     """
-
-    if dtype == torch.float32:
-        return LayerNormLinearConfig(GemmConfig(64, 64, 16, num_warps=4, num_stages=3), 1, False)
-    block_k = 64 if features % 64 == 0 else 32
-    # otherwise each element of a load needs its own mask, which takes registers
-    whole_steps = features % block_k == 0
-
-    def n_tiles(gemm: GemmConfig) -> tuple[int, int]:
-        return triton.cdiv(n_rows, gemm.block_m), triton.cdiv(out_features, gemm.block_n)
-
-    if features <= _MAX_RESIDENT_FEATURES and arch in _MAX_FEATURES_OF_128_ROWS:
+    if (
+        dtype != torch.float32
+        and features <= _MAX_RESIDENT_FEATURES
+        and arch in _MAX_FEATURES_OF_128_ROWS
+    ):
+        block_k = 64 if features % 64 == 0 else 32
+        # otherwise each element of a load needs its own mask, which takes registers
+        whole_steps = features % block_k == 0
         many = whole_steps and features <= _MAX_FEATURES_OF_128_ROWS[arch] and not merge
         gemm = GemmConfig(128 if many else 64, 64, block_k, num_warps=8, num_stages=1)
-        down, across = n_tiles(gemm)
-        n_ranges = 1 if arch is None else triton.cdiv(_ENOUGH_PROGRAMS, down)
-        tiles_per_program = triton.cdiv(across, n_ranges)
+        n_ranges = 1
+        if arch is not None:
+            n_ranges = triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(n_rows, gemm.block_m))
+        tiles_per_program = triton.cdiv(triton.cdiv(out_features, gemm.block_n), n_ranges)
         if merge or features <= _SHORT_ROW or tiles_per_program > 1:
             return LayerNormLinearConfig(gemm, tiles_per_program, True)
-
-    if isinstance(arch, str):
-        gemm = GemmConfig(128, 128, block_k, num_warps=8, num_stages=2)
-    else:
-        if arch not in (80, 90, 100, None):  # 100 KB of shared memory, or unknown
-            block_k = 32
-        gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
-    few = arch is not None and math.prod(n_tiles(gemm)) < _FEW_PROGRAMS
-    if few or not whole_steps:
-        gemm = GemmConfig(64, 32, block_k, num_warps=4, num_stages=3)
+    gemm = streamed_tiles(n_rows, features, out_features, dtype, arch)
     return LayerNormLinearConfig(gemm, 1, False)
 
 
@@ -258,7 +245,7 @@ def _layer_norm_linear_fwd_kernel(
     for start in tl.range(0, features, BLOCK_K, num_stages=3):
         k = start + tl.arange(0, BLOCK_K)
         x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
-        mean, squares = _merge_statistics(
+        mean, squares = merge_statistics(
             mean, squares, x.to(tl.float32), start, k, features, EVEN_K
         )
     statistics = mean, tl.rsqrt(squares / features + eps)
@@ -268,7 +255,7 @@ def _layer_norm_linear_fwd_kernel(
         for i in tl.static_range(N_STEPS):
             k = i * BLOCK_K + tl.arange(0, BLOCK_K)
             x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
-            steps = steps + (_normalize(x, statistics, norm, k, features),)
+            steps = steps + (normalize(x, statistics, norm, k, features),)
 
     last_tile = first_tile + 1
     if N_STEPS is not None:
@@ -281,14 +268,14 @@ def _layer_norm_linear_fwd_kernel(
         if N_STEPS is not None:
             for i in tl.static_range(N_STEPS):
                 k = i * BLOCK_K + tl.arange(0, BLOCK_K)
-                weight = _load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
+                weight = load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
                 acc = tl.dot(steps[i], weight, acc, input_precision=PRECISION)
         else:
             for start in range(0, features, BLOCK_K):
                 k = start + tl.arange(0, BLOCK_K)
                 x = _load_columns(pixels, layout, k, features, MERGE, PADDED, EVEN_K)
-                x = _normalize(x, statistics, norm, k, features)
-                weight = _load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
+                x = normalize(x, statistics, norm, k, features)
+                weight = load_weight(weight_rows, stride_weight_col, col_mask, k, features, EVEN_K)
                 acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 
         if HAS_BIAS:
@@ -332,41 +319,3 @@ def _load_columns(
     if not EVEN_K:
         mask = mask & (k < features)[None, :]
     return tl.load(pointers[:, None] + offsets[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def _merge_statistics(mean, squares, x, n_before, k, features, EVEN_K: tl.constexpr):
-    """Adds the columns of `x` to the mean and the sum of squared deviations of `n_before` columns.
-
-    Chan, Golub and LeVeque 1979: without a difference of large sums, a large mean loses no digits.
-    """
-    n = tl.minimum(features - n_before, x.shape[1])
-    x_mean = tl.sum(x, axis=1) / n
-    centered = x - x_mean[:, None]
-    if not EVEN_K:
-        centered = tl.where((k < features)[None, :], centered, 0.0)
-    share = n / (n_before + n)
-    delta = x_mean - mean
-    squares += tl.sum(centered * centered, axis=1) + delta * delta * (n_before * share)
-    return mean + delta * share, squares
-
-
-@triton.jit
-def _normalize(x, statistics, norm, k, features):
-    """Returns columns `k` of the normalized rows, rounded to the dtype of `x` as by layer norm."""
-    mean, rstd = statistics
-    norm_weight_ptr, norm_bias_ptr = norm
-    weight = tl.load(norm_weight_ptr + k, mask=k < features, other=0.0).to(tl.float32)
-    bias = tl.load(norm_bias_ptr + k, mask=k < features, other=0.0).to(tl.float32)
-    y = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
-    return y.to(x.dtype)
-
-
-@triton.jit
-def _load_weight(weight_rows, stride_col, col_mask, k, features, EVEN_K: tl.constexpr):
-    """Loads columns `k` of a tile of weight rows, transposed: [BLOCK_K, BLOCK_N]."""
-    mask = col_mask[None, :]
-    if not EVEN_K:
-        mask = mask & (k < features)[:, None]
-    offsets = k.to(tl.int64) * stride_col
-    return tl.load(weight_rows[None, :] + offsets[:, None], mask=mask, other=0.0)

@@ -1,4 +1,4 @@
-"""ViTs of timm: TimmBackbone runs our ops on them, and timm's model takes a backbone's weights."""
+"""ViTs of timm in TimmBackbone, which runs our ops on them."""
 
 from typing import Any
 
@@ -8,16 +8,12 @@ pytest.importorskip("transformers")
 
 import torch
 from host_models_vit import TIMM
-from reference_models import from_timm, images, randomize_, timm_features, timm_maps
+from reference_models import from_timm, images, timm_features, timm_maps
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from vit_models import TYPES, vit_config
 
-from fastbb import AutoBackbone
-from fastbb.backbone.registry import family_of
-from fastbb.inspect.upstream import run_upstream
-from fastbb.models import vit_timm
+from fastbb.models import vit_libraries
 
 SHAPE: dict[str, Any] = {**TIMM, "depth": 3, "dynamic_img_size": True}
 # timm's models by what is special about them
@@ -108,54 +104,11 @@ def test_changed_blocks_equal_timm() -> None:
 def test_a_class_token_in_the_map_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, upstream = pair(DINOV3)
     pixels = images(28, 28)
-    states = vit_timm.vit_states
+    states = vit_libraries.vit_states
 
     def rolled(*args: Any, **options: Any) -> list[torch.Tensor]:
         return [tokens.roll(1, dims=1) for tokens in states(*args, **options)]
 
-    monkeypatch.setattr(vit_timm, "vit_states", rolled)
+    monkeypatch.setattr(vit_libraries, "vit_states", rolled)
     with pytest.raises(AssertionError, match="differs by"):
         assert_equals_upstream(ours(pixels).feature_maps, timm_maps(upstream, pixels))
-
-
-# timm's model of a backbone
-
-WITH_TIMM = [
-    *((kind, {}) for kind in TYPES if kind != "beit"),
-    ("dinov2", {"use_swiglu_ffn": True, "qkv_bias": False, "apply_layernorm": False}),
-    ("dinov3_vit", {"use_gated_mlp": True, "hidden_act": "silu"}),
-]
-
-
-def backbone_of(kind: str, **config: Any) -> Any:
-    config = {"out_indices": [1, 2], **config}
-    return randomize_(AutoBackbone.from_config(vit_config(kind, **config))).eval()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("kind", "config"), WITH_TIMM, ids=str)
-def test_timm_has_the_same_weights(kind: str, config: dict[str, Any]) -> None:
-    backbone, size = backbone_of(kind, **config), (35, 28)
-    find = family_of(kind)[0].timm_upstream
-    assert find is not None
-    pixels = images(*size)
-    maps = run_upstream(find(backbone, size), pixels.double())
-    assert_equals_upstream(maps, list(backbone.double()(pixels.double()).feature_maps), rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("kind", "config", "reason"),
-    [
-        ("beit", {}, "relative position bias"),
-        ("dinov2", {"out_indices": [0, 1]}, "stem"),
-        ("dinov2", {"reshape_hidden_states": False}, "not tokens"),
-        ("dinov2", {"hidden_act": "relu"}, "activation"),
-        ("dinov3_vit", {"proj_bias": False}, "biases"),
-    ],
-    ids=str,
-)
-def test_timm_that_has_no_such_model_says_so(kind: str, config: Any, reason: str) -> None:
-    find = family_of(kind)[0].timm_upstream
-    assert find is not None
-    with pytest.raises(ValueError, match=reason):
-        find(backbone_of(kind, **config), (28, 28))

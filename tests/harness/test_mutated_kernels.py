@@ -1,0 +1,110 @@
+"""Kernels of ops with one line made wrong: the tests and the check on a device catch each.
+
+As test_canaries.py, but the bugs are put into the kernels themselves: what a model would notice
+late, because its features stay plausible.
+"""
+
+from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from broken_kernels import CPU, launching, self_check
+from tolerance import assert_as_accurate_as_eager
+from torch import Tensor
+
+import fastbb_kernels
+from fastbb_kernels import KernelWarning
+from fastbb_kernels.cases import small_cases
+from fastbb_kernels.op import find_op, in_float64
+from fastbb_kernels.self_check import use
+from fastbb_kernels.testing import interpret
+
+KERNELS = Path(fastbb_kernels.__file__).parent / "triton_kernels"
+
+
+class Mutation(NamedTuple):
+    """A line of the kernel of an op, and what takes its place; "": nothing is wrong."""
+
+    op: str
+    right: str = ""
+    wrong: str = ""
+
+
+MUTATIONS = {
+    "prefix_tokens_are_rotated": Mutation(
+        "rope_qkv",
+        "% n_tokens - n_prefix",
+        "% n_tokens - n_prefix\n    positions = tl.maximum(positions, 0)",
+    ),
+    "v_is_rotated": Mutation("rope_qkv", "(pairs < n_rotated)", "(pairs < n_pairs)"),
+    "rotated_backwards": Mutation("rope_qkv", "cos + first * sin", "cos - first * sin"),
+    "scaled_after_the_residual": Mutation(
+        "linear_residual", "acc.shape), residual)", "acc.shape), scale * residual)"
+    ),
+    "bias_is_not_scaled": Mutation("linear_residual", "bias *= scale", "bias *= 1.0"),
+    "gate_and_up_swapped": Mutation(
+        "layer_norm_swiglu", 'activate(gate, "silu") * up', 'activate(up, "silu") * gate'
+    ),
+    "gate_is_not_activated": Mutation("layer_norm_swiglu", 'activate(gate, "silu")', "gate"),
+}
+UNCHANGED = {mutation.op: Mutation(mutation.op) for mutation in MUTATIONS.values()}
+
+
+def mutant(mutation: Mutation, folder: Path) -> Callable[..., Tensor]:
+    """Returns the launcher of a copy of the kernel's module."""
+    source = (KERNELS / f"{mutation.op}.py").read_text()
+    if mutation.right:
+        assert source.count(mutation.right) == 1, f"{mutation.op} has no such line any more"
+        source = source.replace(mutation.right, mutation.wrong)
+    path = folder / f"{mutation.op}.py"
+    path.write_text(source)
+    # a sibling of the original, by whose relative imports it finds the same helpers
+    spec = spec_from_file_location(f"fastbb_kernels.triton_kernels.mutated_{mutation.op}", path)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.launch
+
+
+def arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The small case of an op with the most arguments: of a linear layer, that with a scale."""
+    cases = [case.arguments(CPU, dtype, seed=0) for case in small_cases() if case.op == op]
+    return max(cases, key=lambda args: sum(value is not None for value in args.values()))
+
+
+def assert_right(mutation: Mutation, folder: Path) -> None:
+    """The check of the ladder: the kernel against eager PyTorch and float64."""
+    op, args = find_op(mutation.op), arguments(mutation.op, torch.bfloat16)
+    with torch.no_grad(), interpret():
+        y = mutant(mutation, folder)(*op.bind(**args))
+    assert_as_accurate_as_eager("y", y, op.eager(**args), op.eager(**in_float64(args)))
+
+
+@pytest.mark.parametrize("bug", MUTATIONS)
+def test_tests_catch_the_bug(bug: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"y: error \S+, allowed"):
+        assert_right(MUTATIONS[bug], tmp_path)
+
+
+@pytest.mark.parametrize("bug", MUTATIONS)
+def test_check_of_the_first_launch_catches_the_bug(bug: str, tmp_path: Path) -> None:
+    op = MUTATIONS[bug].op
+    args = arguments(op, torch.bfloat16)
+    launch = mutant(MUTATIONS[bug], tmp_path)
+    with interpret(), launching(**{op: launch}), use(self_check(tmp_path)):
+        with pytest.warns(KernelWarning, match=rf"{op} is off .*: error \S+, allowed"):
+            y = find_op(op).call(**args)
+        assert torch.equal(y, find_op(op).eager(**args))
+
+
+@pytest.mark.parametrize("op", UNCHANGED)
+def test_unchanged_kernel_passes_both(op: str, tmp_path: Path) -> None:
+    assert_right(UNCHANGED[op], tmp_path)
+    check = self_check(tmp_path)
+    launch = mutant(UNCHANGED[op], tmp_path)
+    with interpret(), launching(**{op: launch}), use(check):
+        find_op(op).call(**arguments(op, torch.bfloat16))
+    assert check.results(CPU) == {(op, torch.bfloat16): None}
