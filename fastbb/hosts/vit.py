@@ -184,6 +184,9 @@ class TransformersViT(TransformersHostBackbone):
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         if getattr(self.module.config, "return_class_token", False):
             return "class tokens are asked for"
+        given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+        if not all(x.is_floating_point() for x in given):
+            return "it is called with integers, which it converts"
         return super().why_not(*args, **kwargs) or _other_attention(self.module.config)
 
     def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:

@@ -210,13 +210,13 @@ class TimmBlockParts(ViTBlockParts):
 
     def qkv(self) -> tuple[Tensor, Tensor | None]:
         attention: Any = self.owner.attn
-        projections = self.projections
-        if len(projections) > 1 or getattr(attention, "q_bias", None) is None:
+        first, *others = self.projections
+        if others or getattr(attention, "q_bias", None) is None:
             return super().qkv()
         # EVA has a bias of keys too, which is 0
         biases = attention.q_bias, attention.k_bias, attention.v_bias
         (bias,) = derive(self.owner, "qkv_bias", lambda *b: (torch.cat(b),), *biases)
-        return projections[0].weight, bias
+        return first.weight, bias
 
     def hidden(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
         if self.gate_last is None:
@@ -327,8 +327,9 @@ def timm_parts(features: Any) -> TimmViT:
     plain = Eva.forward_intermediates, VisionTransformer.forward_intermediates
     if type(features) is not FeatureGetterNet or run not in plain:
         raise Refused("it is no ViT")
-    if type(model.patch_embed) is not PatchEmbed:
-        raise Refused(f"its patch embedding is a {type(model.patch_embed).__name__}")
+    embedding = model.patch_embed
+    if type(embedding) is not PatchEmbed:
+        raise Refused(f"its patch embedding is a {type(embedding).__name__}")
     if features.output_fmt.value != "NCHW" or features.norm or model.patch_embed.dynamic_img_pad:
         raise Refused("its maps are normalized, or have another layout or size")
     kind, read = (EvaBlock, timm_eva_block) if is_eva else (Block, timm_block)

@@ -116,7 +116,8 @@ def test_masks_and_class_tokens_are_upstreams() -> None:
 @NO_ACCELERATE_WARNING
 def test_images_and_texts_of_clip_alone() -> None:
     host = HOSTS["clip"]()
-    model, (pixels, ids) = host.model, (host.inputs[k] for k in ("pixel_values", "input_ids"))
+    model: Any = host.model
+    pixels, ids = host.inputs["pixel_values"], host.inputs["input_ids"]
     want = model.get_image_features(pixels), model.get_text_features(ids)
     report = fastbb.accelerate(model, mode="eager")
     for _ in range(2):
