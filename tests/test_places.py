@@ -56,6 +56,7 @@ FURTHER: dict[str, dict[str, str]] = {
     },
     "vit": {
         "fastbb/__init__.py": "typed exports of its classes, which are found without",
+        "fastbb/hosts/libraries.py": "classes of transformers that are run as a whole",
         "fastbb/hosts/model_types.py": "the table of transformers' model types",
         "fastbb/hosts/transformers_loading.py": "other types whose names have the word",
         "fastbb/images/spec_readers.py": "the image processor of old checkpoints that name none",

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import host_models_vit  # noqa: F401 -- registers its hosts
 import timm
 import torch
-from host_matrix import HOSTS, Values
+from host_matrix import HOSTS, Values, call
 from host_models_vit import TIMM
 from reference_models import images, randomize_
 from tiny_hosts import NO_ACCELERATE_WARNING, assert_bit_equal, assert_ours_ran, tensors
@@ -69,10 +69,11 @@ def test_requested_outputs_equal_upstream(name: str) -> None:
 @pytest.mark.parametrize("name", ["dinov2-backbone", "dinov3-backbone", "beit-backbone"])
 def test_stages_and_norms_that_change_equal_upstream(name: str) -> None:
     model, twin, report = twins(MODELS[name])
-    for indices, is_normed, is_map in (
-        *(([0, 3], True, True), ([1], False, False)),
-        *(([1, 2], True, False), ([3], False, True)),
-    ):
+    states = (
+        *(([0, 3], True, True), ([0, 3], False, True), ([0, 3], False, False)),
+        *(([1], False, False), ([1, 2], True, False)),
+    )
+    for indices, is_normed, is_map in states:
         for either in (model, twin):
             either.out_indices = indices
             either.config.apply_layernorm = is_normed
@@ -80,6 +81,7 @@ def test_stages_and_norms_that_change_equal_upstream(name: str) -> None:
         for _ in range(2):
             Values.of(model(PIXELS)).assert_close(Values.of(twin(PIXELS)), 1e-5)
     assert_ours_ran(report)
+    assert len(report.replaced[0].choices) == len(states)  # artefacts are of one state
 
 
 @torch.no_grad()
@@ -93,6 +95,20 @@ def test_layers_are_compared_once_for_all_sizes(name: str) -> None:
         Values.of(model(pixels)).assert_close(Values.of(twin(pixels)), 1e-5)
     assert_ours_ran(report)
     assert all(len(one.choices) == 1 for one in report.replaced)
+
+
+@torch.no_grad()
+@NO_ACCELERATE_WARNING
+@pytest.mark.parametrize("name", ["vit_for_image_classification", "dinov3_model", "siglip"])
+def test_whole_models_run_in_another_precision(name: str) -> None:
+    host = HOSTS[name]()
+    want = call(host)
+    report = fastbb.accelerate(host.model, mode="eager", precision="bf16")
+    got = call(host)
+    assert_equals_upstream(tensors(got), tensors(want), rel=0.03)
+    assert not all(map(torch.equal, tensors(got), tensors(want)))
+    assert_ours_ran(report)
+    assert any("as a whole" in why for *_, why in report.rows())
 
 
 @torch.no_grad()
