@@ -142,7 +142,7 @@ _KERNEL_CATEGORIES = {
     "attention": ATTENTION,
     "layer_norm_nchw": NORM,
     "bias_act": ACTIVATION,
-    **dict.fromkeys(("conv", "linear", "mlp", "patch", "bottleneck"), GEMM),
+    **dict.fromkeys(("conv", "linear", "qkv", "mlp", "swiglu", "patch", "bottleneck"), GEMM),
 }
 
 

@@ -7,6 +7,11 @@ timm's evaluation transform (`timm`). For 8-bit RGB the result is bit-identical 
 An image goes: resize (Pillow) -> centre crop -> rescale and normalise -> pad. Resizing leaves 8-bit
 values, so the arithmetic has 256 possible results per channel: they are computed once, with the
 reference's own operations in its order, and looked up.
+
+DINOv3's processor (`resize_after_rescale`) has torchvision's backend only, which is its reference.
+It goes: rescale -> resize -> centre crop -> normalise, in fp32. The resize is
+`torch.nn.functional.interpolate`, as in torchvision, so the result is bit-identical to transformers
+with the same torch; Pillow's float mode differs by up to 1.4e-5 of the range.
 """
 
 import io
@@ -17,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..backbone.hub import (
@@ -88,7 +94,7 @@ class ImageProcessor:
             images: a PIL image, an array or tensor ([H, W], [H, W, C], [C, H, W], or a batch of
                 them), a path, the bytes of an image file, or a list or tuple of these. Float
                 arrays are taken as transformers' PIL backend takes them: whole numbers as 0..255,
-                else 0..1, and rescaled all the same.
+                else 0..1, and rescaled all the same (`resize_after_rescale`: as they are).
             return_tensors: `"pt"` (None is the same) or `"np"`.
 
         Returns:
@@ -203,9 +209,11 @@ class ImageProcessor:
         else:
             values = np.asarray(image)
         if spec.crop_size is not None:
-            values = _center_crop(values, spec.crop_size, spec.crop_fill, spec.reference)
+            values = _center_crop(values, spec.crop_size, spec)
         if values.dtype != np.uint8:
-            return np.ascontiguousarray(np.moveaxis(self._arithmetic(values), -1, 0))
+            if spec.resize is None or not spec.resize_after_rescale:
+                values = self._rescale(values)
+            return np.ascontiguousarray(np.moveaxis(self._normalize(values), -1, 0))
         pixels = np.empty((3, *values.shape[:2]), np.float32)
         for channel in range(3):
             # clip: no index can be out of range, and this mode writes straight into `out`
@@ -214,7 +222,10 @@ class ImageProcessor:
         return pixels
 
     def _resize(self, image: Image.Image | np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """[H, W, 3] array of `size`: uint8, or float32 for arrays that hold 0..1 (hf)."""
+        """[H, W, 3] array of `size`: uint8, or float32 for arrays that hold 0..1 (hf).
+
+        With `resize_after_rescale` it is a float array, and rescaled.
+        """
         height, width = size
         limit = Image.MAX_IMAGE_PIXELS
         if 0 in size or (limit is not None and height * width > 2 * limit):
@@ -223,6 +234,8 @@ class ImageProcessor:
                 f"{'nothing' if 0 in size else 'more than Pillow allows an image to have'}: crop "
                 "the image, or use a processor that does not keep the aspect ratio"
             )
+        if self.spec.resize_after_rescale:
+            return _resize_floats(self._rescale(np.asarray(image)), size, self.spec.resample)
         unit_range = False
         if isinstance(image, np.ndarray):
             image, unit_range = _array_to_image(image)
@@ -236,9 +249,19 @@ class ImageProcessor:
 
         For 8-bit values and 1/255 the first is timm's fp32 division by 255 too, to the bit.
         """
+        return self._normalize(self._rescale(values))
+
+    def _rescale(self, values: np.ndarray) -> np.ndarray:
+        factor = self.spec.rescale_factor
+        if factor is None:
+            return values
+        if self.spec.resize_after_rescale:  # torchvision's backend keeps fp64, the rest is fp32
+            dtype = np.float64 if values.dtype == np.float64 else np.float32
+            return values.astype(dtype) * dtype(factor)
+        return (values.astype(np.float64) * factor).astype(np.float32)
+
+    def _normalize(self, values: np.ndarray) -> np.ndarray:
         spec = self.spec
-        if spec.rescale_factor is not None:
-            values = (values.astype(np.float64) * spec.rescale_factor).astype(np.float32)
         if spec.image_mean is not None:
             if values.dtype.kind != "f":
                 values = values.astype(np.float32)
@@ -289,26 +312,35 @@ class ImageProcessor:
         (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def _center_crop(
-    values: np.ndarray, size: tuple[int, int], fill: tuple[int, int, int], reference: str
-) -> np.ndarray:
+def _center_crop(values: np.ndarray, size: tuple[int, int], spec: ImageProcessorSpec) -> np.ndarray:
     """Returns the middle [h, w, 3] of [H, W, 3] values; a view unless the image is too small."""
     starts = []
     for length, wanted in zip(values.shape, size):
         spare = length - wanted
-        if reference == "hf":
+        if spare >= 0:  # timm rounds half to even
+            starts.append(round(spare / 2) if spec.reference == "timm" else spare // 2)
+        elif spec.reference == "timm" or spec.resize_after_rescale:
+            starts.append(-(-spare // 2))  # torchvision: the odd pixel of padding at the end
+        else:
             starts.append(spare // 2)
-        else:  # torchvision: half to even inside, the odd pixel of padding at the end
-            starts.append(round(spare / 2) if spare >= 0 else -(-spare // 2))
     (top, left), (height, width) = starts, size
     inside = values[max(top, 0) : top + height, max(left, 0) : left + width]
     if inside.shape[:2] == size:
         return inside
     canvas = np.empty((height, width, 3), values.dtype)
-    canvas[...] = fill
+    canvas[...] = spec.crop_fill
     top, left = max(-top, 0), max(-left, 0)
     canvas[top : top + inside.shape[0], left : left + inside.shape[1]] = inside
     return canvas
+
+
+def _resize_floats(values: np.ndarray, size: tuple[int, int], resample: str) -> np.ndarray:
+    """Resizes float [H, W, 3] values as torchvision resizes a float tensor."""
+    if values.shape[:2] == size:
+        return values
+    planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 0)))
+    resized = F.interpolate(planes[None], size, mode=resample, antialias=True)[0]
+    return np.moveaxis(resized.numpy(), 0, -1)
 
 
 def _array_to_image(array: np.ndarray) -> tuple[Image.Image, bool]:
@@ -332,7 +364,15 @@ def _array_to_image(array: np.ndarray) -> tuple[Image.Image, bool]:
 
 
 class AutoImageProcessor:
-    """Makes the image processor that belongs to a model."""
+    """Makes the image processor that belongs to a model.
+
+    Supported are timm's data config and transformers' `BeitImageProcessor`, `BitImageProcessor`
+    (DINOv2, FocalNet, Hiera), `CLIPImageProcessor`, `ConvNextImageProcessor` (ResNet),
+    `DeiTImageProcessor`, `DINOv3ViTImageProcessor`, `DPTImageProcessor`, `PvtImageProcessor`,
+    `SegformerImageProcessor`, `SiglipImageProcessor`, `TextNetImageProcessor`, `ViTImageProcessor`
+    (Swin), and those of MaskFormer, Mask2Former, DETR, Conditional DETR and Deformable DETR, with
+    or without `Fast`, and as `...FeatureExtractor` in old files.
+    """
 
     def __init__(self) -> None:
         raise OSError(
@@ -362,7 +402,8 @@ class AutoImageProcessor:
                 the size and crop of timm's test results, where a timm model has others for them.
 
         Returns:
-            The processor, with the pixels of transformers' PIL backend or of timm.
+            The processor, with the pixels of transformers' PIL backend (DINOv3: of torchvision's,
+            it has no other) or of timm.
 
         Raises:
             OSError: no such model, or it says nothing about its preprocessing.

@@ -15,7 +15,11 @@ from ..backbone.configuration import check_choice
 from .modes import AlphaRule
 
 RESAMPLE = {f.name.lower(): f for f in Image.Resampling}
-ResizeRule = Literal["exact", "shortest_edge", "shortest_longest", "within", "cover", "contain"]
+ResizeRule = Literal[
+    "exact", "shortest_edge", "shortest_longest", "within", "closest", "cover", "contain"
+]
+# fields that older plans lack; `to_dict` leaves them out at their default, so that these resume
+_ADDED_FIELDS = {"resize_after_rescale": False}
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class ImageProcessorSpec:
         image_processor_type: transformers' class name, or `TimmWrapperImageProcessor`.
         resize: `exact` (to `size`), `shortest_edge` (to `size[0]`), `shortest_longest` (shortest
             edge to `size[0]` unless the longest then passes `size[1]`), `within` (as large as fits
-            into `size`), `cover` and `contain` (timm: smallest that covers, largest that fits).
+            into `size`), `closest` (DPT: one edge as in `size`, the one that changes the scale
+            less), `cover` and `contain` (timm: smallest that covers, largest that fits).
         size: the resize rule's numbers; None where `crop_pct` gives them.
         crop_pct: the resize goes to `floor(crop_size / crop_pct)`.
-        size_divisor: the resized edges are rounded up to a multiple of it.
+        size_divisor: the resized edges are rounded up to a multiple of it, those of `closest` to
+            the nearest one.
         resample: Pillow's filter, in lower case.
         crop_size: centre crop; what lies outside the image is `crop_fill`.
         crop_fill: RGB, 0..255.
@@ -46,6 +52,8 @@ class ImageProcessorSpec:
         alpha_in_files: the same for paths and bytes.
         exif_in_files: paths and bytes are turned upright by their EXIF orientation; images in
             memory never are.
+        resize_after_rescale: DINOv3: rescale, then resize and crop in fp32 without rounding to
+            8 bits, as torchvision does; `resample` is `bilinear` or `bicubic`.
     """
 
     reference: Literal["hf", "timm"]
@@ -67,6 +75,7 @@ class ImageProcessorSpec:
     alpha_in_memory: AlphaRule = "white"
     alpha_in_files: AlphaRule = "drop"
     exif_in_files: bool = True
+    resize_after_rescale: bool = False
 
     def __post_init__(self) -> None:
         check_choice("reference", self.reference, ("hf", "timm"))
@@ -91,6 +100,10 @@ class ImageProcessorSpec:
                 isinstance(value, tuple) and len(value) == 3 and all(map(_is_finite, value))
             ):
                 raise ValueError(f"{name} must be 3 finite numbers, one per channel, got {value!r}")
+        if self.resize_after_rescale and self.resize is not None:
+            check_choice("resample of a float image", self.resample, ("bilinear", "bicubic"))
+            if self.rescale_factor is None:
+                raise ValueError("resize_after_rescale needs a rescale_factor, got None")
         if (self.image_mean is None) != (self.image_std is None):
             raise ValueError("image_mean and image_std must both be given, or neither")
         if self.image_std is not None and 0 in self.image_std:
@@ -123,17 +136,22 @@ class ImageProcessorSpec:
             assert self.crop_pct is not None and self.crop_size is not None
             size = tuple(math.floor(edge / self.crop_pct) for edge in self.crop_size)
         new_height, new_width = _resized(self.resize, size, height, width)
+        to_whole = round if self.resize == "closest" else math.ceil
         return (
-            math.ceil(new_height / self.size_divisor) * self.size_divisor,
-            math.ceil(new_width / self.size_divisor) * self.size_divisor,
+            to_whole(new_height / self.size_divisor) * self.size_divisor,
+            to_whole(new_width / self.size_divisor) * self.size_divisor,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the spec as values that JSON can hold; `from_dict` restores an equal spec."""
+        """Returns the spec as values that JSON can hold; `from_dict` restores an equal spec.
+
+        Fields that were added after the first release are left out where they have their default.
+        """
         return {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in dataclasses.fields(self)
             for value in (getattr(self, field.name),)
+            if field.name not in _ADDED_FIELDS or value != _ADDED_FIELDS[field.name]
         }
 
     @classmethod
@@ -149,7 +167,7 @@ class ImageProcessorSpec:
                 f"an image processor spec has no field {', '.join(map(repr, unknown))}; it was "
                 f"written by another version or edited. The fields are {', '.join(sorted(names))}"
             )
-        if missing := sorted(names - set(values)):
+        if missing := sorted(names - set(values) - set(_ADDED_FIELDS)):
             raise ValueError(
                 f"an image processor spec needs all of its fields; missing: {', '.join(missing)}"
             )
@@ -180,8 +198,8 @@ def check_sizes(name: str, value: object, count: int) -> None:
         )
 
 
-def _resized(rule: str, size: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
-    """(H, W) after the resize rule, rounded as its reference rounds."""
+def _resized(rule: str, size: tuple[int, ...], height: int, width: int) -> tuple[float, float]:
+    """(H, W) after the resize rule, rounded as its reference rounds (`closest`: not yet)."""
     short, long = sorted((height, width))
     match rule, size:
         case "exact", (to_height, to_width):
@@ -203,6 +221,11 @@ def _resized(rule: str, size: tuple[int, ...], height: int, width: int) -> tuple
         case "within", (max_height, max_width):
             scale = min(max_height / height, max_width / width)
             return int(height * scale), int(width * scale)
+        case "closest", (to_height, to_width):
+            scale, scale_width = to_height / height, to_width / width
+            if abs(1 - scale_width) < abs(1 - scale):
+                scale = scale_width
+            return scale * height, scale * width
         case _, (to_height, to_width):
             choose = min if rule == "cover" else max
             ratio = choose(height / to_height, width / to_width)

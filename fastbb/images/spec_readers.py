@@ -36,12 +36,41 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | _CLIP
     | {"resample": 3, "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": 224}
     | {"do_convert_rgb": True},
+    "siglip": _BY_EDGE
+    | _HALF
+    | {"resample": 3, "size": {"height": 224, "width": 224}, "do_convert_rgb": True},
+    "beit": _BASE
+    | _HALF
+    | {"resample": 3, "size": {"height": 224, "width": 224}}
+    | {"crop_size": 224},
+    "deit": _BASE
+    | _HALF
+    | {"resample": 3, "size": {"height": 256, "width": 256}}
+    | {"do_center_crop": True, "crop_size": 224},
+    "pvt": _BASE | _IMAGENET | {"resample": 3, "size": {"height": 224, "width": 224}},
+    "dinov3": _BASE | _IMAGENET | {"resample": 2, "size": {"height": 224, "width": 224}},
+    "dpt": _BASE
+    | _HALF
+    | {"resample": 3, "size": {"height": 384, "width": 384}}
+    | {"keep_aspect_ratio": False, "ensure_multiple_of": 1},
+    "textnet": _BY_EDGE
+    | _IMAGENET
+    | {"resample": 2, "size": {"shortest_edge": 640}, "size_divisor": 32}
+    | {"crop_size": 224, "do_convert_rgb": True},
     "detr": _BASE | _IMAGENET | {"resample": 2},
     "maskformer": _BASE | _IMAGENET | {"resample": 2, "size_divisor": 32},
 }
 _KINDS = {
     "ViTImageProcessor": "vit",
+    "DeiTImageProcessor": "deit",
+    "BeitImageProcessor": "beit",
     "BitImageProcessor": "bit",
+    "CLIPImageProcessor": "bit",
+    "SiglipImageProcessor": "siglip",
+    "DINOv3ViTImageProcessor": "dinov3",
+    "PvtImageProcessor": "pvt",
+    "DPTImageProcessor": "dpt",
+    "TextNetImageProcessor": "textnet",
     "ConvNextImageProcessor": "convnext",
     "SegformerImageProcessor": "segformer",
     "MaskFormerImageProcessor": "maskformer",
@@ -50,9 +79,22 @@ _KINDS = {
     "ConditionalDetrImageProcessor": "detr",
     "DeformableDetrImageProcessor": "detr",
 }
+# kinds that add nothing to transformers' base class, and those that crop
+_PLAIN = {"vit", "bit", "siglip", "deit", "pvt"}
+_CROPPING = _PLAIN | {"beit", "convnext", "dinov3", "textnet"}
+# transformers' table, for the model types that fastbb reads; it lacks the four types marked (*)
 _TYPE_OF_MODEL = {
-    **dict.fromkeys(("swin", "swinv2", "vit"), "ViTImageProcessor"),
-    **dict.fromkeys(("dinov2", "bit"), "BitImageProcessor"),
+    **dict.fromkeys(("swin", "swinv2", "vit", "dinat"), "ViTImageProcessor"),
+    **dict.fromkeys(("dinov2", "bit", "focalnet", "hiera", "pixio"), "BitImageProcessor"),
+    "dinov2_with_registers": "BitImageProcessor",  # (*)
+    **dict.fromkeys(("clip", "clip_vision_model"), "CLIPImageProcessor"),  # (*) the tower
+    **dict.fromkeys(("siglip", "siglip_vision_model"), "SiglipImageProcessor"),  # (*) the tower
+    "beit": "BeitImageProcessor",
+    "deit": "DeiTImageProcessor",
+    **dict.fromkeys(("dinov3_vit", "dinov3_convnext"), "DINOv3ViTImageProcessor"),  # (*) convnext
+    **dict.fromkeys(("pvt", "pvt_v2"), "PvtImageProcessor"),
+    "textnet": "TextNetImageProcessor",
+    **dict.fromkeys(("dpt", "depth_anything"), "DPTImageProcessor"),
     **dict.fromkeys(("resnet", "convnext", "convnextv2"), "ConvNextImageProcessor"),
     **dict.fromkeys(("upernet", "segformer"), "SegformerImageProcessor"),
     "maskformer": "MaskFormerImageProcessor",
@@ -67,6 +109,7 @@ _HF_KEYS = _OWN_KEYS | {
     *("do_resize", "size", "max_size", "default_to_square", "size_divisor", "resample", "crop_pct"),
     *("do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean"),
     *("image_std", "do_pad", "pad_size", "do_convert_rgb"),
+    *("keep_aspect_ratio", "ensure_multiple_of"),
 }
 _TIMM_KEYS = _OWN_KEYS | {
     *("input_size", "img_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"),
@@ -103,6 +146,8 @@ def spec_from_config(
     kind = _KINDS[name]
     # an explicit null is kept, as upstream keeps it: do_resize: null resizes nothing
     values = {**_DEFAULTS[kind], **config, **overrides}
+    if name == "CLIPImageProcessor" and values.get("use_square_size"):  # KOSMOS-2
+        values["size"] = {"height": 224, "width": 224}
     fields: dict[str, Any] = {key: values[key] for key in _OWN_KEYS & set(values)}
     fields["rescale_factor"] = _needed("rescale_factor", values) if values["do_rescale"] else None
     if values["do_normalize"]:
@@ -112,6 +157,7 @@ def spec_from_config(
         reference="hf",
         image_processor_type=name,
         do_convert_rgb=bool(values.get("do_convert_rgb")),
+        resize_after_rescale=kind == "dinov3",
         **fields,
         **_resize_and_crop(kind, values),
         **_padding(kind, values),
@@ -126,19 +172,24 @@ def _resize_and_crop(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         edges = _edges_to_resize_to(kind, values)
         if kind == "maskformer":
             fields["size_divisor"] = _needed("size_divisor", values) or 1
+        if kind in ("convnext", "textnet") and "shortest_edge" not in edges:
+            raise ValueError(f"this processor's size needs 'shortest_edge', got {edges!r}")
         if kind == "convnext":
-            edge = edges.get("shortest_edge")
-            if edge is None:
-                raise ValueError(f"this processor's size needs 'shortest_edge', got {edges!r}")
+            edge = edges["shortest_edge"]
             check_sizes("size", (edge,), 1)
             if edge < 384:
                 fields |= {"resize": "shortest_edge", "crop_pct": _needed("crop_pct", values)}
                 fields["crop_size"] = (edge, edge)
             else:
                 fields |= {"resize": "exact", "size": (edge, edge)}
+        elif kind == "dpt":
+            fields |= _dpt_resize(_height_width("size", edges), values)
+        elif kind == "textnet":
+            fields |= {"resize": "shortest_edge", "size": (edges["shortest_edge"],)}
+            fields["size_divisor"] = _needed("size_divisor", values)
         else:
             fields["resize"], fields["size"] = _resize_rule(edges)
-    if values.get("do_center_crop") and kind in ("vit", "bit", "convnext"):
+    if values.get("do_center_crop") and kind in _CROPPING:
         if "crop_size" in fields:
             raise ValueError(
                 "ConvNextImageProcessor below 384 crops by itself, and a second crop is not "
@@ -146,6 +197,17 @@ def _resize_and_crop(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
             )
         fields["crop_size"] = _height_width("crop_size", _needed("crop_size", values))
     return fields
+
+
+def _dpt_resize(size: tuple[int, int], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec's resize fields of DPT, whose edges are rounded to the nearest multiple."""
+    multiple = _needed("ensure_multiple_of", values)
+    check_sizes("ensure_multiple_of", (multiple,), 1)
+    if values["keep_aspect_ratio"]:
+        return {"resize": "closest", "size": size, "size_divisor": multiple}
+    if any(2 * (edge % multiple) == multiple for edge in size):  # upstream's depends on the image
+        raise ValueError(f"size {size} is half-way between multiples of {multiple}: give another")
+    return {"resize": "exact", "size": tuple(round(edge / multiple) * multiple for edge in size)}
 
 
 def _edges_to_resize_to(kind: str, values: Mapping[str, Any]) -> dict[str, int]:
@@ -169,7 +231,12 @@ def _padding(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "detr":
         do_pad = bool(values.get("do_pad", values.get("pad_and_return_pixel_mask", True)))
     else:
-        do_pad = bool(values.get("do_pad")) and kind in ("vit", "bit")
+        do_pad = bool(values.get("do_pad")) and kind in _PLAIN
+    if kind == "dpt" and values.get("do_pad") and values.get("size_divisor") is not None:
+        raise ValueError(
+            "DPTImageProcessor pads on all sides to multiples of size_divisor, which is not "
+            "supported; set do_pad to false and give a size"
+        )
     pad_size = None
     if do_pad and values.get("pad_size") is not None:
         pad_size = _height_width("pad_size", values["pad_size"])
@@ -328,11 +395,14 @@ def _hf_keys(spec: ImageProcessorSpec) -> dict[str, Any]:
     elif spec.resize is not None and spec.size is not None:
         rule = "shortest_edge" if kind == "convnext" else spec.resize
         keys["size"] = dict(zip(_EDGES_OF_RULE.get(rule, ()), spec.size))
+    if spec.resize == "closest":
+        keys |= {"size": dict(zip(("height", "width"), spec.size or ()))}
+        keys |= {"keep_aspect_ratio": True, "ensure_multiple_of": spec.size_divisor}
     if spec.crop_size is not None and not derived:
         keys["crop_size"] = dict(zip(("height", "width"), spec.crop_size))
     if spec.pad_size is not None:
         keys["pad_size"] = dict(zip(("height", "width"), spec.pad_size))
-    if kind == "maskformer":
+    if kind in ("maskformer", "textnet"):
         keys["size_divisor"] = spec.size_divisor
     return {key: value for key, value in keys.items() if value is not None}
 

@@ -158,6 +158,7 @@ class ViTLayer(NativeModule):
     def __init__(self, shape: LayerShape, spec: ViTBlockSpec, names: ViTNames) -> None:
         super().__init__()
         self.spec = spec
+        self._inference_spec = ViTBlockSpec(spec.num_heads, spec.activation)
         self.names = names
         self.patch = shape.patch
         setattr(self, names.attention, ViTAttention(shape, spec, names))
@@ -217,6 +218,9 @@ class ViTLayer(NativeModule):
         """The semantics for a call; the modules have modes and rates of their own."""
         attention: Any = getattr(self, self.names.attention)
         dropout, path = self.dropout, self.drop_path
+        layers = (attention, dropout, path)
+        if not any(layer is not None and layer.training for layer in layers):
+            return self._inference_spec
         return replace(
             self.spec,
             drop_path=path.drop_prob if isinstance(path, ViTDropPath) and path.training else 0.0,

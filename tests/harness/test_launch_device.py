@@ -87,7 +87,7 @@ def test_failed_launch_keeps_the_current_device(
     launch, _ = launch_of(a_case("linear_residual"), "cpu", torch.bfloat16)
     with on_second_gpu(), pytest.raises(RuntimeError, match="resources"):
         x = torch.empty(4, 8, device=SECOND)
-        launch(x, torch.empty(8, 8, device=SECOND), None, x)
+        launch(x, torch.empty(8, 8, device=SECOND), None, x, None)
 
 
 def test_these_tests_do_not_launch_directly() -> None:

@@ -1,5 +1,6 @@
 """preprocessor_config.json of any age, against transformers' PIL backend: pixels bit for bit."""
 
+import importlib
 import io
 import json
 import random
@@ -11,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastbb.hosts.model_types import BACKBONE_TYPES, PLAIN_TYPES
 from fastbb.images.processor import AutoImageProcessor
-from fastbb.images.spec_readers import spec_from_config
+from fastbb.images.spec_readers import _TYPE_OF_MODEL, spec_from_config
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -55,8 +57,26 @@ HUB_FILES: dict[str, dict[str, Any]] = json.loads("""{
 "conditional-detr": {"image_processor_type": "ConditionalDetrImageProcessorFast", "do_pad": true,
     "size": {"longest_edge": 133, "shortest_edge": 80}},
 "deformable-detr": {"image_processor_type": "DeformableDetrImageProcessor", "do_pad": true,
-    "size": {"height": 100, "width": 90}, "pad_size": {"height": 128, "width": 96}}
+    "size": {"height": 100, "width": 90}, "pad_size": {"height": 128, "width": 96}},
+"clip": {"crop_size": 64, "do_center_crop": true, "do_normalize": true, "do_resize": true,
+    "feature_extractor_type": "CLIPFeatureExtractor", "resample": 3, "size": 64},
+"siglip": {"do_normalize": true, "do_rescale": true, "do_resize": true, "resample": 3,
+    "image_processor_type": "SiglipImageProcessor", "rescale_factor": 0.00392156862745098,
+    "processor_class": "SiglipProcessor", "size": {"height": 96, "width": 96}},
+"beit": {"crop_size": 64, "do_center_crop": false, "do_normalize": true, "do_resize": true,
+    "feature_extractor_type": "BeitFeatureExtractor", "resample": 2, "size": 64},
+"deit": {"crop_size": 64, "do_center_crop": true, "do_normalize": true, "do_resize": true,
+    "feature_extractor_type": "DeiTFeatureExtractor", "resample": 3, "size": 72},
+"pvt_v2": {"do_normalize": true, "do_rescale": true, "do_resize": true, "resample": 2,
+    "image_processor_type": "PvtImageProcessor", "size": {"height": 64, "width": 64}},
+"textnet": {"crop_size": {"height": 64, "width": 64}, "do_center_crop": true,
+    "image_processor_type": "TextNetImageProcessor", "size": {"shortest_edge": 70}},
+"dpt": {"do_normalize": true, "do_resize": true, "ensure_multiple_of": 1, "resample": 3,
+    "feature_extractor_type": "DPTFeatureExtractor", "keep_aspect_ratio": false, "size": 64}
 }""")
+# sizes in which images keep their aspect ratio, so that they make no batch
+DEPTH_ANYTHING = {"image_processor_type": "DPTImageProcessor", "ensure_multiple_of": 14}
+DEPTH_ANYTHING |= {"keep_aspect_ratio": True, "size": {"height": 70, "width": 98}}
 HUB_FILES = {name: {**config, **IMAGENET} for name, config in HUB_FILES.items()}
 
 
@@ -113,7 +133,8 @@ def test_class_defaults_equal_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = load_both(tmp_path, {"image_processor_type": name})
     images = [picture(48, 64), picture(30, 20)]
     images[1].info["transparency"] = images[1].getpixel((10, 15))  # becomes white in RGB
-    assert_same(ours(images), theirs(images, return_tensors="pt"))
+    for image in images:
+        assert_same(ours(image), theirs(image, return_tensors="pt"))
 
 
 @pytest.mark.parametrize("name", ["DetrImageProcessor", "MaskFormerImageProcessor"])
@@ -150,6 +171,9 @@ def random_config(rng: random.Random) -> dict[str, Any]:
     options["size_divisor"] = [0, 1, 7, 32]
     options["pad_size"] = [{"height": 64, "width": 70}, 150]
     options["crop_pct"] = [0.875, 0.9, 1.0]
+    options["keep_aspect_ratio"] = [True, False]
+    options["ensure_multiple_of"] = [1, 2, 14, 32]
+    options["use_square_size"] = [True, False]
     chosen = {key: rng.choice(values) for key, values in options.items() if rng.random() < 0.25}
     return {"image_processor_type": name, "size": size, **chosen}
 
@@ -165,7 +189,7 @@ def test_random_configurations_equal_transformers(seed: int, tmp_path: Path) -> 
         try:
             theirs, ours = load_both(tmp_path, config)
             expected = theirs(images, return_tensors="pt")
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError):
             continue  # upstream refuses; fastbb may too, or ignore what the processor never uses
         assert_same(ours(images), expected)
         compared += 1
@@ -262,6 +286,27 @@ def test_overrides_equal_transformers(name: str, overrides: dict, tmp_path: Path
     assert_same(ours(picture(50, 70)), theirs(picture(50, 70), return_tensors="pt"))
 
 
+def test_dpt_keeps_the_aspect_ratio_as_transformers(tmp_path: Path) -> None:
+    theirs, ours = load_both(tmp_path, DEPTH_ANYTHING)
+    for size in [(70, 98), (98, 70), (71, 300), (61, 37), (240, 320), (30, 42)]:
+        assert_same(ours(picture(*size)), theirs(picture(*size), return_tensors="pt"))
+    ours.save_pretrained(tmp_path)
+    assert AutoImageProcessor.from_pretrained(tmp_path).spec == ours.spec
+
+
+def test_types_of_models_are_those_of_transformers() -> None:
+    auto = importlib.import_module("transformers.models.auto.image_processing_auto")
+    table = auto.IMAGE_PROCESSOR_MAPPING_NAMES
+    added = {"clip_vision_model", "siglip_vision_model", "dinov2_with_registers"}
+    added |= {"dinov3_convnext"}
+    theirs = {name: found["torchvision"] for name, found in table.items() if "torchvision" in found}
+    same = {name: kind for name, kind in _TYPE_OF_MODEL.items() if name not in added}
+    assert same == {name: theirs.get(name) for name in same}
+    assert not added & set(theirs)
+    left_out = {*BACKBONE_TYPES, *PLAIN_TYPES} & set(theirs) - set(_TYPE_OF_MODEL)
+    assert left_out <= {"pp_lcnet", "sapiens2", "tipsv2"}
+
+
 @pytest.mark.parametrize(
     ("model_type", "expected"),
     [("swin", "ViTImageProcessor"), ("resnet", "ConvNextImageProcessor")],
@@ -283,6 +328,22 @@ def test_processor_file_without_type_follows_the_model_type(
             "'SamImageProcessor' is not supported.*ViT",
         ),
         ({"image_processor_type": None}, "type None is not supported"),
+        (
+            {"image_processor_type": "DPTImageProcessor", "do_pad": True, "size_divisor": 14},
+            "pads on all sides .* not supported",
+        ),
+        (
+            {"image_processor_type": "DPTImageProcessor", "size": 48, "ensure_multiple_of": 32},
+            "half-way between multiples of 32",
+        ),
+        (
+            {"image_processor_type": "DINOv3ViTImageProcessor", "do_rescale": False},
+            "resize_after_rescale needs a rescale_factor",
+        ),
+        (
+            {"image_processor_type": "DINOv3ViTImageProcessor", "resample": 1},
+            "must be one of 'bilinear', 'bicubic', got 'lanczos'",
+        ),
         ({"size": "large"}, r"size must be a whole number.*got 'large'"),
         ({"size": float("nan")}, "got nan"),
         ({"size": {"height": float("nan"), "width": 32}}, r"got \(nan, 32\)"),

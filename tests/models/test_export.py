@@ -58,7 +58,6 @@ PAIRS: dict[str, Callable[[], Pair]] = {
     "bottleneck_resnet": lambda: of_transformers(hf_resnet("bottleneck")),
     "dinov2": lambda: of_transformers(hf_vit("dinov2")),
     "dinov3": lambda: of_transformers(hf_vit("dinov3_vit", use_gated_mlp=True, hidden_act="silu")),
-    "beit": lambda: of_transformers(hf_vit("beit")),
 }
 
 

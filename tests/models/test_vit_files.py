@@ -152,6 +152,22 @@ def test_a_segmentation_model_of_beit_gives_the_maps_of_its_backbone(tmp_path: P
         ours(pixels)
 
 
+@pytest.mark.parametrize("kind", ["dinov2", "beit"])
+def test_the_backbone_of_a_depth_model_gives_its_tokens(kind: str, tmp_path: Path) -> None:
+    inner = vit_config(kind, reshape_hidden_states=False)
+    sizes = {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8, "backbone_config": inner}
+    if kind == "dinov2":
+        config = transformers.DepthAnythingConfig(reassemble_hidden_size=32, patch_size=7, **sizes)
+        whole = randomize_(transformers.DepthAnythingForDepthEstimation(config))
+    else:
+        config = transformers.ZoeDepthConfig(backbone_hidden_size=32, **sizes)
+        whole = randomize_(transformers.ZoeDepthForDepthEstimation(config))
+    whole.save_pretrained(tmp_path)
+    ours, pixels = AutoBackbone.from_pretrained(tmp_path), images(28, 28)
+    with torch.no_grad():
+        assert_equals_upstream(ours(pixels).feature_maps, whole.backbone(pixels).feature_maps)
+
+
 def test_an_untrained_final_norm_is_an_error() -> None:
     upstream = hf_vit("dinov2")
     torch.nn.init.ones_(upstream.layernorm.weight)
