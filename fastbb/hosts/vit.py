@@ -17,7 +17,7 @@ from ..models.vit_libraries import (
 from ..models.vit_names import NAMES, ViTNames, part
 from ..models.vit_parts import ViTBlockParts
 from ..models.vit_positions import Grid, Rotation, patch_grid
-from .host_backbone import TransformersHostBackbone, check_parts
+from .host_backbone import NothingToDo, TransformersHostBackbone, check_parts
 from .module_forward import ModuleForward
 
 
@@ -97,9 +97,14 @@ class PlainLayer(_TransformersLayer):
 
 
 class TowerLayer(_TransformersLayer):
-    """CLIPEncoderLayer and SiglipEncoderLayer, of images or of texts without a mask."""
+    """CLIPEncoderLayer and SiglipEncoderLayer; CLIP's layers of texts have a causal mask."""
 
     names = NAMES["clip_vision_model"]
+
+    def read(self) -> ViTBlockParts:
+        if self.module.self_attn.config.model_type == "clip_text_model":
+            raise NothingToDo("its attention is causal")
+        return super().read()
 
 
 class DINOv3Layer(_TransformersLayer):

@@ -140,8 +140,16 @@ def test_images_and_texts_of_clip_alone() -> None:
         got = model.get_image_features(pixels), model.get_text_features(ids)
         Values.of(got[0]).assert_close(Values.of(want[0]), 1e-5)
         assert_bit_equal(tensors(got[1]), tensors(want[1]))
-    runs = {name.partition(".")[0]: runs for name, _, runs, _ in report.rows()}
-    assert runs == {"text_model": "upstream", "vision_model": "fastbb"}
+    assert_ours_ran(report)
+    assert all(name.startswith("vision_model.") for name in report.accelerated)
+
+    layer = model.vision_model.encoder.layers[0]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    fastbb.restore(model)
+    want = layer(x, None, is_causal=True)
+    report = fastbb.accelerate(layer, mode="eager")
+    assert torch.equal(layer(x, None, is_causal=True), want)
+    assert "it is called with is_causal" in str(report)
 
 
 @torch.no_grad()

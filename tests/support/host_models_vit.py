@@ -83,27 +83,27 @@ def dinov3_model() -> Host:
     return Host(randomize_(model), pixels(36, 29), layers("model.layer"), head="smooth")
 
 
-def towers(kind: str, model: Any, why: dict[str, str], **text: Any) -> Host:
-    """A model of images and texts, called with both."""
+def towers(kind: str, model: Any, n_text: int, **text: Any) -> Host:
+    """A model of images and texts, called with both; `n_text` layers of texts run ours."""
     vision = vit_config(kind).to_dict()
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, **text}
     text |= {"num_attention_heads": 2, "vocab_size": 30, "max_position_embeddings": 8}
     text |= {"bos_token_id": 0, "eos_token_id": 29}
     config = model.config_class(vision_config=vision, text_config=text, projection_dim=16)
     inputs = {**pixels(**SIDE), "input_ids": tokens(2, 6)}
-    outermost = (*layers("text_model.encoder.layers", 1), *layers("vision_model.encoder.layers"))
-    return Host(randomize_(model(config)), inputs, outermost, head="smooth", upstream=why)
+    of_text = layers("text_model.encoder.layers", n_text)
+    outermost = (*of_text, *layers("vision_model.encoder.layers"))
+    return Host(randomize_(model(config)), inputs, outermost, head="smooth")
 
 
 @host
 def clip() -> Host:
-    causal = {"text_model.encoder.layers.0": "it is called with is_causal"}
-    return towers("clip_vision_model", hf.CLIPModel, causal)
+    return towers("clip_vision_model", hf.CLIPModel, 0)
 
 
 @host
 def siglip() -> Host:
-    return towers("siglip_vision_model", hf.SiglipModel, {}, projection_size=32)
+    return towers("siglip_vision_model", hf.SiglipModel, 1, projection_size=32)
 
 
 # --- depth
