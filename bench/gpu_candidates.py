@@ -11,7 +11,7 @@ from typing import Any
 
 MOST = 36
 # the compiler takes ten seconds for each configuration of these
-_MOST_OF = {"swin_attention_block": 20, "swin_mlp_block": 24}
+_MOST_OF = {"swin_attention_block": 20, "mlp_block": 24}
 _SHARED_BYTES = 227 << 10  # of a program, at most; a GPU with less refuses the launch
 _MOST_ACCUMULATORS = 128  # of a thread, in fp32
 _LEAST_ACCUMULATORS = 8
@@ -132,7 +132,7 @@ def _distance(leaves: Leaves, usual: Leaves) -> float:
 
 def _makes_sense(table: str, leaves: Leaves, usual: Leaves, sizes: Mapping[str, Any]) -> bool:
     channels = sizes.get("channels", 0)
-    if table in ("swin_mlp_block", "swin_attention_block"):
+    if table in ("mlp_block", "swin_attention_block"):
         # only whole pieces, and registers for the accumulators of all channels
         if channels % leaves["block_c"] or 4 * channels % leaves.get("block_h", 1):
             return False

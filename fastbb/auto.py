@@ -17,7 +17,7 @@ from .backbone.checkpoint import StateDict, not_tensors
 from .backbone.configuration import BackboneConfig
 from .backbone.hub import ConfigFile, HubOptions
 from .backbone.registry import FAMILIES, Family, family_of
-from .hosts.model_types import BACKBONE_TYPES
+from .hosts.model_types import BACKBONE_TYPES, PLAIN_TYPES
 from .hosts.transformers_backbone import TransformersBackbone  # registers transformers' other types
 from .models.lookup import find_config, list_backbones, pretrained_config
 from .models.timm import TimmBackbone
@@ -53,7 +53,7 @@ def list_types(filter: str = "") -> list[TypeRow]:
         filter: shell pattern such as `dino*`; default: all.
     """
     rows = []
-    for name, known in BACKBONE_TYPES.items():
+    for name, known in (BACKBONE_TYPES | PLAIN_TYPES).items():
         if filter and not fnmatch.fnmatch(name, filter):
             continue
         backbone = family_of(name)[0].backbone

@@ -182,7 +182,7 @@ def family(module: str) -> str | None:
     if not module.startswith("fastbb.models."):
         return None
     name = module.split(".")[2].split("_")[0]
-    return None if name in ("layers", "lookup", "parts") else name  # which families share
+    return None if name in ("layers", "lookup", "parts", "stage") else name  # they are shared
 
 
 def test_families_never_import_each_other() -> None:

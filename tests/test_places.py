@@ -34,6 +34,17 @@ PUBLIC = {
     "kernels/fastbb_kernels/check.py": "one of the models that the command counts on a device",
 }
 FURTHER: dict[str, dict[str, str]] = {
+    "convnext": {
+        "fastbb/images/spec_readers.py": PUBLIC["fastbb/images/spec_readers.py"],
+        "fastbb/hosts/model_types.py": "the model types of transformers",
+        "fastbb/models/convnext_parts.py": "its layers in two libraries",
+        "fastbb/models/convnext_forward.py": "its forward",
+        "fastbb/models/convnext_modules.py": "its modules",
+        "fastbb/models/convnext_timm.py": "its layers and names in timm",
+        "fastbb/models/convnext_cpu.py": "the MLP of a block on a CPU",
+        "tests/models/test_convnext_ways.py": "its kernels, the MLP on a CPU, graphs",
+        "tests/support/convnext_models.py": "its tiny models",
+    },
     "resnet": {
         **PUBLIC,
         "fastbb/models/resnet_parts.py": "its layers in four libraries",

@@ -149,7 +149,7 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
         else:
             stages = self.forward_stages(pixel_values, wanted, attentions, **kwargs)
             output = BackboneOutput(
-                self._returned_maps(stages, pixel_values),
+                self.returned_maps(stages, pixel_values),
                 None if hidden is False else self._hidden_states(stages, hidden),
                 None if attentions is None else tuple(attentions),
             )
@@ -160,9 +160,10 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
     def feature_maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Computes the maps [B, C, h, w] of `out_features` op by op, from checked [B, C, H, W]."""
         stages = self.forward_stages(pixel_values, self.out_features)
-        return self._returned_maps(stages, pixel_values)
+        return self.returned_maps(stages, pixel_values)
 
-    def _returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+    def returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Computes the maps of `out_features` from the hidden states of stages."""
         height, width = pixel_values.shape[2:]
         return tuple(
             self.feature_map(name, stages[name], (height, width)) for name in self.out_features

@@ -279,11 +279,11 @@ def load_strict(
     weights = [name for name, tensor in expected.items() if tensor.is_floating_point()]
     check_dtypes(state, weights, what)
     missing = [name for name in expected if name not in state]
-    initialized = [name for name in missing if _matches(name, optional)]
-    missing = [name for name in missing if not _matches(name, optional)]
+    initialized = [name for name in missing if matches(name, optional)]
+    missing = [name for name in missing if not matches(name, optional)]
     unknown = [name for name in state if name not in expected]
-    ignored = [name for name in unknown if _matches(name, unused)]
-    unknown = [name for name in unknown if not _matches(name, unused)]
+    ignored = [name for name in unknown if matches(name, unused)]
+    unknown = [name for name in unknown if not matches(name, unused)]
     shapes = [
         f"{name}: {list(state[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
         for name, tensor in expected.items()
@@ -324,7 +324,8 @@ def rename(state: StateDict, rule: Callable[[str], str]) -> StateDict:
     return {rule(name): tensor for name, tensor in state.items()}
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of several shell patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

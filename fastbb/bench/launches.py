@@ -51,6 +51,7 @@ KERNELS = {
     "_softmax": ATTENTION,
     "mul": ATTENTION,  # queries by their scale
     "div": ATTENTION,  # scores by their scale
+    "linalg_vector_norm": NORM,
     "native_layer_norm": NORM,
     "rsqrt": NORM,
     "gelu": ACTIVATION,
@@ -141,6 +142,7 @@ def count_kernels(weights: Iterable[Tensor]) -> Iterator[list[Launch]]:
 _KERNEL_CATEGORIES = {
     "attention": ATTENTION,
     "layer_norm_nchw": NORM,
+    "grn": NORM,
     "bias_act": ACTIVATION,
     **dict.fromkeys(("conv", "linear", "qkv", "mlp", "swiglu", "patch", "bottleneck"), GEMM),
 }

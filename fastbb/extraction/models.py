@@ -101,8 +101,8 @@ class _Stages(BackboneMaps):
         backbone, last = self.module, self.module.stage_names[-1]
         ends_last = self.last and last not in self.maps
         stages = backbone.forward_stages(pixel_values, [*self.maps, *([last] if ends_last else [])])
-        height, width = pixel_values.shape[2:]
-        maps = [backbone.feature_map(name, stages[name], (height, width)) for name in self.maps]
+        # a feature pyramid computes its maps of all of them
+        maps = list(backbone.returned_maps(stages, pixel_values)) if self.maps else []
         for norm in self.last:
             maps.append(backbone.final_state(stages[last]) if norm == "final" else stages[last])
         return tuple(maps)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fastbb_kernels import use_impl
 
 from ..backbone.base import Backbone
+from ..backbone.checkpoint import matches
 from ..backbone.registry import TransformersModel, Upstream, family_of
 from ..engine.measuring import describe
 
-_STAGE_NORMS = "hidden_states_norms."
 # only maps, whatever the user's configuration asks for besides
 _OUTPUT = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 
@@ -102,9 +102,13 @@ def _of_transformers(backbone: Backbone, named: TransformersModel) -> Upstream:
     class_name = f"{named.name}{'Backbone' if named.maps is None else 'Model'}"
     module = getattr(library, class_name)(config)
     state = named.state(backbone)
-    # it has norms for the selected stages only
-    unselected = {n for n in state.keys() - module.state_dict() if n.startswith(_STAGE_NORMS)}
-    module.load_state_dict({n: tensor for n, tensor in state.items() if n not in unselected})
+    # it has norms for the selected stages only, and may lack the final one
+    other = {
+        name
+        for name in state.keys() - module.state_dict()
+        if matches(name, backbone.optional_weights)
+    }
+    module.load_state_dict({n: tensor for n, tensor in state.items() if n not in other})
     label = f"transformers {import_module('transformers').__version__}, {class_name}"
     return Upstream(label, module.eval(), named.maps or _transformers_maps)
 

@@ -1,14 +1,25 @@
-"""Layers that families share: convolutions with their norms, stochastic depth."""
+"""Layers that families share: patches, norms of maps, convolutions with norms, stochastic depth."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS, conv_bn_act
-from fastbb_kernels.onednn import packed_conv
+from fastbb_kernels._dispatch import is_plainly_eager
+from fastbb_kernels.onednn import packed_conv, packs
 
-from ..weights.folded_weights import folded, folded_packed, geometry, runs_folded, runs_packed
+from ..weights.derived import is_tracing, is_transformed
+from ..weights.folded_weights import (
+    autocasts,
+    folded,
+    folded_packed,
+    geometry,
+    runs_folded,
+    runs_packed,
+)
+from .parts import NativeModule
 
 
 def drop_path(x: Tensor, rate: float, training: bool = True) -> Tensor:
@@ -24,6 +35,60 @@ def drop_path(x: Tensor, rate: float, training: bool = True) -> Tensor:
     keep = 1.0 - rate
     shape = (x.shape[0],) + (1,) * (x.ndim - 1)
     return x.div(keep) * (keep + torch.rand(shape, dtype=x.dtype, device=x.device)).floor_()
+
+
+class DropPath(NativeModule):
+    """Stochastic depth: drops whole samples of a residual branch."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return drop_path(x, self.drop_prob, self.training)
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"
+
+
+class MapLayerNorm(NativeModule, nn.LayerNorm):
+    """Layer norm over the channels of a map [B, C, H, W]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def cuts_patches(projection: nn.Conv2d) -> bool:
+    """Whether a convolution computes non-overlapping patches without padding, as `patch_embed`."""
+    settings = (
+        projection.stride,
+        projection.padding,
+        projection.dilation,
+        projection.groups,
+        projection.padding_mode,
+    )
+    return settings == (projection.kernel_size, (0, 0), (1, 1), 1, "zeros")
+
+
+def runs_packed_linears(x: Tensor, weight: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether a call may multiply by packed weights: it is eager inference on a CPU.
+
+    Args:
+        x: input of the call.
+        weight: one of the weights that would be packed.
+        tensors: all parameters that the call reads.
+    """
+    if is_tracing() or type(x) is not Tensor or is_transformed(x):
+        return False
+    if not is_plainly_eager(x, None) or x.device.type != "cpu" or not x.numel():
+        return False
+    if not packs(x.dtype) or autocasts("cpu"):
+        return False
+    if weight.dtype != x.dtype or weight.is_inference():
+        return False  # tensors derived from inference tensors could not be cached
+    return not torch.is_grad_enabled() or not (
+        x.requires_grad or any(tensor.requires_grad for tensor in tensors)
+    )
 
 
 def is_foldable(norm: nn.Module | None) -> bool:

@@ -6,7 +6,7 @@ torchvision and timm `models/swin_transformer.py`.
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbb_kernels import ACTIVATIONS, WindowGeometry, relative_position_index
-from fastbb_kernels.warning import warn_caller
 
-from ..backbone.base import Backbone
-from ..backbone.checkpoint import LoadingInfo, StateDict, find_prefix, rename, strip_prefix
+from ..backbone.checkpoint import StateDict, find_prefix, rename, strip_prefix
 from ..backbone.configuration import (
     BackboneConfig,
     check_boolean,
@@ -29,8 +27,9 @@ from ..backbone.configuration import (
     hierarchical_stage_names,
 )
 from ..backbone.registry import Family, TransformersModel, Upstream, register
-from .parts import CalledModules, Refused, kept_parts, untouched
-from .swin_forward import normed_map, swin_maps
+from .parts import CalledModules, kept_parts, untouched
+from .stage_norms import StageNorms
+from .swin_forward import swin_maps
 from .swin_modules import (
     SwinAttention,
     SwinEmbeddings,
@@ -179,7 +178,7 @@ class TorchvisionSwinConfig(SwinConfig):
     model_type: ClassVar[str] = "fastbb-torchvision-swin"
 
 
-class SwinBackbone(Backbone):
+class SwinBackbone(StageNorms):
     """Swin with transformers' parameter names. Calls may have images of different sizes.
 
     The configuration decides the semantics. `SwinConfig` and `MaskFormerSwinConfig` have
@@ -196,6 +195,7 @@ class SwinBackbone(Backbone):
     optional_weights = ("hidden_states_norms.*", "swin.layernorm.*")
     unused_weights = ("*relative_position_index", "*.attn_mask", "*.mask_token")
     forward_options = ("interpolate_pos_encoding",)
+    final_norm_name = "swin.layernorm"
     has_tokens = True
 
     def __init__(self, config: SwinConfig) -> None:
@@ -206,42 +206,12 @@ class SwinBackbone(Backbone):
             config.stage_channels(stage) for stage in range(len(config.depths))
         ]
         self.swin = _model(config)
-        # all stages have a norm, as `out_indices` may change; those of selected stages are saved
         is_normed = not isinstance(config, TorchvisionSwinConfig)
         normed = self.out_feature_channels if is_normed else {}
         self.hidden_states_norms = nn.ModuleDict(
             {name: nn.LayerNorm(channels) for name, channels in normed.items()}
         )
-        self._untrained_norms: frozenset[str] = frozenset()
-        self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
         self._init_weights()
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        self._loads_strictly = strict
-        try:
-            return super().load_state_dict(state_dict, strict, assign)
-        finally:
-            self._loads_strictly = True
-
-    def _load_from_state_dict(
-        self, state_dict: StateDict, prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Accepts state dicts of transformers' modules, with the norms of selected stages only."""
-        own = self.state_dict()
-        optional = [n for n in own if n.startswith(("hidden_states_norms.", "swin.layernorm."))]
-        absent = [name for name in optional if prefix + name not in state_dict]
-        # a part of the weights (those of an adapter) leaves the norms as they are
-        is_whole = all(prefix + name in state_dict for name in own.keys() - optional)
-        if absent and is_whole and self._loads_strictly:
-            for name in absent:
-                value = torch.ones_like if name.endswith("weight") else torch.zeros_like
-                state_dict[prefix + name] = value(own[name])
-            untrained = {name.split(".")[1] for name in absent}
-            self._untrained_norms = frozenset(untrained & set(self.hidden_states_norms))
-            self.outputs_changed()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -280,25 +250,10 @@ class SwinBackbone(Backbone):
         return untouched(self.swin, SwinModel).parts(called)
 
     def called_modules(self) -> dict[str, str]:
-        called = kept_parts(self, self._parts)[1].by_name(self)
-        for name, norm in self.hidden_states_norms.items():
-            try:
-                untouched(norm, nn.LayerNorm)
-            except Refused as refused:
-                called[f"hidden_states_norms.{name}"] = str(refused)
-        return called
-
-    def feature_map(self, stage: str, hidden_state: Tensor, image_size: tuple[int, int]) -> Tensor:
-        if stage not in self.hidden_states_norms:
-            return hidden_state
-        return _normed(hidden_state, self.hidden_states_norms[stage])
-
-    @property
-    def final_norm(self) -> nn.Module:
-        return self.swin.layernorm
+        return kept_parts(self, self._parts)[1].by_name(self) | self.called_norms()
 
     def final_state(self, hidden_state: Tensor) -> Tensor:
-        return _normed(hidden_state, self.swin.layernorm)
+        return self._normed(hidden_state, self.swin.layernorm)
 
     @property
     def lacks_final_norm(self) -> bool:
@@ -309,31 +264,6 @@ class SwinBackbone(Backbone):
         if type(self.config) is not SwinConfig:
             return self
         return _with_clamped_windows(self)
-
-    def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
-        state = self.state_dict()
-        unused = [f"hidden_states_norms.{n}." for n in self.stage_names if n not in maps]
-        unused += [] if final else ["swin.layernorm."]
-        return {n: tensor for n, tensor in state.items() if not n.startswith(tuple(unused))}
-
-    def outputs_changed(self) -> None:
-        names = [name for name in self.out_features if name in self._untrained_norms]
-        if names:
-            self._untrained_norms -= set(names)
-            _warn_untrained(names)
-
-    def init_optional_weights(self) -> None:
-        for module in (self.swin.layernorm, *self.hidden_states_norms.values()):
-            assert isinstance(module, nn.LayerNorm)
-            # not by to_empty, which imports sympy for a meta tensor
-            module.weight = nn.Parameter(torch.ones(module.normalized_shape))
-            module.bias = nn.Parameter(torch.zeros(module.normalized_shape))
-
-    def report_loading(self, name: str, info: LoadingInfo) -> None:
-        super().report_loading(name, info)
-        norms = [n for n in info.initialized if n.startswith("hidden_states_norms.")]
-        self._untrained_norms = frozenset(norm.split(".")[1] for norm in norms)
-        self.outputs_changed()
 
     @classmethod
     def from_checkpoint_names(
@@ -357,12 +287,7 @@ class SwinBackbone(Backbone):
         return {**found, **rename(norms, stage_norm_name)}, prefix, outside
 
     def to_checkpoint_names(self) -> StateDict:
-        state = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not name.startswith("hidden_states_norms.")
-            or name.split(".")[1] in self._saved_norms()
-        }
+        state = self.with_norms_of(self._saved_norms())
         if isinstance(self.config, MaskFormerSwinConfig):
             return self._to_maskformer_names(state)
         return rename(state, on_disk_name)
@@ -408,23 +333,6 @@ def _with_clamped_windows(module: Any) -> Any:
     if has_spec:
         other.spec = replace(module.spec, clamp_both=True)
     return other
-
-
-def _normed(hidden_state: Tensor, norm: nn.Module) -> Tensor:
-    """Normalizes [B, C, h, w] over its channels."""
-    x = hidden_state.permute(0, 2, 3, 1)
-    try:
-        return normed_map(x, untouched(norm, nn.LayerNorm))
-    except Refused:
-        return norm(x).permute(0, 3, 1, 2)
-
-
-def _warn_untrained(names: Sequence[str]) -> None:
-    """Warns once about stages whose norm is missing in the checkpoint."""
-    warn_caller(
-        f"The checkpoint has no norm for {', '.join(names)}: those feature maps are normalized "
-        "with weight 1 and bias 0, as transformers does."
-    )
 
 
 def _block_specs(config: SwinConfig) -> list[list[SwinBlockSpec]]:

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastbb_kernels import WindowGeometry
-from fastbb_kernels._dispatch import is_plainly_eager
-from fastbb_kernels.onednn import pack_linear, packed_linear, packs
+from fastbb_kernels.onednn import pack_linear, packed_linear
 
-from ..weights.derived import derive, is_tracing, is_transformed
-from ..weights.folded_weights import autocasts
+from ..weights.derived import derive
+from .layers import runs_packed_linears
 from .swin_parts import SwinBlockSpec, SwinBlockWeights
 
 # size of the MLP's hidden layer, the largest tensor of a part; about the size of a cache
@@ -46,17 +45,8 @@ class Part(NamedTuple):
 
 def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
     """Whether `swin_block_on_cpu` may compute a block in this call; in inference only."""
-    if is_tracing() or weights.owner is None or type(x) is not Tensor or is_transformed(x):
-        return False
-    if not is_plainly_eager(x, None) or x.device.type != "cpu" or not x.numel():
-        return False
-    if not packs(x.dtype):
-        return False
-    fc1 = weights.fc1_weight
-    if autocasts("cpu") or fc1.dtype != x.dtype or fc1.is_inference():
-        return False  # tensors derived from inference tensors could not be cached
-    return not torch.is_grad_enabled() or not (
-        x.requires_grad or any(w.requires_grad for w in weights.tensors())
+    return weights.owner is not None and runs_packed_linears(
+        x, weights.fc1_weight, weights.tensors()
     )
 
 

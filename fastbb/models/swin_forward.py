@@ -12,16 +12,16 @@ from fastbb_kernels import (
     layer_norm_linear,
     layer_norm_nchw,
     linear_residual,
+    mlp_block,
     patch_embed,
     patch_merging,
     swin_attention_block,
-    swin_mlp_block,
     window_attention,
     window_attention_weights,
 )
 
 from ..backbone.checkpointing import BlockRunner
-from .layers import drop_path
+from .layers import cuts_patches, drop_path
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
     MergingParts,
@@ -31,7 +31,6 @@ from .swin_parts import (
     SwinBlockWeights,
     SwinEmbeddingParts,
     SwinParts,
-    cuts_patches,
 )
 
 
@@ -215,7 +214,7 @@ def swin_block(
     else:
         x = _attention_half(x, spec, weights, geometry, attentions)
     if not random_mlp:
-        return swin_mlp_block(
+        return mlp_block(
             x,
             weights.norm2_weight,
             weights.norm2_bias,

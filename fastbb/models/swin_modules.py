@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from fastbb_kernels import window_attention, window_attention_weights
 
 from ..backbone.checkpointing import BlockRunner
-from .layers import drop_path
+from .layers import DropPath, cuts_patches
 from .parts import Activation, CalledModules, NativeModule, Refused, untouched
 from .swin_forward import absolute_positions, call_embeddings, check_patches
 from .swin_parts import (
@@ -30,7 +30,6 @@ from .swin_parts import (
     SwinEmbeddingParts,
     SwinParts,
     SwinStageParts,
-    cuts_patches,
     relative_position_bias,
 )
 
@@ -95,20 +94,6 @@ class SwinMlp(NativeModule):
         return self.fc2(self.activation_fn(self.fc1(x)))
 
 
-class SwinDropPath(NativeModule):
-    """Stochastic depth: drops whole samples of a residual branch."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        return drop_path(x, self.drop_prob, self.training)
-
-    def extra_repr(self) -> str:
-        return f"p={self.drop_prob}"
-
-
 class SwinLayer(NativeModule):
     """A block: window attention and MLP, each with a norm and a residual, of a map [B, H, W, C]."""
 
@@ -122,7 +107,7 @@ class SwinLayer(NativeModule):
         self.layernorm_after = nn.LayerNorm(channels, eps=eps)
         self.mlp = SwinMlp(channels, hidden, spec.activation)
         self.dropout = nn.Dropout(spec.dropout)
-        self.drop_path = SwinDropPath(spec.drop_path) if spec.drop_path else nn.Identity()
+        self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         if not any(isinstance(module, SwinAttention) for module in self.attention.modules()):
@@ -151,7 +136,7 @@ class SwinLayer(NativeModule):
             raise Refused("a layer of its MLP has no bias")
         untouched(mlp.activation_fn, Activation)
         untouched(self.dropout, nn.Dropout)
-        untouched(self.drop_path, SwinDropPath, nn.Identity)
+        untouched(self.drop_path, DropPath, nn.Identity)
         return _NativeBlockParts(
             owner=self,
             norms=norms,
@@ -175,7 +160,7 @@ class _NativeBlockParts(SwinBlockParts):
         attention, dropout, path = block.attention, block.dropout, block.drop_path
         if not (attention.training or dropout.training or path.training):
             return self.semantics
-        rate = path.drop_prob if path.training and isinstance(path, SwinDropPath) else 0.0
+        rate = path.drop_prob if path.training and isinstance(path, DropPath) else 0.0
         return replace(
             self.semantics,
             drop_path=rate,

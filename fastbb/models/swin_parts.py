@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from fastbb_kernels import WindowGeometry, relative_position_index
 
 from ..weights.derived import derive
+from .layers import cuts_patches
 from .parts import Refused, activation_of
 
 
@@ -240,18 +241,6 @@ class SwinParts:
     stages: tuple[SwinStageParts, ...]
     norms: Mapping[int, nn.LayerNorm] = field(default_factory=dict)
     has_stem: bool = True
-
-
-def cuts_patches(projection: nn.Conv2d) -> bool:
-    """Whether a convolution computes non-overlapping patches without padding, as `patch_embed`."""
-    settings = (
-        projection.stride,
-        projection.padding,
-        projection.dilation,
-        projection.groups,
-        projection.padding_mode,
-    )
-    return settings == (projection.kernel_size, (0, 0), (1, 1), 1, "zeros")
 
 
 def relative_position_bias(

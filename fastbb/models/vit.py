@@ -221,8 +221,8 @@ class ViTBackbone(Backbone):
                 return normed_map(hidden_state[:, n_prefix:].unflatten(1, grid), norm)
         return hidden_state[:, n_prefix:].unflatten(1, grid).permute(0, 3, 1, 2)
 
-    def _returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
-        maps = super()._returned_maps(stages, pixel_values)
+    def returned_maps(self, stages: dict[str, Tensor], pixel_values: Tensor) -> tuple[Tensor, ...]:
+        maps = super().returned_maps(stages, pixel_values)
         if self.fpn is None:
             return maps
         if len(maps) != 4:

@@ -16,11 +16,11 @@ from .ops.depthwise_conv_bn_act import depthwise_conv_bn_act
 from .ops.layer_norm_linear import layer_norm_linear
 from .ops.layer_norm_nchw import layer_norm_nchw
 from .ops.linear_residual import linear_residual
+from .ops.mlp_block import mlp_block
 from .ops.patch_embed import patch_embed
 from .ops.patch_merging import patch_merging
 from .ops.stem_conv_bn_relu_pool import stem_conv_bn_relu_pool
 from .ops.swin_attention_block import swin_attention_block
-from .ops.swin_mlp_block import swin_mlp_block
 from .ops.window_attention import window_attention, window_attention_weights
 
 __all__ = [
@@ -39,12 +39,12 @@ __all__ = [
     "layer_norm_linear",
     "layer_norm_nchw",
     "linear_residual",
+    "mlp_block",
     "patch_embed",
     "patch_merging",
     "relative_position_index",
     "stem_conv_bn_relu_pool",
     "swin_attention_block",
-    "swin_mlp_block",
     "use_impl",
     "window_attention",
     "window_attention_weights",

@@ -67,7 +67,7 @@ def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int)
         yield Case("linear_residual", f"{where}-fc2", _linear_residual(tokens, 4))
         has_blocks = channels <= BLOCK_CHANNELS
         if has_blocks:
-            yield Case("swin_mlp_block", f"{where}-mlp", _mlp_block(tokens))
+            yield Case("mlp_block", f"{where}-mlp", _mlp_block(tokens))
         for suffix, shift in (("", 0), ("-shifted", window // 2))[: shape.depths[stage]]:
             geometry = WindowGeometry((window, window), (shift, shift))
             attention = _window_attention(tokens, heads, geometry)

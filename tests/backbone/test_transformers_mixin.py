@@ -1,6 +1,7 @@
 """transformers' own backbone tests, from its source distribution, on our backbones."""
 
 import unittest
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from reference_models import images
 from upstream_tests import load_upstream_tests
 
+import fastbb
 from fastbb import (
     AutoConfig,
     BeitConfig,
@@ -61,6 +63,10 @@ def resnet_config() -> ResNetConfig:
     )
 
 
+def convnext_config(config_class: Any) -> Any:
+    return config_class(hidden_sizes=[8, 8, 16, 16], depths=[1, 2, 1, 1], out_indices=[1, 2])
+
+
 def timm_config() -> TimmBackboneConfig:
     config = TimmBackboneConfig(backbone="test_resnet", out_indices=[1, 2])
     TimmBackbone(config)  # a timm config learns its stage names from the model
@@ -74,6 +80,14 @@ def vit_config(kind: str) -> Any:
 
 
 FAMILIES = {
+    kind: (
+        getattr(fastbb, f"{kind}Config"),
+        getattr(fastbb, f"{kind}Backbone"),
+        partial(convnext_config, getattr(fastbb, f"{kind}Config")),
+    )
+    for kind in ("ConvNext", "ConvNextV2", "DINOv3ConvNext")
+}
+FAMILIES |= {
     "swin": (SwinConfig, SwinBackbone, swin_config),
     "resnet": (ResNetConfig, ResNetBackbone, resnet_config),
     "timm": (TimmBackboneConfig, TimmBackbone, timm_config),

@@ -278,7 +278,7 @@ SWIN_OPS = (
     "layer_norm_nchw",
     "layer_norm_linear",
     "linear_residual",
-    "swin_mlp_block",
+    "mlp_block",
     "window_attention",
     "patch_merging",
 )

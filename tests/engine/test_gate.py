@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
-from fastbb_kernels import KernelWarning, _dispatch, layer_norm_nchw, swin_mlp_block, use_impl
+from fastbb_kernels import KernelWarning, _dispatch, layer_norm_nchw, mlp_block, use_impl
 from fastbb_kernels.cases import small_cases
 from fastbb_kernels.op import find_op, op_names
 from fastbb_kernels.self_check import SelfCheck, current, use
 from fastbb_kernels.testing import interpret
 
-NORM, BLOCK = "layer_norm_nchw", "swin_mlp_block"
+NORM, BLOCK = "layer_norm_nchw", "mlp_block"
 PARTS = ("layer_norm_linear", "linear_residual")
 
 
@@ -106,7 +106,7 @@ def test_a_broken_part_does_not_turn_its_block_off(tmp_path: Path) -> None:
     arguments = block_arguments()
     with launching(**launches), use(check), without_kernel:
         with pytest.warns(KernelWarning, match=f"{PARTS[0]} is off") as warned:
-            y = swin_mlp_block(*arguments)
+            y = mlp_block(*arguments)
         assert_close(y, find_op(BLOCK).eager(*arguments))
         assert check.problem(BLOCK, CPU, torch.float32) is None
     assert len(warned) == 1
@@ -119,23 +119,23 @@ def test_the_parts_of_a_broken_block_run_by_their_kernels(tmp_path: Path) -> Non
     arguments = block_arguments()
     with launching(**launches) as launched, use(self_check(tmp_path)):
         with pytest.warns(KernelWarning, match=f"{BLOCK} is off.*the ops that it is made of run"):
-            y = swin_mlp_block(*arguments)
+            y = mlp_block(*arguments)
         assert_close(y, find_op(BLOCK).eager(*arguments))
         calls = [launched[part].call_count for part in PARTS]
         assert calls == [0, 0]  # the first call had begun with the block
-        y = swin_mlp_block(*arguments)
+        y = mlp_block(*arguments)
         assert_close(y, find_op(BLOCK).eager(*arguments))
         calls = [launched[part].call_count for part in PARTS]
         assert calls == [3, 3]  # of which two are the check
         # "triton" for all ops: the block has no working kernel, its parts have
         with use_impl("triton"):
-            swin_mlp_block(*arguments)
+            mlp_block(*arguments)
         assert [launched[part].call_count for part in PARTS] == [n + 1 for n in calls]
         with (
             use_impl("triton", ops=[BLOCK]),
             pytest.raises(NotImplementedError, match=f"{BLOCK}.*cannot run.*ZeroDivisionError"),
         ):
-            swin_mlp_block(*arguments)
+            mlp_block(*arguments)
 
 
 def test_impl_triton_runs_the_kernel_unless_it_is_known_to_fail(tmp_path: Path) -> None:

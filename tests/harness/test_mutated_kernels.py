@@ -6,6 +6,7 @@ late, because its features stay plausible.
 
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +50,20 @@ MUTATIONS = {
         "layer_norm_swiglu", 'activate(gate, "silu") * up', 'activate(up, "silu") * gate'
     ),
     "gate_is_not_activated": Mutation("layer_norm_swiglu", 'activate(gate, "silu")', "gate"),
+    "response_norms_of_pixels": Mutation(
+        "grn_linear_residual",
+        "total += x * x",
+        "total += tl.zeros_like(x) + tl.sum(x * x, axis=1)[:, None]",
+    ),
+    "residual_is_scaled": Mutation(
+        "mlp_block",
+        "y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)",
+        "y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0) * "
+        "tl.load(scale_ptr + channels).to(tl.float32)[None, :]",
+    ),
+    "no_rows_above_the_center": Mutation(
+        "depthwise_conv_bn_act", "(x_rows + row >= 0)", "(row >= 0)"
+    ),
 }
 UNCHANGED = {mutation.op: Mutation(mutation.op) for mutation in MUTATIONS.values()}
 
@@ -66,7 +81,14 @@ def mutant(mutation: Mutation, folder: Path) -> Callable[..., Tensor]:
     assert spec and spec.loader
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.launch
+    if "y" not in signature(module.launch).parameters:
+        return module.launch
+
+    def launch(*args: Any) -> Tensor:
+        """Launchers of maps fill a result whose memory format the op chooses."""
+        return module.launch(*args, find_op(mutation.op)._call_type(*args).empty_result())
+
+    return launch
 
 
 def arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def test_gradients_equal_upstream(host: str) -> None:
 
 @torch.no_grad()
 def test_a_model_without_batch_norms_is_left_as_it_is() -> None:
-    model = randomize_(timm.create_model("test_convnext"))
+    model = randomize_(timm.create_model("test_mambaout"))
     pixels = images(64, 64)
     want = model(pixels)
     before = [set(vars(module)) for module in model.modules()]
-    with pytest.warns(fastbb.AccelerateWarning, match="nothing in ConvNeXt is accelerated"):
+    with pytest.warns(fastbb.AccelerateWarning, match="nothing in MambaOut is accelerated"):
         report = fastbb.accelerate(model, mode="eager")
     assert not report.replaced and not report.left_alone
     assert "no backbone that fastbb makes faster" in str(report)

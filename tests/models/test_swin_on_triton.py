@@ -18,7 +18,7 @@ from fastbb_kernels.testing import interpret
 transformers = pytest.importorskip("transformers")
 
 BUNDLED = Path(fastbb.__file__).parent / "assets" / "nano-swin-digits"
-BLOCK_OPS = ("swin_attention_block", "swin_mlp_block")
+BLOCK_OPS = ("swin_attention_block", "mlp_block")
 
 # maps of 4x4 windows; in order on one model: whole windows, padding at the bottom and right of
 # several stages, a map below the window, and large again

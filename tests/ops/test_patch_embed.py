@@ -105,8 +105,43 @@ def test_kernel_is_as_accurate_as_eager(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ceil_mode", [False, True], ids=["dropped", "padded"])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (2, 1)], ids=str)
+def test_channels_last_maps_are_as_accurate_as_eager(
+    size: tuple[int, int], ceil_mode: bool, dtype: torch.dtype
+) -> None:
+    if size[1] == 1 and not ceil_mode:
+        pytest.skip("there is no patch")
+    map_, own, *rest = arguments((2, 24, *size), 40, (2, 2), dtype, (True, False, False))
+    rows = torch.randn(2, size[0], size[1] + 3, 24).to(dtype)[:, :, 2:-1]  # a view with gaps
+    rows.copy_(map_.permute(0, 2, 3, 1))
+    results = []
+    for x in (map_.contiguous(memory_format=torch.channels_last), rows.permute(0, 3, 1, 2)):
+        for weight in (own, own.contiguous(memory_format=torch.channels_last)):
+            args: Any = (x, weight, *rest)
+            assert_right(args, ceil_mode)
+            results.append(run(args, ceil_mode))
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+def test_rows_of_channels_last_maps_are_loaded_wide() -> None:
+    x = torch.empty(64, 56, 56, 96, dtype=torch.bfloat16, device="meta").permute(0, 3, 1, 2)
+    weight = x.new_empty(192, 96, 2, 2).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), fake_gpu(90) as gpu:
+        patch_embed(x, weight, x.new_empty(192), None, None, impl="triton")
+    facts = binary_facts(gpu.kernels[0])
+    assert facts.wide_accesses >= 2 * facts.narrow_accesses and not facts.medium_accesses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_channel_count_is_as_accurate_as_eager(dtype: torch.dtype) -> None:
     assert_right(arguments((1, 3, 20, 22), 500, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [200, 640])
+def test_columns_without_a_norm_are_as_accurate_as_eager(channels: int, dtype: torch.dtype) -> None:
+    assert_right(arguments((2, 20, 9, 8), channels, (2, 2), dtype, (True, False, False)))
 
 
 def test_an_image_smaller_than_a_patch_is_padded() -> None:

@@ -27,6 +27,7 @@ RESNET = {
     "depths": [2, 1, 1, 1],
     "layer_type": "bottleneck",
 }
+CONVNEXT = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 2, 1, 1]}
 DETR = {
     "d_model": 32,
     "encoder_layers": 1,
@@ -111,6 +112,38 @@ def timm_backbone_swin() -> Host:
     config = hf.TimmBackboneConfig(backbone=TIMM_SWIN, out_indices=[0, 1, 2, 3])
     model = hf.TimmBackbone(config, img_size=(72, 60), **TIMM_SWIN_SIZES)
     return Host(randomize_(model), pixels(72, 60), timm_swin_parts("_backbone.layers_"))
+
+
+def convnext_backbone(kind: str, **config: Any) -> Host:
+    made = getattr(hf, f"{kind}Config")(**CONVNEXT, out_indices=[0, 2, 4], **config)
+    return Host(randomize_(getattr(hf, f"{kind}Backbone")(made)), pixels(), ("",), 5)
+
+
+@host
+def convnext_backbone_v1() -> Host:
+    return convnext_backbone("ConvNext")
+
+
+@host
+def convnext_backbone_v2() -> Host:
+    return convnext_backbone("ConvNextV2")
+
+
+@host
+def convnext_backbone_dinov3() -> Host:
+    return convnext_backbone("DINOv3ConvNext", drop_path_rate=0.0)
+
+
+@host
+def convnext_for_image_classification() -> Host:
+    model = hf.ConvNextForImageClassification(hf.ConvNextConfig(**CONVNEXT, num_labels=5))
+    blocks = [
+        f"{stage}.layers.{i}"
+        for stage, depth in enumerate(CONVNEXT["depths"])
+        for i in range(depth)
+    ]
+    parts = tuple(f"convnext.encoder.stages.{block}" for block in blocks)
+    return Host(randomize_(model), pixels(), parts, head="smooth", frozen=("convnext",))
 
 
 @host

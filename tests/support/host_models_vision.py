@@ -70,6 +70,26 @@ def timm_swin_classifier() -> Host:
     return Host(model, (images(72, 60),), timm_swin_parts("layers."), head="smooth")
 
 
+def timm_convnext(**settings: Any) -> Host:
+    sizes = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 24), "num_classes": 5}
+    model = timm_model("convnext_tiny", **sizes, **settings)
+    parts = tuple(
+        f"stages.{b}"
+        for b in ("0.blocks.0", "1.blocks.0", "2.blocks.0", "2.blocks.1", "3.blocks.0")
+    )
+    return Host(model, (images(70, 61),), parts, head="smooth")
+
+
+@host
+def timm_convnext_classifier() -> Host:
+    return timm_convnext()
+
+
+@host
+def timm_convnext_of_1x1_convolutions_with_grn() -> Host:
+    return timm_convnext(conv_mlp=True, use_grn=True, ls_init_value=None)
+
+
 @host
 def timm_resnet_features() -> Host:
     model = timm_model("resnet50", features_only=True, **TIMM_RESNET_SIZES)

@@ -1,6 +1,7 @@
 """Patch embedding: a convolution whose stride is its kernel size, then layer norm; returns NHWC.
 
-Algorithm: every patch is one row of a GEMM; a program holds whole rows and normalizes them.
+Algorithm: every patch is one row of a GEMM; a program holds whole rows and normalizes them, or
+without a norm some columns of them.
 Bound: memory (read the pixels, write the tokens).
 """
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from .._dispatch import Impl, common_unsupported
 from ..op import Op
 
-# a program holds whole rows in registers
+# a program holds whole rows in registers to normalize them
 MAX_CHANNELS = 512
 
 
@@ -101,8 +102,9 @@ class PatchEmbed(NamedTuple):
         return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
 
     def unsupported(self) -> str | None:
-        if self.weight.shape[0] > MAX_CHANNELS:
-            return f"needs at most {MAX_CHANNELS} output channels, got {self.weight.shape[0]}"
+        channels = self.weight.shape[0]
+        if self.norm_weight is not None and channels > MAX_CHANNELS:
+            return f"needs at most {MAX_CHANNELS} output channels for a norm, got {channels}"
         return common_unsupported(self)
 
     def n_bytes(self) -> int:

@@ -55,6 +55,38 @@ def launch(
     config = chosen_config(
         "linear_residual", launch_config, x.device, n_rows, features, out_features, x.dtype
     )
+    return launch_rows(rows, weight, bias, residual, scale, y, config)
+
+
+def launch_rows(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    scale: Tensor | None,
+    y: Tensor,
+    config: GemmConfig,
+    norm: tuple[Tensor, Tensor, int] | None = None,
+) -> Tensor:
+    """Fills `y`, contiguous and not empty; otherwise as `linear_residual`.
+
+    Args:
+        rows: [n_rows, C], any strides.
+        weight: [C_out, C].
+        bias: [C_out] or None.
+        residual: [..., C_out].
+        scale: [C_out] or None.
+        y: [..., C_out].
+        config: tiles and warps.
+        norm: fp32 factors [B, C] of rows, shift [C] that is added to them, and rows of an image; or
+            None.
+
+    Returns:
+        `y`.
+    """
+    out_features, features = weight.shape
+    n_rows = rows.shape[0]
+    factors, shift, rows_per_image = (None, None, 1) if norm is None else norm
     grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
     _linear_residual_fwd_kernel[grid](
         rows,
@@ -62,33 +94,39 @@ def launch(
         None if bias is None else bias.contiguous(),
         residual.contiguous(),
         None if scale is None else scale.contiguous(),
+        factors,
+        shift,
         y,
         n_rows,
         features,
         out_features,
+        rows_per_image,
         *rows.stride(),
         *weight.stride(),
         HAS_BIAS=bias is not None,
         HAS_SCALE=scale is not None,
         EVEN_K=features % config.block_k == 0,
-        PRECISION=input_precision(x.dtype),
+        PRECISION=input_precision(rows.dtype),
         **config.options(),
     )
     return y
 
 
 @Kernel
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "rows_per_image"])
 def _linear_residual_fwd_kernel(
     x_ptr,  # [n_rows, features]
     weight_ptr,  # [out_features, features]
     bias_ptr,  # [out_features] or None
     residual_ptr,  # [n_rows, out_features], contiguous
     scale_ptr,  # [out_features] or None
+    factors_ptr,  # [images, features], contiguous, multiplied with x; or None
+    shift_ptr,  # [features], added to the product; or None
     y_ptr,  # [n_rows, out_features], contiguous
     n_rows,
     features,
     out_features,
+    rows_per_image,
     stride_x_row,
     stride_x_col,
     stride_weight_row,
@@ -111,6 +149,11 @@ def _linear_residual_fwd_kernel(
 
     x_rows = x_ptr + (first_row + rows)[:, None] * stride_x_row
     weight_rows = weight_ptr + cols[None, :] * stride_weight_row
+    if factors_ptr is not None:
+        # count from the first row of its image: 32-bit divisions are enough
+        images = (first_row % rows_per_image).to(tl.int32) + rows
+        images = first_row // rows_per_image + images // rows_per_image
+        factor_rows = factors_ptr + images[:, None] * features
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, features, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -119,6 +162,10 @@ def _linear_residual_fwd_kernel(
             x_mask &= (k < features)[None, :]
             weight_mask &= (k < features)[:, None]
         x = tl.load(x_rows + k[None, :] * stride_x_col, mask=x_mask, other=0.0)
+        if factors_ptr is not None:
+            factors = tl.load(factor_rows + k[None, :], mask=x_mask, other=0.0)
+            shift = tl.load(shift_ptr + k, mask=k < features, other=0.0).to(tl.float32)
+            x = (x.to(tl.float32) * factors + shift[None, :]).to(x.dtype)
         weight = tl.load(weight_rows + k[:, None] * stride_weight_col, mask=weight_mask, other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=PRECISION)
 

@@ -21,7 +21,10 @@ from .kernel import Kernel
 def launch_config(
     features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
 ) -> GemmConfig:
-    """Chooses tiles of whole rows, and warps for 64 accumulators per thread (32 in fp32)."""
+    """Chooses tiles of whole rows, and warps for 64 accumulators per thread (32 in fp32).
+
+    Without a norm a program computes some columns, and `out_features` is their number.
+    """
     block_n = max(16, triton.next_power_of_2(out_features))
     block_k = 16 if features % 32 or dtype == torch.float32 else 32
     if block_n > 256:
@@ -42,18 +45,24 @@ def launch(
     """Fills `y` [B, h, w, C], contiguous, and returns it; otherwise as `patch_embed`."""
     if y.numel() == 0:
         return y
+    if _has_runs_of_channels(pixel_values):
+        pixel_values, weight = _as_runs(pixel_values, weight)
     batch, y_height, y_width, out_features = y.shape
     _, in_channels, p, q = weight.shape
     height, width = pixel_values.shape[2:]
     features, n_rows = in_channels * p * q, batch * y_height * y_width
-    sizes = features, out_features, y.dtype
+    n_columns = out_features
+    if norm_weight is None:
+        n_columns = min(out_features, 64 if out_features % 128 else 128)
+    sizes = features, n_columns, y.dtype
     config = chosen_config("patch_embed", launch_config, y.device, *sizes)
     # copied only if they have gaps, or if the convolution's weight is channels-last
     weight = weight.reshape(out_features, features).contiguous()
     bias, norm_weight, norm_bias = (
         None if vector is None else vector.contiguous() for vector in (bias, norm_weight, norm_bias)
     )
-    _patch_embed_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+    n_tiles = triton.cdiv(out_features, config.block_n)
+    _patch_embed_fwd_kernel[(triton.cdiv(n_rows, config.block_m) * n_tiles,)](
         pixel_values,
         weight,
         bias,
@@ -68,6 +77,7 @@ def launch(
         eps,
         *pixel_values.stride(),
         OUT_FEATURES=out_features,
+        N_TILES=n_tiles,
         IN_CHANNELS=in_channels,
         P=p,
         Q=q,
@@ -81,6 +91,32 @@ def launch(
         **config.options(),
     )
     return y
+
+
+def _has_runs_of_channels(x: Tensor) -> bool:
+    """Whether the pixels of a row of a map [B, C, H, W] are one run of memory, channels fastest."""
+    channels = x.shape[1]
+    return channels >= _MAP_CHANNELS and x.stride(1) == 1 and x.stride(3) == channels
+
+
+# fewer are those of an image
+_MAP_CHANNELS = 16
+
+
+def _as_runs(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Makes patches of one channel, whose rows are runs of q pixels with all channels.
+
+    So the columns of a step are next to each other in memory.
+
+    Args:
+        x: [B, C, H, W], see `_has_runs_of_channels`.
+        weight: [C_out, C, p, q].
+
+    Returns:
+        [B, 1, H, W * C], a view, and [C_out, 1, p, q * C], a view if the weight is channels-last.
+    """
+    rows = x.permute(0, 2, 3, 1).flatten(2)[:, None]
+    return rows, weight.permute(0, 2, 3, 1).flatten(2)[:, None]
 
 
 # one binary serves all image sizes with equally aligned rows
@@ -104,6 +140,7 @@ def _patch_embed_fwd_kernel(
     stride_x_row,
     stride_x_col,
     OUT_FEATURES: tl.constexpr,
+    N_TILES: tl.constexpr,  # of the columns; 1 with a norm
     IN_CHANNELS: tl.constexpr,
     P: tl.constexpr,
     Q: tl.constexpr,
@@ -124,10 +161,12 @@ def _patch_embed_fwd_kernel(
         stride_x_channel = stride_x_channel // Q * Q
         stride_x_row = stride_x_row // Q * Q
     FEATURES: tl.constexpr = IN_CHANNELS * P * Q
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    # the tiles of one set of rows run at the same time: x stays in L2
+    pid = tl.program_id(0)
+    first_row = (pid // N_TILES).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     row_mask = rows < n_rows - first_row
-    cols = tl.arange(0, BLOCK_N)
+    cols = pid % N_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = cols < OUT_FEATURES
 
     # count from the first patch of the first row's image: 32-bit divisions are enough

@@ -1,7 +1,7 @@
-"""The MLP half of a Swin block: norm, two linear layers with an activation between, residual.
+"""The MLP half of a Swin or ConvNeXt block: norm, two linear layers, layer scale, residual.
 
-Algorithm: y = x + fc2(activation(fc1(layer_norm(x)))), for some rows at a time; neither the
-normalized rows nor the hidden ones are stored.
+Algorithm: y = residual + scale * fc2(activation(fc1(layer_norm(x)))), for some rows at a time;
+neither the normalized rows nor the hidden ones are stored. Swin's residual is x.
 Bound: memory at Swin's first two stages (read x, write y); at more channels re-reading the weights
 for every block of rows costs more than it saves, and the separate ops run.
 """
@@ -28,9 +28,14 @@ _MOST_CHANNELS: dict[Architecture, int] = {
     "gfx90a": 256,
     "gfx942": 256,
 }
+# most channels of a ConvNeXt block (one with a residual of its own) with many rows: its programs
+# take 64 rows, so that weights are read as often as by the tiles of the separate ops
+_MOST_CHANNELS_OF_MANY_ROWS: dict[Architecture, int] = {90: 384, 100: 384}
+# about one program per multiprocessor
+_MANY_ROWS = 64 * 128
 
 
-def swin_mlp_block(
+def mlp_block(
     x: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -39,11 +44,13 @@ def swin_mlp_block(
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
     *,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
     eps: float = 1e-5,
     activation: Activation = "gelu",
     impl: Impl | None = None,
 ) -> Tensor:
-    """Computes `x + fc2(activation(fc1(layer_norm(x))))`.
+    """Computes `residual + scale * fc2(activation(fc1(layer_norm(x))))`.
 
     If the kernel of this op cannot run, the ops `layer_norm_linear` and `linear_residual` run, with
     the same `impl`.
@@ -56,6 +63,8 @@ def swin_mlp_block(
         fc1_bias: [F] or None.
         fc2_weight: [C, F].
         fc2_bias: [C] or None.
+        residual: [..., C], any strides; None: `x`.
+        scale: layer scale [C], or None.
         eps: added to the variance.
         activation: name of the activation, or None.
         impl: implementation to use; default: that of `use_impl`.
@@ -67,19 +76,20 @@ def swin_mlp_block(
         ValueError: shapes that do not fit together, or no such activation.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    call = SwinMlpBlock(
+    call = MlpBlock(
         *(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-        *(eps, activation),
+        *(residual, scale, eps, activation),
     )
     call.check()
     if _op.takes(call, impl):
         return _op.kernel(call)
     hidden = layer_norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
-    return linear_residual(hidden, fc2_weight, fc2_bias, x, impl=impl)
+    residual = x if residual is None else residual
+    return linear_residual(hidden, fc2_weight, fc2_bias, residual, scale, impl=impl)
 
 
-class SwinMlpBlock(NamedTuple):
-    """A call of `swin_mlp_block`."""
+class MlpBlock(NamedTuple):
+    """A call of `mlp_block`."""
 
     x: Tensor
     norm_weight: Tensor
@@ -88,6 +98,8 @@ class SwinMlpBlock(NamedTuple):
     fc1_bias: Tensor | None
     fc2_weight: Tensor
     fc2_bias: Tensor | None
+    residual: Tensor | None
+    scale: Tensor | None
     eps: float
     activation: Activation
 
@@ -95,7 +107,7 @@ class SwinMlpBlock(NamedTuple):
         x, fc1_weight = self.x, self.fc1_weight
         if fc1_weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != fc1_weight.shape[1]:
             raise ValueError(
-                "swin_mlp_block: fc1_weight must be [F, C] for x [..., C], "
+                "mlp_block: fc1_weight must be [F, C] for x [..., C], "
                 f"got fc1_weight {list(fc1_weight.shape)} and x {list(x.shape)}"
             )
         F, C = fc1_weight.shape
@@ -105,18 +117,24 @@ class SwinMlpBlock(NamedTuple):
             "fc1_bias": (self.fc1_bias, [F]),
             "fc2_weight": (self.fc2_weight, [C, F]),
             "fc2_bias": (self.fc2_bias, [C]),
+            "scale": (self.scale, [C]),
         }
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and list(tensor.shape) != shape:
                 raise ValueError(
-                    f"swin_mlp_block: {name} must be {shape} for fc1_weight {[F, C]}, "
+                    f"mlp_block: {name} must be {shape} for fc1_weight {[F, C]}, "
                     f"got {list(tensor.shape)}"
                 )
-        check_activation("swin_mlp_block", self.activation)
+        if self.residual is not None and self.residual.shape != x.shape:
+            raise ValueError(
+                f"mlp_block: residual must be {list(x.shape)}, got {list(self.residual.shape)}"
+            )
+        check_activation("mlp_block", self.activation)
 
     def eager(self) -> Tensor:
         hidden = LayerNormLinear(*self[:5], self.eps, self.activation).eager()
-        return LinearResidual(hidden, self.fc2_weight, self.fc2_bias, self.x).eager()
+        residual = self.x if self.residual is None else self.residual
+        return LinearResidual(hidden, self.fc2_weight, self.fc2_bias, residual, self.scale).eager()
 
     def unsupported(self) -> str | None:
         reason = common_unsupported(self)
@@ -134,23 +152,25 @@ class SwinMlpBlock(NamedTuple):
         if self.x.dtype == torch.float32:
             return "needs fp16 or bf16: fp32 products spill registers, and are not bound by memory"
         most = _MOST_CHANNELS.get(arch, 0)
+        if self.residual is not None and self.x.numel() >= _MANY_ROWS * channels:
+            most = _MOST_CHANNELS_OF_MANY_ROWS.get(arch, most)
         if channels > most:
             return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
         return None
 
     def n_bytes(self) -> int:
-        """Counts x and the parameters read once, y written once."""
-        parameters = (parameter for parameter in self[1:7] if parameter is not None)
-        n_elements = 2 * self.x.numel() + sum(parameter.numel() for parameter in parameters)
+        """Counts x, residual and parameters read once, y written once."""
+        read = (tensor for tensor in self[:9] if tensor is not None)
+        n_elements = self.x.numel() + sum(tensor.numel() for tensor in read)
         return self.x.element_size() * n_elements
 
     def empty_result(self) -> Tensor:
         return self.x.new_empty(self.x.shape)
 
     def launch(self) -> Tensor:
-        from ..triton_kernels.swin_mlp_block import launch
+        from ..triton_kernels.mlp_block import launch
 
         return launch(*self)
 
 
-_op = Op("swin_mlp_block", SwinMlpBlock, is_block=True)
+_op = Op("mlp_block", MlpBlock, is_block=True)

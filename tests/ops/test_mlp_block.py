@@ -1,4 +1,4 @@
-"""swin_mlp_block: its kernel against timm in float64, its addresses, and what it refuses."""
+"""mlp_block: its kernel against timm in float64, its addresses, and what it refuses."""
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportIndexIssue=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
 # pyright: reportPrivateImportUsage=false
@@ -14,19 +14,20 @@ from timm.layers import Mlp
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from torch import Tensor, nn
 
-from fastbb_kernels import ACTIVATIONS, swin_mlp_block, use_impl
+from fastbb_kernels import ACTIVATIONS, mlp_block, use_impl
 from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.accuracy import max_error
 from fastbb_kernels.op import find_op
 from fastbb_kernels.testing import ARCHITECTURES, corners, interpret, record_launches, trace
-from fastbb_kernels.triton_kernels import swin_mlp_block as kernel_module
+from fastbb_kernels.triton_kernels import mlp_block as kernel_module
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-OP = find_op("swin_mlp_block")
+OP = find_op("mlp_block")
 CUSTOM_OP = OP.custom_op
 
 NAMES = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+ADDED = ("residual", "scale")
 
 
 class Reference:
@@ -71,10 +72,10 @@ def arguments(dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (5,)) 
 def run(kwargs: dict[str, Any]) -> Tensor:
     """The kernel's result, with every access checked and every element written once."""
     with torch.no_grad(), trace() as t:
-        y = swin_mlp_block(**kwargs, impl="triton")
-    assert [launch.kernel for launch in t.launches] == ["_swin_mlp_block_fwd_kernel"]
+        y = mlp_block(**kwargs, impl="triton")
+    assert [launch.kernel for launch in t.launches] == ["_mlp_block_fwd_kernel"]
     t.assert_written_once("y_ptr")
-    tensors = {name: value for name, value in kwargs.items() if name in NAMES}
+    tensors = {name: value for name, value in kwargs.items() if name in (*NAMES, *ADDED)}
     assert t.unique_bytes == OP.n_bytes(**tensors)
     assert y.is_contiguous()
     return y
@@ -125,7 +126,35 @@ def test_every_activation_equals_eager(name: str | None) -> None:
 def test_the_default_activation_is_exact_gelu() -> None:
     reference, x = Reference(), torch.randn(9, 32)
     with torch.no_grad():
-        assert_equals_upstream(swin_mlp_block(**reference.arguments(x)), reference(x))
+        assert_equals_upstream(mlp_block(**reference.arguments(x)), reference(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [32, 96, 384])
+def test_another_residual_and_a_layer_scale_are_as_accurate_as_eager(
+    channels: int, dtype: torch.dtype
+) -> None:
+    reference, x = Reference(channels, 64, dtype), torch.randn(2, 5, channels).to(dtype)
+    residual = torch.randn(5, 2, channels).to(dtype).transpose(0, 1)  # a view with gaps
+    scale = torch.randn(channels, 2).to(dtype)[:, 0]
+
+    def upstream(block: nn.Module, x: Tensor, residual: Tensor, scale: Tensor) -> Tensor:
+        return residual + scale * block(x)  # as transformers' ConvNextLayer
+
+    with torch.no_grad():
+        eager = upstream(reference.block, x, residual, scale)
+        doubles = (tensor.double() for tensor in (x, residual, scale))
+        exact = upstream(copy.deepcopy(reference.block).double(), *doubles)
+    args = reference.arguments(x) | {"residual": residual, "scale": scale}
+    contiguous = args | {"residual": residual.contiguous(), "scale": scale.contiguous()}
+    assert_as_accurate_as_eager("y", run(contiguous), eager, exact)
+    with torch.no_grad(), interpret():
+        assert torch.equal(mlp_block(**args, impl="triton"), run(contiguous))
+        ones = torch.ones_like(scale)
+        unscaled, by_ones = (
+            mlp_block(**{**args, "scale": one}, impl="triton") for one in (None, ones)
+        )
+    assert torch.equal(unscaled, by_ones)
 
 
 def test_without_biases_equals_eager() -> None:
@@ -158,7 +187,7 @@ def test_strided_views_give_the_same_result(dtype: torch.dtype) -> None:
     copied = torch.randn(4, 9, 2, 77).to(dtype)[:, 3:8, 1, 5:37]  # rows at two strides
     for x in (columns, sliced.view(4, 5, 32), copied):
         with torch.no_grad(), trace() as t:
-            y = swin_mlp_block(**{**args, **views, "x": x}, impl="triton")
+            y = mlp_block(**{**args, **views, "x": x}, impl="triton")
         t.assert_written_once("y_ptr")
         assert torch.equal(y, run({**args, "x": x.contiguous()}))
         assert y.is_contiguous()
@@ -168,7 +197,7 @@ def test_strided_views_give_the_same_result(dtype: torch.dtype) -> None:
 def test_no_rows_and_a_single_vector_equal_upstream(rows: tuple[int, ...]) -> None:
     reference, x = Reference(), torch.randn(*rows, 32)
     with torch.no_grad(), interpret():
-        y = swin_mlp_block(**reference.arguments(x), impl="triton")
+        y = mlp_block(**reference.arguments(x), impl="triton")
     assert_equals_upstream(y, reference(x))
 
 
@@ -178,7 +207,7 @@ def test_offsets_beyond_32_bits_stay_in_bounds(transposed: bool) -> None:
     x = x.t().contiguous().t() if transposed else x
     args = {name: value.to("meta") for name, value in arguments().items()}
     with torch.no_grad(), trace(programs=corners, data=False) as t:
-        swin_mlp_block(**{**args, "x": x}, impl="triton")
+        mlp_block(**{**args, "x": x}, impl="triton")
     assert [launch.n_programs for launch in t.launches] == [2]
 
 
@@ -192,8 +221,8 @@ def test_compiled_and_exported_op_equals_eager(custom: bool, biases: bool) -> No
     class Model(nn.Module):
         def forward(self, *tensors: Tensor | None) -> Tensor:
             if custom:
-                return CUSTOM_OP(*tensors, 1e-5, "gelu")
-            return swin_mlp_block(*tensors)  # type: ignore[arg-type]  # as they come
+                return CUSTOM_OP(*tensors, None, None, 1e-5, "gelu")
+            return mlp_block(*tensors)  # type: ignore[arg-type]  # as they come
 
     tensors = [args[name] for name in NAMES]
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -213,25 +242,26 @@ def test_custom_op_passes_opcheck() -> None:
         arguments(rows=(0, 5)),
         arguments() | {"x": torch.randn(3, 2, 32).transpose(0, 1)},
     ):
-        tensors = [args[name] for name in NAMES]
-        torch.library.opcheck(CUSTOM_OP, (*tensors, 1e-5, "gelu"))
-        assert CUSTOM_OP(*tensors, 1e-5, None).is_contiguous()
+        tensors, x = [args[name] for name in NAMES], args["x"]
+        added = torch.randn_like(x), torch.randn(32, dtype=x.dtype)
+        torch.library.opcheck(CUSTOM_OP, (*tensors, *added, 1e-5, "gelu"))
+        assert CUSTOM_OP(*tensors, *added, 1e-5, None).is_contiguous()
 
 
 def test_gradients_equal_upstream() -> None:
     reference, x = Reference(dtype=torch.float64), torch.randn(4, 32).double()
     args = reference.arguments(x)
     leaves = [args[name].requires_grad_() for name in NAMES]
-    got = torch.autograd.grad(swin_mlp_block(**args).square().sum(), leaves)
+    got = torch.autograd.grad(mlp_block(**args).square().sum(), leaves)
     upstream_x = x.detach().clone().requires_grad_()
     y = upstream_x + reference.block(upstream_x)
     want = torch.autograd.grad(y.square().sum(), [upstream_x, *reference.block.parameters()])
     assert_equals_upstream(got, want)
 
 
-BLOCK = ["_swin_mlp_block_fwd_kernel"]
+BLOCK = ["_mlp_block_fwd_kernel"]
 SEPARATE = ["_layer_norm_linear_fwd_kernel", "_linear_residual_fwd_kernel"]
-OWN = ("swin_mlp_block",)
+OWN = ("mlp_block",)
 
 
 @pytest.mark.parametrize(
@@ -255,8 +285,25 @@ def test_impl_and_channels_decide_which_kernels_run(
 ) -> None:
     args = Reference(channels, dtype=torch.bfloat16).arguments(torch.randn(5, channels).bfloat16())
     with torch.no_grad(), use_impl(set_impl, ops=ops), record_launches() as recording:
-        swin_mlp_block(**args, impl=impl)
+        mlp_block(**args, impl=impl)
     assert [launch.name for launch in recording.launches] == kernels
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "added", "kernels"),
+    [(8192, True, BLOCK), (8191, True, SEPARATE), (8192, False, SEPARATE)],
+    ids=["many-rows", "few-rows", "no-residual"],
+)
+def test_wide_blocks_of_convnext_with_many_rows_are_one_kernel(
+    n_rows: int, added: bool, kernels: list[str]
+) -> None:
+    shapes = ((n_rows, 384), (384,), (384,), (1536, 384), (1536,), (384, 1536), (384,))
+    tensors = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    options = {"residual": tensors[0].clone(), "scale": tensors[1]} if added else {}
+    for arch, expected in ((90, kernels), (80, SEPARATE)):
+        with torch.no_grad(), record_launches(arch) as recording:
+            mlp_block(*tensors, **options)
+        assert [launch.name for launch in recording.launches] == expected
 
 
 @pytest.mark.parametrize(
@@ -272,12 +319,12 @@ def test_impl_triton_raises_the_reason_for_unsupported_shapes(
 ) -> None:
     x = torch.randn(5, channels).bfloat16()
     args = Reference(channels, hidden, torch.bfloat16).arguments(x)
-    message = f"swin_mlp_block: impl='triton' cannot run this call: .*{message}"
+    message = f"mlp_block: impl='triton' cannot run this call: .*{message}"
     with record_launches(), torch.no_grad():
         with pytest.raises(NotImplementedError, match=message):
-            swin_mlp_block(**args, impl="triton")
+            mlp_block(**args, impl="triton")
         with use_impl("triton", ops=OWN), pytest.raises(NotImplementedError, match=message):
-            swin_mlp_block(**args)
+            mlp_block(**args)
 
 
 @pytest.mark.parametrize(
@@ -296,13 +343,13 @@ def test_impl_triton_refuses_unsupported_tensors(
     args = arguments()
     args[name] = change(args[name])
     with interpret(), pytest.raises(NotImplementedError, match=message):
-        swin_mlp_block(**args, impl="triton")
+        mlp_block(**args, impl="triton")
 
 
 def test_impl_triton_refuses_cpu_tensors() -> None:
-    message = "swin_mlp_block: impl='triton' .* CUDA or ROCm device, got cpu"
+    message = "mlp_block: impl='triton' .* CUDA or ROCm device, got cpu"
     with pytest.raises(NotImplementedError, match=message):
-        swin_mlp_block(**arguments(), impl="triton")
+        mlp_block(**arguments(), impl="triton")
 
 
 @pytest.mark.parametrize(
@@ -316,12 +363,14 @@ def test_impl_triton_refuses_cpu_tensors() -> None:
         ({"fc1_bias": (32,)}, r"fc1_bias must be \[128\]"),
         ({"fc2_weight": (128, 32)}, r"fc2_weight must be \[32, 128\] .* got \[128, 32\]"),
         ({"fc2_bias": (128,)}, r"fc2_bias must be \[32\]"),
+        ({"scale": (1, 32)}, r"scale must be \[32\] .* got \[1, 32\]"),
+        ({"residual": (1, 32)}, r"residual must be \[5, 32\], got \[1, 32\]"),
         ({"activation": "relu6"}, "activation must be None or one of .* got 'relu6'"),
     ],
 )
 def test_wrong_arguments_raise_value_error(change: dict[str, Any], message: str) -> None:
     args = arguments()
     for name, value in change.items():
-        args[name] = torch.randn(value) if name in NAMES else value
-    with pytest.raises(ValueError, match=f"swin_mlp_block: {message}"):
-        swin_mlp_block(**args)
+        args[name] = torch.randn(value) if name in (*NAMES, *ADDED) else value
+    with pytest.raises(ValueError, match=f"mlp_block: {message}"):
+        mlp_block(**args)

@@ -1,4 +1,4 @@
-"""The MLP half of a Swin block: y = x + fc2(activation(fc1(layer_norm(x)))).
+"""The MLP half of a block: y = residual + scale * fc2(activation(fc1(layer_norm(x)))).
 
 A program normalizes its rows once and keeps them on the chip. Piece by piece it computes hidden
 columns, activates them and adds their part of fc2 to accumulators; the hidden map is never stored.
@@ -22,7 +22,7 @@ from .kernel import Kernel
 from .normalized_rows import normalized_rows
 
 
-class SwinMlpBlockConfig(NamedTuple):
+class MlpBlockConfig(NamedTuple):
     """Tiles of a program, warps, pipeline stages and compiler options.
 
     Attributes:
@@ -51,14 +51,16 @@ class SwinMlpBlockConfig(NamedTuple):
         }
 
 
-def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> SwinMlpBlockConfig:
+def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> MlpBlockConfig:
     """Chooses tiles and warps for [n_rows, channels]."""
+    if channels > 256:  # accumulators of more rows would spill
+        return MlpBlockConfig(64, 64, 64, 8, 1, {})
     # every program reads all weights: many rows per program, unless there are too few programs
     block_m, num_warps = (128, 8) if n_rows >= 128 * 256 else (64, 4)
     if isinstance(arch, str):
-        return SwinMlpBlockConfig(block_m, 32, 32, num_warps, 1, {"matrix_instr_nonkdim": 16})
+        return MlpBlockConfig(block_m, 32, 32, num_warps, 1, {"matrix_instr_nonkdim": 16})
     num_stages = 1 if channels > 192 else 2  # prefetching takes registers
-    return SwinMlpBlockConfig(block_m, 32, 32, num_warps, num_stages, {})
+    return MlpBlockConfig(block_m, 32, 32, num_warps, num_stages, {})
 
 
 def launch(
@@ -69,18 +71,20 @@ def launch(
     fc1_bias: Tensor | None,
     fc2_weight: Tensor,
     fc2_bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
     eps: float,
     activation: Activation,
 ) -> Tensor:
-    """Runs the kernel; arguments and result as `swin_mlp_block`."""
+    """Runs the kernel; arguments and result as `mlp_block`."""
     hidden, channels = fc1_weight.shape
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
     n_rows = y.numel() // channels
-    config = chosen_config("swin_mlp_block", launch_config, x.device, n_rows, channels)
+    config = chosen_config("mlp_block", launch_config, x.device, n_rows, channels)
     # a view with gaps, which no model passes, is copied: strides would cost registers
-    _swin_mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+    _mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
         x.contiguous(),
         norm_weight.contiguous(),
         norm_bias.contiguous(),
@@ -88,6 +92,8 @@ def launch(
         None if fc1_bias is None else fc1_bias.contiguous(),
         fc2_weight.contiguous(),
         None if fc2_bias is None else fc2_bias.contiguous(),
+        None if residual is None else residual.contiguous(),
+        None if scale is None else scale.contiguous(),
         y,
         n_rows,
         eps,
@@ -102,7 +108,7 @@ def launch(
 
 @Kernel
 @triton.jit(do_not_specialize=["n_rows"])
-def _swin_mlp_block_fwd_kernel(
+def _mlp_block_fwd_kernel(
     x_ptr,  # [n_rows, CHANNELS]; this and all below are contiguous
     norm_weight_ptr,  # [CHANNELS]
     norm_bias_ptr,  # [CHANNELS]
@@ -110,6 +116,8 @@ def _swin_mlp_block_fwd_kernel(
     fc1_bias_ptr,  # [HIDDEN] or None
     fc2_weight_ptr,  # [CHANNELS, HIDDEN]
     fc2_bias_ptr,  # [CHANNELS] or None
+    residual_ptr,  # [n_rows, CHANNELS]; None: x
+    scale_ptr,  # [CHANNELS] or None
     y_ptr,  # [n_rows, CHANNELS]
     n_rows,
     eps,
@@ -155,5 +163,8 @@ def _swin_mlp_block_fwd_kernel(
         y = acc[i]
         if fc2_bias_ptr is not None:
             y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
-        y += tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + channels).to(tl.float32)[None, :]
+        added_ptr = x_ptr if residual_ptr is None else residual_ptr
+        y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
         tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
