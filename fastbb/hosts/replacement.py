@@ -342,8 +342,8 @@ class Replacement(OwnForward):
                 return "the input is empty"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
-            is_free = any(tensor is other for other in free)
-            if tensor.is_floating_point() and tensor.dtype != like.dtype and not is_free:
+            differs = tensor.is_floating_point() and tensor.dtype != like.dtype
+            if differs and not any(tensor is other for other in free):
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
         return self.ours.why_not(*args, **kwargs)
 
