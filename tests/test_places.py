@@ -69,6 +69,7 @@ FURTHER: dict[str, dict[str, str]] = {
         "fastbb/__init__.py": "typed exports of its classes, which are found without",
         "fastbb/hosts/libraries.py": "classes of transformers that are run as a whole",
         "fastbb/hosts/model_types.py": "the table of transformers' model types",
+        "fastbb/hosts/transformers_backbone.py": "another type whose name has the word",
         "fastbb/hosts/transformers_loading.py": "other types whose names have the word",
         "fastbb/images/spec_readers.py": "the image processor of old checkpoints that name none",
         "fastbb/models/vit_config.py": "the configurations of eight types",
