@@ -67,7 +67,9 @@ FURTHER: dict[str, dict[str, str]] = {
     },
     "vit": {
         "fastbb/__init__.py": "typed exports of its classes, which are found without",
+        "fastbb/hosts/libraries.py": "classes of transformers that are run as a whole",
         "fastbb/hosts/model_types.py": "the table of transformers' model types",
+        "fastbb/hosts/transformers_backbone.py": "another type whose name has the word",
         "fastbb/hosts/transformers_loading.py": "other types whose names have the word",
         "fastbb/images/spec_readers.py": "the image processor of old checkpoints that name none",
         "fastbb/models/vit_config.py": "the configurations of eight types",
@@ -78,10 +80,14 @@ FURTHER: dict[str, dict[str, str]] = {
         "fastbb/models/vit_parts.py": "its layers, as the forward takes them",
         "fastbb/models/vit_positions.py": "absolute, rotary and relative positions",
         "fastbb/models/vit_forward.py": "its forward",
+        "fastbb/models/vit_libraries.py": "its layers in two libraries",
         "fastbb/models/vit_timm.py": "timm's model with its weights",
         "tests/support/vit_models.py": "tiny models of eight types",
+        "tests/models/test_vit_canaries.py": "bugs that ViTs are prone to",
         "tests/models/test_vit_files.py": "its checkpoints",
         "tests/models/test_vit_on_triton.py": "its kernels, in the interpreter",
+        "tests/models/test_vit_libraries.py": "timm's models of it",
+        "tests/hosts/test_vit_hosts.py": "its layers in hosts",
     },
 }
 

@@ -53,7 +53,8 @@ def list_models(filter: str, by_type: bool) -> None:
         names = list_backbones(filter)
     if not names:
         raise click.BadParameter(
-            f"wanted a pattern that matches a name, such as '*swin*', got {filter!r}",
+            f"wanted a pattern that matches a name, such as '*swin*', got {filter!r}"
+            + "; models around a backbone (CLIP, detectors ...) load too, as its type" * by_type,
             param_hint="FILTER",
         )
     echo("\n".join(names))

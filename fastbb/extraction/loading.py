@@ -17,6 +17,7 @@ from ..backbone.configuration import BackboneConfig
 from ..backbone.hub import DEFAULT_HUB, HubOptions, absolute_name
 from ..engine.computation import without_engine
 from ..hosts.transformers_backbone import TransformersBackbone
+from ..hosts.transformers_config import TransformersBackboneConfig
 from ..images.processor import AutoImageProcessor, ImageProcessor
 from ..models.lookup import find_config
 from ..models.timm import TimmBackbone, TimmBackboneConfig
@@ -24,9 +25,14 @@ from ..models.timm_full import POOLED_OR_MAPS, check_same_weights, load_full
 from .identity import changes, changes_digest
 from .models import BackboneModel, FeatureModel, LayerModel, TimmModel, upstream_model
 from .outputs import Wanted
-from .transformers_model import TransformersModel
+from .transformers_model import TransformersFullModel
 
 Origin = tuple[str, HubOptions]
+# libraries that compute features, by the configuration of a backbone
+LIBRARIES: dict[type, str] = {
+    TimmBackboneConfig: "timm",
+    TransformersBackboneConfig: "transformers",
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def load_models(
                 f"loaded by from_pretrained: {POOLED_OR_MAPS}"
             )
         is_object = isinstance(model, Backbone)
-        models.append(TransformersModel(backbone, origin, wanted.full, wanted.norm, is_object))
+        models.append(TransformersFullModel(backbone, origin, wanted.full, wanted.norm, is_object))
     elif backbone is not None and wanted.full and not is_timm:
         whole = backbone.with_library_windows()
         together = maps if whole is backbone else {}

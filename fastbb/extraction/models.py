@@ -164,8 +164,16 @@ class BackboneModel(FeatureModel):
         for name in self._full:
             features[name] = self._feature(name, found)
         if self._pooled is not None:
-            features["pooled"] = found[self._pooled].float().mean((2, 3))
+            features["pooled"] = self._mean(found[self._pooled])
         return features | {f"maps.{name}": found[name] for name in self._stored}
+
+    def _mean(self, feature_map: Tensor) -> Tensor:
+        if feature_map.ndim != 4:  # transformers' own backbones have flags as they were built
+            raise ValueError(
+                f"pooled: this {self.backbone.config.model_type} returns tokens, not maps: load it "
+                "with reshape_hidden_states=True"
+            )
+        return feature_map.float().mean((2, 3))
 
     def _feature(self, name: str, found: dict[str, Tensor]) -> Tensor:
         """Computes a feature of the last stage from its states before and after the final norm."""

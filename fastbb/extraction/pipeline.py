@@ -30,7 +30,6 @@ from ..backbone.base import Backbone
 from ..engine.explanation import Explanation
 from ..engine.explanation import Row as ExplainedRow
 from ..images.processor import ImageProcessor
-from ..models.timm import TimmBackboneConfig
 from .decode import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -41,7 +40,7 @@ from .decode import (
     read_bytes,
 )
 from .identity import json_types, weights_digest
-from .loading import load_models, load_processor
+from .loading import LIBRARIES, load_models, load_processor
 from .outputs import DTYPES, VECTORS, Storage, Wanted
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
@@ -348,7 +347,7 @@ class FeatureExtractor:
         """Returns everything about this extractor that decides the values, in JSON types."""
         states = ((type(model).__name__, model.state()) for model in self._models)
         stages = {"stages": list(self.stages)} if self.stages else {}
-        is_timm = isinstance(self._config, TimmBackboneConfig)
+        library = LIBRARIES.get(type(self._config))
         return {
             "model": {
                 "name": self._name,
@@ -373,7 +372,7 @@ class FeatureExtractor:
             "versions": {
                 "torch": torch.__version__,
                 "pillow": PIL.__version__,
-                **({"timm": version("timm")} if is_timm else {}),
+                **({} if library is None else {library: version(library)}),
                 "fastbb_numerics": _NUMERICS,
             },
         }

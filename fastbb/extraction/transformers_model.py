@@ -19,8 +19,10 @@ from ..hosts.transformers_config import transformers
 from ..hosts.transformers_loading import load_module
 from ..models.timm_full import POOLED_OR_MAPS
 from .models import FeatureModel
-from .outputs import Norm
+from .outputs import TOKENS, Norm
 
+# types whose tokens are before the final norm, which their pooler has
+_UNNORMED = ("hiera",)
 # number of tokens before those of patches, of types whose models have a class token
 _PREFIX = {
     "pixio": lambda config: config.n_cls_tokens,
@@ -55,7 +57,7 @@ class _FullOutputs:
         return replace(self, module=copy.deepcopy(self.module))
 
 
-class TransformersModel(FeatureModel):
+class TransformersFullModel(FeatureModel):
     """transformers' full model.
 
     Args:
@@ -107,6 +109,12 @@ class TransformersModel(FeatureModel):
         with torch.no_grad():
             example = torch.zeros(1, backbone.config.num_channels, *backbone.default_size)
             output = model(example.to(backbone.device, backbone.dtype), return_dict=True)
+        tokens = [feature for feature in full if feature in TOKENS]
+        if tokens and output.last_hidden_state.ndim != 3:
+            raise ValueError(
+                f"{tokens[0]}: transformers' {model_class.__name__} is a CNN and has no tokens; "
+                f"{POOLED_OR_MAPS}"
+            )
         if output.get(wanted[0]) is None:
             raise ValueError(
                 f"{full[0]}: transformers' {model_class.__name__} has no {wanted[0]}; "
@@ -131,7 +139,7 @@ class TransformersModel(FeatureModel):
         return features
 
 
-_OUTPUTS = {"pooler_output": ("embedding",), "last_hidden_state": ("cls", "patch_mean", "tokens")}
+_OUTPUTS = {"pooler_output": ("embedding",), "last_hidden_state": TOKENS}
 
 
 def _check_features(model_type: str, n_prefix: int, full: Sequence[str], norm: Norm | None) -> None:
@@ -139,12 +147,13 @@ def _check_features(model_type: str, n_prefix: int, full: Sequence[str], norm: N
     what = f"transformers' {model_type}"
     if "projection" in full:
         raise ValueError(f"projection: {what} has none; ask for --features embedding")
-    if norm == "none":
-        raise ValueError(f"norm: tokens of {what} are there after its final norm only")
+    is_normed = model_type not in _UNNORMED
+    if norm is not None and (norm == "final") != is_normed:
+        given = "after" if is_normed else "before"
+        other = "--norm final" if is_normed else "--norm none"
+        raise ValueError(f"norm: tokens of {what} are there {given} its norm only: {other}")
     if "cls" in full and not n_prefix:
-        raise ValueError(
-            f"cls: {what} has no class token; ask for --features embedding, patch_mean or pooled"
-        )
+        raise ValueError(f"cls: {what} has no class token; ask for --features embedding or pooled")
 
 
 def _check_same_weights(backbone: TransformersBackbone, full: nn.Module) -> None:

@@ -199,11 +199,11 @@ def accelerate(
     """Makes the backbones inside a model fast, in place; `restore` undoes it.
 
     Modules, parameters, state dict, hooks and what is returned stay. Whole backbones, and the
-    blocks of Swin and ResNets wherever they are, get a forward of ours on the instance, over the
-    very same parameters. It runs in inference only; wherever it cannot keep the maths, something is
-    hooked or replaced inside, or a graph is recorded, the module's own forward runs. The first
-    call of each form (dtype, device, layout and options), and one more than four times as large,
-    compares both in float64, and keeps the module's own where they differ.
+    blocks of Swin, ViTs and ResNets wherever they are, get a forward of ours on the instance, over
+    the very same parameters. It runs in inference only; wherever it cannot keep the maths,
+    something is hooked or replaced inside, or a graph is recorded, the module's own forward runs.
+    The first call of each form (dtype, device, layout and options), and one more than four times as
+    large, compares both in float64, and keeps the module's own where they differ.
 
     Args:
         model: of transformers, timm, torchvision or segmentation-models-pytorch, or around one.

@@ -25,11 +25,15 @@ def form_of(args: Any, kwargs: Any) -> Iterator[Hashable]:
     """The properties of a call that are the same for all sizes of images.
 
     Dimensions, dtype, device and layout of tensors; options by value; the types of positional
-    numbers and tuples, such as the height and width of a map.
+    numbers and tuples and of a torch.Size, such as the height and width of a map.
     """
     for name, value in (*((None, value) for value in args), *kwargs.items()):
         if isinstance(value, Tensor):
             yield name, value.ndim, value.dtype, value.device, format_of(value)
+        elif isinstance(value, torch.Size):
+            yield name, torch.Size
+        elif isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+            yield name, type(value), *form_of(value, {})
         elif name is not None or isinstance(value, (bool, str, type(None))):
             yield name, repr(value)
         else:

@@ -9,7 +9,6 @@ Upstream: transformers 4.49 `utils/backbone_utils.py` (`load_backbone`), 5.x `ba
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -29,11 +28,12 @@ from fastbb_kernels.warning import warn_caller
 from ..backbone.checkpoint import StateDict, load_strict
 from ..backbone.configuration import BackboneConfig
 from ..backbone.hub import HubOptions
-from ..backbone.registry import FAMILIES, family_of
+from ..backbone.registry import family_of
 from ..models.lookup import pretrained_config
 from ..models.timm import TimmBackboneConfig
 from ..weights.derived import is_tracing
 from .accelerate import accelerate
+from .transformers_backbone import TransformersBackbone
 
 Head = TypeVar("Head", bound=PreTrainedModel)
 
@@ -221,7 +221,7 @@ def _configuration(
     if backbone is None:
         return _upstream_config(backbone_config)
     kwargs = {k: v for k, v in (backbone_kwargs or {}).items() if k not in _HUB_OPTIONS}
-    config = _read_config(backbone, _hub_options(backbone_kwargs))
+    config = pretrained_config(backbone, HubOptions(**_hub_options(backbone_kwargs)))
     is_timm = isinstance(config, TimmBackboneConfig)
     if use_timm_backbone and not is_timm:
         raise ValueError(
@@ -234,31 +234,11 @@ def _configuration(
     if "out_features" in kwargs:
         asked.pop("out_indices", None)
     asked |= kwargs
-    if isinstance(config, BackboneConfig):
-        named = _upstream_config(type(config).from_dict(config.to_dict(), **asked))
-        for name in ("img_size", "always_partition"):  # options that OmDet-Turbo passes to timm
-            if is_timm and hasattr(default, name):
-                setattr(named, name, getattr(default, name))
-        return named
-    for name, value in asked.items():
-        if not hasattr(config, name):
-            raise TypeError(f"{type(config).__name__} has no field {name}")
-        setattr(config, name, value)
-    return config
-
-
-def _read_config(name: str, hub: dict[str, Any]) -> Any:
-    """Reads the configuration of a backbone: fastbb's, or transformers' for its other families."""
-    try:
-        return pretrained_config(name, HubOptions(**hub))
-    except ValueError:
-        config: Any = None
-        with suppress(OSError, ValueError):
-            config = transformers.AutoConfig.from_pretrained(name, **hub)
-        if type(config) not in transformers.AutoBackbone._model_mapping:
-            raise
-    config.dtype = None  # the checkpoint's; a head and its backbone are of one dtype
-    return config
+    named = _upstream_config(type(config).from_dict(config.to_dict(), **asked))
+    for name in ("img_size", "always_partition"):  # options that OmDet-Turbo passes to timm
+        if is_timm and hasattr(default, name):
+            setattr(named, name, getattr(default, name))
+    return named
 
 
 def _hub_options(backbone_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -338,21 +318,12 @@ def _weights(name: str, config: Any, hub: dict[str, Any]) -> StateDict:
     """
     # the class knows its type; the instance may hold that of the one it was made from
     model_type = type(config).model_type
-    own = {c.model_type: c for family in FAMILIES for c in family.configs}.get(model_type)
-    if own is None:
-        model_class: Any = transformers.AutoBackbone._model_mapping[type(config)]
-        theirs, info = model_class.from_pretrained(
-            name, config=config, output_loading_info=True, **hub
-        )
-        # norms of maps, which classifiers do not have
-        lost = [key for key in info["missing_keys"] if not key.startswith("hidden_states_norms.")]
-        if lost:
-            raise ValueError(f"{name!r} lacks weights of its backbone: {', '.join(sorted(lost))}")
-        return theirs.state_dict()
     options: dict[str, Any] = {"native": False} if model_type == "timm_backbone" else {}
-    config = own.from_dict(config.to_dict())
-    family, _ = family_of(model_type)
+    family, own = family_of(model_type)
+    config = own.from_dict({**config.to_dict(), "model_type": model_type})
     backbone = family.backbone.from_pretrained(name, config=config, **hub, **options)
+    if isinstance(backbone, TransformersBackbone):
+        return backbone.model.state_dict()
     # MaskFormer's Swin has the names of files in memory too
     is_maskformers = model_type == "maskformer-swin"
     return backbone.to_checkpoint_names() if is_maskformers else backbone.state_dict()

@@ -262,11 +262,13 @@ _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states",
 class TransformersHostBackbone(HostBackbone):
     """A backbone of transformers that computes no stage after the last requested one.
 
-    Upstream's code makes everything but the maps. Subclasses define `tensors`, the maps.
+    Upstream's code makes everything but the maps. Subclasses define `tensors`, the maps, and
+    `output`, the full name of the class of the result.
     """
 
     folds = False
     exactness = FP32_REL
+    output: ClassVar[str] = "transformers.modeling_outputs.BackboneOutput"
 
     @property
     def helps(self) -> bool:
@@ -281,7 +283,8 @@ class TransformersHostBackbone(HostBackbone):
         return None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        output = sys.modules["transformers.modeling_outputs"].BackboneOutput  # the host's library
+        module, _, name = self.output.rpartition(".")
+        output = getattr(sys.modules[module], name)  # of the host's library
         maps = self.computed(args[0] if args else kwargs["pixel_values"])
         return output(feature_maps=maps) if self._asked(kwargs, "return_dict") else (maps,)
 

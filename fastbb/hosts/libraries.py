@@ -26,8 +26,17 @@ def full_name(cls: type) -> str:
 
 
 _TRANSFORMERS_MODELS = {
+    "transformers.models.beit.modeling_beit.BeitModel",
+    "transformers.models.clip.modeling_clip.CLIPVisionModel",
+    "transformers.models.deit.modeling_deit.DeiTModel",
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model",
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers."
+    "Dinov2WithRegistersModel",
+    "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel",
     "transformers.models.resnet.modeling_resnet.ResNetModel",
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel",
     "transformers.models.swin.modeling_swin.SwinModel",
+    "transformers.models.vit.modeling_vit.ViTModel",
 }
 _TRANSFORMERS_MIXIN = "transformers.backbone_utils.BackboneMixin"
 _TIMM_FEATURES = {

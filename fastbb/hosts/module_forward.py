@@ -32,6 +32,8 @@ class ModuleForward:
     # whether it keeps settings of the module, and settings that it reads at every call
     reads_settings: bool = False
     read_at_every_call: tuple[str, ...] = ()
+    # names of tensors of a call that may have another dtype than the weights
+    any_dtype: tuple[str, ...] = ()
     # whether it is made again after a setting changed; otherwise that takes too long
     follows_settings: bool = True
     # allowed error in fp32, relative to the largest magnitude of a result

@@ -334,6 +334,7 @@ class Replacement(OwnForward):
             return f"it is on the {like.device.type} device"
         if autocasts(like.device.type):
             return "torch.autocast chooses the dtypes: convert the model, or give precision="
+        free = [kwargs[name] for name in self.ours.any_dtype if name in kwargs]
         for tensor in tensors:
             if isinstance(tensor, FakeTensor) or is_transformed(tensor):
                 return "it is called by a transform of torch.func, or with fake tensors"
@@ -341,7 +342,8 @@ class Replacement(OwnForward):
                 return "the input is empty"
             if tensor.device != like.device:
                 return f"the input is on {tensor.device}, the weights on {like.device}"
-            if tensor.is_floating_point() and tensor.dtype != like.dtype:
+            differs = tensor.is_floating_point() and tensor.dtype != like.dtype
+            if differs and not any(tensor is other for other in free):
                 return f"the input is {tensor.dtype}, the weights {like.dtype}"
         return self.ours.why_not(*args, **kwargs)
 

@@ -9,14 +9,16 @@ Upstream: transformers 5.23 `backbone_utils.py` and `models/*/modeling_*.py`.
 
 import copy
 import inspect
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fastbb_kernels.warning import warn_caller
 
@@ -25,6 +27,7 @@ from ..backbone.checkpoint import LoadingInfo, StateDict, shapes_only
 from ..backbone.configuration import BackboneConfig
 from ..backbone.output import BackboneOutput
 from ..backbone.registry import Family, Upstream, register
+from ..weights.watch import has_foreign_forward
 from .model_types import BACKBONE_TYPES
 from .transformers_config import TransformersBackboneConfig, config_class, transformers
 from .transformers_loading import STAGE_NORMS, load_module, quiet
@@ -34,8 +37,9 @@ class TransformersBackbone(Backbone):
     """A backbone computed by transformers' own module, which is `model`.
 
     Stages, maps, hidden states and flags are those of transformers' class: a ViT's hidden states
-    are tokens [B, N, C], and so are its maps where `reshape_hidden_states` is False. A norm of a
-    stage that the checkpoint lacks has weight 1 and bias 0, with a warning.
+    are tokens [B, N, C], and so are its maps where `reshape_hidden_states` is False. Flags are read
+    when the backbone is built. A norm of a stage that the checkpoint lacks has weight 1 and bias 0,
+    with a warning.
 
     Better than upstream: `out_features` may change after loading (upstream raises a KeyError for
     Hiera); `channels` are those of the maps (upstream's differ for HGNetV2, PP-LCNet and UVDoc);
@@ -49,8 +53,17 @@ class TransformersBackbone(Backbone):
     def __init__(self, config: TransformersBackboneConfig) -> None:
         super().__init__(config)
         self.stage_names = list(self.config.stage_names or ())
+        if getattr(self.config, "num_experts", 1) > 1:
+            raise ValueError(
+                f"this {self.config.model_type} is a mixture of experts, which needs the number of "
+                "a dataset with every image: fastbb has none for it"
+            )
         # upstream builds norms of maps for the selected stages; these may change
-        self._set_model(_model_class(self.config)(self.config.upstream(self.stage_names)))
+        try:
+            model = _model_class(self.config)(self.config.upstream(self.stage_names))
+        except KeyError as error:
+            raise ValueError(f"transformers does not know the activation {error}") from error
+        self._set_model(model)
 
     def _set_model(self, model: nn.Module) -> None:
         self.model = model
@@ -95,9 +108,9 @@ class TransformersBackbone(Backbone):
                 options["output_hidden_states"] = True
             if output_attentions and self.has_attentions:
                 options["output_attentions"] = True
-            model = self._model_for(self.out_features)
-            found = model(pixel_values, return_dict=True, **options)
+            found = self._call(pixel_values, self.out_features, **options)
             output = BackboneOutput({n: v for n, v in found.items() if v is not None})
+            output["feature_maps"] = tuple(found.feature_maps or ())
             if output_hidden_states and not isinstance(output_hidden_states, bool):
                 named: Any = dict(zip(self.stage_names, output.hidden_states or ()))
                 output["hidden_states"] = self._hidden_states(named, output_hidden_states)
@@ -115,20 +128,31 @@ class TransformersBackbone(Backbone):
         """Computes the maps of the wanted stages; upstream runs all stages."""
         if not wanted:
             return {}
-        output = self._model_for(wanted)(pixel_values, return_dict=True)
-        return dict(zip(wanted, output.feature_maps))
+        return dict(zip(wanted, self._call(pixel_values, wanted).feature_maps))
+
+    def _call(self, pixel_values: Tensor, stages: Sequence[str], **options: Any) -> Any:
+        model = self._model_for(stages)
+        if len(pixel_values):
+            return model(pixel_values, return_dict=True, **options)
+        # many models of transformers cannot reshape an empty batch
+        one = model(pixel_values.new_zeros(1, *pixel_values.shape[1:]), return_dict=True, **options)
+        return tree_map(lambda x: x[:0] if isinstance(x, Tensor) else x, one)
 
     def _model_for(self, stages: Sequence[str]) -> Any:
         """transformers' module that returns these stages; its parts are those of `model`."""
         model: Any = self.model
-        wanted = list(stages), getattr(self.config, _RESHAPES, True)
-        if _returned(model.config) == wanted:
+        if model.config._out_features == list(stages):
+            return model
+        if has_foreign_forward(model):  # it is bound to this very module
+            model.config.out_features = list(stages)
             return model
         other = self._selected.model
-        if other is None or _returned(other.config) != wanted:
+        if other is None or other.config._out_features != list(stages):
             other = copy.copy(model)
-            other.config = self.config.upstream(stages)
+            other.config = copy.copy(model.config)
+            other.config.out_features = list(stages)
             self._selected.model = other
+        other.training = model.training
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -154,6 +178,13 @@ class TransformersBackbone(Backbone):
             raise ValueError(
                 f"the image must be at least one patch of {patch[0]}x{patch[1]} pixels, got "
                 f"{size[0]}x{size[1]}"
+            )
+        windows = _WINDOWS.get(config.model_type, lambda config: 1)(config)
+        if any(side % (part * windows) for side, part in zip(size, patch)) and windows > 1:
+            raise ValueError(
+                f"transformers' {config.model_type} cuts its patches of {patch[0]}x{patch[1]} "
+                f"pixels into {windows}x{windows} windows: height and width must be divisible by "
+                f"{patch[0] * windows} and {patch[1] * windows}, got {size[0]}x{size[1]}"
             )
         return pixel_values
 
@@ -224,19 +255,17 @@ class TransformersBackbone(Backbone):
             model.save_pretrained(save_directory, state_dict=state)
 
 
+# windows along a side of the image, of detectors' backbones
+_WINDOWS: dict[str, Callable[[Any], int]] = {
+    "rf_detr_dinov2": lambda config: config.num_windows,
+    "lw_detr_vit": lambda config: math.isqrt(config.num_windows),
+}
+
+
 class _Selected:
-    """Holds transformers' module with other stages selected; it is no setting of a backbone."""
+    """Holds transformers' module with other stages selected; shared by copies of a backbone."""
 
     model: Any = None
-
-
-# a field of ViTs: whether maps are [B, C, h, w], and not tokens
-_RESHAPES = "reshape_hidden_states"
-
-
-def _returned(config: Any) -> tuple[list[str], bool]:
-    """The stages that transformers' module returns, and whether as maps."""
-    return config._out_features, getattr(config, _RESHAPES, True)
 
 
 _ARGUMENTS = ("output_hidden_states", "output_attentions", "return_dict", "args")

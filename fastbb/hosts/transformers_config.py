@@ -1,6 +1,5 @@
 """Configurations of the backbones that transformers computes."""
 
-import copy
 import importlib.metadata
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -13,9 +12,10 @@ from .model_types import BACKBONE_TYPES, OLDEST
 Config = TypeVar("Config", bound="TransformersBackboneConfig")
 
 _SELECTION = {"out_features", "out_indices"}
+_ONLY_MAPS = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
 # fields that a model of transformers reads, and its configuration does not declare
 _UNDECLARED = {"sapiens2": ("return_class_token",)}
-# of every configuration of transformers: written by it, or said by a call
+# written into every configuration by transformers
 _NOT_OF_THE_MODEL = {
     *("_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type"),
     *("stage_names", "transformers_version"),
@@ -110,19 +110,18 @@ class TransformersBackboneConfig(BackboneConfig):
         **fields: Any,
     ) -> None:
         super().__init__()
-        upstream_class = config_class(model_type)
         self.model_type = model_type  # type: ignore[misc]  # one class serves all types
         fields.pop("stage_names", None)  # derived
-        try:
-            upstream = upstream_class.from_dict(_with_lists(fields))
-        except Exception as error:  # validators of transformers raise classes of their own
-            raise ValueError(f"transformers refuses the configuration: {error}") from error
+        fields = _with_lists(fields)
+        stage_names = _made(model_type, fields).stage_names
+        self._set_stages(list(stage_names), out_features, out_indices)
+        # windows of RF-DETR follow from the selected stages, where no field says them
+        upstream = _made(model_type, {**fields, "out_features": self.out_features})
         values = upstream.to_dict()
-        for name in ("model_type", *_SELECTION):
+        for name in ("model_type", "stage_names", *_SELECTION):
             values.pop(name, None)
         for name, value in _with_lists(values).items():
             setattr(self, name, value)
-        self._set_stages(list(upstream.stage_names), out_features, out_indices)
 
     @classmethod
     def model_types(cls) -> tuple[str, ...]:
@@ -146,15 +145,10 @@ class TransformersBackboneConfig(BackboneConfig):
         return cls(model_type, **{**values, **overrides})
 
     def deciding_fields(self) -> dict[str, Any]:
-        declared: set[str] = set()
-        library = transformers()
-        for base in config_class(self.model_type).__mro__:
-            if issubclass(library.PreTrainedConfig, base):
-                break
-            declared |= set(vars(base).get("__annotations__", ()))
-        names = sorted(n for n in declared - DECIDE_NOTHING if not n.startswith("_"))
-        values = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return copy.deepcopy({"model_type": self.model_type, **values})
+        of_every_model = transformers().PreTrainedConfig().to_dict().keys()
+        left_out = {*of_every_model, *DECIDE_NOTHING, *_NOT_OF_THE_MODEL}
+        values = {n: v for n, v in sorted(self.to_dict().items()) if n not in left_out}
+        return {"model_type": self.model_type, **values}
 
     def upstream(self, stages: Sequence[str] | None = None) -> Any:
         """transformers' configuration with the same fields.
@@ -162,9 +156,24 @@ class TransformersBackboneConfig(BackboneConfig):
         Args:
             stages: names of the stages to return; default: those of this configuration.
         """
-        values = self.to_dict() | {"out_features": list(stages or self.out_features or ())}
-        values["out_indices"] = None
+        chosen = self.out_features if stages is None else stages
+        values = self.to_dict() | {"out_features": list(chosen or ()), "out_indices": None}
+        values |= _ONLY_MAPS  # calls ask for more
         return config_class(self.model_type).from_dict(values)
+
+
+def _made(model_type: str, fields: dict[str, Any]) -> Any:
+    """transformers' configuration with these fields.
+
+    Raises:
+        ValueError: transformers refuses them.
+    """
+    try:
+        return config_class(model_type).from_dict(fields)
+    except CannotComputeError:
+        raise
+    except Exception as error:  # validators of transformers raise classes of their own
+        raise ValueError(f"transformers refuses the configuration: {error}") from error
 
 
 def _with_lists(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Loads modules of transformers strictly from the tensors of any checkpoint around them."""
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,19 +58,19 @@ def load_module(
     if config.model_type in _DETECTORS:
         state = rename(state, _detector_name)
     found, prefix, outside = inside(state, _names(empty), what)
+    # read inside inference mode, they could not become parameters
+    found = {n: t.clone() if t.is_inference() else t for n, t in found.items()}
     weights = [n for n, tensor in empty.state_dict().items() if tensor.is_floating_point()]
     check_dtypes(found, weights, what)
     with quiet():
-        try:
-            model, info = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=found,
-                output_loading_info=True,
-                dtype=as_dtype(dtype) or _dtype_of(found.values()),
-            )
-        except RuntimeError as error:  # of shapes
-            raise ValueError(f"The weights do not fit {what}. {error}") from error
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=found,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, with their names
+            dtype=as_dtype(dtype) or _dtype_of(found.values()),
+        )
     _mend_pixio(model, found)
     optional = {n for n in info["missing_keys"] if n.endswith("num_batches_tracked")}
     initialized = sorted(n for n in info["missing_keys"] if n.startswith(STAGE_NORMS))
@@ -78,7 +79,9 @@ def load_module(
         f"{n}: {list(theirs)} in the checkpoint, {list(ours)} in the model"
         for n, theirs, ours in info["mismatched_keys"]
     ]
+    unknown = _unknown(empty, info["unexpected_keys"])
     problems = [f"missing: {some(missing)}"] if missing else []
+    problems += [f"unknown: {some(unknown)}"] if unknown else []
     problems += [f"of the wrong shape: {some(shapes)}"] if shapes else []
     if problems:
         raise ValueError(f"The weights do not fit {what}. " + "\n".join(problems))
@@ -168,16 +171,42 @@ def _mend_pixio(model: Any, state: StateDict) -> None:
         model.get_parameter(f"pixio.layernorm.{part}").copy_(whole)
 
 
+def _unknown(model: Any, unexpected: Iterable[str]) -> list[str]:
+    """Tensors inside parts of a module, for which neither it nor transformers' full model has room.
+
+    Such as a layer more than its configuration says.
+    """
+    inner = [n for n in unexpected if n.partition(".")[0] in dict(model.named_children())]
+    full_class = transformers().AutoModel._model_mapping.get(type(model.config), None)
+    if not inner or full_class is None:
+        return sorted(inner)
+    with shapes_only():
+        full = set(full_class(model.config).state_dict())
+    base = f"{model.base_model_prefix}."
+    return sorted(n for n in inner if n.removeprefix(base) not in full and n not in full)
+
+
+_quiet_lock = threading.Lock()
+_quiet_calls: list[tuple[int, bool]] = []
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers from drawing progress bars and tables of names, which errors here have."""
     logging = transformers().utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with _quiet_lock:  # the first of several threads remembers, the last one restores
+        _quiet_calls.append((logging.get_verbosity(), logging.is_progress_bar_enabled()))
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        with _quiet_lock:
+            level, bars = _quiet_calls[0]
+            if len(_quiet_calls) > 1:
+                _quiet_calls.pop()
+            else:
+                _quiet_calls.clear()
+                logging.set_verbosity(level)
+                if bars:
+                    logging.enable_progress_bar()

@@ -58,6 +58,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     | {"resample": 2, "size": {"shortest_edge": 640}, "size_divisor": 32}
     | {"crop_size": 224, "do_convert_rgb": True},
     "detr": _BASE | _IMAGENET | {"resample": 2},
+    "rt_detr": _BY_EDGE
+    | _IMAGENET
+    | {"resample": 2, "size": {"height": 640, "width": 640}, "do_normalize": False},
     "maskformer": _BASE | _IMAGENET | {"resample": 2, "size_divisor": 32},
 }
 _KINDS = {
@@ -78,6 +81,7 @@ _KINDS = {
     "DetrImageProcessor": "detr",
     "ConditionalDetrImageProcessor": "detr",
     "DeformableDetrImageProcessor": "detr",
+    "RTDetrImageProcessor": "rt_detr",
 }
 # kinds that add nothing to transformers' base class, and those that crop
 _PLAIN = {"vit", "bit", "siglip", "deit", "pvt"}
@@ -102,6 +106,7 @@ _TYPE_OF_MODEL = {
     "detr": "DetrImageProcessor",
     "conditional_detr": "ConditionalDetrImageProcessor",
     "deformable_detr": "DeformableDetrImageProcessor",
+    "rt_detr": "RTDetrImageProcessor",
 }
 # rules that the libraries have no name for: in a file and as overrides they keep ours
 _OWN_KEYS = {"alpha_in_memory", "alpha_in_files", "exif_in_files"}
@@ -231,7 +236,7 @@ def _padding(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     elif kind == "detr":
         do_pad = bool(values.get("do_pad", values.get("pad_and_return_pixel_mask", True)))
     else:
-        do_pad = bool(values.get("do_pad")) and kind in _PLAIN
+        do_pad = bool(values.get("do_pad")) and (kind in _PLAIN or kind == "rt_detr")
     if kind == "dpt" and values.get("do_pad") and values.get("size_divisor") is not None:
         raise ValueError(
             "DPTImageProcessor pads on all sides to multiples of size_divisor, which is not "
@@ -240,7 +245,7 @@ def _padding(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
     pad_size = None
     if do_pad and values.get("pad_size") is not None:
         pad_size = _height_width("pad_size", values["pad_size"])
-    masked = do_pad and kind in ("detr", "maskformer")
+    masked = do_pad and kind in ("detr", "maskformer", "rt_detr")
     return {"do_pad": do_pad, "pad_size": pad_size, "pixel_mask": masked}
 
 

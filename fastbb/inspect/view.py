@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..auto import AutoBackbone
+from ..auto import AutoBackbone, AutoConfig
 from ..backbone.base import Backbone
 from ..extraction.decode import MAX_RESIZED_PIXELS, ImageError, decode, read_bytes
 from ..extraction.layout import OutputError
@@ -71,7 +72,7 @@ def view(
     if out_path.exists() and any(out_path.samefile(path) for path in paths if path.exists()):
         raise ValueError(f"out_path: {str(out_path)!r} is one of the images, give another name")
     opened = [_opened(path) for path in paths]
-    backbone = AutoBackbone.from_pretrained(model)
+    backbone = _with_maps(model)
     backbone.out_features = _named_stages(backbone, stages)
     processor = AutoImageProcessor.from_pretrained(model)
     images, maps = [], []
@@ -96,6 +97,13 @@ def view(
     except OSError as error:
         raise OutputError(f"cannot write {out_path}: {error.strerror or error}") from error
     return out_path
+
+
+def _with_maps(model: str) -> Backbone:
+    """Loads a backbone whose maps are [B, C, h, w], which a depth model's own are not."""
+    config: Any = AutoConfig.from_pretrained(model)
+    flag = {} if getattr(config, "reshape_hidden_states", True) else {"reshape_hidden_states": True}
+    return AutoBackbone.from_pretrained(model, **flag)
 
 
 def _opened(path: Path) -> Image.Image:

@@ -265,11 +265,9 @@ class TimmBackbone(Backbone):
                 f"was saved without it; there are {[self.stage_names[i] for i in self._built]}"
             )
         forward = self.native_forward() if self.native and not self.training else None
-        if forward is not None:
-            maps = self._folding.run(forward, pixel_values, indices, few=True)
-            return dict(zip(wanted, maps))
+        run, few = forward or self._timm_forward, forward is not None
         try:
-            maps = self._folding.run(self._timm_forward, pixel_values, indices)
+            maps = self._folding.run(run, pixel_values, indices, few=few)
         except AssertionError as error:  # timm refuses an input so
             raise ValueError(
                 f"timm's {self.config.backbone!r} does not take pixel_values of shape "

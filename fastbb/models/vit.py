@@ -32,6 +32,7 @@ from .vit_config import (
     pair,
 )
 from .vit_forward import normed_map, normed_tokens, vit_states
+from .vit_libraries import timm_maps, timm_parts
 from .vit_modules import ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, ViTNames, in_files, in_memory, part, put
 from .vit_parts import ViTEmbeddingParts, ViTParts
@@ -417,5 +418,12 @@ def _model_maps(backbone: ViTBackbone, module: Any, pixel_values: Tensor) -> lis
 
 
 register(
-    Family(backbone=ViTBackbone, configs=CONFIGS, upstream=_upstream, timm_upstream=timm_upstream)
+    Family(
+        backbone=ViTBackbone,
+        configs=CONFIGS,
+        timm_parts=timm_parts,
+        maps=timm_maps,
+        upstream=_upstream,
+        timm_upstream=timm_upstream,
+    )
 )

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .vit_config import DINOv3ViTConfig, ViTFamilyConfig, activation_of, pair
+from .vit_config import DINOv3ViTConfig, ViTFamilyConfig, activation_name, pair
 from .vit_ends import ViTAttentionPool, ViTMeanPooler, ViTPooler, ViTPyramid
 from .vit_modules import LayerShape, ViTContainer, ViTEmbeddings, ViTLayer
 from .vit_names import NAMES, put
@@ -67,7 +67,7 @@ def build_ends(backbone: Any, config: ViTFamilyConfig) -> None:
     names, channels = NAMES[config.model_type], config.hidden_size
     pooler = backbone.visual_projection = backbone.head = backbone.fpn = None
     if size := config.field("pooler_output_size", default=None):
-        pooler = ViTPooler(channels, size, activation_of(config.pooler_act))
+        pooler = ViTPooler(channels, size, activation_name(config.pooler_act))
     if config.field("use_mean_pooling", default=False):
         pooler = ViTMeanPooler(channels, config.layer_norm_eps)
     put(backbone, f"{names.root}pooler", pooler)
@@ -123,7 +123,7 @@ def _block_specs(config: ViTFamilyConfig) -> list[ViTBlockSpec]:
     is_swiglu = config.field("use_swiglu_ffn", default=False)
     spec = ViTBlockSpec(
         num_heads=config.num_attention_heads,
-        activation="silu" if is_swiglu else activation_of(config.hidden_act),
+        activation="silu" if is_swiglu else activation_name(config.hidden_act),
         dropout=_branch_dropout(config),
         attention_dropout=config.field(
             "attention_probs_dropout_prob", config.field("attention_dropout", default=0.0)

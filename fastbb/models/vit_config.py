@@ -31,7 +31,7 @@ def _check_pooler_activation(name: str, value: Any) -> str:
     return check_choice(name, value, ["tanh", *ACTIVATIONS, *_SAME_ACTIVATIONS])
 
 
-def activation_of(name: str) -> str:
+def activation_name(name: str) -> str:
     """The name in `ACTIVATIONS` of an activation of transformers."""
     return _SAME_ACTIVATIONS.get(name, name)
 

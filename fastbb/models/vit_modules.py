@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .layers import drop_path
 from .parts import Activation, NativeModule, untouched
 from .vit_forward import attend, layer_bias
-from .vit_names import ViTNames, part
+from .vit_names import GATE, GATED, ViTNames, part
 from .vit_parts import ViTBlockParts, ViTBlockSpec, ViTEmbeddingParts
 from .vit_positions import (
     Grid,
@@ -104,8 +104,8 @@ class ViTMlp(NativeModule):
         sizes, bias = (shape.channels, shape.hidden), shape.mlp_bias
         self.layer_names = (*names.fc, names.activation)
         if self.is_gated:
-            self.layer_names = ("up_proj", "down_proj", "act_fn")
-            self.gate_proj = nn.Linear(*sizes, bias=bias)
+            self.layer_names = GATED
+            setattr(self, GATE, nn.Linear(*sizes, bias=bias))
         first, second, third = self.layer_names
         setattr(self, first, nn.Linear(*sizes, bias=bias))
         setattr(self, second, nn.Linear(*sizes[::-1], bias=bias))
@@ -114,7 +114,7 @@ class ViTMlp(NativeModule):
     @property
     def layers(self) -> tuple[Any, Any, Any, Any]:
         """Gate or None, first layer, second layer, activation."""
-        gate = self.gate_proj if self.is_gated else None
+        gate = getattr(self, GATE) if self.is_gated else None
         fc1, fc2, activation = (getattr(self, name) for name in self.layer_names)
         return gate, fc1, fc2, activation
 

@@ -106,6 +106,10 @@ def _both_ways(*pairs: tuple[str, str]) -> dict[str, Any]:
     }
 
 
+# names of a gated MLP, in all types: the gate; first layer, second layer, activation
+GATE = "gate_proj"
+GATED = ("up_proj", "down_proj", "act_fn")
+
 # transformers 4's names, which 5 still writes
 _ATTENTION = (
     ("attention.attention.query.", "attention.q_proj."),

@@ -62,7 +62,7 @@ class ViTBlockParts:
     Attributes:
         owner: the block; fused weights are cached for it.
         norms: before the attention and the MLP.
-        projections: to queries, keys and values.
+        projections: to queries, keys and values, in three layers or in one.
         proj: after the attention.
         scales: layer scales [C] or None, read at every call.
         fc1: first layer of the MLP.
@@ -74,7 +74,7 @@ class ViTBlockParts:
 
     owner: nn.Module
     norms: tuple[nn.LayerNorm, nn.LayerNorm]
-    projections: tuple[nn.Linear, nn.Linear, nn.Linear]
+    projections: tuple[nn.Linear, ...]
     proj: nn.Linear
     scales: Callable[[], tuple[Tensor | None, Tensor | None]]
     fc1: nn.Linear
@@ -86,17 +86,9 @@ class ViTBlockParts:
     def weights(self) -> ViTBlockWeights:
         """Reads the tensors for a call; fused ones are cached."""
         first, second = self.norms
-        weights = [linear.weight for linear in self.projections]
-        biases = [linear.bias for linear in self.projections]
-        qkv_weight, qkv_bias = derive(
-            self.owner,
-            "qkv",
-            partial(_fused, [bias is not None for bias in biases]),
-            *weights,
-            *(bias for bias in biases if bias is not None),
-        )
+        qkv_weight, qkv_bias = self.qkv()
         scale1, scale2 = self.scales()
-        gate = self.gate
+        gate_weight, gate_bias, fc1_weight, fc1_bias = self.hidden()
         return ViTBlockWeights(
             first.weight,
             first.bias,
@@ -107,14 +99,34 @@ class ViTBlockParts:
             scale1,
             second.weight,
             second.bias,
-            None if gate is None else gate.weight,
-            None if gate is None else gate.bias,
-            self.fc1.weight,
-            self.fc1.bias,
+            gate_weight,
+            gate_bias,
+            fc1_weight,
+            fc1_bias,
             self.fc2.weight,
             self.fc2.bias,
             scale2,
         )
+
+    def qkv(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [3C, C] and bias [3C] of queries, keys and values."""
+        if len(self.projections) == 1:
+            return self.projections[0].weight, self.projections[0].bias
+        weights = [linear.weight for linear in self.projections]
+        biases = [linear.bias for linear in self.projections]
+        return derive(
+            self.owner,
+            "qkv",
+            partial(_fused, [bias is not None for bias in biases]),
+            *weights,
+            *(bias for bias in biases if bias is not None),
+        )
+
+    def hidden(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """Weight [F, C] and bias [F] of the gate, and of the first layer."""
+        gate = self.gate
+        gate_weight, gate_bias = (None, None) if gate is None else (gate.weight, gate.bias)
+        return gate_weight, gate_bias, self.fc1.weight, self.fc1.bias
 
 
 def _fused(has_bias: list[bool], *tensors: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -159,7 +171,7 @@ class ViTEmbeddingParts:
 
 @dataclass(frozen=True)
 class ViTParts:
-    """A ViT; a module is called.
+    """A ViT; a module is called, and so is another embedding.
 
     Attributes:
         embedding: of patches.
@@ -172,11 +184,11 @@ class ViTParts:
         takes_resolution: whether layers have a relative position bias of their own.
     """
 
-    embedding: ViTEmbeddingParts | nn.Module
+    embedding: ViTEmbeddingParts | Callable[[Tensor], Tensor]
     pre_norm: nn.Module | None
     blocks: tuple[ViTBlockParts | nn.Module, ...]
     root: nn.Module | None = None
     encoder: nn.Module | None = None
     rope: Callable[[Grid], Rotation] | None = None
-    shared_bias: nn.Module | None = None
+    shared_bias: Callable[[Grid], Tensor] | None = None
     takes_resolution: bool = False

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -239,9 +239,20 @@ class ViTRelativePositionBias(NativeModule):
 
     def forward(self, grid: Grid) -> Tensor:
         """Computes the bias [1, num_heads, N, N] for a grid of patches after a class token."""
-        table = self.relative_position_bias_table
-        compute = partial(_relative_bias, self.grid, grid)
-        return derive(self, "bias", compute, table, constants=(self.grid, grid))[0]
+        return relative_position_bias(self, self.grid, grid)
+
+
+def relative_position_bias(owner: Any, trained: Grid, grid: Grid) -> Tensor:
+    """The bias [1, num_heads, N, N] for a grid of patches after a class token.
+
+    Args:
+        owner: module with the `relative_position_bias_table`; the bias is cached for it.
+        trained: rows and columns of patches that the table was made for.
+        grid: rows and columns of patches.
+    """
+    table = owner.relative_position_bias_table
+    compute = partial(_relative_bias, trained, grid)
+    return derive(owner, "bias", compute, table, constants=(trained, grid))[0]
 
 
 def _relative_bias(trained: Grid, grid: Grid, table: Tensor) -> tuple[Tensor]:

@@ -106,7 +106,7 @@ def is_bookkeeping(module: nn.Module, name: str) -> bool:
     Private attributes of adapters switch them on and off.
     """
     is_theirs = type(module).__module__.startswith("transformers.")
-    private = name.startswith("_") or name == "name_or_path"
+    private = name.startswith("_") or name in ("config", "name_or_path")
     return (is_theirs and private) or name == "_is_hf_initialized"  # on torch's own layers too
 
 

@@ -190,6 +190,8 @@ ADAPTED: dict[Callable[[], Any], list[str]] = {
     resnet_backbone: ["convolution"],
     timm_resnet: ["conv1"],
     HOSTS["torchvision_swin"]: ["mlp.0"],
+    HOSTS["dinov2_backbone"]: ["q_proj", "fc2"],
+    HOSTS["timm_vit"]: ["qkv"],
 }
 
 

@@ -19,6 +19,7 @@ from tiny_hosts import (
     assert_bit_equal,
     assert_close,
     assert_ours_ran,
+    dinov2_backbone,
     has_run_ours,
     infer,
     maskformer_swin,
@@ -184,6 +185,8 @@ COPIES: dict[str, tuple[Callable[[Any, Path], Any], bool]] = {
 def test_copies_are_accelerated_and_independent(
     make: Callable[[], Any], make_copy: Any, ran_before: bool, tmp_path: Path
 ) -> None:
+    if make is dinov2_backbone and make_copy is reloaded:
+        pytest.skip("the hooks by which transformers captures hidden states cannot be pickled")
     model = make()
     fastbb.accelerate(model, mode="eager")
     before = infer(make())

@@ -54,6 +54,7 @@ def timm_efficientnet() -> Any:
 
 
 SWINS = ["swin_classifier", "swin_backbone", "maskformer_swin", "torchvision_swin"]
+VITS = ["dinov2_backbone", "timm_vit"]
 RESNETS = ["resnet_backbone", "timm_resnet", "timm_efficientnet"]
 ANY_SIZE = "timm_swin, any size"
 MAKES: dict[str, Callable[[], Any]] = {
@@ -64,13 +65,13 @@ MAKES: dict[str, Callable[[], Any]] = {
 }
 # models to which each change applies; upstream runs all of them
 APPLIES: dict[str, list[str]] = {
-    "eps": [*SWINS, *RESNETS, ANY_SIZE],
+    "eps": [*SWINS, *RESNETS, *VITS, ANY_SIZE],
     "eps of one norm of a block": ["swin_backbone", "maskformer_swin"],
     "eps of mergings": ["swin_classifier", "swin_backbone"],
     "eps of stages": ["swin_backbone", "maskformer_swin"],
-    "scale": ["swin_classifier", "swin_backbone", ANY_SIZE, "timm_swin"],
+    "scale": ["swin_classifier", "swin_backbone", *VITS[:1], ANY_SIZE, "timm_swin"],
     "function of the activation": ["swin_classifier", "swin_backbone", "maskformer_swin"],
-    "approximate": ["torchvision_swin", ANY_SIZE],
+    "approximate": ["torchvision_swin", "timm_vit", ANY_SIZE],
     "class of the activation": ["resnet_backbone", "timm_resnet"],
     "index in place": [*SWINS, ANY_SIZE],
     "index replaced": [*SWINS, ANY_SIZE],

@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,10 +16,9 @@ from safetensors.torch import load_file, save_file
 from tiny_types import FIELDS, config, upstream
 from tolerance import assert_equals_upstream
 
-from fastbb import AutoBackbone, AutoConfig, FeatureExtractor, ImageProcessor
+from fastbb import AutoBackbone, AutoConfig
 from fastbb.backbone.hub import ConfigFile
 from fastbb.extraction.models import BackboneModel
-from fastbb.images.spec import ImageProcessorSpec
 from fastbb_kernels.accuracy import FP32_REL
 
 transformers = pytest.importorskip("transformers")
@@ -182,6 +182,72 @@ def test_gradients_and_training_reach_upstreams_parameters(swinv2: Any) -> None:
     assert all(p.grad is not None for p in swinv2.parameters())
 
 
+def test_windows_of_rf_detr_follow_the_selected_stages(tmp_path: Path) -> None:
+    theirs = upstream("rf_detr_dinov2", out_indices=[1, 3])
+    folder = saved(theirs, tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    assert values.pop("window_block_indexes") == [0, 2]  # [0, 1, 2] without a selection
+    (folder / "config.json").write_text(json.dumps(values))
+    ours = AutoBackbone.from_pretrained(folder)
+    for x, y in zip(maps(ours), maps(theirs), strict=True):
+        assert_equals_upstream(x, y, FP32_REL)
+    assert "window_block_indexes" in ours.config.deciding_fields()
+
+
+def test_outputs_that_a_configuration_asks_for_do_no_harm(tmp_path: Path) -> None:
+    folder = saved(upstream("swinv2"), tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    values |= {"return_dict": False, "output_hidden_states": True}
+    (folder / "config.json").write_text(json.dumps(values))
+    ours = AutoBackbone.from_pretrained(folder)
+    with torch.no_grad():
+        assert [len(part) for part in ours(PIXELS)] == [1, 3]
+        only = ours(PIXELS, output_hidden_states=False, return_dict=True)
+    assert list(only) == ["feature_maps"] and ours.channels == [16]
+    assert ours.prepare()(PIXELS, return_dict=True).hidden_states is not None
+
+
+def test_an_empty_batch_and_no_stage_give_empty_results(swinv2: Any) -> None:
+    assert swinv2(PIXELS[:0]).feature_maps[0].shape == (0, 16, 4, 4)
+    swinv2.config.set_output_features_output_indices([], [])
+    assert swinv2(PIXELS).feature_maps == ()
+
+
+def test_a_forward_of_another_library_runs_for_every_selection(swinv2: Any) -> None:
+    calls, forward = [], swinv2.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return forward(*args, **kwargs)
+
+    swinv2.model.forward = counted
+    swinv2.out_features = ["stem"]
+    assert maps(swinv2)[0].shape[1] == 8 and calls
+
+
+def test_weights_load_inside_inference_mode(tmp_path: Path) -> None:
+    folder = saved(upstream("swinv2"), tmp_path)
+    with torch.inference_mode():
+        ours = AutoBackbone.from_pretrained(folder)
+    assert not any(p.is_inference() for p in ours.parameters())
+
+
+def test_threads_that_load_leave_logging_as_it_was(tmp_path: Path) -> None:
+    folder = saved(upstream("swinv2"), tmp_path)
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    threads = [Thread(target=AutoBackbone.from_pretrained, args=[folder]) for _ in range(4)]
+    try:
+        logging.set_verbosity_info()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert logging.get_verbosity() == 20 and logging.is_progress_bar_enabled()
+    finally:
+        logging.set_verbosity(before)
+
+
 # --- bad input
 
 
@@ -194,7 +260,12 @@ def test_missing_and_misshapen_weights_are_listed(tmp_path: Path) -> None:
         AutoBackbone.from_pretrained(folder)
     key = next(n for n in state if name in n)
     save_file({**state, key: torch.zeros(1, 2, 3, 4)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match="do not fit BitBackbone"):
+    with pytest.raises(ValueError, match=rf"wrong shape: .*{name}.*\[1, 2, 3, 4\] in the checkpo"):
+        AutoBackbone.from_pretrained(folder)
+    layer = key.replace(".layers.0.", ".layers.7.")
+    more = {layer: torch.zeros(1), "classifier.1.bias": torch.zeros(2)}
+    save_file({**state, **more}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"unknown: \S*layers\.7\.conv1\.weight$"):
         AutoBackbone.from_pretrained(folder)
     save_file({"other.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="The checkpoint holds no BitBackbone"):
@@ -226,7 +297,23 @@ def test_wrong_sizes_are_refused(tmp_path: Path) -> None:
         vitdet(images(32, 7))
 
 
+def test_sizes_that_windows_do_not_divide_are_refused() -> None:
+    detector = AutoBackbone.from_config(config("rf_detr_dinov2"))
+    with pytest.raises(ValueError, match="2x2 windows: .* divisible by 16 and 16, got 32x40"):
+        detector(images(32, 40))
+    detector = AutoBackbone.from_config(config("lw_detr_vit"))
+    with pytest.raises(ValueError, match="2x2 windows: .* divisible by 16 and 16, got 24x32"):
+        detector(images(24, 32))
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="vitpose_backbone is a mixture of experts"):
+        AutoBackbone.from_config(config("vitpose_backbone", num_experts=2))
+
+
 def test_configuration_that_upstream_refuses() -> None:
+    with pytest.raises(ValueError, match="does not know the activation 'nope'"):
+        AutoBackbone.from_config(AutoConfig.for_model("swinv2", hidden_act="nope"))
     with pytest.raises(ValueError, match="transformers refuses the configuration"):
         AutoConfig.for_model("swinv2", depths="two")
 
@@ -238,85 +325,6 @@ def test_without_transformers_one_sentence_names_it(
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"not installed: pip install 'transformers>=5\.9'"):
         AutoBackbone.from_pretrained(folder)
-
-
-# --- features
-
-
-@pytest.mark.parametrize(
-    ("model_type", "model"),
-    [
-        ("bit", "BitModel"),
-        ("focalnet", "FocalNetModel"),
-        ("hiera", "HieraModel"),
-        ("pixio", "PixioModel"),
-        ("sapiens2", "Sapiens2Model"),
-        ("swinv2", "Swinv2Model"),
-        ("textnet", "TextNetModel"),
-        ("tipsv2_vision_model", "Tipsv2VisionModel"),
-    ],
-)
-def test_the_embedding_is_upstreams_pooler_output(
-    model_type: str, model: str, tmp_path: Path
-) -> None:
-    made = randomize_(getattr(transformers, model)(config(model_type)))
-    extractor = FeatureExtractor(saved(made, tmp_path), "embedding", processor=processor())
-    with torch.no_grad():
-        want = made(PIXELS).pooler_output.flatten(1)
-        got = extractor._models[0].features(PIXELS)["embedding"]
-    assert_equals_upstream(got, want, FP32_REL)
-
-
-def processor() -> ImageProcessor:
-    return ImageProcessor(
-        ImageProcessorSpec(
-            image_processor_type="ViTImageProcessor", reference="hf", resize="exact", size=(32, 32)
-        )
-    )
-
-
-def test_tokens_and_the_class_token_are_upstreams(tmp_path: Path) -> None:
-    made = randomize_(transformers.PixioModel(config("pixio")))
-    names = ["cls", "patch_mean", "tokens"]
-    extractor = FeatureExtractor(saved(made, tmp_path), names, processor=processor())
-    with torch.no_grad():
-        want = made(PIXELS).last_hidden_state
-        got = extractor._models[0].features(PIXELS)
-    assert_equals_upstream(got["tokens"], want, FP32_REL)
-    assert_equals_upstream(got["cls"], want[:, 0], FP32_REL)
-    assert_equals_upstream(got["patch_mean"], want[:, 2:].mean(1), FP32_REL)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "features", "problem"),
-    [
-        (
-            "hgnet_v2",
-            "embedding",
-            "embedding: transformers' hgnet_v2 is a backbone alone; .*pooled",
-        ),
-        ("pvt_v2", "embedding", "embedding: transformers' PvtV2Model has no pooler_output; .*pool"),
-        ("swinv2", "embedding", "embedding: the checkpoint lacks a trained part of .*layernorm"),
-        ("swinv2", "cls", "cls: transformers' swinv2 has no class token"),
-        ("swinv2", "projection", "projection: transformers' swinv2 has none"),
-    ],
-)
-def test_missing_features_are_errors(
-    model_type: str, features: str, problem: str, tmp_path: Path
-) -> None:
-    folder = saved(upstream(model_type), tmp_path)
-    with pytest.raises(ValueError, match=problem):
-        FeatureExtractor(folder, features, processor=processor())
-
-
-def test_changed_weights_have_no_embedding_of_the_checkpoint(tmp_path: Path) -> None:
-    made = randomize_(transformers.Swinv2Model(config("swinv2")))
-    ours = AutoBackbone.from_pretrained(saved(made, tmp_path))
-    FeatureExtractor(ours, "embedding", processor=processor())
-    with torch.no_grad():
-        next(ours.model.parameters()).add_(1)
-    with pytest.raises(ValueError, match="of this backbone is not its checkpoint's"):
-        FeatureExtractor(ours, "embedding", processor=processor())
 
 
 def test_nothing_is_printed_while_loading(
@@ -332,16 +340,7 @@ def test_nothing_is_printed_while_loading(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("model_type", ["pixio", "sapiens2"])
-def test_features_of_maps_are_maps_where_the_backbone_returns_tokens(model_type: str) -> None:
-    with torch.no_grad():
-        tokens: Any = AutoBackbone.from_config(config(model_type, reshape_hidden_states=False))
-        tokens.eval()
-        want = upstream(model_type)
-        want.load_state_dict(tokens.model.state_dict())
-        stage = tokens.out_features[-1]
-        found = BackboneModel(tokens, stored=[stage], pooled=stage).features(PIXELS)
-        (last,) = maps(want)
-        assert_equals_upstream(found[f"maps.{stage}"], last)
-        assert_equals_upstream(found["pooled"], last.mean((2, 3)))
-        assert [m.ndim for m in maps(tokens)] == [3]
+def test_the_mean_of_a_map_is_an_error_where_the_backbone_returns_tokens() -> None:
+    tokens: Any = AutoBackbone.from_config(config("pixio", reshape_hidden_states=False)).eval()
+    with pytest.raises(ValueError, match="load it with reshape_hidden_states=True"):
+        BackboneModel(tokens, pooled=tokens.out_features[-1]).features(PIXELS)

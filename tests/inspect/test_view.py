@@ -1,5 +1,6 @@
 """`fastbb view`: which images, sizes and stages make a sheet, and where it is written."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,16 @@ def test_an_image_is_not_overwritten_by_its_sheet(photo: Path) -> None:
     with pytest.raises(ValueError, match="is one of the images"):
         view(photo, "nano-swin-digits", photo)
     assert photo.read_bytes() == before
+
+
+def test_a_model_whose_maps_are_tokens_is_drawn(tmp_path: Path) -> None:
+    """Depth-Anything's backbone has reshape_hidden_states=False."""
+    pytest.importorskip("transformers")
+    from tiny_types import upstream
+
+    upstream("dinov2", reshape_hidden_states=False).save_pretrained(tmp_path / "model")
+    processor = {"image_processor_type": "ViTImageProcessor", "size": 32}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    Image.new("RGB", (40, 32), "teal").save(tmp_path / "image.png")
+    view([tmp_path / "image.png"], str(tmp_path / "model"), tmp_path / "view.png")
+    assert Image.open(tmp_path / "view.png").size[0] > 100

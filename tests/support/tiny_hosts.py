@@ -73,11 +73,26 @@ def torchvision_swin(**options: Any) -> Any:
     return randomize_(SwinTransformer(**{**shape, **options}))
 
 
+def dinov2_backbone(**config: Any) -> Any:
+    from vit_models import hf_vit
+
+    return hf_vit("dinov2", image_size=32, patch_size=8, out_indices=[0, 2], **config)
+
+
+def timm_vit(**options: Any) -> Any:
+    import timm
+
+    shape: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    shape |= {"img_size": 32, "dynamic_img_size": True, "dynamic_img_pad": True}
+    shape |= {"num_classes": 3, "init_values": 1.0, **options}
+    return randomize_(timm.create_model("vit_tiny_patch16_224", **shape))
+
+
 HOSTS: dict[str, Callable[..., Any]] = {
     make.__name__: make
     for make in (
         *(swin_classifier, swin_backbone, maskformer_swin),
-        *(resnet_backbone, timm_resnet, torchvision_swin),
+        *(resnet_backbone, timm_resnet, torchvision_swin, dinov2_backbone, timm_vit),
     )
 }
 
@@ -96,8 +111,8 @@ def twin_of(make: Callable[[], Any], model: Any) -> Any:
 
 
 def block_of(model: nn.Module) -> Any:
-    """Returns the first residual or Swin block."""
-    kinds = ("SwinLayer", "BottleNeckLayer", "BasicBlock", "TransformerBlock")
+    """Returns the first block."""
+    kinds = ("SwinLayer", "Dinov2Layer", "BottleNeckLayer", "Block")
     return next(m for m in model.modules() if type(m).__name__.endswith(kinds))
 
 

@@ -98,7 +98,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "pp_lcnet_v4": LCNET_V4,
     "pvt_v2": PVT,
     "resnet": {**PYRAMID, "embedding_size": 8, "layer_type": "basic"},
-    "rf_detr_dinov2": {**VIT, "num_windows": 2, "window_block_indexes": [0]},
+    "rf_detr_dinov2": {**VIT, "num_windows": 2},
     "rt_detr_resnet": {**PYRAMID, "embedding_size": 8, "layer_type": "basic"},
     "sapiens2": {**VIT, "num_register_tokens": 2, "num_key_value_heads": 2},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
