@@ -29,6 +29,7 @@ from ..engine.engine import Engine
 from ..engine.settings import Settings
 from ..hosts.accelerate import accelerate, restore
 from ..hosts.replacement import AccelerateWarning
+from ..hosts.transformers_backbone import TransformersBackbone
 from ..models.timm_full import POOLED_OR_MAPS
 from .outputs import Norm
 
@@ -167,7 +168,14 @@ class BackboneModel(FeatureModel):
             features["pooled"] = self._mean(found[self._pooled])
         return features | {f"maps.{name}": found[name] for name in self._stored}
 
+    def check(self, pixels: Tensor) -> None:
+        if isinstance(self.backbone, TransformersBackbone):
+            _check_rows(self.backbone, self.features(pixels, plain=True), len(pixels))
+
     def _mean(self, feature_map: Tensor) -> Tensor:
+        config = self.backbone.config
+        if feature_map.ndim == 3 and not hasattr(config, "reshape_hidden_states"):
+            return feature_map.float().mean(1)  # VitPose's, of patches alone
         if feature_map.ndim != 4:  # transformers' own backbones have flags as they were built
             raise ValueError(
                 f"pooled: this {self.backbone.config.model_type} returns tokens, not maps: load it "
@@ -187,6 +195,16 @@ class BackboneModel(FeatureModel):
             return backbone.patch_mean_of(state)
         tokens = backbone.tokens_of(state)
         return tokens[:, 0] if name == "cls" else tokens
+
+
+def _check_rows(backbone: Backbone, features: Mapping[str, Tensor], n_images: int) -> None:
+    """Raises a ValueError for a feature that has no row for each image."""
+    for name, feature in features.items():
+        if len(feature) != n_images:  # of RF-DETR, the tokens of each window
+            raise ValueError(
+                f"{name}: {backbone.config.model_type} gives {list(feature.shape)} for {n_images} "
+                "images: no row for each; load it with reshape_hidden_states=True"
+            )
 
 
 def _check_native(backbone: Backbone, full: Sequence[str], norm: Norm | None) -> None:

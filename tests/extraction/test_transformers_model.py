@@ -117,3 +117,16 @@ def test_a_loaded_backbone_is_not_changed(tmp_path: Path) -> None:
     ours.model.embeddings.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="embedding: 'model.embeddings' of this .* has hooks"):
         FeatureExtractor(ours, "embedding", processor=processor())
+
+
+def test_maps_that_are_tokens_are_pooled_or_refused(tmp_path: Path) -> None:
+    vitpose = upstream("vitpose_backbone")
+    extractor = FeatureExtractor(saved(vitpose, tmp_path / "1"), "pooled", processor=processor())
+    with torch.no_grad():
+        got = extractor._models[0].features(PIXELS)["pooled"]
+        assert_equals_upstream(got, vitpose(PIXELS).feature_maps[0].mean(1), FP32_REL)
+    detector = upstream("rf_detr_dinov2", reshape_hidden_states=False)
+    with pytest.raises(
+        ValueError, match="maps.stage3: .*no row for each; load it with reshape_hid"
+    ):
+        FeatureExtractor(saved(detector, tmp_path / "2"), "maps", processor=processor())
