@@ -99,10 +99,11 @@ def view(
     return out_path
 
 
-def _with_maps(model: str) -> Backbone:
+def _with_maps(model: str | os.PathLike[str]) -> Backbone:
     """Loads a backbone whose maps are [B, C, h, w], which a depth model's own are not."""
     config: Any = AutoConfig.from_pretrained(model)
-    flag = {} if getattr(config, "reshape_hidden_states", True) else {"reshape_hidden_states": True}
+    is_map = getattr(config, "reshape_hidden_states", True)
+    flag: dict[str, Any] = {} if is_map else {"reshape_hidden_states": True}
     return AutoBackbone.from_pretrained(model, **flag)
 
 
