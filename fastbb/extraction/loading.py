@@ -23,7 +23,8 @@ from ..models.lookup import find_config
 from ..models.timm import TimmBackbone, TimmBackboneConfig
 from ..models.timm_full import POOLED_OR_MAPS, check_same_weights, load_full
 from .identity import changes, changes_digest
-from .models import BackboneModel, FeatureModel, LayerModel, TimmModel, upstream_model
+from .layers import LayerModel, upstream_model
+from .models import BackboneModel, FeatureModel, TimmModel
 from .outputs import Wanted
 from .transformers_model import TransformersFullModel
 

@@ -20,20 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from fastbb_kernels.warning import warn_caller
-
-from ..backbone.base import Backbone
 from ..backbone.checkpoint import LoadingInfo, StateDict, shapes_only
 from ..backbone.configuration import BackboneConfig
 from ..backbone.output import BackboneOutput
 from ..backbone.registry import Family, Upstream, register
+from ..models.stage_norms import NORMS, UntrainedNorms
 from ..weights.watch import has_foreign_forward
 from .model_types import BACKBONE_TYPES
 from .transformers_config import TransformersBackboneConfig, config_class, transformers
-from .transformers_loading import STAGE_NORMS, load_module, quiet
+from .transformers_loading import load_module, quiet
 
 
-class TransformersBackbone(Backbone):
+class TransformersBackbone(UntrainedNorms):
     """A backbone computed by transformers' own module, which is `model`.
 
     Stages, maps, hidden states and flags are those of transformers' class: a ViT's hidden states
@@ -48,7 +46,6 @@ class TransformersBackbone(Backbone):
 
     config_class = TransformersBackboneConfig
     config: TransformersBackboneConfig
-    _untrained_norms: frozenset[str] = frozenset()
 
     def __init__(self, config: TransformersBackboneConfig) -> None:
         super().__init__(config)
@@ -188,15 +185,6 @@ class TransformersBackbone(Backbone):
             )
         return pixel_values
 
-    def outputs_changed(self) -> None:
-        names = [name for name in self.out_features if name in self._untrained_norms]
-        if names:
-            self._untrained_norms -= set(names)
-            warn_caller(
-                f"The checkpoint has no norm for {', '.join(names)}: those feature maps are "
-                "normalized with weight 1 and bias 0, as transformers does."
-            )
-
     @classmethod
     def own_config(cls, config: Any) -> Any:
         model_type = getattr(config, "model_type", "")
@@ -229,8 +217,6 @@ class TransformersBackbone(Backbone):
         backbone._set_model(model.to(device or "cpu"))
         backbone.eval()
         backbone.report_loading(name, loaded)
-        backbone._untrained_norms = frozenset(norm.split(".")[1] for norm in loaded.initialized)
-        backbone.outputs_changed()
         return backbone, loaded
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
@@ -244,7 +230,7 @@ class TransformersBackbone(Backbone):
         """
         self.check_own_weights()
         unselected = [n for n in self.stage_names if n not in self.out_features]
-        left_out = tuple(f"{STAGE_NORMS}{name}." for name in unselected)
+        left_out = tuple(f"{NORMS}{name}." for name in unselected)
         model = self._model_for(self.out_features)
         state = {n: t for n, t in model.state_dict().items() if not n.startswith(left_out)}
         if "pixio.layernorm.weight" in state:  # upstream swaps the two when it loads them

@@ -19,10 +19,8 @@ from ..backbone.checkpoint import (
     shapes_only,
     some,
 )
+from ..models.stage_norms import NORMS
 from .transformers_config import transformers
-
-# norms of maps, which exist for the selected stages only, and which classifiers lack
-STAGE_NORMS = "hidden_states_norms."
 
 
 def _dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
@@ -73,7 +71,7 @@ def load_module(
         )
     _mend_pixio(model, found)
     optional = {n for n in info["missing_keys"] if n.endswith("num_batches_tracked")}
-    initialized = sorted(n for n in info["missing_keys"] if n.startswith(STAGE_NORMS))
+    initialized = sorted(n for n in info["missing_keys"] if n.startswith(NORMS))
     missing = sorted(info["missing_keys"] - optional - _mended(model) - {*initialized})
     shapes = [
         f"{n}: {list(theirs)} in the checkpoint, {list(ours)} in the model"

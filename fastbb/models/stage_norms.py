@@ -15,10 +15,31 @@ from ..backbone.configuration import BackboneConfig
 from .layers import MapLayerNorm
 from .parts import Refused, untouched
 
-_NORMS = "hidden_states_norms."
+NORMS = "hidden_states_norms."
 
 
-class StageNorms(Backbone):
+class UntrainedNorms(Backbone):
+    """A backbone that warns once for each returned stage whose norm a checkpoint lacked."""
+
+    _untrained_norms: frozenset[str] = frozenset()
+
+    def outputs_changed(self) -> None:
+        names = [name for name in self.out_features if name in self._untrained_norms]
+        if names:
+            self._untrained_norms -= set(names)
+            warn_caller(
+                f"The checkpoint has no norm for {', '.join(names)}: those feature maps are "
+                "normalized with weight 1 and bias 0, as transformers does."
+            )
+
+    def report_loading(self, name: str, info: LoadingInfo) -> None:
+        super().report_loading(name, info)
+        norms = [n for n in info.initialized if n.startswith(NORMS)]
+        self._untrained_norms = frozenset(norm.split(".")[1] for norm in norms)
+        self.outputs_changed()
+
+
+class StageNorms(UntrainedNorms):
     """A backbone whose returned maps have a layer norm each, and whose last stage has another one.
 
     All stages have a norm, as `out_indices` may change; those of selected stages are saved. A
@@ -34,7 +55,6 @@ class StageNorms(Backbone):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
-        self._untrained_norms: frozenset[str] = frozenset()
         self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
 
     def load_state_dict(
@@ -51,7 +71,7 @@ class StageNorms(Backbone):
     ) -> None:
         """Accepts state dicts of transformers' modules, with the norms of selected stages only."""
         own = self.state_dict()
-        optional = [n for n in own if n.startswith((_NORMS, f"{self.final_norm_name}."))]
+        optional = [n for n in own if n.startswith((NORMS, f"{self.final_norm_name}."))]
         absent = [name for name in optional if prefix + name not in state_dict]
         # a part of the weights (those of an adapter) leaves the norms as they are
         is_whole = all(prefix + name in state_dict for name in own.keys() - optional)
@@ -87,7 +107,7 @@ class StageNorms(Backbone):
             try:
                 untouched(norm, nn.LayerNorm, MapLayerNorm)
             except Refused as refused:
-                called[_NORMS + name] = str(refused)
+                called[NORMS + name] = str(refused)
         return called
 
     @property
@@ -96,7 +116,7 @@ class StageNorms(Backbone):
 
     def used_weights(self, maps: Sequence[str], final: bool) -> StateDict:
         state = self.state_dict()
-        unused = [f"{_NORMS}{n}." for n in self.stage_names if n not in maps]
+        unused = [f"{NORMS}{n}." for n in self.stage_names if n not in maps]
         unused += [] if final else [f"{self.final_norm_name}."]
         return {n: tensor for n, tensor in state.items() if not n.startswith(tuple(unused))}
 
@@ -105,17 +125,8 @@ class StageNorms(Backbone):
         return {
             name: tensor
             for name, tensor in self.state_dict().items()
-            if not name.startswith(_NORMS) or name.split(".")[1] in stages
+            if not name.startswith(NORMS) or name.split(".")[1] in stages
         }
-
-    def outputs_changed(self) -> None:
-        names = [name for name in self.out_features if name in self._untrained_norms]
-        if names:
-            self._untrained_norms -= set(names)
-            warn_caller(
-                f"The checkpoint has no norm for {', '.join(names)}: those feature maps are "
-                "normalized with weight 1 and bias 0, as transformers does."
-            )
 
     def init_optional_weights(self) -> None:
         for module in (self.final_norm, *self.hidden_states_norms.values()):
@@ -123,9 +134,3 @@ class StageNorms(Backbone):
             # not by to_empty, which imports sympy for a meta tensor
             module.weight = nn.Parameter(torch.ones(module.normalized_shape))
             module.bias = nn.Parameter(torch.zeros(module.normalized_shape))
-
-    def report_loading(self, name: str, info: LoadingInfo) -> None:
-        super().report_loading(name, info)
-        norms = [n for n in info.initialized if n.startswith(_NORMS)]
-        self._untrained_norms = frozenset(norm.split(".")[1] for norm in norms)
-        self.outputs_changed()

@@ -249,7 +249,7 @@ def test_layers_without_the_library_are_an_error(
     swin: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "fastbb.extraction.models.import_module", lambda name: __import__("no_such_library")
+        "fastbb.extraction.layers.import_module", lambda name: __import__("no_such_library")
     )
     with pytest.raises(ValueError, match=r"not installed .*pip install 'fastbb\[transformers\]'"):
         FeatureExtractor(swin[0], "layer:encoder.layers.0")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastbb import AutoBackbone, AutoImageProcessor
 from fastbb.cli import main
 from fastbb.extraction import FeatureExtractor
-from fastbb.extraction.models import LayerModel
+from fastbb.extraction.layers import LayerModel
 from fastbb.models.timm_full import load_full
 
 SWIN = "nano-swin-digits"

@@ -13,7 +13,8 @@ from tolerance import assert_equals_upstream
 from vit_models import SHAPE, TYPES, hf_vit, hf_vit_model, patches, upstream_class, vit_config
 
 from fastbb import AutoBackbone, AutoConfig
-from fastbb.extraction.models import BackboneModel, LayerModel, upstream_model
+from fastbb.extraction.layers import LayerModel, upstream_model
+from fastbb.extraction.models import BackboneModel
 from fastbb.inspect.verify import verify
 
 transformers = pytest.importorskip("transformers")
