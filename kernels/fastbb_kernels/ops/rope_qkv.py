@@ -108,10 +108,16 @@ class RopeQkv(NamedTuple):
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, num_heads, -1))
         patches = qkv[:, n_prefix:, :2]  # of q and k
-        first, second = patches.chunk(2, -1)
-        cos, sin = cos[:, None, None], sin[:, None, None]
+        half = patches.shape[-1] // 2
+        first, second = patches[..., :half], patches[..., half:]
+        (cos_1, cos_2), (sin_1, sin_2) = (t[:, None, None].chunk(2, -1) for t in (cos, sin))
         # in place: v and the prefix tokens are not copied
-        patches.copy_(patches * cos + torch.cat((-second, first), -1) * sin)
+        turned, returned = first * sin_2, second * sin_1
+        if turned.dtype == qkv.dtype:
+            first.mul_(cos_1).sub_(returned)
+            second.mul_(cos_2).add_(turned)
+        else:  # a table in fp32 is rounded once
+            patches.copy_(torch.cat((first * cos_1 - returned, second * cos_2 + turned), -1))
         return qkv
 
     def unsupported(self) -> str | None:
