@@ -245,9 +245,10 @@ class BackboneConfig(BackboneConfigMixin):
         """
         hub = HubOptions(revision, cache_dir, token, local_files_only)
         values = read_config(pretrained_model_name_or_path, hub)
-        if values.get("model_type", cls.model_type) != cls.model_type:
+        known = cls.model_types()
+        if values.get("model_type", known[0]) not in known:
             raise ValueError(
-                f"{cls.__name__} reads model_type {cls.model_type!r}, but "
+                f"{cls.__name__} reads model_type {' or '.join(map(repr, known))}, but "
                 f"{str(pretrained_model_name_or_path)!r} is {values['model_type']!r}; "
                 "AutoConfig.from_pretrained chooses the class by itself"
             )
