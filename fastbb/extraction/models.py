@@ -370,13 +370,21 @@ class TimmModel(FeatureModel):
                 features[name] = found["logits" if is_logits else "pre_logits"]
                 continue
             assert tokens is not None
-            if name == "cls":
-                features[name] = tokens[:, 0]
-            elif name == "patch_mean":
-                features[name] = tokens[:, self._n_prefix :].float().mean(1)
-            else:
-                features[name] = tokens
+            features[name] = of_tokens(name, tokens, self._n_prefix)
         return features
+
+
+def of_tokens(name: str, tokens: Tensor, n_prefix: int) -> Tensor:
+    """Computes "cls", "patch_mean" or "tokens" from the tokens [B, N, C] of a full model.
+
+    Args:
+        name: of the feature.
+        tokens: those before the patches first.
+        n_prefix: number of tokens before the patches.
+    """
+    if name == "cls":
+        return tokens[:, 0]
+    return tokens[:, n_prefix:].float().mean(1) if name == "patch_mean" else tokens
 
 
 class _Calls:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone.checkpoint import read_state_dict
+from ..backbone.checkpoint import read_state_dict, shapes_only
 from ..backbone.hub import HubOptions
 from ..hosts.transformers_backbone import TransformersBackbone
 from ..hosts.transformers_config import transformers
 from ..hosts.transformers_loading import load_module
 from ..models.timm_full import POOLED_OR_MAPS
-from .models import FeatureModel
+from .models import FeatureModel, of_tokens
 from .outputs import TOKENS, Norm
 
 # types whose tokens are before the final norm, which their pooler has
@@ -94,7 +94,9 @@ class TransformersFullModel(FeatureModel):
         name, hub = origin
         try:
             state = read_state_dict(name, hub)
-            model, _ = load_module(model_class, config, state, name, backbone.dtype)
+            with shapes_only():
+                empty = model_class(config)
+            model, _ = load_module(empty, config, state, name, backbone.dtype)
         except ValueError as error:
             raise ValueError(
                 f"{full[0]}: the checkpoint lacks a trained part of transformers' "
@@ -128,14 +130,8 @@ class TransformersFullModel(FeatureModel):
         for name in self._full:
             if name == "embedding":
                 features[name] = found["pooler_output"].flatten(1)
-                continue
-            tokens = found["last_hidden_state"]
-            if name == "cls":
-                features[name] = tokens[:, 0]
-            elif name == "patch_mean":
-                features[name] = tokens[:, self._n_prefix :].float().mean(1)
             else:
-                features[name] = tokens
+                features[name] = of_tokens(name, found["last_hidden_state"], self._n_prefix)
         return features
 
 

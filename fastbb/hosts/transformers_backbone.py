@@ -210,7 +210,7 @@ class TransformersBackbone(UntrainedNorms):
         with shapes_only():
             backbone = cls(config)
         upstream = config.upstream(backbone.stage_names)
-        model, loaded = load_module(type(backbone.model), upstream, state, name, dtype)
+        model, loaded = load_module(backbone.model, upstream, state, name, dtype)
         for norm in loaded.initialized:
             value = 1.0 if norm.endswith("weight") else 0.0
             model.get_parameter(norm).data.fill_(value)

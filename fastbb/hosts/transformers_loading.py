@@ -18,6 +18,7 @@ from ..backbone.checkpoint import (
     rename,
     shapes_only,
     some,
+    strip_prefix,
 )
 from ..models.stage_norms import NORMS
 from .transformers_config import transformers
@@ -28,7 +29,7 @@ def _dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
 
 
 def load_module(
-    model_class: Any,
+    empty: Any,
     config: Any,
     state: StateDict,
     name: str,
@@ -37,8 +38,8 @@ def load_module(
     """Loads a module of transformers strictly, in eval mode, on the CPU.
 
     Args:
-        model_class: of transformers.
-        config: of transformers.
+        empty: the module on the meta device, as transformers builds it.
+        config: of the module, of transformers.
         state: tensors of a checkpoint, of the module or of a model around it.
         name: of the checkpoint, for messages.
         dtype: of the weights; default (or "auto"): that of the checkpoint.
@@ -50,9 +51,8 @@ def load_module(
     Raises:
         ValueError: the weights do not fit; lists what is missing or misshapen.
     """
+    model_class = type(empty)
     what = f"{model_class.__name__} from {name!r}"
-    with shapes_only():
-        empty = model_class(config)
     if config.model_type in _DETECTORS:
         state = rename(state, _detector_name)
     found, prefix, outside = inside(state, _names(empty), what)
@@ -145,8 +145,8 @@ def inside(
     prefix = min(best, key=len)  # upstream finds its own part below the prefix of a base model
     if not all(other.startswith(prefix) for other in best):
         raise ValueError(f"The checkpoint holds more than one {what}: under {sorted(best)}")
-    found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-    return found, prefix, sorted(n for n in state if not n.startswith(prefix))
+    found, outside = strip_prefix(state, prefix)
+    return found, prefix, outside
 
 
 def _mended(model: Any) -> set[str]:

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..auto import AutoBackbone, AutoConfig
+from ..auto import AutoBackbone
 from ..backbone.base import Backbone
 from ..extraction.decode import MAX_RESIZED_PIXELS, ImageError, decode, read_bytes
 from ..extraction.layout import OutputError
@@ -101,10 +100,10 @@ def view(
 
 def _with_maps(model: str | os.PathLike[str]) -> Backbone:
     """Loads a backbone whose maps are [B, C, h, w], which a depth model's own are not."""
-    config: Any = AutoConfig.from_pretrained(model)
-    is_map = getattr(config, "reshape_hidden_states", True)
-    flag: dict[str, Any] = {} if is_map else {"reshape_hidden_states": True}
-    return AutoBackbone.from_pretrained(model, **flag)
+    backbone = AutoBackbone.from_pretrained(model)
+    if getattr(backbone.config, "reshape_hidden_states", True):
+        return backbone
+    return AutoBackbone.from_pretrained(model, reshape_hidden_states=True)
 
 
 def _opened(path: Path) -> Image.Image:
