@@ -38,6 +38,15 @@ class Random:
             "norm_bias": self.normal(features, std=0.2),
         }
 
+    def mlp(self, features: int) -> dict[str, Tensor]:
+        """Returns weights and biases of two linear layers, the hidden one four times as wide."""
+        return {
+            "fc1_weight": self.weight(4 * features, features),
+            "fc1_bias": self.normal(4 * features),
+            "fc2_weight": self.weight(features, 4 * features),
+            "fc2_bias": self.normal(features),
+        }
+
 
 @dataclass(frozen=True)
 class Case:

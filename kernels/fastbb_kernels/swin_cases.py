@@ -190,10 +190,7 @@ def _mlp_block(tokens: _Shape) -> _Make:
         return {
             "x": random.normal(*tokens),
             **random.norm(channels),
-            "fc1_weight": random.weight(4 * channels, channels),
-            "fc1_bias": random.normal(4 * channels),
-            "fc2_weight": random.weight(channels, 4 * channels),
-            "fc2_bias": random.normal(channels),
+            **random.mlp(channels),
             "activation": "gelu",
         }
 
