@@ -29,6 +29,7 @@ from ..backbone.base import Backbone
 from ..engine.interruption import check_interrupted, interruption_code
 from ..engine.measuring import synchronize
 from ..extraction.decode import ImageError, RowError, read_bytes
+from ..extraction.executor import InProcess
 from ..extraction.layout import Shard
 from ..extraction.listing import Listing
 from ..extraction.models import FeatureModel
@@ -37,7 +38,8 @@ from ..extraction.pillow import fixed_settings
 from ..extraction.pipeline import FeatureBatch, FeatureExtractor, Row, chunked, n_decode_threads
 from ..extraction.plan import DEFAULT_BATCH_SIZE, make_plan
 from ..extraction.progress import Progress
-from ..extraction.run import Run, shard_content
+from ..extraction.run import Run
+from ..extraction.shards import shard_content
 from ..extraction.sources import InputError, Source
 from ..extraction.store import FeatureWriter
 from ..images.processor import AutoImageProcessor, ImageProcessor
@@ -386,7 +388,8 @@ class _Bench:
         sources = [source for _, _, source in self.rows]
         with FeatureWriter(folder) as writer, Progress(False) as bar:
             every = 1.0  # no share of failures ends it
-            run = Run(self._extractor, writer, bar, every, self._paths, self._listing, sources)
+            executor = InProcess(self._extractor)
+            run = Run(executor, writer, bar, every, self._paths, self._listing, sources)
             run.start(self._plan["mode"], None, None, None)
 
             def extract() -> None:

@@ -72,8 +72,53 @@ from .shell import Command, echo
     show_default=True,
     help="Stop when more than this share of the images fails, from the 20th image on.",
 )
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="So many processes on the CPU do the shards."
+)
+@click.option(
+    "--devices", metavar="all|0,1", help="A process for each of these GPUs does the shards."
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="",
+    metavar="[ADDRESS]",
+    help="Actors of a Ray cluster do the shards.  [default: of RAY_ADDRESS or this machine]",
+)
+@click.option(
+    "--num-gpus-per-worker",
+    type=click.FloatRange(min=0),
+    help="With --ray.  [default: 1 where the cluster has GPUs]",
+)
+@click.option(
+    "--min-workers",
+    type=click.IntRange(min=1),
+    help="With --ray, to begin with.  [default: 1]",
+)
+@click.option(
+    "--max-workers", type=click.IntRange(min=1), help="With --ray.  [default: as many as fit]"
+)
+@click.option(
+    "--record-crashes",
+    is_flag=True,
+    help="Images of a shard that ended its worker three times become failed rows.",
+)
+@click.option(
+    "--shard-index",
+    metavar="I/N",
+    help="Only every N-th shard from the I-th on; other commands do the rest.",
+)
 @click.option("--quiet", is_flag=True, help="Show no progress.")
-def extract(inputs: tuple[str, ...], model: str | None, quiet: bool, **options: Any) -> None:
+def extract(
+    inputs: tuple[str, ...],
+    model: str | None,
+    ray: str | None,
+    num_gpus_per_worker: float | None,
+    min_workers: int | None,
+    max_workers: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Stores the features of images. The same command again resumes.
 
     INPUT is a directory, a glob in quotes, an image, a list (.txt, .csv, .tsv, .jsonl, .parquet;
@@ -81,16 +126,26 @@ def extract(inputs: tuple[str, ...], model: str | None, quiet: bool, **options: 
 
     A resume takes what is not said from DIR. What would change values is refused.
 
-    Exit codes: 0 every image has features; 1 finished, some images failed or could not be listed;
-    2 wrong arguments; 3 DIR holds features of another plan; 4 too many images failed; 5 another
-    process uses DIR; 6 DIR or the report cannot be written, or the disk is full; 70 a defect of
-    fastbb; 130 interrupted (SIGINT), 143 terminated (SIGTERM).
+    Exit codes: 0 every image has features; 1 finished, some images failed, could not be listed or
+    are of a shard that ended its workers; 2 wrong arguments; 3 DIR holds features of another plan;
+    4 too many images failed; 5 another process uses DIR; 6 DIR or the report cannot be written, or
+    the disk is full; 70 a defect of fastbb; 130 interrupted (SIGINT), 143 terminated (SIGTERM).
     """
+    from ..extraction import RayOptions
     from ..extraction import extract as run
 
-    report = run(model, inputs, progress=not quiet, **options)
+    given = {
+        "num_gpus_per_worker": num_gpus_per_worker,
+        "min_workers": min_workers,
+        "max_workers": max_workers,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and ray is None:
+        raise click.UsageError(f"--{min(given).replace('_', '-')}: it is for --ray")
+    cluster = None if ray is None else RayOptions(ray or None, **given)  # type: ignore[arg-type]  # by name
+    report = run(model, inputs, progress=not quiet, ray=cluster, **options)
     echo(str(report))
-    sys.exit(1 if report.errors or report.unreadable_directories else 0)
+    sys.exit(1 if report.errors or report.unreadable_directories or report.left else 0)
 
 
 @click.command(cls=Command)

@@ -10,6 +10,7 @@ from .features import Features, open_features
 from .job import extract
 from .layout import ExtractionError, OutputError, OutputLockedError, PlanMismatchError
 from .pipeline import FeatureBatch, FeatureExtractor
+from .ray_workers import RayOptions
 from .run import ErrorBudgetError, Report
 from .search import Neighbours
 from .sources import InputError
@@ -29,6 +30,7 @@ __all__ = [
     "OutputError",
     "OutputLockedError",
     "PlanMismatchError",
+    "RayOptions",
     "Report",
     "RowError",
     "VerifyReport",

@@ -37,6 +37,7 @@ ErrorKind = Literal[
     "transform",
     "nonfinite_output",
     "oom_single",
+    "worker_crash",
 ]
 ERROR_KINDS: tuple[ErrorKind, ...] = get_args(ErrorKind)
 

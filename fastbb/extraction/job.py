@@ -13,24 +13,21 @@ import torch
 from torch import Tensor
 
 from ..backbone.base import Backbone
+from ..backbone.hub import absolute_name
 from ..engine.interruption import interruption_code, interruption_word
 from ..images.processor import ImageProcessor
-from .layout import (
-    ExtractionError,
-    OutputLockedError,
-    is_started,
-)
+from .executor import InProcess
+from .layout import ExtractionError, OutputLockedError, is_started
 from .listing import Listing
-from .pipeline import FeatureExtractor
-from .plan import (
-    DEFAULT_BATCH_SIZE,
-    check_plan,
-    extractor_arguments,
-)
+from .plan import make_extractor
+from .pool import Pool
 from .progress import Progress
+from .ray_workers import RayOptions
 from .run import Run
 from .sources import InputError
 from .store import FeatureWriter
+from .worker import Start, said_in_json
+from .workers import Workers, parse_share
 
 
 def extract(
@@ -55,6 +52,11 @@ def extract(
     retry_failed: bool = False,
     follow_symlinks: bool = False,
     max_error_rate: float = 0.05,
+    workers: int | None = None,
+    devices: str | Sequence[int | str] | None = None,
+    ray: RayOptions | None = None,
+    record_crashes: bool = False,
+    shard_index: str | tuple[int, int] | None = None,
     progress: bool = True,
 ) -> Any:
     """Stores the features of every image; the same call again goes on where it was interrupted.
@@ -66,6 +68,10 @@ def extract(
     `FeatureExtractor`, and torch's number of threads is that of the first start.
 
     A directory below an input that cannot be read is passed over and named in the report.
+
+    Several processes may do the shards: workers of this machine (`workers`, `devices`), actors of
+    Ray (`ray`), and other calls (`shard_index`). The features are the same, byte for byte, as those
+    of one process with as many threads as each of them.
 
     Args:
         model: argument of `AutoBackbone.from_pretrained`, or a loaded backbone; needed for a first
@@ -95,6 +101,14 @@ def extract(
         follow_symlinks: follow symbolic links below directories.
         max_error_rate: the run stops when more than this share of the images fails, from the 20th
             image on. Images of a run that was interrupted count in the next one, too.
+        workers: so many processes on the CPU do the shards. A first start gives each an equal part
+            of the cores as threads; later there are fewer where their threads exceed the cores.
+        devices: one process for each of these GPUs does the shards: numbers, or "all".
+        ray: actors on a cluster of Ray, which sees the same directories, do the shards.
+        record_crashes: of a shard that ended its worker three times, store the images as failed
+            ("worker_crash"); else they are left to a later call.
+        shard_index: "i/n": this call does every n-th shard, from the i-th on (i from 0); other
+            calls, on this machine or on one with the same directories, do the rest.
         progress: show a bar (a line every 30 s where stderr is no terminal) and what is done.
 
     Returns:
@@ -126,13 +140,22 @@ def extract(
         if model is None:
             raise ValueError(_NO_MODEL)
         of_files = {"shard_rows": shard_rows, "limit": limit}
-        of_files |= {"update": update, "retry_failed": retry_failed}
+        of_files |= {"update": update, "retry_failed": retry_failed, "workers": workers}
+        of_files |= {"devices": devices, "ray": ray, "shard_index": shard_index}
         if needless := [name for name, value in of_files.items() if value]:
             raise ValueError(f"{needless[0]}: it is for a directory, and there is no `out`")
         return _in_memory(model, inputs, mode, batch_size, said)
     given = _paths(inputs)
+    share = None if shard_index is None else parse_share(shard_index)
+    if share is not None and retry_failed:
+        raise ValueError(
+            "retry_failed: it does not go with shard_index, as all that failed is known when every "
+            "shard is done; run it alone afterwards"
+        )
+    pooled = Workers.parse(workers, devices, ray, device)
     with ExitStack() as held:
-        writer = FeatureWriter(out)
+        bar = held.enter_context(Progress(progress))
+        writer = FeatureWriter(out, share)
         resumed = is_started(writer.directory)
         if resumed:
             held.enter_context(writer)  # another process is told before anything takes long
@@ -146,29 +169,75 @@ def extract(
             if not resumed or update or retry_failed:
                 raise
             sources = error  # the list of the first start is frozen
-        plan = writer.plan if resumed else None
-        held.enter_context(_threads(plan))
-        extractor = _extractor(model, writer.directory, plan, said, batch_size)
-        if plan is not None:
-            check_plan(writer.directory, plan, extractor.settings())
-        else:
+        if share is not None and not resumed:
             held.enter_context(writer)
-            if writer.plan:
-                raise OutputLockedError(
-                    f"another process has started {out} meanwhile; run the same again"
-                )
-        bar = held.enter_context(Progress(progress))
-        run = Run(extractor, writer, bar, max_error_rate, given, listing, sources)
-        try:
-            run.start(mode, batch_size, shard_rows, limit)
+        with _planning(writer, bar) as plan:
+            if pooled is None:
+                held.enter_context(_threads(plan))
+                extractor = make_extractor(model, writer.directory, plan, said, batch_size)
+                executor = InProcess(extractor)
+            else:
+                start = _start(model, writer.directory, said, batch_size)
+                executor = held.enter_context(Pool(pooled.backend(start, plan, bar.say)))
+            if plan is not None:
+                executor.check_plan(writer)
+            elif share is None:
+                held.enter_context(writer)
+                if writer.plan:
+                    raise OutputLockedError(
+                        f"another process has started {out} meanwhile; run the same again"
+                    )
+            run = Run(
+                *(executor, writer, bar, max_error_rate, given, listing, sources, record_crashes)
+            )
+            with _logged_stop(writer):
+                run.start(mode, batch_size, shard_rows, limit)
+        with _logged_stop(writer):
             return run.run(limit, update, retry_failed)
-        except BaseException as error:
-            if writer.plan:
-                with suppress(ExtractionError):  # the disk may be full
-                    code = getattr(error, "exit_code", None)
-                    stop = {"event": "stop", "reason": _reason(error), "exit_code": code}
-                    writer.log({**stop, "time": time.time()})
-            raise
+
+
+@contextmanager
+def _planning(writer: FeatureWriter, bar: Progress) -> Iterator[dict[str, Any] | None]:
+    """Gives the plan; None to the one process that makes it, while others wait for it here."""
+
+    def on_wait() -> None:
+        bar.say(f"waiting for the plan of {writer.directory}, which another process makes")
+
+    with ExitStack() as planning:
+        planning.enter_context(writer.planning(on_wait))
+        if writer.plan:
+            planning.close()
+        yield writer.plan or None
+
+
+@contextmanager
+def _logged_stop(writer: FeatureWriter) -> Iterator[None]:
+    """Logs the error that ends a run."""
+    try:
+        yield
+    except BaseException as error:
+        if writer.plan:
+            with suppress(ExtractionError):  # the disk may be full
+                code = getattr(error, "exit_code", None)
+                stop = {"event": "stop", "reason": _reason(error), "exit_code": code}
+                writer.log({**stop, "time": time.time()})
+        raise
+
+
+def _start(
+    model: str | os.PathLike[str] | Backbone | None,
+    directory: Path,
+    said: Mapping[str, Any],
+    batch_size: int | None,
+) -> Start:
+    """How a worker begins, but for its device and threads."""
+    if isinstance(model, Backbone):
+        raise ValueError(
+            "model: workers load it themselves, by the name or the directory of a checkpoint, got "
+            f"a {type(model).__name__}; save it (save_pretrained) and give the directory"
+        )
+    name = None if model is None else absolute_name(model)
+    return Start(os.path.abspath(directory), name, said_in_json(said), batch_size)
 
 
 _NO_MODEL = (
@@ -210,37 +279,9 @@ def _in_memory(
             "out: wanted a directory for the features of files, got none; only images in memory "
             "need none"
         )
-    extractor = _extractor(model, None, None, said, batch_size)
+    extractor = make_extractor(model, None, None, said, batch_size)
     extractor.prepare(mode or "auto", len(images) if isinstance(images, Sized) else None)
     return extractor(images)
-
-
-def _extractor(
-    model: str | os.PathLike[str] | Backbone | None,
-    directory: Path | None,
-    plan: Mapping[str, Any] | None,
-    said: Mapping[str, Any],
-    batch_size: int | None,
-) -> FeatureExtractor:
-    if plan is None or directory is None:
-        arguments = {name: value for name, value in said.items() if value is not None}
-        arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
-    else:
-        arguments = extractor_arguments(directory, plan, said)
-        if model is None:
-            return _as_at_first(plan["model"]["name"], arguments)
-    assert model is not None, "a first start without a model was refused"
-    return FeatureExtractor(model, mode="eager", **arguments)
-
-
-def _as_at_first(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
-    try:
-        return FeatureExtractor(name, mode="eager", **arguments)
-    except OSError as error:
-        raise OSError(
-            f"the model of the first start, {name}, cannot be had: give where it is now (--model). "
-            f"{error}"
-        ) from error
 
 
 @contextmanager

@@ -7,7 +7,9 @@
     shards/index-*.jsonl        every row of the shard, ok or failed
     shards/commit-*.json        written last: a shard without a valid one does not exist
     manifest.json               written when every shard is committed
-    run.jsonl                   times and devices, one line per event; .lock: held by flock
+    run.jsonl                   times and devices, one line per event; a process with a share of the
+                                shards has run-<i>-of-<n>.jsonl
+    .lock                       see `locks`
 
 A generation is a `start`, an `update` (new rows, numbered on) or a `retry` (rows that failed, under
 their own numbers; what a later attempt gives wins). Shards are numbered through all generations.
@@ -42,6 +44,7 @@ _ENTRY_FIELDS = {
     "ok": {"row", "id", "status", "pos"},
     "error": {"row", "id", "status", "kind", "message"},
 }
+_LOG = re.compile(r"run(-\d+-of-\d+)?\.jsonl")
 _PLACES = {
     "rows": ("rows", "jsonl"),
     "generation": ("rows", "json"),
@@ -332,13 +335,24 @@ def read_rows(directory: Path, shard: Shard) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.splitlines()]
 
 
+def log_name(share: tuple[int, int] | None) -> str:
+    """Returns the name of the log of a process with this share of the shards, or with all."""
+    return "run.jsonl" if share is None else f"run-{share[0]}-of-{share[1]}.jsonl"
+
+
+def logs(directory: Path) -> list[Path]:
+    """Returns the logs of all processes."""
+    paths = [*directory.glob("run.jsonl"), *directory.glob("run-*-of-*.jsonl")]
+    return sorted(path for path in paths if _LOG.fullmatch(path.name))
+
+
 def read_events(directory: Path) -> Iterator[dict[str, Any]]:
-    """Yields the events of run.jsonl; lines that a crash cut off are passed over."""
-    path = directory / "run.jsonl"
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            if isinstance(event := json.loads(line), dict):
-                yield event
+    """Yields the events of every log; lines that a crash cut off are passed over."""
+    for path in logs(directory):
+        for line in path.read_bytes().splitlines():
+            with contextlib.suppress(ValueError):
+                if isinstance(event := json.loads(line), dict):
+                    yield event
 
 
 def write_file(path: Path, data: bytes) -> None:

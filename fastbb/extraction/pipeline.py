@@ -110,6 +110,7 @@ class FeatureExtractor:
         stages: names of the maps that "maps" and "pooled" stand for.
         precision, normalize, feature_dtype: as given.
         batch_size: images per forward pass; 1 where the processor keeps the aspect ratio.
+        decode_threads: threads that decode images.
     """
 
     def __init__(
@@ -177,6 +178,7 @@ class FeatureExtractor:
             precision = names.get(model.dtype) if precision is None else precision
         precision = precision or "fp32"
         self.device = find_device(device)
+        self.decode_threads = n_decode_threads(self.device)
         self.features, self.norm = wanted.names, wanted.norm
         self.precision, self.normalize, self.feature_dtype = precision, normalize, feature_dtype
         self._storage = Storage(
@@ -397,7 +399,7 @@ class FeatureExtractor:
                 "model: its weights were given another dtype or device after this extractor was "
                 "made: make another one"
             )
-        n_threads = n_decode_threads(self.device)
+        n_threads = self.decode_threads
         # in chunks; at most two batches, or two images per thread (of 200 MB, at the limit of
         # pixels), are held decoded
         look_ahead = max(2, math.ceil(2 * n_threads / self.batch_size))

@@ -7,12 +7,14 @@ threads always do: they are fixed at the first start.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..backbone.base import Backbone
 from ..images.processor import ImageProcessor
 from ..images.spec import ImageProcessorSpec
 from .layout import PlanMismatchError, flatten
@@ -83,6 +85,48 @@ def extractor_arguments(
         arguments["processor"] = ImageProcessor(spec)
     arguments["batch_size"] = plan["batch_size"]
     return arguments
+
+
+def make_extractor(
+    model: str | os.PathLike[str] | Backbone | None,
+    directory: Path | None,
+    plan: Mapping[str, Any] | None,
+    said: Mapping[str, Any],
+    batch_size: int | None,
+) -> FeatureExtractor:
+    """Loads the model of a run.
+
+    Args:
+        model: name, directory or backbone; None: that of the plan.
+        directory: of the plan, for messages.
+        plan: of a resume.
+        said: arguments of the command; None is not said.
+        batch_size: as the command said; a plan's goes before.
+
+    Raises:
+        OSError: the model cannot be had.
+        PlanMismatchError: the plan has others, as far as that is known without the model.
+        ValueError: the model does not do what is wanted.
+    """
+    if plan is None or directory is None:
+        arguments = {name: value for name, value in said.items() if value is not None}
+        arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
+    else:
+        arguments = extractor_arguments(directory, plan, said)
+        if model is None:
+            return _as_at_first(plan["model"]["name"], arguments)
+    assert model is not None, "a first start without a model was refused"
+    return FeatureExtractor(model, mode="eager", **arguments)
+
+
+def _as_at_first(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
+    try:
+        return FeatureExtractor(name, mode="eager", **arguments)
+    except OSError as error:
+        raise OSError(
+            f"the model of the first start, {name}, cannot be had: give where it is now (--model). "
+            f"{error}"
+        ) from error
 
 
 def check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

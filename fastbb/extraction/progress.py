@@ -61,12 +61,16 @@ class Progress:
             self._bar = tqdm(total=n_rows, initial=n_done, unit=" images", dynamic_ncols=True)
 
     def advance(self, n_rows: int) -> None:
-        """Counts rows, and shows how many there are, how fast, and the time left."""
+        """Counts rows, and shows how many there are, how fast, and the time left.
+
+        Args:
+            n_rows: less than 0 for rows that are not done after all.
+        """
         self.n_done += n_rows
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.update(n_rows)
-        elif now - self._last_line >= _SECONDS_PER_LINE:
+        elif n_rows > 0 and now - self._last_line >= _SECONDS_PER_LINE:
             self._last_line = now
             speed = (self.n_done - self._n_first) / (now - self._started)
             left_s = (self._n_rows - self.n_done) / speed

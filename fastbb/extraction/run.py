@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from fastbb_kernels.machine import cpu_name
 from fastbb_kernels.warning import warn_caller
 
-from ..engine.interruption import check_interrupted
+from ..images.spec import ImageProcessorSpec
 from .decode import RowError
+from .executor import Executor
 from .layout import (
     ExtractionError,
     PlanMismatchError,
     Shard,
     read_events,
 )
-from .listing import Listing, archive_state
-from .pipeline import FeatureBatch, FeatureExtractor, chunked, n_decode_threads
-from .plan import (
-    make_plan,
-)
+from .listing import Listing
+from .pipeline import FeatureBatch
+from .pool import MAX_TRIES
 from .progress import Progress
+from .shards import Committed, Computed, Lost, shard_content
 from .sources import InputError, Source, first_few
 from .store import FeatureWriter
 
@@ -41,8 +35,6 @@ _MIN_BUDGET_ROWS = 20
 # number of rows from which a speed is
 _MIN_SPEED_ROWS = 100
 _N_ERRORS_SHOWN = 3
-# other versions than those of the plan, for the log
-_LOGGED_PACKAGES = ("fastbb", "numpy", "safetensors")
 
 
 class ErrorBudgetError(ExtractionError):
@@ -67,6 +59,8 @@ class Report:
         vanished: images of the directory that are not among the inputs any more.
         unreadable_directories: those whose images are missing, as they could not be read when the
             images were listed; each with the reason.
+        left: images of shards that ended their workers, and have no rows.
+        elsewhere: images of shards of other processes, which they have not finished.
     """
 
     directory: Path
@@ -79,6 +73,8 @@ class Report:
     new: int = 0
     vanished: int = 0
     unreadable_directories: tuple[str, ...] = ()
+    left: int = 0
+    elsewhere: int = 0
 
     def __repr__(self) -> str:
         kinds = ", ".join(f"{kind} {n:,}" for kind, n in sorted(self.errors.items()))
@@ -92,7 +88,11 @@ class Report:
         lost = self.unreadable_directories
         n_lost = f"{len(lost):,} director{'ies were' if len(lost) > 1 else 'y was'} not read"
         unread = f"; {n_lost}: {first_few(lost)}" if lost else ""
-        return f"{self.directory}: {counts}{new}{unread}"
+        left = f"; {_counted(self.left, 'image')} left, of shards that ended " if self.left else ""
+        left += "their workers (--record-crashes makes them failed rows)" if left else ""
+        n = self.elsewhere
+        others = f"; {_counted(n, 'image')} left to other processes" if n else ""
+        return f"{self.directory}: {counts}{new}{unread}{left}{others}"
 
 
 class Run:
@@ -100,32 +100,34 @@ class Run:
 
     def __init__(
         self,
-        extractor: FeatureExtractor,
+        executor: Executor,
         writer: FeatureWriter,
         bar: Progress,
         max_error_rate: float,
         inputs: Sequence[str],
         listing: Listing,
         sources: list[Source] | InputError,
+        record_crashes: bool = False,
     ) -> None:
-        self.extractor = extractor
+        self.executor = executor
         self.writer = writer
         self.bar = bar
         self.max_error_rate = max_error_rate
         self.listing = listing
         self.sources = sources
+        self.record_crashes = record_crashes
         self._listed = {
             "inputs": tuple(map(os.path.abspath, inputs)),
             "archives": listing.archives,
             "unreadable": tuple(listing.unreadable),
         }
         self.resumed = bool(writer.plan)
-        self._is_prepared = False
         self._new: list[Source] = []
         self._n_vanished = self._n_twice = 0
         self._elsewhere: dict[int, tuple[Source, str]] = {}  # source, and the path before
         self._n_finished = writer.n_finished
         self._commits: list[dict[str, Any] | None] = []
+        self._left: set[int] = set()  # shards that ended their workers in this run
 
     def start(
         self,
@@ -136,19 +138,20 @@ class Run:
     ) -> None:
         """Writes the plan and the first generation of a first start; cleans up for a resume."""
         writer, say = self.writer, self.bar.say
-        if self.extractor.device.type == "cpu":
-            say(f"running on the CPU ({torch.get_num_threads()} torch threads), no GPU in use")
+        environment = self.executor.environment
+        if environment["device_type"] == "cpu":
+            n = environment.get("workers", 1)
+            each = f"{n} workers with " if n > 1 else ""
+            n_threads = environment["torch_threads"]
+            say(f"running on the CPU ({each}{n_threads} torch threads), no GPU in use")
         if not writer.plan:
             assert isinstance(self.sources, list), "a first start without a list was refused"
-            asked, n_rows = mode or "auto", len(self.sources[:limit])
-            runs = self.extractor.choose_mode(asked, n_rows)
-            self._is_prepared = True
-            check_interrupted()  # before the plan records a choice of an interrupted trial
-            writer.start(make_plan(self.extractor, asked, runs, shard_rows))
+            n_rows = len(self.sources[:limit])
+            writer.start(self.executor.make_plan(mode or "auto", shard_rows, n_rows))
         else:
             writer.clean()
             given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}
-            if self.extractor.processor.output_size is None:
+            if ImageProcessorSpec.from_dict(writer.plan["preprocessing"]).output_size is None:
                 del given["batch_size"]  # images of many sizes run one by one
             for name, value in given.items():
                 if value is not None and value != writer.plan[name]:
@@ -156,7 +159,9 @@ class Run:
         if not writer.generations:
             if isinstance(self.sources, InputError):  # killed before it listed them, and now gone
                 raise self.sources
-            writer.append("start", enumerate(self.sources[:limit]), **self._listed)
+            with writer.planning():
+                if not writer.generations:
+                    writer.append("start", enumerate(self.sources[:limit]), **self._listed)
             of_all = f" of {len(self.sources):,}" if writer.n_rows < len(self.sources) else ""
             say(f"{_counted(writer.n_rows, 'image')}{of_all}")
         if isinstance(self.sources, InputError):
@@ -172,6 +177,8 @@ class Run:
 
     def _compare_with_inputs(self, sources: Sequence[Source]) -> None:
         """Finds the images that are new, have vanished or are elsewhere since they were listed."""
+        self._n_vanished = self._n_twice = 0
+        self._elsewhere.clear()
         waiting = defaultdict[str, list[Source]](list)  # an image may be listed more than once
         for source in reversed(sources):
             waiting[source.id].append(source)
@@ -189,12 +196,15 @@ class Run:
         """Extracts what is left, with `update` what is new, and with `retry_failed` what failed."""
         writer = self.writer
         self._commits = [writer.committed(shard) for shard in writer.shards]
+        writer.hold(self._pending())
+        for shard in self._pending() if writer.share else ():  # others finished it meanwhile
+            self._commits[shard.shard] = writer.committed(shard)
         done = writer.totals(self._commits)
         failed_before = writer.failures(self._commits) if retry_failed else {}
         self._say_what_is_there(done, update, retry_failed)
         if update or retry_failed:
             self._check_places()
-        environment = _environment(self.extractor)
+        environment = self.executor.environment
         self._warn_of_another_device(environment["device"])
         writer.log({"event": "start", "time": time.time(), **environment})
         started = time.perf_counter()
@@ -210,13 +220,13 @@ class Run:
             else:
                 self.bar.say("a retry was interrupted: it is finished now, and no other one begins")
         if update:
-            room = None if limit is None else max(limit - writer.n_rows, 0)
-            if added := self._new[:room]:
-                writer.append("update", enumerate(added, writer.n_rows), **self._listed)
-                self._new = self._new[len(added) :]
+            self._append_update(limit)
         n_tried += self._extract_pending(forgiving=retry_failed)
-        final = writer.totals(self._commits)
-        writer.finish(final)
+        with writer.planning():
+            self._read_other_commits()
+            final = writer.totals(self._commits)
+            if None not in self._commits:
+                writer.finish(final)
         unreadable = tuple(self.listing.unreadable)
         if isinstance(self.sources, InputError):
             unreadable = writer.generations[-1].unreadable
@@ -232,7 +242,34 @@ class Run:
             new=len(self._new),
             vanished=self._n_vanished,
             unreadable_directories=unreadable,
+            left=sum(writer.shards[number].rows for number in self._left),
+            elsewhere=sum(
+                shard.rows
+                for shard, commit in zip(writer.shards, self._commits)
+                if commit is None and not writer.is_mine(shard)
+            ),
         )
+
+    def _append_update(self, limit: int | None) -> None:
+        """Freezes what is new among the inputs, unless another process has."""
+        writer = self.writer
+        with writer.planning():
+            if writer.share:
+                assert isinstance(self.sources, list), "an update without a list was refused"
+                self._compare_with_inputs(self.sources)
+            room = None if limit is None else max(limit - writer.n_rows, 0)
+            if added := self._new[:room]:
+                writer.append("update", enumerate(added, writer.n_rows), **self._listed)
+                self._new = self._new[len(added) :]
+        writer.hold(self._pending())
+
+    def _read_other_commits(self) -> None:
+        """Reads what other processes have committed."""
+        writer = self.writer
+        self._commits += [None] * (writer.n_shards - len(self._commits))
+        for shard in writer.shards:
+            if self._commits[shard.shard] is None and not writer.is_mine(shard):
+                self._commits[shard.shard] = writer.committed(shard)
 
     def _say_what_is_there(self, done: Mapping[str, Any], update: bool, retry_failed: bool) -> None:
         writer, say = self.writer, self.bar.say
@@ -303,7 +340,13 @@ class Run:
 
     def _pending(self) -> list[Shard]:
         self._commits += [None] * (self.writer.n_shards - len(self._commits))
-        return [shard for shard in self.writer.shards if self._commits[shard.shard] is None]
+        return [
+            shard
+            for shard in self.writer.shards
+            if self._commits[shard.shard] is None
+            and shard.shard not in self._left
+            and self.writer.is_mine(shard)
+        ]
 
     def _n_replaced(self) -> int:
         """Number of rows that failed before and are to be tried again."""
@@ -315,65 +358,60 @@ class Run:
         Args:
             forgiving: do not count failures of earlier runs, which are tried again afterwards.
         """
-        writer, bar, extractor = self.writer, self.bar, self.extractor
-        todo = self._pending()
+        writer, bar = self.writer, self.bar
+        todo = {shard.shard: shard for shard in self._pending()}
         if not todo:
             return 0
         budget = self._budget(forgiving)
-        if not self._is_prepared:
-            extractor.prepare(writer.plan["runs"], writer.n_rows)
-            self._is_prepared = True
-        n_todo = sum(shard.rows for shard in todo)
+        n_todo = sum(shard.rows for shard in todo.values())
         n_done = writer.totals(self._commits)["rows"] - self._n_replaced()
         bar.start(n_done + n_todo, n_done)
         shard_start = time.perf_counter()
-        archives: dict[int, dict[str, Mapping[str, int]]] = {}  # of the shards that are being read
+        with closing(self.executor.compute(writer, [*todo.values()])) as events:
+            for event in events:
+                shard = todo[event.shard]
+                if isinstance(event, Computed):
+                    bar.advance(event.rows)
+                    budget.count(shard, event)
+                elif isinstance(event, Lost):
+                    for computed in event.computed:
+                        bar.advance(-computed.rows)
+                        budget.uncount(shard, computed)
+                    self._lose(shard, event)
+                elif isinstance(event, Committed):
+                    self._commits[shard.shard] = writer.committed(shard, hashed=False)
+                    now = time.perf_counter()
+                    logged = {"event": "shard", "shard": shard.shard, "rows": shard.rows}
+                    writer.log({**logged, "time": time.time(), "seconds": now - shard_start})
+                    shard_start = now
+        return sum(shard.rows for shard in todo.values() if self._commits[shard.shard])
 
-        def chunks() -> Iterator[list[tuple[int, str, Source]]]:
-            for shard in todo:
-                rows = writer.rows(shard)
-                archives[shard.shard] = self._archives(shard, rows)
-                _check_archives(archives[shard.shard])
-                named = ((row, source.id, source) for row, source in rows)
-                yield from chunked(named, extractor.batch_size)
-
-        # a first job smaller than a batch is not padded to one; its size is frozen with it
-        pad_to = min(extractor.batch_size, writer.generations[0].rows)
-        with closing(extractor.run(chunks(), pad_to=pad_to)) as batches:
-            for shard in todo:
-                n_left = shard.rows
-                parts: list[FeatureBatch] = []
-                while n_left:
-                    batch = next(batches)
-                    check_interrupted()
-                    parts.append(batch)
-                    n_batch = len(batch.ids) + len(batch.errors)
-                    n_left -= n_batch
-                    bar.advance(n_batch)
-                    budget.count(shard, n_batch, batch.errors)
-                _check_archives(archives.pop(shard.shard))
-                content = shard_content(parts, writer.plan["outputs"])
-                self._commits[shard.shard] = writer.commit(shard, *content)
-                check_interrupted()
-                now = time.perf_counter()
-                event = {"event": "shard", "shard": shard.shard, "rows": shard.rows}
-                writer.log({**event, "time": time.time(), "seconds": now - shard_start})
-                shard_start = now
-        return n_todo
-
-    def _archives(
-        self, shard: Shard, rows: Sequence[tuple[int, Source]]
-    ) -> dict[str, Mapping[str, int]]:
-        """Returns the archives that rows of a shard are in, as they were when they were listed."""
-        listed = next(g.archives for g in self.writer.generations if shard in g.shards)
-        paths = {source.path for _, source in rows} if listed else set()
-        return {path: listed[path] for path in sorted(paths & listed.keys())}
+    def _lose(self, shard: Shard, event: Lost) -> None:
+        """Notes that a worker has ended in a shard; the third time the shard is left."""
+        writer = self.writer
+        lost = {"event": "lost", "shard": shard.shard, "reason": event.reason}
+        writer.log({**lost, "left": event.is_left, "time": time.time()})
+        what = f"left after {MAX_TRIES} tries" if event.is_left else "tried again"
+        self.bar.say(f"a worker has ended: {event.reason}; shard {shard.shard} is {what}")
+        if not event.is_left:
+            return
+        if not self.record_crashes:
+            self._left.add(shard.shard)
+            return
+        message = f"its shard of {_counted(shard.rows, 'image')} ended {MAX_TRIES} workers"
+        errors = [
+            RowError(row, source.id, "worker_crash", message) for row, source in writer.rows(shard)
+        ]
+        content = shard_content([FeatureBatch([], {}, errors, [])], writer.plan["outputs"])
+        self._commits[shard.shard] = writer.commit(shard, *content)
+        self.bar.advance(shard.rows)
 
     def _budget(self, forgiving: bool) -> _Budget:
         """Counts the rows of generations that no earlier run has finished."""
         unfinished = self.writer.generations[self._n_finished :]
         new = (generation for generation in unfinished if generation.kind != "retry")
-        shards = {shard.shard for generation in new for shard in generation.shards}
+        listed = (shard for generation in new for shard in generation.shards)
+        shards = {shard.shard for shard in listed if self.writer.is_mine(shard)}
         budget = _Budget(self.max_error_rate, shards)
         for number in sorted(budget.shards):
             if commit := self._commits[number]:
@@ -397,17 +435,23 @@ class _Budget:
         self.n_done = self.n_failed = 0
         self._last = deque[RowError](maxlen=_N_ERRORS_SHOWN)
 
-    def count(self, shard: Shard, n_rows: int, errors: Sequence[RowError]) -> None:
+    def count(self, shard: Shard, computed: Computed) -> None:
         """Counts rows of a shard.
 
         Raises:
             ErrorBudgetError: too many have failed.
         """
         if shard.shard in self.shards:
-            self.n_done += n_rows
-            self.n_failed += len(errors)
-            self._last.extend(errors)
+            self.n_done += computed.rows
+            self.n_failed += len(computed.errors)
+            self._last.extend(computed.errors)
             self.check()
+
+    def uncount(self, shard: Shard, computed: Computed) -> None:
+        """Forgets rows that a worker had computed, and that are computed again."""
+        if shard.shard in self.shards:
+            self.n_done -= computed.rows
+            self.n_failed -= len(computed.errors)
 
     def check(self) -> None:
         """Raises ErrorBudgetError if too many have failed."""
@@ -421,59 +465,9 @@ class _Budget:
             )
 
 
-def _check_archives(archives: Mapping[str, Mapping[str, int]]) -> None:
-    """Raises if an archive is another one now, so that rows are no places in it."""
-    for path, state in archives.items():
-        try:
-            changed = archive_state(path) != state
-        except OSError:
-            changed = True
-        if changed:
-            raise PlanMismatchError(
-                f"{path} has changed or is gone since its images were listed, and some of them "
-                "are still to be extracted; restore it, or use another directory"
-            )
-
-
 def _place(source: Source) -> tuple[str, int | None, str | None]:
     return source.path, source.offset, source.member
 
 
 def _counted(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def shard_content(
-    parts: list[FeatureBatch], outputs: Mapping[str, Mapping[str, Any]]
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Returns tensors and index of a shard."""
-    rows = [row for part in parts for row in part.rows]
-    tensors = {"row_id": torch.tensor(rows, dtype=torch.int64)}
-    for name, output in outputs.items():
-        found = [part.features[name] for part in parts if part.ids]
-        empty = torch.empty(0, *output["shape"], dtype=getattr(torch, output["dtype"]))
-        tensors[name] = torch.cat([empty, *found])
-    index: list[dict[str, Any]] = [
-        {"row": error.row, "id": error.id, "status": "error"}
-        | {"kind": error.kind, "message": error.message}
-        for part in parts
-        for error in part.errors
-    ]
-    ids = [name for part in parts for name in part.ids]
-    index += [
-        {"row": row, "id": name, "status": "ok", "pos": pos}
-        for pos, (row, name) in enumerate(zip(rows, ids))
-    ]
-    return tensors, sorted(index, key=lambda entry: entry["row"])
-
-
-def _environment(extractor: FeatureExtractor) -> dict[str, Any]:
-    on_gpu = extractor.device.type == "cuda"
-    return {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(extractor.device) if on_gpu else cpu_name(),
-        "torch_threads": torch.get_num_threads(),
-        "decode_threads": n_decode_threads(extractor.device),
-        "versions": {name: version(name) for name in _LOGGED_PACKAGES},
-    }

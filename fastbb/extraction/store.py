@@ -7,14 +7,14 @@ not they were interrupted.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +35,7 @@ from .layout import (
     file_name,
     file_sha256,
     is_started,
+    log_name,
     numbered,
     plan_sha256,
     read_commit,
@@ -44,12 +45,13 @@ from .layout import (
     write_file,
     writing,
 )
+from .locks import DirectoryLock
 from .reading import Reader
 from .sources import Source
 
 # names of files by directory; an unfinished file has an end like .tmp-123
 _OUR_NAMES = {
-    ".": r"\.lock|run\.jsonl|rows|shards|(plan|manifest)\.json",
+    ".": r"\.lock|run(-\d+-of-\d+)?\.jsonl|rows|shards|(plan|manifest)\.json",
     "rows": r"rows-\d+\.jsonl|generation-\d+\.json",
     "shards": r"features-\d+\.safetensors|index-\d+\.jsonl|commit-\d+\.json",
 }
@@ -61,14 +63,19 @@ class FeatureWriter:
 
     Args:
         directory: created with its parents where it does not exist.
+        share: (i, n) of a process that does every n-th shard, from the i-th on, while others do the
+            rest; it holds its shards, and the plan only inside `planning`. None: it holds all.
 
     Attributes:
         plan: the plan of the directory; empty until `start` has run, unless there was one.
         generations: those of the directory, in order.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], share: tuple[int, int] | None = None
+    ) -> None:
         self.directory = Path(directory)
+        self.share = share
         self.plan: dict[str, Any] = {}
         self.generations: list[Generation] = []
         self._plan_sha256 = ""
@@ -77,27 +84,76 @@ class FeatureWriter:
         with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             self._check_that_it_is_ours()
-            self._lock = open(self.directory / ".lock", "ab")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self._lock.close()
-                if not isinstance(error, BlockingIOError):
-                    raise
-                raise OutputLockedError(
-                    f"another process is writing to {self.directory}; wait for it, or choose "
-                    "another directory"
-                ) from error
+            self._lock = DirectoryLock(self.directory)
         try:
-            if is_started(self.directory):
-                self._use(read_plan(self.directory / "plan.json"))
-                self.generations = read_generations(self.directory, self.plan)
-            # also where plan.json is missing, or the last generation
-            check_complete(self.directory, len(self.generations), self.n_finished)
+            with writing(self.directory):
+                if self.share is None and not self._lock.take_all():
+                    raise self._locked()
+            self.read()
         except BaseException:
             self._lock.close()
             raise
         return self
+
+    def _locked(self) -> OutputLockedError:
+        return OutputLockedError(
+            f"another process is writing to {self.directory}; wait for it, or choose another "
+            "directory"
+        )
+
+    def read(self) -> None:
+        """Reads the plan, if there is one, and the generations that there are now.
+
+        Raises:
+            PlanMismatchError: one of them is damaged.
+        """
+        if is_started(self.directory):
+            self._use(read_plan(self.directory / "plan.json"))
+            self.generations = read_generations(self.directory, self.plan)
+        # also where plan.json is missing, or the last generation
+        check_complete(self.directory, len(self.generations), self.n_finished)
+
+    @contextmanager
+    def planning(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Keeps plan, generations and manifest from other processes, and reads them again.
+
+        Args:
+            on_wait: called once before it waits for another process.
+
+        Raises:
+            OutputLockedError: another process holds the whole directory.
+        """
+        if self.share is None:
+            yield
+            return
+        with writing(self.directory):
+            if not self._lock.take_plan(on_wait):
+                raise self._locked()
+        try:
+            self.read()
+            yield
+        finally:
+            self._lock.free_plan()
+
+    def hold(self, shards: Iterable[Shard]) -> None:
+        """Holds the shards of this process's share, until the directory is closed.
+
+        Raises:
+            OutputLockedError: another process holds one of them.
+        """
+        if self.share is None:
+            return
+        with writing(self.directory):
+            if taken := next((s for s in shards if not self._lock.take_shard(s.shard)), None):
+                i, n = self.share
+                raise OutputLockedError(
+                    f"another process is writing shard {taken.shard} of {self.directory}, which is "
+                    f"of the share {i}/{n}; give each process another --shard-index i/n of one n"
+                )
+
+    def is_mine(self, shard: Shard) -> bool:
+        """Whether a shard is of this process's share."""
+        return self.share is None or shard.shard % self.share[1] == self.share[0]
 
     def __exit__(
         self,
@@ -156,7 +212,8 @@ class FeatureWriter:
         with writing(self.directory):
             for name in _OUR_NAMES:
                 (self.directory / name).mkdir(exist_ok=True)
-            for leftover in self._our_files(_UNFINISHED):
+            # those of another process may be files that it is writing now
+            for leftover in self._our_files(_UNFINISHED) if self.share is None else ():
                 leftover.unlink()
 
     def append(
@@ -262,13 +319,16 @@ class FeatureWriter:
             "shards": len(reader.commits),
         }
 
-    def committed(self, shard: Shard) -> dict[str, Any] | None:
+    def committed(self, shard: Shard, hashed: bool | None = None) -> dict[str, Any] | None:
         """Returns the commit of a shard, or None if the shard has no valid one and is to be done.
 
-        The files of the shard are read and compared with the commit's sha256.
+        Args:
+            shard: of one of the generations.
+            hashed: read the files of the shard and compare them with the commit's sha256; default:
+                those of this process's share.
         """
         commit = read_commit(self.directory, shard, self.plan, self._plan_sha256)
-        if commit is not None:
+        if commit is not None and (self.is_mine(shard) if hashed is None else hashed):
             for name, file in commit["files"].items():
                 if file_sha256(self.directory / "shards" / name) != file["sha256"]:
                     return None
@@ -343,8 +403,8 @@ class FeatureWriter:
             write_file(path, manifest)
 
     def log(self, event: Mapping[str, Any]) -> None:
-        """Appends a line to run.jsonl."""
-        path = self.directory / "run.jsonl"
+        """Appends a line to the log of this process."""
+        path = self.directory / log_name(self.share)
         with writing(path), open(path, "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)

@@ -21,6 +21,7 @@ from .layout import (
     canonical_json,
     file_name,
     file_sha256,
+    logs,
     read_index,
     read_rows,
 )
@@ -261,7 +262,8 @@ class _Verification:
     def _notes(self) -> Iterator[str]:
         """Yields the files that belong to nothing."""
         reader = self._reader
-        known = {"plan.json", "manifest.json", "run.jsonl", ".lock"}
+        known = {"plan.json", "manifest.json", ".lock"}
+        known |= {path.name for path in logs(self._directory)}
         known |= {file_name("generation", n) for n in range(len(reader.generations))}
         for shard in reader.shards:
             kinds = ("rows", "features", "index", "commit")

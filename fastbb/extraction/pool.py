@@ -1,0 +1,255 @@
+"""Workers that compute the shards of a run, seen from the process that hands the shards out.
+
+One class serves all kinds of workers: processes of this machine (`local_workers`) and actors of Ray
+(`ray_workers`). A shard whose worker ends goes to another one, and after three of them it is left.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from fastbb_kernels.warning import warn_caller
+
+from ..engine.interruption import check_interrupted
+from .decode import RowError
+from .layout import DamagedError, ExtractionError, OutputError, PlanMismatchError, Shard
+from .shards import Committed, Computed, Lost, ShardEvent
+from .sources import InputError
+from .store import FeatureWriter
+from .worker import Message, Start
+
+MAX_TRIES = 3
+_POLL_S = 0.5
+# errors that a worker may answer with, and that mean the same in this process
+_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (
+        *(PlanMismatchError, DamagedError, OutputError, ExtractionError),
+        *(InputError, ValueError, TypeError, OSError, ImportError),
+        *(FileNotFoundError, PermissionError, ModuleNotFoundError, MemoryError),
+    )
+}
+
+
+class WorkerError(ExtractionError):
+    """Workers end before they have done anything, or one has a defect."""
+
+
+class Worker(Protocol):
+    """A worker, which answers one request at a time."""
+
+    def ask(self, request: Message) -> None:
+        """Sends a request; its answers come by `Backend.wait`."""
+        ...
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker has ended by itself.
+
+    Attributes:
+        reason: how, for a user.
+    """
+
+    reason: str
+
+
+class Backend(Protocol):
+    """Starts workers and hears them.
+
+    Attributes:
+        starts: how each worker begins; the number of them is the number of workers.
+        min_ready: workers that must be ready before the first shard is handed out.
+    """
+
+    starts: Sequence[Start]
+    min_ready: int
+
+    def start(self) -> Worker:
+        """Starts a worker, without waiting for it."""
+        ...
+
+    def wait(self, workers: Sequence[Any], timeout_s: float) -> list[tuple[Any, Message | Ended]]:
+        """Returns what some of the workers have answered; nothing after the timeout."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of what it needs beside the workers."""
+        ...
+
+
+@dataclass
+class _Place:
+    """A place for a worker.
+
+    Attributes:
+        start: how a worker begins here.
+        worker: the one that is there.
+        is_ready: whether it has loaded the model.
+        shard: what it computes.
+        computed: what it has computed of it.
+    """
+
+    start: Start
+    worker: Worker | None = None
+    is_ready: bool = False
+    shard: Shard | None = None
+    computed: list[Computed] = field(default_factory=list)
+
+
+class Pool:
+    """An `Executor` of several workers; a context manager that ends them.
+
+    The first worker starts at once and makes or compares the plan. The others start with the first
+    shards, no more of them than there are shards.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._places = [_Place(start) for start in backend.starts]
+        self._tries = Counter[int]()
+        self._n_failed_starts = 0
+        self._has_begun = False
+        self._environment: Message = {}
+        self._warnings: set[str] = set()
+
+    def __enter__(self) -> Pool:
+        try:
+            self._start(self._places[0])
+            while not self._places[0].is_ready:
+                for place, answer in self._wait():
+                    self._heard(place, answer)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all workers."""
+        for place in self._places:
+            if place.worker is not None:
+                place.worker.close()
+                place.worker = None
+        self._backend.close()
+
+    @property
+    def environment(self) -> Message:
+        return {**self._environment, "workers": len(self._places)}
+
+    def make_plan(self, mode: str, shard_rows: int | None, n_rows: int) -> dict[str, Any]:
+        first = self._places[0].worker
+        assert first is not None
+        arguments = {"mode": mode, "shard_rows": shard_rows, "n_rows": n_rows}
+        first.ask({"do": "plan", "arguments": arguments})
+        while True:
+            for place, answer in self._wait():
+                if isinstance(answer, Ended):
+                    raise WorkerError(f"the worker that makes the plan has ended: {answer.reason}")
+                self._heard(place, answer)
+                if "plan" in answer:
+                    return answer["plan"]
+
+    def check_plan(self, writer: FeatureWriter) -> None:
+        """Does nothing: every worker has compared its own settings."""
+
+    def compute(
+        self, writer: FeatureWriter, shards: Sequence[Shard]
+    ) -> Generator[ShardEvent, None, None]:
+        """Hands shards out, each to the next worker that has none.
+
+        Raises:
+            ExtractionError, ValueError, OSError: that of a worker, which ends the run.
+            WorkerError: no worker gets as far as to compute.
+        """
+        todo = deque(shards)
+        while todo or any(place.shard for place in self._places):
+            self._hand_out(todo)
+            for place, answer in self._wait():
+                event = self._heard(place, answer)
+                if isinstance(event, Lost) and not event.is_left:
+                    todo.appendleft(next(s for s in shards if s.shard == event.shard))
+                if event is not None:
+                    yield event
+
+    def _hand_out(self, todo: deque[Shard]) -> None:
+        n_ready = sum(place.is_ready for place in self._places)
+        self._has_begun = self._has_begun or n_ready >= min(self._backend.min_ready, len(todo))
+        for place in self._places if self._has_begun else ():
+            if todo and place.is_ready and place.shard is None:
+                assert place.worker is not None
+                place.shard = todo.popleft()
+                place.worker.ask({"do": "shard", "shard": place.shard.shard})
+        n_starting = sum(place.worker is not None and not place.is_ready for place in self._places)
+        empty = [place for place in self._places if place.worker is None]
+        for place in empty[: max(0, len(todo) - n_starting)]:
+            self._start(place)
+
+    def _start(self, place: _Place) -> None:
+        place.worker = self._backend.start()
+        place.worker.ask({"do": "start", "start": asdict(place.start)})
+
+    def _wait(self) -> Iterator[tuple[_Place, Message | Ended]]:
+        """Yields what is heard of workers, in a loop that a signal ends."""
+        place_of = {id(place.worker): place for place in self._places if place.worker is not None}
+        workers = [place.worker for place in place_of.values() if place.worker is not None]
+        for worker, answer in self._backend.wait(workers, _POLL_S):
+            check_interrupted()
+            yield place_of[id(worker)], answer
+        check_interrupted()
+
+    def _heard(self, place: _Place, answer: Message | Ended) -> ShardEvent | None:
+        if isinstance(answer, Ended):
+            return self._ended(place, answer.reason)
+        if "error" in answer:
+            raise _error(answer)
+        if "warning" in answer:
+            if answer["warning"] not in self._warnings:
+                self._warnings.add(answer["warning"])
+                warn_caller(answer["warning"])
+        elif "environment" in answer:
+            self._environment = self._environment or answer["environment"]
+            place.is_ready, self._n_failed_starts = True, 0
+        elif "rows" in answer:
+            assert place.shard is not None
+            errors = tuple(RowError(**error) for error in answer["errors"])
+            place.computed.append(Computed(place.shard.shard, answer["rows"], errors))
+            return place.computed[-1]
+        elif "committed" in answer:
+            place.shard, place.computed = None, []
+            return Committed(answer["committed"])
+        return None
+
+    def _ended(self, place: _Place, reason: str) -> Lost | None:
+        assert place.worker is not None
+        place.worker.close()
+        shard, computed, was_ready = place.shard, tuple(place.computed), place.is_ready
+        place.worker, place.is_ready, place.shard, place.computed = None, False, None, []
+        if shard is not None:
+            self._tries[shard.shard] += 1
+            is_left = self._tries[shard.shard] >= MAX_TRIES
+            return Lost(shard.shard, computed, reason, is_left)
+        if not was_ready:
+            self._n_failed_starts += 1
+            if self._n_failed_starts >= MAX_TRIES:
+                raise WorkerError(f"{MAX_TRIES} workers ended before they had the model: {reason}")
+            if place is self._places[0]:
+                self._start(place)
+        return None
+
+
+def _error(answer: Message) -> Exception:
+    """Returns the error that a worker answered with."""
+    kind = _ERRORS.get(answer["kind"])
+    if kind is None:
+        return RuntimeError(f"in a worker: {answer['error']}")
+    return kind(answer["error"])

@@ -1,0 +1,314 @@
+"""Several processes do the shards of a run: the same bytes, whatever happens to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from check_interrupts import foreground_signals, start_extraction
+from check_kills import Kills, is_running
+from click.testing import CliRunner
+from PIL import Image
+
+from fastbb import AutoBackbone
+from fastbb.cli import main
+from fastbb.extraction import (
+    PlanMismatchError,
+    Report,
+    extract,
+    local_workers,
+    open_features,
+    workers,
+)
+from fastbb.extraction.layout import read_events
+from fastbb.extraction.pool import Ended, Pool, WorkerError
+from fastbb.extraction.ray_workers import RayOptions
+from fastbb.extraction.worker import Message, Start
+from fastbb.extraction.workers import Workers
+
+Tree = Callable[[Path], dict[str, bytes]]
+PAUSE_S = 60
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Gives torch one thread, as each of two workers has on two cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+
+
+class Fatal(local_workers.LocalWorker):
+    """A process that is killed in each shard of a number."""
+
+    def ask(self, request: Message) -> None:
+        super().ask(request)
+        if request.get("shard") == 1:
+            os.kill(self._process.pid, signal.SIGKILL)
+
+
+# whole runs
+
+
+@pytest.mark.usefixtures("one_thread", "two_cores")
+def test_workers_give_the_bytes_of_one_process(
+    run: Callable[..., Report], images: Path, tmp_path: Path, tree: Tree
+) -> None:
+    for out, options in ((tmp_path / "one", {}), (tmp_path / "two", {"workers": 2})):
+        report = run(out, **options)
+        assert (report.rows, report.ok, report.errors) == (10, 9, {"unsupported_format": 1})
+        (images / "00003.png").write_bytes((images / "00002.png").read_bytes())
+        (images / "zzz.png").write_bytes((images / "00001.png").read_bytes())
+        report = run(out, update=True, retry_failed=True, **options)
+        assert (report.rows, report.ok, report.errors) == (11, 11, {})
+        (images / "00003.png").write_bytes(b"text")
+        (images / "zzz.png").unlink()
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    start = next(event for event in read_events(tmp_path / "two") if event["event"] == "start")
+    assert (start["workers"], start["torch_threads"], start["decode_threads"]) == (2, 1, 1)
+
+
+@pytest.mark.parametrize(("kind", "n"), [("local", 3), ("ray", 2)])
+def test_killed_workers_lose_and_repeat_nothing(
+    kind: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    assert Kills(tmp_path, kind, n_images=240).check(n) == []
+
+
+def test_a_shard_that_ends_every_worker_is_left(
+    run: Callable[..., Report],
+    tmp_path: Path,
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(tmp_path / "whole", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(local_workers, "LocalWorker", Fatal)
+        report = run(workers=1)
+    assert (report.rows, report.ok, report.left) == (6, 5, 4)
+    assert "4 images left, of shards that ended their workers" in repr(report)
+    said = capsys.readouterr().err
+    assert said.count("was killed (SIGKILL), perhaps for memory; shard 1 is tried again") == 2
+    assert "shard 1 is left after 3 tries" in said
+    lost = [event["left"] for event in read_events(tmp_path / "out") if event["event"] == "lost"]
+    assert lost == [False, False, True]
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert run(workers=1).ok == 9  # its workers live
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_images_of_a_shard_that_ends_every_worker_become_failed_rows(
+    run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(local_workers, "LocalWorker", Fatal)
+        report = run(workers=1, record_crashes=True, max_error_rate=1.0)
+    assert report.errors == {"unsupported_format": 1, "worker_crash": 4} and not report.left
+    crashed = [e for e in open_features(tmp_path / "out").errors() if e.kind == "worker_crash"]
+    assert [(e.row, e.id) for e in crashed] == [(i, f"{i:05d}.png") for i in range(4, 8)]
+    assert crashed[0].message == "its shard of 4 images ended 3 workers"
+    assert run(workers=1, retry_failed=True).errors == {"unsupported_format": 1}
+
+
+# ends
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A command with two workers that have computed something."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    for i in range(3000):
+        Image.new("RGB", (12, 10), (i % 256, i // 256, 9)).save(images / f"{i:05d}.png")
+    options: dict[str, object] = {"--model": "nano-resnet-digits", "--out": out, "--workers": 2}
+    options |= {"--batch-size": 8, "--shard-rows": 8}
+    with foreground_signals(), start_extraction(images, options, tmp_path / "cache") as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + PAUSE_S
+        while len(pids := children.read_text().split()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield process, [int(pid) for pid in pids]
+
+
+def ended(pids: Sequence[int]) -> bool:
+    deadline = time.monotonic() + PAUSE_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not any(map(is_running, pids))
+
+
+def test_an_interruption_ends_all(command: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, pids = command
+    assert len(pids) == 2
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=PAUSE_S)
+    assert process.returncode == 130 and "goes on after the last finished shard" in message
+    assert ended(pids)
+
+
+def test_workers_end_with_a_command_that_is_killed(
+    command: tuple[subprocess.Popen[str], list[int]],
+) -> None:
+    process, pids = command
+    process.kill()
+    process.communicate(timeout=PAUSE_S)
+    assert len(pids) == 2 and ended(pids)
+
+
+# errors
+
+
+def test_errors_of_workers_are_those_of_one_process(
+    run: Callable[..., Report], tmp_path: Path
+) -> None:
+    wrong: list[tuple[dict[str, Any], type[Exception]]] = [
+        ({"features": "cls"}, ValueError),
+        ({"size": "test"}, ValueError),
+    ]
+    for options, kind in wrong:
+        texts = []
+        for n in (None, 1):
+            with pytest.raises(kind) as error:
+                run(tmp_path / "wrong", workers=n, **options)
+            texts.append(str(error.value))
+        assert texts[0] == texts[1] and not (tmp_path / "wrong").exists()
+    run()
+    with pytest.raises(PlanMismatchError, match="features"):
+        run(features="pooled", workers=1)
+    assert run(workers=1).tried == 0
+
+
+def test_a_defect_in_a_worker_is_told_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"in a worker: Traceback(.|\n)*AssertionError"):
+        Pool(
+            Script([{"error": "Traceback ...\nAssertionError", "kind": "AssertionError"}])
+        ).__enter__()
+
+
+class Script:
+    """A backend whose workers give the same answers each."""
+
+    min_ready = 1
+
+    def __init__(self, answers: list[Message | Ended]) -> None:
+        self.answers, self.n_started = answers, 0
+        self.starts: Sequence[Start] = [Start("/nowhere", None, {}, None)] * 2
+
+    def start(self) -> Any:
+        self.n_started += 1
+        return type("Worker", (), {"ask": lambda *_: None, "close": lambda _: None})()
+
+    def wait(self, workers: Sequence[Any], timeout_s: float) -> list[tuple[Any, Message | Ended]]:
+        return [(worker, answer) for worker in workers for answer in self.answers]
+
+    def close(self) -> None:
+        pass
+
+
+def test_workers_that_end_while_they_load_the_model_end_the_run() -> None:
+    backend = Script([Ended("process 7 was killed")])
+    with pytest.raises(WorkerError, match="3 workers ended before they had the model: process 7"):
+        Pool(backend).__enter__()
+    assert backend.n_started == 3
+
+
+def test_the_same_warning_of_several_workers_is_given_once() -> None:
+    ready: Message = {"environment": {"device": "x"}}
+    with pytest.warns(UserWarning, match="hot") as heard:
+        Pool(Script([{"warning": "hot"}, {"warning": "hot"}, ready])).__enter__()
+    assert len(heard) == 1
+
+
+# arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": 0}, "workers: wanted a whole number, at least 1, got 0"),
+        ({"workers": 2, "devices": "all"}, "devices: it does not go with workers"),
+        ({"workers": 2, "device": "cuda"}, "workers: they are for the CPU; for GPUs give devices"),
+        ({"devices": "all", "device": "cuda"}, "devices: it does not go with device"),
+        ({"workers": 1, "ray": RayOptions()}, "ray: it does not go with workers"),
+        ({"shard_index": "2/2"}, "shard_index: wanted i/n with i from 0 to n - 1"),
+        ({"shard_index": "one"}, "shard_index: wanted i/n"),
+        ({"shard_index": "0/2", "retry_failed": True}, "retry_failed: it does not go with"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(
+    options: dict[str, Any], message: str, run: Callable[..., Report], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_of_a_loaded_backbone_are_refused(
+    model: Path, images: Path, tmp_path: Path
+) -> None:
+    backbone = AutoBackbone.from_pretrained(model)
+    with pytest.raises(ValueError, match=r"workers load it themselves.*save_pretrained"):
+        extract(backbone, images, tmp_path / "out", workers=2)
+
+
+def test_devices_are_checked_against_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="devices: wanted GPUs, and torch finds none"):
+        Workers.parse(None, "all", None, None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    for given in ("all", "0,1,2", [0, 1, 2], ["cuda:0", "cuda:1", "cuda:2"]):
+        found = Workers.parse(None, given, None, None)
+        assert found is not None and found.devices == ("cuda:0", "cuda:1", "cuda:2")
+    for given in ("3", "0,0", "", "gpu"):
+        with pytest.raises(ValueError, match="devices: wanted 'all' or different ones of 0 to 2"):
+            Workers.parse(None, given, None, None)
+    backend = Workers(devices=("cuda:0", "cuda:2")).backend(Start("", None, {}, None), None, print)
+    assert [(s.device, s.threads, s.n_sharers) for s in backend.starts] == [
+        ("cuda:0", None, 2),
+        ("cuda:2", None, 2),
+    ]
+
+
+def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: set(range(8)))
+    said: list[str] = []
+
+    def starts(n: int, plan: dict[str, Any] | None) -> list[int | None]:
+        backend = Workers(n).backend(Start("", None, {}, None), plan, said.append)
+        return [start.threads for start in backend.starts]
+
+    assert starts(3, None) == [2, 2, 2] and starts(4, {"threads": 2}) == [2] * 4 and not said
+    assert starts(4, {"threads": 3}) == [3, 3]
+    assert said == [
+        "2 instead of 4 workers: the plan gives each 3 torch threads, and there are 8 cores"
+    ]
+    assert starts(2, {"threads": 16}) == [16]  # one worker runs anywhere
+
+
+def test_options_of_ray_need_ray(images: Path) -> None:
+    arguments = ["extract", str(images), "--out", "x", "--max-workers", "2"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2 and "--max-workers: it is for --ray" in result.output
+    with pytest.raises(ValueError, match="min_workers: wanted at least 1, and at most max_workers"):
+        RayOptions(min_workers=3, max_workers=2)
+
+
+def test_without_the_extra_one_sentence_names_it(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"pip install 'fastbb\[ray\]'"):
+        run(ray=RayOptions())
