@@ -328,7 +328,7 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
             ValueError: the backbone is not in the checkpoint.
         """
         what = cls.__name__.removesuffix("Backbone")
-        prefix = find_prefix(state, list(backbone.state_dict()), what)
+        prefix = find_prefix(state, backbone.state_dict(), what)
         found, outside = strip_prefix(state, prefix)
         return found, prefix, outside
 

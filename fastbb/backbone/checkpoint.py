@@ -3,6 +3,7 @@
 import errno
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -169,12 +170,13 @@ def save_state_dict(state: StateDict, directory: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str:
+def find_prefix(names: Iterable[str], expected: Iterable[str], what: str) -> str:
     """Finds the prefix of a module's tensors in a checkpoint.
 
     Args:
         names: all names of the checkpoint.
-        expected: names of the module's tensors; the first must be in every checkpoint of it.
+        expected: names of the module's tensors, some of which the checkpoint has; a tensor may have
+            several, with a prefix of its own and without.
         what: the module, for the error.
 
     Returns:
@@ -183,21 +185,27 @@ def find_prefix(names: Iterable[str], expected: Sequence[str], what: str) -> str
     Raises:
         ValueError: there is no such prefix, or two fit equally well.
     """
-    names = set(names)
-    anchor = expected[0]
-    prefixes = [
-        name.removesuffix(anchor) for name in names if name == anchor or name.endswith(f".{anchor}")
-    ]
-    if not prefixes:
+    names, expected = sorted(names), set(expected)
+    found = (_shortest_prefix(name, expected) for name in names)
+    votes = Counter(prefix for prefix in found if prefix is not None)
+    if not votes:
         raise ValueError(
-            f"The checkpoint holds no {what}: no tensor is named {anchor!r}, "
-            f"with or without a prefix. It holds {some(sorted(names))}"
+            f"The checkpoint holds no {what}: it has none of its tensors, with or without a "
+            f"prefix. It holds {some(names)}"
         )
-    score = {prefix: sum(prefix + name in names for name in expected) for prefix in prefixes}
-    best = [prefix for prefix in prefixes if score[prefix] == max(score.values())]
+    best = [prefix for prefix, count in votes.items() if count == max(votes.values())]
     if len(best) > 1:
         raise ValueError(f"The checkpoint holds more than one {what}: under {sorted(best)}")
     return best[0]
+
+
+def _shortest_prefix(name: str, expected: set[str]) -> str | None:
+    """The shortest prefix of a name before one of the expected names, or None."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        if ".".join(parts[start:]) in expected:
+            return "".join(f"{part}." for part in parts[:start])
+    return None
 
 
 def strip_prefix(state: StateDict, prefix: str) -> tuple[StateDict, list[str]]:

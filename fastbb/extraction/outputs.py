@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,9 +44,10 @@ class Wanted:
         given = (features,) if isinstance(features, str) else tuple(features)
         unknown = [name for name in given if name not in FEATURES and not _names_a_part(name)]
         if unknown or not given:
+            close = [c for name in unknown for c in difflib.get_close_matches(str(name), FEATURES)]
             raise ValueError(
                 f"features: wanted some of {', '.join(FEATURES)}, {_MAP}<stage>, {_LAYER}<module>, "
-                f"got {given!r}"
+                f"got {given!r}" + (f". Did you mean {', '.join(close)}?" if close else "")
             )
         named = [name for name in dict.fromkeys(given) if name not in FEATURES]
         maps = sorted(name for name in named if name.startswith(_MAP))

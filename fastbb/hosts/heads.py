@@ -351,7 +351,10 @@ def _backbone_of(head: PreTrainedModel) -> tuple[Any, Any, bool]:
 
 
 def register() -> None:
-    """Has transformers build fast Swin, ResNet and timm backbones into its heads.
+    """Has transformers build fast backbones into its heads: all types that fastbb computes itself.
+
+    They are Swin, MaskFormer's Swin, ResNet, DINOv2 (also with registers), DINOv3 (ViT and
+    ConvNeXt), BEiT, ConvNeXt, ConvNeXt V2 and timm.
 
     From now on, `transformers.AutoBackbone`, and every head that uses it in `from_pretrained` or
     `from_config`, builds transformers' own module, which is accelerated (`fastbb.accelerate`) at
@@ -402,13 +405,33 @@ def _adapter(upstream: Any) -> Any:
     return type(upstream.__name__, (upstream,), members)
 
 
-SwinBackbone = _adapter(transformers.SwinBackbone)
+# named, as pickles of models need before their first call
+BeitBackbone = _adapter(transformers.BeitBackbone)
+ConvNextBackbone = _adapter(transformers.ConvNextBackbone)
+ConvNextV2Backbone = _adapter(transformers.ConvNextV2Backbone)
+DINOv3ConvNextBackbone = _adapter(transformers.DINOv3ConvNextBackbone)
+DINOv3ViTBackbone = _adapter(transformers.DINOv3ViTBackbone)
+Dinov2Backbone = _adapter(transformers.Dinov2Backbone)
+Dinov2WithRegistersBackbone = _adapter(transformers.Dinov2WithRegistersBackbone)
 MaskFormerSwinBackbone = _adapter(maskformer.MaskFormerSwinBackbone)
 ResNetBackbone = _adapter(transformers.ResNetBackbone)
+SwinBackbone = _adapter(transformers.SwinBackbone)
 TimmBackbone = _adapter(transformers.TimmBackbone)
 _ADAPTERS = {
     adapter.config_class: adapter
-    for adapter in (SwinBackbone, MaskFormerSwinBackbone, ResNetBackbone, TimmBackbone)
+    for adapter in (
+        BeitBackbone,
+        ConvNextBackbone,
+        ConvNextV2Backbone,
+        DINOv3ConvNextBackbone,
+        DINOv3ViTBackbone,
+        Dinov2Backbone,
+        Dinov2WithRegistersBackbone,
+        MaskFormerSwinBackbone,
+        ResNetBackbone,
+        SwinBackbone,
+        TimmBackbone,
+    )
 }
 _BEFORE: dict[Any, Any] = {}  # class registered for each configuration before, or None
 

@@ -1,8 +1,7 @@
 """Loads modules of transformers strictly from the tensors of any checkpoint around them."""
 
 import threading
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
@@ -15,6 +14,7 @@ from ..backbone.checkpoint import (
     StateDict,
     as_dtype,
     check_dtypes,
+    find_prefix,
     rename,
     shapes_only,
     some,
@@ -55,7 +55,8 @@ def load_module(
     what = f"{model_class.__name__} from {name!r}"
     if config.model_type in _DETECTORS:
         state = rename(state, _detector_name)
-    found, prefix, outside = inside(state, _names(empty), what)
+    prefix = find_prefix(state, _names(empty), what)
+    found, outside = strip_prefix(state, prefix)
     # read inside inference mode, they could not become parameters
     found = {n: t.clone() if t.is_inference() else t for n, t in found.items()}
     weights = [n for n, tensor in empty.state_dict().items() if tensor.is_floating_point()]
@@ -112,41 +113,6 @@ def _names(model: Any) -> set[str]:
         internals = import_module(f"{transformers().__name__}.core_model_loading")
         names |= set(internals.revert_weight_conversion(model, state))
     return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
-
-
-def inside(
-    state: StateDict, expected: Collection[str], what: str
-) -> tuple[StateDict, str, list[str]]:
-    """Finds a module of transformers in a checkpoint, whose names may be older than the module's.
-
-    Args:
-        state: names and tensors of the checkpoint.
-        expected: names of the module's tensors, some of which the checkpoint has.
-        what: the module, for the error.
-
-    Returns:
-        Its tensors without the prefix, the prefix, and the names of the others.
-
-    Raises:
-        ValueError: the module is not in the checkpoint, or more than once.
-    """
-    votes: Counter[str] = Counter()
-    for name in state:
-        parts = name.split(".")
-        for start in range(len(parts)):
-            if ".".join(parts[start:]) in expected:
-                votes["".join(f"{part}." for part in parts[:start])] += 1
-    if not votes:
-        raise ValueError(
-            f"The checkpoint holds no {what}: it has none of its tensors, with or without a "
-            f"prefix. It holds {some(sorted(state))}"
-        )
-    best = [prefix for prefix, count in votes.items() if count == max(votes.values())]
-    prefix = min(best, key=len)  # upstream finds its own part below the prefix of a base model
-    if not all(other.startswith(prefix) for other in best):
-        raise ValueError(f"The checkpoint holds more than one {what}: under {sorted(best)}")
-    found, outside = strip_prefix(state, prefix)
-    return found, prefix, outside
 
 
 def _mended(model: Any) -> set[str]:

@@ -352,7 +352,6 @@ class ViTBackbone(Backbone):
         found, root = in_memory(names, state), names.root
         # outside of the root are a projection and a pyramid
         own = [name for name in backbone.state_dict() if not name.startswith(_BESIDE)]
-        own.sort(key=lambda name: name != names.first_weight)
         expected = [name.removeprefix(root) for name in own]
         prefix = find_prefix(found, expected, names.upstream)
         inside, outside = strip_prefix(found, prefix)

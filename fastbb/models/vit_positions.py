@@ -255,13 +255,25 @@ def relative_position_bias(owner: Any, trained: Grid, grid: Grid) -> Tensor:
     return derive(owner, "bias", compute, table, constants=(trained, grid))[0]
 
 
-def _relative_bias(trained: Grid, grid: Grid, table: Tensor) -> tuple[Tensor]:
+def relative_position_rows(table: Tensor, trained: Grid, grid: Grid) -> Tensor:
+    """Interpolates a table of biases for another grid of patches.
+
+    Args:
+        table: [(2h - 1) * (2w - 1) + 3, num_heads] of the trained grid; the last three rows, of the
+            class token, stay.
+        trained: rows and columns of patches that the table was made for.
+        grid: rows and columns of patches.
+    """
     (old_h, old_w), (new_h, new_w) = [(2 * h - 1, 2 * w - 1) for h, w in (trained, grid)]
     # upstream takes a table of a trained grid that is no square as width x height
     maps = table[:-3].view(1, old_w, old_h, -1).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, size=(new_h, new_w), mode="bilinear")
-    rows = torch.cat([maps.permute(0, 2, 3, 1).flatten(0, 2), table[-3:]])
-    n_patches, n_relative = grid[0] * grid[1], new_h * new_w
+    return torch.cat([maps.permute(0, 2, 3, 1).flatten(0, 2), table[-3:]])
+
+
+def _relative_bias(trained: Grid, grid: Grid, table: Tensor) -> tuple[Tensor]:
+    rows = relative_position_rows(table, trained, grid)
+    n_patches, n_relative = grid[0] * grid[1], len(rows) - 3
     index = torch.empty(n_patches + 1, n_patches + 1, dtype=torch.int64, device=table.device)
     index[1:, 1:] = relative_position_index(grid, table.device).view(n_patches, n_patches)
     index[0, :] = n_relative

@@ -260,10 +260,15 @@ def test_find_prefix_takes_the_best_and_refuses_a_tie():
     expected = ["conv1.weight", "bn1.weight"]
     names = ["layer1.0.conv1.weight", "body.conv1.weight", "body.bn1.weight"]
     assert find_prefix(names, expected, "ResNet") == "body."
-    with pytest.raises(ValueError, match="holds no ResNet: no tensor is named 'conv1.weight'"):
+    with pytest.raises(ValueError, match="holds no ResNet: it has none .* It holds fc.weight"):
         find_prefix(["fc.weight"], expected, "ResNet")
     with pytest.raises(ValueError, match=r"more than one ResNet: under \['a.', 'b.'\]"):
         find_prefix(["a.conv1.weight", "b.conv1.weight"], expected, "ResNet")
+    with pytest.raises(ValueError, match=r"more than one ResNet: under \['', 'ema.'\]"):
+        find_prefix([*expected, *(f"ema.{name}" for name in expected)], expected, "ResNet")
+    # names with the prefix of a base model and without
+    both = [*expected, *(f"resnet.{name}" for name in expected)]
+    assert find_prefix([f"body.resnet.{name}" for name in expected], both, "ResNet") == "body."
 
 
 class TestHub:

@@ -323,8 +323,9 @@ def test_few_images_are_held_at_a_time(
     ("options", "message"),
     [
         ({"features": ("pooled", "token")}, "features: wanted some of embedding, .*'token'"),
+        ({"features": ("embeding", "nmae")}, r"'nmae'\)\. Did you mean embedding\?"),
         ({"features": ("maps.",)}, "features: wanted some of embedding, .*maps.<stage>"),
-        ({"features": ()}, "features: wanted some of embedding, cls, patch_mean, tokens, "),
+        ({"features": ()}, r"wanted some of embedding, cls, patch_mean, tokens, .*got \(\)$"),
         ({"precision": "tf32"}, "precision: wanted fp32, fp16, bf16, got 'tf32'"),
         ({"feature_dtype": "fp8"}, "feature_dtype: wanted fp32, fp16, bf16, got 'fp8'"),
         ({"norm": "last"}, "norm: wanted final or none, got 'last'"),

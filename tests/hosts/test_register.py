@@ -1,6 +1,7 @@
 """`register` makes transformers build fast backbones into its heads; `unregister` undoes it."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import torch
 from hub_server import HubServer
 from reference_models import images, randomize_
 from tolerance import assert_equals_upstream
+from torch.utils._pytree import tree_leaves
 
 import fastbb
 from fastbb.hosts.accelerate import replacement_of
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
+from convnext_models import KINDS, SHAPE  # noqa: E402
 from transformers.models import maskformer  # noqa: E402
+from vit_models import vit_config  # noqa: E402
 
 SWIN = transformers.SwinConfig(
     embed_dim=8,
@@ -30,14 +34,43 @@ RESNET = transformers.ResNetConfig(
 )
 TIMM = transformers.TimmBackboneConfig(backbone="test_resnet", out_indices=[1, 2, 3, 4])
 MASKFORMER_SWIN = maskformer.MaskFormerSwinConfig.from_dict(SWIN.to_dict())
-BACKBONES = {
+BACKBONES: dict[str, tuple[Any, Any]] = {
     "swin": (SWIN, transformers.SwinBackbone),
     "maskformer-swin": (MASKFORMER_SWIN, maskformer.MaskFormerSwinBackbone),
     "resnet": (RESNET, transformers.ResNetBackbone),
     "timm": (TIMM, transformers.TimmBackbone),
+    **{
+        kind.lower(): (
+            getattr(transformers, f"{kind}Config")(**SHAPE, out_indices=[1, 2, 3, 4]),
+            getattr(transformers, f"{kind}Backbone"),
+        )
+        for kind in KINDS
+    },
+    "dinov2": (vit_config("dinov2"), transformers.Dinov2Backbone),
+    "registers": (
+        vit_config("dinov2_with_registers"),
+        transformers.Dinov2WithRegistersBackbone,
+    ),
+    "dinov3": (vit_config("dinov3_vit"), transformers.DINOv3ViTBackbone),
+    "beit": (vit_config("beit"), transformers.BeitBackbone),
 }
 PIXELS = images(64, 72)
 HEAD_REL = 1e-4  # tolerance of a head whose maps differ by rounding
+NECK = {
+    "neck_hidden_sizes": [8, 8, 8, 8],
+    "fusion_hidden_size": 8,
+    "reassemble_factors": [2, 1, 1, 0.5],
+}
+DEPTH_ANYTHING = {"patch_size": 7, "reassemble_hidden_size": 32, "head_in_channels": 8}
+ZOEDEPTH = {"bottleneck_features": 8, "num_relative_features": 8}
+# head, its configuration, and the type of its backbone, which returns tokens [B, N, C]
+DEPTH: dict[str, tuple[str, dict[str, Any], str]] = {
+    "dpt-dinov2": ("DPT", {}, "dinov2"),
+    "dpt-beit": ("DPT", {}, "beit"),
+    "depth-anything-dinov2": ("DepthAnything", DEPTH_ANYTHING, "dinov2"),
+    "zoedepth-beit": ("ZoeDepth", ZOEDEPTH, "beit"),
+    "zoedepth-dinov2": ("ZoeDepth", ZOEDEPTH, "dinov2"),
+}
 
 
 def registered() -> dict[type, Any]:
@@ -63,6 +96,15 @@ def head(config: Any) -> Any:
             use_auxiliary_head=False,
         )
     )
+
+
+def depth_model(name: str) -> Any:
+    """A tiny model of depth with random weights."""
+    kind, fields, backbone = DEPTH[name]
+    config = vit_config(backbone, reshape_hidden_states=False)
+    made = getattr(transformers, f"{kind}Config")(backbone_config=config, **NECK, **fields)
+    # no seed makes the last activation zero
+    return randomize_(getattr(transformers, f"{kind}ForDepthEstimation")(made), seed=3)
 
 
 def runs_ours(module: Any) -> bool:
@@ -105,6 +147,41 @@ def test_heads_get_fast_backbones(kind: str, register: None, tmp_path: Path) -> 
         assert_equals_upstream(model(PIXELS).logits, want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", DEPTH)
+def test_depth_models_on_tokens_equal_upstream(name: str, register: None, tmp_path: Path) -> None:
+    pixels = images(70, 56)
+    requests: list[dict[str, Any]] = [
+        {},
+        {"output_hidden_states": True},
+        {"output_attentions": True},
+        {"output_attentions": True, "output_hidden_states": True, "return_dict": False},
+    ]
+    fastbb.unregister()
+    theirs = depth_model(name)
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.set_attn_implementation("eager")  # for attention weights
+
+    fastbb.register()
+    ours = type(theirs).from_pretrained(tmp_path / "theirs")
+    ours.set_attn_implementation("eager")
+    assert type(ours.backbone) is not type(theirs.backbone)
+    for request in requests * 2:
+        got, want = (tree_leaves(model(pixels, **request)) for model in (ours, theirs))
+        assert_equals_upstream(got, want)
+        assert want[0].std() > 0.01 * want[0].abs().max()
+    layers = [m for m in ours.backbone.modules() if type(m).__name__.endswith("Layer")]
+    assert all(map(runs_ours, layers)) and len(layers) == 3
+    # this head always asks for hidden states, which are upstream's
+    assert runs_ours(ours.backbone) is not name.startswith("dpt")
+
+    ours.save_pretrained(tmp_path / "ours")
+    fastbb.unregister()
+    again = type(theirs).from_pretrained(tmp_path / "ours")
+    assert type(again.backbone) is type(theirs.backbone)
+    assert_equals_upstream(again(pixels).predicted_depth, theirs(pixels).predicted_depth)
+
+
 def test_training_equals_upstream(register: None) -> None:
     torch.manual_seed(0)
     ours = head(RESNET).train()
@@ -121,6 +198,14 @@ def test_training_equals_upstream(register: None) -> None:
             ours.eval()(PIXELS).logits, theirs.eval()(PIXELS).logits, rel=HEAD_REL
         )
     assert replacement_of(ours.backbone) is not None
+
+
+@torch.no_grad()
+def test_models_are_pickled_before_their_first_call(register: None) -> None:
+    ours = randomize_(head(RESNET))  # transformers' hooks in the other families are not pickled
+    again = pickle.loads(pickle.dumps(ours))
+    assert_equals_upstream(again(PIXELS).logits, ours(PIXELS).logits)
+    assert runs_ours(again.backbone)
 
 
 @torch.no_grad()

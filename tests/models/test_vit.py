@@ -348,15 +348,49 @@ def test_weights_that_do_not_fit_are_named(
         ("deit", {}),
         ("clip_vision_model", {}),
         ("siglip_vision_model", {}),
+        ("dinov3_vit", {"num_register_tokens": 0, "rope_theta": 50.0}),
+        ("dinov3_vit", {"use_gated_mlp": True, "hidden_act": "silu"}),
+        # transformers normalizes the last map in any case
+        ("dinov3_vit", {"apply_layernorm": False, "out_indices": [1, 2]}),
+        ("dinov3_vit", {"query_bias": False, "proj_bias": False, "mlp_bias": False}),
+        ("dinov3_vit", {"query_bias": False, "value_bias": False, "hidden_size": 48}),
+        ("beit", {}),
+        ("beit", {"use_shared_relative_position_bias": True, "layer_scale_init_value": 0.0}),
+        ("beit", {"use_relative_position_bias": False, "use_absolute_position_embeddings": True}),
+        ("beit", {"use_mean_pooling": False, "use_absolute_position_embeddings": True}),
     ],
     ids=str,
 )
 def test_timms_vit_with_the_weights_computes_the_same(kind: str, config: dict[str, Any]) -> None:
     pytest.importorskip("timm")
-    ours = from_hf(hf_vit(kind, **config), out_indices=[1, 3])
-    pixels = images(28, 42)
-    with torch.no_grad():
-        upstream = timm_upstream(ours, (28, 42))
-        assert_equals_upstream(ours(pixels).feature_maps, upstream.maps(upstream.module, pixels))
+    theirs = hf_vit(kind, **{"out_indices": [1, 3], **config})
+    ours = from_hf(theirs)
+    for size in ((28, 28), (28, 42)):
+        pixels = images(*size)
+        with torch.no_grad():
+            upstream = timm_upstream(ours, size)
+            maps = upstream.maps(upstream.module, pixels)
+            assert_equals_upstream(maps, theirs(pixels).feature_maps)
     with pytest.raises(ValueError, match="no map of the stem"):
         timm_upstream(from_hf(hf_vit(kind)), (28, 28))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "problem"),
+    [
+        ("dinov3_vit", {"key_bias": True}, "keys of timm's dinov3_vit have no bias"),
+        ("dinov3_vit", {"hidden_act": "relu"}, "no MLP with the activation relu"),
+        ("dinov3_vit", {"use_gated_mlp": True}, "no MLP that this activation gates"),
+        ("beit", {"hidden_act": "gelu_new"}, "no MLP with the activation gelu_new"),
+        ("beit", {"add_fpn": True, "num_hidden_layers": 4}, "no feature pyramid"),
+        ("vit", {"patch_size": (7, 14)}, "has square patches"),
+        ("beit", {"reshape_hidden_states": False}, "returns maps"),
+    ],
+    ids=str,
+)
+def test_timm_that_has_no_such_vit_says_so(kind: str, config: dict[str, Any], problem: str) -> None:
+    pytest.importorskip("timm")
+    indices = range(1, config.get("num_hidden_layers", 3) + 1)
+    ours = from_hf(hf_vit(kind, **config, out_indices=list(indices)))
+    with pytest.raises(ValueError, match=problem):
+        timm_upstream(ours, (28, 28))
