@@ -1,11 +1,14 @@
 """Writes the tables and pictures of docs/benchmarks and the table of the README.
 
-    python scripts/benchmark_pages.py --measure     # on this CPU, an hour with nothing else running
-    python scripts/benchmark_pages.py               # from the results that are there, and counts
+    python scripts/benchmark_pages.py --measure             # on this CPU, over an hour with
+                                                            # nothing else running
+    python scripts/benchmark_pages.py --measure families    # one of the measured pages
+    python scripts/benchmark_pages.py                       # from the results that are there, and
+                                                            # counts
 
-Measured are docs/benchmarks/backbones.json and hosts.json, by the commands of `fastbb bench` that
-the pages name. The models are directories with only a config.json; `--configs FOLDER` leaves them
-there.
+Measured are backbones.json, families.json and hosts.json of docs/benchmarks, by the commands of
+`fastbb bench` that the pages name. The models are directories with only a config.json; `--configs
+FOLDER` leaves them there.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +83,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 BACKBONES = (
     "Swin-T ResNet-50 --random-weights --out-indices 1,2,3,4 --batch 1,8 --precision fp32,bf16 "
     "--mode eager,compile --against timm,compile,openvino,onnxruntime --budget 1800"
+)
+FAMILIES = (
+    "DINOv2-S DINOv3-S BEiT-B ConvNeXt-T ConvNeXtV2-T --random-weights --batch 1,8 "
+    "--precision fp32,bf16 --mode eager --against timm --budget 1500"
 )
 # HOST,... and further options; those of `bench.hosts` are built by bench/hosts.py
 HOSTS = (
@@ -147,10 +154,12 @@ def measure_hosts() -> Results:
     return replace(parts[0], cells=cells, notes=[f"Other sizes: {others}."])
 
 
-def measure(folder: Path) -> None:
-    """Measures what the pages show into their JSON files."""
-    write_json(bench(BACKBONES, folder), PAGES / "backbones.json")
-    write_json(measure_hosts(), PAGES / "hosts.json")
+# what measures each page, given the folder with the models
+MEASURED: dict[str, Callable[[Path], Results]] = {
+    "backbones": lambda folder: bench(BACKBONES, folder),
+    "families": lambda folder: bench(FAMILIES, folder),
+    "hosts": lambda _: measure_hosts(),
+}
 
 
 def count(title: str, folder: Path) -> Traffic:
@@ -207,7 +216,7 @@ def _speed(cell: Cell, name: str) -> str:
 
 def write_measured_pages() -> None:
     """Writes the pages that have results, and the README."""
-    for name in ("backbones", "hosts"):
+    for name in MEASURED:
         results, page = Results.read(PAGES / f"{name}.json"), PAGES / f"{name}.md"
         page.write_text(with_measured(page.read_text(), markdown(results)))
     backbones = Results.read(PAGES / "backbones.json")
@@ -219,14 +228,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measure", action="store_true", help="measure first")
+    parser.add_argument(
+        "--measure",
+        nargs="*",
+        choices=[*MEASURED],
+        metavar="PAGE",
+        help="measure first: backbones, families, hosts; default: all",
+    )
     parser.add_argument("--configs", type=Path, metavar="FOLDER", help="default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.configs or Path(temporary)
         write_configs(folder)
-        if options.measure:
-            measure(folder)
+        wanted = [] if options.measure is None else options.measure or MEASURED
+        for name in wanted:
+            write_json(MEASURED[name](folder), PAGES / f"{name}.json")
         models = [count(title, folder) for title in COUNTED]
     PAGE.write_text(with_table(PAGE.read_text(), summary(models)))
     plot([model for model in models if model.title in DRAWN], PICTURE)
