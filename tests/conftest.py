@@ -1,6 +1,7 @@
 """Fixtures of every test: seeds, one thread, no network, and NaN in fresh memory."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # Daft and Ray report their use, Daft when it is imported
+    os.environ |= {"DAFT_ANALYTICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     # the workers of pytest-xdist share the cores
     torch.set_num_threads(1)
 

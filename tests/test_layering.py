@@ -23,6 +23,7 @@ LAYERS = [
     "fastbb.extraction",
     "fastbb.inspect",
     "fastbb.bench",
+    "fastbb.integrations",
     "fastbb.cli",
     "fastbb.__main__",
 ]
@@ -35,13 +36,17 @@ HANDED_ON = {
     }
 }
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
-NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm"}
+NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm", "ray", "daft", "datasets", "pyarrow"}
 NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
 CLI_MODULES = ("bench", "features", "machine", "models", "options", "shell")
 CLI = ("fastbb.cli", *(f"fastbb.cli.{name}" for name in CLI_MODULES))
 TRANSFORMERS = ("fastbb.hosts.heads", "fastbb.hosts.transformers_config")
-IMPORTED_WITH = {"click": CLI, "transformers": TRANSFORMERS}
+IMPORTED_WITH = {
+    "click": CLI,
+    "transformers": TRANSFORMERS,
+    "daft": ("fastbb.integrations.daft",),  # its class derives from Daft's
+}
 
 
 def python_files() -> list[Path]:

@@ -46,7 +46,7 @@ from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
 
 # raised when fastbb computes other values from the same weights and pixels
-_NUMERICS = 1
+NUMERICS = 1
 # position in the input, id, and the source
 Row = tuple[int, str, Any]
 
@@ -375,7 +375,7 @@ class FeatureExtractor:
                 "torch": torch.__version__,
                 "pillow": PIL.__version__,
                 **({} if library is None else {library: version(library)}),
-                "fastbb_numerics": _NUMERICS,
+                "fastbb_numerics": NUMERICS,
             },
         }
 

@@ -1,0 +1,125 @@
+"""Features as columns of a `datasets.Dataset`, by its `map`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import PIL
+import torch
+
+from ..backbone.hub import local_directory
+from ..extraction.pipeline import NUMERICS
+from .columns import ColumnExtractor
+
+
+def extractor(
+    model: str | os.PathLike[str],
+    image: str = "image",
+    features: str | Sequence[str] = ("embedding",),
+    **options: Any,
+) -> Extractor:
+    """Returns a function for `Dataset.map(function, batched=True, with_rank=True)`.
+
+    It adds a list of fp32 numbers for each feature, and `error`: None or "kind: message". A row
+    whose image fails has None for every feature; no row is lost.
+
+    Images that `datasets` has not decoded yet are decoded here, as `fastbb extract` decodes files,
+    so one that cannot be decoded does not end the map. With `num_proc`, a process computes on the
+    GPU of its rank; where the program has used a GPU before, it has to start processes by
+    `multiprocess.set_start_method("spawn")`.
+
+    `datasets` finds results of an earlier map again if model, options, the files of a local model,
+    and the versions of what computes them are the same. Of a model of the Hub it compares the name
+    only.
+
+    Args:
+        model: name or directory of a model, which each process loads at its first batch.
+        image: column of the images: `datasets.Image` of any kind, bytes of image files or paths.
+        features: names of vectors, see `FeatureExtractor`.
+        options: of `FeatureExtractor`. `device` in place of the GPU of the rank; `batch_size` of a
+            forward pass, of which a batch of the map should be a multiple.
+
+    Raises:
+        TypeError: the model is a loaded one.
+        ValueError: a feature does not exist or is no vector.
+    """
+    return Extractor(model, image, features, options)
+
+
+class Extractor:
+    """A function of a batch and a rank, see `extractor`."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        image: str,
+        features: str | Sequence[str],
+        options: dict[str, Any],
+    ) -> None:
+        self._extract = ColumnExtractor(model, features, options)
+        self._image = image
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `datasets` hashes this to find earlier results: all that decides the values, no model
+        versions = {"fastbb": NUMERICS, "pillow": PIL.__version__, "torch": torch.__version__}
+        return {**self.__dict__, "files": _files(self._extract.model), "versions": versions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._extract, self._image = state["_extract"], state["_image"]
+
+    def __call__(self, batch: Mapping[str, Any], rank: int | None = None) -> dict[str, list[Any]]:
+        """Computes the features of a batch.
+
+        Args:
+            batch: columns by name.
+            rank: of the process, as `with_rank=True` gives it.
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        if self._image not in batch:
+            raise ValueError(f"image: no column {self._image!r} among {', '.join(batch)}")
+        vectors, errors = self._extract(_images(batch, self._image), _device(rank))
+        columns: dict[str, list[Any]] = {name: Vectors(v) for name, v in vectors.items()}
+        return {**columns, "error": Texts(errors)}
+
+
+class Vectors(list[Any]):
+    """Vectors or None, of which Arrow knows the type also where a whole batch has failed."""
+
+    def __arrow_array__(self, type: Any = None) -> Any:
+        import pyarrow as pa
+
+        return pa.array(list(self), type or pa.list_(pa.float32()))
+
+
+class Texts(list[Any]):
+    """Texts or None, of which Arrow knows the type also where all are None."""
+
+    def __arrow_array__(self, type: Any = None) -> Any:
+        import pyarrow as pa
+
+        return pa.array(list(self), type or pa.string())
+
+
+def _images(batch: Mapping[str, Any], name: str) -> list[Any]:
+    """Returns images of a batch, encoded where `datasets` has not decoded them yet."""
+    encoded, waiting = getattr(batch, "pa_table", None), getattr(batch, "keys_to_format", ())
+    if encoded is not None and name in waiting:
+        return encoded[name].to_pylist()
+    return list(batch[name])
+
+
+def _device(rank: int | None) -> str | None:
+    n_gpus = 0 if rank is None else torch.cuda.device_count()
+    return None if rank is None or n_gpus == 0 else f"cuda:{rank % n_gpus}"
+
+
+def _files(model: str) -> list[tuple[str, int, int]]:
+    """Returns names, sizes and times of the files of a local model; of others nothing."""
+    directory = local_directory(model)
+    files = [] if directory is None else sorted(p for p in directory.rglob("*") if p.is_file())
+    stats = [(str(path.relative_to(directory)), path.stat()) for path in files if directory]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
