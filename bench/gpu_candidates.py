@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from fastbb_kernels.ops.convnext_block import STRIP_ROWS
+
 MOST = 36
 # the compiler takes ten seconds for each configuration of these
-_MOST_OF = {"swin_attention_block": 20, "mlp_block": 24}
+_MOST_OF = {"swin_attention_block": 20, "mlp_block": 24, "convnext_block": 24}
 _SHARED_BYTES = 227 << 10  # of a program, at most; a GPU with less refuses the launch
 _MOST_ACCUMULATORS = 128  # of a thread, in fp32
 _LEAST_ACCUMULATORS = 8
@@ -29,8 +31,11 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "resident": (False, True),
     "compiler": ({}, {"maxnreg": 128}, {"maxnreg": 168}),
 }
-# a window has fewer rows
-_WINDOW_VALUES = {"block_m": (16, 32, 64), "num_warps": (1, 2, 4, 8)}
+_VALUES_OF: dict[str, dict[str, tuple[Any, ...]]] = {
+    # a window has fewer rows
+    "window_attention": {"block_m": (16, 32, 64), "num_warps": (1, 2, 4, 8)},
+    "convnext_block": {"block_n": (8, 16, 32, 64)},
+}
 # tiles that are fast on many GPUs: rows, columns, depth, warps, stages
 _TILES = (
     (128, 256, 64, 8, 3),
@@ -77,7 +82,7 @@ def candidates(table: str, default: Any, sizes: Mapping[str, Any]) -> list[Any]:
     fixed = _FIXED.get(table, set())
     if usual.get("compiler", {}).keys() - {"maxnreg"}:
         fixed = fixed | {"compiler"}  # options of another vendor's compiler
-    known = {**_VALUES, **(_WINDOW_VALUES if table == "window_attention" else {})}
+    known = {**_VALUES, **_VALUES_OF.get(table, {})}
     values = [
         tuple(_with(usual[name], () if name in fixed else known.get(name, ()))) for name in usual
     ]
@@ -132,11 +137,12 @@ def _distance(leaves: Leaves, usual: Leaves) -> float:
 
 def _makes_sense(table: str, leaves: Leaves, usual: Leaves, sizes: Mapping[str, Any]) -> bool:
     channels = sizes.get("channels", 0)
-    if table in ("mlp_block", "swin_attention_block"):
+    if table in ("mlp_block", "swin_attention_block", "convnext_block"):
         # only whole pieces, and registers for the accumulators of all channels
         if channels % leaves["block_c"] or 4 * channels % leaves.get("block_h", 1):
             return False
-        rows = leaves.get("block_m", 64)
+        is_strips = table == "convnext_block"
+        rows = STRIP_ROWS * leaves["block_n"] if is_strips else leaves.get("block_m", 64)
         return _fits_registers(rows * channels, leaves["num_warps"], 1.5 * _MOST_ACCUMULATORS)
     if table == "window_attention":
         return leaves["num_warps"] * 16 <= 2 * leaves["block_m"] <= 2 * leaves["block_n"]

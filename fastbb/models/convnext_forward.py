@@ -19,6 +19,7 @@ from fastbb_kernels import (
     patch_embed,
 )
 from fastbb_kernels._dispatch import launches_on
+from fastbb_kernels.ops.convnext_block import convnext_block as whole_block
 from fastbb_kernels.ops.grn_linear_residual import global_response_norm, grn_linear_residual
 
 from ..backbone.checkpointing import BlockRunner
@@ -118,25 +119,31 @@ def convnext_block(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
     Returns:
         [B, C, H, W].
     """
+    conv, norm, fc1, fc2 = parts.conv, parts.norm, parts.fc1, parts.fc2
+    rate, scale = parts.drop_rate(), parts.scale()
+    first = norm.weight, norm.bias, matrix(fc1), fc1.bias
+    last = matrix(fc2), fc2.bias
+    options: dict[str, Any] = {"eps": norm.eps, "activation": parts.activation}
+    is_plain, bias = parts.grn is None and rate == 0.0, conv.bias
+    is_one_kernel = is_plain and conv.dilation == (1, 1) and _is_usual(conv)
+    if is_one_kernel and bias is not None and launches_on(x.device):
+        weight = _depthwise_weight(x, parts)
+        return whole_block(x, weight, bias, *first, *last, scale, **options)
     residual = x.permute(0, 2, 3, 1)
     y = _depthwise(x, parts).permute(0, 2, 3, 1)
-    rate, scale = parts.drop_rate(), parts.scale()
     if rate == 0.0 and runs_on_cpu(y, parts):
         return mlp_on_cpu(y, residual, parts).permute(0, 3, 1, 2)
-    norm, fc1, fc2 = parts.norm, parts.fc1, parts.fc2
-    before = y, norm.weight, norm.bias, matrix(fc1), fc1.bias
-    options: dict[str, Any] = {"eps": norm.eps, "activation": parts.activation}
-    if parts.grn is None and rate == 0.0:
-        y = mlp_block(*before, matrix(fc2), fc2.bias, residual=residual, scale=scale, **options)
+    if is_plain:
+        y = mlp_block(y, *first, *last, residual=residual, scale=scale, **options)
         return y.permute(0, 3, 1, 2)
-    hidden = layer_norm_linear(*before, **options)
+    hidden = layer_norm_linear(y, *first, **options)
     if parts.grn is not None:
         grn = parts.grn.weight.flatten(), parts.grn.bias.flatten()
         if rate == 0.0 and scale is None:
-            last = matrix(fc2), fc2.bias, residual
-            return grn_linear_residual(hidden, *grn, *last, eps=parts.grn_eps).permute(0, 3, 1, 2)
+            y = grn_linear_residual(hidden, *grn, *last, residual, eps=parts.grn_eps)
+            return y.permute(0, 3, 1, 2)
         hidden = global_response_norm(hidden, *grn, parts.grn_eps)
-    y = F.linear(hidden, matrix(fc2), fc2.bias)
+    y = F.linear(hidden, *last)
     y = y if scale is None else scale * y
     return (residual + drop_path(y, rate)).permute(0, 3, 1, 2)
 
@@ -144,16 +151,26 @@ def convnext_block(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
 def _depthwise(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
     """Convolves [B, C, H, W] to the same shape."""
     conv = parts.conv
+    if conv.bias is None or not _is_usual(conv):
+        return conv(x)  # it was changed
+    weight = _depthwise_weight(x, parts)
+    return depthwise_conv_bn_act(x, weight, conv.bias, dilation=conv.dilation[0])
+
+
+def _is_usual(conv: nn.Conv2d) -> bool:
+    """Whether a convolution is depthwise and keeps the size of the map, as blocks have it."""
     k, dilation = conv.kernel_size[0], conv.dilation[0]
     padding = dilation * (k // 2)
     settings = (conv.kernel_size, conv.stride, conv.dilation, conv.padding, conv.padding_mode)
     usual = ((k, k), (1, 1), (dilation, dilation), (padding, padding), "zeros")
-    if settings != usual or k % 2 == 0 or conv.groups != conv.in_channels or conv.bias is None:
-        return conv(x)  # it was changed
-    weight = conv.weight
+    return settings == usual and k % 2 == 1 and conv.groups == conv.in_channels
+
+
+def _depthwise_weight(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
+    weight = parts.conv.weight
     if launches_on(x.device):
         (weight,) = derive(parts.owner, "depthwise", _channels_fastest, weight)
-    return depthwise_conv_bn_act(x, weight, conv.bias, dilation=dilation)
+    return weight
 
 
 def _channels_last(weight: Tensor) -> tuple[Tensor]:

@@ -13,6 +13,7 @@ from .case import Case, Family, Random
 
 # with more channels the separate ops run
 BLOCK_CHANNELS = 384
+WHOLE_BLOCK_CHANNELS = 256
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def convnext_cases(shape: ConvNextShape, size: tuple[int, int], batch: int) -> I
             yield Case("linear_residual", f"{where}-fc2", _linear_residual(tokens))
         if not shape.has_grn and channels <= BLOCK_CHANNELS:
             yield Case("mlp_block", f"{where}-mlp", _mlp_block(tokens))
+        if not shape.has_grn and channels <= WHOLE_BLOCK_CHANNELS:
+            yield Case("convnext_block", f"{where}-block", _block(tokens, shape.kernel_size))
         before = tokens
 
 
@@ -89,6 +92,23 @@ def _conv(tokens: _Shape, kernel_size: int) -> _Make:
             "x": random.normal(*tokens).permute(0, 3, 1, 2),
             "weight": random.weight(channels, 1, kernel_size, kernel_size),
             "bias": random.normal(channels),
+        }
+
+    return make
+
+
+def _block(tokens: _Shape, kernel_size: int) -> _Make:
+    channels = tokens[-1]
+
+    def make(random: Random) -> dict[str, Any]:
+        conv = _conv(tokens, kernel_size)(random)
+        return {
+            "x": conv["x"],
+            "conv_weight": conv["weight"],
+            "conv_bias": conv["bias"],
+            **random.norm(channels),
+            **random.mlp(channels),
+            "scale": random.normal(channels),
         }
 
     return make

@@ -140,7 +140,7 @@ SHARES = {
     "dinov3_s": 0.34,
     "dinov3_b": 0.34,
     "beit_b": 0.52,
-    "convnext_t": 0.23,
+    "convnext_t": 0.17,
     "convnextv2_t": 0.28,
 }
 

@@ -27,11 +27,15 @@ KERNELS = Path(fastbb_kernels.__file__).parent / "triton_kernels"
 
 
 class Mutation(NamedTuple):
-    """A line of the kernel of an op, and what takes its place; "": nothing is wrong."""
+    """A line of the kernel of an op, and what takes its place; "": nothing is wrong.
+
+    The line is in the kernel's module or, if that has one, in a `helper`, a module that it imports.
+    """
 
     op: str
     right: str = ""
     wrong: str = ""
+    helper: str = ""
 
 
 MUTATIONS = {
@@ -57,12 +61,33 @@ MUTATIONS = {
     ),
     "residual_is_scaled": Mutation(
         "mlp_block",
-        "y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)",
-        "y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0) * "
+        "y += tl.load(residual_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)",
+        "y += tl.load(residual_ptr + offsets, mask=inside[:, None], other=0.0) * "
         "tl.load(scale_ptr + channels).to(tl.float32)[None, :]",
+        helper="mlp_of_rows",
+    ),
+    "residual_is_the_convolved_map": Mutation(
+        "mlp_block", "x_ptr if residual_ptr is None else residual_ptr", "x_ptr"
     ),
     "no_rows_above_the_center": Mutation(
-        "depthwise_conv_bn_act", "(x_rows + row >= 0)", "(row >= 0)"
+        "depthwise_conv_bn_act", "(rows + row >= 0)", "(row >= 0)", helper="depthwise_strips"
+    ),
+    "left_padding_is_the_row_above": Mutation(
+        "convnext_block",
+        "(cols + col >= 0)",
+        "(rows + cols + col >= 0)",  # a load before the first row would be out of bounds
+        helper="depthwise_strips",
+    ),
+    "residual_of_the_pixel_below": Mutation(
+        "convnext_block",
+        "        x_ptr,\n        y_ptr,",
+        "        x_ptr + (rows + pixels % ROWS + 1 < height)[:, None] * width * CHANNELS,\n"
+        "        y_ptr,",
+    ),
+    "pixels_of_strips_in_another_order": Mutation(
+        "convnext_block",
+        "tl.join(first.to(dtype), third.to(dtype))",
+        "tl.join(third.to(dtype), first.to(dtype))",
     ),
 }
 UNCHANGED = {mutation.op: Mutation(mutation.op) for mutation in MUTATIONS.values()}
@@ -71,6 +96,11 @@ UNCHANGED = {mutation.op: Mutation(mutation.op) for mutation in MUTATIONS.values
 def mutant(mutation: Mutation, folder: Path) -> Callable[..., Tensor]:
     """Returns the launcher of a copy of the kernel's module."""
     source = (KERNELS / f"{mutation.op}.py").read_text()
+    if name := mutation.helper:
+        line = f"from .{name} import "
+        assert source.count(line) == 1, f"{mutation.op} does not import {name} any more"
+        imported = next(text for text in source.splitlines() if text.startswith(line))
+        source = source.replace(imported, (KERNELS / f"{name}.py").read_text())
     if mutation.right:
         assert source.count(mutation.right) == 1, f"{mutation.op} has no such line any more"
         source = source.replace(mutation.right, mutation.wrong)

@@ -15,7 +15,7 @@ from fastbb.bench.traffic import count_backbone, count_forward
 from fastbb.inspect.upstream import upstream_of
 from fastbb.models import convnext_cpu, convnext_forward
 from fastbb_kernels import onednn, use_impl
-from fastbb_kernels.testing import interpret
+from fastbb_kernels.testing import interpret, record_launches
 
 pytest.importorskip("transformers")
 
@@ -53,6 +53,32 @@ def test_counted_traffic_of_the_tiny_models_meets_its_goal(kind: str, most: floa
     theirs = count_forward(upstream.module.to(pixels.dtype), pixels, upstream.maps)
     ours = count_backbone(backbone, pixels)
     assert n_bytes(ours) <= most * n_bytes(theirs) and len(ours) < len(theirs) / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "n_blocks"), [("ConvNext", 64, 6), ("ConvNext", 8, 3), ("ConvNextV2", 64, 0)]
+)
+def test_blocks_of_early_stages_are_one_kernel(kind: str, batch: int, n_blocks: int) -> None:
+    with torch.device("meta"):
+        backbone = AutoBackbone.from_config(getattr(fastbb, f"{kind}Config")()).eval().bfloat16()
+    pixels = torch.empty(batch, 3, 224, 224, dtype=torch.bfloat16, device="meta")
+    with torch.no_grad(), record_launches() as recording:
+        backbone(pixels)
+    kernels = [launch.name for launch in recording.launches]
+    assert kernels.count("_convnext_block_fwd_kernel") == n_blocks
+    assert kernels.count("_depthwise_conv_bn_act_fwd_kernel") == 18 - n_blocks
+
+
+def test_changed_convolutions_equal_upstream_by_kernels() -> None:
+    pair, pixels = hf_pair(hf_convnext("ConvNext", hidden_sizes=[32] * 4)), images(40, 40)
+    for model in (pair.upstream, pair.ours):
+        dilated, strange = (model.encoder.stages[i].layers[0].dwconv for i in (0, 1))
+        dilated.dilation, dilated.padding = (2, 2), (6, 6)
+        strange.padding_mode, strange._reversed_padding_repeated_twice = "circular", [3] * 4
+    with torch.no_grad():
+        want = pair.maps(pixels)
+        with use_impl("triton"), interpret():
+            assert_equals_upstream(pair.ours(pixels).feature_maps, want)
 
 
 @pytest.fixture

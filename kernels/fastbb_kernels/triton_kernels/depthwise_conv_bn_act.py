@@ -1,7 +1,6 @@
 """Depthwise convolution of a channels-last map; it is not a GEMM and uses no matrix instructions.
 
-A program computes vertical strips of ROWS pixels. One load of a pixel of x serves all vertically
-adjacent taps of a strip; horizontally adjacent taps and strips read the pixel from L1.
+A program computes vertical strips of ROWS pixels, see `strip_sums`.
 """
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # a launch passes plain values for constexpr parameters, and static_range has no iterable type
@@ -17,6 +16,7 @@ from torch import Tensor
 from .._dispatch import Architecture
 from ..launching import chosen_config
 from .activation import activate
+from .depthwise_strips import strip_sums
 from .kernel import Kernel
 
 
@@ -127,25 +127,18 @@ def _depthwise_conv_bn_act_fwd_kernel(
     # as wide as x, so that each thread loads its own factors
     weight_pointers = weight_ptr + tl.zeros_like(strips) + cols
     bias = tl.load(bias_ptr + tl.zeros_like(strips) + cols, mask=mask, other=0.0).to(tl.float32)
-    acc = (bias,) * ROWS
-    # a loop: 5x5 spills if the loads of all columns are in flight at once
-    for kw in range(K):
-        col = (kw - K // 2) * DILATION
-        col_mask = mask & (x_cols + col >= 0) & (x_cols + col < width)
-        for kh in tl.static_range(K):
-            tap_pointers = weight_pointers + (kh * K + kw) * channels
-            weight = tl.load(tap_pointers, mask=mask, other=0.0).to(tl.float32)
-            sums = ()
-            for i in tl.static_range(ROWS):
-                # the compiler merges this with equal loads of other taps
-                row = i * STRIDE + (kh - K // 2) * DILATION
-                x = tl.load(
-                    x_pointers + (row * width + col) * wide_channels,
-                    mask=col_mask & (x_rows + row >= 0) & (x_rows + row < height),
-                    other=0.0,
-                )
-                sums += (acc[i] + x.to(tl.float32) * weight,)
-            acc = sums
+    acc = strip_sums(
+        (bias,) * ROWS,
+        x_pointers,
+        weight_pointers,
+        mask,
+        (x_rows, x_cols),
+        (height, width, channels),
+        STRIDE,
+        DILATION,
+        K,
+        ROWS,
+    )
 
     y_pointers = y_ptr + ((images * y_height + y_rows) * y_width + y_cols) * wide_channels + cols
     for i in tl.static_range(ROWS):

@@ -17,8 +17,8 @@ from torch import Tensor
 from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
-from .activation import activate
 from .kernel import Kernel
+from .mlp_of_rows import mlp_of_rows
 from .normalized_rows import normalized_rows
 
 
@@ -129,42 +129,23 @@ def _mlp_block_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    N_PIECES: tl.constexpr = CHANNELS // BLOCK_C
-    dtype = x_ptr.dtype.element_ty
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows
     norm = norm_weight_ptr, norm_bias_ptr, eps
     x = normalized_rows(x_ptr, rows, inside, norm, CHANNELS, BLOCK_C)
-    acc = ()
-    for _ in tl.static_range(N_PIECES):
-        acc = acc + (tl.zeros((BLOCK_M, BLOCK_C), tl.float32),)
-
-    # no code is hoisted out of the loop: the values would occupy registers throughout
-    for start in tl.range(0, HIDDEN, BLOCK_H, disable_licm=True):
-        columns = start + tl.arange(0, BLOCK_H)
-        hidden = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        for i in tl.static_range(N_PIECES):
-            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
-            weight = tl.load(fc1_weight_ptr + columns[None, :] * CHANNELS + channels[:, None])
-            hidden = tl.dot(x[i], weight, hidden, input_precision=PRECISION)
-        if fc1_bias_ptr is not None:
-            hidden += tl.load(fc1_bias_ptr + columns).to(tl.float32)[None, :]
-        hidden = activate(hidden, ACTIVATION).to(dtype)
-        sums = ()
-        for i in tl.static_range(N_PIECES):
-            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
-            weight = tl.load(fc2_weight_ptr + channels[None, :] * HIDDEN + columns[:, None])
-            sums = sums + (tl.dot(hidden, weight, acc[i], input_precision=PRECISION),)
-        acc = sums
-
-    for i in tl.static_range(N_PIECES):
-        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        offsets = rows[:, None] * CHANNELS + channels[None, :]
-        y = acc[i]
-        if fc2_bias_ptr is not None:
-            y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + channels).to(tl.float32)[None, :]
-        added_ptr = x_ptr if residual_ptr is None else residual_ptr
-        y += tl.load(added_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
+    mlp_of_rows(
+        x,
+        (fc1_weight_ptr, fc1_bias_ptr),
+        (fc2_weight_ptr, fc2_bias_ptr),
+        scale_ptr,
+        x_ptr if residual_ptr is None else residual_ptr,
+        y_ptr,
+        rows,
+        inside,
+        CHANNELS,
+        HIDDEN,
+        ACTIVATION,
+        PRECISION,
+        BLOCK_H,
+        BLOCK_C,
+    )

@@ -18,24 +18,18 @@ def normalized_rows(
 ):
     """Loads rows once and normalizes them.
 
-    The statistics are fp32 and take two passes over the loaded values, so that a large mean loses
-    no digits. The result is in pieces because CHANNELS need not be a power of two.
-
     Args:
         x_ptr: [..., CHANNELS], contiguous.
         rows: [M] i64, numbers of the rows.
         inside: [M] i1, whether a row may be loaded.
-        norm: weight and bias, [CHANNELS] and contiguous, and eps, which is added to the variance.
+        norm: as of `normalized`.
         CHANNELS: a multiple of BLOCK_C.
         BLOCK_C: channels of a piece.
 
     Returns:
-        tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C], rounded to the dtype of the rows like a
-        layer norm; zeros where not `inside`.
+        tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C], as of `normalized`.
     """
-    norm_weight_ptr, norm_bias_ptr, eps = norm
     pieces = ()
-    total = tl.zeros(inside.shape, tl.float32)
     for i in tl.static_range(CHANNELS // BLOCK_C):
         channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
         piece = tl.load(
@@ -46,8 +40,32 @@ def normalized_rows(
             # two loads and keeps the first piece in registers all the time between them
             eviction_policy="evict_last",
         )
-        total += tl.sum(piece.to(tl.float32), 1)
         pieces = pieces + (piece,)
+    return normalized(pieces, inside, norm, CHANNELS, BLOCK_C)
+
+
+@triton.jit
+def normalized(pieces, inside, norm, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Normalizes rows that are on the chip.
+
+    The statistics are fp32 and take two passes over the values, so that a large mean loses no
+    digits. Rows are in pieces because CHANNELS need not be a power of two.
+
+    Args:
+        pieces: tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C].
+        inside: [M] i1, whether there is such a row.
+        norm: weight and bias, [CHANNELS] and contiguous, and eps, which is added to the variance.
+        CHANNELS: a multiple of BLOCK_C.
+        BLOCK_C: channels of a piece.
+
+    Returns:
+        tuple of pieces [M, BLOCK_C], rounded to the dtype of the rows like a layer norm; zeros
+        where not `inside`.
+    """
+    norm_weight_ptr, norm_bias_ptr, eps = norm
+    total = tl.zeros(inside.shape, tl.float32)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        total += tl.sum(pieces[i].to(tl.float32), 1)
     mean = total / CHANNELS
 
     squares = tl.zeros(inside.shape, tl.float32)
