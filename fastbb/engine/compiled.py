@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastbb_kernels import Impl, use_impl
 
-from .computation import Computation
+from .computation import Computation, MapsModule
 from .cpu import multiplies_faster_as_convolution
 from .frozen import attention_to_products, fold_constants, linear_to_convolution
 from .trial import Run
@@ -58,18 +58,10 @@ def compile_maps(computation: Computation, example: Tensor, impl: Impl = "eager"
     return run
 
 
-class _Maps(nn.Module):
-    """The feature maps as a module, because only modules can be exported."""
-
-    def __init__(self, computation: Computation) -> None:
-        super().__init__()
-        self.module = computation.module
-        self._computation = computation
-
+class _Maps(MapsModule):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         # convolutions and what follows them are fastest in this layout, maps included
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return self._computation.feature_maps(pixel_values)
+        return super().forward(pixel_values.contiguous(memory_format=torch.channels_last))
 
 
 def _frozen(computation: Computation, example: Tensor) -> Callable[[Tensor], Any]:

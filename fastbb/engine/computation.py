@@ -15,6 +15,9 @@ from .settings import torch_dtype
 
 AnyBackbone = TypeVar("AnyBackbone", bound=Backbone)
 
+# raised when fastbb computes other values from the same weights and pixels
+NUMERICS = 1
+
 
 class Computation(Protocol):
     """Tensors computed from pixels by modules whose weights may change."""
@@ -73,6 +76,18 @@ class BackboneMaps:
 
     def copied(self) -> "BackboneMaps":
         return BackboneMaps(copy.deepcopy(without_engine(self.module)))
+
+
+class MapsModule(nn.Module):
+    """A computation as a module, because only modules can be exported."""
+
+    def __init__(self, computation: Computation) -> None:
+        super().__init__()
+        self.module = computation.module
+        self._computation = computation
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        return self._computation.feature_maps(pixel_values)
 
 
 def without_engine(backbone: AnyBackbone) -> AnyBackbone:

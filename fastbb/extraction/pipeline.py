@@ -27,6 +27,7 @@ from torch import Tensor
 from fastbb_kernels.machine import find_device
 
 from ..backbone.base import Backbone
+from ..engine.computation import NUMERICS
 from ..engine.explanation import Explanation
 from ..engine.explanation import Row as ExplainedRow
 from ..images.processor import ImageProcessor
@@ -45,8 +46,6 @@ from .outputs import DTYPES, VECTORS, Storage, Wanted
 from .pillow import fix_settings, fixed_settings
 from .sources import Source, source_at
 
-# raised when fastbb computes other values from the same weights and pixels
-NUMERICS = 1
 # position in the input, id, and the source
 Row = tuple[int, str, Any]
 

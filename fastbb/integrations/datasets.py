@@ -10,7 +10,7 @@ import PIL
 import torch
 
 from ..backbone.hub import local_directory
-from ..extraction.pipeline import NUMERICS
+from ..engine.computation import NUMERICS
 from .columns import ColumnExtractor
 
 

@@ -44,7 +44,7 @@ class ResultCache:
             directory: of the files of all machines; default: `fastbb` in the user's cache.
         """
         self.machine = machine
-        self.path = (_user_cache() if directory is None else directory) / f"{machine.key}.json"
+        self.path = (user_cache() if directory is None else directory) / f"{machine.key}.json"
         self.notes: list[str] = []
         self._lock = threading.RLock()
         self._unwritten: _Sections = {}
@@ -130,7 +130,7 @@ class ResultCache:
             self.notes.append(note)
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
     """Returns `fastbb` in the user's cache directory, by the XDG Base Directory Specification."""
     wanted = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(wanted):
