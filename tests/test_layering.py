@@ -37,6 +37,7 @@ HANDED_ON = {
 }
 RANK = {name: rank for rank, name in enumerate(LAYERS)}
 NEVER_AT_IMPORT = {"timm", "transformers", "click", "tqdm", "ray", "daft", "datasets", "pyarrow"}
+NEVER_AT_IMPORT |= {"openvino"}
 NEVER = {"transformers"}
 # modules that are imported at first use only, and that need the package
 CLI_MODULES = ("bench", "features", "machine", "models", "options", "shell")

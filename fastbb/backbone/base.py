@@ -246,12 +246,13 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
         The backbone runs eagerly where the fast way cannot be used (a gradient is needed, weights
         changed, an error occurred), and `explain()` says why. Hidden states and attentions are
         always computed eagerly. Changes of weights, layers and hooks after a compilation are
-        noticed. A compilation that takes over 3 s is announced by the logger "fastbb".
+        noticed. Compiling or converting for over 3 s is announced by the logger "fastbb".
 
         Args:
             mode: "auto" measures on a GPU what is fastest, and compiles on a CPU where that pays;
                 "eager" is PyTorch op by op, "triton" our kernels, "compile" torch.compile over the
-                whole backbone, "triton+compile" torch.compile around our kernels.
+                whole backbone, "triton+compile" torch.compile around our kernels, "openvino"
+                OpenVINO over the whole backbone on a CPU (extra `openvino`).
             precision: "fp32", "tf32" (NVIDIA), "bf16" or "fp16" converts a copy of the weights;
                 the default is the precision of the weights, which are then shared. Maps have the
                 dtype of the weights, pixels may have any floating dtype.

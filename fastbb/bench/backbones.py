@@ -14,6 +14,7 @@ from fastbb_kernels.fp32_precision import fp32_products
 
 from ..backbone.registry import Upstream
 from ..engine.settings import torch_dtype
+from ..engine.ways import compiles
 from ..inspect.loading import load_backbone
 from ..inspect.upstream import run_upstream, upstream_of
 from ..inspect.verify import random_images
@@ -122,7 +123,7 @@ class BackboneSubject:
             "pixels": str(pixels),
             "stages": list(self.stages),
         }
-        compiles = "compile" in self._against
+        compiled = "compile" in self._against
         found: list[WaySpec] = []
 
         def add(library: str, engine: str, name: str, **fields: Any) -> None:
@@ -132,12 +133,12 @@ class BackboneSubject:
             found.append(WaySpec(name, spec, compiles=engine != "eager", **fields))
 
         add(self._library, "eager", self.upstream)
-        if compiles:
+        if compiled:
             add(self._library, "compile", f"{self._library} compiled")
         for library, other in self._others.items():
             reason = other if isinstance(other, str) else self._incomparable(other)
             add(library, "eager", f"{library} eager", reason=reason)
-            if compiles and reason is None:
+            if compiled and reason is None:
                 add(library, "compile", f"{library} compiled")
         for engine, title in TITLES.items():
             if engine in self._against:
@@ -145,7 +146,7 @@ class BackboneSubject:
                 add(self._library, engine, title, reason=reason)
         for mode in self._modes:
             spec = {**common, "library": "fastbb", "engine": mode, "imports": _IMPORTS}
-            found.append(WaySpec(f"fastbb {mode}", spec, ours=True, compiles="compile" in mode))
+            found.append(WaySpec(f"fastbb {mode}", spec, ours=True, compiles=compiles(mode)))
         return found
 
     @torch.no_grad()

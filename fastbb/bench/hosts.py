@@ -21,6 +21,7 @@ from fastbb_kernels.fp32_precision import fp32_products
 
 from ..engine.measuring import describe
 from ..engine.settings import torch_dtype
+from ..engine.ways import compiles
 from ..hosts.accelerate import AccelerateReport, restore
 from .host_models import (
     ACCELERATED,
@@ -99,7 +100,7 @@ class HostSubject:
                 ACCELERATED if mode == "auto" else f"{ACCELERATED} {mode}",
                 {**spec, "mode": mode},
                 ours=True,
-                compiles="compile" in mode,
+                compiles=compiles(mode),
             )
             for mode in self._modes
         ]

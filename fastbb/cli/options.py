@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-MODES = ("auto", "eager", "compile", "triton", "triton+compile")  # of `Backbone.prepare`
+# of `Backbone.prepare`
+MODES = ("auto", "eager", "compile", "openvino", "triton", "triton+compile")
 
 
 class Size(click.ParamType):

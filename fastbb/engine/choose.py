@@ -1,5 +1,7 @@
 """Chooses the way to run one shape of input: the one of the mode, or the measured fastest."""
 
+import gc
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +12,11 @@ from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 from fastbb_kernels.warning import warn_caller
 
+from ..weights.derived import forget_derived
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
 from .measuring import Clock, describe, duration, wall_clock
+from .openvino import MISSING, OPENVINO, openvino_version, why_not_openvino
 from .settings import EngineWarning, Settings, Tools, dtype_name
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
 from .truth import Truth
@@ -83,8 +87,8 @@ class Chooser:
             self._cost = CompileCost(expected, self._plain, self._clock, self.cache, key)
         return self._cost
 
-    def _compiling(self, pixels: Tensor) -> AbstractContextManager[None]:
-        return self.cost.compiling(f"{self.name} for {by(tuple(pixels.shape))}")
+    def _compiling(self, name: str, pixels: Tensor) -> AbstractContextManager[None]:
+        return self.cost.compiling(name, f"{self.name} for {by(tuple(pixels.shape))}")
 
     @property
     def name(self) -> str:
@@ -142,9 +146,9 @@ class Chooser:
 
     def _compiled(self, mode: str, pixels: Tensor) -> Plan:
         if not self.ways.has_artefact(mode):
-            wasted = self.cost.wasted(pixels)
+            wasted = self.cost.wasted(mode, pixels)
             if wasted is not None:
-                self.warn(f"{wasted}; mode='auto' would not compile")
+                self.warn(f"{wasted}; mode='auto' would not")
         recorded = self._settings.cuda_graph is True and self._may_capture(pixels)
         return self._verified_plan(mode + GRAPH if recorded else mode, pixels, f"mode={mode!r}")
 
@@ -176,12 +180,19 @@ class Chooser:
             if way.is_baked:
                 problem = Truth.of(self._computation, pixels).problem(way.run(pixels))
             if problem is None:
-                return Plan(way, why)
+                return self._settled(Plan(way, why))
         except Exception as error:  # any error of a compiler, a capture or a device
             problem = describe(error)
         instead = instead or self.eager_plan(pixels, "")
         self.warn(f"{name} is off, {instead.way.runs} runs: {problem}")
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
+
+    def _settled(self, plan: Plan) -> Plan:
+        """Frees what eager derived from the weights for the comparison, if it does not run."""
+        if plan.way.name == OPENVINO:
+            forget_derived(self._computation.module)
+            gc.collect()  # the copy in float64
+        return plan
 
     def _way(self, name: str, pixels: Tensor) -> Way:
         """Builds a way by its name, among the engine's own and those of `tools`."""
@@ -199,10 +210,14 @@ class Chooser:
             return self._best_remembered(pixels, remembered)
         is_gpu = on_gpu(pixels)
         if not self._tuned or (is_gpu and seen_often and len(self._tuned) < MAX_TUNED):
-            why_not = self.cost.why_not(pixels)
-            if why_not is not None and not is_gpu:
-                return self.eager_plan(pixels, why_not)
-            return self.tune(pixels, compiling=why_not is None)
+            slow = [c.name for c in self._candidates(pixels) if c.compiles]
+            why_not = {name: self.cost.why_not(name, pixels) for name in slow}
+            paying = [name for name in slow if why_not[name] is None]
+            if not paying and not is_gpu:
+                # OpenVINO takes less to build, so its reason says more
+                first = OPENVINO if OPENVINO in slow else "compile"
+                return self.eager_plan(pixels, self._with_hint(why_not[first]))
+            return self.tune(pixels, paying)
         # the most similar shape: by size first, then by number of images
         like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
         name = self._tuned[like].removesuffix(GRAPH)
@@ -213,28 +228,35 @@ class Chooser:
 
     def _best_remembered(self, pixels: Tensor, trials: list[Trial]) -> Plan:
         """Returns the best of earlier trials; a compiled one only if compiling pays now."""
-        best = winner(trials)
-        assert best is not None and best.seconds is not None
         plain = winner([trial for trial in trials if not compiles(trial.name)])
-        why = "measured before on this machine"
-        if compiles(best.name) and plain is not None and plain.seconds is not None:
-            why_not = self.cost.why_not_measured((plain.seconds - best.seconds) / len(pixels))
-            if why_not is not None and not self.ways.has_artefact(best.name):
-                best, why = plain, f"{why}; {why_not}"
-        plan = self._verified_plan(best.name, pixels, why)
+        left, whys = list(trials), ["measured before on this machine"]
+        while True:
+            best = winner(left)
+            assert best is not None and best.seconds is not None
+            is_there = not compiles(best.name) or self.ways.has_artefact(best.name)
+            if is_there or plain is None or plain.seconds is None:
+                break
+            saved = (plain.seconds - best.seconds) / len(pixels)
+            why_not = self.cost.why_not_measured(best.name, saved)
+            if why_not is None:
+                break
+            left.remove(best)
+            whys.append(why_not)
+        plan = self._verified_plan(best.name, pixels, "; ".join(whys))
         plan.trials += trials
         self._tuned[tuple(pixels.shape)] = best.name
         return plan
 
-    def tune(self, pixels: Tensor, compiling: bool = True) -> Plan:
+    def tune(self, pixels: Tensor, paying: Collection[str] | None = None) -> Plan:
         """Measures the candidates on these pixels; stores and returns the best.
 
         Args:
             pixels: [B, C, H, W].
-            compiling: whether to measure candidates that need a compiler too.
+            paying: names of those that are worth seconds to build; None: all.
         """
         pixels = pixels.detach()
-        candidates = self._candidates(pixels, compiling)
+        every = self._candidates(pixels)
+        candidates = [c for c in every if not c.compiles or paying is None or c.name in paying]
         truth = Truth.of(self._computation, pixels)
         trials, runs = run_trials(
             candidates,
@@ -251,9 +273,11 @@ class Chooser:
             is_own = all(c.name != best.name for c in self._tools.candidates)
             way = Way(best.name, runs[best.name], bakes(best.name))
             plan = Plan(self.ways.build(best.name, pixels) if is_own else way, _FASTEST)
+            plan = self._settled(plan)
             self._tuned[tuple(pixels.shape)] = best.name
-            if compiling and not any(is_not_tried(trial) for trial in trials):
+            if candidates == every and not any(is_not_tried(trial) for trial in trials):
                 value = {"trials": [trial.to_dict() for trial in trials], "winner": best.name}
+                value["openvino"] = self._openvino(pixels)
                 self.cache.put("tuned", self.key(pixels), value)
         plan.trials = trials
         for trial in trials:
@@ -261,11 +285,11 @@ class Chooser:
                 self.warn(f"{trial.name} is off: {trial.problem}")
         return plan
 
-    def _candidates(self, pixels: Tensor, compiling: bool) -> list[Candidate]:
+    def _candidates(self, pixels: Tensor) -> list[Candidate]:
         """Returns the ways to run, simplest first."""
         names = ["triton", "eager", "triton+compile", "compile"]
         if not on_gpu(pixels):
-            names = ["eager", "compile"]
+            names = ["eager", *([OPENVINO] if self._openvino(pixels) else []), "compile"]
         elif self._may_capture(pixels):
             names += [name + GRAPH for name in names]
 
@@ -275,8 +299,18 @@ class Chooser:
 
             return Candidate(name, build, compiles(name))
 
-        own = [candidate(name) for name in names if compiling or not compiles(name)]
-        return [*own, *(c for c in self._tools.candidates if compiling or not c.compiles)]
+        return [*map(candidate, names), *self._tools.candidates]
+
+    def _openvino(self, pixels: Tensor) -> str | None:
+        """The version of OpenVINO if it can run here; times of another one are not remembered."""
+        is_possible = not on_gpu(pixels) and why_not_openvino(self._computation) is None
+        return openvino_version() if is_possible else None
+
+    def _with_hint(self, why: str | None) -> str:
+        """Adds that OpenVINO could be installed, if that is why it was not considered."""
+        is_missing = why_not_openvino(self._computation) == MISSING
+        hint = f"{MISSING}, which may be faster" if is_missing else ""
+        return "; ".join(filter(None, (why, hint)))
 
     def _remembered(self, pixels: Tensor) -> list[Trial]:
         """Returns the trials of an earlier process if their winner can still be built."""
@@ -285,7 +319,9 @@ class Chooser:
             trials = [Trial.from_dict(trial) for trial in value["trials"]]
         except (TypeError, KeyError, ValueError):
             return []
-        names = [c.name for c in self._candidates(pixels, compiling=True)]
+        if value.get("openvino") != self._openvino(pixels):
+            return []
+        names = [c.name for c in self._candidates(pixels)]
         best = winner(trials)
         return trials if best is not None and all(t.name in names for t in trials) else []
 

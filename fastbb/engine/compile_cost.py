@@ -1,4 +1,7 @@
-"""Decides whether compiling pays: the seconds that it takes against the seconds that it saves."""
+"""Decides whether compiling pays: the seconds that it takes against the seconds that it saves.
+
+Converting for OpenVINO counts as compiling, with seconds of its own.
+"""
 
 import logging
 import statistics
@@ -13,6 +16,7 @@ from torch import Tensor
 from fastbb_kernels.result_cache import ResultCache
 
 from .measuring import Clock, duration
+from .openvino import OPENVINO
 from .trial import Run
 
 logger = logging.getLogger(__name__)
@@ -21,7 +25,13 @@ ANNOUNCED_AFTER_S = 3.0
 # of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
 USUAL_COMPILE_S = 90.0
 USUAL_GAIN = 0.15  # share of the time of a forward pass
-_NOBODY_SAID = "compiling takes a minute or more: say expected_images=, or mode='compile'"
+USUAL_OPENVINO_S = 6.0
+USUAL_OPENVINO_GAIN = 0.2
+_NOBODY_SAID = {
+    "compile": "compiling takes a minute or more: say expected_images=, or mode='compile'",
+    OPENVINO: "converting takes seconds: say expected_images=, or mode='openvino'",
+}
+_VERBS = {"compile": "compiling", OPENVINO: "converting for OpenVINO"}
 
 
 @contextmanager
@@ -70,43 +80,44 @@ class CompileCost:
         self._first_s_per_pixel: float | None = None
         self._s_per_pixel: float | None = None
 
-    @property
-    def compile_s(self) -> float:
-        """Seconds that compiling takes: of this model on this machine, if it was measured."""
-        measured = self._measured_s
-        return USUAL_COMPILE_S if measured is None else measured
+    def compile_s(self, name: str) -> float:
+        """Seconds that a way takes to build: of this model on this machine, if measured."""
+        measured = self._measured_s(name)
+        usual = USUAL_OPENVINO_S if name == OPENVINO else USUAL_COMPILE_S
+        return usual if measured is None else measured
 
-    @property
-    def _measured_s(self) -> float | None:
-        measured = self._cache.get("compile_s", self._key)
+    def _measured_s(self, name: str) -> float | None:
+        measured = self._cache.get(f"{_kind(name)}_s", self._key)
         return float(measured) if isinstance(measured, (int, float)) else None
 
     @contextmanager
-    def compiling(self, what: str) -> Iterator[None]:
-        """Remembers how long compiling in the block takes, and says that it goes on.
+    def compiling(self, name: str, what: str) -> Iterator[None]:
+        """Remembers how long building in the block takes, and says that it goes on.
 
         Args:
+            name: of the way.
             what: is compiled, for the message.
         """
-        measured = self._measured_s
+        measured = self._measured_s(name)
         usual = "it may take minutes" if measured is None else f"{duration(measured)} the last time"
-        with _announced(f"fastbb: compiling {what} ({usual})"):
+        with _announced(f"fastbb: {_VERBS[_kind(name)]} {what} ({usual})"):
             started = time.perf_counter()
             yield
-            self.record(time.perf_counter() - started)
+            self.record(name, time.perf_counter() - started)
 
-    def record(self, seconds: float) -> None:
-        """Stores the seconds of a compilation."""
-        self._cache.put("compile_s", self._key, round(seconds, 1))
+    def record(self, name: str, seconds: float) -> None:
+        """Stores the seconds that a way took to build."""
+        self._cache.put(f"{_kind(name)}_s", self._key, round(seconds, 1))
 
-    def saved_s(self, pixel_values: Tensor) -> float:
-        """Seconds that compiling saves on all expected images of this size [B, C, H, W]."""
-        saved_pixels = pixel_values.shape[2:].numel() * (self._expected or 0) * USUAL_GAIN
+    def saved_s(self, name: str, pixel_values: Tensor) -> float:
+        """Seconds that a way saves on all expected images of this size [B, C, H, W]."""
+        gain = USUAL_OPENVINO_GAIN if name == OPENVINO else USUAL_GAIN
+        saved_pixels = pixel_values.shape[2:].numel() * (self._expected or 0) * gain
         if self._s_per_pixel is None:
             few = pixel_values[:1]
             if self._first_s_per_pixel is None:
                 self._first_s_per_pixel = self._time(few)() / few.shape[2:].numel()
-            if self._first_s_per_pixel * saved_pixels < self.compile_s:
+            if self._first_s_per_pixel * saved_pixels < self.compile_s(name):
                 # a first run is never faster than later ones
                 return self._first_s_per_pixel * saved_pixels
             time = self._time(pixel_values)
@@ -115,30 +126,34 @@ class CompileCost:
             self._s_per_pixel = statistics.median(time() for _ in range(3)) / n_pixels
         return self._s_per_pixel * saved_pixels
 
-    def why_not(self, pixel_values: Tensor) -> str | None:
-        """The reason why compiling for this size does not pay, or None if it does."""
+    def why_not(self, name: str, pixel_values: Tensor) -> str | None:
+        """The reason why building a way for this size does not pay, or None if it does."""
         if self._expected is None:
-            return _NOBODY_SAID
-        return self._compared(self.saved_s(pixel_values))
+            return _NOBODY_SAID[_kind(name)]
+        return self._compared(name, self.saved_s(name, pixel_values))
 
-    def why_not_measured(self, saved_s_per_image: float) -> str | None:
+    def why_not_measured(self, name: str, saved_s_per_image: float) -> str | None:
         """Does the same as `why_not`, with the measured seconds saved on an image."""
         if self._expected is None:
-            return _NOBODY_SAID
-        return self._compared(saved_s_per_image * self._expected)
+            return _NOBODY_SAID[_kind(name)]
+        return self._compared(name, saved_s_per_image * self._expected)
 
-    def wasted(self, pixel_values: Tensor) -> str | None:
-        """The reason why compiling does not pay for the expected images, or None."""
-        return None if self._expected is None else self.why_not(pixel_values)
+    def wasted(self, name: str, pixel_values: Tensor) -> str | None:
+        """The reason why building a way does not pay for the expected images, or None."""
+        return None if self._expected is None else self.why_not(name, pixel_values)
 
-    def _compared(self, saved_s: float) -> str | None:
-        if saved_s >= self.compile_s:
+    def _compared(self, name: str, saved_s: float) -> str | None:
+        if saved_s >= self.compile_s(name):
             return None
         return (
-            f"compiling takes about {duration(self.compile_s)} and would save about "
-            f"{duration(saved_s)} on {self._expected} images"
+            f"{_VERBS[_kind(name)]} takes about {duration(self.compile_s(name))} and would save "
+            f"about {duration(saved_s)} on {self._expected} images"
         )
 
     def _time(self, pixel_values: Tensor) -> Callable[[], float]:
         run = self._plain(pixel_values)
         return lambda: self._clock(lambda: run(pixel_values))
+
+
+def _kind(name: str) -> str:
+    return OPENVINO if name == OPENVINO else "compile"

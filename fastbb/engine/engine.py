@@ -325,7 +325,7 @@ class Engine:
         rows += [Row("some calls", "eager", why) for why in self.notes]
         rows += notes_on(self._computation.module)
         notes = [] if self.tools.cache is None else self.tools.cache.notes
-        rows += [Row("cache", "-", note) for note in notes]
+        rows += [Row("cache", "-", note) for note in [*notes, *self.chooser.ways.notes]]
         copies = copies_note([self.module], self.converted, self.has_compiled)
         return Explanation(f"{self.chooser.name}, mode {self.settings.mode}", tuple(rows), copies)
 

@@ -13,7 +13,7 @@ from ..backbone.configuration import check_choice
 from .measuring import Clock
 from .trial import Candidate, Report, tuning_bar
 
-Mode = Literal["auto", "eager", "compile", "triton", "triton+compile"]
+Mode = Literal["auto", "eager", "compile", "openvino", "triton", "triton+compile"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,9 +62,14 @@ class Settings:
             what: "backbone" or "model", for the message.
 
         Raises:
-            ValueError: they need a GPU, or an NVIDIA one.
+            ValueError: they need a GPU, an NVIDIA one, or a CPU.
         """
         is_gpu = device.type == "cuda"
+        if self.mode == "openvino" and device.type != "cpu":
+            raise ValueError(
+                f"mode='openvino' needs a CPU, the {what} is on {device}; "
+                "move it with .to('cpu'), or take mode='auto'"
+            )
         if self.mode.startswith("triton") and not launches_on(device):
             raise ValueError(
                 f"mode={self.mode!r} needs a CUDA or ROCm device, the {what} is on {device}; "

@@ -1,4 +1,4 @@
-"""Ways to run a computation: op by op, compiled, replayed as a CUDA graph."""
+"""Ways to run a computation: op by op, compiled, by OpenVINO, replayed as a CUDA graph."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from .compiled import compile_maps, in_chunks
 from .computation import Computation, device_of, dtype_of
 from .cpu import KEPT_BYTES, even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool
-from .measuring import describe
+from .openvino import OPENVINO, model_files, openvino_maps
 from .trial import Run
 
 GRAPH = " + CUDA graph"
@@ -57,12 +57,12 @@ class _Artefact:
 
     Attributes:
         run: for `at_once` images of `size`.
-        at_once: images per call.
+        at_once: images per call; None: any.
         size: height and width of the images.
     """
 
     run: Run
-    at_once: int
+    at_once: int | None
     size: tuple[int, int]
 
 
@@ -71,24 +71,29 @@ class Ways:
 
     Args:
         computation: to run.
-        compiling: around each compilation, of pixels of a shape.
+        compiling: around the building of a way that takes seconds, for pixels of a shape.
     """
 
     def __init__(
         self,
         computation: Computation,
-        compiling: Callable[[Tensor], AbstractContextManager[None]] = lambda pixels: nullcontext(),
+        compiling: Callable[[str, Tensor], AbstractContextManager[None]] = (
+            lambda name, pixels: nullcontext()
+        ),
     ) -> None:
         self._computation, self._compiling = computation, compiling
         self._artefacts: dict[str, _Artefact] = {}
-        self._failed: dict[str, str] = {}
+        self._files = model_files()
+        self._failed: dict[str, Exception] = {}
         self._bytes_per_pixel: float | None = None  # of the largest tensor of an image
         self._graphs: dict[str, GraphPool] = {}
         self._wide: tuple[Computation, ModuleStamp] | None = None
         self._lock = threading.RLock()
 
     def build(self, name: str, pixel_values: Tensor) -> Way:
-        """The way "eager", "triton", "compile" or "triton+compile", maybe with `GRAPH` behind it.
+        """The way "eager", "triton", "compile", "triton+compile" or "openvino".
+
+        `GRAPH` may stand behind the first four.
 
         Args:
             name: of the way.
@@ -123,6 +128,11 @@ class Ways:
     def has_artefact(self, name: str | None = None) -> bool:
         """Whether a mode was compiled; any mode for None."""
         return bool(self._artefacts) if name is None else name in self._artefacts
+
+    @property
+    def notes(self) -> list[str]:
+        """Why converted models were not kept, or not used."""
+        return self._files.notes
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -165,24 +175,30 @@ class Ways:
             artefact = self._artefacts.get(name)
             if artefact is None:
                 if name in self._failed:  # another try would take as long and fail again
-                    raise RuntimeError(self._failed[name])
+                    raise self._failed[name]
                 try:
-                    with self._compiling(pixel_values):
+                    with self._compiling(name, pixel_values):
                         artefact = self._compile_first(name, pixel_values)
                     self._artefacts[name] = artefact
                 except Exception as error:
                     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
-                        self._failed[name] = describe(error)
+                        self._failed[name] = error.with_traceback(None)
                     raise
             if artefact.size == tuple(pixel_values.shape[2:]):
+                if artefact.at_once is None:
+                    return Way(name, artefact.run, True)
                 run = in_chunks(artefact.run, artefact.at_once, self.eager)
                 return Way(name, run, True, detail=f"{artefact.at_once} images at once")
             way = self.build("triton" if name.startswith("triton") else "eager", pixel_values)
             own = "x".join(map(str, artefact.size))
-            why = f"{name} was compiled for {own} images, other sizes run op by op"
+            verb = "converted" if name == OPENVINO else "compiled"
+            why = f"{name} was {verb} for {own} images, other sizes run op by op"
             return way._replace(why="; ".join(filter(None, (why, way.why))))
 
     def _compile_first(self, name: str, pixel_values: Tensor) -> _Artefact:
+        if name == OPENVINO:
+            run, at_once = openvino_maps(self._computation, pixel_values, self._files)
+            return _Artefact(run, at_once, (pixel_values.shape[2], pixel_values.shape[3]))
         computation = self._arithmetic_computation()
         pixels = pixel_values.to(dtype_of(computation.module))
         at_once = len(pixels)
@@ -220,8 +236,8 @@ class Ways:
 
 
 def compiles(name: str) -> bool:
-    """Whether a way needs a compiler."""
-    return "compile" in name
+    """Whether a way takes seconds to build, by a compiler or a converter."""
+    return "compile" in name or name == OPENVINO
 
 
 def bakes(name: str) -> bool:

@@ -208,8 +208,8 @@ def accelerate(
     Args:
         model: of transformers, timm, torchvision or segmentation-models-pytorch, or around one.
         mode: "auto" also times both, and keeps the module's own where it is faster; "eager" and
-            "triton" do not; "compile" and "triton+compile" compile whole backbones at their first
-            call. See `Backbone.prepare`.
+            "triton" do not; "compile", "triton+compile" and "openvino" compile whole backbones at
+            their first call. See `Backbone.prepare`.
         precision: "fp32", "tf32", "bf16" or "fp16" computes whole backbones in it, from a copy of
             the weights; what they return has the dtype of the input.
         strict: raise where something is left alone, or nothing is found.

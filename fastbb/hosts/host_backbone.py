@@ -23,6 +23,7 @@ from ..engine.engine import Engine
 from ..engine.measuring import Comparison
 from ..engine.settings import Settings, Tools
 from ..engine.trial import Candidate, Run
+from ..engine.ways import compiles
 from ..models.parts import Refused
 from ..weights.find_norms import FoldReport, find_norms
 from ..weights.folded_model import Folding, unfold
@@ -99,18 +100,18 @@ class HostBackbone(ModuleForward):
         super().__init__(module, settings)
         unfold(module)  # removes folded forwards copied from another module
         self._folding = Folding(module, _norms(module) if self.folds else [])
-        compiles = "compile" in settings.mode
-        self.runs_parts = self.folds and settings.precision is None and not compiles
+        is_baked = compiles(settings.mode)
+        self.runs_parts = self.folds and settings.precision is None and not is_baked
         # converted copies are watched by stamps of their own
-        self.reads_settings = self.reads_settings or compiles
-        self.follows_settings = not compiles
-        if compiles:  # compiled artefacts do not read settings
+        self.reads_settings = self.reads_settings or is_baked
+        self.follows_settings = not is_baked
+        if is_baked:  # compiled artefacts do not read settings
             self.read_at_every_call = ()
         # by the form of a call: the containers of its result, and the engine that computes it
         self._lock = threading.RLock()
         self._specs: dict[Hashable, TreeSpec] = {}
         self._engines: dict[Hashable, tuple[Engine, ModuleStamp | None]] = {}
-        if "compile" not in settings.mode and settings.precision is None and not self.helps:
+        if not is_baked and settings.precision is None and not self.helps:
             self.close()
             raise NothingToDo("it has nothing of its own to accelerate")
 

@@ -27,6 +27,7 @@ from fastbb_kernels.fp32_precision import fp32_products
 from fastbb_kernels.warning import warn_caller
 
 from ..engine.measuring import TIE, Comparison, compare, describe, duration, wall_clock
+from ..engine.openvino import OPENVINO
 from ..engine.settings import DTYPES, Settings
 from ..models.parts import Refused
 from ..weights.derived import forget_derived, is_tracing, is_transformed
@@ -294,7 +295,7 @@ class Replacement(OwnForward):
         outermost = not _local.running
         _local.running.append(self)
         try:
-            if outermost and self.settings.mode in ("eager", "compile"):
+            if outermost and self.settings.mode in ("eager", "compile", OPENVINO):
                 with use_impl("eager"):
                     result = getattr(self.ours, method)(*args, **kwargs)
             else:

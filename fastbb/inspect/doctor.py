@@ -265,6 +265,11 @@ def _cpu(found: Doctor) -> None:
             f"torch uses {threads} of {cores} cores",
             f"unless that is meant: unset OMP_NUM_THREADS, or call torch.set_num_threads({cores})",
         )
+    if not has_gpus and facts.installed_version("openvino") is None:
+        found.hint(
+            "OpenVINO is not installed, which may run models faster on this CPU",
+            "pip install 'fastbb[openvino]', then model.prepare(mode='openvino')",
+        )
     pages = re.search(r"\[(\w+)\]", facts.read("/sys/kernel/mm/transparent_hugepage/enabled"))
     huge_pages = pages[1] if pages else ""
     asks = os.environ.get("THP_MEM_ALLOC_ENABLE", "0") not in ("", "0")

@@ -18,7 +18,8 @@ def pair() -> Pair:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """A pretended compiler in the place of torch's."""
+    """A pretended compiler in the place of torch's, and no OpenVINO beside it."""
+    monkeypatch.setattr("fastbb.engine.openvino.openvino_version", lambda: None)
     return install(Compiler(), monkeypatch)
 
 

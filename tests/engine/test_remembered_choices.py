@@ -74,7 +74,7 @@ def test_a_remembered_winner_is_compiled_only_if_that_pays(
     rig: EngineRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # the compile time is zero here and must not be remembered
-    monkeypatch.setattr(CompileCost, "record", lambda self, seconds: None)
+    monkeypatch.setattr(CompileCost, "record", lambda self, name, seconds: None)
     first, second, third = rig, later_process(rig), later_process(rig)
     compiled: list[int] = []
 

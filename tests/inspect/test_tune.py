@@ -33,7 +33,8 @@ def user_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
-    """Replaces the compiler."""
+    """Replaces the compiler, and hides OpenVINO."""
+    monkeypatch.setattr("fastbb.engine.openvino.openvino_version", lambda: None)
 
     def put(compile_maps: Callable[..., Any]) -> None:
         monkeypatch.setattr(ways, "compile_maps", compile_maps)
