@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..backbone.base import Backbone
+from ..engine.openvino import OPENVINO, openvino_version
 from ..images.processor import ImageProcessor
 from ..images.spec import ImageProcessorSpec
 from .layout import PlanMismatchError, flatten
@@ -30,6 +31,7 @@ _SAID = ("features", "norm", "normalize", "feature_dtype", "precision", "device"
 _FIXED = frozenset(
     {"format", "model.name", "feature_dtype"}
     | {"batch_size", "shard_rows", "mode", "runs", "threads"}
+    | {"versions.openvino"}  # `check_openvino` compares it
 )
 # the first of these that differs explains the others
 _ORDER = ("precision", "features", "norm", "normalize", "stages")
@@ -50,6 +52,8 @@ def make_plan(
         shard_rows: rows per shard; default: 4096, or fewer where features would pass 256 MiB.
     """
     plan = {**extractor.settings(), "mode": mode, "runs": runs}
+    if runs == OPENVINO:
+        plan["versions"][OPENVINO] = openvino_version()
     plan |= {"batch_size": extractor.batch_size, "feature_dtype": extractor.feature_dtype}
     plan["shard_rows"] = shard_rows or _default_shard_rows(plan["outputs"], plan["batch_size"])
     if extractor.device.type == "cpu":
@@ -105,13 +109,15 @@ def make_extractor(
 
     Raises:
         OSError: the model cannot be had.
-        PlanMismatchError: the plan has others, as far as that is known without the model.
+        PlanMismatchError: the plan has others, as far as that is known without the model, or
+            OpenVINO computed the features and is not here.
         ValueError: the model does not do what is wanted.
     """
     if plan is None or directory is None:
         arguments = {name: value for name, value in said.items() if value is not None}
         arguments["batch_size"] = batch_size or DEFAULT_BATCH_SIZE
     else:
+        check_openvino(directory, plan)
         arguments = extractor_arguments(directory, plan, said)
         if model is None:
             return _as_at_first(plan["model"]["name"], arguments)
@@ -127,6 +133,23 @@ def _as_at_first(name: str, arguments: dict[str, Any]) -> FeatureExtractor:
             f"the model of the first start, {name}, cannot be had: give where it is now (--model). "
             f"{error}"
         ) from error
+
+
+def check_openvino(directory: Path, plan: Mapping[str, Any]) -> None:
+    """Compares the version of OpenVINO with a plan's, if its features are OpenVINO's.
+
+    Raises:
+        PlanMismatchError: it is not installed, or another version is.
+    """
+    if plan["runs"] != OPENVINO:
+        return
+    was, now = plan["versions"].get(OPENVINO), openvino_version()
+    if was != now:
+        is_there = f"here is {now}" if now else "which is not installed here"
+        raise PlanMismatchError(
+            f"{directory} holds features that OpenVINO {was} computed, {is_there}:\n"
+            f"pip install openvino=={was} (the extra fastbb[openvino]), or use another directory"
+        )
 
 
 def check_plan(directory: Path, plan: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

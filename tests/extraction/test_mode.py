@@ -1,6 +1,7 @@
 """The mode of a run is chosen once, recorded in the plan, and used again by a resumed run."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,14 @@ from fastbb.cli import main
 from fastbb.engine import compile_cost, ways
 from fastbb.engine.engine import Engine
 from fastbb.engine.trial import Run
-from fastbb.extraction import FeatureExtractor, Report, extract, open_features
+from fastbb.extraction import FeatureExtractor, PlanMismatchError, Report, extract, open_features
 from fastbb.extraction.store import FeatureWriter
 
 
 @pytest.fixture
 def compiled_for(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Replaces the compiler and returns the shapes that it is asked to compile."""
+    """Replaces the compiler, and hides OpenVINO; returns the shapes that are compiled."""
+    monkeypatch.setattr("fastbb.engine.openvino.openvino_version", lambda: None)
     shapes: list[tuple[int, ...]] = []
 
     def compile_maps(backbone: Backbone, example: Tensor, impl: str) -> Run:
@@ -96,6 +98,30 @@ def test_a_resume_keeps_the_mode_and_says_so(
     run()
     run(mode="compile")
     assert "mode stays auto, as at the first start, not compile" in capsys.readouterr().err
+
+
+def test_a_resume_of_openvino_needs_its_version(
+    run: Callable[..., Report], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(mode="openvino")
+    plan = open_features(tmp_path / "out").plan
+    assert plan["runs"] == "openvino" and plan["versions"]["openvino"] == version("openvino")
+    for here, said in ((None, "which is not installed here"), ("2027.0", "here is 2027.0")):
+        with monkeypatch.context() as patch:
+            patch.setattr("fastbb.extraction.plan.openvino_version", lambda here=here: here)
+            with pytest.raises(PlanMismatchError, match=said) as error:
+                run()
+        assert f"pip install openvino=={version('openvino')}" in str(error.value)
+    assert run().ok == 9
+    run(tmp_path / "eager", mode="eager")
+    assert "openvino" not in open_features(tmp_path / "eager").plan["versions"]
+    got, want = (open_features(tmp_path / name)["embedding"] for name in ("out", "eager"))
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize(
