@@ -6,8 +6,9 @@ One class serves all kinds of workers: processes of this machine (`local_workers
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from .worker import Message, Start
 
 MAX_TRIES = 3
 _POLL_S = 0.5
+_SAY_S = 30.0
 # errors that a worker may answer with, and that mean the same in this process
 _ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
@@ -35,7 +37,9 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 class WorkerError(ExtractionError):
-    """Workers end before they have done anything, or one has a defect."""
+    """Workers end before they have done anything."""
+
+    exit_code = 7
 
 
 class Worker(Protocol):
@@ -111,12 +115,19 @@ class Pool:
     shards, no more of them than there are shards.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, say: Callable[[str], None] = lambda text: None) -> None:
+        """Starts nothing yet.
+
+        Args:
+            backend: starts and hears the workers.
+            say: shows a line.
+        """
+        self._backend, self._say = backend, say
         self._places = [_Place(start) for start in backend.starts]
         self._tries = Counter[int]()
         self._n_failed_starts = 0
         self._has_begun = False
+        self._said_at = 0.0
         self._environment: Message = {}
         self._warnings: set[str] = set()
 
@@ -146,10 +157,13 @@ class Pool:
     def environment(self) -> Message:
         return {**self._environment, "workers": len(self._places)}
 
-    def make_plan(self, mode: str, shard_rows: int | None, n_rows: int) -> dict[str, Any]:
+    def make_plan(
+        self, mode: str, shard_rows: int | None, n_rows: int, n_parts: int
+    ) -> dict[str, Any]:
         first = self._places[0].worker
         assert first is not None
-        arguments = {"mode": mode, "shard_rows": shard_rows, "n_rows": n_rows}
+        arguments: Message = {"mode": mode, "shard_rows": shard_rows}
+        arguments |= {"n_rows": n_rows, "n_parts": n_parts}
         first.ask({"do": "plan", "arguments": arguments})
         while True:
             for place, answer in self._wait():
@@ -183,7 +197,11 @@ class Pool:
 
     def _hand_out(self, todo: deque[Shard]) -> None:
         n_ready = sum(place.is_ready for place in self._places)
-        self._has_begun = self._has_begun or n_ready >= min(self._backend.min_ready, len(todo))
+        n_wanted = min(self._backend.min_ready, len(todo))
+        self._has_begun = self._has_begun or n_ready >= n_wanted
+        if not self._has_begun and time.monotonic() - self._said_at > _SAY_S:
+            self._said_at = time.monotonic()
+            self._say(f"waiting for {n_wanted} workers, of which {n_ready} are ready")
         for place in self._places if self._has_begun else ():
             if todo and place.is_ready and place.shard is None:
                 assert place.worker is not None

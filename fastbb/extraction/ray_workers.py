@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +46,12 @@ class RayOptions:
                 "min_workers: wanted at least 1, and at most max_workers, got "
                 f"{self.min_workers} and {most}"
             )
+
+
+class MissingRayError(ImportError):
+    """Ray is not installed."""
+
+    exit_code = 2  # of a command: the same as of a wrong argument
 
 
 class ShardWorker:
@@ -81,20 +89,28 @@ class RayActors:
         options: of the command.
         start: how each begins, but for device and threads.
         plan: of the directory, or None for a first start.
+        say: shows a line.
 
     Raises:
-        ImportError: Ray is not installed.
+        MissingRayError: Ray is not installed.
         OSError: there is no such cluster.
         ValueError: the cluster has no room for a worker.
     """
 
-    def __init__(self, options: RayOptions, start: Start, plan: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        options: RayOptions,
+        start: Start,
+        plan: Mapping[str, Any] | None,
+        say: Callable[[str], None],
+    ) -> None:
         try:
             import ray
         except ImportError as error:
-            raise ImportError("ray: needs Ray; pip install 'fastbb[ray]'") from error
+            raise MissingRayError("ray: needs Ray; pip install 'fastbb[ray]'") from error
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
+            say(f"connecting to Ray{'' if options.address is None else f' at {options.address}'}")
             _connect(options.address)
         resources = ray.cluster_resources()
         wants_cpu = str(start.said.get("device", "cuda")).startswith("cpu")
@@ -162,6 +178,8 @@ class RayActors:
 def _connect(address: str | None) -> None:
     import ray
 
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         ray.init(
             address=address,
@@ -171,6 +189,9 @@ def _connect(address: str | None) -> None:
         )
     except (ConnectionError, ValueError) as error:
         raise OSError(f"ray: no cluster at {address or 'RAY_ADDRESS'}: {error}") from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _first_sentence(error: Exception) -> str:

@@ -147,7 +147,9 @@ class Run:
         if not writer.plan:
             assert isinstance(self.sources, list), "a first start without a list was refused"
             n_rows = len(self.sources[:limit])
-            writer.start(self.executor.make_plan(mode or "auto", shard_rows, n_rows))
+            n_parts = environment.get("workers", 1) * (writer.share[1] if writer.share else 1)
+            plan = self.executor.make_plan(mode or "auto", shard_rows, n_rows, n_parts)
+            writer.start(plan)
         else:
             writer.clean()
             given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}

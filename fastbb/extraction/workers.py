@@ -81,7 +81,7 @@ class Workers:
             say: shows a line.
         """
         if self.ray is not None:
-            return RayActors(self.ray, start, plan)
+            return RayActors(self.ray, start, plan, say)
         if self.devices:
             start = replace(start, n_sharers=len(self.devices))
             return Processes([replace(start, device=device) for device in self.devices])

@@ -78,16 +78,17 @@ class _Packed(NamedTuple):
 
 def _packed(owner: nn.Module, weights: ViTBlockWeights) -> _Packed:
     w = weights
-    branches = (w.proj_weight, w.proj_bias, w.scale1), (w.fc2_weight, w.fc2_bias, w.scale2)
-    tensors = w.qkv_weight, w.gate_weight, w.fc1_weight, *branches[0], *branches[1]
-    is_there = tuple(tensor is not None for tensor in tensors)
+    matrices = w.qkv_weight, w.proj_weight, w.fc1_weight, w.fc2_weight
+    others = w.gate_weight, w.proj_bias, w.scale1, w.fc2_bias, w.scale2
+    is_there = tuple(tensor is not None for tensor in others)
 
-    def pack(*sources: Tensor) -> _Packed:
-        left = iter(sources)
-        qkv, gate, fc1, *others = (next(left) if there else None for there in is_there)
-        assert qkv is not None and fc1 is not None
-        proj, proj_bias = scaled_linear(*others[:3])
-        fc2, fc2_bias = scaled_linear(*others[3:])
+    def pack(qkv: Tensor, proj: Tensor, fc1: Tensor, fc2: Tensor, *found: Tensor) -> _Packed:
+        left = iter(found)
+        gate, proj_bias, scale1, fc2_bias, scale2 = (
+            next(left) if there else None for there in is_there
+        )
+        proj, proj_bias = scaled_linear(proj, proj_bias, scale1)
+        fc2, fc2_bias = scaled_linear(fc2, fc2_bias, scale2)
         return _Packed(
             pack_linear(qkv),
             pack_linear(proj),
@@ -98,7 +99,7 @@ def _packed(owner: nn.Module, weights: ViTBlockWeights) -> _Packed:
             fc2_bias,
         )
 
-    sources = [tensor for tensor in tensors if tensor is not None]
+    sources = *matrices, *(tensor for tensor in others if tensor is not None)
     return derive(owner, "packed", pack, *sources, constants=is_there)
 
 
