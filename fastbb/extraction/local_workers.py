@@ -15,10 +15,7 @@ from .pool import Ended
 from .worker import Message, Start
 
 # with the paths of this process: `-m` would put the working directory before the libraries
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from fastbb.extraction.worker import main; main()"
-)
+_START = "import sys; sys.path[:] = sys.argv[1:]; from fastbb.extraction.worker import main; main()"
 _READ_BYTES = 1 << 16
 
 
@@ -27,7 +24,7 @@ class LocalWorker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,

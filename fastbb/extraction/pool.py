@@ -99,6 +99,7 @@ class _Place:
         is_ready: whether it has loaded the model.
         shard: what it computes.
         computed: what it has computed of it.
+        n_failed_starts: workers in a row that ended before they were ready.
     """
 
     start: Start
@@ -106,6 +107,12 @@ class _Place:
     is_ready: bool = False
     shard: Shard | None = None
     computed: list[Computed] = field(default_factory=list)
+    n_failed_starts: int = 0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether workers end here before they have the model, time after time."""
+        return self.n_failed_starts >= MAX_TRIES
 
 
 class Pool:
@@ -125,7 +132,6 @@ class Pool:
         self._backend, self._say = backend, say
         self._places = [_Place(start) for start in backend.starts]
         self._tries = Counter[int]()
-        self._n_failed_starts = 0
         self._has_begun = False
         self._said_at = 0.0
         self._environment: Message = {}
@@ -208,7 +214,7 @@ class Pool:
                 place.shard = todo.popleft()
                 place.worker.ask({"do": "shard", "shard": place.shard.shard})
         n_starting = sum(place.worker is not None and not place.is_ready for place in self._places)
-        empty = [place for place in self._places if place.worker is None]
+        empty = [p for p in self._places if p.worker is None and not p.is_given_up]
         for place in empty[: max(0, len(todo) - n_starting)]:
             self._start(place)
 
@@ -236,7 +242,7 @@ class Pool:
                 warn_caller(answer["warning"])
         elif "environment" in answer:
             self._environment = self._environment or answer["environment"]
-            place.is_ready, self._n_failed_starts = True, 0
+            place.is_ready, place.n_failed_starts = True, 0
         elif "rows" in answer:
             assert place.shard is not None
             errors = tuple(RowError(**error) for error in answer["errors"])
@@ -244,7 +250,7 @@ class Pool:
             return place.computed[-1]
         elif "committed" in answer:
             place.shard, place.computed = None, []
-            return Committed(answer["committed"])
+            return Committed(answer["committed"], answer["commit"])
         return None
 
     def _ended(self, place: _Place, reason: str) -> Lost | None:
@@ -257,17 +263,24 @@ class Pool:
             is_left = self._tries[shard.shard] >= MAX_TRIES
             return Lost(shard.shard, computed, reason, is_left)
         if not was_ready:
-            self._n_failed_starts += 1
-            if self._n_failed_starts >= MAX_TRIES:
-                raise WorkerError(f"{MAX_TRIES} workers ended before they had the model: {reason}")
-            if place is self._places[0]:
-                self._start(place)
+            place.n_failed_starts += 1
+            if not place.is_given_up:
+                if place is self._places[0]:
+                    self._start(place)
+                return None
+            text = f"{MAX_TRIES} workers ended before they had the model: {reason}"
+            if all(other.is_given_up or other.worker is None for other in self._places):
+                raise WorkerError(text)
+            self._say(f"{text}; the others go on")
         return None
 
 
 def _error(answer: Message) -> Exception:
     """Returns the error that a worker answered with."""
-    kind = _ERRORS.get(answer["kind"])
-    if kind is None:
+    known = [_ERRORS[name] for name in answer["kinds"] if name in _ERRORS]
+    if not known:
         return RuntimeError(f"in a worker: {answer['error']}")
-    return kind(answer["error"])
+    error: Any = known[0](answer["error"])
+    if answer["exit_code"] is not None:
+        error.exit_code = answer["exit_code"]
+    return error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import signal
 import threading
 import time
@@ -18,6 +19,8 @@ from typing import Any
 
 from .pool import Ended
 from .worker import Message, Start, WorkerServer
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,9 @@ class RayActors:
         # of a plan of the CPU the features depend on the number of threads
         threads = None if gpus else (plan or {}).get("threads", 1)
         self._resources = {"num_cpus": threads or 1, "num_gpus": gpus}
-        room = resources.get("CPU", 0) // self._resources["num_cpus"]
-        if gpus:
-            room = min(room, resources.get("GPU", 0) // gpus)
-        n = options.max_workers or max(int(room), options.min_workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_room(node, self._resources) for node in nodes)
+        n = options.max_workers or max(room, options.min_workers)
         if not room:
             self.close()
             have = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
@@ -132,7 +134,7 @@ class RayActors:
                 f"(num_gpus_per_worker), and the cluster has {have['CPU']:g} and {have['GPU']:g}"
             )
         self.min_ready = options.min_workers
-        n_sharers = math.ceil(n / max(1, len(ray.nodes())))
+        n_sharers = math.ceil(n / max(1, len(nodes)))
         device = "cuda" if gpus else "cpu"
         self.starts: Sequence[Start] = [
             replace(start, device=device, threads=threads, n_sharers=n_sharers)
@@ -148,7 +150,7 @@ class RayActors:
         self, workers: Sequence[RayWorker], timeout_s: float
     ) -> list[tuple[RayWorker, Message | Ended]]:
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayError, RayTaskError
 
         worker_of = {worker.answers: worker for worker in workers if worker.answers is not None}
         if not worker_of:
@@ -163,9 +165,11 @@ class RayActors:
                 heard.append((worker, answer))
             except StopIteration:
                 worker.answers = None
-            except RayActorError as error:
+            except RayTaskError:  # a defect
+                raise
+            except RayError as error:  # it died, or its node, or Ray killed it for memory
                 worker.answers = None
-                heard.append((worker, Ended(_first_sentence(error))))
+                heard.append((worker, Ended(_shortened(error))))
         return heard
 
     def close(self) -> None:
@@ -194,6 +198,15 @@ def _connect(address: str | None) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
-def _first_sentence(error: Exception) -> str:
-    """What a user needs of Ray's long text."""
-    return str(error).split("\n")[0].split(". ")[0]
+def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Number of workers that a node has room for."""
+    cpus = node.get("CPU", 0) // wanted["num_cpus"]
+    gpus = wanted["num_gpus"]
+    return int(min(cpus, node.get("GPU", 0) // gpus) if gpus else cpus)
+
+
+def _shortened(error: Exception) -> str:
+    """What a user needs of Ray's long text: how it begins, and the last line."""
+    lines = [line for line in _ANSI.sub("", str(error)).splitlines() if line.strip()] or [""]
+    first = lines[0].split(". ")[0]
+    return first if len(lines) == 1 else f"{first} ... {lines[-1].strip()}"

@@ -61,7 +61,9 @@ def vit_block_on_cpu(
     results = [
         _layer(part, parts, spec, weights, packed, rotation, bias) for part in x.split(n_images)
     ]
-    return results[0] if len(results) == 1 else torch.cat(results)
+    result = results[0] if len(results) == 1 else torch.cat(results)
+    # strides of the residual, as the ops give
+    return result if x.is_contiguous() else torch.empty_like(x).copy_(result)
 
 
 class _Packed(NamedTuple):

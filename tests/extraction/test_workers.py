@@ -194,11 +194,19 @@ def test_errors_of_workers_are_those_of_one_process(
     assert run(workers=1).tried == 0
 
 
-def test_a_defect_in_a_worker_is_told_with_its_place(tmp_path: Path) -> None:
+def test_a_defect_in_a_worker_is_told_with_its_place() -> None:
+    answer: Message = {"error": "Traceback ...\nAssertionError", "exit_code": None}
+    answer["kinds"] = ["AssertionError", "Exception"]
     with pytest.raises(RuntimeError, match=r"in a worker: Traceback(.|\n)*AssertionError"):
-        Pool(
-            Script([{"error": "Traceback ...\nAssertionError", "kind": "AssertionError"}])
-        ).__enter__()
+        Pool(Script([answer])).__enter__()
+
+
+def test_errors_of_a_worker_keep_their_exit_code() -> None:
+    kinds = ["CannotComputeError", "ImportError", "Exception"]
+    answer: Message = {"error": "pip install x", "kinds": kinds, "exit_code": 2}
+    with pytest.raises(ImportError, match="pip install x") as error:
+        Pool(Script([answer])).__enter__()
+    assert vars(error.value)["exit_code"] == 2
 
 
 class Script:
