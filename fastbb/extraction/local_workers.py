@@ -19,6 +19,17 @@ _START = "import sys; sys.path[:] = sys.argv[1:]; from fastbb.extraction.worker 
 _READ_BYTES = 1 << 16
 
 
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that has a session of its own, and those that it started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+
+
 class LocalWorker:
     """A process, in a session of its own: Ctrl-C reaches the command alone, which ends it."""
 
@@ -38,13 +49,7 @@ class LocalWorker:
             self._process.stdin.flush()
 
     def close(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        kill_session(self._process)
 
     def fileno(self) -> int:
         """Of its answers, for `select`."""

@@ -83,10 +83,7 @@ def test_workers_give_the_bytes_of_one_process(
 
 
 @pytest.mark.parametrize(("kind", "n"), [("local", 3), ("ray", 2)])
-def test_killed_workers_lose_and_repeat_nothing(
-    kind: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+def test_killed_workers_lose_and_repeat_nothing(kind: str, n: int, tmp_path: Path) -> None:
     assert Kills(tmp_path, kind, n_images=240).check(n) == []
 
 
