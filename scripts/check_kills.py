@@ -95,8 +95,9 @@ class Kills:
         if self.kind == "local":
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
             return [int(child) for child in children if is_running(int(child))]
-        # Ray gives the processes of actors this title
-        return find_processes(lambda line: line.startswith(b"ray::ShardWorker"))
+        # Ray gives the processes of actors this title; those of another run are not ours
+        actors = find_processes(lambda line: line.startswith(b"ray::ShardWorker"))
+        return [actor for actor in actors if pid in ancestors(actor)]
 
 
 def is_running(pid: int) -> bool:
@@ -105,6 +106,18 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def ancestors(pid: int) -> list[int]:
+    """Returns the parent of a process, its parent and so on."""
+    found = []
+    while pid > 1:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        found.append(pid)
+    return found
 
 
 def find_processes(matches: Callable[[bytes], bool]) -> list[int]:

@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     # Daft and Ray report their use, Daft when it is imported
     os.environ |= {"DAFT_ANALYTICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    # a Ray of its own for each test: that of another one, or a dead one, would be joined
+    os.environ["RAY_ADDRESS"] = "local"
     # the workers of pytest-xdist share the cores
     torch.set_num_threads(1)
 

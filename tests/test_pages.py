@@ -233,7 +233,7 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
 
 
-@pytest.mark.parametrize("name", ["backbones", "hosts"])
+@pytest.mark.parametrize("name", benchmark_pages.MEASURED)
 def test_measured_pages_show_the_results_beside_them(name: str) -> None:
     results = Results.read(benchmark_pages.PAGES / f"{name}.json")
     page = (benchmark_pages.PAGES / f"{name}.md").read_text()

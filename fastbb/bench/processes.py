@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from ..engine.interruption import check_interrupted
+from ..extraction.local_workers import kill_session
 
 _POLL_S = 0.5
 # with the paths of this process: `-m` would put the working directory before the libraries
@@ -106,13 +106,7 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process, and those that it started."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        kill_session(self._process)
 
     def _died(self) -> WorkerError:
         code = self._process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -9,6 +10,18 @@ import click
 
 from .options import DEVICE, MODES, OUT_INDICES, ExtractedSize, Names
 from .shell import Command, echo
+
+# of a cluster, as `ray.init` takes it
+_ADDRESS = re.compile(r"|auto|local|[^/\s]+:\d+|[a-z]+://.+")
+
+
+def _address(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not _ADDRESS.fullmatch(value):
+        raise click.BadParameter(
+            f"wanted auto, local, HOST:PORT or ray://HOST:PORT, got {value!r}; put --ray behind "
+            "the inputs, or write --ray=ADDRESS"
+        )
+    return value
 
 
 @click.command(cls=Command)
@@ -59,7 +72,7 @@ from .shell import Command, echo
 @click.option(
     "--shard-rows",
     type=click.IntRange(min=1),
-    help="Images per shard, all that an interruption can lose.  [default: 4096, fewer for maps]",
+    help="Images per shard, all that an interruption can lose.  [default: at most 4096]",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many images in DIR.")
 @click.option("--update", is_flag=True, help="Also the images that DIR does not have yet.")
@@ -73,30 +86,31 @@ from .shell import Command, echo
     help="Stop when more than this share of the images fails, from the 20th image on.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="So many processes on the CPU do the shards."
+    "--workers", type=click.IntRange(min=1), help="Number of CPU processes that share the work."
 )
-@click.option(
-    "--devices", metavar="all|0,1", help="A process for each of these GPUs does the shards."
-)
+@click.option("--devices", metavar="all|0,1", help="GPUs that share the work, a process for each.")
 @click.option(
     "--ray",
     is_flag=False,
     flag_value="",
     metavar="[ADDRESS]",
-    help="Actors of a Ray cluster do the shards.  [default: of RAY_ADDRESS or this machine]",
+    callback=_address,
+    help="Share the work on a Ray cluster.  [default: that of RAY_ADDRESS or of this machine]",
 )
 @click.option(
     "--num-gpus-per-worker",
     type=click.FloatRange(min=0),
-    help="With --ray.  [default: 1 where the cluster has GPUs]",
+    help="GPUs of a worker of Ray, may be a part of one.  [default: 1 where there are GPUs]",
 )
 @click.option(
     "--min-workers",
     type=click.IntRange(min=1),
-    help="With --ray, to begin with.  [default: 1]",
+    help="Workers of Ray that have to be ready to begin.  [default: 1]",
 )
 @click.option(
-    "--max-workers", type=click.IntRange(min=1), help="With --ray.  [default: as many as fit]"
+    "--max-workers",
+    type=click.IntRange(min=1),
+    help="Workers of Ray at most.  [default: as many as the cluster has room for]",
 )
 @click.option(
     "--record-crashes",
@@ -106,7 +120,7 @@ from .shell import Command, echo
 @click.option(
     "--shard-index",
     metavar="I/N",
-    help="Only every N-th shard from the I-th on; other commands do the rest.",
+    help="The I-th of N commands, from 0, that share the work: every N-th shard.",
 )
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def extract(
@@ -129,12 +143,13 @@ def extract(
     Exit codes: 0 every image has features; 1 finished, some images failed, could not be listed or
     are of a shard that ended its workers; 2 wrong arguments; 3 DIR holds features of another plan;
     4 too many images failed; 5 another process uses DIR; 6 DIR or the report cannot be written, or
-    the disk is full; 70 a defect of fastbb; 130 interrupted (SIGINT), 143 terminated (SIGTERM).
+    the disk is full; 7 workers end before they have the model; 70 a defect of fastbb; 130
+    interrupted (SIGINT), 143 terminated (SIGTERM).
     """
     from ..extraction import RayOptions
     from ..extraction import extract as run
 
-    given = {
+    given: dict[str, Any] = {
         "num_gpus_per_worker": num_gpus_per_worker,
         "min_workers": min_workers,
         "max_workers": max_workers,
@@ -142,7 +157,7 @@ def extract(
     given = {name: value for name, value in given.items() if value is not None}
     if given and ray is None:
         raise click.UsageError(f"--{min(given).replace('_', '-')}: it is for --ray")
-    cluster = None if ray is None else RayOptions(ray or None, **given)  # type: ignore[arg-type]  # by name
+    cluster = None if ray is None else RayOptions(ray or None, **given)
     report = run(model, inputs, progress=not quiet, ray=cluster, **options)
     echo(str(report))
     sys.exit(1 if report.errors or report.unreadable_directories or report.left else 0)

@@ -33,7 +33,7 @@ ErrorKind = Literal[
     "truncated",
     "corrupt",
     "decode_timeout",  # reserved: decoding has no time limit yet
-    "decoder_crash",  # reserved: a crash of a native decoder still ends the process
+    "decoder_crash",  # reserved: a native decoder that crashes ends the run or its worker
     "transform",
     "nonfinite_output",
     "oom_single",

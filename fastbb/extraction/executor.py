@@ -20,6 +20,8 @@ from .store import FeatureWriter
 
 # other versions than those of the plan, for the log
 _LOGGED_PACKAGES = ("fastbb", "numpy", "safetensors")
+# at least, unless a number of rows is asked for: processes do not begin at the same time
+_SHARDS_PER_PART = 4
 
 
 class Executor(Protocol):
@@ -30,13 +32,16 @@ class Executor(Protocol):
         """Device, threads and versions, in JSON types."""
         ...
 
-    def make_plan(self, mode: str, shard_rows: int | None, n_rows: int) -> dict[str, Any]:
+    def make_plan(
+        self, mode: str, shard_rows: int | None, n_rows: int, n_parts: int
+    ) -> dict[str, Any]:
         """Chooses how the model runs, and returns the plan of a first start.
 
         Args:
             mode: as asked.
             shard_rows: rows per shard, or None.
             n_rows: images to come.
+            n_parts: processes that do the shards.
         """
         ...
 
@@ -72,11 +77,14 @@ class InProcess:
             "versions": {name: version(name) for name in _LOGGED_PACKAGES},
         }
 
-    def make_plan(self, mode: str, shard_rows: int | None, n_rows: int) -> dict[str, Any]:
+    def make_plan(
+        self, mode: str, shard_rows: int | None, n_rows: int, n_parts: int
+    ) -> dict[str, Any]:
         runs = self.extractor.choose_mode(mode, n_rows)
         self._is_prepared = True
         check_interrupted()  # before the plan records a choice of an interrupted trial
-        return make_plan(self.extractor, mode, runs, shard_rows)
+        enough = None if n_parts == 1 else -(-n_rows // (n_parts * _SHARDS_PER_PART))
+        return make_plan(self.extractor, mode, runs, shard_rows, enough)
 
     def check_plan(self, writer: FeatureWriter) -> None:
         check_plan(writer.directory, writer.plan, self.extractor.settings())

@@ -438,10 +438,15 @@ def _read_log(directory: Path) -> _Log:
     for event in read_log(directory):
         if event["event"] == "shard":
             rows, seconds = rows + event["rows"], seconds + event["seconds"]
-        else:
+        elif event["event"] != "lost" and _time(event) >= _time(last):  # of several logs
             last = event  # a start has no reason
     reason = None if last.get("reason") is None else str(last["reason"])
     return _Log(rows / seconds if seconds else None, reason, last.get("exit_code"))
+
+
+def _time(event: Mapping[str, Any]) -> float:
+    time = event.get("time")
+    return time if isinstance(time, (int, float)) else 0.0
 
 
 def _by_name(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

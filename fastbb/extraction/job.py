@@ -94,7 +94,8 @@ def extract(
         mode: of `Backbone.prepare`. What "auto" (the default) chooses at the first start the plan
             records, and a resumed run takes.
         shard_rows: images per shard, which is what an interrupted run loses at most; default: 4096,
-            or fewer where the features of a shard would pass 256 MiB.
+            or fewer where the features of a shard would pass 256 MiB or a process would have less
+            than four shards.
         limit: the directory gets at most so many images, the first ones.
         update: also extract the images that the directory does not have yet.
         retry_failed: also try the failed images again.
@@ -178,7 +179,7 @@ def extract(
                 executor = InProcess(extractor)
             else:
                 start = _start(model, writer.directory, said, batch_size)
-                executor = held.enter_context(Pool(pooled.backend(start, plan, bar.say)))
+                executor = held.enter_context(Pool(pooled.backend(start, plan, bar.say), bar.say))
             if plan is not None:
                 executor.check_plan(writer)
             elif share is None:

@@ -207,6 +207,8 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
         unreadable = tuple(plan.get("unreadable_directories", ()))
         return [Generation("start", n_rows, shards, tuple(plan["inputs"]), {}, unreadable)]
     generations, identity = [], plan_sha256(plan)
+    # before they are read: another process may append one meanwhile
+    n_there = _n_generations(directory)
     while (path := directory / file_name("generation", len(generations))).exists():
         try:
             values = json.loads(path.read_bytes())
@@ -230,19 +232,28 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
             AttributeError,
         ) as error:
             raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
-    check_complete(directory, len(generations))
+    check_complete(directory, len(generations), n_there=n_there)
     return generations
 
 
-def check_complete(directory: Path, n_generations: int, n_finished: int = 0) -> None:
+def _n_generations(directory: Path) -> int:
+    """Number of generations by the names of their files."""
+    return max((number for number, _ in numbered(directory, "generation")), default=-1) + 1
+
+
+def check_complete(
+    directory: Path, n_generations: int, n_finished: int = 0, n_there: int | None = None
+) -> None:
     """Raises PlanMismatchError if a generation is lost.
 
     Args:
         directory: of the features.
         n_generations: number of the first generations that are there.
         n_finished: number of those that the manifest names.
+        n_there: number by the names of files; default: now.
     """
-    n_there = max((number for number, _ in numbered(directory, "generation")), default=-1) + 1
+    if n_there is None:
+        n_there = _n_generations(directory)
     if max(n_there, n_finished) > n_generations:
         lost = file_name("generation", n_generations) if n_generations else "plan.json"
         raise PlanMismatchError(

@@ -71,6 +71,15 @@ def origin_of(model: Any) -> Origin | None:
     )
 
 
+def check_processor(processor: object) -> None:
+    """Raises a TypeError if it is no image processor."""
+    if not isinstance(processor, ImageProcessor):
+        raise TypeError(
+            "processor: wanted an ImageProcessor (AutoImageProcessor.from_pretrained), got "
+            f"{type(processor).__name__}"
+        )
+
+
 def load_processor(
     model: Any, processor: ImageProcessor | None, use_test_size: bool
 ) -> ImageProcessor:
@@ -83,11 +92,7 @@ def load_processor(
     """
     origin = origin_of(model)
     if processor is not None:
-        if not isinstance(processor, ImageProcessor):
-            raise TypeError(
-                "processor: wanted an ImageProcessor (AutoImageProcessor.from_pretrained), got "
-                f"{type(processor).__name__}"
-            )
+        check_processor(processor)
         if use_test_size:
             raise ValueError("size: 'test' chooses a processor, and processor= is given")
         return processor

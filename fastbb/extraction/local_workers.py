@@ -15,11 +15,19 @@ from .pool import Ended
 from .worker import Message, Start
 
 # with the paths of this process: `-m` would put the working directory before the libraries
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from fastbb.extraction.worker import main; main()"
-)
+_START = "import sys; sys.path[:] = sys.argv[1:]; from fastbb.extraction.worker import main; main()"
 _READ_BYTES = 1 << 16
+
+
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that has a session of its own, and those that it started."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
 
 
 class LocalWorker:
@@ -27,7 +35,7 @@ class LocalWorker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
@@ -41,13 +49,7 @@ class LocalWorker:
             self._process.stdin.flush()
 
     def close(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        kill_session(self._process)
 
     def fileno(self) -> int:
         """Of its answers, for `select`."""

@@ -41,7 +41,11 @@ _MAX_VALUE_CHARS = 60
 
 
 def make_plan(
-    extractor: FeatureExtractor, mode: str, runs: str, shard_rows: int | None
+    extractor: FeatureExtractor,
+    mode: str,
+    runs: str,
+    shard_rows: int | None,
+    enough_rows: int | None = None,
 ) -> dict[str, Any]:
     """Returns the plan of a first start.
 
@@ -50,12 +54,15 @@ def make_plan(
         mode: as asked.
         runs: the mode that was chosen.
         shard_rows: rows per shard; default: 4096, or fewer where features would pass 256 MiB.
+        enough_rows: rows per shard that give every process some, in whole batches.
     """
     plan = {**extractor.settings(), "mode": mode, "runs": runs}
     if runs == OPENVINO:
         plan["versions"][OPENVINO] = openvino_version()
     plan |= {"batch_size": extractor.batch_size, "feature_dtype": extractor.feature_dtype}
-    plan["shard_rows"] = shard_rows or _default_shard_rows(plan["outputs"], plan["batch_size"])
+    most = min(enough_rows or _DEFAULT_SHARD_ROWS, _DEFAULT_SHARD_ROWS)
+    default = _default_shard_rows(plan["outputs"], plan["batch_size"], most)
+    plan["shard_rows"] = shard_rows or default
     if extractor.device.type == "cpu":
         plan["threads"] = torch.get_num_threads()
     return plan
@@ -204,10 +211,12 @@ def _compared(was: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
     return f"{there} there, {here} now"
 
 
-def _default_shard_rows(outputs: Mapping[str, Mapping[str, Any]], batch_size: int) -> int:
+def _default_shard_rows(
+    outputs: Mapping[str, Mapping[str, Any]], batch_size: int, most: int
+) -> int:
     row_bytes = sum(
         math.prod(output["shape"]) * getattr(torch, output["dtype"]).itemsize
         for output in outputs.values()
     )
-    rows = min(_DEFAULT_SHARD_ROWS, _MAX_DEFAULT_SHARD_BYTES // row_bytes)
+    rows = min(most, _MAX_DEFAULT_SHARD_BYTES // row_bytes)
     return max(rows // batch_size, 1) * batch_size

@@ -6,8 +6,9 @@ One class serves all kinds of workers: processes of this machine (`local_workers
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +24,7 @@ from .worker import Message, Start
 
 MAX_TRIES = 3
 _POLL_S = 0.5
+_SAY_S = 30.0
 # errors that a worker may answer with, and that mean the same in this process
 _ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
@@ -35,7 +37,9 @@ _ERRORS: dict[str, type[Exception]] = {
 
 
 class WorkerError(ExtractionError):
-    """Workers end before they have done anything, or one has a defect."""
+    """Workers end before they have done anything."""
+
+    exit_code = 7
 
 
 class Worker(Protocol):
@@ -95,6 +99,7 @@ class _Place:
         is_ready: whether it has loaded the model.
         shard: what it computes.
         computed: what it has computed of it.
+        n_failed_starts: workers in a row that ended before they were ready.
     """
 
     start: Start
@@ -102,6 +107,12 @@ class _Place:
     is_ready: bool = False
     shard: Shard | None = None
     computed: list[Computed] = field(default_factory=list)
+    n_failed_starts: int = 0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether workers end here before they have the model, time after time."""
+        return self.n_failed_starts >= MAX_TRIES
 
 
 class Pool:
@@ -111,12 +122,18 @@ class Pool:
     shards, no more of them than there are shards.
     """
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, backend: Backend, say: Callable[[str], None] = lambda text: None) -> None:
+        """Starts nothing yet.
+
+        Args:
+            backend: starts and hears the workers.
+            say: shows a line.
+        """
+        self._backend, self._say = backend, say
         self._places = [_Place(start) for start in backend.starts]
         self._tries = Counter[int]()
-        self._n_failed_starts = 0
         self._has_begun = False
+        self._said_at = 0.0
         self._environment: Message = {}
         self._warnings: set[str] = set()
 
@@ -146,10 +163,13 @@ class Pool:
     def environment(self) -> Message:
         return {**self._environment, "workers": len(self._places)}
 
-    def make_plan(self, mode: str, shard_rows: int | None, n_rows: int) -> dict[str, Any]:
+    def make_plan(
+        self, mode: str, shard_rows: int | None, n_rows: int, n_parts: int
+    ) -> dict[str, Any]:
         first = self._places[0].worker
         assert first is not None
-        arguments = {"mode": mode, "shard_rows": shard_rows, "n_rows": n_rows}
+        arguments: Message = {"mode": mode, "shard_rows": shard_rows}
+        arguments |= {"n_rows": n_rows, "n_parts": n_parts}
         first.ask({"do": "plan", "arguments": arguments})
         while True:
             for place, answer in self._wait():
@@ -183,14 +203,18 @@ class Pool:
 
     def _hand_out(self, todo: deque[Shard]) -> None:
         n_ready = sum(place.is_ready for place in self._places)
-        self._has_begun = self._has_begun or n_ready >= min(self._backend.min_ready, len(todo))
+        n_wanted = min(self._backend.min_ready, len(todo))
+        self._has_begun = self._has_begun or n_ready >= n_wanted
+        if not self._has_begun and time.monotonic() - self._said_at > _SAY_S:
+            self._said_at = time.monotonic()
+            self._say(f"waiting for {n_wanted} workers, of which {n_ready} are ready")
         for place in self._places if self._has_begun else ():
             if todo and place.is_ready and place.shard is None:
                 assert place.worker is not None
                 place.shard = todo.popleft()
                 place.worker.ask({"do": "shard", "shard": place.shard.shard})
         n_starting = sum(place.worker is not None and not place.is_ready for place in self._places)
-        empty = [place for place in self._places if place.worker is None]
+        empty = [p for p in self._places if p.worker is None and not p.is_given_up]
         for place in empty[: max(0, len(todo) - n_starting)]:
             self._start(place)
 
@@ -218,7 +242,7 @@ class Pool:
                 warn_caller(answer["warning"])
         elif "environment" in answer:
             self._environment = self._environment or answer["environment"]
-            place.is_ready, self._n_failed_starts = True, 0
+            place.is_ready, place.n_failed_starts = True, 0
         elif "rows" in answer:
             assert place.shard is not None
             errors = tuple(RowError(**error) for error in answer["errors"])
@@ -226,7 +250,7 @@ class Pool:
             return place.computed[-1]
         elif "committed" in answer:
             place.shard, place.computed = None, []
-            return Committed(answer["committed"])
+            return Committed(answer["committed"], answer["commit"])
         return None
 
     def _ended(self, place: _Place, reason: str) -> Lost | None:
@@ -239,17 +263,24 @@ class Pool:
             is_left = self._tries[shard.shard] >= MAX_TRIES
             return Lost(shard.shard, computed, reason, is_left)
         if not was_ready:
-            self._n_failed_starts += 1
-            if self._n_failed_starts >= MAX_TRIES:
-                raise WorkerError(f"{MAX_TRIES} workers ended before they had the model: {reason}")
-            if place is self._places[0]:
-                self._start(place)
+            place.n_failed_starts += 1
+            if not place.is_given_up:
+                if place is self._places[0]:
+                    self._start(place)
+                return None
+            text = f"{MAX_TRIES} workers ended before they had the model: {reason}"
+            if all(other.is_given_up or other.worker is None for other in self._places):
+                raise WorkerError(text)
+            self._say(f"{text}; the others go on")
         return None
 
 
 def _error(answer: Message) -> Exception:
     """Returns the error that a worker answered with."""
-    kind = _ERRORS.get(answer["kind"])
-    if kind is None:
+    known = [_ERRORS[name] for name in answer["kinds"] if name in _ERRORS]
+    if not known:
         return RuntimeError(f"in a worker: {answer['error']}")
-    return kind(answer["error"])
+    error: Any = known[0](answer["error"])
+    if answer["exit_code"] is not None:
+        error.exit_code = answer["exit_code"]
+    return error

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .pool import Ended
 from .worker import Message, Start, WorkerServer
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,12 @@ class RayOptions:
                 "min_workers: wanted at least 1, and at most max_workers, got "
                 f"{self.min_workers} and {most}"
             )
+
+
+class MissingRayError(ImportError):
+    """Ray is not installed."""
+
+    exit_code = 2  # of a command: the same as of a wrong argument
 
 
 class ShardWorker:
@@ -81,20 +92,28 @@ class RayActors:
         options: of the command.
         start: how each begins, but for device and threads.
         plan: of the directory, or None for a first start.
+        say: shows a line.
 
     Raises:
-        ImportError: Ray is not installed.
+        MissingRayError: Ray is not installed.
         OSError: there is no such cluster.
         ValueError: the cluster has no room for a worker.
     """
 
-    def __init__(self, options: RayOptions, start: Start, plan: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        options: RayOptions,
+        start: Start,
+        plan: Mapping[str, Any] | None,
+        say: Callable[[str], None],
+    ) -> None:
         try:
             import ray
         except ImportError as error:
-            raise ImportError("ray: needs Ray; pip install 'fastbb[ray]'") from error
+            raise MissingRayError("ray: needs Ray; pip install 'fastbb[ray]'") from error
         self._is_ours = not ray.is_initialized()
         if self._is_ours:
+            say(f"connecting to Ray{'' if options.address is None else f' at {options.address}'}")
             _connect(options.address)
         resources = ray.cluster_resources()
         wants_cpu = str(start.said.get("device", "cuda")).startswith("cpu")
@@ -104,10 +123,9 @@ class RayActors:
         # of a plan of the CPU the features depend on the number of threads
         threads = None if gpus else (plan or {}).get("threads", 1)
         self._resources = {"num_cpus": threads or 1, "num_gpus": gpus}
-        room = resources.get("CPU", 0) // self._resources["num_cpus"]
-        if gpus:
-            room = min(room, resources.get("GPU", 0) // gpus)
-        n = options.max_workers or max(int(room), options.min_workers)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        room = sum(_room(node, self._resources) for node in nodes)
+        n = options.max_workers or max(room, options.min_workers)
         if not room:
             self.close()
             have = {name: resources.get(name, 0) for name in ("CPU", "GPU")}
@@ -116,7 +134,7 @@ class RayActors:
                 f"(num_gpus_per_worker), and the cluster has {have['CPU']:g} and {have['GPU']:g}"
             )
         self.min_ready = options.min_workers
-        n_sharers = math.ceil(n / max(1, len(ray.nodes())))
+        n_sharers = math.ceil(n / max(1, len(nodes)))
         device = "cuda" if gpus else "cpu"
         self.starts: Sequence[Start] = [
             replace(start, device=device, threads=threads, n_sharers=n_sharers)
@@ -132,7 +150,7 @@ class RayActors:
         self, workers: Sequence[RayWorker], timeout_s: float
     ) -> list[tuple[RayWorker, Message | Ended]]:
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayError, RayTaskError
 
         worker_of = {worker.answers: worker for worker in workers if worker.answers is not None}
         if not worker_of:
@@ -147,9 +165,11 @@ class RayActors:
                 heard.append((worker, answer))
             except StopIteration:
                 worker.answers = None
-            except RayActorError as error:
+            except RayTaskError:  # a defect
+                raise
+            except RayError as error:  # it died, or its node, or Ray killed it for memory
                 worker.answers = None
-                heard.append((worker, Ended(_first_sentence(error))))
+                heard.append((worker, Ended(_shortened(error))))
         return heard
 
     def close(self) -> None:
@@ -162,6 +182,8 @@ class RayActors:
 def _connect(address: str | None) -> None:
     import ray
 
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
         ray.init(
             address=address,
@@ -171,8 +193,20 @@ def _connect(address: str | None) -> None:
         )
     except (ConnectionError, ValueError) as error:
         raise OSError(f"ray: no cluster at {address or 'RAY_ADDRESS'}: {error}") from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
-def _first_sentence(error: Exception) -> str:
-    """What a user needs of Ray's long text."""
-    return str(error).split("\n")[0].split(". ")[0]
+def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
+    """Number of workers that a node has room for."""
+    cpus = node.get("CPU", 0) // wanted["num_cpus"]
+    gpus = wanted["num_gpus"]
+    return int(min(cpus, node.get("GPU", 0) // gpus) if gpus else cpus)
+
+
+def _shortened(error: Exception) -> str:
+    """What a user needs of Ray's long text: how it begins, and the last line."""
+    lines = [line for line in _ANSI.sub("", str(error)).splitlines() if line.strip()] or [""]
+    first = lines[0].split(". ")[0]
+    return first if len(lines) == 1 else f"{first} ... {lines[-1].strip()}"

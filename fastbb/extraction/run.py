@@ -147,7 +147,9 @@ class Run:
         if not writer.plan:
             assert isinstance(self.sources, list), "a first start without a list was refused"
             n_rows = len(self.sources[:limit])
-            writer.start(self.executor.make_plan(mode or "auto", shard_rows, n_rows))
+            n_parts = environment.get("workers", 1) * (writer.share[1] if writer.share else 1)
+            plan = self.executor.make_plan(mode or "auto", shard_rows, n_rows, n_parts)
+            writer.start(plan)
         else:
             writer.clean()
             given = {"batch_size": batch_size, "mode": mode, "shard_rows": shard_rows}
@@ -215,18 +217,24 @@ class Run:
             unfinished = writer.generations[self._n_finished :]
             if not any(generation.kind == "retry" for generation in unfinished):
                 n_tried += self._extract_pending(forgiving=True)  # to know all that fails
-                retried = self._append_retry()
-                n_done -= len(failed_before.keys() & retried)
+                if self._left:
+                    self.bar.say("failed images are not tried again while a shard is left")
+                else:
+                    n_done -= len(failed_before.keys() & self._append_retry())
             else:
                 self.bar.say("a retry was interrupted: it is finished now, and no other one begins")
         if update:
             self._append_update(limit)
-        n_tried += self._extract_pending(forgiving=retry_failed)
-        with writer.planning():
-            self._read_other_commits()
-            final = writer.totals(self._commits)
-            if None not in self._commits:
-                writer.finish(final)
+        while True:
+            n_tried += self._extract_pending(forgiving=retry_failed)
+            with writer.planning():
+                self._read_other_commits()
+                if not self._pending():  # another process may have appended some
+                    final = writer.totals(self._commits)
+                    if None not in self._commits:
+                        writer.finish(final)
+                    break
+            writer.hold(self._pending())
         unreadable = tuple(self.listing.unreadable)
         if isinstance(self.sources, InputError):
             unreadable = writer.generations[-1].unreadable
@@ -377,23 +385,27 @@ class Run:
                     for computed in event.computed:
                         bar.advance(-computed.rows)
                         budget.uncount(shard, computed)
-                    self._lose(shard, event)
+                    self._lose(shard, event, budget)
                 elif isinstance(event, Committed):
-                    self._commits[shard.shard] = writer.committed(shard, hashed=False)
+                    self._commits[shard.shard] = event.commit
                     now = time.perf_counter()
                     logged = {"event": "shard", "shard": shard.shard, "rows": shard.rows}
                     writer.log({**logged, "time": time.time(), "seconds": now - shard_start})
                     shard_start = now
         return sum(shard.rows for shard in todo.values() if self._commits[shard.shard])
 
-    def _lose(self, shard: Shard, event: Lost) -> None:
+    def _lose(self, shard: Shard, event: Lost, budget: _Budget) -> None:
         """Notes that a worker has ended in a shard; the third time the shard is left."""
         writer = self.writer
         lost = {"event": "lost", "shard": shard.shard, "reason": event.reason}
         writer.log({**lost, "left": event.is_left, "time": time.time()})
         what = f"left after {MAX_TRIES} tries" if event.is_left else "tried again"
         self.bar.say(f"a worker has ended: {event.reason}; shard {shard.shard} is {what}")
+        writer.remove_unfinished(shard)
         if not event.is_left:
+            return
+        if commit := writer.committed(shard, hashed=True):  # the last worker had just done it
+            self._commits[shard.shard] = commit
             return
         if not self.record_crashes:
             self._left.add(shard.shard)
@@ -405,6 +417,7 @@ class Run:
         content = shard_content([FeatureBatch([], {}, errors, [])], writer.plan["outputs"])
         self._commits[shard.shard] = writer.commit(shard, *content)
         self.bar.advance(shard.rows)
+        budget.count(shard, Computed(shard.shard, shard.rows, tuple(errors)))
 
     def _budget(self, forgiving: bool) -> _Budget:
         """Counts the rows of generations that no earlier run has finished."""

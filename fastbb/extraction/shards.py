@@ -40,9 +40,11 @@ class Committed:
 
     Attributes:
         shard: its number.
+        commit: what its commit file holds.
     """
 
     shard: int
+    commit: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,9 @@ def compute_shards(
                 n_left -= n_batch
                 yield Computed(shard.shard, n_batch, tuple(batch.errors))
             _check_archives(archives.pop(shard.shard))
-            writer.commit(shard, *shard_content(parts, writer.plan["outputs"]))
+            commit = writer.commit(shard, *shard_content(parts, writer.plan["outputs"]))
+            yield Committed(shard.shard, commit)
             check_interrupted()
-            yield Committed(shard.shard)
 
 
 def shard_content(

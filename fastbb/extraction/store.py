@@ -216,6 +216,13 @@ class FeatureWriter:
             for leftover in self._our_files(_UNFINISHED) if self.share is None else ():
                 leftover.unlink()
 
+    def remove_unfinished(self, shard: Shard) -> None:
+        """Removes files that a worker that has ended left of a shard."""
+        with writing(self.directory):
+            for path in self._entries("shards"):
+                if re.search(rf"-{shard.shard:05d}\.\w+{_UNFINISHED}$", path.name):
+                    path.unlink()
+
     def append(
         self,
         kind: Literal["start", "update", "retry"],

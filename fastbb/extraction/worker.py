@@ -7,7 +7,8 @@ It is asked by JSON and answers by JSON, so that a process (`local_workers`) and
     {"do": "plan", ...}           the arguments of `Executor.make_plan`; "plan"
     {"do": "shard", "shard": 3}   "rows" and "errors" of each batch; "committed"
 
-An error is the last answer to any request: "error" and its "kind". A "warning" is one on its way.
+An error is the last answer to any request: "error", its "kinds" and "exit_code". A "warning" is one
+on its way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import platform
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,12 +33,15 @@ from ..images.processor import ImageProcessor
 from ..images.spec import ImageProcessorSpec
 from .executor import InProcess
 from .layout import ExtractionError, PlanMismatchError, is_started, read_plan
+from .loading import check_processor
 from .pipeline import n_decode_threads
 from .plan import make_extractor
 from .shards import Committed, Computed
 from .store import FeatureWriter
 
 Message = dict[str, Any]
+# NFS may show a file that another machine has written so much later
+_PATIENCE_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ def said_in_json(said: Mapping[str, Any]) -> Message:
     """Returns arguments of `FeatureExtractor` in JSON types, without those that are None."""
     found = {name: value for name, value in said.items() if value is not None}
     if "processor" in found:
+        check_processor(found["processor"])
         found["processor"] = found["processor"].spec.to_dict()
+    if "out_indices" in found:
+        found["out_indices"] = list(found["out_indices"])
     if "device" in found:
         found["device"] = str(found["device"])
     return found
@@ -90,7 +98,9 @@ class WorkerServer:
                         yield {"warning": heard.pop(0)}
                     yield answer
         except Exception as error:
-            yield {"error": _text(error), "kind": type(error).__name__}
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            code = getattr(error, "exit_code", None)
+            yield {"error": _text(error), "kinds": kinds, "exit_code": code}
 
     def _answers(self, request: Message) -> Iterator[Message]:
         if request["do"] == "start":
@@ -101,8 +111,12 @@ class WorkerServer:
             yield {"plan": self._executor.make_plan(**request["arguments"])}
             return
         writer, number = self._writer, request["shard"]
-        if number >= writer.n_shards:  # of a generation that this worker does not know
+        deadline = time.monotonic() + _PATIENCE_S
+        while number >= writer.n_shards:  # of a generation that this worker does not know
             writer.read()
+            if number < writer.n_shards or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
         if number >= writer.n_shards:
             raise PlanMismatchError(
                 f"{writer.directory} on {platform.node()} has no shard {number}: workers write "
@@ -112,7 +126,7 @@ class WorkerServer:
             if isinstance(event, Computed):
                 yield {"rows": event.rows, "errors": [asdict(error) for error in event.errors]}
             elif isinstance(event, Committed):
-                yield {"committed": event.shard}
+                yield {"committed": event.shard, "commit": event.commit}
 
     def _start(self, start: Start) -> Message:
         directory = Path(start.directory)

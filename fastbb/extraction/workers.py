@@ -61,7 +61,7 @@ class Workers:
         if workers is not None:
             if not isinstance(workers, int) or workers < 1:
                 raise ValueError(f"workers: wanted a whole number, at least 1, got {workers!r}")
-            if torch.device(str(device or "cpu")).type != "cpu":
+            if str(device or "cpu") != "cpu":
                 raise ValueError("workers: they are for the CPU; for GPUs give devices (--devices)")
             if device is None and torch.cuda.is_available():
                 raise ValueError(
@@ -81,7 +81,7 @@ class Workers:
             say: shows a line.
         """
         if self.ray is not None:
-            return RayActors(self.ray, start, plan)
+            return RayActors(self.ray, start, plan, say)
         if self.devices:
             start = replace(start, n_sharers=len(self.devices))
             return Processes([replace(start, device=device) for device in self.devices])

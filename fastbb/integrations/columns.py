@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import os
 import threading
 from collections.abc import Sequence
@@ -51,7 +53,7 @@ class ColumnExtractor:
         names: of the features, in the order of the columns.
 
     Raises:
-        TypeError: the model is a loaded one.
+        TypeError: the model is a loaded one, or there is no such option.
         ValueError: a feature does not exist, or is no vector.
     """
 
@@ -65,6 +67,14 @@ class ColumnExtractor:
             raise TypeError(
                 "model: wanted a name or a directory, which every process loads for itself, got a "
                 f"{type(model).__name__}"
+            )
+        parameters = inspect.signature(FeatureExtractor).parameters.values()
+        known = [option.name for option in parameters if option.kind is option.KEYWORD_ONLY]
+        if unknown := [name for name in options if name not in known]:
+            close = [c for name in unknown for c in difflib.get_close_matches(name, known)]
+            raise TypeError(
+                f"options: wanted those of FeatureExtractor, {', '.join(known)}, got "
+                f"{', '.join(unknown)}" + (f". Did you mean {', '.join(close)}?" if close else "")
             )
         self.names = Wanted.parse(features, options.get("norm")).names
         for name in self.names:

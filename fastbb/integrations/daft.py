@@ -13,6 +13,7 @@ from daft.ai.protocols import ImageEmbedder, ImageEmbedderDescriptor
 from daft.ai.provider import Provider as DaftProvider
 from daft.ai.typing import EmbeddingDimensions, UDFOptions
 from daft.ai.utils import get_gpu_udf_options
+from daft.runners import get_or_infer_runner_type
 
 from .columns import BATCHES_PER_CALL, ColumnExtractor
 
@@ -36,10 +37,16 @@ class Provider(DaftProvider):
         feature: which vector, see `FeatureExtractor`.
         options: of `FeatureExtractor`. `embed_image` takes them, too, beside Daft's `on_error`,
             `max_retries` (default: 0), `num_gpus` (default: 1 where there are GPUs) and
-            `concurrency` (default: the number of GPUs, or 1).
+            `concurrency`, the number of models: by default that of the GPUs with Daft's runner on
+            Ray, and 1 with the native one, which gives all of them the same GPU.
+
+    Raises:
+        ValueError: the feature is not one name.
     """
 
     def __init__(self, feature: str = "embedding", **options: Any) -> None:
+        if not isinstance(feature, str):
+            raise ValueError(f"feature: wanted one name such as 'embedding', got {feature!r}")
         self._feature, self._options = feature, options
 
     @property
@@ -56,6 +63,7 @@ class Provider(DaftProvider):
 
         Raises:
             OSError: the model cannot be had.
+            TypeError: there is no such option.
             ValueError: no model is given, an option is wrong, or the feature is no vector.
         """
         if model is None:
@@ -85,7 +93,9 @@ class _Descriptor(ImageEmbedderDescriptor):
 
     def get_udf_options(self) -> UDFOptions:
         of_gpus = get_gpu_udf_options()
-        options = {"concurrency": of_gpus.concurrency or 1, "num_gpus": of_gpus.num_gpus}
+        # processes of the native runner all see every GPU, and would take the first
+        n_models = of_gpus.concurrency if get_or_infer_runner_type() == "ray" else None
+        options = {"concurrency": n_models or 1, "num_gpus": of_gpus.num_gpus}
         batch_size = BATCHES_PER_CALL * self._extract.options.get("batch_size", 32)
         options |= {"max_retries": 0, "batch_size": batch_size, **self._of_daft}
         return UDFOptions(**options)

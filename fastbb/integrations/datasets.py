@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import PIL
@@ -23,16 +24,17 @@ def extractor(
     """Returns a function for `Dataset.map(function, batched=True, with_rank=True)`.
 
     It adds a list of fp32 numbers for each feature, and `error`: None or "kind: message". A row
-    whose image fails has None for every feature; no row is lost.
+    whose image fails has None for every feature; no row is lost. A dataset that has one of these
+    columns is refused, as `map` would overwrite it.
 
     Images that `datasets` has not decoded yet are decoded here, as `fastbb extract` decodes files,
     so one that cannot be decoded does not end the map. With `num_proc`, a process computes on the
     GPU of its rank; where the program has used a GPU before, it has to start processes by
     `multiprocess.set_start_method("spawn")`.
 
-    `datasets` finds results of an earlier map again if model, options, the files of a local model,
-    and the versions of what computes them are the same. Of a model of the Hub it compares the name
-    only.
+    Of a dataset that was loaded from files, `datasets` finds results of an earlier map again if
+    model, options, the files of a local model, and the versions of what computes them are the same.
+    Of a model of the Hub it compares the name only.
 
     Args:
         model: name or directory of a model, which each process loads at its first batch.
@@ -42,7 +44,7 @@ def extractor(
             forward pass, of which a batch of the map should be a multiple.
 
     Raises:
-        TypeError: the model is a loaded one.
+        TypeError: the model is a loaded one, or there is no such option.
         ValueError: a feature does not exist or is no vector.
     """
     return Extractor(model, image, features, options)
@@ -64,6 +66,7 @@ class Extractor:
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` hashes this to find earlier results: all that decides the values, no model
         versions = {"fastbb": NUMERICS, "pillow": PIL.__version__, "torch": torch.__version__}
+        versions |= {library: _version(library) for library in ("timm", "transformers")}
         return {**self.__dict__, "files": _files(self._extract.model), "versions": versions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -77,10 +80,14 @@ class Extractor:
             rank: of the process, as `with_rank=True` gives it.
 
         Raises:
-            ValueError: there is no such column.
+            ValueError: there is no such column, a column has the name of a new one, or it is no
+                batch but a row.
         """
         if self._image not in batch:
             raise ValueError(f"image: no column {self._image!r} among {', '.join(batch)}")
+        for name in (*self._extract.names, "error"):
+            if name in batch:
+                raise ValueError(f"column {name!r}: would be overwritten by the new one; rename it")
         vectors, errors = self._extract(_images(batch, self._image), _device(rank))
         columns: dict[str, list[Any]] = {name: Vectors(v) for name, v in vectors.items()}
         return {**columns, "error": Texts(errors)}
@@ -106,15 +113,33 @@ class Texts(list[Any]):
 
 def _images(batch: Mapping[str, Any], name: str) -> list[Any]:
     """Returns images of a batch, encoded where `datasets` has not decoded them yet."""
-    encoded, waiting = getattr(batch, "pa_table", None), getattr(batch, "keys_to_format", ())
-    if encoded is not None and name in waiting:
-        return encoded[name].to_pylist()
-    return list(batch[name])
+    encoded, waiting = getattr(batch, "pa_table", {}), getattr(batch, "keys_to_format", ())
+    is_row = type(batch).__name__ == "LazyRow"
+    if is_row or not (name in waiting or _is_column(batch[name])):
+        raise ValueError("wanted a batch: map(..., batched=True), got a row")
+    return encoded[name].to_pylist() if name in waiting else list(batch[name])
+
+
+def _is_column(value: Any) -> bool:
+    """Whether this is a column of a batch, not the image of one row."""
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    # `datasets` formats an image as a tensor [C, H, W], or as an array [H, W, C] or [H, W]
+    is_image = len(shape) == 3 and (isinstance(value, torch.Tensor) or shape[-1] <= 4)
+    return len(shape) not in (0, 2) and not is_image
 
 
 def _device(rank: int | None) -> str | None:
     n_gpus = 0 if rank is None else torch.cuda.device_count()
     return None if rank is None or n_gpus == 0 else f"cuda:{rank % n_gpus}"
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
 
 
 def _files(model: str) -> list[tuple[str, int, int]]:

@@ -22,9 +22,10 @@ def extract(
     model: str | os.PathLike[str],
     *,
     image: str = "bytes",
-    id: str | None = "id",
+    id: str | None = None,
     features: str | Sequence[str] = ("embedding",),
     num_gpus: float | None = None,
+    num_cpus: float | None = None,
     actors: int | tuple[int, int] = (1, 8),
     batch_size: int = 32,
     **options: Any,
@@ -38,24 +39,27 @@ def extract(
         model: name or directory of a model; all nodes must have the directory.
         image: column of the images: bytes of image files, paths that the nodes can read, or arrays
             [H, W, C].
-        id: column that becomes `id`; None for no such column.
+        id: column that becomes `id`; default: none does.
         features: names of vectors, see `FeatureExtractor`.
         num_gpus: of each actor, may be a fraction; default: 1 if the cluster has GPUs now, else 0.
             Say 1 if GPUs are still to come, as on a cluster that scales by itself.
+        num_cpus: of each actor; default: Ray's own.
         actors: how many processes hold the model, or their least and greatest number.
         batch_size: images per forward pass.
         options: of `FeatureExtractor`; without `device`, actors with a GPU take it, others "cpu".
 
     Returns:
-        A dataset of the columns `id`, those of `dataset` but that of the images, a `list<float>`
-        for each feature, and `error`: null or "kind: message". A column of `dataset` with the name
-        of a new one becomes `column_<name>`. Rows come in any order unless
+        A dataset of the columns `id` if asked for, those of `dataset` but that of the images, a
+        `list<float>` for each feature, and `error`: null or "kind: message". A column of `dataset`
+        with the name of a new one becomes `column_<name>`, or `column_column_<name>` if `dataset`
+        has that, too. Rows come in any order unless
         `ray.data.DataContext.get_current().execution_options.preserve_order` is set.
 
     Raises:
         ImportError: Ray is not installed.
-        TypeError: the dataset or the model is something else.
-        ValueError: a feature does not exist or is no vector.
+        TypeError: the dataset or the model is something else, or there is no such option.
+        ValueError: a feature does not exist or is no vector. One that only this model lacks is
+            found where the dataset is read.
     """
     try:
         import ray.data
@@ -69,7 +73,7 @@ def extract(
     if num_gpus is None:
         num_gpus = min(1, ray.cluster_resources().get("GPU", 0))
     options = {"device": "cuda" if num_gpus else "cpu", **options, "batch_size": batch_size}
-    # wrong names are found here, not in an actor
+    # names that no model has are found here, not in an actor
     extractor = Extractor(model, image=image, id=id, features=features, **options)
     fewest, most = (actors, actors) if isinstance(actors, int) else actors
     return dataset.map_batches(
@@ -78,6 +82,7 @@ def extract(
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most),
         num_gpus=num_gpus,
+        num_cpus=num_cpus,
         fn_constructor_args=(extractor.model,),
         fn_constructor_kwargs={"image": image, "id": id, "features": features, **options},
     )
@@ -89,7 +94,7 @@ class Extractor:
     Args:
         model: see `extract`, as are image, id, features and options.
         image: column of the images.
-        id: column that becomes `id`.
+        id: column that becomes `id`; default: none does.
         features: names of vectors.
         options: of `FeatureExtractor`.
     """
@@ -99,7 +104,7 @@ class Extractor:
         model: str | os.PathLike[str],
         *,
         image: str = "bytes",
-        id: str | None = "id",
+        id: str | None = None,
         features: str | Sequence[str] = ("embedding",),
         **options: Any,
     ) -> None:
@@ -144,7 +149,10 @@ class Extractor:
         own = {*columns, *vectors, "error"}
         for name in names:
             if name not in (self._image, self._id):
-                columns[f"column_{name}" if name in own else name] = block[name]
+                new = name
+                while new in own | (set(names) - {name}):
+                    new = f"column_{new}"
+                columns[new] = block[name]
         for name, values in vectors.items():
             columns[name] = pa.array(values, pa.list_(pa.float32()))
         return pa.table({**columns, "error": pa.array(errors, pa.string())})

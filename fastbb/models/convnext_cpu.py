@@ -15,7 +15,7 @@ from fastbb_kernels.onednn import pack_linear, packed_linear
 
 from ..weights.derived import derive
 from .convnext_parts import ConvNextBlockParts
-from .layers import runs_packed_linears
+from .layers import runs_packed_linears, scaled_linear
 
 # size of the hidden rows of a part; about the size of a cache
 PART_BYTES = 8 * 2**20
@@ -78,9 +78,9 @@ def _packed(parts: ConvNextBlockParts) -> _Packed:
 def _pack(fc1: Tensor, fc2: Tensor, bias: Tensor, scale: Tensor | None = None) -> _Packed:
     fc1, fc2 = fc1.flatten(1), fc2.flatten(1)
     if scale is not None and fc2.dtype != torch.float16:  # whose small products would be zeros
-        exact = scale.double()
-        fc2, bias = (exact[:, None] * fc2).to(fc2.dtype), (exact * bias).to(bias.dtype)
-        scale = None
+        fc2, scaled_bias = scaled_linear(fc2, bias, scale)
+        assert scaled_bias is not None
+        bias, scale = scaled_bias, None
     return _Packed(pack_linear(fc1), pack_linear(fc2), bias, scale)
 
 

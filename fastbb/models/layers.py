@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastbb_kernels import ACTIVATIONS, conv_bn_act
 from fastbb_kernels._dispatch import is_plainly_eager
@@ -58,6 +59,38 @@ class MapLayerNorm(NativeModule, nn.LayerNorm):
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    attentions: list[Tensor] | None,
+) -> Tensor:
+    """Attention of all tokens to all tokens.
+
+    Args:
+        q: queries [B, num_heads, N, head_dim].
+        k: keys of the same shape.
+        v: values of the same shape.
+        bias: [1, num_heads, N, N], added to the scores, or None.
+        dropout: of the attention weights.
+        attentions: list to append these [B, num_heads, N, N] to, or None.
+
+    Returns:
+        [B, N, C].
+    """
+    if attentions is None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
+        scores = scores if bias is None else scores + bias
+        attention = F.dropout(F.softmax(scores, dim=-1), dropout)
+        attentions.append(attention)
+        y = attention.to(v.dtype) @ v
+    return y.transpose(1, 2).flatten(2)
+
+
 def cuts_patches(projection: nn.Conv2d) -> bool:
     """Whether a convolution computes non-overlapping patches without padding, as `patch_embed`."""
     settings = (
@@ -89,6 +122,17 @@ def runs_packed_linears(x: Tensor, weight: Tensor, tensors: Sequence[Tensor]) ->
     return not torch.is_grad_enabled() or not (
         x.requires_grad or any(tensor.requires_grad for tensor in tensors)
     )
+
+
+def scaled_linear(
+    weight: Tensor, bias: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of a linear layer with the layer scale [out] after it."""
+    if scale is None:
+        return weight, bias
+    exact = scale.double()
+    weight = (exact[:, None] * weight).to(weight.dtype)
+    return weight, None if bias is None else (exact * bias).to(bias.dtype)
 
 
 def is_foldable(norm: nn.Module | None) -> bool:

@@ -12,7 +12,8 @@ from fastbb_kernels.ops.layer_norm_swiglu import layer_norm_swiglu
 from fastbb_kernels.ops.rope_qkv import rope_qkv
 
 from ..backbone.checkpointing import BlockRunner
-from .layers import drop_path
+from .layers import attend, drop_path
+from .vit_cpu import runs_on_cpu, vit_block_on_cpu
 from .vit_parts import (
     ViTBlockParts,
     ViTBlockSpec,
@@ -137,8 +138,10 @@ def vit_block(
         [B, N, C].
     """
     spec, weights = parts.spec(), parts.weights()
-    q, k, v = _qkv(x, parts, spec, weights, position_embeddings)
     bias = layer_bias(parts.position_bias, patch, resolution, attention_mask)
+    if attentions is None and runs_on_cpu(x, spec, weights):
+        return vit_block_on_cpu(x, parts, spec, weights, position_embeddings, bias)
+    q, k, v = _qkv(x, parts, spec, weights, position_embeddings)
     y = attend(q, k, v, bias, spec.attention_dropout, attentions)
     x = _add_branch(x, y, weights.proj_weight, weights.proj_bias, weights.scale1, spec)
     y = _hidden(x, parts, spec, weights)
@@ -173,38 +176,6 @@ def _qkv(
         qkv = rope_qkv(x, *tensors, *rotation, num_heads=heads, n_prefix=n_prefix, eps=eps)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return q, k, v
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    dropout: float,
-    attentions: list[Tensor] | None,
-) -> Tensor:
-    """Attention of all tokens to all tokens.
-
-    Args:
-        q: queries [B, num_heads, N, head_dim].
-        k: keys of the same shape.
-        v: values of the same shape.
-        bias: [1, num_heads, N, N], added to the scores, or None.
-        dropout: of the attention weights.
-        attentions: list to append these [B, num_heads, N, N] to, or None.
-
-    Returns:
-        [B, N, C].
-    """
-    if attentions is None:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    else:
-        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5
-        scores = scores if bias is None else scores + bias
-        attention = F.dropout(F.softmax(scores, dim=-1), dropout)
-        attentions.append(attention)
-        y = attention.to(v.dtype) @ v
-    return y.transpose(1, 2).flatten(2)
 
 
 def _hidden(

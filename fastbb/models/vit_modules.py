@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layers import drop_path
+from .layers import attend, drop_path
 from .parts import Activation, NativeModule, untouched
-from .vit_forward import attend, layer_bias
+from .vit_forward import layer_bias
 from .vit_names import GATE, GATED, ViTNames, part
 from .vit_parts import ViTBlockParts, ViTBlockSpec, ViTEmbeddingParts
 from .vit_positions import (

@@ -226,7 +226,8 @@ class _DerivedWeights:
         copies = Statistics(sources[position] for position in statistics)
         # a tensor made in inference mode could not be used outside it
         with torch.inference_mode(False), torch.no_grad():
-            value = compute(*sources)
+            # detached: a source that is part of the result is no parameter there, and is cached
+            value = compute(*(source.detach() for source in sources))
         if all(is_plain_tensor(tensor) for tensor in value if tensor is not None):
             if sources[0].is_cuda:  # another stream may be the next to read the value
                 torch.cuda.current_stream(sources[0].device).synchronize()

@@ -19,6 +19,7 @@ from PIL import Image
 from fastbb import AutoBackbone
 from fastbb.cli import main
 from fastbb.extraction import (
+    FeatureExtractor,
     PlanMismatchError,
     Report,
     extract,
@@ -26,6 +27,7 @@ from fastbb.extraction import (
     open_features,
     workers,
 )
+from fastbb.extraction.executor import InProcess
 from fastbb.extraction.layout import read_events
 from fastbb.extraction.pool import Ended, Pool, WorkerError
 from fastbb.extraction.ray_workers import RayOptions
@@ -81,10 +83,7 @@ def test_workers_give_the_bytes_of_one_process(
 
 
 @pytest.mark.parametrize(("kind", "n"), [("local", 3), ("ray", 2)])
-def test_killed_workers_lose_and_repeat_nothing(
-    kind: str, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+def test_killed_workers_lose_and_repeat_nothing(kind: str, n: int, tmp_path: Path) -> None:
     assert Kills(tmp_path, kind, n_images=240).check(n) == []
 
 
@@ -192,11 +191,19 @@ def test_errors_of_workers_are_those_of_one_process(
     assert run(workers=1).tried == 0
 
 
-def test_a_defect_in_a_worker_is_told_with_its_place(tmp_path: Path) -> None:
+def test_a_defect_in_a_worker_is_told_with_its_place() -> None:
+    answer: Message = {"error": "Traceback ...\nAssertionError", "exit_code": None}
+    answer["kinds"] = ["AssertionError", "Exception"]
     with pytest.raises(RuntimeError, match=r"in a worker: Traceback(.|\n)*AssertionError"):
-        Pool(
-            Script([{"error": "Traceback ...\nAssertionError", "kind": "AssertionError"}])
-        ).__enter__()
+        Pool(Script([answer])).__enter__()
+
+
+def test_errors_of_a_worker_keep_their_exit_code() -> None:
+    kinds = ["CannotComputeError", "ImportError", "Exception"]
+    answer: Message = {"error": "pip install x", "kinds": kinds, "exit_code": 2}
+    with pytest.raises(ImportError, match="pip install x") as error:
+        Pool(Script([answer])).__enter__()
+    assert vars(error.value)["exit_code"] == 2
 
 
 class Script:
@@ -223,7 +230,18 @@ def test_workers_that_end_while_they_load_the_model_end_the_run() -> None:
     backend = Script([Ended("process 7 was killed")])
     with pytest.raises(WorkerError, match="3 workers ended before they had the model: process 7"):
         Pool(backend).__enter__()
-    assert backend.n_started == 3
+    assert backend.n_started == 3 and WorkerError.exit_code == 7
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "n_parts", "rows"),
+    [(10_000, 1, 4096), (10_000, 2, 1248), (10_000, 100, 32), (10, 8, 32), (10**6, 4, 4096)],
+)
+def test_every_process_has_some_shards(n_rows: int, n_parts: int, rows: int, model: Path) -> None:
+    executor = InProcess(FeatureExtractor(model, mode="eager"))
+    plan = executor.make_plan("eager", None, n_rows, n_parts)
+    assert plan["shard_rows"] == rows
+    assert executor.make_plan("eager", 7, n_rows, n_parts)["shard_rows"] == 7
 
 
 def test_the_same_warning_of_several_workers_is_given_once() -> None:
@@ -306,9 +324,17 @@ def test_options_of_ray_need_ray(images: Path) -> None:
         RayOptions(min_workers=3, max_workers=2)
 
 
+@pytest.mark.parametrize("given", ["photos", "photos/", "cluster"])
+def test_an_input_behind_ray_is_not_taken_for_an_address(given: str) -> None:
+    result = CliRunner().invoke(main, ["extract", "--ray", given, "--out", "x"])
+    assert result.exit_code == 2 and "put --ray behind the inputs" in result.output
+
+
 def test_without_the_extra_one_sentence_names_it(
-    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+    model: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastbb\[ray\]'"):
-        run(ray=RayOptions())
+    arguments = ["extract", str(images), "--out", str(tmp_path / "out"), "--model", str(model)]
+    result = CliRunner().invoke(main, [*arguments, "--ray", "local"])
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert result.output.endswith("fastbb: ray: needs Ray; pip install 'fastbb[ray]'\n")

@@ -19,7 +19,7 @@ from torch import nn
 from vit_models import hf_vit, hf_vit_model
 
 import fastbb
-from fastbb.models import vit_forward
+from fastbb.models import vit_cpu
 
 PIXELS = images(28, 28)
 EAGER: dict[str, Any] = {"attn_implementation": "eager"}
@@ -229,10 +229,8 @@ def test_timms_dinov3_in_bf16_rotates_in_bf16() -> None:
 @torch.no_grad()
 def test_a_lost_layer_scale_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, twin, report = twins(MODELS["dinov2"])
-    original = vit_forward.linear_residual
-    monkeypatch.setattr(
-        vit_forward, "linear_residual", lambda x, w, b, residual, scale: original(x, w, b, residual)
-    )
+    original = vit_cpu.scaled_linear
+    monkeypatch.setattr(vit_cpu, "scaled_linear", lambda w, b, scale: original(w, b, None))
     with pytest.warns(fastbb.AccelerateWarning, match="differs from upstream's"):
         got = model(PIXELS)
     assert_equals_upstream(tensors(got), tensors(twin(PIXELS)))

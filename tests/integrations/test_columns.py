@@ -104,6 +104,10 @@ def test_wrong_arguments_are_named(model: Path) -> None:
         ColumnExtractor(AutoBackbone.from_pretrained(model), "embedding", {})  # pyright: ignore[reportArgumentType] - the error is the test
     with pytest.raises(ValueError, match="features: wanted some of embedding"):
         ColumnExtractor(model, "embeding", {})
+    with pytest.raises(TypeError, match="of FeatureExtractor.*got normalise. Did you mean norm"):
+        ColumnExtractor(model, "embedding", {"normalise": True})
+    with pytest.raises(TypeError, match="got features"):
+        ColumnExtractor(model, "embedding", {"features": "pooled"})
 
 
 def test_the_size_is_known_without_images(model: Path) -> None:

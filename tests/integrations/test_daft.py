@@ -11,8 +11,10 @@ import pytest
 
 daft = pytest.importorskip("daft")
 from daft import DataType, col  # noqa: E402
+from daft.ai.typing import UDFOptions  # noqa: E402
 from daft.functions import decode_image, embed_image  # noqa: E402
 
+import fastbb.integrations.daft  # noqa: E402
 from fastbb.extraction import FeatureExtractor  # noqa: E402
 from fastbb.integrations.daft import Provider  # noqa: E402
 
@@ -87,6 +89,19 @@ def test_images_are_sent_in_several_batches_to_one_model(model: Path) -> None:
     assert len(pickle.dumps(descriptor)) < 1000  # the model is not in it
 
 
+@pytest.mark.parametrize("runner,n_models", [("native", 1), ("ray", 3)])
+def test_models_of_the_native_runner_do_not_share_a_gpu(
+    model: Path, runner: str, n_models: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_gpus = UDFOptions(concurrency=3, num_gpus=1)  # Daft's own choice for three GPUs
+    monkeypatch.setattr(fastbb.integrations.daft, "get_gpu_udf_options", lambda: of_gpus)
+    monkeypatch.setattr(fastbb.integrations.daft, "get_or_infer_runner_type", lambda: runner)
+    for given, wanted in (({}, n_models), ({"concurrency": 2}, 2)):
+        descriptor: Any = Provider().get_image_embedder(str(model), **given)
+        options = descriptor.get_udf_options()
+        assert (options.concurrency, options.num_gpus) == (wanted, 1)
+
+
 def test_wrong_arguments_are_named_before_a_query(model: Path) -> None:
     provider = Provider(device="cpu")
     with pytest.raises(ValueError, match="model: wanted a name or directory, got none"):
@@ -95,6 +110,8 @@ def test_wrong_arguments_are_named_before_a_query(model: Path) -> None:
         embed_image(col("image"), provider=provider, model="./no-such-model")
     with pytest.raises(ValueError, match=r"maps is no vector: .*fastbb extract"):
         embed_image(col("image"), provider=Provider("maps"), model=str(model))
+    with pytest.raises(ValueError, match="feature: wanted one name .*'pooled'"):
+        Provider(("embedding", "pooled"))  # pyright: ignore[reportArgumentType] - the error is the test
     with pytest.raises(TypeError, match="normalise"):
         options: dict[str, Any] = {"normalise": True}
         embed_image(col("image"), provider=provider, model=str(model), **options)

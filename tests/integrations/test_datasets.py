@@ -1,5 +1,6 @@
 """`fastbb.integrations.datasets` inside `datasets.Dataset.map`."""
 
+import importlib.metadata
 import json
 import os
 import pickle
@@ -15,6 +16,8 @@ import torch
 datasets = pytest.importorskip("datasets")
 from datasets.fingerprint import Hasher  # noqa: E402
 
+import fastbb.integrations.datasets  # noqa: E402
+from fastbb.integrations.columns import ColumnExtractor  # noqa: E402
 from fastbb.integrations.datasets import extractor  # noqa: E402
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "batch_size": 3}
@@ -145,14 +148,21 @@ def test_streams_have_the_same_rows(
     assert found == expected
 
 
-def test_an_earlier_map_is_found_again(model: Path, files: list[bytes | None]) -> None:
+def test_an_earlier_map_is_found_again(
+    model: Path, files: list[bytes | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     function = extractor(model, **OPTIONS)
     before = Hasher.hash(function)
-    data = encoded(files, False)
+    encoded(files, False).save_to_disk(tmp_path / "data")
+    data = datasets.load_from_disk(tmp_path / "data")
     first = data.map(function, batched=True, with_rank=True)
     assert Hasher.hash(function) == before and len(pickle.dumps(function)) < 2000
+    monkeypatch.setattr(ColumnExtractor, "__call__", lambda *arguments: 1 / 0)
     again = data.map(extractor(str(model), **OPTIONS), batched=True, with_rank=True)
-    assert again._fingerprint == first._fingerprint
+    assert again.cache_files == first.cache_files != data.cache_files
+    assert again["embedding"][:] == first["embedding"][:]
+    with pytest.raises(ZeroDivisionError):
+        data.map(extractor(model, **OPTIONS, normalize=True), batched=True, with_rank=True)
 
 
 def test_what_decides_values_is_in_the_hash(model: Path, tmp_path: Path) -> None:
@@ -168,6 +178,25 @@ def test_what_decides_values_is_in_the_hash(model: Path, tmp_path: Path) -> None
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     hashes.add(Hasher.hash(extractor(copy, "other", "pooled", **OPTIONS, normalize=True)))
     assert len(hashes) == 6
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_versions_of_libraries_are_in_the_hash(
+    model: Path, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = extractor(model, **OPTIONS)
+    hashes = {Hasher.hash(function)}
+    version = importlib.metadata.version
+    for given in ("0.1", "0.2", None):
+
+        def changed(name: str, given: str | None = given) -> str:
+            if name == library and given is None:
+                raise importlib.metadata.PackageNotFoundError(name)
+            return given if name == library and given else version(name)
+
+        monkeypatch.setattr(fastbb.integrations.datasets, "version", changed)
+        hashes.add(Hasher.hash(function))
+    assert len(hashes) == 4
 
 
 @pytest.mark.parametrize("rank,device", [(None, None), (0, "cuda:0"), (1, "cuda:1"), (5, "cuda:2")])
@@ -186,3 +215,39 @@ def test_a_process_takes_the_gpu_of_its_rank(
 def test_a_column_that_is_not_there_is_named(model: Path, files: list[bytes | None]) -> None:
     with pytest.raises(ValueError, match="image: no column 'picture' among image, label"):
         encoded(files, True).map(extractor(model, "picture"), batched=True)
+
+
+@pytest.mark.parametrize("column", ["embedding", "error"])
+def test_a_column_that_would_be_overwritten_is_refused(
+    model: Path, files: list[bytes | None], column: str
+) -> None:
+    data = encoded(files, True).rename_column("label", column)
+    with pytest.raises(ValueError, match=f"column '{column}': .*overwritten.*rename it"):
+        data.map(extractor(model, **OPTIONS), batched=True)
+
+
+@pytest.mark.parametrize("format", [None, "numpy", "torch"])
+@pytest.mark.parametrize("i", [0, 6], ids=["RGB", "L"])
+def test_a_map_of_rows_is_refused(
+    model: Path, files: list[bytes | None], format: str | None, i: int
+) -> None:
+    data = encoded([files[i]] * 3, True)
+    function = extractor(model, **OPTIONS)
+    for one in (data.with_format(format), data.cast_column("image", datasets.Image(decode=False))):
+        with pytest.raises(ValueError, match=r"wanted a batch: map\(\.\.\., batched=True\)"):
+            one.map(function)
+    with pytest.raises(ValueError, match="wanted a batch"):
+        next(iter(data.to_iterable_dataset().with_format(format).map(function)))
+    found = data.with_format(format).map(function, batched=True).with_format(None)
+    assert [len(vector) for vector in found["embedding"]] == [16] * 3
+
+
+@pytest.mark.parametrize("column", ["bytes", "path"])
+def test_a_map_of_rows_of_files_is_refused(
+    model: Path, files: list[bytes | None], paths: list[str], column: str
+) -> None:
+    data = datasets.Dataset.from_dict({"bytes": files, "path": paths})
+    with pytest.raises(ValueError, match="wanted a batch"):
+        data.map(extractor(model, column, **OPTIONS))
+    with pytest.raises(ValueError, match="wanted a batch"):
+        next(iter(data.to_iterable_dataset().map(extractor(model, column, **OPTIONS))))

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 3}
 def cluster() -> Iterator[None]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     ray.init(
+        address="local",  # not a cluster that runs on this machine
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
@@ -69,7 +70,7 @@ def test_a_dataset_gets_columns_and_keeps_its_rows(
     monkeypatch.chdir(model.parent)  # not the working directory of the actors
     source = table(files)
     dataset = ray.data.from_arrow([source.slice(0, 6), source.slice(6)])
-    lazy = extract(dataset, model.name, actors=1, **OPTIONS)
+    lazy = extract(dataset, model.name, id="id", actors=1, **OPTIONS)
     assert isinstance(lazy, ray.data.Dataset)
     found = pa.concat_tables(ray.get(lazy.to_arrow_refs())).sort_by("column_error")
     assert found.column_names == ["id", "tags", "column_error", "embedding", "error"]
@@ -82,7 +83,7 @@ def test_a_dataset_gets_columns_and_keeps_its_rows(
 def test_a_wrong_model_ends_the_run(cluster: None, tmp_path: Path) -> None:
     dataset = ray.data.from_items([{"bytes": b""}])
     with pytest.raises(Exception, match="no-such-model"):
-        extract(dataset, "./no-such-model", id=None).take_all()
+        extract(dataset, "./no-such-model").take_all()
 
 
 def test_gpus_are_asked_for_where_the_cluster_has_some(
@@ -97,8 +98,9 @@ def test_gpus_are_asked_for_where_the_cluster_has_some(
         monkeypatch.setattr(ray, "cluster_resources", lambda gpus=gpus: {"CPU": 2.0, **gpus})
         extract(dataset, model)
     extract(dataset, model, num_gpus=0.25, actors=3)
-    extract(dataset, model, num_gpus=0, device="cuda:1", actors=(2, 4))
+    extract(dataset, model, num_gpus=0, num_cpus=2, device="cuda:1", actors=(2, 4))
     assert [options["num_gpus"] for options in asked] == [0, 0.5, 1, 0.25, 0]
+    assert [options["num_cpus"] for options in asked] == [None] * 4 + [2]
     devices = [options["fn_constructor_kwargs"]["device"] for options in asked]
     assert devices == ["cpu", "cuda", "cuda", "cuda", "cuda:1"]
     sizes = [(o["compute"].min_size, o["compute"].max_size) for o in asked]
@@ -112,7 +114,7 @@ def test_a_batch_of_arrow_and_one_of_numpy_give_the_same(
     expected: list[list[float] | None],
     kinds: list[str | None],
 ) -> None:
-    extractor = Extractor(str(model), device="cpu", **OPTIONS)
+    extractor = Extractor(str(model), id="id", device="cpu", **OPTIONS)
     source = table(files)
     batch = {name: np.array(source[name].to_pylist(), object) for name in ("id", "bytes")}
     for found in (extractor(source), extractor(batch)):
@@ -134,7 +136,7 @@ def test_images_may_be_paths_arrays_or_structs(
     assert found["id"].to_pylist() == paths
     check(found, expected, kinds, close=False)
 
-    anonymous = Extractor(model, image="image", id=None, device="cpu", **OPTIONS)
+    anonymous = Extractor(model, image="image", device="cpu", **OPTIONS)
     structs = pa.array([{"bytes": file, "path": "no path"} if file else None for file in files])
     found = anonymous(pa.table({"image": structs, "id": range(11)}))
     assert found.column_names == ["id", "embedding", "error"]
@@ -159,19 +161,43 @@ def test_arrays_of_equal_and_of_unequal_sizes(
     )
     assert isinstance(block["image"].type, pa.FixedShapeTensorType) == (kind == "native")
     batch: Any = BlockAccessor.for_block(block).to_batch_format(format)
-    found = Extractor(model, image="image", id=None, device="cpu", **OPTIONS)(batch)
+    found = Extractor(model, image="image", device="cpu", **OPTIONS)(batch)
     wanted = FeatureExtractor(model, device="cpu")(list(map(Image.fromarray, images)))
     check(found, wanted["embedding"].tolist(), [None] * 3, close=True)
 
 
-def test_wrong_arguments_are_named(model: Path) -> None:
+def test_columns_with_names_of_new_ones_are_kept(model: Path) -> None:
+    names = ["bytes", "error", "column_error", "id", "column_embedding", "path"]
+    batch = pa.table({name: [name.encode()] for name in names})
+    found = Extractor(model, id="path", device="cpu", **OPTIONS)(batch)
+    kept = {name: column[0].as_py() for name, column in zip(found.column_names, found.columns)}
+    assert kept.pop("embedding") is None and kept.pop("error").startswith("unsupported_format")
+    assert kept == {
+        "id": b"path",
+        "column_column_error": b"error",
+        "column_error": b"column_error",
+        "column_id": b"id",
+        "column_embedding": b"column_embedding",
+    }
+
+
+def test_files_that_ray_has_read_need_no_id(cluster: None, model: Path, paths: list[str]) -> None:
+    for options in ({}, {"id": "path"}):
+        dataset = ray.data.read_binary_files(paths[:2], include_paths="id" in options)
+        found = extract(dataset, model, num_cpus=0.5, actors=1, **options, **OPTIONS).take_all()
+        assert {*found[0]} == {*(["id"] if options else []), "embedding", "error"}
+
+
+def test_wrong_arguments_are_named(cluster: None, model: Path) -> None:
     with pytest.raises(TypeError, match="dataset: wanted a ray.data.Dataset.*got a list"):
         extract([], model)  # pyright: ignore[reportArgumentType] - the error is the test
     batch = {"bytes": np.array([b""], object), "path": np.array(["a"])}
     with pytest.raises(ValueError, match="id: no column 'id' among bytes, path"):
-        Extractor(model)(batch)
+        Extractor(model, id="id")(batch)
     with pytest.raises(ValueError, match="image: no column 'image' among bytes, path"):
         Extractor(model, image="image")(batch)
+    with pytest.raises(TypeError, match="got concurrency"):
+        extract(ray.data.from_items([{"bytes": b""}]), model, num_gpus=0, concurrency=2)
     with pytest.raises(TypeError, match='"pyarrow" or "numpy".*got a DataFrame'):
         Extractor(model)(pa.table(batch).to_pandas())  # pyright: ignore[reportArgumentType] - the error is the test
 

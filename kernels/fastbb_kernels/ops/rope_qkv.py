@@ -107,17 +107,7 @@ class RopeQkv(NamedTuple):
         x, norm_weight, norm_bias, weight, bias, cos, sin, num_heads, n_prefix, eps = self
         x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
         qkv = F.linear(x, weight, bias).unflatten(-1, (3, num_heads, -1))
-        patches = qkv[:, n_prefix:, :2]  # of q and k
-        half = patches.shape[-1] // 2
-        first, second = patches[..., :half], patches[..., half:]
-        (cos_1, cos_2), (sin_1, sin_2) = (t[:, None, None].chunk(2, -1) for t in (cos, sin))
-        # in place: v and the prefix tokens are not copied
-        turned, returned = first * sin_2, second * sin_1
-        if turned.dtype == qkv.dtype:
-            first.mul_(cos_1).sub_(returned)
-            second.mul_(cos_2).add_(turned)
-        else:  # a table in fp32 is rounded once
-            patches.copy_(torch.cat((first * cos_1 - returned, second * cos_2 + turned), -1))
+        rotate_(qkv, cos, sin)
         return qkv
 
     def unsupported(self) -> str | None:
@@ -139,6 +129,26 @@ class RopeQkv(NamedTuple):
         from ..triton_kernels.rope_qkv import launch
 
         return launch(*self)
+
+
+def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotates the queries and keys of the patches in place; v and prefix tokens are not copied.
+
+    Args:
+        qkv: [B, N, 3, num_heads, head_dim].
+        cos: [n_patches, head_dim], as `sin`; the patches are the last tokens.
+        sin: of the angles.
+    """
+    patches = qkv[:, qkv.shape[1] - cos.shape[0] :, :2]
+    half = patches.shape[-1] // 2
+    first, second = patches[..., :half], patches[..., half:]
+    (cos_1, cos_2), (sin_1, sin_2) = (t[:, None, None].chunk(2, -1) for t in (cos, sin))
+    turned, returned = first * sin_2, second * sin_1
+    if turned.dtype == qkv.dtype:
+        first.mul_(cos_1).sub_(returned)
+        second.mul_(cos_2).add_(turned)
+    else:  # a table in fp32 is rounded once
+        patches.copy_(torch.cat((first * cos_1 - returned, second * cos_2 + turned), -1))
 
 
 _op = Op("rope_qkv", RopeQkv)
