@@ -11,12 +11,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastbb_kernels.heap import KEPT_BYTES
 from fastbb_kernels.machine import Machine, cpu_flags
 from fastbb_kernels.result_cache import ResultCache
-
-# glibc hands memory from here on back to the kernel at once, and gets it page by page anew
-# (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c, 32 MiB)
-KEPT_BYTES = 28 * 2**20
 
 _NATIVE = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"},

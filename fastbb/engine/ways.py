@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_on
+from fastbb_kernels.heap import KEPT_BYTES
 
 from ..weights.watch import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .computation import Computation, device_of, dtype_of
-from .cpu import KEPT_BYTES, even_part, has_arithmetic, largest_tensor
+from .cpu import even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool
 from .openvino import OPENVINO, model_files, openvino_maps
 from .trial import Run

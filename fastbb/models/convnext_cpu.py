@@ -100,7 +100,8 @@ def _mlp(
 
 def _response_normalized(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
     """Normalizes images [n, P, F] in one pass after that of the norms."""
-    norms = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    # a third of the time of `vector_norm`, which is slow over other dimensions than the last
+    norms = x.float().square().sum(dim=1, keepdim=True).sqrt()
     relative = norms / (norms.mean(dim=-1, keepdim=True) + parts.grn_eps)
     factors = (1.0 + parts.grn.weight.flatten() * relative).to(x.dtype)
     return torch.addcmul(parts.grn.bias.flatten(), x, factors)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._activation import activate
+from .heap import keep_freed_memory
 
 # activations that oneDNN fuses, by our names: its name, scalars and algorithm. Its ReLU turns NaN
 # into 0 and its leaky ReLU does not; the tiny rest of a negative value counts as 0 in a product
@@ -44,6 +45,7 @@ def _packs(dtype: torch.dtype) -> bool:
         # the operations are not public: use them only if they still compute the expected values
         with torch.inference_mode(False), torch.no_grad():
             x, weight = (torch.linspace(-1, 1, n * 16, device="cpu").view(n, 16) for n in (3, 16))
+            keep_freed_memory()  # the ways that pack make many blocks, all of them small
             x, weight, bias = x.to(dtype), weight.to(dtype), weight[0].to(dtype)
             packed = pack_linear(weight)
             want = F.gelu(F.linear(x, weight, bias)) + F.linear(x, weight, bias)

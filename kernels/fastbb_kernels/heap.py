@@ -1,0 +1,21 @@
+"""The heap of a process that computes on a CPU."""
+
+import torch
+
+# glibc hands memory from here on back to the kernel at once, and gets it page by page anew
+# (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c, 32 MiB)
+KEPT_BYTES = 28 * 2**20
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep memory that a forward pass frees, for the next one.
+
+    glibc hands back what is free at the end of the heap as soon as that is twice the largest block
+    that was freed so far. Where all blocks are small, every call gets its memory page by page anew,
+    which took a third of the time of some models. Here glibc learns from a block that is never
+    touched, in some 10 us; nothing changes with other allocators, or where its environment
+    variables say otherwise.
+
+    Source: `__libc_free` in glibc's malloc.c, and M_MMAP_THRESHOLD in mallopt(3).
+    """
+    torch.empty(KEPT_BYTES, dtype=torch.uint8, device="cpu")
