@@ -5,26 +5,29 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 MAX_BYTES = 4 * 2**30
+_NEW = ".new-"  # of folders that are being written
+_WRITTEN_WITHIN_S = 3600  # an older one is of a process that was killed
 _DIGESTS = "sha256.json"
 
 
 class ModelFiles:
     """Folders with the files of a model, one for each key; those used last stay.
 
-    No method raises because of the disk. A folder with broken files is removed, and a model that
-    cannot be written is not kept.
+    No method raises because of the disk. A folder with broken files is removed, one that cannot be
+    read is left alone, and a model that cannot be written is not kept.
 
     Args:
         directory: of the folders; made when it is needed.
-        max_bytes: of all files; the folders used longest ago go.
+        max_bytes: of all files; the folders used longest ago go. Larger models are not kept.
 
     Attributes:
-        notes: why a folder was removed or not kept, a sentence each.
+        notes: why a folder was removed, not read or not kept, a sentence each.
     """
 
     def __init__(self, directory: Path, max_bytes: int = MAX_BYTES) -> None:
@@ -39,8 +42,11 @@ class ModelFiles:
                 return None
             if json.loads((folder / _DIGESTS).read_bytes()) != _digests(folder):
                 raise ValueError("its files are not those that were written")
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, ValueError) as error:
             self.remove(key, str(error))
+            return None
+        except OSError as error:  # it may be whole
+            self._note(f"{folder} cannot be read: {error.strerror or error}")
             return None
         with suppress(OSError):  # of another user, or read-only
             os.utime(folder)
@@ -56,25 +62,32 @@ class ModelFiles:
         Returns:
             The folder, maybe that of another process that kept the same, or None.
         """
-        folder = self.directory / key
+        folder, is_ours = self.directory / key, True
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".new-", dir=self.directory) as temporary:
+            with tempfile.TemporaryDirectory(prefix=_NEW, dir=self.directory) as temporary:
                 new = Path(temporary) / key
                 new.mkdir()
                 write(new)
+                if _n_bytes(new) > self._max_bytes:
+                    raise ValueError(f"larger than {self._max_bytes / 2**30:.3g} GiB")
                 (new / _DIGESTS).write_text(json.dumps(_digests(new)))
                 for file in new.iterdir():
                     _flush(file)
                 _flush(new)
-                with suppress(FileExistsError):
+                try:
                     _rename(new, folder)
-            self._make_room(folder)
+                except FileExistsError:
+                    is_ours = False
         except Exception as error:  # OpenVINO raises its own errors where it cannot write
             reason = error.strerror if isinstance(error, OSError) else None
             self._note(f"not kept in {self.directory}: {reason or error}")
             return None
-        return self.find(key)
+        try:
+            self._make_room(folder)
+        except OSError as error:
+            self._note(f"{self.directory} may grow too large: {error.strerror or error}")
+        return folder if is_ours else self.find(key)
 
     def remove(self, key: str, why: str) -> None:
         """Removes the folder of a key, with a note."""
@@ -82,13 +95,15 @@ class ModelFiles:
         _delete(self.directory / key)
 
     def _make_room(self, own: Path) -> None:
-        sizes = {entry: _n_bytes(entry) for entry in self.directory.iterdir()}
-        excess = sum(sizes.values()) - self._max_bytes
-        for entry in sorted(sizes.keys() - {own}, key=_time_of_use):
+        entries = set(self.directory.iterdir()) - {own}
+        entries = {entry for entry in entries if not _is_being_written(entry)}
+        sizes = {entry: _n_bytes(entry) for entry in entries}
+        excess = sum(sizes.values()) + _n_bytes(own) - self._max_bytes
+        for entry in sorted(sizes, key=_time_of_use):
             if excess <= 0:
                 return
             _delete(entry)
-            excess -= sizes[entry]
+            excess -= sizes[entry] - _n_bytes(entry)
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -119,11 +134,16 @@ def _rename(new: Path, folder: Path) -> None:
 
 
 def _delete(folder: Path) -> None:
-    if folder.is_dir() and not folder.is_symlink():
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    with suppress(OSError):
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
             folder.unlink()
+
+
+def _is_being_written(entry: Path) -> bool:
+    age = time.time() - _time_of_use(entry)
+    return entry.name.startswith(_NEW) and age < _WRITTEN_WITHIN_S
 
 
 def _flush(path: Path) -> None:
