@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ def pytest_configure() -> None:
     os.environ |= {"DAFT_ANALYTICS_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     # a Ray of its own for each test: that of another one, or a dead one, would be joined
     os.environ["RAY_ADDRESS"] = "local"
+    # OpenVINO reports its use when it is imported, unless this package cannot be
+    modules: dict[str, Any] = sys.modules
+    modules["openvino_telemetry"] = None
     # the workers of pytest-xdist share the cores
     torch.set_num_threads(1)
 

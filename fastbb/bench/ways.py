@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..auto import AutoBackbone
 from ..backbone.registry import Upstream, family_of
 from ..engine.measuring import describe
+from ..engine.openvino_library import openvino_library
 from ..engine.prepare import explain
 from ..engine.settings import torch_dtype
 from ..inspect.upstream import upstream_of
@@ -209,7 +210,7 @@ class _OpenVINO(_Eager):
 
     def start(self) -> Sequence[Any]:
         precision = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}[self.spec["precision"]]
-        openvino = import_module("openvino")
+        openvino = openvino_library()
         model = self.model.float()
         self.pixels = self.pixels.float()
         program = torch.export.export(model, (self.pixels,))
@@ -220,6 +221,8 @@ class _OpenVINO(_Eager):
                 "INFERENCE_PRECISION_HINT": precision,
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",
+                # to the first cores, which other processes would share
+                "ENABLE_CPU_PINNING": False,
             },
         )
         ran = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()

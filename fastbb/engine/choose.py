@@ -1,9 +1,10 @@
 """Chooses the way to run one shape of input: the one of the mode, or the measured fastest."""
 
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -87,7 +88,7 @@ class Chooser:
             self._cost = CompileCost(expected, self._plain, self._clock, self.cache, key)
         return self._cost
 
-    def _compiling(self, name: str, pixels: Tensor) -> AbstractContextManager[None]:
+    def _compiling(self, name: str, pixels: Tensor) -> AbstractContextManager[Callable[[], None]]:
         return self.cost.compiling(name, f"{self.name} for {by(tuple(pixels.shape))}")
 
     @property
@@ -127,7 +128,9 @@ class Chooser:
         if pixels.device.type not in ("cpu", "cuda", "meta"):
             return self.plain_plan(f"nothing else is known for {pixels.device.type}")
         if mode == "auto":
-            return self._fastest(pixels, seen_often)
+            plan = self._fastest(pixels, seen_often)
+            plan.why = self._with_hint(plan.why, pixels)
+            return plan
         if compiles(mode):
             return self._compiled(mode, pixels)
         if on_gpu(pixels):
@@ -174,32 +177,31 @@ class Chooser:
         self, name: str, pixels: Tensor, why: str, instead: Plan | None = None
     ) -> Plan:
         """Returns the plan of a way if its maps are right, else another plan with the reason."""
+        truth = cache(lambda: Truth.of(self._computation, pixels))
         try:
-            way = self._way(name, pixels)
-            problem = None
-            if way.is_baked:
-                problem = Truth.of(self._computation, pixels).problem(way.run(pixels))
+            way = self._way(name, pixels, truth)
+            problem = truth().problem(way.run(pixels)) if way.is_baked else None
             if problem is None:
-                return self._settled(Plan(way, why))
+                return self._freeing_memory(Plan(way, why))
         except Exception as error:  # any error of a compiler, a capture or a device
             problem = describe(error)
         instead = instead or self.eager_plan(pixels, "")
         self.warn(f"{name} is off, {instead.way.runs} runs: {problem}")
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
 
-    def _settled(self, plan: Plan) -> Plan:
-        """Frees what eager derived from the weights for the comparison, if it does not run."""
+    def _freeing_memory(self, plan: Plan) -> Plan:
+        """Frees what the comparison needed, beside the maps, if OpenVINO runs; returns the plan."""
         if plan.way.name == OPENVINO:
             forget_derived(self._computation.module)
             gc.collect()  # the copy in float64
         return plan
 
-    def _way(self, name: str, pixels: Tensor) -> Way:
+    def _way(self, name: str, pixels: Tensor, truth: Callable[[], Truth]) -> Way:
         """Builds a way by its name, among the engine's own and those of `tools`."""
         for candidate in self._tools.candidates:
             if candidate.name == name:
                 return Way(name, candidate.build(), True)
-        return self.ways.build(name, pixels)
+        return self.ways.build(name, pixels, truth)
 
     # --- mode "auto"
 
@@ -216,8 +218,11 @@ class Chooser:
             if not paying and not is_gpu:
                 # OpenVINO takes less to build, so its reason says more
                 first = OPENVINO if OPENVINO in slow else "compile"
-                return self.eager_plan(pixels, self._with_hint(why_not[first]))
-            return self.tune(pixels, paying)
+                return self.eager_plan(pixels, why_not[first] or "")
+            plan = self.tune(pixels, paying)
+            if not is_gpu:  # which measures one shape only
+                self.ways.drop_losers(plan.way.name)
+            return plan
         # the most similar shape: by size first, then by number of images
         like = min(self._tuned, key=lambda shape: _distance(shape, tuple(pixels.shape)))
         name = self._tuned[like].removesuffix(GRAPH)
@@ -255,9 +260,9 @@ class Chooser:
             paying: names of those that are worth seconds to build; None: all.
         """
         pixels = pixels.detach()
-        every = self._candidates(pixels)
-        candidates = [c for c in every if not c.compiles or paying is None or c.name in paying]
         truth = Truth.of(self._computation, pixels)
+        every = self._candidates(pixels, lambda: truth)
+        candidates = [c for c in every if not c.compiles or paying is None or c.name in paying]
         trials, runs = run_trials(
             candidates,
             pixels,
@@ -273,11 +278,10 @@ class Chooser:
             is_own = all(c.name != best.name for c in self._tools.candidates)
             way = Way(best.name, runs[best.name], bakes(best.name))
             plan = Plan(self.ways.build(best.name, pixels) if is_own else way, _FASTEST)
-            plan = self._settled(plan)
+            plan = self._freeing_memory(plan)
             self._tuned[tuple(pixels.shape)] = best.name
             if candidates == every and not any(is_not_tried(trial) for trial in trials):
                 value = {"trials": [trial.to_dict() for trial in trials], "winner": best.name}
-                value["openvino"] = self._openvino(pixels)
                 self.cache.put("tuned", self.key(pixels), value)
         plan.trials = trials
         for trial in trials:
@@ -285,7 +289,9 @@ class Chooser:
                 self.warn(f"{trial.name} is off: {trial.problem}")
         return plan
 
-    def _candidates(self, pixels: Tensor) -> list[Candidate]:
+    def _candidates(
+        self, pixels: Tensor, truth: Callable[[], Truth] | None = None
+    ) -> list[Candidate]:
         """Returns the ways to run, simplest first."""
         names = ["triton", "eager", "triton+compile", "compile"]
         if not on_gpu(pixels):
@@ -295,20 +301,21 @@ class Chooser:
 
         def candidate(name: str) -> Candidate:
             def build() -> Run:
-                return self.ways.build(name, pixels).run
+                return self.ways.build(name, pixels, truth).run
 
-            return Candidate(name, build, compiles(name))
+            # if it were charged, compiling might never be tried beside it
+            return Candidate(name, build, compiles(name), is_charged=name != OPENVINO)
 
         return [*map(candidate, names), *self._tools.candidates]
 
     def _openvino(self, pixels: Tensor) -> str | None:
-        """The version of OpenVINO if it can run here; times of another one are not remembered."""
+        """The version of OpenVINO if it can run here."""
         is_possible = not on_gpu(pixels) and why_not_openvino(self._computation) is None
         return openvino_version() if is_possible else None
 
-    def _with_hint(self, why: str | None) -> str:
+    def _with_hint(self, why: str, pixels: Tensor) -> str:
         """Adds that OpenVINO could be installed, if that is why it was not considered."""
-        is_missing = why_not_openvino(self._computation) == MISSING
+        is_missing = not on_gpu(pixels) and why_not_openvino(self._computation) == MISSING
         hint = f"{MISSING}, which may be faster" if is_missing else ""
         return "; ".join(filter(None, (why, hint)))
 
@@ -319,16 +326,16 @@ class Chooser:
             trials = [Trial.from_dict(trial) for trial in value["trials"]]
         except (TypeError, KeyError, ValueError):
             return []
-        if value.get("openvino") != self._openvino(pixels):
-            return []
         names = [c.name for c in self._candidates(pixels)]
         best = winner(trials)
         return trials if best is not None and all(t.name in names for t in trials) else []
 
     def key(self, pixels: Tensor) -> str:
-        """Key of a measured choice: model, maps, precision and shape."""
+        """Key of a measured choice: model, maps, precision, shape, OpenVINO if it can run."""
         shape = "x".join(map(str, (len(pixels), *pixels.shape[2:])))
-        return f"{self._computation.cache_key}/{self.precision}/{shape}"
+        openvino = self._openvino(pixels)
+        suffix = "" if openvino is None else f"/openvino-{openvino}"
+        return f"{self._computation.cache_key}/{self.precision}/{shape}{suffix}"
 
     def _plain(self, pixels: Tensor) -> Run:
         """Returns the run without a compiler."""

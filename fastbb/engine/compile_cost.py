@@ -91,8 +91,11 @@ class CompileCost:
         return float(measured) if isinstance(measured, (int, float)) else None
 
     @contextmanager
-    def compiling(self, name: str, what: str) -> Iterator[None]:
-        """Remembers how long building in the block takes, and says that it goes on.
+    def compiling(self, name: str, what: str) -> Iterator[Callable[[], None]]:
+        """Says that building in the block goes on.
+
+        Yields a function that remembers the time since the start of the block; it is to be called
+        if something was built, not found on disk.
 
         Args:
             name: of the way.
@@ -102,8 +105,7 @@ class CompileCost:
         usual = "it may take minutes" if measured is None else f"{duration(measured)} the last time"
         with _announced(f"fastbb: {_VERBS[_kind(name)]} {what} ({usual})"):
             started = time.perf_counter()
-            yield
-            self.record(name, time.perf_counter() - started)
+            yield lambda: self.record(name, time.perf_counter() - started)
 
     def record(self, name: str, seconds: float) -> None:
         """Stores the seconds that a way took to build."""
@@ -111,20 +113,26 @@ class CompileCost:
 
     def saved_s(self, name: str, pixel_values: Tensor) -> float:
         """Seconds that a way saves on all expected images of this size [B, C, H, W]."""
-        gain = USUAL_OPENVINO_GAIN if name == OPENVINO else USUAL_GAIN
-        saved_pixels = pixel_values.shape[2:].numel() * (self._expected or 0) * gain
+        at_most = self._at_most_saved_s(name, pixel_values)
         if self._s_per_pixel is None:
-            few = pixel_values[:1]
-            if self._first_s_per_pixel is None:
-                self._first_s_per_pixel = self._time(few)() / few.shape[2:].numel()
-            if self._first_s_per_pixel * saved_pixels < self.compile_s(name):
-                # a first run is never faster than later ones
-                return self._first_s_per_pixel * saved_pixels
+            if at_most < self.compile_s(name):
+                return at_most
             time = self._time(pixel_values)
             time()
             n_pixels = len(pixel_values) * pixel_values.shape[2:].numel()
             self._s_per_pixel = statistics.median(time() for _ in range(3)) / n_pixels
-        return self._s_per_pixel * saved_pixels
+        return self._s_per_pixel * self._saved_pixels(name, pixel_values)
+
+    def _at_most_saved_s(self, name: str, pixel_values: Tensor) -> float:
+        """Does the same by the first run of one image, which is never faster than later ones."""
+        if self._first_s_per_pixel is None:
+            few = pixel_values[:1]
+            self._first_s_per_pixel = self._time(few)() / few.shape[2:].numel()
+        return self._first_s_per_pixel * self._saved_pixels(name, pixel_values)
+
+    def _saved_pixels(self, name: str, pixel_values: Tensor) -> float:
+        gain = USUAL_OPENVINO_GAIN if name == OPENVINO else USUAL_GAIN
+        return pixel_values.shape[2:].numel() * (self._expected or 0) * gain
 
     def why_not(self, name: str, pixel_values: Tensor) -> str | None:
         """The reason why building a way for this size does not pay, or None if it does."""
@@ -139,8 +147,13 @@ class CompileCost:
         return self._compared(name, saved_s_per_image * self._expected)
 
     def wasted(self, name: str, pixel_values: Tensor) -> str | None:
-        """The reason why building a way does not pay for the expected images, or None."""
-        return None if self._expected is None else self.why_not(name, pixel_values)
+        """The reason why building a way surely does not pay for the expected images, or None.
+
+        It runs one image at most, because the way is built anyway.
+        """
+        if self._expected is None:
+            return None
+        return self._compared(name, self._at_most_saved_s(name, pixel_values))
 
     def _compared(self, name: str, saved_s: float) -> str | None:
         if saved_s >= self.compile_s(name):

@@ -34,11 +34,13 @@ class Candidate:
         name: as `explain()` prints it.
         build: makes it ready and returns what runs.
         compiles: whether that needs a compiler, and a minute or more.
+        is_charged: whether the seconds of making it ready leave fewer for others.
     """
 
     name: str
     build: Callable[[], Run]
     compiles: bool = False
+    is_charged: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,15 @@ def run_trials(
     problems: dict[str, str | None] = {}
     spent = 0.0
 
-    def attempt(name: str, run: Callable[[], Sequence[Tensor]]) -> float | None:
+    def attempt(
+        name: str, run: Callable[[], Sequence[Tensor]], is_charged: bool = True
+    ) -> float | None:
         """Returns the seconds of a call; adds its problem, if any, to the problems."""
         nonlocal spent
         maps: list[Tensor] = []
         try:
             seconds = clock(lambda: maps.extend(run()))
-            spent += seconds
+            spent += seconds if is_charged else 0.0
             problems[name] = problem_of(maps)
         except Exception as error:  # another candidate runs after any error
             check_interrupted()  # not a fault of the candidate
@@ -133,7 +137,7 @@ def run_trials(
             runs[candidate.name] = candidate.build()
             return runs[candidate.name](pixels)
 
-        attempt(candidate.name, first)
+        attempt(candidate.name, first, candidate.is_charged)
 
     times: dict[str, list[float]] = {name: [] for name in runs}
     spent = 0.0

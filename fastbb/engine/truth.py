@@ -38,17 +38,15 @@ class Truth:
         batch = len(pixel_values)
         rows = sorted({*range(batch)[:N_CHECKED], *range(batch)[-N_CHECKED:]})
         pixels = pixel_values[rows]
-        exact = computation.copied()
-        exact.module.double()
         with use_impl("eager"):
-            truth = cls(
-                computation.feature_maps(pixels),
-                exact.feature_maps(pixels.double()),
-                rows,
-                computation.exactness,
-            )
-        unfold(exact.module)  # forwards that are bound on it would keep the copy alive
-        return truth
+            eager = computation.feature_maps(pixels)
+            wide = computation.copied()  # in float64: not before eager's memory is free again
+            try:
+                wide.module.double()
+                exact = wide.feature_maps(pixels.double())
+            finally:
+                unfold(wide.module)  # forwards that are bound on it would keep the copy alive
+        return cls(eager, exact, rows, computation.exactness)
 
     def problem(self, maps: Sequence[Tensor]) -> str | None:
         """Returns the reason why the maps of the whole batch are wrong, or None."""

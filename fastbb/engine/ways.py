@@ -1,5 +1,6 @@
 """Ways to run a computation: op by op, compiled, by OpenVINO, replayed as a CUDA graph."""
 
+import gc
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_on
 from fastbb_kernels.heap import KEPT_BYTES
 
+from ..weights.derived import forget_derived
 from ..weights.watch import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .computation import Computation, device_of, dtype_of
@@ -20,6 +22,7 @@ from .cpu import even_part, has_arithmetic, largest_tensor
 from .graphs import GraphPool
 from .openvino import OPENVINO, model_files, openvino_maps
 from .trial import Run
+from .truth import Truth
 
 GRAPH = " + CUDA graph"
 
@@ -60,11 +63,13 @@ class _Artefact:
         run: for `at_once` images of `size`.
         at_once: images per call; None: any.
         size: height and width of the images.
+        found: whether it was made by an earlier process.
     """
 
     run: Run
     at_once: int | None
     size: tuple[int, int]
+    found: bool = False
 
 
 class Ways:
@@ -72,14 +77,15 @@ class Ways:
 
     Args:
         computation: to run.
-        compiling: around the building of a way that takes seconds, for pixels of a shape.
+        compiling: around the building of a way that takes seconds, for pixels of a shape; see
+            `CompileCost.compiling`.
     """
 
     def __init__(
         self,
         computation: Computation,
-        compiling: Callable[[str, Tensor], AbstractContextManager[None]] = (
-            lambda name, pixels: nullcontext()
+        compiling: Callable[[str, Tensor], AbstractContextManager[Callable[[], None]]] = (
+            lambda name, pixels: nullcontext(lambda: None)
         ),
     ) -> None:
         self._computation, self._compiling = computation, compiling
@@ -91,7 +97,9 @@ class Ways:
         self._wide: tuple[Computation, ModuleStamp] | None = None
         self._lock = threading.RLock()
 
-    def build(self, name: str, pixel_values: Tensor) -> Way:
+    def build(
+        self, name: str, pixel_values: Tensor, truth: Callable[[], Truth] | None = None
+    ) -> Way:
         """The way "eager", "triton", "compile", "triton+compile" or "openvino".
 
         `GRAPH` may stand behind the first four.
@@ -99,17 +107,20 @@ class Ways:
         Args:
             name: of the way.
             pixel_values: [B, C, H, W]; the way is for this shape.
+            truth: of these pixels, if it is known.
 
         Raises:
             Exception: any error of a compiler or a capture.
         """
         base = name.removesuffix(GRAPH)
         if name != base:
-            return self._graph(name, self.build(base, pixel_values))
+            return self._graph(name, self.build(base, pixel_values, truth))
         if name == "triton":
             why = gpu_unsupported(pixel_values.device) if pixel_values.is_cuda else None
             return Way(name, self.triton, why=why or "")
-        return self._compile(name, pixel_values) if compiles(name) else self._eager(pixel_values)
+        if not compiles(name):
+            return self._eager(pixel_values)
+        return self._compile(name, pixel_values, truth or (lambda: self._truth(pixel_values)))
 
     def eager(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Builds eager PyTorch, in fp32 if the CPU lacks arithmetic in the dtype."""
@@ -129,6 +140,12 @@ class Ways:
     def has_artefact(self, name: str | None = None) -> bool:
         """Whether a mode was compiled; any mode for None."""
         return bool(self._artefacts) if name is None else name in self._artefacts
+
+    def drop_losers(self, winner: str) -> None:
+        """Frees what was compiled for other ways than the winner of a measurement."""
+        with self._lock:
+            kept = winner.removesuffix(GRAPH)
+            self._artefacts = {k: v for k, v in self._artefacts.items() if k == kept}
 
     @property
     def notes(self) -> list[str]:
@@ -166,7 +183,10 @@ class Ways:
             self._bytes_per_pixel = n_bytes / (height * width)
         return even_part(batch, self._bytes_per_pixel * height * width)
 
-    def _compile(self, name: str, pixel_values: Tensor) -> Way:
+    def _truth(self, pixel_values: Tensor) -> Truth:
+        return Truth.of(self._computation, pixel_values)
+
+    def _compile(self, name: str, pixel_values: Tensor, truth: Callable[[], Truth]) -> Way:
         """The artefact of a mode for images of its size; other sizes run op by op.
 
         One artefact for every size was slower than that for most sizes (0.85 to 1.3 times eager,
@@ -178,8 +198,11 @@ class Ways:
                 if name in self._failed:  # another try would take as long and fail again
                     raise self._failed[name]
                 try:
-                    with self._compiling(name, pixel_values):
-                        artefact = self._compile_first(name, pixel_values)
+                    expected = self._expected(truth) if name == OPENVINO else None
+                    with self._compiling(name, pixel_values) as record:
+                        artefact = self._compile_first(name, pixel_values, expected)
+                        if not artefact.found:
+                            record()
                     self._artefacts[name] = artefact
                 except Exception as error:
                     if not isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -196,10 +219,19 @@ class Ways:
             why = f"{name} was {verb} for {own} images, other sizes run op by op"
             return way._replace(why="; ".join(filter(None, (why, way.why))))
 
-    def _compile_first(self, name: str, pixel_values: Tensor) -> _Artefact:
-        if name == OPENVINO:
-            run, at_once = openvino_maps(self._computation, pixel_values, self._files)
-            return _Artefact(run, at_once, (pixel_values.shape[2], pixel_values.shape[3]))
+    def _expected(self, truth: Callable[[], Truth]) -> Truth:
+        """The truth, of which only the maps are kept, so that its memory is free to convert in."""
+        expected = truth()
+        forget_derived(self._computation.module)
+        gc.collect()  # the copy in float64
+        return expected
+
+    def _compile_first(self, name: str, pixel_values: Tensor, expected: Truth | None) -> _Artefact:
+        if expected is not None:
+            run, at_once, found = openvino_maps(
+                self._computation, pixel_values, self._files, expected.problem
+            )
+            return _Artefact(run, at_once, (pixel_values.shape[2], pixel_values.shape[3]), found)
         computation = self._arithmetic_computation()
         pixels = pixel_values.to(dtype_of(computation.module))
         at_once = len(pixels)

@@ -12,7 +12,8 @@ import torch
 from fastbb_kernels.machine import cpu_name
 
 from ..engine.interruption import check_interrupted
-from .layout import Shard
+from ..engine.openvino import OPENVINO
+from .layout import PlanMismatchError, Shard
 from .pipeline import FeatureExtractor
 from .plan import check_plan, make_plan
 from .shards import ShardEvent, compute_shards
@@ -52,7 +53,11 @@ class Executor(Protocol):
     def compute(
         self, writer: FeatureWriter, shards: Sequence[Shard]
     ) -> Generator[ShardEvent, None, None]:
-        """Computes and commits shards, in any order."""
+        """Computes and commits shards, in any order.
+
+        Raises:
+            PlanMismatchError: OpenVINO computed the features, and cannot run here.
+        """
         ...
 
 
@@ -93,6 +98,19 @@ class InProcess:
         self, writer: FeatureWriter, shards: Sequence[Shard]
     ) -> Generator[ShardEvent, None, None]:
         if not self._is_prepared:
-            self.extractor.prepare(writer.plan["runs"], writer.n_rows)
+            self._prepare(writer)
             self._is_prepared = True
         return compute_shards(self.extractor, writer, shards)
+
+    def _prepare(self, writer: FeatureWriter) -> None:
+        """Prepares the mode of the plan; eager would compute other values than OpenVINO."""
+        runs = writer.plan["runs"]
+        if runs != OPENVINO:
+            self.extractor.prepare(runs, writer.n_rows)
+        elif self.extractor.choose_mode(runs, writer.n_rows) != runs:
+            rows = self.extractor.explain().rows
+            why = "; ".join(row.others or row.why for row in rows if row.what != "cache")
+            raise PlanMismatchError(
+                f"{writer.directory} holds features that OpenVINO computed, it cannot run here:\n"
+                f"{why}; mend that, or use another directory"
+            )

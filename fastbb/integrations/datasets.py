@@ -66,7 +66,7 @@ class Extractor:
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` hashes this to find earlier results: all that decides the values, no model
         versions = {"fastbb": NUMERICS, "pillow": PIL.__version__, "torch": torch.__version__}
-        versions |= {library: _version(library) for library in ("timm", "transformers")}
+        versions |= {library: _version(library) for library in ("openvino", "timm", "transformers")}
         return {**self.__dict__, "files": _files(self._extract.model), "versions": versions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from vit_models import upstream_class, vit_config
 from weight_changes import scale_
 
 from fastbb import AutoBackbone, accelerate
-from fastbb.engine import compile_cost, openvino
+from fastbb.engine import compile_cost, openvino, ways
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning, Settings
 from fastbb.weights.derived import derived_bytes
@@ -120,7 +120,9 @@ def test_threads_compute_their_own_maps(one: Pair) -> None:
     assert not failed
 
 
-def test_torch_decides_the_number_of_threads(one: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_decides_the_number_of_threads_and_none_is_pinned(
+    one: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[dict[str, Any]] = []
 
     class Core(library.Core):
@@ -129,10 +131,16 @@ def test_torch_decides_the_number_of_threads(one: Pair, monkeypatch: pytest.Monk
             return super().compile_model(model, device, config)
 
     monkeypatch.setattr(library, "Core", Core)
-    one.ours.prepare("openvino", example=PIXELS)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        one.ours.prepare("openvino", example=PIXELS)
+    finally:
+        torch.set_num_threads(before)
     (settings,) = seen
-    assert settings["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert settings["INFERENCE_NUM_THREADS"] == 2
     assert settings["INFERENCE_PRECISION_HINT"] == "f32"
+    assert settings["ENABLE_CPU_PINNING"] is False
 
 
 def test_changed_weights_run_eager_and_are_converted_anew_when_prepared_again(one: Pair) -> None:
@@ -161,6 +169,21 @@ def test_hooks_training_and_gradients_run_eager(one: Pair) -> None:
     handle.remove()
     assert seen == [1]
     with no_warning():
+        assert_right(backbone, one)
+    n_seen = len(explained(backbone).rows)
+    backbone.train()
+    with torch.no_grad():
+        backbone(PIXELS)
+    notes = [row.why for row in explained(backbone).rows[n_seen:]]
+    assert any("in training mode" in note for note in notes)
+
+
+def test_refresh_after_a_write_that_torch_does_not_record(one: Pair) -> None:
+    backbone = one.ours.prepare("openvino", example=PIXELS)
+    for model in (backbone, one.upstream):
+        model.embedder.embedder.convolution.weight.data.mul_(2)
+    backbone.refresh()
+    with pytest.warns(EngineWarning, match="changed since they were compiled, so it runs eager"):
         assert_right(backbone, one)
 
 
@@ -200,6 +223,11 @@ def test_a_model_whose_batch_cannot_vary_is_converted_for_its_own(
     with no_warning():
         assert_right(backbone, one, PIXELS, images(64, 64, 1), images(64, 64, 5))
     assert {row.runs for row in explained(backbone).rows} == {"openvino, 2 images at once"}
+    backbone = one.ours.prepare("openvino", example=(3, 64, 64))  # not by the model for two
+    with no_warning():
+        assert_right(backbone, one, images(64, 64, 3))
+    assert only_row(backbone).runs == "openvino, 3 images at once"
+    assert not [row for row in explained(backbone).rows if row.what == "cache"]
 
 
 @torch.no_grad()
@@ -223,13 +251,13 @@ def auto(pair: Pair, tmp_path: Path, device: Device, **options: Any) -> Any:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """A device on which OpenVINO is ten times as fast as eager, and compiling never pays."""
+    """A device on which OpenVINO takes a tenth of eager's time, and compiling never pays."""
     device = Device()
     maps = openvino.openvino_maps
 
     def timed(*arguments: Any) -> openvino.Converted:
-        run, batch = maps(*arguments)
-        return openvino.Converted(lambda x: (run(x), device.say(0.1))[0], batch)
+        found = maps(*arguments)
+        return found._replace(run=lambda x: (found.run(x), device.say(0.1))[0])
 
     monkeypatch.setattr("fastbb.engine.ways.openvino_maps", timed)
     monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", 1e9)
@@ -247,6 +275,41 @@ def test_auto_measures_it_where_its_own_seconds_pay(
     cache = ResultCache(Machine.of(torch.device("cpu")), tmp_path)
     (seconds,) = cache.items("openvino_s").values()
     assert 0 < seconds < 600 and not cache.items("compile_s")
+    (key,) = cache.items("openvino_s")
+    cache.put("openvino_s", key, 7.0)
+    assert_right(auto(one, tmp_path, device, expected_images=1000), one)
+    cache = ResultCache(Machine.of(torch.device("cpu")), tmp_path)
+    assert cache.items("openvino_s") == {key: 7.0}  # it was found converted
+
+
+def test_what_lost_does_not_stay_in_memory(
+    one: Pair, tmp_path: Path, device: Device, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converting takes more than the time for measuring, and compiling is tried all the same."""
+    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", 1.0)
+    monkeypatch.setattr(openvino, "openvino_version", lambda: "2026.4")
+    monkeypatch.setattr("fastbb.engine.choose.openvino_version", lambda: "2026.4")
+    maps = ways.openvino_maps
+
+    def slow(*arguments: Any) -> openvino.Converted:
+        found = maps(*arguments)
+        device_run, calls = found.run, []
+
+        def run(pixels: Any) -> Any:
+            result = device_run(pixels)
+            calls.append(1)
+            device.say(100.0 if len(calls) == 1 else 0.1)
+            return result
+
+        return found._replace(run=run)
+
+    monkeypatch.setattr(ways, "openvino_maps", slow)
+    backbone = auto(one, tmp_path, device, expected_images=MANY)
+    assert_right(backbone, one)
+    row = only_row(backbone)
+    assert row.runs == "openvino" and "compile: " in row.others and "not tried" not in row.others
+    made = backbone._engine.chooser.ways
+    assert made.has_artefact("openvino") and not made.has_artefact("compile")
 
 
 @pytest.mark.parametrize(

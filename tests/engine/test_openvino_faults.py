@@ -11,16 +11,19 @@ from typing import Any
 import pytest
 import torch
 from engine_rig import PIXELS, assert_right, resnet_pair
-from pretended_device import explained, no_warning, only_row
+from pretended_device import Compiler, explained, install, no_warning, only_row
 from reference_models import Pair, images
 
 from fastbb.engine import openvino
-from fastbb.engine.model_files import ModelFiles, _digests
+from fastbb.engine.model_files import _digests
 from fastbb.engine.settings import EngineWarning
 
 library: Any = pytest.importorskip("openvino")
 CORE = library.Core
-LONG = "Exception from src/core.cpp:12:\n\n Exception from src/plugin.cpp:3:\nno such layer\nmore"
+LONG = (
+    "Exception from src/core.cpp:12:\n\n Exception from src/plugin.cpp:3:\n"
+    "Check 'is_known(layer)' failed at src/layer.cpp:7:\nno such layer\nmore"
+)
 
 
 @pytest.fixture
@@ -85,6 +88,10 @@ def in_half(self: Any, *args: Any) -> Any:
     return InHalf(CORE.compile_model(self, *args), lambda request: None)
 
 
+class Unconverted(Exception):
+    """As OpenVINO's `OpConversionFailure`, which is no RuntimeError."""
+
+
 FAULTS: dict[str, tuple[str, Any, str]] = {
     "conversion": ("convert_model", raises(RuntimeError(LONG)), "OpenVINO: no such layer"),
     "compile": (
@@ -92,7 +99,13 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
         core_with(compile_model=raises(RuntimeError(LONG))),
         "OpenVINO: no such layer",
     ),
-    "plug-in": ("Core", core_with(available_devices=[]), "its plug-in for CPUs is missing"),
+    "plug-in": (
+        "Core",
+        core_with(get_property=raises(RuntimeError(LONG))),
+        "its plug-in for CPUs is missing",
+    ),
+    "operation": ("convert_model", raises(Unconverted(LONG)), "OpenVINO: no such layer"),
+    "silent": ("convert_model", raises(RuntimeError()), "OpenVINO: RuntimeError"),
     "call": ("Core", spoiled(raises(RuntimeError(LONG))), "OpenVINO: no such layer"),
     "memory": ("convert_model", raises(MemoryError()), "out of memory"),
     "wrong": ("Core", spoiled(wrong), "map 1 is wrong: error"),
@@ -149,13 +162,17 @@ def test_without_the_package_a_sentence_says_how_to_get_it(
 ) -> None:
     for module in ("openvino", "choose"):
         monkeypatch.setattr(f"fastbb.engine.{module}.openvino_version", lambda: None)
+    install(Compiler(), monkeypatch)
     missing = r"OpenVINO is not installed: pip install 'fastbb[openvino]'"
     with pytest.warns(EngineWarning, match=r"openvino is off, eager runs: .*'fastbb\[openvino\]'"):
         backbone = pair.ours.prepare("openvino", example=PIXELS)
     assert missing in only_row(backbone).others
     with no_warning():
-        backbone = pair.ours.prepare(example=PIXELS)
-    assert f"{missing}, which may be faster" in only_row(backbone).why
+        for expected in (None, 10, 10**9, 10**9):  # measured, then remembered
+            backbone = pair.ours.prepare(example=PIXELS, expected_images=expected)
+            assert f"{missing}, which may be faster" in only_row(backbone).why
+        low = pair.ours.prepare(precision="fp16", example=PIXELS)
+    assert not any("OpenVINO" in row.why for row in explained(low).rows)  # it would not run that
 
 
 def test_a_broken_installation_is_off(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +290,9 @@ def test_several_at_once_write_one_model(folder: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
-def test_the_key_depends_on_weights_size_and_precision(folder: Path) -> None:
+def test_the_key_depends_on_all_that_decides_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pair = resnet_pair()
     prepared(pair)
     pair.ours.prepare("openvino", example=(1, 32, 32))
@@ -281,41 +300,37 @@ def test_the_key_depends_on_weights_size_and_precision(folder: Path) -> None:
     with torch.no_grad():
         next(pair.ours.parameters()).mul_(2)
     pair.ours.prepare("openvino", example=(1, 64, 64))
-    assert len(list(folder.iterdir())) == 3 + openvino.has_arithmetic(torch.bfloat16)
+    n_models = 3 + openvino.has_arithmetic(torch.bfloat16)
+    assert len(list(folder.iterdir())) == n_models
+    pair.ours.prepare("openvino", example=(2, 64, 64))
+    assert len(list(folder.iterdir())) == n_models  # one serves every batch
+    pair.ours.out_features = pair.ours.out_features[:1]
+    pair.ours.prepare("openvino", example=(1, 64, 64))
+    assert len(list(folder.iterdir())) == n_models + 1
+    monkeypatch.setattr(openvino, "openvino_version", lambda: "2027.0")
+    pair.ours.prepare("openvino", example=(1, 64, 64))
+    assert len(list(folder.iterdir())) == n_models + 2
 
 
-# the folders by themselves
+def test_a_wrong_model_that_was_kept_is_replaced(
+    folder: Path, conversions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = resnet_pair()
+    prepared(pair)
+    (entry,) = folder.iterdir()
+    with torch.no_grad():
+        for model in (pair.ours, pair.upstream):
+            next(model.parameters()).mul_(2)
+    # that of the weights before, under the key of the weights now
+    monkeypatch.setattr(openvino, "_key", lambda *_: entry.name)
+    (note,) = notes(prepared(pair))
+    assert f"converted anew, {entry} is broken: map 0 is wrong" in note
+    assert len(conversions) == 2 and not notes(prepared(pair)) and len(conversions) == 2
 
 
-def content(size: int) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        (folder / "data").write_bytes(bytes(size))
-
-    return write
-
-
-def test_those_used_longest_ago_make_room(tmp_path: Path) -> None:
-    files = ModelFiles(tmp_path / "models", max_bytes=3500)
-    for age, key in enumerate(("a", "b", "c")):
-        assert files.keep(key, content(1000))
-        os.utime(files.directory / key, (10 + age, 10 + age))
-    assert files.find("a")  # which is used now
-    assert files.keep("d", content(1000))
-    assert sorted(entry.name for entry in files.directory.iterdir()) == ["a", "c", "d"]
-    assert files.find("b") is None and not files.notes
-
-
-def test_a_crashed_process_leaves_nothing_for_ever(tmp_path: Path) -> None:
-    files = ModelFiles(tmp_path, max_bytes=1500)
-    left = tmp_path / ".new-crashed"
-    left.mkdir()
-    content(1000)(left)
-    os.utime(left, (1, 1))
-    assert files.keep("a", content(1000)) and not left.exists()
-
-
-def test_a_kept_folder_of_another_process_is_taken(tmp_path: Path) -> None:
-    files = ModelFiles(tmp_path)
-    first = files.keep("a", content(10))
-    assert files.keep("a", content(20)) == first
-    assert first is not None and (first / "data").stat().st_size == 10 and not files.notes
+def test_a_model_that_vanishes_after_it_was_written_runs(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = core_with(read_model=raises(RuntimeError(LONG)))
+    monkeypatch.setattr(library, "Core", broken)
+    assert not notes(prepared(pair))

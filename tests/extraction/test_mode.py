@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,28 @@ def test_a_resume_of_openvino_needs_its_version(
     assert "openvino" not in open_features(tmp_path / "eager").plan["versions"]
     got, want = (open_features(tmp_path / name)["embedding"] for name in ("out", "eager"))
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_a_resume_where_openvino_cannot_run_ends_with_3(
+    run: Callable[..., Report], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library: Any = pytest.importorskip("openvino")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureWriter, "commit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(mode="openvino")
+
+    def get_property(*_: object) -> None:
+        raise RuntimeError("no plug-in")
+
+    monkeypatch.setattr(
+        library, "Core", type("Core", (library.Core,), {"get_property": get_property})
+    )
+    result = CliRunner().invoke(main, ["extract", str(images), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 3, result.output
+    assert "its plug-in for CPUs is missing" in result.output
+    assert open_features(tmp_path / "out").plan["runs"] == "openvino"
 
 
 @pytest.mark.parametrize(
