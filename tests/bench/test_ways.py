@@ -206,6 +206,29 @@ def test_software_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
         check_installed(["compile", "openvino"])
 
 
+def test_openvino_has_the_threads_of_torch_and_pins_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library: Any = pytest.importorskip("openvino")
+    seen: list[dict[str, Any]] = []
+
+    class Core(library.Core):
+        def compile_model(self, model: Any, device: Any, config: Any) -> Any:
+            seen.append(config)
+            return super().compile_model(model, device, config)
+
+    monkeypatch.setattr(library, "Core", Core)
+    one = subject(RESNET, tmp_path, against=("openvino",))
+    (spec,) = (s for s in one.ways("fp32", 1, tmp_path / "cell") if "OpenVINO" in s.name)
+    runner = make_runner(spec.spec)
+    with torch.no_grad():
+        runner.load()
+        runner.start()
+    (settings,) = seen
+    assert settings["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert settings["ENABLE_CPU_PINNING"] is False
+
+
 def test_a_size_that_the_model_does_not_take_is_known_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pixel_values"):
         BackboneSubject(

@@ -89,6 +89,7 @@ def test_compile_mode_warns_when_it_does_not_pay(expected: int | None, rig: Engi
     with no_warning():
         rig.assert_right(backbone, ONE)
     assert only_row(backbone).runs == "compile, 1 images at once"
+    assert rig.device.n_timed == (expected is not None)  # one image says enough
 
 
 # other batches and sizes than the compiled one

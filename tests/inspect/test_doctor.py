@@ -57,6 +57,7 @@ class Pretended:
     header: bool = True
     huge_pages: str = "always"
     formats: tuple[tuple[str, bool], ...] = (("JPEG", True), ("AVIF", True))
+    has_openvino: bool = True
     free_bytes: int = 10 * 2**30
     cache_problem: str | None = None
     triton_cache_problem: str | None = None
@@ -82,6 +83,13 @@ class Pretended:
         def machine_of(device: torch.device) -> Machine:
             return self.gpus[device.index] if device.type == "cuda" else CPU
 
+        really_installed = facts.installed_version
+
+        def installed_version(name: str) -> str | None:
+            if name == "openvino":
+                return "2026.4" if self.has_openvino else None
+            return really_installed(name)
+
         include = folder / "include"
         if self.header:
             include.mkdir(exist_ok=True)
@@ -97,6 +105,7 @@ class Pretended:
         pages = f"always [{self.huge_pages}] never"
         properties = SimpleNamespace(total_memory=80 * 2**30)
         for owner, name, value in (
+            (facts, "installed_version", installed_version),
             (facts, "needed_packages", lambda: list(self.packages)),
             (facts, "gpu_sign", lambda: self.gpu_sign),
             (facts, "gpus_hidden_by", lambda: self.gpus_hidden_by),
@@ -268,6 +277,7 @@ def test_a_problem_stands_first_with_its_remedy(examine: Any, name: str) -> None
 OLD_EXTRA = (Package("transformers", "4.57.1", ">=5", "transformers"),)
 HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "huge_pages": ({"huge_pages": "madvise"}, "THP_MEM_ALLOC_ENABLE=1"),
+    "no_openvino": ({"has_openvino": False}, "pip install 'fastbb[openvino]'"),
     "few_threads": ({"threads": 3}, "torch.set_num_threads(8)"),
     "no_bf16": ({"flags": frozenset({"avx2"})}, "stay in fp32"),
     "old_extra": ({"packages": OLD_EXTRA}, "pip install --upgrade 'transformers>=5'"),

@@ -180,7 +180,7 @@ def test_what_decides_values_is_in_the_hash(model: Path, tmp_path: Path) -> None
     assert len(hashes) == 6
 
 
-@pytest.mark.parametrize("library", ["timm", "transformers"])
+@pytest.mark.parametrize("library", ["openvino", "timm", "transformers"])
 def test_versions_of_libraries_are_in_the_hash(
     model: Path, library: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
