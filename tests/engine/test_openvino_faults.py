@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pretended_device import Compiler, explained, install, no_warning, only_row
 from reference_models import Pair, images
 
 from fastbb.engine import openvino
+from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.model_files import _digests
 from fastbb.engine.settings import EngineWarning
 
@@ -310,6 +312,21 @@ def test_the_key_depends_on_all_that_decides_the_model(
     monkeypatch.setattr(openvino, "openvino_version", lambda: "2027.0")
     pair.ours.prepare("openvino", example=(1, 64, 64))
     assert len(list(folder.iterdir())) == n_models + 2
+
+
+def test_the_key_of_another_librarys_model_holds_the_versions(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = torch.nn.Conv2d(3, 4, 3).eval()
+    host: Any = SimpleNamespace(module=layer, cache_key="host", outputs=())
+    keys: dict[str, set[str]] = {"host": set(), "ours": set()}
+    for version in ("1.0", "1.1", None):
+        monkeypatch.setattr(
+            openvino, "_version", lambda name, version=version: version if name == "timm" else "2"
+        )
+        keys["host"].add(openvino._key(host, PIXELS))
+        keys["ours"].add(openvino._key(BackboneMaps(pair.ours), PIXELS))
+    assert len(keys["host"]) == 3 and len(keys["ours"]) == 1
 
 
 def test_a_wrong_model_that_was_kept_is_replaced(
