@@ -239,8 +239,7 @@ def _key(computation: Computation, example: Tensor) -> str:
 class _CompiledModel:
     """Runs a model, compiled for the batch of an example, and for any batch when another comes.
 
-    A model for any batch took up to 3 % longer (Swin-T and ResNet-50, fp32 and bf16, batch 1 and
-    8).
+    A model for any batch takes up to 6 % longer (ResNet-50 in fp32, batch 1).
 
     Args:
         core: OpenVINO's.
