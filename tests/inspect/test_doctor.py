@@ -57,7 +57,7 @@ class Pretended:
     header: bool = True
     huge_pages: str = "always"
     formats: tuple[tuple[str, bool], ...] = (("JPEG", True), ("AVIF", True))
-    has_openvino: bool = True
+    openvino: str | None = "2026.4"
     free_bytes: int = 10 * 2**30
     cache_problem: str | None = None
     triton_cache_problem: str | None = None
@@ -83,13 +83,7 @@ class Pretended:
         def machine_of(device: torch.device) -> Machine:
             return self.gpus[device.index] if device.type == "cuda" else CPU
 
-        really_installed = facts.installed_version
-
-        def installed_version(name: str) -> str | None:
-            if name == "openvino":
-                return "2026.4" if self.has_openvino else None
-            return really_installed(name)
-
+        ours = version("fastbb")
         include = folder / "include"
         if self.header:
             include.mkdir(exist_ok=True)
@@ -105,7 +99,7 @@ class Pretended:
         pages = f"always [{self.huge_pages}] never"
         properties = SimpleNamespace(total_memory=80 * 2**30)
         for owner, name, value in (
-            (facts, "installed_version", installed_version),
+            (facts, "installed_version", lambda x: {"openvino": self.openvino}.get(x, ours)),
             (facts, "needed_packages", lambda: list(self.packages)),
             (facts, "gpu_sign", lambda: self.gpu_sign),
             (facts, "gpus_hidden_by", lambda: self.gpus_hidden_by),
@@ -277,7 +271,7 @@ def test_a_problem_stands_first_with_its_remedy(examine: Any, name: str) -> None
 OLD_EXTRA = (Package("transformers", "4.57.1", ">=5", "transformers"),)
 HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "huge_pages": ({"huge_pages": "madvise"}, "THP_MEM_ALLOC_ENABLE=1"),
-    "no_openvino": ({"has_openvino": False}, "pip install 'fastbb[openvino]'"),
+    "no_openvino": ({"openvino": None}, "pip install 'fastbb[openvino]'"),
     "few_threads": ({"threads": 3}, "torch.set_num_threads(8)"),
     "no_bf16": ({"flags": frozenset({"avx2"})}, "stay in fp32"),
     "old_extra": ({"packages": OLD_EXTRA}, "pip install --upgrade 'transformers>=5'"),
@@ -285,10 +279,7 @@ HINTS: dict[str, tuple[dict[str, Any], str]] = {
     "old_gpu": ({"gpus": (replace(GPU, capability="7.0"),)}, "needs no kernels of ours"),
     "new_gpu": ({"gpus": (replace(GPU, capability="13.0"),)}, "needs no kernels of ours"),
     "consumer_amd": ({"gpus": (replace(GPU, capability="gfx1100"),)}, "needs no kernels of ours"),
-    "triton_cache_that_was_asked_for": (
-        {"triton_cache_problem": "Permission denied"},
-        "set TRITON_CACHE_DIR",
-    ),
+    "own_triton_cache": ({"triton_cache_problem": "Permission denied"}, "set TRITON_CACHE_DIR"),
     "no_avif": ({"formats": (("JPEG", True), ("AVIF", False))}, "pip install --upgrade pillow"),
 }
 
