@@ -141,8 +141,7 @@ class FeatureWriter:
         try:
             with writing(self.directory):
                 # NFS shows what another machine made in a folder once the folder is opened anew
-                for name in _OUR_NAMES:
-                    self._entries(name)
+                self._entries("shards")
                 self._remove_unfinished(".", "rows")
             self.read()
             yield
