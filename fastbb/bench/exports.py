@@ -13,6 +13,7 @@ from typing import Any
 
 from ..extraction.layout import write_file
 from .noise import inside_ratio, inside_share, is_valid, speed
+from .rates import bound_shares
 from .results import Cell, Results, Way
 from .table import ratio_to_upstream
 
@@ -118,6 +119,8 @@ _OUR_COLUMNS = (
     "fb_note",
     "fb_inside_share",
     "fb_inside_ratio",
+    "fb_products_share",
+    "fb_weights_share",
     "fb_date",
     "fb_device",
     "fb_threads",
@@ -166,6 +169,7 @@ def _speeds(cell: Cell, way: Way) -> dict[str, Any]:
     measured, upstream = speed(way, cell.batch), cell.way(cell.upstream)
     assert measured is not None
     found = ratio_to_upstream(cell, way)
+    shares = bound_shares(cell, way) or {}
     inside = inside_ratio(way, upstream) if upstream and is_valid(upstream) else None
     return {
         "infer_samples_per_sec": round(measured.images_per_s, 2),
@@ -183,6 +187,8 @@ def _speeds(cell: Cell, way: Way) -> dict[str, Any]:
         "fb_calls": measured.n_calls,
         "fb_inside_share": _scaled(inside_share(way), 1, 4),
         "fb_inside_ratio": _scaled(inside and inside.value, 1, 4),
+        "fb_products_share": _scaled(shares.get("products"), 1, 4),
+        "fb_weights_share": _scaled(shares.get("weights"), 1, 4),
     }
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from ..engine.interruption import check_interrupted
 from ..engine.measuring import describe
 from .environment import gpu_state, throttled
 from .processes import Worker, WorkerError
+from .rates import Rates
 from .results import Cell, Results, Way
 from .subject import Subject, Truth, WaySpec
 
@@ -58,6 +60,7 @@ class Bench:
         say: is told what is going on, a line at a time.
         make_worker: makes a worker from a folder; tests replace it.
         clock: seconds from any start.
+        rates: measures those of the machine for a precision, after each cell; None: not.
     """
 
     def __init__(
@@ -71,8 +74,9 @@ class Bench:
         say: Callable[[str], None] = lambda text: None,
         make_worker: Callable[[Path], AnyWorker] = Worker,
         clock: Callable[[], float] = time.monotonic,
+        rates: Callable[[str], Rates] | None = None,
     ) -> None:
-        self.results, self.folder, self.gpu = results, folder, gpu
+        self.results, self.folder, self.gpu, self.rates = results, folder, gpu, rates
         self.seconds, self.say, self.make_worker, self.clock = seconds, say, make_worker, clock
         self._end = None if budget_s is None else clock() + budget_s
         # seconds of compiling by subject and way; of one that was ended, an estimate
@@ -130,6 +134,8 @@ class Bench:
             )
             try:
                 _CellRun(self, subject, cell).measure()
+                if self.rates is not None:
+                    cell.rates = asdict(self.rates(precision))
                 return cell
             except OutOfMemoryError as error:
                 notes.append(f"batch {batch}: {error}")

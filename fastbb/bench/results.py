@@ -70,6 +70,7 @@ class Cell:
         params: number of parameters of upstream's model.
         macs: multiply-adds of one image by upstream's matrix products and convolutions, or None.
         activations: elements that these write, for one image, or None.
+        rates: of the machine right after the cell, see `rates.Rates`; empty where not measured.
         traffic: bytes and launches of one forward pass on a GPU by way, counted; empty where it was
             not asked for. Keys of a value: "bytes", "launches", "reason".
         notes: sentences about the cell.
@@ -88,6 +89,7 @@ class Cell:
     params: int | None = None
     macs: int | None = None
     activations: int | None = None
+    rates: dict[str, float] = field(default_factory=dict)
     traffic: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     clocks: list[dict[str, Any]] = field(default_factory=list)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .compare import compare, regressed_cells
 from .environment import describe_machine, gpu_for_smi
 from .hosts import HostSubject
 from .measure import SECONDS, Bench
+from .rates import measure_rates
 from .results import Cell, Results
 from .stages import measure_end_to_end
 from .subject import Subject
@@ -128,6 +130,7 @@ def run_bench(
             seconds=asked.seconds,
             budget_s=asked.budget_s,
             say=say,
+            rates=partial(measure_rates, device),
         )
         subjects = list(_subjects(asked, folder, device, say))
         bench.n_planned = len(subjects) * len(asked.precisions) * len(asked.batches)

@@ -18,6 +18,7 @@ from .noise import (
     ratio,
     speed,
 )
+from .rates import bound_shares
 from .results import Cell, Results, Way
 
 _BEST = " *"
@@ -209,6 +210,14 @@ def _percentile(name: str) -> Callable[[Cell, Way, Notes], str]:
     return show
 
 
+def _bound(cell: Cell, way: Way, notes: Notes) -> str:
+    shares = bound_shares(cell, way)
+    if shares is None:
+        return ""
+    name = max(shares, key=lambda name: shares[name])
+    return f"{percent(shares[name])} {name}"
+
+
 def _memory(cell: Cell, way: Way, notes: Notes) -> str:
     return "" if way.memory_bytes is None else memory(way.memory_bytes)
 
@@ -245,6 +254,7 @@ COLUMNS: Mapping[str, Callable[[Cell, Way, Notes], str]] = {
     "p50": _percentile("p50_s"),
     "p90": _percentile("p90_s"),
     "p99": _percentile("p99_s"),
+    "bound": _bound,
     "memory": _memory,
     "cold start": _seconds("cold_start_s"),
     "compile": _seconds("compile_s"),

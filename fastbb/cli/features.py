@@ -115,7 +115,8 @@ def _address(context: click.Context, option: click.Parameter, value: str | None)
 @click.option(
     "--record-crashes",
     is_flag=True,
-    help="Images of a shard that ended its worker three times become failed rows.",
+    help="Images of a shard that ended its worker three times become failed rows (with --workers, "
+    "--devices or --ray).",
 )
 @click.option(
     "--shard-index",

@@ -17,7 +17,7 @@ from ..backbone.hub import absolute_name
 from ..engine.interruption import interruption_code, interruption_word
 from ..images.processor import ImageProcessor
 from .executor import InProcess
-from .layout import ExtractionError, OutputLockedError, is_started
+from .layout import ExtractionError, already_started, is_started
 from .listing import Listing
 from .plan import make_extractor
 from .pool import Pool
@@ -107,7 +107,7 @@ def extract(
         devices: one process for each of these GPUs does the shards: numbers, or "all".
         ray: actors on a cluster of Ray, which sees the same directories, do the shards.
         record_crashes: of a shard that ended its worker three times, store the images as failed
-            ("worker_crash"); else they are left to a later call.
+            ("worker_crash"); else they are left to a later call. It needs workers, devices or ray.
         shard_index: "i/n": this call does every n-th shard, from the i-th on (i from 0); other
             calls, on this machine or on one with the same directories, do the rest.
         progress: show a bar (a line every 30 s where stderr is no terminal) and what is done.
@@ -143,6 +143,7 @@ def extract(
         of_files = {"shard_rows": shard_rows, "limit": limit}
         of_files |= {"update": update, "retry_failed": retry_failed, "workers": workers}
         of_files |= {"devices": devices, "ray": ray, "shard_index": shard_index}
+        of_files |= {"record_crashes": record_crashes}
         if needless := [name for name, value in of_files.items() if value]:
             raise ValueError(f"{needless[0]}: it is for a directory, and there is no `out`")
         return _in_memory(model, inputs, mode, batch_size, said)
@@ -153,7 +154,7 @@ def extract(
             "retry_failed: it does not go with shard_index, as all that failed is known when every "
             "shard is done; run it alone afterwards"
         )
-    pooled = Workers.parse(workers, devices, ray, device)
+    pooled = Workers.parse(workers, devices, ray, device, record_crashes)
     with ExitStack() as held:
         bar = held.enter_context(Progress(progress))
         writer = FeatureWriter(out, share)
@@ -185,9 +186,7 @@ def extract(
             elif share is None:
                 held.enter_context(writer)
                 if writer.plan:
-                    raise OutputLockedError(
-                        f"another process has started {out} meanwhile; run the same again"
-                    )
+                    raise already_started(writer.directory)
             run = Run(
                 *(executor, writer, bar, max_error_rate, given, listing, sources, record_crashes)
             )

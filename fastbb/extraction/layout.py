@@ -33,6 +33,11 @@ from typing import Any, BinaryIO, ClassVar, Literal
 FORMAT = 3
 _READ_FORMATS = (2, FORMAT)
 _READ_BYTES = 2**20
+_SPACE, _LOCKS = "free some space and run the same again", "give one on a file system with locks"
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS), _LOCKS),
+}
 # fields that are read back from a plan
 _READ_FIELDS = frozenset(
     {"shard_rows", "batch_size", "precision", "device", "mode", "runs", "versions.torch"}
@@ -78,6 +83,13 @@ class OutputLockedError(ExtractionError):
     """Another process writes into the directory."""
 
     exit_code = 5
+
+
+def already_started(directory: Path) -> OutputLockedError:
+    """Returns the error of a first start that another process was faster with."""
+    return OutputLockedError(
+        f"another process has started {directory} meanwhile; run the same again"
+    )
 
 
 class OutputError(ExtractionError):
@@ -208,7 +220,7 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
         return [Generation("start", n_rows, shards, tuple(plan["inputs"]), {}, unreadable)]
     generations, identity = [], plan_sha256(plan)
     # before they are read: another process may append one meanwhile
-    n_there = _n_generations(directory)
+    n_there = n_generations(directory)
     while (path := directory / file_name("generation", len(generations))).exists():
         try:
             values = json.loads(path.read_bytes())
@@ -232,30 +244,26 @@ def read_generations(directory: Path, plan: Mapping[str, Any]) -> list[Generatio
             AttributeError,
         ) as error:
             raise PlanMismatchError(f"{path} is damaged: {error}; use another directory") from error
-    check_complete(directory, len(generations), n_there=n_there)
+    check_complete(directory, len(generations), n_there)
     return generations
 
 
-def _n_generations(directory: Path) -> int:
+def n_generations(directory: Path) -> int:
     """Number of generations by the names of their files."""
     return max((number for number, _ in numbered(directory, "generation")), default=-1) + 1
 
 
-def check_complete(
-    directory: Path, n_generations: int, n_finished: int = 0, n_there: int | None = None
-) -> None:
+def check_complete(directory: Path, n_read: int, n_there: int, n_finished: int = 0) -> None:
     """Raises PlanMismatchError if a generation is lost.
 
     Args:
         directory: of the features.
-        n_generations: number of the first generations that are there.
+        n_read: number of the first generations that could be read.
+        n_there: `n_generations` before they were read.
         n_finished: number of those that the manifest names.
-        n_there: number by the names of files; default: now.
     """
-    if n_there is None:
-        n_there = _n_generations(directory)
-    if max(n_there, n_finished) > n_generations:
-        lost = file_name("generation", n_generations) if n_generations else "plan.json"
+    if max(n_there, n_finished) > n_read:
+        lost = file_name("generation", n_read) if n_read else "plan.json"
         raise PlanMismatchError(
             f"{directory / lost} is missing, and what came after it is there; restore it, or use "
             "another directory"
@@ -366,8 +374,16 @@ def read_events(directory: Path) -> Iterator[dict[str, Any]]:
                     yield event
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, is_new: bool = False) -> bool:
     """Writes a file that is complete on the disk before it has its name.
+
+    Args:
+        path: of the file.
+        data: its content.
+        is_new: leave a file that is there, as far as the file system has links.
+
+    Returns:
+        Whether it was written.
 
     Raises:
         OutputError: it cannot be written.
@@ -377,12 +393,29 @@ def write_file(path: Path, data: bytes) -> None:
         try:
             with synced(temporary) as file:
                 file.write(data)
-            os.replace(temporary, path)
+            if not (is_new and _link(temporary, path)):
+                os.replace(temporary, path)
+        except FileExistsError:
+            temporary.unlink()
+            return False
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
         sync_directory(path.parent)
+    return True
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Gives a file its name, unless there is one; returns False where no links are."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    temporary.unlink()
+    return True
 
 
 @contextlib.contextmanager
@@ -420,10 +453,5 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = (
-            "free some space and run the same again"
-            if full
-            else "give a directory that can be written"
-        )
+        advice = _ADVICE.get(error.errno or 0, "give a directory that can be written")
         raise OutputError(f"cannot write {path}: {error.strerror}; {advice}") from error

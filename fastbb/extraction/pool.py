@@ -23,6 +23,7 @@ from .store import FeatureWriter
 from .worker import Message, Start
 
 MAX_TRIES = 3
+_OTHER_DEVICES = "workers run on {}: features of different devices may differ in their last bits"
 _POLL_S = 0.5
 _SAY_S = 30.0
 # errors that a worker may answer with, and that mean the same in this process
@@ -132,21 +133,29 @@ class Pool:
         self._backend, self._say = backend, say
         self._places = [_Place(start) for start in backend.starts]
         self._tries = Counter[int]()
-        self._has_begun = False
+        self._computes = self._has_begun = False
         self._said_at = 0.0
         self._environment: Message = {}
         self._warnings: set[str] = set()
 
     def __enter__(self) -> Pool:
         try:
-            self._start(self._places[0])
-            while not self._places[0].is_ready:
-                for place, answer in self._wait():
-                    self._heard(place, answer)
+            self._start_first()
         except BaseException:
             self.close()
             raise
         return self
+
+    def _start_first(self) -> None:
+        """Starts the first worker, and waits until it is ready."""
+        first = self._places[0]
+        self._said_at = time.monotonic()
+        while not first.is_ready:
+            if first.worker is None:
+                self._start(first)
+            self._say_at_times("waiting for the first worker to be ready")
+            for place, answer in self._wait():
+                self._heard(place, answer)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -166,18 +175,22 @@ class Pool:
     def make_plan(
         self, mode: str, shard_rows: int | None, n_rows: int, n_parts: int
     ) -> dict[str, Any]:
-        first = self._places[0].worker
-        assert first is not None
         arguments: Message = {"mode": mode, "shard_rows": shard_rows}
         arguments |= {"n_rows": n_rows, "n_parts": n_parts}
-        first.ask({"do": "plan", "arguments": arguments})
-        while True:
-            for place, answer in self._wait():
-                if isinstance(answer, Ended):
-                    raise WorkerError(f"the worker that makes the plan has ended: {answer.reason}")
-                self._heard(place, answer)
-                if "plan" in answer:
-                    return answer["plan"]
+        reason = ""
+        for _ in range(MAX_TRIES):
+            self._start_first()
+            first = self._places[0]
+            assert first.worker is not None
+            first.worker.ask({"do": "plan", "arguments": arguments})
+            while first.is_ready:
+                for place, answer in self._wait():
+                    self._heard(place, answer)
+                    if isinstance(answer, Ended):
+                        reason = answer.reason
+                    elif "plan" in answer:
+                        return answer["plan"]
+        raise WorkerError(f"{MAX_TRIES} workers ended while they made the plan: {reason}")
 
     def check_plan(self, writer: FeatureWriter) -> None:
         """Does nothing: every worker has compared its own settings."""
@@ -191,32 +204,47 @@ class Pool:
             ExtractionError, ValueError, OSError: that of a worker, which ends the run.
             WorkerError: no worker gets as far as to compute.
         """
+        self._computes = True
         todo = deque(shards)
+        n_left, n_committed, reason = 0, 0, ""
         while todo or any(place.shard for place in self._places):
             self._hand_out(todo)
             for place, answer in self._wait():
                 event = self._heard(place, answer)
-                if isinstance(event, Lost) and not event.is_left:
-                    todo.appendleft(next(s for s in shards if s.shard == event.shard))
+                n_committed += isinstance(event, Committed)
+                if isinstance(event, Lost):
+                    n_left, reason = n_left + event.is_left, event.reason
+                    if not event.is_left:
+                        todo.appendleft(next(s for s in shards if s.shard == event.shard))
                 if event is not None:
                     yield event
+                if todo and n_left >= MAX_TRIES and not n_committed:
+                    raise WorkerError(
+                        f"no shard was finished, and {n_left} ended {MAX_TRIES} workers each: "
+                        f"{reason}"
+                    )
 
     def _hand_out(self, todo: deque[Shard]) -> None:
         n_ready = sum(place.is_ready for place in self._places)
-        n_wanted = min(self._backend.min_ready, len(todo))
+        n_places = sum(not place.is_given_up for place in self._places)
+        n_wanted = min(self._backend.min_ready, len(todo), n_places)
         self._has_begun = self._has_begun or n_ready >= n_wanted
-        if not self._has_begun and time.monotonic() - self._said_at > _SAY_S:
-            self._said_at = time.monotonic()
-            self._say(f"waiting for {n_wanted} workers, of which {n_ready} are ready")
+        if not self._has_begun:
+            self._say_at_times(f"waiting for {n_wanted} workers, of which {n_ready} are ready")
         for place in self._places if self._has_begun else ():
             if todo and place.is_ready and place.shard is None:
                 assert place.worker is not None
                 place.shard = todo.popleft()
                 place.worker.ask({"do": "shard", "shard": place.shard.shard})
-        n_starting = sum(place.worker is not None and not place.is_ready for place in self._places)
+        n_free = sum(p.worker is not None and p.shard is None for p in self._places)
         empty = [p for p in self._places if p.worker is None and not p.is_given_up]
-        for place in empty[: max(0, len(todo) - n_starting)]:
+        for place in empty[: max(0, len(todo) - n_free)]:
             self._start(place)
+
+    def _say_at_times(self, text: str) -> None:
+        if time.monotonic() - self._said_at > _SAY_S:
+            self._said_at = time.monotonic()
+            self._say(text)
 
     def _start(self, place: _Place) -> None:
         place.worker = self._backend.start()
@@ -237,11 +265,12 @@ class Pool:
         if "error" in answer:
             raise _error(answer)
         if "warning" in answer:
-            if answer["warning"] not in self._warnings:
-                self._warnings.add(answer["warning"])
-                warn_caller(answer["warning"])
+            self._warn(answer["warning"])
         elif "environment" in answer:
             self._environment = self._environment or answer["environment"]
+            devices = {worker["device"] for worker in (self._environment, answer["environment"])}
+            if len(devices) > 1:
+                self._warn(_OTHER_DEVICES.format(" and ".join(sorted(devices))))
             place.is_ready, place.n_failed_starts = True, 0
         elif "rows" in answer:
             assert place.shard is not None
@@ -252,6 +281,11 @@ class Pool:
             place.shard, place.computed = None, []
             return Committed(answer["committed"], answer["commit"])
         return None
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            warn_caller(text)
 
     def _ended(self, place: _Place, reason: str) -> Lost | None:
         assert place.worker is not None
@@ -264,14 +298,12 @@ class Pool:
             return Lost(shard.shard, computed, reason, is_left)
         if not was_ready:
             place.n_failed_starts += 1
-            if not place.is_given_up:
-                if place is self._places[0]:
-                    self._start(place)
-                return None
-            text = f"{MAX_TRIES} workers ended before they had the model: {reason}"
-            if all(other.is_given_up or other.worker is None for other in self._places):
-                raise WorkerError(text)
-            self._say(f"{text}; the others go on")
+            if place.is_given_up:
+                text = f"{MAX_TRIES} workers ended before they had the model: {reason}"
+                # before the first shards only the first place has workers
+                if not self._computes or all(other.is_given_up for other in self._places):
+                    raise WorkerError(text)
+                self._say(f"{text}; the others go on")
         return None
 
 

@@ -92,12 +92,13 @@ class RayActors:
         options: of the command.
         start: how each begins, but for device and threads.
         plan: of the directory, or None for a first start.
+        device: "cpu", "cuda", or None: GPUs where the cluster has some.
         say: shows a line.
 
     Raises:
         MissingRayError: Ray is not installed.
         OSError: there is no such cluster.
-        ValueError: the cluster has no room for a worker.
+        ValueError: the cluster has no room for a worker, or not for the device.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class RayActors:
         options: RayOptions,
         start: Start,
         plan: Mapping[str, Any] | None,
+        device: str | None,
         say: Callable[[str], None],
     ) -> None:
         try:
@@ -116,10 +118,15 @@ class RayActors:
             say(f"connecting to Ray{'' if options.address is None else f' at {options.address}'}")
             _connect(options.address)
         resources = ray.cluster_resources()
-        wants_cpu = str(start.said.get("device", "cuda")).startswith("cpu")
-        has_gpus = bool(resources.get("GPU")) and not wants_cpu
+        has_gpus = bool(resources.get("GPU")) and device != "cpu"
         gpus = options.num_gpus_per_worker
         gpus = float(has_gpus) if gpus is None else gpus
+        if device is not None and (device == "cuda") != bool(gpus):
+            self.close()
+            raise ValueError(
+                f"ray: device {device!r} does not go with {gpus:g} GPUs for each worker "
+                f"(num_gpus_per_worker; the cluster has {resources.get('GPU', 0):g})"
+            )
         # of a plan of the CPU the features depend on the number of threads
         threads = None if gpus else (plan or {}).get("threads", 1)
         self._resources = {"num_cpus": threads or 1, "num_gpus": gpus}
@@ -135,10 +142,8 @@ class RayActors:
             )
         self.min_ready = options.min_workers
         n_sharers = math.ceil(n / max(1, len(nodes)))
-        device = "cuda" if gpus else "cpu"
-        self.starts: Sequence[Start] = [
-            replace(start, device=device, threads=threads, n_sharers=n_sharers)
-        ] * n
+        start = replace(start, device="cuda" if gpus else "cpu")
+        self.starts: Sequence[Start] = [replace(start, threads=threads, n_sharers=n_sharers)] * n
 
     def start(self) -> RayWorker:
         import ray
@@ -200,9 +205,9 @@ def _connect(address: str | None) -> None:
 
 def _room(node: Mapping[str, float], wanted: Mapping[str, float]) -> int:
     """Number of workers that a node has room for."""
-    cpus = node.get("CPU", 0) // wanted["num_cpus"]
-    gpus = wanted["num_gpus"]
-    return int(min(cpus, node.get("GPU", 0) // gpus) if gpus else cpus)
+    asked = {"CPU": wanted["num_cpus"], "GPU": wanted["num_gpus"]}
+    # Ray counts in steps of 1e-4; 1 // 0.1 is 9
+    return int(min(node.get(name, 0) / n + 1e-4 for name, n in asked.items() if n))
 
 
 def _shortened(error: Exception) -> str:

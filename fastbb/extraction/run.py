@@ -198,9 +198,6 @@ class Run:
         """Extracts what is left, with `update` what is new, and with `retry_failed` what failed."""
         writer = self.writer
         self._commits = [writer.committed(shard) for shard in writer.shards]
-        writer.hold(self._pending())
-        for shard in self._pending() if writer.share else ():  # others finished it meanwhile
-            self._commits[shard.shard] = writer.committed(shard)
         done = writer.totals(self._commits)
         failed_before = writer.failures(self._commits) if retry_failed else {}
         self._say_what_is_there(done, update, retry_failed)
@@ -234,7 +231,6 @@ class Run:
                     if None not in self._commits:
                         writer.finish(final)
                     break
-            writer.hold(self._pending())
         unreadable = tuple(self.listing.unreadable)
         if isinstance(self.sources, InputError):
             unreadable = writer.generations[-1].unreadable
@@ -269,7 +265,6 @@ class Run:
             if added := self._new[:room]:
                 writer.append("update", enumerate(added, writer.n_rows), **self._listed)
                 self._new = self._new[len(added) :]
-        writer.hold(self._pending())
 
     def _read_other_commits(self) -> None:
         """Reads what other processes have committed."""
@@ -382,9 +377,6 @@ class Run:
                     bar.advance(event.rows)
                     budget.count(shard, event)
                 elif isinstance(event, Lost):
-                    for computed in event.computed:
-                        bar.advance(-computed.rows)
-                        budget.uncount(shard, computed)
                     self._lose(shard, event, budget)
                 elif isinstance(event, Committed):
                     self._commits[shard.shard] = event.commit
@@ -402,10 +394,13 @@ class Run:
         what = f"left after {MAX_TRIES} tries" if event.is_left else "tried again"
         self.bar.say(f"a worker has ended: {event.reason}; shard {shard.shard} is {what}")
         writer.remove_unfinished(shard)
-        if not event.is_left:
+        if event.is_left and (commit := writer.committed(shard, hashed=True)):
+            self._commits[shard.shard] = commit  # the last worker had just done it
             return
-        if commit := writer.committed(shard, hashed=True):  # the last worker had just done it
-            self._commits[shard.shard] = commit
+        for computed in event.computed:
+            self.bar.advance(-computed.rows)
+            budget.uncount(shard, computed)
+        if not event.is_left:
             return
         if not self.record_crashes:
             self._left.add(shard.shard)

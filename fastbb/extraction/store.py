@@ -30,12 +30,14 @@ from .layout import (
     OutputLockedError,
     PlanMismatchError,
     Shard,
+    already_started,
     canonical_json,
     check_complete,
     file_name,
     file_sha256,
     is_started,
     log_name,
+    n_generations,
     numbered,
     plan_sha256,
     read_commit,
@@ -64,7 +66,7 @@ class FeatureWriter:
     Args:
         directory: created with its parents where it does not exist.
         share: (i, n) of a process that does every n-th shard, from the i-th on, while others do the
-            rest; it holds its shards, and the plan only inside `planning`. None: it holds all.
+            rest; it holds its share, and the plan only inside `planning`. None: it holds all.
 
     Attributes:
         plan: the plan of the directory; empty until `start` has run, unless there was one.
@@ -88,18 +90,22 @@ class FeatureWriter:
         try:
             with writing(self.directory):
                 if self.share is None and not self._lock.take_all():
-                    raise self._locked()
+                    raise OutputLockedError(
+                        f"another process is writing to {self.directory}; wait for it, or choose "
+                        "another directory"
+                    )
+                if self.share is not None and not self._lock.take_share(*self.share):
+                    i, n = self.share
+                    raise OutputLockedError(
+                        f"another process is writing to {self.directory}, all of it, the share "
+                        f"{i}/{n} or shares of another n; give each process another --shard-index "
+                        "i/n of one n"
+                    )
             self.read()
         except BaseException:
             self._lock.close()
             raise
         return self
-
-    def _locked(self) -> OutputLockedError:
-        return OutputLockedError(
-            f"another process is writing to {self.directory}; wait for it, or choose another "
-            "directory"
-        )
 
     def read(self) -> None:
         """Reads the plan, if there is one, and the generations that there are now.
@@ -107,11 +113,15 @@ class FeatureWriter:
         Raises:
             PlanMismatchError: one of them is damaged.
         """
+        # before the generations are read: another process may append and finish one meanwhile
+        n_there = n_generations(self.directory)
         if is_started(self.directory):
             self._use(read_plan(self.directory / "plan.json"))
+        n_finished = self.n_finished
+        if self.plan:
             self.generations = read_generations(self.directory, self.plan)
         # also where plan.json is missing, or the last generation
-        check_complete(self.directory, len(self.generations), self.n_finished)
+        check_complete(self.directory, len(self.generations), n_there, n_finished)
 
     @contextmanager
     def planning(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -121,39 +131,29 @@ class FeatureWriter:
             on_wait: called once before it waits for another process.
 
         Raises:
-            OutputLockedError: another process holds the whole directory.
+            PlanMismatchError: one of them is damaged.
+            OutputError: the directory cannot be written.
         """
         if self.share is None:
             yield
             return
-        with writing(self.directory):
-            if not self._lock.take_plan(on_wait):
-                raise self._locked()
+        self._lock.take_plan(on_wait)
         try:
+            with writing(self.directory):
+                # NFS shows what another machine made in a folder once the folder is opened anew
+                self._entries("shards")
+                self._remove_unfinished(".", "rows")
             self.read()
             yield
         finally:
             self._lock.free_plan()
 
-    def hold(self, shards: Iterable[Shard]) -> None:
-        """Holds the shards of this process's share, until the directory is closed.
-
-        Raises:
-            OutputLockedError: another process holds one of them.
-        """
-        if self.share is None:
-            return
-        with writing(self.directory):
-            if taken := next((s for s in shards if not self._lock.take_shard(s.shard)), None):
-                i, n = self.share
-                raise OutputLockedError(
-                    f"another process is writing shard {taken.shard} of {self.directory}, which is "
-                    f"of the share {i}/{n}; give each process another --shard-index i/n of one n"
-                )
-
     def is_mine(self, shard: Shard) -> bool:
         """Whether a shard is of this process's share."""
-        return self.share is None or shard.shard % self.share[1] == self.share[0]
+        return self._is_in_share(shard.shard)
+
+    def _is_in_share(self, number: int) -> bool:
+        return self.share is None or number % self.share[1] == self.share[0]
 
     def __exit__(
         self,
@@ -168,20 +168,17 @@ class FeatureWriter:
         if is_started(self.directory):
             _check_writable(self.directory, read_plan(self.directory / "plan.json"))
             return
-        paths = {path for name in _OUR_NAMES for path in self._entries(name)}
-        foreign = paths.difference(self._our_files(rf"({_UNFINISHED})?"))
-        if foreign := sorted(path.relative_to(self.directory).as_posix() for path in foreign):
+        foreign = sorted(
+            path.relative_to(self.directory).as_posix()
+            for name, ours in _OUR_NAMES.items()
+            for path in self._entries(name)
+            if not re.fullmatch(rf"({ours})({_UNFINISHED})?", path.name)
+        )
+        if foreign:
             raise ValueError(
                 f"{self.directory} holds no features but other files ({foreign[0]!r}, "
                 f"{len(foreign)} in all); give a new or an empty directory"
             )
-
-    def _our_files(self, end: str) -> Iterator[Path]:
-        """Yields the paths whose names only this class gives, followed by the pattern `end`."""
-        for name, pattern in _OUR_NAMES.items():
-            for path in self._entries(name):
-                if re.fullmatch(rf"({pattern}){end}", path.name):
-                    yield path
 
     def _entries(self, name: str) -> list[Path]:
         directory = self.directory / name
@@ -198,10 +195,13 @@ class FeatureWriter:
 
         Raises:
             OutputError: the directory cannot be written.
+            OutputLockedError: there is a plan, although this process holds it.
         """
         self.clean()
-        self._use(json.loads(canonical_json({"format": FORMAT, **plan})))
-        write_file(self.directory / "plan.json", canonical_json(self.plan))
+        path, data = self.directory / "plan.json", canonical_json({"format": FORMAT, **plan})
+        if not write_file(path, data, is_new=True):
+            raise already_started(self.directory)
+        self._use(json.loads(data))
 
     def clean(self) -> None:
         """Makes the folders, and removes files that a killed run left in them.
@@ -212,16 +212,25 @@ class FeatureWriter:
         with writing(self.directory):
             for name in _OUR_NAMES:
                 (self.directory / name).mkdir(exist_ok=True)
-            # those of another process may be files that it is writing now
-            for leftover in self._our_files(_UNFINISHED) if self.share is None else ():
-                leftover.unlink()
+            if self.share is None:
+                self._remove_unfinished(*_OUR_NAMES)
+            else:  # other processes may be writing shards of other shares now
+                self._remove_unfinished("shards", numbers=self._is_in_share)
 
     def remove_unfinished(self, shard: Shard) -> None:
         """Removes files that a worker that has ended left of a shard."""
         with writing(self.directory):
-            for path in self._entries("shards"):
-                if re.search(rf"-{shard.shard:05d}\.\w+{_UNFINISHED}$", path.name):
-                    path.unlink()
+            self._remove_unfinished("shards", numbers=lambda number: number == shard.shard)
+
+    def _remove_unfinished(
+        self, *folders: str, numbers: Callable[[int], bool] = lambda number: True
+    ) -> None:
+        for folder in folders:
+            for path in self._entries(folder):
+                if re.fullmatch(f"({_OUR_NAMES[folder]}){_UNFINISHED}", path.name):
+                    number = re.search(r"-(\d+)\.", path.name)
+                    if number is None or numbers(int(number[1])):
+                        path.unlink(missing_ok=True)  # of a worker that still ends
 
     def append(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .local_workers import Processes
+from .locks import MAX_SHARES
 from .pool import Backend
 from .ray_workers import RayActors, RayOptions
 from .worker import Start
@@ -36,6 +37,7 @@ class Workers:
         devices: str | Sequence[int | str] | None,
         ray: RayOptions | None,
         device: object | None,
+        record_crashes: bool = False,
     ) -> Workers | None:
         """Returns the workers that are asked for; None for none.
 
@@ -44,6 +46,7 @@ class Workers:
             devices: see `extract`.
             ray: see `extract`.
             device: of the model, or None.
+            record_crashes: see `extract`.
 
         Raises:
             ValueError: they do not go together, or there are no such devices.
@@ -51,6 +54,11 @@ class Workers:
         given = {"workers": workers, "devices": devices, "ray": ray}
         names = [name for name, value in given.items() if value is not None]
         if not names:
+            if record_crashes:
+                raise ValueError(
+                    "record_crashes: it is for workers, whose crashes do not end the run; give "
+                    "workers, devices or ray (--workers, --devices, --ray)"
+                )
             return None
         if len(names) > 1:
             raise ValueError(f"{names[1]}: it does not go with {names[0]}; give one of them")
@@ -63,11 +71,11 @@ class Workers:
                 raise ValueError(f"workers: wanted a whole number, at least 1, got {workers!r}")
             if str(device or "cpu") != "cpu":
                 raise ValueError("workers: they are for the CPU; for GPUs give devices (--devices)")
-            if device is None and torch.cuda.is_available():
-                raise ValueError(
-                    "workers: they are for the CPU, and this machine has a GPU: give devices "
-                    "(--devices all), or device='cpu' (--device cpu) as well"
-                )
+        if ray is not None and str(device or "cpu") not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device: with ray wanted 'cpu' or 'cuda', as Ray gives each worker its GPU, got "
+                f"{str(device)!r}"
+            )
         return cls(workers, ray=ray)
 
     def backend(
@@ -79,13 +87,22 @@ class Workers:
             start: how each begins, but for device and threads.
             plan: of the directory, or None for a first start.
             say: shows a line.
+
+        Raises:
+            ValueError: workers of the CPU for what would run on a GPU.
         """
+        device = start.said.get("device") or (plan or {}).get("device")
         if self.ray is not None:
-            return RayActors(self.ray, start, plan, say)
+            return RayActors(self.ray, start, plan, device, say)
         if self.devices:
             start = replace(start, n_sharers=len(self.devices))
             return Processes([replace(start, device=device) for device in self.devices])
         assert self.n is not None
+        if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+            raise ValueError(
+                "workers: they are for the CPU, and this would run on a GPU: give devices "
+                "(--devices all), or device='cpu' (--device cpu) as well"
+            )
         n, n_cores = self.n, len(os.sched_getaffinity(0))
         threads = (plan or {}).get("threads") or max(1, n_cores // n)
         if n > (most := max(1, n_cores // threads)):
@@ -124,7 +141,7 @@ def parse_share(shard_index: str | Sequence[int]) -> tuple[int, int]:
     parts = shard_index.split("/") if isinstance(shard_index, str) else shard_index
     try:
         i, n = (int(part) for part in parts)
-        if 0 <= i < n:
+        if 0 <= i < n < MAX_SHARES:
             return i, n
     except (ValueError, TypeError):
         pass

@@ -181,6 +181,7 @@ def test_files_of_other_names_do_no_harm(run: Run, tmp_path: Path) -> None:
 
 def test_options_of_directories_need_one(model: Path) -> None:
     needless: list[dict[str, Any]] = [{"limit": 1}, {"update": True}, {"shard_rows": 2}]
+    needless += [{"record_crashes": True}]
     for options in needless:
         with pytest.raises(ValueError, match=f"{next(iter(options))}: it is for a directory"):
             extract(model, [], **options)

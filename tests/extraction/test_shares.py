@@ -1,15 +1,19 @@
 """Several commands do the shards of one directory, each its share (`--shard-index i/n`)."""
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from fastbb.cli import main
 from fastbb.extraction import (
+    OutputError,
     OutputLockedError,
     Report,
     extract,
@@ -84,6 +88,15 @@ def test_a_share_resumes_after_a_kill(
     assert features_of(tree, tmp_path / "out") == tree(tmp_path / "whole")
 
 
+def test_shares_may_have_workers(run: Callable[..., Report], tmp_path: Path, tree: Tree) -> None:
+    run(tmp_path / "whole")
+    threads = open_features(tmp_path / "whole").plan["threads"]
+    for share in ("0/2", "1/2"):
+        assert run(shard_index=share, workers=1).tried
+    if threads == open_features(tmp_path / "out").plan["threads"]:
+        assert features_of(tree, tmp_path / "out") == tree(tmp_path / "whole")
+
+
 # locks
 
 
@@ -92,10 +105,9 @@ def test_the_same_share_twice_is_refused(
 ) -> None:
     run(shard_index="1/3")
     out = tmp_path / "out"
-    with FeatureWriter(out, (0, 3)) as other:
-        other.hold(shard for shard in other.shards if other.is_mine(shard))
-        for share in ("0/3", "0/2"):
-            with pytest.raises(OutputLockedError, match=r"another process is writing shard 0 of"):
+    with FeatureWriter(out, (0, 3)):
+        for share in ("0/3", "0/2", "0/4"):
+            with pytest.raises(OutputLockedError, match=f"the share {share} or shares of another"):
                 run(shard_index=share)
         arguments = ["extract", str(images), "--out", str(out), "--shard-index", "0/3"]
         result = CliRunner().invoke(main, arguments)
@@ -139,24 +151,66 @@ def test_who_comes_second_waits_for_the_plan(
 
 def test_locks_exclude_each_other(tmp_path: Path) -> None:
     a, b = DirectoryLock(tmp_path), DirectoryLock(tmp_path)
-    assert a.take_shard(7) and a.take_shard(7) and not b.take_shard(7) and b.take_shard(8)
-    assert not a.take_all()
-    assert a.take_plan(lambda: None) and b.take_shard(0)  # no shard has the place of the plan
+    assert a.take_share(7, 9) and a.take_share(7, 9) and not b.take_share(7, 9)
+    assert b.take_share(8, 9) and not a.take_all()
+    a.take_plan(lambda: None)
+    assert b.take_share(0, 9)  # no share has the place of the plan
+    for n in (1, 8, 10, 2**31 - 1):
+        other = DirectoryLock(tmp_path)
+        assert not other.take_share(0, n) and not other.take_share(n - 1, n)
+        other.close()
     b.close()
     assert a.take_all()
     c = DirectoryLock(tmp_path)
-    assert not c.take_shard(10**9) and not c.take_plan(lambda: None)
+    assert not c.take_share(0, 1) and not c.take_share(2**31 - 2, 2**31 - 1)
     a.close()
     assert c.take_all()
     c.close()
 
 
-def test_a_killed_share_leaves_no_file_of_another_one(
+def test_a_share_removes_what_a_killed_one_left_of_its_shards(
     run: Callable[..., Report], tmp_path: Path
 ) -> None:
     run(shard_index="0/2")
-    unfinished = tmp_path / "out" / "shards" / "features-00001.safetensors.tmp-77"
-    unfinished.write_bytes(b"")  # another process may be writing it now
-    assert run(shard_index="0/2").tried == 0 and unfinished.exists()
+    names = "shards/features-00000.safetensors", "shards/commit-00002.json", "plan.json"
+    names += "rows/rows-00000.jsonl", "rows/generation-00001.json", "manifest.json"
+    mine = [tmp_path / "out" / f"{name}.tmp-77" for name in names]
+    other = tmp_path / "out" / "shards" / "index-00001.jsonl.tmp-77"
+    for path in (*mine, other):
+        path.write_bytes(b"")
+    assert run(shard_index="0/2").tried == 0 and other.exists()  # it may be written now
+    assert not any(path.exists() for path in mine)
     extract(None, [tmp_path / "images"], tmp_path / "out")
-    assert not unfinished.exists()
+    assert not other.exists()
+
+
+def test_a_plan_is_never_replaced(
+    run: Callable[..., Report], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    start = FeatureWriter.start
+
+    def late(writer: FeatureWriter, plan: Any) -> None:
+        monkeypatch.setattr(FeatureWriter, "start", start)
+        run(out, shard_index="1/2", batch_size=2)  # a machine whose plan this one does not see yet
+        start(writer, plan)
+
+    monkeypatch.setattr(FeatureWriter, "start", late)
+    monkeypatch.setattr(DirectoryLock, "take_plan", lambda *_: None)
+    with pytest.raises(OutputLockedError, match="another process has started"):
+        run(out, shard_index="0/2", batch_size=4)
+    assert open_features(out).plan["batch_size"] == 2
+    assert not list(out.glob("plan.json.tmp*"))
+    assert run(out, shard_index="0/2").ok == 9
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_told(
+    code: int, run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> bytes:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(DirectoryLock, "_call", refused)
+    with pytest.raises(OutputError, match=r"; give one on a file system with locks"):
+        run(shard_index="0/2")

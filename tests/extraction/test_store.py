@@ -283,8 +283,8 @@ def test_after_any_failed_write_the_next_run_completes_the_same_tree(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(*args)
 
-    # the plan, 3 lists, the generation, 3 shards of 3 files, the manifest
-    for fail_at in range(1, 16):
+    # the plan, which is linked, 3 lists, the generation, 3 shards of 3 files, the manifest
+    for fail_at in range(1, 15 if point == "replace" else 16):
         out = tmp_path / f"out{fail_at}"
         calls.clear()
         monkeypatch.setattr(store.os, "fsync" if point == "after" else point, failing)
@@ -297,6 +297,19 @@ def test_after_any_failed_write_the_next_run_completes_the_same_tree(
         assert {name: whole[name] for name in left} == left
         run(out)
         assert tree(out) == whole
+
+
+def test_a_file_system_without_links_gets_the_same_tree(
+    run: Callable[..., Report], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    run()
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_rows_of_a_run_killed_while_listing_are_removed(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from PIL import Image
 from fastbb import AutoBackbone
 from fastbb.cli import main
 from fastbb.extraction import (
+    ErrorBudgetError,
     FeatureExtractor,
     PlanMismatchError,
     Report,
@@ -29,8 +31,9 @@ from fastbb.extraction import (
 )
 from fastbb.extraction.executor import InProcess
 from fastbb.extraction.layout import read_events
-from fastbb.extraction.pool import Ended, Pool, WorkerError
-from fastbb.extraction.ray_workers import RayOptions
+from fastbb.extraction.pool import Ended
+from fastbb.extraction.progress import Progress
+from fastbb.extraction.ray_workers import RayOptions, _room
 from fastbb.extraction.worker import Message, Start
 from fastbb.extraction.workers import Workers
 
@@ -61,6 +64,14 @@ class Fatal(local_workers.LocalWorker):
             os.kill(self._process.pid, signal.SIGKILL)
 
 
+class Late(local_workers.LocalWorker):
+    """A process that seems to end in a shard that it has just committed."""
+
+    def answers(self) -> list[Message | Ended]:
+        answers = super().answers()
+        return [Ended("gone") if a.get("committed") == 1 else a for a in answers]  # pyright: ignore
+
+
 # whole runs
 
 
@@ -82,8 +93,8 @@ def test_workers_give_the_bytes_of_one_process(
     assert (start["workers"], start["torch_threads"], start["decode_threads"]) == (2, 1, 1)
 
 
-@pytest.mark.parametrize(("kind", "n"), [("local", 3), ("ray", 2)])
-def test_killed_workers_lose_and_repeat_nothing(kind: str, n: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "n"), [("local", 3), ("ray", 2), ("shares", 2)])
+def test_killed_processes_lose_and_repeat_nothing(kind: str, n: int, tmp_path: Path) -> None:
     assert Kills(tmp_path, kind, n_images=240).check(n) == []
 
 
@@ -121,6 +132,29 @@ def test_images_of_a_shard_that_ends_every_worker_become_failed_rows(
     assert [(e.row, e.id) for e in crashed] == [(i, f"{i:05d}.png") for i in range(4, 8)]
     assert crashed[0].message == "its shard of 4 images ended 3 workers"
     assert run(workers=1, retry_failed=True).errors == {"unsupported_format": 1}
+
+
+def test_images_of_crashes_count_as_failed(
+    run: Callable[..., Report], images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "00003.png").unlink()  # which is no image
+    monkeypatch.setattr(local_workers, "LocalWorker", Fatal)
+    assert run(workers=1, max_error_rate=0.0).left == 4
+    with pytest.raises(ErrorBudgetError, match="4 of 9 images failed"):
+        run(workers=1, max_error_rate=0.0, record_crashes=True)
+
+
+def test_a_shard_that_its_last_worker_has_committed_is_not_left(
+    run: Callable[..., Report], tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole", workers=1)
+    monkeypatch.setattr(local_workers, "LocalWorker", Late)
+    advanced: list[int] = []
+    monkeypatch.setattr(Progress, "advance", lambda _, n: advanced.append(n))
+    report = run(workers=1)
+    assert (report.rows, report.ok, report.left) == (10, 9, 0)
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert sum(advanced) == 10
 
 
 # ends
@@ -191,48 +225,6 @@ def test_errors_of_workers_are_those_of_one_process(
     assert run(workers=1).tried == 0
 
 
-def test_a_defect_in_a_worker_is_told_with_its_place() -> None:
-    answer: Message = {"error": "Traceback ...\nAssertionError", "exit_code": None}
-    answer["kinds"] = ["AssertionError", "Exception"]
-    with pytest.raises(RuntimeError, match=r"in a worker: Traceback(.|\n)*AssertionError"):
-        Pool(Script([answer])).__enter__()
-
-
-def test_errors_of_a_worker_keep_their_exit_code() -> None:
-    kinds = ["CannotComputeError", "ImportError", "Exception"]
-    answer: Message = {"error": "pip install x", "kinds": kinds, "exit_code": 2}
-    with pytest.raises(ImportError, match="pip install x") as error:
-        Pool(Script([answer])).__enter__()
-    assert vars(error.value)["exit_code"] == 2
-
-
-class Script:
-    """A backend whose workers give the same answers each."""
-
-    min_ready = 1
-
-    def __init__(self, answers: list[Message | Ended]) -> None:
-        self.answers, self.n_started = answers, 0
-        self.starts: Sequence[Start] = [Start("/nowhere", None, {}, None)] * 2
-
-    def start(self) -> Any:
-        self.n_started += 1
-        return type("Worker", (), {"ask": lambda *_: None, "close": lambda _: None})()
-
-    def wait(self, workers: Sequence[Any], timeout_s: float) -> list[tuple[Any, Message | Ended]]:
-        return [(worker, answer) for worker in workers for answer in self.answers]
-
-    def close(self) -> None:
-        pass
-
-
-def test_workers_that_end_while_they_load_the_model_end_the_run() -> None:
-    backend = Script([Ended("process 7 was killed")])
-    with pytest.raises(WorkerError, match="3 workers ended before they had the model: process 7"):
-        Pool(backend).__enter__()
-    assert backend.n_started == 3 and WorkerError.exit_code == 7
-
-
 @pytest.mark.parametrize(
     ("n_rows", "n_parts", "rows"),
     [(10_000, 1, 4096), (10_000, 2, 1248), (10_000, 100, 32), (10, 8, 32), (10**6, 4, 4096)],
@@ -242,13 +234,6 @@ def test_every_process_has_some_shards(n_rows: int, n_parts: int, rows: int, mod
     plan = executor.make_plan("eager", None, n_rows, n_parts)
     assert plan["shard_rows"] == rows
     assert executor.make_plan("eager", 7, n_rows, n_parts)["shard_rows"] == 7
-
-
-def test_the_same_warning_of_several_workers_is_given_once() -> None:
-    ready: Message = {"environment": {"device": "x"}}
-    with pytest.warns(UserWarning, match="hot") as heard:
-        Pool(Script([{"warning": "hot"}, {"warning": "hot"}, ready])).__enter__()
-    assert len(heard) == 1
 
 
 # arguments
@@ -262,6 +247,8 @@ def test_the_same_warning_of_several_workers_is_given_once() -> None:
         ({"workers": 2, "device": "cuda"}, "workers: they are for the CPU; for GPUs give devices"),
         ({"devices": "all", "device": "cuda"}, "devices: it does not go with device"),
         ({"workers": 1, "ray": RayOptions()}, "ray: it does not go with workers"),
+        ({"ray": RayOptions(), "device": "cuda:1"}, "device: with ray wanted 'cpu' or 'cuda'"),
+        ({"record_crashes": True}, "record_crashes: it is for workers"),
         ({"shard_index": "2/2"}, "shard_index: wanted i/n with i from 0 to n - 1"),
         ({"shard_index": "one"}, "shard_index: wanted i/n"),
         ({"shard_index": "0/2", "retry_failed": True}, "retry_failed: it does not go with"),
@@ -293,7 +280,13 @@ def test_devices_are_checked_against_those_of_the_machine(monkeypatch: pytest.Mo
     for given in ("3", "0,0", "", "gpu"):
         with pytest.raises(ValueError, match="devices: wanted 'all' or different ones of 0 to 2"):
             Workers.parse(None, given, None, None)
-    backend = Workers(devices=("cuda:0", "cuda:2")).backend(Start("", None, {}, None), None, print)
+    start = Start("", None, {}, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for plan in ({"device": "cuda"}, None):
+        with pytest.raises(ValueError, match="workers: they are for the CPU, and this would run"):
+            Workers(2).backend(start, plan, print)
+    assert Workers(1).backend(start, {"device": "cpu"}, print).starts
+    backend = Workers(devices=("cuda:0", "cuda:2")).backend(start, None, print)
     assert [(s.device, s.threads, s.n_sharers) for s in backend.starts] == [
         ("cuda:0", None, 2),
         ("cuda:2", None, 2),
@@ -305,7 +298,8 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
 
     def starts(n: int, plan: dict[str, Any] | None) -> list[int | None]:
-        backend = Workers(n).backend(Start("", None, {}, None), plan, said.append)
+        start = Start("", None, {"device": "cpu"}, None)
+        backend = Workers(n).backend(start, plan, said.append)
         return [start.threads for start in backend.starts]
 
     assert starts(3, None) == [2, 2, 2] and starts(4, {"threads": 2}) == [2] * 4 and not said
@@ -314,6 +308,29 @@ def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
         "2 instead of 4 workers: the plan gives each 3 torch threads, and there are 8 cores"
     ]
     assert starts(2, {"threads": 16}) == [16]  # one worker runs anywhere
+
+
+def test_room_for_workers_is_counted_as_ray_counts() -> None:
+    for part, n in ((0.1, 10), (0.2, 5), (0.3, 3), (0.5, 2), (1, 1), (2, 0)):
+        node = {"CPU": 64.0, "GPU": 1.0}
+        assert _room(node, {"num_cpus": 1, "num_gpus": part}) == n
+    assert _room({"CPU": 5.0}, {"num_cpus": 2, "num_gpus": 0}) == 2
+    assert _room({"CPU": 5.0}, {"num_cpus": 1, "num_gpus": 1}) == 0
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "n_there"), [("cuda", None, 0), ("cpu", 1, 4), ("cuda", 0, 4)]
+)
+def test_a_device_that_workers_of_ray_do_not_get_is_refused(
+    device: str, gpus: float | None, n_there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = {"CPU": 8.0, "GPU": float(n_there)}
+    ray = SimpleNamespace(is_initialized=lambda: True, cluster_resources=lambda: resources)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    start = Start("", None, {"device": device}, None)
+    options = RayOptions(num_gpus_per_worker=gpus)
+    with pytest.raises(ValueError, match=f"device '{device}' does not go with . GPUs for each"):
+        Workers(ray=options).backend(start, None, print)
 
 
 def test_options_of_ray_need_ray(images: Path) -> None:

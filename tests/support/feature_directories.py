@@ -117,7 +117,8 @@ class Directory:
     @contextmanager
     def open(self) -> Iterator[FeatureWriter]:
         with FeatureWriter(self.path) as writer:
-            writer.start(make_plan(self.outputs, self.shard_rows))
+            if not writer.plan:
+                writer.start(make_plan(self.outputs, self.shard_rows))
             yield writer
 
     def commit(self, writer: FeatureWriter, shard: Shard) -> dict[str, Any]:
