@@ -8,6 +8,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from .ways import compiles
 
 MAX_PLANS = 256  # shapes that are remembered
 _flags_lock = threading.RLock()
+_TRAINING = attrgetter("training")
 
 
 class Engine:
@@ -106,11 +108,13 @@ class Engine:
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Computes the feature maps of checked pixels [B, C, H, W]."""
         self._follow_outputs()
-        if self._why_plain(pixel_values) is not None:
+        plan = None if is_tracing() else self._current_plan(pixel_values)
+        if self._why_plain(pixel_values, plan is not None) is not None:
             return self._computation.feature_maps(pixel_values)
-        plan = self._plan(pixel_values)
-        if plan.way.is_baked and not self._is_current():
-            plan = self._after_change() or self._plan(pixel_values)
+        if plan is None:
+            plan = self._plan(pixel_values)
+            if plan.way.is_baked and not self._is_current():
+                plan = self._after_change() or self._plan(pixel_values)
         try:
             return self.in_precision(plan.way.run, pixel_values)
         except Exception as error:
@@ -172,25 +176,22 @@ class Engine:
 
     # --- why nothing but the computation's own forward may run
 
-    def _why_plain(self, pixel_values: Tensor) -> str | None:
+    def _why_plain(self, pixel_values: Tensor, has_plan: bool = False) -> str | None:
+        """Returns why only the computation's own forward may run, or None.
+
+        Args:
+            pixel_values: [B, C, H, W].
+            has_plan: whether there is a `_current_plan`, so that modules need no look.
+        """
         if is_tracing():
             return "inside a graph that is being recorded"
-        module = self._computation.module
-        if self._modules is None or self._last_layer is not untraced.last_layer:
-            last_layer, modules = untraced.last_layer, list(module.modules())
-            follow_layers(modules)
-            # of a host, `accelerate` knows which hooks only look
-            layers = modules[1:] if isinstance(module, Backbone) else []
-            self._layers = list(map(vars, layers))
-            self._last_layer, self._modules = last_layer, modules  # last: other threads ask it
-        if self._has_hooks:  # measuring would call them, and compiled code might not
-            reason = "layers have hooks, which only run where it runs eager"
-            is_slower = self.settings.mode != "auto" or self._has_compiled
-            return (self._warn_once if is_slower else self._note)("hooks", reason)
-        if any(part.training for part in self._modules or ()):
-            return self._note("training", "in training mode: call .eval()")
+        if not has_plan and (reason := self._why_plain_modules()):
+            return reason
+        if self._layers and _has_any_global_hook():
+            return self._hooked()
         if torch.is_autocast_enabled(pixel_values.device.type):
             return self._note("autocast", "under torch.autocast, which chooses dtypes itself")
+        module = self._computation.module
         if torch.is_grad_enabled() and (
             pixel_values.requires_grad or any(p.requires_grad for p in module.parameters())
         ):
@@ -201,13 +202,26 @@ class Engine:
             )
         return None
 
-    @property
-    def _has_hooks(self) -> bool:
-        if not self._layers:
-            return False
+    def _why_plain_modules(self) -> str | None:
+        """As `_why_plain`, of what the modules say."""
+        module = self._computation.module
+        if self._modules is None or self._last_layer is not untraced.last_layer:
+            last_layer, modules = untraced.last_layer, list(module.modules())
+            follow_layers(modules)
+            # of a host, `accelerate` knows which hooks only look
+            layers = modules[1:] if isinstance(module, Backbone) else []
+            self._layers = list(map(vars, layers))
+            self._last_layer, self._modules = last_layer, modules  # last: other threads ask it
         if has_hooks(self._layers) and not all(map(is_capturing, hooks_in(self._layers))):
-            return True
-        return bool(_has_any_global_hook())
+            return self._hooked()
+        if any(map(_TRAINING, self._modules or ())):
+            return self._note("training", "in training mode: call .eval()")
+        return None
+
+    def _hooked(self) -> str:  # measuring would call them, and compiled code might not
+        reason = "layers have hooks, which only run where it runs eager"
+        is_slower = self.settings.mode != "auto" or self._has_compiled
+        return (self._warn_once if is_slower else self._note)("hooks", reason)
 
     def _note(self, topic: str, reason: str) -> str:
         self._notes[topic] = reason
@@ -260,6 +274,14 @@ class Engine:
         return self._chooser is not None and self._chooser.ways.has_artefact()
 
     # --- what to run
+
+    def _current_plan(self, pixel_values: Tensor) -> Plan | None:
+        """The baked plan of this shape, if modules are as they were when it was made."""
+        plan, stamp = self._plans.get(tuple(pixel_values.shape)), self._stamp
+        if plan is None or plan.n_left is not None or not plan.way.is_baked:
+            return None
+        # of all that is in memory, a call finds only little in the caches: modules are read once
+        return plan if stamp is not None and stamp.is_plain and stamp.is_current() else None
 
     def _plan(self, pixel_values: Tensor) -> Plan:
         """Returns the plan for this shape; made once, and again when the shape is frequent."""

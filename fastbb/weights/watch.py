@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator
 from ctypes import c_char
 from functools import partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -167,6 +167,7 @@ def is_observed(module: nn.Module) -> bool:
 
 # read anew each time: programs clear hooks by new dictionaries
 _hooks_of = itemgetter(*_HOOKS)
+_TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
 
 
 def has_hooks(attributes: Iterable[dict[str, Any]]) -> bool:
@@ -202,7 +203,8 @@ class ModuleStructure:
     def __init__(self, module: nn.Module) -> None:
         self.modules = list(module.modules())
         # comparing the dictionaries of modules costs less than walking the tree
-        self._layers = [(m._modules, dict(m._modules)) for m in self.modules]
+        self._layers = [m._modules for m in self.modules]
+        self._layers_then = list(map(dict, self._layers))
         self._classes = list(map(type, self.modules))
         self._inside = self.modules[1:]
         self._attributes = [vars(m) for m in self._inside]
@@ -215,13 +217,12 @@ class ModuleStructure:
 
     def trains(self) -> bool:
         """Whether any module is in training mode."""
-        return any(m.training for m in self.modules)
+        return any(map(_TRAINING, self.modules))
 
     def is_intact(self) -> bool:
         """Whether every layer has its place and its class as before."""
-        return list(map(type, self.modules)) == self._classes and all(
-            now == then for now, then in self._layers
-        )
+        is_same_class = list(map(type, self.modules)) == self._classes
+        return is_same_class and self._layers == self._layers_then
 
     def hooks(self) -> list[Any]:
         """The hooks of the layers inside the module."""
@@ -333,6 +334,9 @@ class ModuleStamp:
 
     Args:
         module: is watched with all modules inside it.
+
+    Attributes:
+        is_plain: whether no module was in training mode, and no layer had hooks.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -343,8 +347,10 @@ class ModuleStamp:
             hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         self._hook_ids = self._read_hooks()
-        self._owners = [(d, dict(d)) for m in modules for d in (m._parameters, m._buffers) if d]
-        self._tensors = [t for _, own in self._owners for t in own.values() if t is not None]
+        self.is_plain = not (self._structure.trains() or self._structure.hooks())
+        self._owners = [d for m in modules for d in (m._parameters, m._buffers) if d]
+        self._owned = self._read_owned()
+        self._tensors = [tensor for tensor in self._owned if tensor is not None]
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._addresses, self._versions = self._read()
         self._ids = {id(tensor) for tensor in self._tensors}
@@ -361,10 +367,7 @@ class ModuleStamp:
             and self._read_hooks() == self._hook_ids
             and self._read_modes() == self._modes
             and self._structure.is_intact()
-            and all(
-                len(now) == len(then) and all(map(operator.is_, now.values(), then.values()))
-                for now, then in self._owners
-            )
+            and self._owns_the_same()
             and self._read() == (self._addresses, self._versions)
             and self._settings.change() is None
             and self._statistics.are_current()
@@ -374,9 +377,16 @@ class ModuleStamp:
         """Makes the record out of date if it has one of these tensors, which were written."""
         self._is_written = self._is_written or any(id(tensor) in self._ids for tensor in tensors)
 
+    def _read_owned(self) -> list[Tensor | None]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._owners)))
+
+    def _owns_the_same(self) -> bool:
+        owned = self._read_owned()
+        return len(owned) == len(self._owned) and all(map(operator.is_, owned, self._owned))
+
     def _read(self) -> tuple[list[int], list[int]]:
         # a new dtype or device gives a new address
-        return [t.data_ptr() for t in self._tensors], [t._version for t in self._versioned]
+        return list(map(Tensor.data_ptr, self._tensors)), list(map(_VERSION, self._versioned))
 
     def _read_modes(self) -> list[Any]:
         """The mode of each module, and the forward that is set on its instance."""

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim import AdamW
 from weight_changes import WEIGHT_CHANGES, load, optimizer_step, replace_data, scale_
 
+from fastbb.engine.engine import Engine
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning
 from fastbb.weights.derived import derive, holding_derived
@@ -384,3 +385,13 @@ def test_holding_derived_collects_the_values_in_use() -> None:
     use()
     assert [one is value for (one,) in held] == [True, True]
     assert [one is value for (one,) in inner] == [True]
+
+
+def test_a_call_reads_the_modules_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepare(resnet(), mode="compile", example=PIXELS)
+    stamp, engine = ModuleStamp.is_current, Engine._why_plain_modules
+    read: list[str] = []
+    monkeypatch.setattr(ModuleStamp, "is_current", lambda s: read.append("all") or stamp(s))
+    monkeypatch.setattr(Engine, "_why_plain_modules", lambda e: read.append("few") or engine(e))
+    maps_of(model)
+    assert read == ["all"]

@@ -1,4 +1,4 @@
-"""`ModuleSettings`, and the measurement that decides between two forwards."""
+"""`ModuleSettings`, `ModuleStamp`, and the measurement that decides between two forwards."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastbb.engine import measuring
-from fastbb.weights.watch import ModuleSettings
+from fastbb.weights.watch import ModuleSettings, ModuleStamp
 
 
 class Odd(nn.Module):
@@ -87,3 +87,28 @@ def test_comparison_that_ours_loses_is_measured_twice() -> None:
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio >= 1.03  # a tie of halves
     stalled = Seconds(*[20.0] * (measuring.MIN_PAIRS - 1), 1.0)
     assert measuring.compare(stalled, Seconds(1.2), tie=0.03).ratio < 1
+
+
+def test_a_stamp_says_whether_layers_trained_or_had_hooks() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout()).eval()
+    assert ModuleStamp(model).is_plain
+    model[1].train()
+    assert not ModuleStamp(model).is_plain
+    model.eval()
+    handle = model[0].register_forward_hook(lambda *_: None)
+    stamp = ModuleStamp(model)
+    assert not stamp.is_plain and stamp.is_current()
+    handle.remove()
+    assert not stamp.is_current() and ModuleStamp(model).is_plain
+
+
+def test_a_tensor_in_another_place_is_a_change() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).eval()
+    stamp = ModuleStamp(model)
+    first, second = model[0].weight, model[1].weight
+    model[0].weight, model[1].weight = second, first
+    assert not stamp.is_current()
+    model[0].weight, model[1].weight = first, second
+    assert stamp.is_current()
+    model[1].bias = None
+    assert not stamp.is_current()
