@@ -29,8 +29,12 @@ QUICK_TESTS := $(addprefix tests/,test_layering.py test_places.py cli/test_cli.p
 demo: .venv/.demo
 	$(BIN)/python scripts/demo.py
 
+# tests of signals send them to their own process, and have one of their own
+SIGNAL_TESTS = tests/extraction/test_interruption.py
+
 test: check
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 -q --ignore $(SIGNAL_TESTS)
+	$(BIN)/python -m pytest -q $(SIGNAL_TESTS)
 	PYTHONPATH=tests/support $(BIN)/python -m pytest -n 2 -q -p block_transformers $(CORE_TESTS)
 
 test-quick: .venv/.dev
