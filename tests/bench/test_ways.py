@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from openvino_settings import recorded_settings
 from safetensors.torch import load_file
 
 from fastbb import AutoBackbone, ResNetConfig, SwinConfig
@@ -209,15 +210,7 @@ def test_software_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
 def test_openvino_has_the_threads_of_torch_and_pins_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library: Any = pytest.importorskip("openvino")
-    seen: list[dict[str, Any]] = []
-
-    class Core(library.Core):
-        def compile_model(self, model: Any, device: Any, config: Any) -> Any:
-            seen.append(config)
-            return super().compile_model(model, device, config)
-
-    monkeypatch.setattr(library, "Core", Core)
+    seen = recorded_settings(monkeypatch)
     one = subject(RESNET, tmp_path, against=("openvino",))
     (spec,) = (s for s in one.ways("fp32", 1, tmp_path / "cell") if "OpenVINO" in s.name)
     runner = make_runner(spec.spec)

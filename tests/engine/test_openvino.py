@@ -13,6 +13,7 @@ import pytest
 import torch
 from convnext_models import hf_convnext
 from engine_rig import PIXELS, assert_right
+from openvino_settings import recorded_settings
 from pretended_device import MANY, Compiler, Device, explained, no_warning, only_row
 from reference_models import Pair, hf_pair, hf_resnet, hf_swin, images, randomize_
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
@@ -123,14 +124,7 @@ def test_threads_compute_their_own_maps(one: Pair) -> None:
 def test_torch_decides_the_number_of_threads_and_none_is_pinned(
     one: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Any]] = []
-
-    class Core(library.Core):
-        def compile_model(self, model: Any, device: Any, config: Any) -> Any:
-            seen.append(config)
-            return super().compile_model(model, device, config)
-
-    monkeypatch.setattr(library, "Core", Core)
+    seen = recorded_settings(monkeypatch)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
