@@ -8,7 +8,6 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from ..weights.watch import (
     has_hooks,
     hooks_in,
     is_capturing,
+    is_training,
     statistics_note,
     untraced,
 )
@@ -39,7 +39,6 @@ from .ways import compiles
 
 MAX_PLANS = 256  # shapes that are remembered
 _flags_lock = threading.RLock()
-_TRAINING = attrgetter("training")
 
 
 class Engine:
@@ -214,7 +213,7 @@ class Engine:
             self._last_layer, self._modules = last_layer, modules  # last: other threads ask it
         if has_hooks(self._layers) and not all(map(is_capturing, hooks_in(self._layers))):
             return self._hooked()
-        if any(map(_TRAINING, self._modules or ())):
+        if any(map(is_training, self._modules or ())):
             return self._note("training", "in training mode: call .eval()")
         return None
 

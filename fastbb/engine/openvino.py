@@ -255,6 +255,7 @@ class _CompiledModel:
 
     def __init__(self, core: Any, model: Any, example: Tensor) -> None:
         self._core, self._model, self._precision = core, model, _PRECISIONS[example.dtype]
+        self._library = openvino_library()
         self._settings = {
             "INFERENCE_PRECISION_HINT": self._precision,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -307,17 +308,16 @@ class _CompiledModel:
         with openvino_errors():
             # made in some 10 us, and lets go of the tensors when the call is over
             request = compiled.create_infer_request()
-            request.set_input_tensor(_shared(pixels))
+            request.set_input_tensor(self._shared(pixels))
             for index, one in enumerate(maps):
-                request.set_output_tensor(index, _shared(one))
+                request.set_output_tensor(index, self._shared(one))
             request.infer()
         return maps
 
-
-def _shared(tensor: Tensor) -> Any:
-    """OpenVINO's tensor over the memory of a contiguous one."""
-    openvino = openvino_library()
-    if tensor.dtype == torch.bfloat16:  # which numpy has not
-        bits = tensor.view(torch.int16).numpy()
-        return openvino.Tensor(bits, list(tensor.shape), openvino.Type.bf16)
-    return openvino.Tensor(tensor.numpy(), shared_memory=True)
+    def _shared(self, tensor: Tensor) -> Any:
+        """OpenVINO's tensor over the memory of a contiguous one."""
+        openvino = self._library
+        if tensor.dtype == torch.bfloat16:  # which numpy has not
+            bits = tensor.view(torch.int16).numpy()
+            return openvino.Tensor(bits, list(tensor.shape), openvino.Type.bf16)
+        return openvino.Tensor(tensor.numpy(), shared_memory=True)

@@ -23,7 +23,7 @@ from .store import FeatureWriter
 from .worker import Message, Start
 
 MAX_TRIES = 3
-_OTHER_DEVICES = "workers run on {}: features of different devices may differ in their last bits"
+DEVICES_DIFFER = "features of different devices may differ in their last bits"
 _POLL_S = 0.5
 _SAY_S = 30.0
 # errors that a worker may answer with, and that mean the same in this process
@@ -270,7 +270,7 @@ class Pool:
             self._environment = self._environment or answer["environment"]
             devices = {worker["device"] for worker in (self._environment, answer["environment"])}
             if len(devices) > 1:
-                self._warn(_OTHER_DEVICES.format(" and ".join(sorted(devices))))
+                self._warn(f"workers run on {' and '.join(sorted(devices))}: {DEVICES_DIFFER}")
             place.is_ready, place.n_failed_starts = True, 0
         elif "rows" in answer:
             assert place.shard is not None

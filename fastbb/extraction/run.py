@@ -24,7 +24,7 @@ from .layout import (
 )
 from .listing import Listing
 from .pipeline import FeatureBatch
-from .pool import MAX_TRIES
+from .pool import DEVICES_DIFFER, MAX_TRIES
 from .progress import Progress
 from .shards import Committed, Computed, Lost, shard_content
 from .sources import InputError, Source, first_few
@@ -319,7 +319,7 @@ class Run:
         if others:
             warn_caller(
                 f"this run is on {device}, an earlier one of {self.writer.directory} was on "
-                f"{', '.join(others)}: features of different devices may differ in their last bits"
+                f"{', '.join(others)}: {DEVICES_DIFFER}"
             )
 
     def _append_retry(self) -> set[int]:

@@ -167,7 +167,8 @@ def is_observed(module: nn.Module) -> bool:
 
 # read anew each time: programs clear hooks by new dictionaries
 _hooks_of = itemgetter(*_HOOKS)
-_TRAINING, _VERSION = attrgetter("training"), attrgetter("_version")
+# of a module, and of a tensor
+is_training, _VERSION = attrgetter("training"), attrgetter("_version")
 
 
 def has_hooks(attributes: Iterable[dict[str, Any]]) -> bool:
@@ -217,7 +218,7 @@ class ModuleStructure:
 
     def trains(self) -> bool:
         """Whether any module is in training mode."""
-        return any(map(_TRAINING, self.modules))
+        return any(map(is_training, self.modules))
 
     def is_intact(self) -> bool:
         """Whether every layer has its place and its class as before."""
