@@ -1,6 +1,5 @@
 """Chooses the way to run one shape of input: the one of the mode, or the measured fastest."""
 
-import gc
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastbb_kernels.heap import release_freed_memory
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 from fastbb_kernels.warning import warn_caller
@@ -193,7 +193,7 @@ class Chooser:
         """Frees what the comparison needed, beside the maps, if OpenVINO runs; returns the plan."""
         if plan.way.name == OPENVINO:
             forget_derived(self._computation.module)
-            gc.collect()  # the copy in float64
+            release_freed_memory()
         return plan
 
     def _way(self, name: str, pixels: Tensor, truth: Callable[[], Truth]) -> Way:

@@ -1,6 +1,5 @@
 """OpenVINO on a CPU: converts a whole backbone for one size of images, and runs any batch of it."""
 
-import gc
 import hashlib
 import os
 import threading
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbb_kernels import use_impl
+from fastbb_kernels.heap import release_freed_memory
 from fastbb_kernels.result_cache import user_cache
 
 from ..backbone.base import Backbone
@@ -160,7 +160,7 @@ def _kept(core: Any, model: Any, key: str, example: Tensor, files: ModelFiles) -
     if folder is not None:
         with suppress(Exception):  # another process may have removed it
             model = core.read_model(folder / _FILE)
-    gc.collect()  # torch's graphs, with copies of the weights, hold each other
+    release_freed_memory()  # of torch's graph, with copies of the weights
     return model
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastbb_kernels import use_impl
 from fastbb_kernels.accuracy import accuracy_problem, allowed_rel
+from fastbb_kernels.heap import release_freed_memory
 
 from ..weights.folded_model import unfold
 from .computation import Computation
@@ -39,13 +40,10 @@ class Truth:
         rows = sorted({*range(batch)[:N_CHECKED], *range(batch)[-N_CHECKED:]})
         pixels = pixel_values[rows]
         with use_impl("eager"):
+            exact = _exact(computation, pixels)
+            if pixels.device.type == "cpu":
+                release_freed_memory()
             eager = computation.feature_maps(pixels)
-            wide = computation.copied()  # in float64: not before eager's memory is free again
-            try:
-                wide.module.double()
-                exact = wide.feature_maps(pixels.double())
-            finally:
-                unfold(wide.module)  # forwards that are bound on it would keep the copy alive
         return cls(eager, exact, rows, computation.exactness)
 
     def problem(self, maps: Sequence[Tensor]) -> str | None:
@@ -64,3 +62,15 @@ class Truth:
             if problem is not None:
                 return f"map {index} is wrong: {problem}"
         return None
+
+
+# tensors derived from weights that were made in inference mode are not kept
+@torch.inference_mode()
+def _exact(computation: Computation, pixels: Tensor) -> tuple[Tensor, ...]:
+    """Maps in float64, of a copy whose memory is free again afterwards."""
+    wide = computation.copied()
+    try:
+        wide.module.double()
+        return wide.feature_maps(pixels.double())
+    finally:
+        unfold(wide.module)  # forwards that are bound on it would keep the copy alive

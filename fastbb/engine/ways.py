@@ -1,6 +1,5 @@
 """Ways to run a computation: op by op, compiled, by OpenVINO, replayed as a CUDA graph."""
 
-import gc
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from fastbb_kernels import Impl, use_impl
 from fastbb_kernels._dispatch import gpu_unsupported, launches_on
-from fastbb_kernels.heap import KEPT_BYTES
+from fastbb_kernels.heap import KEPT_BYTES, release_freed_memory
 
 from ..weights.derived import forget_derived
 from ..weights.watch import ModuleStamp
@@ -223,7 +222,7 @@ class Ways:
         """The truth, of which only the maps are kept, so that its memory is free to convert in."""
         expected = truth()
         forget_derived(self._computation.module)
-        gc.collect()  # the copy in float64
+        release_freed_memory()
         return expected
 
     def _compile_first(self, name: str, pixel_values: Tensor, expected: Truth | None) -> _Artefact:
