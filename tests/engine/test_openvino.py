@@ -69,6 +69,26 @@ def test_maps_equal_upstream_for_every_batch(family: str, size: tuple[int, int])
     assert row.runs == "eager" and f"openvino was converted for {own} images" in row.why
 
 
+@pytest.mark.parametrize("family", ["swin", "convnext"])
+@torch.no_grad()
+def test_layer_norms_of_maps_run_in_one_pass(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO has a kernel for layer norms of tokens only, and maps are given to it as tokens."""
+    compiled: list[Any] = []
+    of_batch = openvino._CompiledModel._for_batch
+
+    def recorded(self: Any, batch: int) -> Any:
+        compiled.append(of_batch(self, batch))
+        return compiled[-1]
+
+    monkeypatch.setattr(openvino._CompiledModel, "_for_batch", recorded)
+    pair = hf_pair(FAMILIES[family]())
+    pair.ours.prepare("openvino", example=PIXELS)
+    kinds = [
+        op.get_rt_info()["layerType"].value for op in compiled[0].get_runtime_model().get_ops()
+    ]
+    assert "MVN" in kinds and not {"Reduce", "RMS"} & set(kinds)
+
+
 @torch.no_grad()
 def test_bf16_is_as_accurate_as_eager_bf16(one: Pair) -> None:
     backbone = one.ours.prepare("openvino", "bf16", example=PIXELS)
