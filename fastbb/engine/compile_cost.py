@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -22,16 +23,39 @@ from .trial import Run
 logger = logging.getLogger(__name__)
 
 ANNOUNCED_AFTER_S = 3.0
-# of a model that was not compiled on this machine yet (Swin-T and ResNet-50, 2 cores of a CPU)
-USUAL_COMPILE_S = 90.0
-USUAL_GAIN = 0.15  # share of the time of a forward pass
-USUAL_OPENVINO_S = 6.0
-USUAL_OPENVINO_GAIN = 0.2
-_NOBODY_SAID = {
-    "compile": "compiling takes a minute or more: say expected_images=, or mode='compile'",
-    OPENVINO: "converting takes seconds: say expected_images=, or mode='openvino'",
+
+
+class Usual(NamedTuple):
+    """What is usual of ways that a compiler or a converter builds.
+
+    Attributes:
+        seconds: to build, of a model that was not built on this machine yet (Swin-T and
+            ResNet-50, 2 cores of a CPU).
+        gain: share of the time of a forward pass.
+        verb: what takes these seconds.
+        nobody_said: why it is not tried where nobody said how many images come.
+    """
+
+    seconds: float
+    gain: float
+    verb: str
+    nobody_said: str
+
+
+USUAL = {
+    "compile": Usual(
+        90.0,
+        0.15,
+        "compiling",
+        "compiling takes a minute or more: say expected_images=, or mode='compile'",
+    ),
+    OPENVINO: Usual(
+        6.0,
+        0.2,
+        "converting for OpenVINO",
+        "converting takes seconds: say expected_images=, or mode='openvino'",
+    ),
 }
-_VERBS = {"compile": "compiling", OPENVINO: "converting for OpenVINO"}
 
 
 @contextmanager
@@ -83,8 +107,7 @@ class CompileCost:
     def compile_s(self, name: str) -> float:
         """Seconds that a way takes to build: of this model on this machine, if measured."""
         measured = self._measured_s(name)
-        usual = USUAL_OPENVINO_S if name == OPENVINO else USUAL_COMPILE_S
-        return usual if measured is None else measured
+        return USUAL[_kind(name)].seconds if measured is None else measured
 
     def _measured_s(self, name: str) -> float | None:
         measured = self._cache.get(f"{_kind(name)}_s", self._key)
@@ -103,7 +126,7 @@ class CompileCost:
         """
         measured = self._measured_s(name)
         usual = "it may take minutes" if measured is None else f"{duration(measured)} the last time"
-        with _announced(f"fastbb: {_VERBS[_kind(name)]} {what} ({usual})"):
+        with _announced(f"fastbb: {USUAL[_kind(name)].verb} {what} ({usual})"):
             started = time.perf_counter()
             yield lambda: self.record(name, time.perf_counter() - started)
 
@@ -131,19 +154,19 @@ class CompileCost:
         return self._first_s_per_pixel * self._saved_pixels(name, pixel_values)
 
     def _saved_pixels(self, name: str, pixel_values: Tensor) -> float:
-        gain = USUAL_OPENVINO_GAIN if name == OPENVINO else USUAL_GAIN
-        return pixel_values.shape[2:].numel() * (self._expected or 0) * gain
+        n_pixels = pixel_values.shape[2:].numel() * (self._expected or 0)
+        return n_pixels * USUAL[_kind(name)].gain
 
     def why_not(self, name: str, pixel_values: Tensor) -> str | None:
         """The reason why building a way for this size does not pay, or None if it does."""
         if self._expected is None:
-            return _NOBODY_SAID[_kind(name)]
+            return USUAL[_kind(name)].nobody_said
         return self._compared(name, self.saved_s(name, pixel_values))
 
     def why_not_measured(self, name: str, saved_s_per_image: float) -> str | None:
         """Does the same as `why_not`, with the measured seconds saved on an image."""
         if self._expected is None:
-            return _NOBODY_SAID[_kind(name)]
+            return USUAL[_kind(name)].nobody_said
         return self._compared(name, saved_s_per_image * self._expected)
 
     def wasted(self, name: str, pixel_values: Tensor) -> str | None:
@@ -158,10 +181,8 @@ class CompileCost:
     def _compared(self, name: str, saved_s: float) -> str | None:
         if saved_s >= self.compile_s(name):
             return None
-        return (
-            f"{_VERBS[_kind(name)]} takes about {duration(self.compile_s(name))} and would save "
-            f"about {duration(saved_s)} on {self._expected} images"
-        )
+        takes = f"{USUAL[_kind(name)].verb} takes about {duration(self.compile_s(name))}"
+        return f"{takes} and would save about {duration(saved_s)} on {self._expected} images"
 
     def _time(self, pixel_values: Tensor) -> Callable[[], float]:
         run = self._plain(pixel_values)

@@ -10,6 +10,7 @@ from engine_rig import PIXELS, WIDE, EngineRig
 from pretended_device import (
     MANY,
     baked,
+    compiling_takes,
     explained,
     gpu,
     no_warning,
@@ -17,7 +18,7 @@ from pretended_device import (
 )
 from reference_models import images
 
-from fastbb.engine import choose, compile_cost, engine
+from fastbb.engine import choose, engine
 from fastbb.engine.settings import EngineWarning
 from fastbb.engine.trial import Run
 
@@ -30,8 +31,7 @@ ENOUGH = round(COMPILE_S / COMPILE_GAIN / CALL_S) + 1  # images like ONE that ma
 @pytest.fixture
 def rig(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> EngineRig:
     """A rig: compiled calls are a tenth faster than eager, compiling takes about 90 s."""
-    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", COMPILE_S)
-    monkeypatch.setattr(compile_cost, "USUAL_GAIN", COMPILE_GAIN)
+    compiling_takes(monkeypatch, COMPILE_S, COMPILE_GAIN)
     rig.device.own_s = CALL_S
     rig.compiler.device, rig.compiler.seconds = rig.device, 0.9 * CALL_S
     return rig

@@ -14,14 +14,22 @@ import torch
 from convnext_models import hf_convnext
 from engine_rig import PIXELS, assert_right
 from openvino_settings import recorded_settings
-from pretended_device import MANY, Compiler, Device, explained, no_warning, only_row
+from pretended_device import (
+    MANY,
+    Compiler,
+    Device,
+    compiling_takes,
+    explained,
+    no_warning,
+    only_row,
+)
 from reference_models import Pair, hf_pair, hf_resnet, hf_swin, images, randomize_
 from tolerance import assert_as_accurate_as_eager, assert_equals_upstream
 from vit_models import upstream_class, vit_config
 from weight_changes import scale_
 
 from fastbb import AutoBackbone, accelerate
-from fastbb.engine import compile_cost, openvino, ways
+from fastbb.engine import openvino, ways
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import EngineWarning, Settings
 from fastbb.weights.derived import derived_bytes
@@ -274,7 +282,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         return found._replace(run=lambda x: (found.run(x), device.say(0.1))[0])
 
     monkeypatch.setattr("fastbb.engine.ways.openvino_maps", timed)
-    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", 1e9)
+    compiling_takes(monkeypatch, 1e9)
     return device
 
 
@@ -300,7 +308,7 @@ def test_what_lost_does_not_stay_in_memory(
     one: Pair, tmp_path: Path, device: Device, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Converting takes more than the time for measuring, and compiling is tried all the same."""
-    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", 1.0)
+    compiling_takes(monkeypatch, 1.0)
     monkeypatch.setattr(openvino, "openvino_version", lambda: "2026.4")
     monkeypatch.setattr("fastbb.engine.choose.openvino_version", lambda: "2026.4")
     maps = ways.openvino_maps
@@ -346,7 +354,7 @@ def test_auto_does_not_convert_for_few_images(
 def test_a_measured_choice_is_remembered_for_its_version_only(
     one: Pair, tmp_path: Path, device: Device, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compile_cost, "USUAL_COMPILE_S", 1.0)
+    compiling_takes(monkeypatch, 1.0)
     for version, is_known in (("2026.4", False), ("2026.4", True), ("2027.0", False)):
         monkeypatch.setattr(openvino, "openvino_version", lambda version=version: version)
         monkeypatch.setattr("fastbb.engine.choose.openvino_version", openvino.openvino_version)

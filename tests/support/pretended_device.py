@@ -13,6 +13,7 @@ from broken_kernels import MACHINE, correct, launching
 from torch import Tensor
 
 from fastbb.backbone.base import Backbone
+from fastbb.engine import compile_cost
 from fastbb.engine.computation import BackboneMaps, Computation
 from fastbb.engine.explanation import Explanation, Row
 from fastbb.engine.settings import Tools
@@ -164,3 +165,9 @@ def no_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def compiling_takes(monkeypatch: pytest.MonkeyPatch, seconds: float, gain: float = 0.15) -> None:
+    """Sets the seconds that compiling is said to take, and the share of time that it saves."""
+    usual = compile_cost.USUAL["compile"]._replace(seconds=seconds, gain=gain)
+    monkeypatch.setitem(compile_cost.USUAL, "compile", usual)
