@@ -153,11 +153,12 @@ def _found(core: Any, key: str, files: ModelFiles) -> Any | None:
 
 
 def _kept(core: Any, model: Any, key: str, example: Tensor, files: ModelFiles) -> Any:
-    """Keeps a model, and returns it with weights that are mapped from the file if possible."""
+    """Keeps a model, and returns it; copies of weights give way to those of the file."""
     if model.input(0).partial_shape[0].is_static:
         key = _key_of_batch(key, example)
     folder = files.keep(key, lambda new: _save(model, new))
-    if folder is not None:
+    # weights in fp32 share the memory of the module's
+    if folder is not None and example.dtype != torch.float32:
         with suppress(Exception):  # another process may have removed it
             model = core.read_model(folder / _FILE)
     release_freed_memory()  # of torch's graph, with copies of the weights
