@@ -80,9 +80,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ConvNeXt-T": {"model_type": "convnext", **CONVNEXT_T},
     "ConvNeXtV2-T": {"model_type": "convnextv2", **CONVNEXT_T},
 }
-BACKBONES = (
-    "Swin-T ResNet-50 --random-weights --out-indices 1,2,3,4 --batch 1,8 --precision fp32,bf16 "
-    "--mode eager,compile --against timm,compile,openvino,onnxruntime --budget 1800"
+BACKBONES = tuple(
+    f"{models} --random-weights --batch 1,8 --precision fp32,bf16 --mode eager,compile,openvino "
+    "--against timm,compile,openvino,onnxruntime --budget 2000"
+    for models in ("Swin-T ResNet-50 --out-indices 1,2,3,4", "DINOv2-S ConvNeXt-T")
 )
 FAMILIES = (
     "DINOv2-S DINOv3-S BEiT-B ConvNeXt-T ConvNeXtV2-T --random-weights --batch 1,8 "
@@ -101,7 +102,7 @@ HOSTS = (
 # columns of the README, as the bench names them
 README_WAYS = (
     *("transformers eager", "fastbb eager", "transformers compiled", "timm compiled"),
-    *("fastbb compile", "OpenVINO", "ONNX Runtime"),
+    *("fastbb compile", "fastbb openvino", "OpenVINO", "ONNX Runtime"),
 )
 # name of the model, (height, width) and batch, by title in the table
 COUNTED: dict[str, tuple[str, tuple[int, int], int]] = {
@@ -141,22 +142,34 @@ def bench(options: str, folder: Path) -> Results:
         return replace(Results.read(path), command=f"fastbb bench {options}")
 
 
+def merged(parts: Sequence[Results], title: str) -> Results:
+    """One result of several commands, with a note that names all but the first."""
+    cells = [cell for part in parts for cell in part.cells]
+    notes = [note for part in parts for note in part.notes]
+    others = ", ".join(f"`{part.command}`" for part in parts[1:])
+    return replace(parts[0], cells=cells, notes=[*notes, f"{title}: {others}."])
+
+
+def measure_backbones(folder: Path) -> Results:
+    """Measures the backbones of the README beside all engines."""
+    return merged([bench(options, folder) for options in BACKBONES], "Other models")
+
+
 def measure_hosts() -> Results:
     """Measures the hosts in fp32 with one image, and counts the traffic of what is replaced."""
     options = [f"--accelerate {host} --random-weights --batch 1" for host in HOSTS]
     parts = [bench(one, ROOT) for one in options]
     counts = [cell for one in options for cell in bench(f"{one} --traffic", ROOT).cells]
     traffic = {(cell.model, cell.size): cell.traffic for cell in counts}
-    cells = [cell for part in parts for cell in part.cells]
-    for cell in cells:
+    results = merged(parts, "Other sizes")
+    for cell in results.cells:
         cell.traffic = traffic.get((cell.model, cell.size), {})
-    others = ", ".join(f"`{part.command}`" for part in parts[1:])
-    return replace(parts[0], cells=cells, notes=[f"Other sizes: {others}."])
+    return results
 
 
 # what measures each page, given the folder with the models
 MEASURED: dict[str, Callable[[Path], Results]] = {
-    "backbones": lambda folder: bench(BACKBONES, folder),
+    "backbones": measure_backbones,
     "families": lambda folder: bench(FAMILIES, folder),
     "hosts": lambda _: measure_hosts(),
 }
@@ -188,21 +201,17 @@ def with_measured(page: str, text: str) -> str:
 
 
 def readme_table(results: Results) -> str:
-    """Images per second: a row for each cell, the fastest in bold."""
-    rows = [["", *README_WAYS], ["---", *["--:"] * len(README_WAYS)]]
-    for cell in sorted(results.cells, key=lambda cell: model_order(results.cells, cell)):
-        rows.append(
-            [
-                f"{cell.model}, {cell.precision}, batch {cell.batch}",
-                *(_speed(cell, name) for name in README_WAYS),
-            ]
-        )
+    """Images per second: a row for each model and precision, with all batches in each field."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in results.cells:
+        found.setdefault((cell.model, cell.precision), []).append(cell)
+    batches = dict.fromkeys(cell.batch for cell in results.cells)
+    title = f"batch {' / '.join(map(str, batches))}"
+    rows = [[title, *README_WAYS], ["---", *["--:"] * len(README_WAYS)]]
+    for (model, precision), cells in found.items():
+        speeds = (" / ".join(_speed(cell, name) for cell in cells) for name in README_WAYS)
+        rows.append([f"{model}, {precision}", *speeds])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def model_order(cells: Sequence[Cell], cell: Cell) -> int:
-    """Place of a cell's model: cells of one model stay together."""
-    return [other.model for other in cells].index(cell.model)
 
 
 def _speed(cell: Cell, name: str) -> str:

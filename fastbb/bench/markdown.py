@@ -75,12 +75,15 @@ def _speeds(cells: Sequence[Cell], notes: Notes) -> str:
             value = "" if way is None else images_per_s(cell, way, notes)
             values.append(f"**{value}**" if way is not None and way is found.way else value)
         rows.append([_named([way for way in ways if way is not None], notes), *values])
-    against = [
-        str(ratio(found.ours, found.other) or "-") if found.ours and found.other else "-"
-        for found in bests
-    ]
-    rows.append(["fastbb's best / best of the others", *against])
+    rows.append(["fastbb's best / best of the others", *[_against(b.ours, b.other) for b in bests]])
+    if any(found.torch is not found.ours for found in bests):
+        alone = [_against(found.torch, found.other) for found in bests]
+        rows.append(["the same without fastbb's OpenVINO", *alone])
     return table([header, *rows])
+
+
+def _against(ours: Way | None, other: Way | None) -> str:
+    return str(ratio(ours, other) or "-") if ours and other else "-"
 
 
 def _details(cells: Sequence[Cell], notes: Notes, with_model: bool = False) -> str:

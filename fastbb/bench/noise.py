@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..engine.openvino import OPENVINO
 from .results import Cell, Way
 
 CONFIDENCE = 0.95
@@ -82,11 +83,13 @@ class Best:
         way: of all.
         ours: of those that run fastbb.
         other: of those that do not.
+        torch: of those that run fastbb in PyTorch, without another engine.
     """
 
     way: Way | None
     ours: Way | None
     other: Way | None
+    torch: Way | None
 
 
 def is_valid(way: Way) -> bool:
@@ -142,7 +145,13 @@ def best(cell: Cell) -> Best:
         fastest(valid),
         fastest([way for way in valid if way.ours]),
         fastest([way for way in valid if not way.ours]),
+        fastest([way for way in valid if way.ours and not _runs_openvino(way)]),
     )
+
+
+def _runs_openvino(way: Way) -> bool:
+    """Whether a way of fastbb runs OpenVINO; the note of mode "auto" says what it chose."""
+    return way.name == f"fastbb {OPENVINO}" or way.note.startswith(f"runs {OPENVINO}")
 
 
 def round_ratios(

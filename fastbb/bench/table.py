@@ -98,7 +98,7 @@ def _cells(cells: Sequence[Cell], notes: Notes) -> str:
     left, sections = list(zip(*columns.values())), []
     for cell, found in zip(cells, bests):
         of_cell, left = left[: len(cell.ways)], left[len(cell.ways) :]
-        below = [conclusion(cell, found), *cell_notes(cell)]
+        below = [*conclusions(found), *cell_notes(cell)]
         sections.append(Section(title(cell), of_cell, below))
     return with_headings(list(columns), sections)
 
@@ -262,13 +262,20 @@ COLUMNS: Mapping[str, Callable[[Cell, Way, Notes], str]] = {
 }
 
 
-def conclusion(cell: Cell, found: Best) -> str:
-    """Says how the best of ours stands to the best other way."""
-    if found.ours is None or found.other is None:
-        whose = "fastbb" if found.ours is None else "other"
+def conclusions(found: Best) -> list[str]:
+    """Says how the best of ours stands to the best other way, with and without OpenVINO."""
+    said = [_conclusion(found.ours, found.other)]
+    if found.torch is not None and found.torch is not found.ours:
+        said.append(f"Without fastbb's OpenVINO: {_conclusion(found.torch, found.other)}")
+    return said
+
+
+def _conclusion(best_of_ours: Way | None, best_other: Way | None) -> str:
+    if best_of_ours is None or best_other is None:
+        whose = "fastbb" if best_of_ours is None else "other"
         return f"No comparison: no {whose} way has times of a right result."
-    against = ratio(found.ours, found.other)
-    ours, other = printable(found.ours.name), printable(found.other.name)
+    against = ratio(best_of_ours, best_other)
+    ours, other = printable(best_of_ours.name), printable(best_other.name)
     if against is None:
         return f"No comparison: {ours} and {other} have no round in common."
     if against.verdict == FEW_ROUNDS:

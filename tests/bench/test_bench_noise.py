@@ -102,7 +102,19 @@ def test_best_leaves_out_wrong_and_missing_ways() -> None:
         UPSTREAM,
     ]
     cell.ways = []
-    assert noise.best(cell) == noise.Best(None, None, None)
+    assert noise.best(cell) == noise.Best(None, None, None, None)
+
+
+def test_best_without_openvino_is_the_fastest_of_ours_in_pytorch() -> None:
+    speeds = {UPSTREAM: 1.0, "OpenVINO": 2.0, "fastbb eager": 1.5, "fastbb openvino": 2.1}
+    found = noise.best(made_cell(speeds=speeds))
+    assert found.ours is not None and found.ours.name == "fastbb openvino"
+    assert found.torch is not None and found.torch.name == "fastbb eager"
+    cell = made_cell(speeds={UPSTREAM: 1.0, "fastbb auto": 1.5})
+    auto = cell.way("fastbb auto")
+    assert auto is not None and noise.best(cell).torch is auto
+    auto.note = "runs openvino: the fastest that passed its check"
+    assert noise.best(cell).torch is None
 
 
 def test_host_has_shares_and_a_ratio_inside() -> None:

@@ -190,6 +190,18 @@ def test_markdown_has_a_table_for_each_model() -> None:
         assert len({row.replace("\\|", "").count("|") for row in table}) == 1
 
 
+def test_tables_say_how_fast_ours_is_without_openvino() -> None:
+    speeds = {UPSTREAM: 1.0, "OpenVINO": 2.0, "fastbb eager": 1.5, "fastbb openvino": 2.1}
+    results = made_results(made_cell(speeds=speeds), made_cell(batch=8))
+    _, rows, *_ = tables_of(markdown(results))
+    assert rows[-2].startswith("| fastbb's best / best of the others | 1.")
+    assert rows[-1].startswith("| the same without fastbb's OpenVINO | 0.7")
+    said = [line.strip() for line in text(results).splitlines()]
+    assert any(line.startswith("fastbb openvino is 1.") for line in said)
+    alone = [line for line in said if line.startswith("Without fastbb's OpenVINO: ")]
+    assert len(alone) == 1 and "fastbb eager is 0.7" in alone[0]
+
+
 def test_markdown_of_a_host_that_fails_has_the_reason() -> None:
     cell = made_host()
     cell.ways[1].rounds_s, cell.ways[1].reason = [], "no such op"
