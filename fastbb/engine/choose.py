@@ -190,8 +190,8 @@ class Chooser:
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
 
     def _freeing_memory(self, plan: Plan) -> Plan:
-        """Frees what the comparison needed, beside the maps, if OpenVINO runs; returns the plan."""
-        if plan.way.name == OPENVINO:
+        """Frees what eager derived from the weights, if a way that does without runs."""
+        if compiles(plan.way.name):
             forget_derived(self._computation.module)
             release_freed_memory()
         return plan

@@ -17,6 +17,7 @@ from fastbb.engine.computation import BackboneMaps
 from fastbb.engine.engine import Engine
 from fastbb.engine.prepare import prepare
 from fastbb.engine.settings import Settings
+from fastbb.weights.derived import derived_bytes
 from fastbb_kernels.fp32_precision import fp32_products
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -30,6 +31,13 @@ def test_each_mode_runs_its_own_way_on_a_gpu(mode: str, pair: Pair, compiler: Co
         row = only_row(backbone)
     assert row.runs.split(",")[0] == mode and row.why == f"mode={mode!r}"
     assert compiler.impls == {"compile": ["eager"], "triton+compile": ["auto"]}.get(mode, [])
+
+
+def test_what_eager_derived_is_freed_when_a_compiled_way_runs(pair: Pair) -> None:
+    backbone = pair.ours.prepare("eager", example=PIXELS)
+    assert derived_bytes([backbone]) > 0
+    backbone = pair.ours.prepare("compile", example=PIXELS)
+    assert only_row(backbone).runs.startswith("compile") and derived_bytes([backbone]) == 0
 
 
 def test_a_cpu_splits_a_batch_to_limit_memory(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
