@@ -14,11 +14,13 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from ._dispatch import Architecture as ArchitectureName
+from ._dispatch import launches_directly, pretend
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .recorder import Recording, describe, replaced_run
 
 # a JITFunction caches its kernels by the device's index; real devices count from 0
 _FIRST_DEVICE_INDEX = 1000
+_FIRST_COUNTING_INDEX = 2000  # their launchers count
 
 _MAX_THREADS_PER_CTA = 1024  # on every architecture of the table
 
@@ -68,18 +70,43 @@ def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
             recording.launches.append(replace(launch, kernel=kernel))
         return kernel
 
+    with replaced_run(architecture, run), _active(_Driver(architecture)):
+        yield recording
+
+
+@contextmanager
+def counting_gpu(arch: ArchitectureName) -> Iterator["CountingDriver"]:
+    """Counts the launches of the block, which take Triton's own path up to a driver.
+
+    What the host does for a launch is the same as on the device, except for Triton's launcher in
+    C, so it can be timed. Outputs are uninitialized memory; see `fake_gpu`.
+
+    Args:
+        arch: as in `fake_gpu`.
+    """
+    if launches_directly():
+        raise RuntimeError("counting_gpu() inside another block of the harness: leave that first")
+    architecture = find_architecture(arch)
+    driver = CountingDriver(architecture)
+    with pretend(architecture.name), _active(driver):
+        yield driver
+
+
+@contextmanager
+def _active(driver: "_Driver") -> Iterator[None]:
     # the property `active` would create the real driver, which fails without a GPU
     before = triton_driver._active
-    with replaced_run(architecture, run):
-        triton_driver.set_active(_Driver(architecture))  # pyright: ignore[reportArgumentType] - duck-typed
-        try:
-            yield recording
-        finally:
-            triton_driver._active = before
+    triton_driver.set_active(driver)  # pyright: ignore[reportArgumentType] - duck-typed
+    try:
+        yield
+    finally:
+        triton_driver._active = before
 
 
 class _Driver:
     """The part of a driver and of its `utils` that Triton's launch path calls."""
+
+    first_device_index = _FIRST_DEVICE_INDEX
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -89,7 +116,7 @@ class _Driver:
         return self.architecture.target
 
     def get_current_device(self) -> int:
-        return _FIRST_DEVICE_INDEX + list(ARCHITECTURES).index(self.architecture.name)
+        return self.first_device_index + list(ARCHITECTURES).index(self.architecture.name)
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -104,3 +131,25 @@ class _Driver:
 
     def launcher_cls(self, source, metadata):
         return lambda *args: None
+
+
+class CountingDriver(_Driver):
+    """A driver whose launchers return at once, and count."""
+
+    first_device_index = _FIRST_COUNTING_INDEX
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.n_launches = 0
+
+    def launcher_cls(self, source, metadata):
+        def launch(*args) -> None:
+            driver = triton_driver._active  # kernels keep the launcher of an earlier block
+            assert isinstance(driver, CountingDriver)
+            driver.launched(args)
+
+        return launch
+
+    def launched(self, args: tuple) -> None:
+        """Counts a launch; `args` are those of Triton's launcher."""
+        self.n_launches += 1

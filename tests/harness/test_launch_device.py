@@ -41,6 +41,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     driver = Driver()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: driver.current)
     monkeypatch.setattr(torch.cuda, "_exchange_device", driver.exchange)
     monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", driver.exchange)
     monkeypatch.setattr(JITFunction, "run", driver.launch)

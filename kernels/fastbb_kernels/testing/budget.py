@@ -140,11 +140,12 @@ def source_hash(op: str) -> str:
 
     The sources are `ops/<op>.py`, `triton_kernels/<op>.py`, the other modules of `triton_kernels`
     that this imports, directly or not, and the tables in `configs/<GPU>.json` by which they launch.
+    `kernel.py` is none of them: it launches what others decide.
     """
     files, pending = set(), [_PACKAGE / "triton_kernels" / f"{op}.py"]
     while pending:
         path = pending.pop()
-        if path in files or not path.is_file():
+        if path in files or not path.is_file() or path.stem == "kernel":
             continue
         files.add(path)
         pending += [path.parent / f"{name}.py" for name in _siblings(path.read_text())]
