@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import sys
 
 import torch
 
@@ -33,6 +34,7 @@ def release_freed_memory() -> None:
     Source: malloc_trim(3).
     """
     gc.collect()  # modules and graphs of torch hold each other
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
