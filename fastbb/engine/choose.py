@@ -190,8 +190,11 @@ class Chooser:
         return Plan(instead.way, f"{name} failed", [*instead.trials, Trial(name, problem=problem)])
 
     def _freeing_memory(self, plan: Plan) -> Plan:
-        """Frees what eager derived from the weights, if a way that does without runs."""
-        if compiles(plan.way.name):
+        """Frees what eager derived from the weights on a CPU, if a way that does without runs.
+
+        On a GPU, kernels on another stream may still read it.
+        """
+        if compiles(plan.way.name) and device_of(self._computation.module).type == "cpu":
             forget_derived(self._computation.module)
             release_freed_memory()
         return plan

@@ -205,8 +205,10 @@ def _flatten_layer_norms(model: Any) -> None:
     from openvino import opset13 as ops
 
     for norm in model.get_ops():
+        if norm.get_type_name() != "MVN" or norm.get_output_partial_shape(0).rank.is_dynamic:
+            continue
         shape = list(norm.get_output_partial_shape(0))
-        if norm.get_type_name() != "MVN" or len(shape) < 4 or any(n.is_dynamic for n in shape[1:]):
+        if len(shape) < 4 or any(n.is_dynamic for n in shape[1:]):
             continue
         axes = norm.input_value(1).get_node()
         if axes.get_type_name() != "Constant":

@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction
 
 from ..launching import note_binary
 
-# versions of Triton whose compiled kernels `_Binary.launch` calls as their own launch does
+# versions of Triton whose compiled kernels `Kernel` calls as Triton's own launch does
 _TESTED = ("3.6.", "3.8.")
 _IS_TESTED = triton.__version__.startswith(_TESTED) and torch.version.hip is None
 _MOST_BINARIES = 4096
@@ -23,14 +23,14 @@ class _Binary(NamedTuple):
     """A loaded binary, for one form of the arguments.
 
     Attributes:
-        digest: of the compiled kernel.
+        compiled: Triton's kernel, which unloads the binary when it is freed.
         run: Triton's launcher.
         function: handle of the driver.
         metadata: of the launch.
         names: of the keyword arguments that the kernel has, in its order.
     """
 
-    digest: str
+    compiled: Any
     run: Callable[..., None]
     function: Any
     metadata: Any
@@ -90,7 +90,7 @@ class Kernel:
             *arguments,
             *[options[name] for name in binary.names],
         )
-        note_binary(binary.digest)
+        note_binary(binary.compiled.hash)
 
     def _is_plain(self) -> bool:
         """Whether nobody observes launches: no hook, no profiler of Triton, no harness."""
@@ -123,5 +123,5 @@ class Kernel:
         while len(self._binaries) >= _MOST_BINARIES:
             self._binaries.pop(next(iter(self._binaries)), None)
         self._binaries[form] = _Binary(
-            compiled.hash, compiled.run, compiled.function, compiled.packed_metadata, names
+            compiled, compiled.run, compiled.function, compiled.packed_metadata, names
         )
