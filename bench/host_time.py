@@ -5,15 +5,13 @@
 The launch code of production runs on a pretended H100, with a trusted self-check and torch's
 dispatcher, down to a driver that returns at once. Not included are Triton's launcher in C, the
 CUDA calls of a replay and the allocator of a GPU. Models with attention by PyTorch are not here,
-as it would be computed. The yardstick is a call of torch.relu on one
-number, in the same process: its time says how fast the host is.
+as it would be computed. The yardstick is a call of torch.relu on one number, in the same process:
+its time says how fast the host is.
 """
 
 import argparse
 import json
 import statistics
-import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,11 +23,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fastbb import AutoBackbone, AutoConfig
+from fastbb import AutoBackbone, ResNetConfig, SwinConfig
 from fastbb.backbone.base import Backbone
+from fastbb.bench.timing import timed_calls
 from fastbb.engine.choose import Plan
 from fastbb.engine.graphs import GraphPool
 from fastbb.engine.ways import GRAPH, Way
+from fastbb.models.convnext import ConvNextConfig
 from fastbb.weights.watch import ModuleStamp
 from fastbb_kernels import KernelWarning, find_op, op_names, use_impl
 from fastbb_kernels.ops.conv3x3_bn_act import _fastest
@@ -40,16 +40,11 @@ from fastbb_kernels.triton_kernels import kernel
 
 ARCHITECTURE = 90
 DTYPE = torch.bfloat16
-CONFIGS: dict[str, dict[str, Any]] = {
-    "Swin-T": {"model_type": "swin"},
-    "Swin-B": {
-        "model_type": "swin",
-        "depths": [2, 2, 18, 2],
-        "embed_dim": 128,
-        "num_heads": [4, 8, 16, 32],
-    },
-    "ResNet-50": {"model_type": "resnet"},
-    "ConvNeXt-T": {"model_type": "convnext", "hidden_sizes": [96, 192, 384, 768]},
+MODELS = {
+    "Swin-T": SwinConfig(),
+    "Swin-B": SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32]),
+    "ResNet-50": ResNetConfig(),
+    "ConvNeXt-T": ConvNextConfig(),
 }
 
 
@@ -105,32 +100,27 @@ def through_dispatcher() -> Iterator[None]:
         yield
 
 
-def median_us(call: Callable[[], object], n_calls: int) -> float:
-    """Median microseconds of a call."""
-    taken = []
-    for _ in range(n_calls):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return 1e6 * statistics.median(taken)
+def median_us(call: Callable[[], object], seconds: float) -> float:
+    """Median microseconds of the calls that fit into some seconds."""
+    return 1e6 * statistics.median(timed_calls(call, seconds, torch.device("cpu")))
 
 
 @torch.inference_mode()
-def host_time(backbone: Backbone, pixels: Tensor, name: str, n_calls: int = 30) -> HostTime:
+def host_time(backbone: Backbone, pixels: Tensor, name: str, seconds: float = 1.0) -> HostTime:
     """Measures a backbone in eval mode; `pixels` [B, C, H, W] are on a CPU, as its weights."""
     one = torch.zeros(1)
-    relu_us = median_us(lambda: [torch.relu(one) for _ in range(100)], n_calls) / 100
+    relu_us = median_us(lambda: [torch.relu(one) for _ in range(100)], seconds) / 100
     with counting_gpu(ARCHITECTURE) as gpu, use_check(_Trusting()), use_impl("auto"):
         with through_dispatcher():
             backbone(pixels)  # compiles
             before = gpu.n_launches
             maps = backbone(pixels).feature_maps
             launches = gpu.n_launches - before
-            forward_us = median_us(lambda: backbone(pixels), n_calls)
+            forward_us = median_us(lambda: backbone(pixels), seconds)
             with mock.patch.object(kernel, "_IS_TESTED", False):
-                looked_up_us = median_us(lambda: backbone(pixels), n_calls)
+                looked_up_us = median_us(lambda: backbone(pixels), seconds)
         prepared = _replayed(backbone, maps, pixels)
-        replay_us = median_us(lambda: prepared(pixels), 10 * n_calls)
+        replay_us = median_us(lambda: prepared(pixels), seconds)
     batch = len(pixels)
     return HostTime(name, batch, launches, forward_us, looked_up_us, replay_us, relu_us)
 
@@ -148,11 +138,8 @@ def _replayed(backbone: Backbone, maps: tuple[Tensor, ...], pixels: Tensor) -> B
     return prepared
 
 
-def make_backbone(name: str) -> Backbone:
-    """A backbone of `CONFIGS` with random weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIGS[name]))
-        config = AutoConfig.from_pretrained(folder)
+def make_backbone(config: Any) -> Backbone:
+    """A backbone with random weights."""
     return AutoBackbone.from_config(config).eval().to(DTYPE)
 
 
@@ -174,16 +161,16 @@ def markdown(rows: list[HostTime]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time of the host for a forward pass on a GPU.")
-    parser.add_argument("--model", action="append", choices=list(CONFIGS), help="default: all")
+    parser.add_argument("--model", action="append", choices=list(MODELS), help="default: all")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write every number")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", KernelWarning)
     rows = []
-    for name in options.model or CONFIGS:
+    for name in options.model or MODELS:
         pixels = torch.zeros(options.batch, 3, 224, 224, dtype=DTYPE)
-        rows.append(host_time(make_backbone(name), pixels, name))
+        rows.append(host_time(make_backbone(MODELS[name]), pixels, name))
     print(markdown(rows))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

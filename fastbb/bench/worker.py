@@ -10,8 +10,6 @@ JSON; whatever libraries print goes to stderr. It ends when its input does.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
 import sys
@@ -27,6 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from fastbb_kernels.fp32_precision import fp32_products
+from fastbb_kernels.heap import release_freed_memory
 
 from ..engine.measuring import describe, synchronize
 from .subject import SkippedError, write_tensors
@@ -158,12 +157,9 @@ class _Worker:
 
 def _release(device: Any) -> None:
     """Gives freed memory back, so that the peak is that of running alone."""
-    gc.collect()
+    release_freed_memory()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        return
-    with suppress(OSError, AttributeError):  # of glibc only
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _write_outputs(path: Path, outputs: Mapping[str, Any]) -> None:

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from fastbb_kernels.heap import release_freed_memory
 from fastbb_kernels.machine import Machine
 from fastbb_kernels.result_cache import ResultCache
 from fastbb_kernels.warning import warn_caller
 
-from ..weights.derived import forget_derived
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
 from .measuring import Clock, describe, duration, wall_clock
@@ -195,8 +193,7 @@ class Chooser:
         On a GPU, kernels on another stream may still read it.
         """
         if compiles(plan.way.name) and device_of(self._computation.module).type == "cpu":
-            forget_derived(self._computation.module)
-            release_freed_memory()
+            self.ways.free_derived()
         return plan
 
     def _way(self, name: str, pixels: Tensor, truth: Callable[[], Truth]) -> Way:

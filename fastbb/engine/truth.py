@@ -64,7 +64,7 @@ class Truth:
         return None
 
 
-# tensors derived from weights that were made in inference mode are not kept
+# what is derived from a weight of inference mode is not cached, so the copy leaves nothing behind
 @torch.inference_mode()
 def _exact(computation: Computation, pixels: Tensor) -> tuple[Tensor, ...]:
     """Maps in float64, of a copy whose memory is free again afterwards."""

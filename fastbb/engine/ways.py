@@ -140,6 +140,11 @@ class Ways:
         """Whether a mode was compiled; any mode for None."""
         return bool(self._artefacts) if name is None else name in self._artefacts
 
+    def free_derived(self) -> None:
+        """Frees what eager derived from the weights, and gives its memory back."""
+        forget_derived(self._computation.module)
+        release_freed_memory()
+
     def drop_losers(self, winner: str) -> None:
         """Frees what was compiled for other ways than the winner of a measurement."""
         with self._lock:
@@ -221,8 +226,7 @@ class Ways:
     def _expected(self, truth: Callable[[], Truth]) -> Truth:
         """The truth, of which only the maps are kept, so that its memory is free to convert in."""
         expected = truth()
-        forget_derived(self._computation.module)
-        release_freed_memory()
+        self.free_derived()
         return expected
 
     def _compile_first(self, name: str, pixel_values: Tensor, expected: Truth | None) -> _Artefact:

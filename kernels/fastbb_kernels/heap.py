@@ -26,10 +26,10 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Gives memory that is free back to the kernel, also that of garbage; takes some 0.1 s.
+    """Collects garbage, and has glibc give free memory back to the kernel; takes some 0.1 s.
 
-    For what a process needs once, so that the next peak does not come on top of its memory. Does
-    nothing where the allocator is not glibc's.
+    Called after work that a process does once, so that the peak of the next step does not add to
+    what that work took.
 
     Source: malloc_trim(3).
     """

@@ -18,10 +18,6 @@ from ._dispatch import launches_directly, pretend
 from .architectures import ARCHITECTURES, Architecture, find_architecture
 from .recorder import Recording, describe, replaced_run
 
-# a JITFunction caches its kernels by the device's index; real devices count from 0
-_FIRST_DEVICE_INDEX = 1000
-_FIRST_COUNTING_INDEX = 2000  # their launchers count
-
 _MAX_THREADS_PER_CTA = 1024  # on every architecture of the table
 
 
@@ -76,10 +72,11 @@ def fake_gpu(arch: ArchitectureName) -> Iterator[Recording]:
 
 @contextmanager
 def counting_gpu(arch: ArchitectureName) -> Iterator["CountingDriver"]:
-    """Counts the launches of the block, which take Triton's own path up to a driver.
+    """Counts the launches of the block, which end at a driver that returns at once.
 
-    What the host does for a launch is the same as on the device, except for Triton's launcher in
-    C, so it can be timed. Outputs are uninitialized memory; see `fake_gpu`.
+    `Kernel` does the same as on the device, and so does Triton up to its launcher in C, so that
+    both can be timed. Ops do not pass torch's dispatcher. Outputs are uninitialized memory, as in
+    `fake_gpu`.
 
     Args:
         arch: as in `fake_gpu`.
@@ -106,7 +103,8 @@ def _active(driver: "_Driver") -> Iterator[None]:
 class _Driver:
     """The part of a driver and of its `utils` that Triton's launch path calls."""
 
-    first_device_index = _FIRST_DEVICE_INDEX
+    # a JITFunction caches its kernels by the device's index; real devices count from 0
+    first_device_index = 1000
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -136,7 +134,7 @@ class _Driver:
 class CountingDriver(_Driver):
     """A driver whose launchers return at once, and count."""
 
-    first_device_index = _FIRST_COUNTING_INDEX
+    first_device_index = 2000
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)

@@ -12,10 +12,9 @@ import torch
 sys.path.insert(0, "bench")
 import host_time
 
-tiny = {"model_type": "swin", "depths": [1, 1], "num_heads": [1, 2], "embed_dim": 32}
-host_time.CONFIGS["tiny"] = {**tiny, "image_size": 56, "patch_size": 4}
+tiny = host_time.SwinConfig(image_size=56, embed_dim=32, depths=[1, 1], num_heads=[1, 2])
 pixels = torch.zeros(1, 3, 56, 56, dtype=host_time.DTYPE)
-row = host_time.host_time(host_time.make_backbone("tiny"), pixels, "tiny", n_calls=3)
+row = host_time.host_time(host_time.make_backbone(tiny), pixels, "tiny", seconds=0.1)
 print(json.dumps(vars(row)))
 print(host_time.markdown([row]))
 """
