@@ -219,19 +219,19 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
             )
         if height == 0 or width == 0:
             raise ValueError(f"pixel_values must have pixels, got shape {list(pixel_values.shape)}")
-        device = self.device
-        if pixel_values.device != device:
+        weight = self._first_weight()
+        if pixel_values.device != weight.device:
             raise ValueError(
-                f"pixel_values are on {pixel_values.device}, the weights on {device}; "
+                f"pixel_values are on {pixel_values.device}, the weights on {weight.device}; "
                 "move one of them with .to(...)"
             )
         if not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype}, the weights {self.dtype}; rescale and "
-                f"normalize them as AutoImageProcessor does, or convert with .to({self.dtype})"
+                f"pixel_values are {pixel_values.dtype}, the weights {weight.dtype}; rescale and "
+                f"normalize them as AutoImageProcessor does, or convert with .to({weight.dtype})"
             )
         forced = self._engine is not None and self._engine.settings.precision is not None
-        return in_dtype(pixel_values, self.dtype, forced)
+        return in_dtype(pixel_values, weight.dtype, forced)
 
     def prepare(
         self: Module,
@@ -304,12 +304,15 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
     @property
     def dtype(self) -> torch.dtype:
         """dtype of the weights."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        return self._first_weight().dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.parameters()).device
+        return self._first_weight().device
+
+    def _first_weight(self) -> nn.Parameter:
+        return next(p for p in self.parameters() if p.is_floating_point())
 
     @classmethod
     def from_checkpoint_names(

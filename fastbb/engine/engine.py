@@ -106,8 +106,9 @@ class Engine:
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Computes the feature maps of checked pixels [B, C, H, W]."""
-        self._follow_outputs()
         plan = None if is_tracing() else self._current_plan(pixel_values)
+        if plan is None:
+            self._follow_outputs()
         if self._why_plain(pixel_values, plan is not None) is not None:
             return self._computation.feature_maps(pixel_values)
         if plan is None:
@@ -278,6 +279,9 @@ class Engine:
         """The baked plan of this shape, if modules are as they were when it was made."""
         plan, stamp = self._plans.get(tuple(pixel_values.shape)), self._stamp
         if plan is None or plan.n_left is not None or not plan.way.is_baked:
+            return None
+        # dtype and device are those of the stamp
+        if self._state is None or self._state[0] != self._computation.outputs:
             return None
         # of all that is in memory, a call finds only little in the caches: modules are read once
         return plan if stamp is not None and stamp.is_plain and stamp.is_current() else None

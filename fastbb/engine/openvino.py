@@ -22,12 +22,13 @@ from ..weights.folded_model import unfold
 from .computation import NUMERICS, Computation, MapsModule, device_of, dtype_of
 from .cpu import has_arithmetic
 from .model_files import ModelFiles
+from .openvino_graph import rewrite_for_cpu
 from .openvino_library import in_one_line, openvino_errors, openvino_library, root_logger_restored
 from .trial import Run
 
 OPENVINO = "openvino"
 MISSING = "OpenVINO is not installed: pip install 'fastbb[openvino]'"
-_CONVERSION = 2  # raised when the same model is converted in another way
+_CONVERSION = 3  # raised when the same model is converted in another way
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 _FILE = "model.xml"  # the weights are in model.bin
 _converting = threading.Lock()  # torch.export is for one thread at a time
@@ -187,44 +188,11 @@ def _convert(computation: Computation, example: Tensor) -> Any:
         with openvino_errors(), root_logger_restored():
             model: Any = openvino.convert_model(program)
             model.reshape([batch, *example.shape[1:]])
-            _flatten_layer_norms(model)
+            rewrite_for_cpu(model)
     finally:
         if wide is not computation:
             unfold(wide.module)  # forwards that are bound on it would keep the copy alive
     return model if wide is computation else _in_bf16(model)
-
-
-def _flatten_layer_norms(model: Any) -> None:
-    """Gives layer norms of maps [B, H, W, C] tokens [B, H * W, C].
-
-    OpenVINO has a kernel for at most two dimensions before those that are normalized, and computes
-    others by several passes.
-
-    Source: `MVN::isSupportedOperation` in OpenVINO's src/plugins/intel_cpu/src/nodes/mvn.cpp.
-    """
-    from openvino import opset13 as ops
-
-    for norm in model.get_ops():
-        if norm.get_type_name() != "MVN" or norm.get_output_partial_shape(0).rank.is_dynamic:
-            continue
-        shape = list(norm.get_output_partial_shape(0))
-        if len(shape) < 4 or any(n.is_dynamic for n in shape[1:]):
-            continue
-        axes = norm.input_value(1).get_node()
-        if axes.get_type_name() != "Constant":
-            continue
-        if axes.data.tolist() not in ([-1], [len(shape) - 1]):
-            continue
-        lengths = [n.get_length() for n in shape[1:]]
-        readers = norm.output(0).get_target_inputs()
-        # 0: as it is
-        tokens = ops.reshape(norm.input_value(0), [0, -1, lengths[-1]], special_zero=True)
-        norm.input(0).replace_source_output(tokens.output(0))
-        norm.input(1).replace_source_output(ops.constant([-1]).output(0))
-        norm.validate_and_infer_types()
-        maps = ops.reshape(norm.output(0), [0, *lengths], special_zero=True)
-        for reader in readers:
-            reader.replace_source_output(maps.output(0))
 
 
 def _in_bf16(model: Any) -> Any:

@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Collection, Iterable, Iterator
 from ctypes import c_char
 from functools import partial
-from operator import attrgetter, itemgetter
+from operator import attrgetter, itemgetter, methodcaller
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 STATISTICS = ("running_mean", "running_var")  # buffers of a batch norm
+_COUNT = "num_batches_tracked"  # as well
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _NUMBERS = (bool, int, float, str, type(None), torch.dtype)
@@ -167,6 +168,9 @@ def is_observed(module: nn.Module) -> bool:
 
 # read anew each time: programs clear hooks by new dictionaries
 _hooks_of = itemgetter(*_HOOKS)
+_forward_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks")
+_mode_of = itemgetter("training", "_forward_hooks", "_forward_pre_hooks")
+_forward_of = methodcaller("get", "forward")
 # of a module, and of a tensor
 is_training, _VERSION = attrgetter("training"), attrgetter("_version")
 
@@ -343,20 +347,28 @@ class ModuleStamp:
     def __init__(self, module: nn.Module) -> None:
         self._structure = ModuleStructure(module)
         modules = self._structure.modules
-        self._modes = self._read_modes()
-        self._forward_hooks = [
-            hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
+        self._attributes = list(map(vars, modules))
+        self._modes = list(self._read_modes())
+        self._forwards = self._read_forwards()
+        # of the module itself they run around the artefact
+        self._hooks = [hooks for m in modules[1:] for hooks in _forward_hooks_of(vars(m))]
         self._hook_ids = self._read_hooks()
         self.is_plain = not (self._structure.trains() or self._structure.hooks())
         self._owners = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._owned = self._read_owned()
-        self._tensors = [tensor for tensor in self._owned if tensor is not None]
-        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        tensors = [tensor for tensor in self._owned if tensor is not None]
+        self._ids = set(map(id, tensors))
+        statistics = [t for t in statistics_of(modules) if is_plain_tensor(t) and not t.is_cuda]
+        self._statistics = Statistics(statistics)
+        # a forward in eval mode does not read it; on a GPU it tells that statistics have moved
+        counts = [t for m in modules if (t := m._buffers.get(_COUNT)) is not None and not t.is_cuda]
+        by_value, unread = set(map(id, statistics)), set(map(id, counts))
+        self._tensors = [t for t in tensors if id(t) not in unread]
+        self._versioned = [
+            t for t in self._tensors if not t.is_inference() and id(t) not in by_value
+        ]
         self._addresses, self._versions = self._read()
-        self._ids = {id(tensor) for tensor in self._tensors}
         self._settings = ModuleSettings(module)
-        self._statistics = Statistics(filter(is_plain_tensor, statistics_of(modules)))
         self._is_written = False
         follow_optimizers()
         _STAMPS.add(self)
@@ -365,8 +377,9 @@ class ModuleStamp:
         """Whether nothing has changed since the record was made."""
         return (
             not self._is_written
-            and self._read_hooks() == self._hook_ids
-            and self._read_modes() == self._modes
+            and all(map(operator.is_, self._read_modes(), self._modes))
+            and self._has_same_hooks()
+            and self._read_forwards() == self._forwards
             and self._structure.is_intact()
             and self._owns_the_same()
             and self._read() == (self._addresses, self._versions)
@@ -389,12 +402,19 @@ class ModuleStamp:
         # a new dtype or device gives a new address
         return list(map(Tensor.data_ptr, self._tensors)), list(map(_VERSION, self._versioned))
 
-    def _read_modes(self) -> list[Any]:
-        """The mode of each module, and the forward that is set on its instance."""
-        return [(m.training, m.__dict__.get("forward")) for m in self._structure.modules]
+    def _read_modes(self) -> Iterator[Any]:
+        """The mode of each module, and its dictionaries of hooks, which programs replace."""
+        return itertools.chain.from_iterable(map(_mode_of, self._attributes))
+
+    def _read_forwards(self) -> list[Any]:
+        """The forward that is set on the instance of each module."""
+        return list(map(_forward_of, self._attributes))
+
+    def _has_same_hooks(self) -> bool:
+        return self._read_hooks() == self._hook_ids if self._hook_ids else not any(self._hooks)
 
     def _read_hooks(self) -> list[int]:
-        return list(itertools.chain.from_iterable(self._forward_hooks))
+        return list(itertools.chain.from_iterable(self._hooks))
 
 
 # --- writes that do not change the version of a tensor

@@ -1,6 +1,8 @@
 """`ModuleSettings`, `ModuleStamp`, and the measurement that decides between two forwards."""
 
 import copy
+from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -111,4 +113,28 @@ def test_a_tensor_in_another_place_is_a_change() -> None:
     model[0].weight, model[1].weight = first, second
     assert stamp.is_current()
     model[1].register_parameter("bias", None)
+    assert not stamp.is_current()
+
+
+def test_a_hook_in_a_new_dictionary_is_a_change() -> None:
+    """Programs clear the hooks of a layer by assigning an empty dictionary."""
+    model = nn.Sequential(nn.Linear(2, 2)).eval()
+    stamp = ModuleStamp(model)
+    model[0]._forward_hooks = OrderedDict()
+    model[0].register_forward_hook(lambda *_: None)
+    assert not stamp.is_current()
+
+
+def test_statistics_count_by_their_values_and_the_number_of_batches_does_not() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2)).eval()
+    norm: Any = model[0]
+    stamp = ModuleStamp(model)
+    norm.running_mean.add_(1).sub_(1)
+    norm.num_batches_tracked.add_(1)
+    assert stamp.is_current()
+    norm.running_var.mul_(2)
+    assert not stamp.is_current()
+    norm.running_var.div_(2)
+    assert stamp.is_current()
+    norm.running_mean = norm.running_mean.clone()
     assert not stamp.is_current()
