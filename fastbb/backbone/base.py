@@ -258,7 +258,8 @@ class Backbone(BackboneMixin, FinalNorm, GradientCheckpointing, RemembersDerived
                 dtype of the weights, pixels may have any floating dtype.
             example: pixels [B, C, H, W], or their (B, H, W), to prepare for now. Default: the first
                 pixels of a call.
-            cuda_graph: replay a recorded graph; "auto": for small batches on a GPU.
+            cuda_graph: replay a recorded graph; "auto": on a GPU, where it takes at most a quarter
+                of the free memory.
             expected_images: number of images to come; decides whether compiling pays.
 
         Returns:

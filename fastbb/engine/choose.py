@@ -15,6 +15,7 @@ from fastbb_kernels.warning import warn_caller
 from .compile_cost import CompileCost
 from .computation import Computation, device_of, dtype_of
 from .measuring import Clock, describe, duration, wall_clock
+from .memory import free_bytes, tensor_memory
 from .openvino import MISSING, OPENVINO, openvino_version, why_not_openvino
 from .settings import EngineWarning, Settings, Tools, dtype_name
 from .trial import Candidate, Run, Trial, is_not_tried, run_trials, winner
@@ -24,8 +25,8 @@ from .ways import GRAPH, Way, Ways, bakes, compiles, on_gpu
 MAX_TUNED = 8  # shapes that mode "auto" measures by itself in one process
 # calls after which a second shape is measured, and its graph recorded
 SEEN_BEFORE_TUNED = 3
-# pixels of a batch up to which launches cost more than the kernels
-SMALL_BATCH_PIXELS = 16 * 224 * 224
+# of the free memory of a GPU, which the maps of a graph take as long as it is kept
+MOST_OF_FREE_MEMORY = 0.25
 _FASTEST = "the fastest that passed its check (ties within 3 % go to the simpler)"
 
 
@@ -71,6 +72,7 @@ class Chooser:
     def __init__(self, computation: Computation, settings: Settings, tools: Tools) -> None:
         self._computation, self._settings, self._tools = computation, settings, tools
         self._tuned: dict[tuple[int, ...], str] = {}  # shape -> name of the winner
+        self._no_graph: dict[tuple[int, ...], str | None] = {}  # shape -> why it gets no graph
         self.renew_ways()
         self._cost: CompileCost | None = None
 
@@ -159,14 +161,30 @@ class Chooser:
         asked = self._settings.cuda_graph is True
         if not self._may_capture(pixels):
             return plan
-        if not asked and len(pixels) * pixels.shape[2:].numel() > SMALL_BATCH_PIXELS:
-            plan.why += "; the batch is too large to gain from a CUDA graph"
-            return plan
         if not (asked or seen_often or is_first):
             plan.n_left = SEEN_BEFORE_TUNED
             plan.why += "; recorded as a CUDA graph when the shape came more often"
             return plan
+        if too_large := self._why_no_graph(pixels):
+            plan.why += f"; {too_large}"
+            return plan
         return self._verified_plan(mode + GRAPH, pixels, plan.why, plan)
+
+    def _why_no_graph(self, pixels: Tensor) -> str | None:
+        """The reason why a graph would take too much memory, or None; found once for a shape."""
+        if self._settings.cuda_graph is True:
+            return None
+        shape = tuple(pixels.shape)
+        if shape not in self._no_graph:
+            needed = tensor_memory(self._plain(pixels), pixels).peak
+            free = free_bytes(pixels.device)
+            self._no_graph[shape] = None
+            if needed > MOST_OF_FREE_MEMORY * free:
+                self._no_graph[shape] = (
+                    f"a CUDA graph would keep {needed / 1e9:.2g} GB, more than "
+                    f"{MOST_OF_FREE_MEMORY:.0%} of the {free / 1e9:.2g} GB that are free"
+                )
+        return self._no_graph[shape]
 
     def _may_capture(self, pixels: Tensor) -> bool:
         return self._settings.cuda_graph is not False and pixels.is_cuda
@@ -296,7 +314,7 @@ class Chooser:
         names = ["triton", "eager", "triton+compile", "compile"]
         if not on_gpu(pixels):
             names = ["eager", *([OPENVINO] if self._openvino(pixels) else []), "compile"]
-        elif self._may_capture(pixels):
+        elif self._may_capture(pixels) and self._why_no_graph(pixels) is None:
             names += [name + GRAPH for name in names]
 
         def candidate(name: str) -> Candidate:

@@ -3,13 +3,9 @@
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastbb_kernels.heap import KEPT_BYTES
 from fastbb_kernels.machine import Machine, cpu_flags
@@ -72,35 +68,3 @@ def even_part(batch: int, n_bytes: float) -> int:
     most = max(1, min(batch, int(KEPT_BYTES // max(n_bytes, 1))))
     n_parts = -(-batch // most)
     return -(-batch // n_parts)
-
-
-def largest_tensor(run: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
-    """Bytes of the largest tensor that a forward pass makes; runs it twice."""
-    run(pixel_values)  # makes tensors derived from the weights, some of them larger than maps
-    with _LargestTensor() as largest:
-        run(pixel_values)
-    return largest.n_bytes
-
-
-class _LargestTensor(TorchDispatchMode):
-    """Records every result that has its own memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if _has_memory(leaf)}
-        for leaf in tree_leaves(result):
-            if _has_memory(leaf) and _memory(leaf) not in given:  # not a view
-                self.n_bytes = max(self.n_bytes, leaf.numel() * leaf.element_size())
-        return result
-
-
-def _has_memory(value: Any) -> bool:
-    return isinstance(value, Tensor) and not value.is_mkldnn  # not weights packed by oneDNN
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

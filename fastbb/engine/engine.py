@@ -8,6 +8,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .choose import Chooser, Plan, by
 from .computation import Computation, device_of, dtype_of
 from .copies import copies_note
 from .explanation import Explanation, Row
+from .graphs import GraphPool
 from .measuring import describe
 from .settings import Settings, Tools
 from .trial import Trial
@@ -106,15 +108,19 @@ class Engine:
 
     def __call__(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Computes the feature maps of checked pixels [B, C, H, W]."""
-        plan = None if is_tracing() else self._current_plan(pixel_values)
-        if plan is None:
-            self._follow_outputs()
-        if self._why_plain(pixel_values, plan is not None) is not None:
+        baked = None if is_tracing() else self._baked_plan(pixel_values)
+        maps = None if baked is None else self._run_if_current(*baked, pixel_values)
+        if maps is not None:
+            return maps
+        self._follow_outputs()
+        if self._why_plain(pixel_values) is not None:
             return self._computation.feature_maps(pixel_values)
-        if plan is None:
-            plan = self._plan(pixel_values)
-            if plan.way.is_baked and not self._is_current():
-                plan = self._after_change() or self._plan(pixel_values)
+        plan = self._plan(pixel_values)
+        if plan.way.is_baked and not self._is_current():
+            plan = self._after_change() or self._plan(pixel_values)
+        return self._run(plan, pixel_values)
+
+    def _run(self, plan: Plan, pixel_values: Tensor) -> tuple[Tensor, ...]:
         try:
             return self.in_precision(plan.way.run, pixel_values)
         except Exception as error:
@@ -122,6 +128,22 @@ class Engine:
             maps = self.in_precision(self.chooser.ways.eager, pixel_values)
             self._replace(pixel_values, plan, describe(error))
             return maps
+
+    def _run_if_current(
+        self, plan: Plan, stamp: ModuleStamp, pixel_values: Tensor
+    ) -> tuple[Tensor, ...] | None:
+        """Runs a baked plan; returns None if it must not run, or anything has changed since."""
+        if self._why_plain(pixel_values, is_baked=True) is not None:
+            return None
+        maps = None
+        # a graph reads the memory that the weights had when it was recorded
+        if isinstance(plan.way.run, GraphPool) and stamp.has_same_memory():
+            with suppress(Exception):  # which the run below raises again
+                # the GPU works while the modules are read
+                maps = self.in_precision(plan.way.run.replayed, pixel_values)
+        if not stamp.is_current():
+            return None
+        return self._run(plan, pixel_values) if maps is None else maps
 
     def prepare_for(self, pixel_values: Tensor) -> None:
         """Compiles, captures and measures now for pixels of this shape."""
@@ -176,16 +198,16 @@ class Engine:
 
     # --- why nothing but the computation's own forward may run
 
-    def _why_plain(self, pixel_values: Tensor, has_plan: bool = False) -> str | None:
+    def _why_plain(self, pixel_values: Tensor, is_baked: bool = False) -> str | None:
         """Returns why only the computation's own forward may run, or None.
 
         Args:
             pixel_values: [B, C, H, W].
-            has_plan: whether there is a `_current_plan`, so that modules need no look.
+            is_baked: whether a plan runs whose stamp is read, so that modules need no look here.
         """
         if is_tracing():
             return "inside a graph that is being recorded"
-        if not has_plan and (reason := self._why_plain_modules()):
+        if not is_baked and (reason := self._why_plain_modules()):
             return reason
         if self._layers and _has_any_global_hook():
             return self._hooked()
@@ -275,16 +297,18 @@ class Engine:
 
     # --- what to run
 
-    def _current_plan(self, pixel_values: Tensor) -> Plan | None:
-        """The baked plan of this shape, if modules are as they were when it was made."""
-        plan, stamp = self._plans.get(tuple(pixel_values.shape)), self._stamp
+    def _baked_plan(self, pixel_values: Tensor) -> tuple[Plan, ModuleStamp] | None:
+        """The baked plan of this shape, and the stamp that has to be current for it to run.
+
+        Then dtype, device and modes are as they were too, so that modules are read once: of all
+        that is in memory, a call finds only little in the caches.
+        """
+        stamp, plan = self._stamp, self._plans.get(tuple(pixel_values.shape))
         if plan is None or plan.n_left is not None or not plan.way.is_baked:
             return None
-        # dtype and device are those of the stamp
-        if self._state is None or self._state[0] != self._computation.outputs:
-            return None
-        # of all that is in memory, a call finds only little in the caches: modules are read once
-        return plan if stamp is not None and stamp.is_plain and stamp.is_current() else None
+        state = self._state  # read once: another thread may reset it
+        has_outputs = state is not None and state[0] == self._computation.outputs
+        return (plan, stamp) if has_outputs and stamp is not None and stamp.is_plain else None
 
     def _plan(self, pixel_values: Tensor) -> Plan:
         """Returns the plan for this shape; made once, and again when the shape is frequent."""

@@ -44,7 +44,7 @@ class GraphPool:
         Raises:
             RuntimeError: the forward pass cannot be captured.
         """
-        key = (*pixel_values.shape, pixel_values.dtype, pixel_values.device)
+        key = _key(pixel_values)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
@@ -55,8 +55,18 @@ class GraphPool:
             self._graphs.move_to_end(key)
             return graph(pixel_values)
 
+    def replayed(self, pixel_values: Tensor) -> tuple[Tensor, ...] | None:
+        """Replays the graph of this shape; returns None if there is none, and records none."""
+        with self._lock:
+            graph = self._graphs.get(_key(pixel_values))
+            return None if graph is None else graph(pixel_values)
+
     def __len__(self) -> int:
         return len(self._graphs)
+
+
+def _key(pixel_values: Tensor) -> tuple[Any, ...]:
+    return *pixel_values.shape, pixel_values.dtype, pixel_values.device
 
 
 _recording = threading.Lock()

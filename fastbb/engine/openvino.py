@@ -158,7 +158,7 @@ def _kept(core: Any, model: Any, key: str, example: Tensor, files: ModelFiles) -
     if model.input(0).partial_shape[0].is_static:
         key = _key_of_batch(key, example)
     folder = files.keep(key, lambda new: _save(model, new))
-    # weights in fp32 share the memory of the module's
+    # most weights in fp32 share the memory of the module's
     if folder is not None and example.dtype != torch.float32:
         with suppress(Exception):  # another process may have removed it
             model = core.read_model(folder / _FILE)

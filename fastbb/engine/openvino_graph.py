@@ -60,8 +60,8 @@ def _affine(norm: Any, channels: int) -> Any:
         readers = _readers(last)
         if len(readers) != 1 or readers[0].get_type_name() not in ("Multiply", "Add"):
             return last
-        index = _constant_input(readers[0])
-        if index is None or readers[0].input_value(index).get_node().data.size != channels:
+        index = _vector_input(readers[0], channels)
+        if index is None:
             return last
         last = readers[0]
         vector = ops.constant(last.input_value(index).get_node().data.reshape(-1))
@@ -104,7 +104,7 @@ def _one_part(chain: list[Any], part: Any, i: int, n: int, axis: int) -> Any:
     for node in chain:
         kind = node.get_type_name()
         if kind == "Add":
-            bias = node.input_value(_constant_input(node)).get_node().data
+            bias = node.input_value(_vector_input(node)).get_node().data
             part = ops.add(part, ops.constant(np.split(bias.reshape(-1), n)[i]))
         elif kind == "Reshape":
             shape = _integers(node.input_value(1))
@@ -125,7 +125,9 @@ def _axis_of_parts(chain: list[Any], n: int) -> int | None:
         return None
     axis, channels = order[0], shaped.input_value(0).get_partial_shape()[-1]
     parts = list(shaped.get_output_partial_shape(0))[axis:]
-    if parts[0] != n or math.prod(p.get_length() for p in parts) != channels:
+    if any(part.is_dynamic for part in parts) or parts[0] != n:
+        return None
+    if math.prod(part.get_length() for part in parts) != channels:
         return None
     if any(node.get_output_partial_shape(0)[0] != n for node in chain[chain.index(moved) :]):
         return None
@@ -134,10 +136,9 @@ def _axis_of_parts(chain: list[Any], n: int) -> int | None:
 
 def _is_of_channels(node: Any) -> bool:
     """Whether a node computes each part of the channels for itself, from constant settings."""
-    shape = node.input_value(0).get_partial_shape()
+    shape = node.get_output_partial_shape(0)
     if node.get_type_name() == "Add":
-        index = _constant_input(node)
-        return index is not None and node.input_value(index).get_node().data.size == shape[-1]
+        return shape[-1].is_static and _vector_input(node, shape[-1].get_length()) is not None
     if node.get_type_name() == "Roll":
         axes = _integers(node.input_value(2))
         return axes is not None and all(0 <= axis < len(shape) - 1 for axis in axes)
@@ -184,10 +185,15 @@ def _is_linear(product: Any) -> bool:
     return is_constant and how["transpose_b"] and not how["transpose_a"]
 
 
-def _constant_input(node: Any) -> int | None:
-    """Position of the input of a node that is a constant, or None."""
-    is_constant = [x.get_node().get_type_name() == "Constant" for x in node.input_values()]
-    return is_constant.index(True) if True in is_constant else None
+def _vector_input(node: Any, channels: int | None = None) -> int | None:
+    """Position of the input of a node that is a constant along the channels, or None."""
+    for position, value in enumerate(node.input_values()):
+        constant = value.get_node()
+        if constant.get_type_name() == "Constant" and constant.data.ndim:
+            size = constant.data.shape[-1]
+            if constant.data.size == size and channels in (None, size):
+                return position
+    return None
 
 
 def _integers(value: Any) -> Any:

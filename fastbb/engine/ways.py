@@ -17,8 +17,9 @@ from ..weights.derived import forget_derived
 from ..weights.watch import ModuleStamp
 from .compiled import compile_maps, in_chunks
 from .computation import Computation, device_of, dtype_of
-from .cpu import even_part, has_arithmetic, largest_tensor
+from .cpu import even_part, has_arithmetic
 from .graphs import GraphPool
+from .memory import tensor_memory
 from .openvino import OPENVINO, model_files, openvino_maps
 from .trial import Run
 from .truth import Truth
@@ -142,14 +143,18 @@ class Ways:
 
     def free_derived(self) -> None:
         """Frees what eager derived from the weights, and gives its memory back."""
-        forget_derived(self._computation.module)
+        for module in (self._computation.module, *self.copies):
+            forget_derived(module)
         release_freed_memory()
 
     def drop_losers(self, winner: str) -> None:
         """Frees what was compiled for other ways than the winner of a measurement."""
         with self._lock:
             kept = winner.removesuffix(GRAPH)
+            losers = self._artefacts.keys() - {kept}
             self._artefacts = {k: v for k, v in self._artefacts.items() if k == kept}
+        if losers:
+            release_freed_memory()
 
     @property
     def notes(self) -> list[str]:
@@ -183,7 +188,7 @@ class Ways:
         if batch < 2:
             return batch
         if self._bytes_per_pixel is None:
-            n_bytes = largest_tensor(self.eager, pixel_values[:1])
+            n_bytes = tensor_memory(self.eager, pixel_values[:1]).largest
             self._bytes_per_pixel = n_bytes / (height * width)
         return even_part(batch, self._bytes_per_pixel * height * width)
 

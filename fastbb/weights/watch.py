@@ -169,7 +169,6 @@ def is_observed(module: nn.Module) -> bool:
 # read anew each time: programs clear hooks by new dictionaries
 _hooks_of = itemgetter(*_HOOKS)
 _forward_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks")
-_mode_of = itemgetter("training", "_forward_hooks", "_forward_pre_hooks")
 _forward_of = methodcaller("get", "forward")
 # of a module, and of a tensor
 is_training, _VERSION = attrgetter("training"), attrgetter("_version")
@@ -348,26 +347,28 @@ class ModuleStamp:
         self._structure = ModuleStructure(module)
         modules = self._structure.modules
         self._attributes = list(map(vars, modules))
-        self._modes = list(self._read_modes())
+        self._modes = list(map(is_training, modules))
         self._forwards = self._read_forwards()
-        # of the module itself they run around the artefact
-        self._hooks = [hooks for m in modules[1:] for hooks in _forward_hooks_of(vars(m))]
-        self._hook_ids = self._read_hooks()
+        self._hook_ids = list(itertools.chain.from_iterable(self._read_hooks()))
         self.is_plain = not (self._structure.trains() or self._structure.hooks())
         self._owners = [d for m in modules for d in (m._parameters, m._buffers) if d]
         self._owned = self._read_owned()
         tensors = [tensor for tensor in self._owned if tensor is not None]
         self._ids = set(map(id, tensors))
-        statistics = [t for t in statistics_of(modules) if is_plain_tensor(t) and not t.is_cuda]
+        statistics = [
+            t for t in statistics_of(modules) if is_plain_tensor(t) and t.device.type == "cpu"
+        ]
         self._statistics = Statistics(statistics)
         # a forward in eval mode does not read it; on a GPU it tells that statistics have moved
-        counts = [t for m in modules if (t := m._buffers.get(_COUNT)) is not None and not t.is_cuda]
+        found = (m._buffers.get(_COUNT) for m in modules)
+        counts = [t for t in found if t is not None and t.device.type == "cpu"]
         by_value, unread = set(map(id, statistics)), set(map(id, counts))
         self._tensors = [t for t in tensors if id(t) not in unread]
         self._versioned = [
             t for t in self._tensors if not t.is_inference() and id(t) not in by_value
         ]
-        self._addresses, self._versions = self._read()
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._versions = self._read_versions()
         self._settings = ModuleSettings(module)
         self._is_written = False
         follow_optimizers()
@@ -377,15 +378,21 @@ class ModuleStamp:
         """Whether nothing has changed since the record was made."""
         return (
             not self._is_written
-            and all(map(operator.is_, self._read_modes(), self._modes))
+            and list(map(is_training, self._structure.modules)) == self._modes
             and self._has_same_hooks()
             and self._read_forwards() == self._forwards
             and self._structure.is_intact()
             and self._owns_the_same()
-            and self._read() == (self._addresses, self._versions)
+            and self.has_same_memory()
+            and self._read_versions() == self._versions
             and self._settings.change() is None
             and self._statistics.are_current()
         )
+
+    def has_same_memory(self) -> bool:
+        """Whether the tensors of then, which the record keeps, are where they were in memory."""
+        # a new dtype or device gives a new address
+        return list(map(Tensor.data_ptr, self._tensors)) == self._addresses
 
     def note_written(self, tensors: Iterable[Tensor]) -> None:
         """Makes the record out of date if it has one of these tensors, which were written."""
@@ -398,23 +405,22 @@ class ModuleStamp:
         owned = self._read_owned()
         return len(owned) == len(self._owned) and all(map(operator.is_, owned, self._owned))
 
-    def _read(self) -> tuple[list[int], list[int]]:
-        # a new dtype or device gives a new address
-        return list(map(Tensor.data_ptr, self._tensors)), list(map(_VERSION, self._versioned))
-
-    def _read_modes(self) -> Iterator[Any]:
-        """The mode of each module, and its dictionaries of hooks, which programs replace."""
-        return itertools.chain.from_iterable(map(_mode_of, self._attributes))
+    def _read_versions(self) -> list[int]:
+        return list(map(_VERSION, self._versioned))
 
     def _read_forwards(self) -> list[Any]:
         """The forward that is set on the instance of each module."""
         return list(map(_forward_of, self._attributes))
 
     def _has_same_hooks(self) -> bool:
-        return self._read_hooks() == self._hook_ids if self._hook_ids else not any(self._hooks)
+        if not self._hook_ids:  # faster
+            return not any(self._read_hooks())
+        return list(itertools.chain.from_iterable(self._read_hooks())) == self._hook_ids
 
-    def _read_hooks(self) -> list[int]:
-        return list(itertools.chain.from_iterable(self._hooks))
+    def _read_hooks(self) -> Iterator[dict[int, Any]]:
+        """The hooks of the layers inside; those of the module run around the artefact."""
+        # read anew each time: programs clear hooks by new dictionaries
+        return itertools.chain.from_iterable(map(_forward_hooks_of, self._attributes[1:]))
 
 
 # --- writes that do not change the version of a tensor

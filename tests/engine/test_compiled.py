@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 from fastbb.engine import cpu
 from fastbb.engine.compiled import compile_maps, in_chunks, local_inductor_options, own_code
 from fastbb.engine.computation import BackboneMaps
-from fastbb.engine.cpu import even_part, has_arithmetic, largest_tensor
+from fastbb.engine.cpu import even_part, has_arithmetic
+from fastbb.engine.memory import tensor_memory
 from fastbb_kernels import machine
 
 N = 4
@@ -96,7 +97,7 @@ def test_padding_keeps_dtype_and_pixels(dtype: torch.dtype) -> None:
 
 def images_at_once(run: Callable[[Tensor], Any], images: Tensor) -> int:
     batch = len(images)
-    return batch if batch < 2 else even_part(batch, largest_tensor(run, images[:1]))
+    return batch if batch < 2 else even_part(batch, tensor_memory(run, images[:1]).largest)
 
 
 def test_parts_keep_every_tensor_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,21 +124,6 @@ def test_parts_are_about_equal_and_of_at_least_one_image(
 ) -> None:
     monkeypatch.setattr(cpu, "KEPT_BYTES", 40 * kept)
     assert images_at_once(lambda x: (x + 1,), torch.ones(batch, 10)) == at_once
-
-
-def test_tensors_made_in_the_first_call_only_do_not_count() -> None:
-    made: list[Tensor] = []
-
-    def run(pixel_values: Tensor) -> Tensor:
-        if not made:
-            made.append(torch.ones(10_000))  # folded weights, for example
-        return pixel_values * made[0][0]
-
-    assert largest_tensor(run, torch.ones(1, 10)) == 40
-
-
-def test_results_without_tensors_count_nothing() -> None:
-    assert images_at_once(lambda x: x.shape, torch.ones(5, 10)) == 5
 
 
 # arithmetic of a CPU

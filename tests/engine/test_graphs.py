@@ -10,7 +10,7 @@ import torch
 from engine_rig import PIXELS, WIDE, EngineRig, resnet_pair
 from pretended_device import Device, baked, explained, gpu, no_warning, only_row
 from reference_models import Pair, images
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastbb.backbone.base import Backbone
 from fastbb.engine import choose, graphs
@@ -18,8 +18,10 @@ from fastbb.engine.choose import Chooser
 from fastbb.engine.computation import BackboneMaps, without_engine
 from fastbb.engine.engine import Engine
 from fastbb.engine.graphs import GraphPool
+from fastbb.engine.memory import tensor_memory
 from fastbb.engine.settings import EngineWarning, Settings
 from fastbb.engine.trial import Run
+from fastbb.weights.watch import ModuleStamp
 
 OFTEN = choose.SEEN_BEFORE_TUNED
 
@@ -143,6 +145,7 @@ def recording(rig: EngineRig, monkeypatch: pytest.MonkeyPatch) -> Graphs:
     monkeypatch.setattr(
         Chooser, "_may_capture", lambda self, pixels: self._settings.cuda_graph is not False
     )
+    monkeypatch.setattr(choose, "free_bytes", lambda device: 10**9)
     return recording
 
 
@@ -170,22 +173,52 @@ def test_the_first_shape_is_recorded_at_once_and_others_after_several_calls(
 
 
 @pytest.mark.parametrize("graph", ["auto", True, False], ids=str)
-def test_a_large_batch_is_recorded_only_with_cuda_graph_true(
+def test_a_graph_that_would_fill_the_memory_is_recorded_only_with_cuda_graph_true(
     graph: Any,
     rig: EngineRig,
     recording: Graphs,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(choose, "SMALL_BATCH_PIXELS", PIXELS[:, 0].numel() - 1)
+    with gpu():
+        needed = tensor_memory(rig.pair.ours, PIXELS).peak
+    monkeypatch.setattr(choose, "free_bytes", lambda device: 4 * needed - 1)
     with gpu(), no_warning():
         prepared = prepared_with(rig.pair.ours, graph)
-        rig.assert_right(prepared, *[PIXELS] * (OFTEN + 2), WIDE)
+        rig.assert_right(prepared, *[PIXELS] * (OFTEN + 2), PIXELS[:1], *[PIXELS[:1]] * OFTEN)
         rows = explained(prepared).rows
     if graph is True:
-        assert recording.recorded == [(2, 64), (2, 96)]  # each at its first call
-    else:
-        assert not recording.recorded and {row.runs for row in rows} == {"triton"}
-        assert ("too large to gain from a CUDA graph" in rows[0].why) == (graph == "auto")
+        assert recording.recorded == [(2, 64), (1, 64)]  # each at its first call
+    else:  # a smaller batch fits
+        assert recording.recorded == ([(1, 64)] if graph == "auto" else [])
+        assert rows[0].runs == "triton"
+        assert ("more than 25% of the" in rows[0].why) == (graph == "auto")
+
+
+def test_auto_measures_no_graph_that_would_fill_the_memory(
+    rig: EngineRig, recording: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choose, "free_bytes", lambda device: 1000)
+    with gpu(), no_warning():
+        prepared = rig.prepare()
+        rig.assert_right(prepared, PIXELS, PIXELS)
+        assert only_row(prepared).runs == "triton" and not recording.recorded
+
+
+def test_no_graph_is_recorded_before_the_modules_are_read(
+    rig: EngineRig, recording: Graphs
+) -> None:
+    """A graph that was dropped would be recorded from layers with a hook, and kept."""
+    called: list[nn.Module] = []
+    with gpu():
+        prepared = prepared_with(rig.pair.ours, True)
+        batches = [images(32, 32 * n) for n in range(1, graphs.MAX_GRAPHS + 2)]
+        rig.assert_right(prepared, *batches)
+        n_recorded = len(recording.recorded)
+        layer = list(rig.pair.ours.modules())[-1]
+        hook = layer.register_forward_hook(lambda module, *_: called.append(module))
+        with hook, pytest.warns(EngineWarning, match="hooks"):
+            rig.assert_right(prepared, batches[0])
+        assert len(recording.recorded) == n_recorded and called == [layer]
 
 
 def test_the_number_of_graphs_is_limited(rig: EngineRig, recording: Graphs) -> None:
@@ -255,3 +288,61 @@ def test_changed_weights_are_recorded_again(mode: str, rig: EngineRig, recording
         rig.assert_right(prepared, PIXELS, PIXELS)
         assert only_row(prepared).runs == "triton + CUDA graph"
     assert len(recording.recorded) == 2 * n_recorded
+
+
+@pytest.fixture
+def order(recording: Graphs, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens in a call: "replay", or "read" of the modules."""
+    found: list[str] = []
+    is_current = ModuleStamp.is_current
+    monkeypatch.setattr(ModuleStamp, "is_current", lambda s: found.append("read") or is_current(s))
+    recording.spoil = lambda x: found.append("replay") or x
+    return found
+
+
+def test_modules_are_read_while_the_gpu_replays(rig: EngineRig, order: list[str]) -> None:
+    with gpu(), no_warning():
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, PIXELS)
+        order.clear()
+        rig.assert_right(prepared, PIXELS)
+    n_maps = len(rig.pair.ours.out_features)
+    assert order == [*["replay"] * n_maps, "read"]
+
+
+def test_no_graph_is_replayed_that_reads_memory_which_weights_left(
+    rig: EngineRig, recording: Graphs, order: list[str]
+) -> None:
+    with gpu(), no_warning():
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, PIXELS)
+        weight = next(rig.pair.ours.parameters())
+        weight.data = weight.data.clone()  # the memory of before may be unmapped
+        order.clear()
+        rig.assert_right(prepared, PIXELS)
+    assert order[0] == "read" and len(recording.recorded) == 2
+
+
+@pytest.mark.parametrize("reason", ["gradient", "autocast", "hook"])
+def test_nothing_is_replayed_where_it_may_not_run(
+    reason: str, rig: EngineRig, order: list[str]
+) -> None:
+    called: list[nn.Module] = []
+    with gpu():
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, PIXELS)
+        order.clear()
+        if reason == "gradient":
+            with torch.enable_grad(), pytest.warns(EngineWarning, match="gradient"):
+                prepared(PIXELS.clone().requires_grad_())
+        elif reason == "autocast":
+            with torch.no_grad(), torch.autocast("cpu"):
+                prepared(PIXELS)
+        else:
+            handle = torch.nn.modules.module.register_module_forward_hook(
+                lambda module, *_: called.append(module)
+            )
+            with torch.no_grad(), handle, pytest.warns(EngineWarning, match="hooks"):
+                prepared(PIXELS)
+            assert len(called) > 1
+    assert "replay" not in order

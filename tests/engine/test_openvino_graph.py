@@ -6,8 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference_models import hf_pair, hf_swin, images, randomize_
 from torch import Tensor, nn
+from vit_models import upstream_class, vit_config
 
+from fastbb.engine import openvino
+from fastbb.engine.computation import BackboneMaps, without_engine
 from fastbb.engine.openvino_graph import rewrite_for_cpu
 
 library: Any = pytest.importorskip("openvino")
@@ -44,6 +48,10 @@ def assert_results_stay(module: nn.Module, x: Tensor) -> Any:
     for y, wanted in zip(results(model, x), expected, strict=True):
         np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
     return model
+
+
+def hf_dinov2() -> Any:
+    return randomize_(upstream_class("dinov2", "Backbone")(vit_config("dinov2")))
 
 
 class Attention(nn.Module):
@@ -105,8 +113,8 @@ def two_of_three(y: Tensor) -> Any:
 
 
 def a_part_twice(y: Tensor) -> Any:
-    q, k, _ = of_maps(y)
-    return q, k, k + q
+    y = y.view(*y.shape[:3], PARTS, HEADS, WIDTH).permute(3, 0, 1, 2, 4, 5)
+    return y[0], y[1] + 1, y[1:] + y[1]
 
 
 def a_larger_part(y: Tensor) -> Any:
@@ -131,6 +139,7 @@ def regrouped(y: Tensor) -> Any:
     [
         (inner_parts, None),
         (two_of_three, None),
+        (a_part_twice, None),
         (a_larger_part, None),
         (parts_of_images, None),
         (regrouped, None),
@@ -141,6 +150,22 @@ def regrouped(y: Tensor) -> Any:
 def test_other_parts_are_left_alone(take: Any, roll: Any) -> None:
     model = assert_results_stay(Attention(take, roll), torch.randn(MAPS))
     assert linears(model) == 1
+
+
+def whole_windows() -> Any:
+    """A Swin whose maps need no padding; that of a product of three parts stands in the way."""
+    return hf_swin(depths=(2, 1), num_heads=(2, 4), window_size=4, out_indices=[0, 1, 2])
+
+
+@pytest.mark.parametrize("make", [whole_windows, hf_dinov2])
+@torch.no_grad()
+def test_every_linear_layer_of_upstream_has_a_product(make: Any) -> None:
+    """Upstream computes q, k and v by layers of their own; the batch is dynamic, as in use."""
+    upstream = make()
+    computation = BackboneMaps(without_engine(hf_pair(upstream).ours))
+    model = openvino._convert(computation, images(64, 64))
+    assert model.input(0).partial_shape[0].is_dynamic
+    assert linears(model) == sum(isinstance(m, nn.Linear) for m in upstream.modules())
 
 
 def test_a_product_that_is_read_otherwise_too_is_left_alone() -> None:

@@ -64,6 +64,12 @@ def test_a_cpu_without_the_dtype_computes_in_fp32(
             for name, *held in zip(backbone.out_features, maps, low, exact):
                 assert_as_accurate_as_eager(name, *held)
     assert only_row(compiled).runs == "compile, 2 images at once"
+    assert compiled._engine is not None
+    copies = compiled._engine.chooser.ways.copies
+    compiled._engine.chooser.ways.eager(PIXELS.bfloat16())
+    assert len(copies) == 1 and derived_bytes(copies) > 0
+    compiled._engine.chooser.ways.free_derived()
+    assert derived_bytes(copies) == 0
 
 
 # precision of fp32 products, a setting of the whole process

@@ -121,6 +121,7 @@ def test_a_hook_in_a_new_dictionary_is_a_change() -> None:
     model = nn.Sequential(nn.Linear(2, 2)).eval()
     stamp = ModuleStamp(model)
     model[0]._forward_hooks = OrderedDict()
+    assert stamp.is_current()
     model[0].register_forward_hook(lambda *_: None)
     assert not stamp.is_current()
 
