@@ -7,6 +7,7 @@ bootstrap over rounds.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -150,8 +151,9 @@ def best(cell: Cell) -> Best:
 
 
 def _runs_openvino(way: Way) -> bool:
-    """Whether a way of fastbb runs OpenVINO; the note of mode "auto" says what it chose."""
-    return way.name == f"fastbb {OPENVINO}" or way.note.startswith(f"runs {OPENVINO}")
+    """Whether a way of fastbb runs OpenVINO: its note says what runs if its name does not."""
+    said = re.match("runs ([^,:]+)", way.note)
+    return (said[1] if said else way.name.split()[-1]) == OPENVINO
 
 
 def round_ratios(

@@ -115,6 +115,13 @@ def test_best_without_openvino_is_the_fastest_of_ours_in_pytorch() -> None:
     assert auto is not None and noise.best(cell).torch is auto
     auto.note = "runs openvino: the fastest that passed its check"
     assert noise.best(cell).torch is None
+    for name, note, is_torch in (
+        ("fastbb.accelerate openvino", "", False),
+        ("fastbb openvino", "runs eager, 2 images at once: openvino failed", True),
+        ("fastbb eager", "runs triton: it was asked for", True),
+    ):
+        auto.name, auto.note = name, note
+        assert (noise.best(cell).torch is auto) == is_torch
 
 
 def test_host_has_shares_and_a_ratio_inside() -> None:
