@@ -51,9 +51,13 @@ MUTATIONS = {
     ),
     "bias_is_not_scaled": Mutation("linear_residual", "bias *= scale", "bias *= 1.0"),
     "gate_and_up_swapped": Mutation(
-        "layer_norm_swiglu", 'activate(gate, "silu") * up', 'activate(up, "silu") * gate'
+        "layer_norm_swiglu",
+        'activate(gate, "silu", y_ptr.dtype.element_ty) * up',
+        'activate(up, "silu", y_ptr.dtype.element_ty) * gate',
     ),
-    "gate_is_not_activated": Mutation("layer_norm_swiglu", 'activate(gate, "silu")', "gate"),
+    "gate_is_not_activated": Mutation(
+        "layer_norm_swiglu", 'activate(gate, "silu", y_ptr.dtype.element_ty)', "gate"
+    ),
     "response_norms_of_pixels": Mutation(
         "grn_linear_residual",
         "total += x * x",
@@ -127,9 +131,9 @@ def arguments(op: str, dtype: torch.dtype) -> dict[str, Any]:
     return max(cases, key=lambda args: sum(value is not None for value in args.values()))
 
 
-def assert_right(mutation: Mutation, folder: Path) -> None:
+def assert_right(mutation: Mutation, folder: Path, args: dict[str, Any] | None = None) -> None:
     """The check of the ladder: the kernel against eager PyTorch and float64."""
-    op, args = find_op(mutation.op), arguments(mutation.op, torch.bfloat16)
+    op, args = find_op(mutation.op), args or arguments(mutation.op, torch.bfloat16)
     with torch.no_grad(), interpret():
         y = mutant(mutation, folder)(*op.bind(**args))
     assert_as_accurate_as_eager("y", y, op.eager(**args), op.eager(**in_float64(args)))
@@ -160,3 +164,15 @@ def test_unchanged_kernel_passes_both(op: str, tmp_path: Path) -> None:
     with interpret(), launching(**{op: launch}), use(check):
         find_op(op).call(**arguments(op, torch.bfloat16))
     assert check.results(CPU) == {(op, torch.bfloat16): None}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tests_catch_a_gelu_outside_the_range_of_its_polynomial(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    args = arguments("layer_norm_linear", dtype) | {"activation": "gelu"}
+    args["norm_weight"] = 16 * args["norm_weight"]  # values of both signs beyond 11
+    assert_right(Mutation("layer_norm_linear"), tmp_path, args)
+    bug = Mutation("layer_norm_linear", "tl.minimum(x * x, _GELU_LIMIT)", "x * x", "activation")
+    with pytest.raises(AssertionError, match=r"y: error \S+, allowed"):
+        assert_right(bug, tmp_path, args)

@@ -168,6 +168,18 @@ def test_every_activation_equals_torch_at_extreme_values(activation: str) -> Non
     torch.testing.assert_close(y.double(), exact, rtol=2e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gelu_of_low_precision_equals_torch_at_extreme_values(dtype: torch.dtype) -> None:
+    """Its approximation is off by 2.6e-5 at most, before the result is rounded."""
+    values = [*torch.linspace(-12, 12, 900).tolist(), 1e4, -1e4, 1e30, -1e30, math.inf, math.nan]
+    bias = torch.tensor(values).to(dtype)  # 1e30 is infinite in fp16
+    ones, zeros = torch.ones(8, dtype=dtype), torch.zeros(bias.numel(), 8, dtype=dtype)
+    y = run((torch.randn(2, 8).to(dtype), ones, ones.clone(), zeros, bias), "gelu")
+    exact = F.gelu(bias.double()).expand(2, -1)
+    rounding = 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), exact, rtol=rounding, atol=2.6e-5, equal_nan=True)
+
+
 def test_every_activation_is_tested() -> None:
     assert MODULES.keys() == {None, *ACTIVATIONS}
 

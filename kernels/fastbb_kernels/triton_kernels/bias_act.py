@@ -10,13 +10,13 @@ from .._activation import Activation
 from .._dispatch import Architecture
 from ..launching import chosen_config
 from .activation import activate
-from .config import RowsConfig
+from .config import RowsConfig, cdiv, next_power_of_2
 from .kernel import Kernel
 
 
 def launch_config(channels: int, arch: Architecture | None) -> RowsConfig:
     """Chooses tiles of 4096 elements, 32 per thread, with whole rows up to 128 channels."""
-    block_n = max(16, min(128, triton.next_power_of_2(channels)))
+    block_n = max(16, min(128, next_power_of_2(channels)))
     return RowsConfig(4096 // block_n, block_n, num_warps=4)
 
 
@@ -29,7 +29,7 @@ def launch(
     channels = y.shape[1]
     n_rows = y.numel() // channels
     config = chosen_config("bias_act", launch_config, x.device, channels)
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(channels, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(channels, config.block_n),)
     _bias_act_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
         bias.contiguous(),
@@ -69,5 +69,5 @@ def _bias_act_fwd_kernel(
     y += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    y = activate(y, ACTIVATION)
+    y = activate(y, ACTIVATION, y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .activation import activate
-from .config import GemmConfig
+from .config import GemmConfig, cdiv
 from .conv3x3_bn_act import conv3x3_rows
 from .kernel import Kernel
 from .pixel_rows import interpreter_config
@@ -34,7 +34,7 @@ def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> Gemm
     else:
         return GemmConfig(64, 64, 32, num_warps=4, num_stages=2)
     # every program reads all weights: many pixels per program, unless there are few programs then
-    many = triton.cdiv(n_rows, config.block_m) >= _ENOUGH_PROGRAMS
+    many = cdiv(n_rows, config.block_m) >= _ENOUGH_PROGRAMS
     return config if many else config._replace(block_m=64)
 
 
@@ -57,7 +57,7 @@ def launch(
     batch, out_channels, y_height, y_width = y.shape
     n_rows = batch * y_height * y_width
     config = chosen_config("bottleneck_tail", launch_config, x.device, n_rows, channels)
-    _bottleneck_tail_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+    _bottleneck_tail_fwd_kernel[(cdiv(n_rows, config.block_m),)](
         x.contiguous(memory_format=channels_last),
         weight.contiguous(memory_format=channels_last),
         bias.contiguous(),
@@ -133,7 +133,7 @@ def _bottleneck_tail_fwd_kernel(
         BLOCK_K,
     )
     mid += tl.load(bias_ptr + channels).to(tl.float32)[None, :]
-    mid = activate(mid, "relu").to(x_ptr.dtype.element_ty)
+    mid = activate(mid, "relu", x_ptr.dtype.element_ty).to(x_ptr.dtype.element_ty)
 
     y_rows = first_row * out_channels + rows[:, None] * out_channels
     for start in range(0, out_channels, BLOCK_N):
@@ -143,5 +143,5 @@ def _bottleneck_tail_fwd_kernel(
         offsets = y_rows + cols[None, :]
         acc += tl.load(residual_ptr + offsets, mask=row_mask[:, None], other=0.0).to(tl.float32)
         acc += tl.load(expand_bias_ptr + cols).to(tl.float32)[None, :]
-        acc = activate(acc, ACTIVATION)
+        acc = activate(acc, ACTIVATION, y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=row_mask[:, None])

@@ -1,6 +1,19 @@
-"""Launch configurations, whose values each op's `launch_config` chooses."""
+"""Launch configurations, whose values each op's `launch_config` chooses, and their arithmetic.
+
+The functions are Triton's for hosts, which take some microseconds a call, without its wrapper.
+"""
 
 from typing import NamedTuple
+
+
+def cdiv(n: int, block: int) -> int:
+    """Number of blocks that cover `n`."""
+    return -(-n // block)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`, which is positive."""
+    return 1 << (n - 1).bit_length()
 
 
 class GemmConfig(NamedTuple):

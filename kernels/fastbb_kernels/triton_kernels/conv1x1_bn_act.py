@@ -12,6 +12,7 @@ from torch import Tensor, channels_last
 from .._dispatch import input_precision
 from ..launching import chosen_config
 from .activation import activate
+from .config import cdiv
 from .kernel import Kernel
 from .pixel_rows import add_product, launch_config, strided_pixels
 
@@ -33,7 +34,7 @@ def launch(
     n_rows = batch * y_height * y_width
     sizes = n_rows, channels, out_channels, residual is not None, x.dtype, residual is None
     config = chosen_config("conv1x1_bn_act", launch_config, x.device, *sizes)
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_channels, config.block_n),)
     _conv1x1_bn_act_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
         weight.contiguous(),
@@ -100,6 +101,6 @@ def _conv1x1_bn_act_fwd_kernel(
         residual_ptr += first_row * out_channels
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION, y_ptr.dtype.element_ty)
     y_ptr += first_row * out_channels
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)

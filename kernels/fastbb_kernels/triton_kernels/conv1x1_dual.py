@@ -14,6 +14,7 @@ from torch import Tensor, channels_last
 from .._dispatch import input_precision
 from ..launching import chosen_config
 from .activation import activate
+from .config import cdiv
 from .kernel import Kernel
 from .pixel_rows import add_product, launch_config, strided_pixels
 
@@ -39,7 +40,7 @@ def launch(
     common = math.gcd(channels, shortcut_channels)
     sizes = n_rows, common, out_channels, False, x.dtype, False
     config = chosen_config("conv1x1_dual", launch_config, x.device, *sizes)
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_channels, config.block_n),)
     _conv1x1_dual_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
         weight.contiguous(),
@@ -106,7 +107,7 @@ def _conv1x1_dual_fwd_kernel(
     )  # fmt: skip
 
     acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION, y_ptr.dtype.element_ty)
     offsets = rows[:, None] * out_channels + cols[None, :]
     tl.store(
         y_ptr + first_row * out_channels + offsets,

@@ -17,7 +17,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .activation import activate
-from .config import GemmConfig
+from .config import GemmConfig, cdiv
 from .kernel import Kernel
 from .pixel_rows import interpreter_config
 from .tile_choice import has_work_for_large_tiles
@@ -55,7 +55,7 @@ def launch_config(
         if block_n < 2 * out_channels
     ]
     for config in fitting:
-        n_tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
+        n_tiles = cdiv(n_rows, config.block_m) * cdiv(out_channels, config.block_n)
         if n_tiles >= _ENOUGH_PROGRAMS:
             return config
     if fitting and has_work_for_large_tiles(n_rows, out_channels, arch):
@@ -82,7 +82,7 @@ def launch(
     config = chosen_config(
         "conv3x3_bn_act", launch_config, x.device, n_rows, channels, out_channels, x.dtype
     )
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_channels, config.block_n),)
     _conv3x3_bn_act_fwd_kernel[grid](
         x.contiguous(memory_format=channels_last),
         weight.contiguous(memory_format=channels_last),
@@ -165,7 +165,7 @@ def _conv3x3_bn_act_fwd_kernel(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION, y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -18,6 +18,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from ..ops.convnext_block import STRIP_ROWS
+from .config import cdiv
 from .depthwise_strips import strip_sums
 from .kernel import Kernel
 from .mlp_of_rows import mlp_of_rows
@@ -89,8 +90,8 @@ def launch(
     batch, channels, height, width = x.shape
     n_pixels = batch * height * width
     config = chosen_config("convnext_block", launch_config, x.device, n_pixels, channels)
-    n_strips = batch * triton.cdiv(height, STRIP_ROWS) * width
-    _convnext_block_fwd_kernel[(triton.cdiv(n_strips, config.block_n),)](
+    n_strips = batch * cdiv(height, STRIP_ROWS) * width
+    _convnext_block_fwd_kernel[(cdiv(n_strips, config.block_n),)](
         # views if C is the fastest axis
         x.permute(0, 2, 3, 1).contiguous(),
         conv_weight.permute(2, 3, 1, 0).contiguous(),

@@ -16,6 +16,7 @@ from torch import Tensor
 from .._dispatch import Architecture
 from ..launching import chosen_config
 from .activation import activate
+from .config import cdiv
 from .depthwise_strips import strip_sums
 from .kernel import Kernel
 
@@ -42,7 +43,7 @@ def launch_config(channels: int, dtype: torch.dtype, arch: Architecture | None) 
     """Chooses tiles in which each of 128 threads holds 128 bits of the channels of one strip."""
     # the block with the least padding, the wider one if equal: narrow blocks scatter accesses
     blocks = (64, 32) if channels > 16 else (16,)
-    block_c = min(blocks, key=lambda block: triton.cdiv(channels, block) * block)
+    block_c = min(blocks, key=lambda block: cdiv(channels, block) * block)
     block_n = 128 * (16 // dtype.itemsize) // block_c
     # a warp has 64 threads on AMD
     return StripsConfig(block_n, block_c, rows=4, num_warps=2 if isinstance(arch, str) else 4)
@@ -62,8 +63,8 @@ def launch(
         return y
     batch, channels, height, width = x.shape
     config = chosen_config("depthwise_conv_bn_act", launch_config, x.device, channels, x.dtype)
-    n_strips = batch * triton.cdiv(y.shape[2], config.rows) * y.shape[3]
-    grid = (triton.cdiv(n_strips, config.block_n) * triton.cdiv(channels, config.block_c),)
+    n_strips = batch * cdiv(y.shape[2], config.rows) * y.shape[3]
+    grid = (cdiv(n_strips, config.block_n) * cdiv(channels, config.block_c),)
     _depthwise_conv_bn_act_fwd_kernel[grid](
         # views if C is the fastest axis
         x.permute(0, 2, 3, 1).contiguous(),
@@ -144,6 +145,6 @@ def _depthwise_conv_bn_act_fwd_kernel(
     for i in tl.static_range(ROWS):
         tl.store(
             y_pointers + i * y_width * wide_channels,
-            activate(acc[i], ACTIVATION).to(y_ptr.dtype.element_ty),
+            activate(acc[i], ACTIVATION, y_ptr.dtype.element_ty).to(y_ptr.dtype.element_ty),
             mask=mask & (y_rows + i < y_height),
         )

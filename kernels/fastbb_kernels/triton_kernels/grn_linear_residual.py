@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..launching import chosen_config
 from ..ops.grn_linear_residual import n_parts
+from .config import cdiv
 from .kernel import Kernel
 from .linear_residual import launch_config, launch_rows
 
@@ -39,7 +40,7 @@ def launch(
         torch.empty(shape, dtype=torch.float32, device=x.device)
         for shape in ((batch, parts, features), (batch, features))
     )
-    n_tiles = triton.cdiv(features, _BLOCK_C)
+    n_tiles = cdiv(features, _BLOCK_C)
     _grn_sums_fwd_kernel[(batch * parts * n_tiles,)](
         x,
         sums,

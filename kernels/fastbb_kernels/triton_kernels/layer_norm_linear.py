@@ -19,7 +19,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .activation import activate
-from .config import GemmConfig
+from .config import GemmConfig, cdiv
 from .kernel import Kernel
 from .normalized_gemm import load_weight, merge_statistics, normalize, streamed_tiles
 
@@ -84,8 +84,8 @@ def launch_config(
         gemm = GemmConfig(128 if many else 64, 64, block_k, num_warps=8, num_stages=1)
         n_ranges = 1
         if arch is not None:
-            n_ranges = triton.cdiv(_ENOUGH_PROGRAMS, triton.cdiv(n_rows, gemm.block_m))
-        tiles_per_program = triton.cdiv(triton.cdiv(out_features, gemm.block_n), n_ranges)
+            n_ranges = cdiv(_ENOUGH_PROGRAMS, cdiv(n_rows, gemm.block_m))
+        tiles_per_program = cdiv(cdiv(out_features, gemm.block_n), n_ranges)
         if merge or features <= _SHORT_ROW or tiles_per_program > 1:
             return LayerNormLinearConfig(gemm, tiles_per_program, True)
     gemm = streamed_tiles(n_rows, features, out_features, dtype, arch)
@@ -148,8 +148,8 @@ def launch_rows(
     gemm, tiles_per_program, resident = chosen_config(
         "layer_norm_linear", launch_config, x.device, *sizes
     )
-    n_ranges = triton.cdiv(triton.cdiv(out_features, gemm.block_n), tiles_per_program)
-    _layer_norm_linear_fwd_kernel[(triton.cdiv(n_rows, gemm.block_m) * n_ranges,)](
+    n_ranges = cdiv(cdiv(out_features, gemm.block_n), tiles_per_program)
+    _layer_norm_linear_fwd_kernel[(cdiv(n_rows, gemm.block_m) * n_ranges,)](
         x,
         norm_weight.contiguous(),
         norm_bias.contiguous(),
@@ -171,7 +171,7 @@ def launch_rows(
         MERGE=merge,
         PADDED=height % side > 0 or width % side > 0,
         EVEN_K=features % gemm.block_k == 0,
-        N_STEPS=triton.cdiv(features, gemm.block_k) if resident else None,
+        N_STEPS=cdiv(features, gemm.block_k) if resident else None,
         PRECISION=input_precision(x.dtype),
         **gemm.options(),
     )
@@ -280,7 +280,7 @@ def _layer_norm_linear_fwd_kernel(
 
         if HAS_BIAS:
             acc += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-        acc = activate(acc, ACTIVATION)
+        acc = activate(acc, ACTIVATION, y_ptr.dtype.element_ty)
         offsets = first_row * out_features + rows[:, None] * out_features + cols[None, :]
         tl.store(
             y_ptr + offsets,

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from .._dispatch import Architecture
 from ..launching import chosen_config
-from .config import RowsConfig
+from .config import RowsConfig, cdiv, next_power_of_2
 from .kernel import Kernel
 
 
 def launch_config(n_rows: int, channels: int, arch: Architecture | None) -> RowsConfig:
     """Chooses tiles of whole rows with 32 elements per thread, also if there are few rows."""
-    block_n = triton.next_power_of_2(channels)
+    block_n = next_power_of_2(channels)
     block_m = max(1, 4096 // block_n)
     return RowsConfig(block_m, block_n, num_warps=min(max(block_m * block_n // 1024, 1), 8))
 
@@ -32,7 +32,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         rows = x.reshape(-1, channels)
         n_rows = rows.shape[0]
         config = chosen_config("layer_norm_nchw", launch_config, x.device, n_rows, channels)
-        _layer_norm_nchw_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+        _layer_norm_nchw_fwd_kernel[(cdiv(n_rows, config.block_m),)](
             rows,
             weight.contiguous(),
             bias.contiguous(),

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._dispatch import input_precision
 from ..launching import chosen_config
 from .activation import activate
+from .config import cdiv
 from .kernel import Kernel
 from .normalized_gemm import paired_products, paired_tiles
 
@@ -39,7 +40,7 @@ def launch(
     config = chosen_config(
         "layer_norm_swiglu", launch_config, x.device, n_rows, features, 2 * out_features, x.dtype
     )
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_features, config.block_n),)
     _layer_norm_swiglu_fwd_kernel[grid](
         rows,
         norm_weight.contiguous(),
@@ -123,7 +124,7 @@ def _layer_norm_swiglu_fwd_kernel(
         gate += tl.load(gate_bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if HAS_UP_BIAS:
         up += tl.load(up_bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    y = activate(gate, "silu") * up
+    y = activate(gate, "silu", y_ptr.dtype.element_ty) * up
     offsets = first_row * out_features + rows[:, None] * out_features + cols[None, :]
     tl.store(
         y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & col_mask[None, :]

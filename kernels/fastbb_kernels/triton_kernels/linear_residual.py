@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
-from .config import GemmConfig
+from .config import GemmConfig, cdiv
 from .kernel import Kernel
 from .tile_choice import has_work_for_large_tiles
 
@@ -87,7 +87,7 @@ def launch_rows(
     out_features, features = weight.shape
     n_rows = rows.shape[0]
     factors, shift, rows_per_image = (None, None, 1) if norm is None else norm
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_features, config.block_n),)
     _linear_residual_fwd_kernel[grid](
         rows,
         weight,

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
+from .config import cdiv
 from .kernel import Kernel
 from .mlp_of_rows import mlp_of_rows
 from .normalized_rows import normalized_rows
@@ -84,7 +85,7 @@ def launch(
     n_rows = y.numel() // channels
     config = chosen_config("mlp_block", launch_config, x.device, n_rows, channels)
     # a view with gaps, which no model passes, is copied: strides would cost registers
-    _mlp_block_fwd_kernel[(triton.cdiv(n_rows, config.block_m),)](
+    _mlp_block_fwd_kernel[(cdiv(n_rows, config.block_m),)](
         x.contiguous(),
         norm_weight.contiguous(),
         norm_bias.contiguous(),

@@ -62,7 +62,7 @@ def mlp_of_rows(
             hidden = tl.dot(x[i], weight, hidden, input_precision=PRECISION)
         if fc1_bias_ptr is not None:
             hidden += tl.load(fc1_bias_ptr + columns).to(tl.float32)[None, :]
-        hidden = activate(hidden, ACTIVATION).to(dtype)
+        hidden = activate(hidden, ACTIVATION, dtype).to(dtype)
         sums = ()
         for i in tl.static_range(N_PIECES):
             channels = i * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .._dispatch import Architecture
-from .config import GemmConfig
+from .config import GemmConfig, cdiv
 
 # about one program per multiprocessor
 _FEW_PROGRAMS = 128
@@ -28,7 +28,7 @@ def streamed_tiles(
         if arch not in (80, 90, 100, None):  # 100 KB of shared memory, or unknown
             block_k = 32
         gemm = GemmConfig(64, 128, block_k, num_warps=8, num_stages=3)
-    n_tiles = triton.cdiv(n_rows, gemm.block_m), triton.cdiv(out_features, gemm.block_n)
+    n_tiles = cdiv(n_rows, gemm.block_m), cdiv(out_features, gemm.block_n)
     few = arch is not None and math.prod(n_tiles) < _FEW_PROGRAMS
     # without whole steps each element of a load needs its own mask, which takes registers
     if few or features % block_k > 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
-from .config import GemmConfig
+from .config import GemmConfig, cdiv, next_power_of_2
 from .kernel import Kernel
 
 
@@ -25,7 +25,7 @@ def launch_config(
 
     Without a norm a program computes some columns, and `out_features` is their number.
     """
-    block_n = max(16, triton.next_power_of_2(out_features))
+    block_n = max(16, next_power_of_2(out_features))
     block_k = 16 if features % 32 or dtype == torch.float32 else 32
     if block_n > 256:
         return GemmConfig(32, block_n, block_k, num_warps=16, num_stages=2)
@@ -61,8 +61,8 @@ def launch(
     bias, norm_weight, norm_bias = (
         None if vector is None else vector.contiguous() for vector in (bias, norm_weight, norm_bias)
     )
-    n_tiles = triton.cdiv(out_features, config.block_n)
-    _patch_embed_fwd_kernel[(triton.cdiv(n_rows, config.block_m) * n_tiles,)](
+    n_tiles = cdiv(out_features, config.block_n)
+    _patch_embed_fwd_kernel[(cdiv(n_rows, config.block_m) * n_tiles,)](
         pixel_values,
         weight,
         bias,

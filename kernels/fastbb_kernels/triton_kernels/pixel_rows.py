@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .._dispatch import Architecture
-from .config import GemmConfig
+from .config import GemmConfig, cdiv, next_power_of_2
 from .tile_choice import has_work_for_large_tiles
 
 # about one program per multiprocessor of a GPU
@@ -21,7 +21,7 @@ _AMD = ("gfx90a", "gfx942")
 def interpreter_config(n_rows: int, out_channels: int, channels: int) -> GemmConfig:
     """Chooses large tiles for the interpreter, whose time hardly depends on the size of a tile."""
     sizes = (n_rows, 1024), (out_channels, 256), (channels, 64)
-    blocks = (min(most, max(16, triton.next_power_of_2(size))) for size, most in sizes)
+    blocks = (min(most, max(16, next_power_of_2(size))) for size, most in sizes)
     return GemmConfig(*blocks, num_warps=4, num_stages=1)
 
 
@@ -66,7 +66,7 @@ def launch_config(
     if arch in _AMD and not plain:
         fitting = fitting[:1]
     for config in fitting:
-        tiles = triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_channels, config.block_n)
+        tiles = cdiv(n_rows, config.block_m) * cdiv(out_channels, config.block_n)
         if tiles >= _ENOUGH_PROGRAMS:
             return config
     if fitting and has_work_for_large_tiles(n_rows, out_channels, arch):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._dispatch import input_precision
 from ..launching import chosen_config
+from .config import cdiv
 from .kernel import Kernel
 from .normalized_gemm import paired_products, paired_tiles
 
@@ -44,7 +45,7 @@ def launch(
         "rope_qkv", launch_config, x.device, n_rows, features, out_features, x.dtype
     )
     n_pairs = out_features // 2
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(n_pairs, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(n_pairs, config.block_n),)
     _rope_qkv_fwd_kernel[grid](
         rows,
         norm_weight.contiguous(),

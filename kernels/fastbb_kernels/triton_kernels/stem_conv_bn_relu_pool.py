@@ -21,7 +21,7 @@ from .._activation import Activation
 from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .activation import activate
-from .config import GemmConfig
+from .config import GemmConfig, cdiv, next_power_of_2
 from .kernel import Kernel
 from .pixel_rows import interpreter_config
 
@@ -42,7 +42,7 @@ def launch_config(
     """Chooses tiles and warps such that registers hold them beside the weight of all channels."""
     if arch is None:
         return interpreter_config(256, out_features, 64)
-    block_n = max(16, min(64, triton.next_power_of_2(out_features)))
+    block_n = max(16, min(64, next_power_of_2(out_features)))
     if dtype == torch.float32:
         # no MMA, so that the operands are in registers too
         return GemmConfig(32, min(block_n, 32), 16, num_warps=4, num_stages=1)
@@ -71,7 +71,7 @@ def launch(
     sizes = in_channels, out_features, pixel_values.dtype, weight.dtype, activation
     config = chosen_config("stem_conv_bn_relu_pool", launch_config, weight.device, *sizes)
     n_rows = batch * y_height * y_width
-    grid = (triton.cdiv(n_rows, config.block_m) * triton.cdiv(out_features, config.block_n),)
+    grid = (cdiv(n_rows, config.block_m) * cdiv(out_features, config.block_n),)
     scale, shift = (), ()
     if mean is not None and std is not None:
         # (x / 255 - mean) / std as one multiplication and addition
@@ -195,11 +195,11 @@ def _stem_conv_bn_relu_pool_fwd_kernel(
             x = x.to(weight_ptr.dtype.element_ty)
             acc = tl.dot(x, weights[step], acc, input_precision=PRECISION)
         if not MONOTONIC:
-            acc = activate(acc + bias, ACTIVATION)
+            acc = activate(acc + bias, ACTIVATION, y_ptr.dtype.element_ty)
         best = tl.maximum(best, acc, propagate_nan=tl.PropagateNan.ALL)
 
     if MONOTONIC:
-        best = activate(best + bias, ACTIVATION)
+        best = activate(best + bias, ACTIVATION, y_ptr.dtype.element_ty)
     tl.store(
         y_ptr + first_row * out_features + rows[:, None] * out_features + cols[None, :],
         best.to(y_ptr.dtype.element_ty),

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._dispatch import Architecture, input_precision
 from .._window_geometry import WindowGeometry
 from ..launching import chosen_config
+from .config import cdiv
 from .kernel import Kernel
 from .normalized_rows import normalized_rows
 from .window_addressing import has_regions, window_tokens
@@ -84,7 +85,7 @@ def launch(
         return y
     config = chosen_config("swin_attention_block", launch_config, x.device, C)
     # a view with gaps, which no model passes, is copied: strides would cost registers
-    _swin_attention_block_fwd_kernel[(B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1]),)](
+    _swin_attention_block_fwd_kernel[(B * cdiv(H, window[0]) * cdiv(W, window[1]),)](
         x.contiguous(),
         norm_weight.contiguous(),
         norm_bias.contiguous(),
@@ -104,7 +105,7 @@ def launch(
         WINDOW_H=window[0],
         WINDOW_W=window[1],
         # rows of a multiple of 16 columns allow wide loads
-        BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
+        BIAS_COLS=min(n_bias_cols, 16 * cdiv(n_tokens, 16)),
         ROLL_FIRST=roll_first,
         PRECISION=input_precision(x.dtype),
         BLOCK_N=BLOCK_N,

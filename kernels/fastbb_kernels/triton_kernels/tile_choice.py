@@ -1,8 +1,7 @@
 """A rule for large or small tiles of a GEMM, shared by kernels with two sizes of tiles."""
 
-import triton
-
 from .._dispatch import Architecture
+from .config import cdiv
 
 # approximate number of multiprocessors of a GPU; gfx942 has 304, but with that number the 1x1
 # convolutions of ResNets would need a second binary
@@ -19,4 +18,4 @@ def has_work_for_large_tiles(n_rows: int, out_features: int, arch: Architecture 
     would save little at some batch sizes, and would be another binary to compile.
     """
     enough = _MORE_MULTIPROCESSORS.get(arch, _MULTIPROCESSORS)
-    return triton.cdiv(n_rows, 64) * triton.cdiv(out_features, 64) >= enough
+    return cdiv(n_rows, 64) * cdiv(out_features, 64) >= enough

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._dispatch import Architecture, input_precision
 from .._window_geometry import WindowGeometry
 from ..launching import chosen_config
+from .config import cdiv, next_power_of_2
 from .kernel import Kernel
 from .window_addressing import has_regions, window_tokens
 
@@ -51,10 +52,10 @@ def launch_config(
 ) -> WindowAttentionConfig:
     """Chooses tiles and warps: 49 keys are one tile of 64, 144 keys are two of 128 and 16."""
     if n_tokens <= 64:
-        block_n, block_tail = max(16, triton.next_power_of_2(n_tokens)), 0
+        block_n, block_tail = max(16, next_power_of_2(n_tokens)), 0
     else:
         block_n = 64 if n_tokens <= 128 else 128
-        block_tail = max(16, triton.next_power_of_2(n_tokens - block_n))
+        block_tail = max(16, next_power_of_2(n_tokens - block_n))
     block_m = min(block_n, 64)
     num_warps = block_m // 16
     if dtype == torch.float32:
@@ -78,8 +79,8 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
     head_dim = qkv_channels // (3 * num_heads)
     sizes = n_tokens, head_dim, qkv.dtype
     config = chosen_config("window_attention", launch_config, qkv.device, *sizes)
-    n_windows = B * triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
-    grid = (n_windows * triton.cdiv(n_tokens, config.block_m) * num_heads,)
+    n_windows = B * cdiv(H, window[0]) * cdiv(W, window[1])
+    grid = (n_windows * cdiv(n_tokens, config.block_m) * num_heads,)
     padded = H % window[0] != 0 or W % window[1] != 0
     _window_attention_fwd_kernel[grid](
         qkv,
@@ -95,9 +96,9 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
         WINDOW_H=window[0],
         WINDOW_W=window[1],
         HEAD_DIM=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         # rows of a multiple of 16 columns allow wide loads
-        BIAS_COLS=min(n_bias_cols, 16 * triton.cdiv(n_tokens, 16)),
+        BIAS_COLS=min(n_bias_cols, 16 * cdiv(n_tokens, 16)),
         SHIFTED=any(shift),
         PADDED=padded,
         ROLL_FIRST=roll_first,
