@@ -2,27 +2,32 @@
 
     python bench/speed_of_light.py --arch 90 --model swin_t --batch 64 --json floors.json
 
-Floors are PREDICTIONS by division: bytes over bandwidth, multiplications over peak. They leave out
-latency, launches and all other costs, so a measurement below a floor means that the model of the
-kernel is wrong. `measured_us` is null if there is no such GPU.
+Floors are PREDICTIONS by division: bytes over bandwidth, multiplications over peak, instructions
+over the rate at which they are issued. They leave out latency, launches and all other costs, so a
+measurement below a floor means that the model of the kernel is wrong. `measured_us` is null if
+there is no such GPU.
 """
 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from triton.compiler import CompiledKernel
 
 from fastbb_kernels._dispatch import Architecture as ArchitectureName
 from fastbb_kernels._dispatch import architecture, pretend
 from fastbb_kernels.case import REAL_INPUTS, Case
 from fastbb_kernels.cases import MODELS, model_cases
-from fastbb_kernels.check import find_op
+from fastbb_kernels.op import Call, CustomOp, find_op
 from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
+from fastbb_kernels.testing.binary import SCHEDULERS
+from fastbb_kernels.testing.issue import Work, issued
+from fastbb_kernels.testing.trace_report import LaunchTrace
 
 DTYPE = torch.bfloat16
 
@@ -41,6 +46,8 @@ class SpeedOfLight:
         dram_us: floor from `minimal_bytes`.
         l2_us: floor from `requested_bytes` and an assumed bandwidth; null: it is unknown.
         mma_us: floor from `mma_flops`.
+        issue_us: floor from the instructions of the binary, of which both sides of a branch count;
+            null: they cannot be counted, or the clock is unknown.
         measured_us: median on the GPU; null without the GPU.
     """
 
@@ -59,39 +66,64 @@ class SpeedOfLight:
     dram_us: float
     l2_us: float | None
     mma_us: float
+    issue_us: float | None
     measured_us: float | None = None
 
     @property
     def floor_us(self) -> float:
         """The highest of the floors."""
-        return max(self.dram_us, self.l2_us or 0.0, self.mma_us)
+        return max(self.floors.values())
+
+    @property
+    def floors(self) -> dict[str, float]:
+        """The floors that are known, in microseconds by name."""
+        named = {"dram": self.dram_us, "l2": self.l2_us, "mma": self.mma_us, "issue": self.issue_us}
+        return {name: us for name, us in named.items() if us is not None}
 
 
 @torch.no_grad()
 def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
     """Computes the floors of a case on a GPU; None if its kernel does not run there."""
     op = find_op(case.op)
-    arguments = case.arguments("meta", DTYPE)
-    with fake_gpu(gpu.name) as compiled:
-        if op.unsupported(**arguments):
+    call = op.bind(**case.arguments("meta", DTYPE))
+    with pretend(gpu.name):
+        if call.unsupported():
             return None
-        op.call(**arguments, impl="triton")
+    row = floors_of(op.kernel, call, gpu, case.op, case.name)
+    return replace(row, measured_us=measured_us(case)) if is_here(gpu) else row
+
+
+@torch.no_grad()
+def floors_of(
+    kernel: CustomOp[Any], call: Call, gpu: Architecture, op: str, case: str
+) -> SpeedOfLight:
+    """Computes the floors of a call.
+
+    Args:
+        kernel: launches it, once.
+        call: with tensors on the meta device.
+        gpu: that it would run on.
+        op: name for the report.
+        case: name for the report.
+    """
+    with fake_gpu(gpu.name) as compiled:
+        kernel(call)
     (launch,) = compiled.launches
     assert launch.kernel is not None
     facts = binary_facts(launch.kernel)
     # one program in the middle represents all: at the edges of a map they do a little less
     with trace(programs=middle, data=False) as traced, pretend(gpu.name):
-        op.call(**arguments, impl="triton")
+        kernel(call)
     (program,) = traced.launches
     assert program.grid == launch.grid  # traced and compiled tiles are equal
     ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
     with FlopCounterMode(display=False) as useful:
-        op.eager(**arguments)
-    minimal, requested = op.n_bytes(**arguments), ctas * program.requested_bytes
+        call.eager()
+    minimal, requested = call.n_bytes(), ctas * program.requested_bytes
     mma_flops = ctas * program.dot_flops
     return SpeedOfLight(
-        op=case.op,
-        case=case.name,
+        op=op,
+        case=case,
         gpu=gpu.gpu,
         flops=useful.get_total_flops(),
         mma_flops=mma_flops,
@@ -105,8 +137,22 @@ def speed_of_light(case: Case, gpu: Architecture) -> SpeedOfLight | None:
         dram_us=1e6 * minimal / gpu.dram_bytes_per_s,
         l2_us=1e6 * requested / gpu.l2_bytes_per_s if gpu.l2_bytes_per_s else None,
         mma_us=1e6 * mma_flops / gpu.bf16_flops,
-        measured_us=measured_us(case) if is_here(gpu) else None,
+        issue_us=_issue_us(launch.kernel, program, ctas, gpu),
     )
+
+
+def _issue_us(
+    kernel: CompiledKernel, program: LaunchTrace, ctas: int, gpu: Architecture
+) -> float | None:
+    """Microseconds in which all multiprocessors issue the instructions of a launch."""
+    loads, stores = zip(
+        *((t.load.requested_bytes, t.store.requested_bytes) for t in program.tensors.values())
+    )
+    n_issued = issued(kernel, Work(program.dot_flops, sum(stores), sum(loads)))
+    if n_issued is None or gpu.clock_hz is None:
+        return None
+    warps = ctas * kernel.metadata.num_warps
+    return 1e6 * warps * n_issued.cycles / (SCHEDULERS * gpu.multiprocessors * gpu.clock_hz)
 
 
 def middle(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
@@ -135,11 +181,13 @@ def markdown(rows: Iterable[SpeedOfLight]) -> str:
     """Formats a table of the bounds of each case; all times but the last column are predictions."""
     lines = [
         "| op | case | GPU | GFLOP useful / executed | MB minimal / requested | CTAs (waves) "
-        "| occupancy | spills | predicted floors dram / l2 / mma µs | measured µs (of floor) |",
+        "| occupancy | spills | predicted floors dram / l2 / mma / issue µs "
+        "| measured µs (of floor) |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        l2 = "-" if row.l2_us is None else f"{row.l2_us:.1f}"
+        floors = row.dram_us, row.l2_us, row.mma_us, row.issue_us
+        predicted = " / ".join("-" if us is None else f"{us:.1f}" for us in floors)
         measured = "not measured"
         if row.measured_us is not None:
             measured = f"{row.measured_us:.1f} ({row.measured_us / row.floor_us:.2f}x)"
@@ -147,7 +195,7 @@ def markdown(rows: Iterable[SpeedOfLight]) -> str:
             f"| {row.op} | {row.case} | {row.gpu} | {row.flops / 1e9:.2f} / "
             f"{row.mma_flops / 1e9:.2f} | {row.minimal_bytes / 1e6:.1f} / "
             f"{row.requested_bytes / 1e6:.1f} | {row.ctas} ({row.waves:.2f}) | "
-            f"{row.occupancy:.2f} | {row.spills} | {row.dram_us:.1f} / {l2} / {row.mma_us:.1f} | "
+            f"{row.occupancy:.2f} | {row.spills} | {predicted} | "
             f"{measured} |"
         )
     return "\n".join(lines)

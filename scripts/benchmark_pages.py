@@ -38,6 +38,7 @@ PAGE, PICTURE = PAGES / "traffic.md", DOCS / "ledger.png"
 
 STAGES = (1, 2, 3, 4)
 SWIN_S = {"model_type": "swin", "depths": [2, 2, 18, 2]}
+SWIN_B = {**SWIN_S, "embed_dim": 128, "num_heads": [4, 8, 16, 32]}
 VIT_B = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -52,13 +53,8 @@ CONVNEXT_T = {"hidden_sizes": [96, 192, 384, 768], "depths": [3, 3, 9, 3], "imag
 CONFIGS: dict[str, dict[str, Any]] = {
     "Swin-T": {"model_type": "swin"},
     "Swin-S": SWIN_S,
-    "Swin-B-384": {
-        **SWIN_S,
-        "image_size": 384,
-        "embed_dim": 128,
-        "num_heads": [4, 8, 16, 32],
-        "window_size": 12,
-    },
+    "Swin-B": SWIN_B,
+    "Swin-B-384": {**SWIN_B, "image_size": 384, "window_size": 12},
     "ResNet-50": {"model_type": "resnet"},
     "ResNet-18": {
         "model_type": "resnet",
@@ -179,9 +175,15 @@ def count(title: str, folder: Path) -> Traffic:
     """Counts a model of `COUNTED`, of which the folder has the directory."""
     name, size, batch = COUNTED[title]
     model = str(folder / name) if name in CONFIGS else name
+    return replace(count_traffic(model, size, batch, stages_of(name)), title=title)
+
+
+def stages_of(name: str) -> tuple[int, ...]:
+    """Indices of the maps that a model returns: all stages; of a ViT, whose maps are of one size,
+    the last.
+    """
     layers = CONFIGS.get(name, {}).get("num_hidden_layers")
-    stages = STAGES if layers is None else (layers,)  # maps of a ViT are of one size
-    return replace(count_traffic(model, size, batch, stages), title=title)
+    return STAGES if layers is None else (layers,)
 
 
 def with_table(page: str, table: str) -> str:

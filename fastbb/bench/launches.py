@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastbb_kernels._dispatch import Architecture
 from fastbb_kernels.recorder import TensorArgument, record_launches
 
 GEMM = "GEMM"
@@ -133,12 +134,14 @@ def count_launches(weights: Iterable[Tensor] = ()) -> Iterator[list[Launch]]:
 
 
 @contextmanager
-def count_kernels(weights: Iterable[Tensor]) -> Iterator[list[Launch]]:
+def count_kernels(weights: Iterable[Tensor], arch: Architecture = 90) -> Iterator[list[Launch]]:
     """Counts like `count_launches`, and the launches of our kernels as well.
 
-    Ops choose what they do on an H100.
+    Args:
+        weights: parameters and buffers, on the device of the block's computations.
+        arch: of the GPU for which ops choose what they do.
     """
-    with record_launches() as record, count_launches(weights) as launches:
+    with record_launches(arch) as record, count_launches(weights) as launches:
         yield launches
     launches += [
         Launch(kernel.name, kernel_category(kernel.name), kernel.n_bytes)

@@ -15,7 +15,8 @@ def test_floors_are_those_of_the_launched_binary(place: str) -> None:
     assert row is not None
     assert row.mma_flops >= row.flops > 0
     assert row.requested_bytes >= row.minimal_bytes > 0
-    assert row.floor_us >= row.dram_us > 0
+    assert row.issue_us is not None
+    assert row.floor_us >= max(row.dram_us, row.issue_us) > 0
     assert row.spills == 0
     assert "not measured" in markdown([row])
 
@@ -24,3 +25,8 @@ def test_kernel_that_does_not_run_on_an_architecture_has_no_row() -> None:
     cases = {case.name: case for case in swin_cases(SWINS["swin_b"], (224, 224), 7, 1)}
     case = cases["swin_b-224-b1-stage2-block"]
     assert speed_of_light(case, ARCHITECTURES[120]) is None
+
+
+def test_instructions_of_tensor_memory_are_not_counted() -> None:
+    row = speed_of_light(CASES["swin_t-224-b64-stage1-proj"], ARCHITECTURES[100])
+    assert row is not None and row.issue_us is None

@@ -2,67 +2,25 @@
 # Triton types constants as `tl.constexpr`, and callers pass numbers
 # pyright: reportArgumentType=false
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from compiled_kernels import Arch, compiled, copy_fwd_kernel, gemm_fwd_kernel, meta
 from triton import knobs
-from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbb_kernels.architectures import ARCHITECTURES
-from fastbb_kernels.pretend_gpu import fake_gpu
 from fastbb_kernels.testing import binary
 from fastbb_kernels.testing.binary import BinaryFacts, binary_facts, ctas_per_sm
-
-Arch = int | str
-
-
-@triton.jit
-def _gemm_fwd_kernel(
-    x_ptr,  # [BLOCK_M, n_features]
-    weight_ptr,  # [BLOCK_N, n_features]
-    y_ptr,  # [BLOCK_M, BLOCK_N]
-    n_features,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    rows, cols, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, n_features, BLOCK_K):
-        x = tl.load(x_ptr + rows[:, None] * n_features + start + k[None, :])
-        weight = tl.load(weight_ptr + cols[None, :] * n_features + start + k[:, None])
-        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
-    tl.store(y_ptr + rows[:, None] * BLOCK_N + cols[None, :], acc.to(y_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _copy_fwd_kernel(x_ptr, y_ptr, stride_x, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets * stride_x))
 
 
 @triton.jit
 def _copy_descriptor_fwd_kernel(x, y, BLOCK: tl.constexpr):
     y.store([0, 0], x.load([0, 0]))
-
-
-def compiled(arch: Arch, launch: Callable[[], Any]) -> CompiledKernel:
-    with fake_gpu(arch) as gpu:
-        launch()
-    (kernel,) = gpu.kernels
-    return kernel
-
-
-def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def gemm_facts(
@@ -75,7 +33,7 @@ def gemm_facts(
     def launch() -> None:
         x, weight = meta(block_m, 256, dtype=dtype), meta(block_n, 256, dtype=dtype)
         y = meta(block_m, block_n, dtype=dtype)
-        _gemm_fwd_kernel[(1,)](
+        gemm_fwd_kernel[(1,)](
             x, weight, y, 256, "ieee", block_m, block_n, 32, **{"num_warps": 4, **options}
         )
 
@@ -85,7 +43,7 @@ def gemm_facts(
 def copy_facts(arch: Arch, stride: int, block: int = 1024) -> BinaryFacts:
     def launch() -> None:
         x = meta(block * stride, dtype=torch.float32)
-        _copy_fwd_kernel[(1,)](x, meta(block, dtype=torch.float32), stride, block)
+        copy_fwd_kernel[(1,)](x, meta(block, dtype=torch.float32), stride, block)
 
     return binary_facts(compiled(arch, launch))
 
@@ -98,7 +56,7 @@ def test_tritons_wheel_contains_the_disassemblers() -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
 def test_bf16_gemm_uses_matrix_instructions_and_does_not_spill(arch: Arch) -> None:
     facts = gemm_facts(arch)
-    assert (facts.kernel, facts.arch, facts.num_warps) == ("_gemm_fwd_kernel", arch, 4)
+    assert (facts.kernel, facts.arch, facts.num_warps) == ("gemm_fwd_kernel", arch, 4)
     assert facts.mma_class == ARCHITECTURES[arch].mma_class
     assert all(name.startswith(facts.mma_class) for name in facts.mma)
     # in the loop: 128 x 64 x 32 by all warps; HMMA multiplies 16 x 8 x 16, v_mfma 32 x 32 x 8
@@ -186,7 +144,7 @@ def test_binary_facts_are_read_once_and_cached(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_occupancy_is_that_of_the_architecture_asked_for() -> None:
-    kernel = compiled(80, lambda: _copy_fwd_kernel[(1,)](meta(1024), meta(1024), 1, 1024))
+    kernel = compiled(80, lambda: copy_fwd_kernel[(1,)](meta(1024), meta(1024), 1, 1024))
     assert binary_facts(kernel).occupancy == 1.0
     with pytest.raises(ValueError, match="arch must be one of"):
         binary_facts(kernel, 75)

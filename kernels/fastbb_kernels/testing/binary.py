@@ -19,7 +19,7 @@ from triton.runtime.cache import get_cache_manager
 from .._dispatch import Architecture as ArchitectureName
 from ..architectures import Architecture, find_architecture
 
-_SCHEDULERS = 4  # of a multiprocessor, each with its own quarter of the registers
+SCHEDULERS = 4  # of a multiprocessor, each with its own quarter of the registers
 _REGISTER_UNIT = 8  # registers per thread are allocated in multiples of this number
 _SHARED_UNIT = 128  # bytes; the same for shared memory
 
@@ -160,7 +160,7 @@ def ctas_per_sm(
     """
     registers_per_warp = _round_up(max(registers, 1), _REGISTER_UNIT) * limits.warp_size
     # schedulers do not share their registers
-    warps = _SCHEDULERS * (limits.registers // _SCHEDULERS // registers_per_warp)
+    warps = SCHEDULERS * (limits.registers // SCHEDULERS // registers_per_warp)
     shared_per_cta = _round_up(shared + limits.shared_reserved, _SHARED_UNIT)
     bounds = {
         "registers": warps // num_warps,
@@ -182,7 +182,7 @@ def _round_up(n: int, unit: int) -> int:
 def _read_nvidia(kernel: CompiledKernel) -> _Reading:
     resources = _tool("cuobjdump", "-res-usage", cubin=kernel.asm["cubin"])
     usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
-    counts = Counter(_NVIDIA_INSTRUCTION.findall(_disassembly(kernel)))
+    counts = Counter(_NVIDIA_INSTRUCTION.findall(disassembly(kernel)))
 
     access_bits = Counter()
     for name, count in counts.items():
@@ -202,8 +202,8 @@ def _read_nvidia(kernel: CompiledKernel) -> _Reading:
     )
 
 
-def _disassembly(kernel: CompiledKernel) -> str:
-    """Returns the SASS listing, cached beside the binary: nvdisasm starts slowly."""
+def disassembly(kernel: CompiledKernel) -> str:
+    """Returns the SASS listing of an NVIDIA binary, cached beside it: nvdisasm starts slowly."""
     cache = get_cache_manager(kernel.hash)
     name = f"{kernel.name[:150]}.nvdisasm"
     path = cache.get_file(name)
