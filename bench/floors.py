@@ -1,11 +1,11 @@
 """Floors of a forward pass on a GPU: of every launch the largest one, and their sum.
 
-    PYTHONPATH=scripts python bench/floors.py    # docs/benchmarks/floors.md; in ten minutes
+    PYTHONPATH=scripts python bench/floors.py    # docs/benchmarks/floors.md
     PYTHONPATH=scripts python bench/floors.py --model Swin-T --batch 1 --arch 80
 
 All are PREDICTIONS, see `speed_of_light`. The calls are those of the model's own forward in bf16 on
-the meta device. PyTorch's ops between our kernels count by their bytes; its attention, and 3x3
-convolutions that cuDNN may compute, by their products too.
+the meta device. What libraries compute between our kernels counts by its bytes; all attention
+together, and all 3x3 convolutions, by their products too.
 """
 
 import argparse
@@ -22,11 +22,10 @@ from unittest import mock
 
 import torch
 from benchmark_pages import stages_of, with_measured, write_configs
-from speed_of_light import DTYPE, SpeedOfLight, floors_of
+from speed_of_light import DTYPE, FLOORS, SpeedOfLight, floors_of, useful_flops
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastbb import AutoBackbone
 from fastbb.backbone.base import Backbone
@@ -44,7 +43,9 @@ PAGE = ROOT / "docs" / "benchmarks" / "floors.md"
 MODELS = ("Swin-T", "Swin-S", "Swin-B", "ResNet-50", "DINOv2-B", "ConvNeXt-T")
 OTHERS = "libraries"
 # what `count_kernels` calls them
-_ATTENTION, _CONVOLUTION = "scaled_dot_product_attention", "cudnn_convolution_add_relu"
+_ATTENTION = "scaled_dot_product_attention"
+_CONVOLUTIONS = ("cudnn_convolution_add_relu", "convolution")
+_AFTER_CONVOLUTION = "_bias_act_fwd_kernel"  # where cuDNN's has no activation
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class ForwardFloors:
         batch: images of 224x224.
         gpu: the product.
         kernels: ours, in order of first use.
-        n_others: launches of PyTorch's ops.
-        others_us: their floor, and that of calls that a library computes.
+        n_others: launches of libraries, and of our kernel that follows some of them.
+        others_us: their floor.
     """
 
     model: str
@@ -140,25 +141,30 @@ def forward_floors(
         gpu: that it would run on.
         model: name for the report.
     """
+    weights = [*backbone.parameters(), *backbone.buffers()]
     with use_impl("auto"), record_launches(gpu.name):
         backbone(pixels)  # computes values that are made once per set of weights
-        with recorded_calls() as calls, _AttentionFlops() as attention:
-            backbone(pixels)
-    weights = [*backbone.parameters(), *backbone.buffers()]
-    with use_impl("auto"), count_kernels(weights, gpu.name) as launches:
+    with (
+        use_impl("auto"),
+        count_kernels(weights, gpu.name) as launches,
+        recorded_calls() as calls,
+        _AttentionFlops() as attention,
+    ):
         backbone(pixels)
-    others = [one for one in launches if not one.name.endswith("_kernel")]
-    others_s = sum(
-        one.n_bytes / gpu.dram_bytes_per_s
-        for one in others
-        if one.name not in (_ATTENTION, _CONVOLUTION)
-    )
-    attended = sum(one.n_bytes for one in others if one.name == _ATTENTION)
-    others_s += max(attended / gpu.dram_bytes_per_s, attention.flops / gpu.bf16_flops)
     ours = [(kernel, call) for kernel, call in calls if isinstance(kernel.gpu, Launch)]
-    for kernel, call in calls:
-        if not isinstance(kernel.gpu, Launch):
-            others_s += _library_s(call, gpu)
+    convolved = sum(
+        useful_flops(call) for kernel, call in calls if not isinstance(kernel.gpu, Launch)
+    )
+    others = [one for one in launches if not _is_call_of_ours(one.name)]
+    assert len(ours) + len(others) == len(launches), "an op with several launches, or with none"
+
+    def floor_s(of: list[str], flops: int) -> float:
+        n_bytes = sum(one.n_bytes for one in others if one.name in of)
+        return max(n_bytes / gpu.dram_bytes_per_s, flops / gpu.bf16_flops)
+
+    pointwise = [one.name for one in others if one.name not in (_ATTENTION, *_CONVOLUTIONS)]
+    others_s = floor_s([_ATTENTION], attention.flops)
+    others_s += floor_s([*_CONVOLUTIONS], convolved) + floor_s(pointwise, 0)
     times = Counter(_key(kernel, call) for kernel, call in ours)
     distinct = {_key(kernel, call): (kernel, call) for kernel, call in ours}
     kernels = []
@@ -170,12 +176,9 @@ def forward_floors(
     return ForwardFloors(model, len(pixels), gpu.gpu, kernels, len(others), 1e6 * others_s)
 
 
-def _library_s(call: Call, gpu: Architecture) -> float:
-    """Floor of a call for which a library may take the place of our kernel, in seconds."""
-    with FlopCounterMode(display=False) as useful:
-        call.eager()
-    flops_s = useful.get_total_flops() / gpu.bf16_flops
-    return max(call.n_bytes() / gpu.dram_bytes_per_s, flops_s)
+def _is_call_of_ours(launch: str) -> bool:
+    """Whether a launch is that of a call of our ops, by its name."""
+    return launch.endswith("_kernel") and launch != _AFTER_CONVOLUTION
 
 
 def _key(kernel: CustomOp[Any], call: Call) -> tuple[Any, ...]:
@@ -199,7 +202,7 @@ def make_backbone(name: str) -> Backbone:
 def summary(rows: Iterable[ForwardFloors]) -> str:
     """Formats a row for each model."""
     header = ["model, batch", "launches", "sum of largest floors, µs"]
-    bounds = ["dram", "l2", "mma", "issue", OTHERS]
+    bounds = [*FLOORS, OTHERS]
     lines = [[*header, *(f"of these {bound}" for bound in bounds)]]
     for row in rows:
         launches = sum(kernel.times for kernel in row.kernels) + row.n_others
@@ -210,12 +213,13 @@ def summary(rows: Iterable[ForwardFloors]) -> str:
 
 def kernels(row: ForwardFloors) -> str:
     """Formats a row for each kernel of a model."""
-    lines = [["kernel", "input", "launches", "dram, µs", "l2", "mma", "issue", "registers"]]
+    names = (f"{name}, µs" for name in FLOORS)
+    lines = [["kernel", "input", "launches", *names, "registers"]]
     for kernel in row.kernels:
         floors, most = kernel.floors.floors, kernel.floors.floor_us
         cells = (
             "-" if us is None else f"**{us:.1f}**" if us == most else f"{us:.1f}"
-            for us in map(floors.get, ("dram", "l2", "mma", "issue"))
+            for us in map(floors.get, FLOORS)
         )
         one = kernel.floors
         lines.append([one.op, one.case, str(kernel.times), *cells, str(one.registers)])

@@ -30,6 +30,7 @@ from fastbb_kernels.testing.issue import Work, issued
 from fastbb_kernels.testing.trace_report import LaunchTrace
 
 DTYPE = torch.bfloat16
+FLOORS = ("dram", "l2", "mma", "issue")  # names of the floors of a launch
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class SpeedOfLight:
     @property
     def floors(self) -> dict[str, float]:
         """The floors that are known, in microseconds by name."""
-        named = {"dram": self.dram_us, "l2": self.l2_us, "mma": self.mma_us, "issue": self.issue_us}
-        return {name: us for name, us in named.items() if us is not None}
+        found = zip(FLOORS, (self.dram_us, self.l2_us, self.mma_us, self.issue_us))
+        return {name: us for name, us in found if us is not None}
 
 
 @torch.no_grad()
@@ -117,15 +118,13 @@ def floors_of(
     (program,) = traced.launches
     assert program.grid == launch.grid  # traced and compiled tiles are equal
     ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    with FlopCounterMode(display=False) as useful:
-        call.eager()
     minimal, requested = call.n_bytes(), ctas * program.requested_bytes
     mma_flops = ctas * program.dot_flops
     return SpeedOfLight(
         op=op,
         case=case,
         gpu=gpu.gpu,
-        flops=useful.get_total_flops(),
+        flops=useful_flops(call),
         mma_flops=mma_flops,
         minimal_bytes=minimal,
         requested_bytes=requested,
@@ -139,6 +138,13 @@ def floors_of(
         mma_us=1e6 * mma_flops / gpu.bf16_flops,
         issue_us=_issue_us(launch.kernel, program, ctas, gpu),
     )
+
+
+def useful_flops(call: Call) -> int:
+    """Multiplications and additions that the result of a call needs."""
+    with FlopCounterMode(display=False) as useful:
+        call.eager()
+    return useful.get_total_flops()
 
 
 def _issue_us(
@@ -186,7 +192,7 @@ def markdown(rows: Iterable[SpeedOfLight]) -> str:
         "|---|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        floors = row.dram_us, row.l2_us, row.mma_us, row.issue_us
+        floors = map(row.floors.get, FLOORS)
         predicted = " / ".join("-" if us is None else f"{us:.1f}" for us in floors)
         measured = "not measured"
         if row.measured_us is not None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from floors import OTHERS, ForwardFloors, forward_floors, kernels, summary
 
-from fastbb import AutoBackbone, SwinConfig
+from fastbb import AutoBackbone, ResNetConfig, SwinConfig
 from fastbb.bench.traffic import count_backbone
 from fastbb_kernels.testing import ARCHITECTURES
 
@@ -28,6 +28,22 @@ def test_every_launch_counts(found: ForwardFloors) -> None:
     assert sum(k.times * k.floors.minimal_bytes for k in found.kernels) == pytest.approx(
         sum(one.n_bytes for one in ours), rel=0.05
     )
+
+
+def test_a_convolution_of_a_library_counts_once() -> None:
+    config = ResNetConfig(embedding_size=32, hidden_sizes=[64, 128], depths=[1, 2])
+    with torch.device("meta"):
+        backbone = AutoBackbone.from_config(config).eval().to(torch.bfloat16)
+    row = forward_floors(backbone, PIXELS, ARCHITECTURES[90], "ResNet")
+    launches = count_backbone(backbone, PIXELS)
+    # one of stride 2, which cuDNN computes without an activation: a kernel of ours follows
+    assert {"convolution", "_bias_act_fwd_kernel"} <= {one.name for one in launches}
+    assert sum(kernel.times for kernel in row.kernels) + row.n_others == len(launches)
+    # of maps as small as these, the bytes bound all of them
+    others = [one for one in launches if "convolution" in one.name or "bias_act" in one.name]
+    n_bytes = sum(one.n_bytes for one in others)
+    assert row.n_others == len(others)
+    assert row.others_us == pytest.approx(1e6 * n_bytes / ARCHITECTURES[90].dram_bytes_per_s)
 
 
 def test_equal_calls_are_one_kernel(found: ForwardFloors) -> None:
