@@ -23,7 +23,8 @@ SCHEDULERS = 4  # of a multiprocessor, each with its own quarter of the register
 _REGISTER_UNIT = 8  # registers per thread are allocated in multiples of this number
 _SHARED_UNIT = 128  # bytes; the same for shared memory
 
-_NVIDIA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+NVIDIA_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+LOADS, STORES = ("LDG", "LDGSTS"), ("STG",)  # NVIDIA's, of global memory
 _AMD_INSTRUCTION = re.compile(r"^\s+([a-z]+_\w+)", re.MULTILINE)
 _AMD_SPILL = re.compile(r"^.*Folded (?:Spill|Reload)$\n", re.MULTILINE)
 _AMD_TO_SHARED = re.compile(r"^\s+(?:global|buffer)_load_.*\blds\b", re.MULTILINE)
@@ -182,15 +183,12 @@ def _round_up(n: int, unit: int) -> int:
 def _read_nvidia(kernel: CompiledKernel) -> _Reading:
     resources = _tool("cuobjdump", "-res-usage", cubin=kernel.asm["cubin"])
     usage = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
-    counts = Counter(_NVIDIA_INSTRUCTION.findall(disassembly(kernel)))
+    counts = Counter(NVIDIA_INSTRUCTION.findall(disassembly(kernel)))
 
     access_bits = Counter()
     for name, count in counts.items():
-        mnemonic, *modifiers = name.split(".")
-        if mnemonic in ("LDG", "STG", "LDGSTS"):
-            # a modifier by itself: LTC128B is a cache hint
-            widths = {"256": 256, "128": 128, "64": 64}
-            access_bits[next((widths[m] for m in modifiers if m in widths), 32)] += count
+        if name.split(".")[0] in (*LOADS, *STORES):
+            access_bits[nvidia_access_bits(name)] += count
     return _Reading(
         registers=usage["REG"],
         spills=_count(counts, r"LDL|STL"),
@@ -200,6 +198,13 @@ def _read_nvidia(kernel: CompiledKernel) -> _Reading:
         async_copies=_count(counts, r"LDGSTS"),
         tma=_count(counts, r"UTMALDG|UTMASTG|UTMAREDG|UBLKCP"),
     )
+
+
+def nvidia_access_bits(name: str) -> int:
+    """Bits per thread of an instruction that loads or stores global memory."""
+    # a modifier by itself: LTC128B is a cache hint
+    widths = {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    return next((widths[part] for part in name.split(".") if part in widths), 32)
 
 
 def disassembly(kernel: CompiledKernel) -> str:

@@ -12,10 +12,9 @@ from functools import cached_property
 
 from triton.compiler import CompiledKernel
 
-from .binary import disassembly
+from .binary import LOADS, NVIDIA_INSTRUCTION, STORES, disassembly, nvidia_access_bits
 
 _LABEL = re.compile(r"^(\.L\w+):")
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
 _TARGET = re.compile(r"\((\.L\w+)\)")
 _LANES = 32
 # scheduler cycles of an instruction of the special function unit: 4 lanes a cycle
@@ -97,8 +96,8 @@ class _Code:
         for line in listing.splitlines():
             if label := _LABEL.match(line.strip()):
                 labels[label[1]] = len(instructions)
-            elif (instruction := _INSTRUCTION.search(line)) and instruction[1] != "NOP":
-                instructions.append((instruction[1], instruction[2]))
+            elif (found := NVIDIA_INSTRUCTION.search(line)) and found[1] != "NOP":
+                instructions.append((found[1], line[found.end() :]))
         return cls(instructions, labels)
 
     @cached_property
@@ -124,8 +123,8 @@ def _runs(code: _Code, work: Work, num_warps: int) -> list[float]:
     runs: dict[range | None, float] = {None: 1.0}
     measures: list[tuple[Callable[[str], float], float]] = [
         (_flops, work.flops),
-        (lambda name: _global_bytes(name, "STG"), work.stored_bytes),
-        (lambda name: _global_bytes(name, "LDG"), work.loaded_bytes),
+        (lambda name: _global_bytes(name, STORES), work.stored_bytes),
+        (lambda name: _global_bytes(name, LOADS), work.loaded_bytes),
     ]
     for measure, total in measures:
         amounts: defaultdict[range | None, float] = defaultdict(float)
@@ -151,10 +150,7 @@ def _flops(name: str) -> float:
     return 0.0
 
 
-def _global_bytes(name: str, kind: str) -> float:
-    """Bytes that a load (LDG, or LDGSTS to shared memory) or a store moves, by a warp."""
-    mnemonic, *modifiers = name.split(".")
-    if mnemonic not in (kind, f"{kind}STS"):  # LDGDEPBAR moves nothing
-        return 0.0
-    widths = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-    return _LANES * next((widths[m] for m in modifiers if m in widths), 4)
+def _global_bytes(name: str, mnemonics: Sequence[str]) -> float:
+    """Bytes that a warp moves by an instruction, if it is one of these."""
+    is_one = name.split(".")[0] in mnemonics
+    return _LANES * nvidia_access_bits(name) / 8 if is_one else 0.0
