@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastbb_kernels import use_impl
-from fastbb_kernels.heap import release_freed_memory
+from fastbb_kernels.heap import release_freed_memory, release_mapped_files
 from fastbb_kernels.result_cache import user_cache
 
 from ..backbone.base import Backbone
@@ -120,13 +120,13 @@ def openvino_maps(
         for name in (key, _key_of_batch(key, example)):
             model = _found(core, name, files)
             if model is not None:
-                run = _CompiledModel(core, model, example)
+                run = _CompiledModel(core, model, example, files)
                 problem = problem_of(run(example))
                 if problem is None:
                     return Converted(run, run.batch, True)
                 files.remove(name, problem)
         model = _kept(core, _convert(computation, example), key, example, files)
-    run = _CompiledModel(core, model, example)
+    run = _CompiledModel(core, model, example, files)
     return Converted(run, run.batch, False)
 
 
@@ -154,12 +154,11 @@ def _found(core: Any, key: str, files: ModelFiles) -> Any | None:
 
 
 def _kept(core: Any, model: Any, key: str, example: Tensor, files: ModelFiles) -> Any:
-    """Keeps a model, and returns it; copies of weights give way to those of the file."""
+    """Keeps a model, and returns it with its weights mapped from the file, if it was kept."""
     if model.input(0).partial_shape[0].is_static:
         key = _key_of_batch(key, example)
     folder = files.keep(key, lambda new: _save(model, new))
-    # most weights in fp32 share the memory of the module's
-    if folder is not None and example.dtype != torch.float32:
+    if folder is not None:
         with suppress(Exception):  # another process may have removed it
             model = core.read_model(folder / _FILE)
     release_freed_memory()  # of torch's graph, with copies of the weights
@@ -248,6 +247,7 @@ class _CompiledModel:
         core: OpenVINO's.
         model: for any batch, or for that of the example.
         example: [B, C, H, W].
+        files: from which the weights of the model may be mapped.
 
     Attributes:
         batch: the number of images that the model takes; None: any.
@@ -256,8 +256,9 @@ class _CompiledModel:
         RuntimeError: OpenVINO cannot compile it, or computes in another precision.
     """
 
-    def __init__(self, core: Any, model: Any, example: Tensor) -> None:
+    def __init__(self, core: Any, model: Any, example: Tensor, files: ModelFiles) -> None:
         self._core, self._model, self._precision = core, model, _PRECISIONS[example.dtype]
+        self._files = files
         self._library = openvino_library()
         self._settings = {
             "INFERENCE_PRECISION_HINT": self._precision,
@@ -288,6 +289,7 @@ class _CompiledModel:
             ran = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         if ran != self._precision:
             raise RuntimeError(f"OpenVINO computes in {ran} on this CPU, not {self._precision}")
+        release_mapped_files(self._files.directory)  # most weights are packed by now
         return compiled
 
     def _for_batch(self, batch: int) -> Any:

@@ -1,14 +1,19 @@
-"""The heap of a process that computes on a CPU."""
+"""The memory of a process that computes on a CPU: its heap, and files that it has mapped."""
 
 import ctypes
 import gc
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 # glibc hands memory from here on back to the kernel at once, and gets it page by page anew
 # (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c, 32 MiB)
 KEPT_BYTES = 28 * 2**20
+_MAPPINGS = Path("/proc/self/maps")
+_MADV_DONTNEED = 4  # Linux; of pages that nothing can write, it only means that they are read again
 
 
 def keep_freed_memory() -> None:
@@ -38,3 +43,21 @@ def release_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+def release_mapped_files(folder: Path) -> None:
+    """Has Linux drop the pages of the files in a folder that are mapped to be read only.
+
+    A page that is read later comes from the file again.
+
+    Source: madvise(2), proc_pid_maps(5).
+    """
+    prefix = os.path.realpath(folder).encode() + b"/"
+    with suppress(OSError, AttributeError):  # another system
+        madvise = ctypes.CDLL(None).madvise
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for line in _MAPPINGS.read_bytes().splitlines():
+            addresses, permissions, *_, path = line.split(maxsplit=5)
+            if path.startswith(prefix) and b"w" not in permissions:
+                first, end = (int(address, 16) for address in addresses.split(b"-"))
+                madvise(first, end - first, _MADV_DONTNEED)

@@ -28,7 +28,7 @@ class Machine:
         capability: "9.0" or "gfx942"; of a CPU the best instructions that PyTorch uses: "AVX512".
         driver: its version; "" of a CPU, or unknown.
         torch: version.
-        triton: version, "" without it.
+        triton: version, "" without it and of a CPU, where nothing runs it.
         fastbb: version, "source" where it is not installed.
         kernels: digest of the kernels' sources.
         threads: that PyTorch uses on a CPU; "" of a GPU.
@@ -58,7 +58,7 @@ class Machine:
             capability=_gpu_capability(device) if is_gpu else _cpu_capability(),
             driver=_driver() if is_gpu else "",
             torch=str(torch.__version__),
-            triton=_triton_version(),
+            triton=_triton_version() if is_gpu else "",
             fastbb=_fastbb_version(),
             kernels=kernels_digest(),
             threads="" if is_gpu else str(torch.get_num_threads()),
