@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 from benchmark_pages import stages_of, with_measured, write_configs
-from speed_of_light import DTYPE, FLOORS, SpeedOfLight, floors_of, useful_flops
+from speed_of_light import DTYPE, SpeedOfLight, floors_of, useful_flops
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -37,6 +37,7 @@ from fastbb_kernels.launching import Launch
 from fastbb_kernels.op import Call, CustomOp
 from fastbb_kernels.recorder import record_launches
 from fastbb_kernels.testing import ARCHITECTURES, Architecture
+from fastbb_kernels.testing.floors import FLOORS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks" / "floors.md"

@@ -90,7 +90,8 @@ def stages_of(run: int, dry_run: bool) -> list[Stage]:
         ],
         2: [
             stage("sweep, compiling", 190, "gpu_sweep", "compile_ahead"),
-            stage("sweep", 170, "gpu_sweep", "sweep"),
+            stage("sweep", 150, "gpu_sweep", "sweep"),
+            stage("libraries", 20, "gpu_sweep", "libraries"),
             stage("conv3x3", 25, "gpu_sweep", "conv3x3"),
             stage("ops", 60, "gpu_ops", "ops"),
         ],

@@ -263,6 +263,7 @@ SECTIONS: dict[str, Callable[[Sequence[Row]], str]] = {
     "devices": _said,
     "models": _models,
     "sweep": _sweep,
+    "libraries": _contest,
     "conv3x3": _contest,
     "ops": _ops,
     "tools": _tools,

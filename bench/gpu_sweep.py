@@ -28,7 +28,7 @@ from gpu_report import DRY_RUN
 from gpu_work import Work, describe, read_lines
 from torch import Tensor
 
-from fastbb_kernels import self_check
+from fastbb_kernels import library, self_check
 from fastbb_kernels._dispatch import Architecture, unchecked
 from fastbb_kernels.accuracy import accuracy_problem
 from fastbb_kernels.architectures import find_architecture
@@ -149,6 +149,8 @@ def _parameters(table: str) -> list[str]:
     """Returns the names of the arguments of a table's choice, without the architecture."""
     if table == _WAY_TABLE:
         choose = usual_way
+    elif table.endswith("_way"):
+        choose = library.usual_way
     else:
         choose = import_module(f"fastbb_kernels.triton_kernels.{table}").launch_config
     return [name for name in inspect.signature(choose).parameters if name != "arch"]
@@ -377,9 +379,34 @@ def _keep(shape: Shape, row: dict[str, Any], device: torch.device, path: Path | 
     write_configs(machine.device, {**tables, shape.table: entries}, facts, file)
 
 
-# choice of the 3x3 convolution
+# choice between kernels and libraries
 
-WAYS = ("fused", "plain", "triton")
+
+@dataclass(frozen=True)
+class Contest:
+    """A choice between ways to compute an op.
+
+    Attributes:
+        table: name of the choice.
+        ways: by their names.
+        usual: makes the choice without a measurement.
+    """
+
+    table: str
+    ways: dict[str, Any]
+    usual: Callable[..., Any]
+
+
+CONV3X3 = Contest(
+    _WAY_TABLE, {name: Conv3x3Way(name) for name in ("fused", "plain", "triton")}, usual_way
+)
+
+
+def of_library(op: Op) -> Contest:
+    """The choice between the kernel of an op and a library."""
+    assert op.library is not None
+    ways = {name: library.Way(name) for name in (library.KERNEL, library.LIBRARY)}
+    return Contest(op.library.table, ways, library.usual_way)
 
 
 def conv3x3(work: Work, dry_run: bool) -> None:
@@ -388,15 +415,28 @@ def conv3x3(work: Work, dry_run: bool) -> None:
     known = small_cases() if dry_run else real_cases()
     cases = [c for c in known if c.op == "conv3x3_bn_act" and c.name.startswith(names)]
     cases.sort(key=lambda case: "-b64-" not in case.name)
+    _contests(work, cases[: 1 if dry_run else None], dry_run)
+
+
+def libraries(work: Work, dry_run: bool) -> None:
+    """Times ops by their kernels and by libraries, at the shapes of the sweep."""
+    known = {case.name: case for case in (small_cases() if dry_run else real_cases())}
+    names = _DRY_SHAPES[1:] if dry_run else SHAPES
+    cases = [known[name] for name in names if find_op(known[name].op).library is not None]
+    _contests(work, cases, dry_run)
+
+
+def _contests(work: Work, cases: Sequence[Case], dry_run: bool) -> None:
     path = _file_of_dry_run(work) if dry_run else None
     with sweeping(dry_run) as device:
-        for item, case in work.in_time({str(c): c for c in cases[: 1 if dry_run else None]}):
+        for item, case in work.in_time({str(c): c for c in cases}):
             work.do(item, partial(_contest, case, device, path))
             torch.cuda.synchronize()
 
 
 def _contest(case: Case, device: torch.device, path: Path | None) -> dict[str, Any]:
     op = find_op(case.op)
+    contest = CONV3X3 if op.library is None else of_library(op)
     sets = _argument_sets(op, case, device)
     reference = Reference.of(op, sets[0])
     found: dict[str, float] = {}
@@ -404,31 +444,33 @@ def _contest(case: Case, device: torch.device, path: Path | None) -> dict[str, A
     # a dry run chooses nothing
     sizes: dict[str, Any] | None = None
     if path is not None:
-        sizes = dict.fromkeys(_parameters(_WAY_TABLE), 0)
-    for way in WAYS:
-        with forced({_WAY_TABLE: Conv3x3Way(way)}):
+        sizes = dict.fromkeys(_parameters(contest.table), 0)
+    for name, way in contest.ways.items():
+        with forced({contest.table: way}):
             try:
                 with noting() as launched:
                     problem = reference.problem(partial(op.call, **sets[0], impl="auto"))
-                if _WAY_TABLE in launched.sizes:
-                    sizes = dict(zip(_parameters(_WAY_TABLE), launched.sizes[_WAY_TABLE]))
-                if way == "fused" and not _ran_fused(launched) and device.type == "cuda":
-                    problem = "it cannot run this call, the plain one does"
+                if contest.table in launched.sizes:
+                    sizes = dict(zip(_parameters(contest.table), launched.sizes[contest.table]))
+                if _is_other(name, launched) and device.type == "cuda":
+                    problem = "it cannot run this call, another one does"
                 if problem is None:
                     calls = [partial(op.call, **one, impl="auto") for one in sets]
-                    found[way] = _graph_time(calls, _FINAL_S)
+                    found[name] = _graph_time(calls, _FINAL_S)
             except Exception as error:
                 problem = describe(error)
         if problem:
-            refused.append(f"{way}: {problem}")
-    wins = min(found, key=lambda way: found[way]) if found else "none"
+            refused.append(f"{name}: {problem}")
+    wins = min(found, key=lambda name: found[name]) if found else "none"
     if found and sizes is not None:
-        usual = found.get(usual_way(**sizes, arch=None).name)
+        usual = found.get(contest.usual(**sizes, arch=None).name)
         if usual is None or usual > _GAIN * found[wins] or path is not None:
             row = {"config": [wins], "us": found[wins], "default_us": usual}
-            _keep(Shape(case, _WAY_TABLE, sizes, []), row, device, path)
+            _keep(Shape(case, contest.table, sizes, []), row, device, path)
     return {"us": found | _libraries(case.op, sets), "wins": wins, "refused": refused}
 
 
-def _ran_fused(launched: Launched) -> bool:
-    return any(name == "cuDNN" for name in launched.binaries)
+def _is_other(way: str, launched: Launched) -> bool:
+    """Whether another way ran, because the chosen one cannot run the call."""
+    mark = {"fused": "cuDNN", library.LIBRARY: library.LIBRARY}.get(way)
+    return mark is not None and mark not in launched.binaries

@@ -17,20 +17,16 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from triton.compiler import CompiledKernel
 
 from fastbb_kernels._dispatch import Architecture as ArchitectureName
 from fastbb_kernels._dispatch import architecture, pretend
 from fastbb_kernels.case import REAL_INPUTS, Case
 from fastbb_kernels.cases import MODELS, model_cases
 from fastbb_kernels.op import Call, CustomOp, find_op
-from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu, trace
-from fastbb_kernels.testing.binary import SCHEDULERS
-from fastbb_kernels.testing.issue import Work, issued
-from fastbb_kernels.testing.trace_report import LaunchTrace
+from fastbb_kernels.testing import ARCHITECTURES, Architecture, binary_facts, fake_gpu
+from fastbb_kernels.testing.floors import FLOORS, launch_floors
 
 DTYPE = torch.bfloat16
-FLOORS = ("dram", "l2", "mma", "issue")  # names of the floors of a launch
 
 
 @dataclass(frozen=True)
@@ -111,32 +107,25 @@ def floors_of(
         kernel(call)
     (launch,) = compiled.launches
     assert launch.kernel is not None
-    facts = binary_facts(launch.kernel)
-    # one program in the middle represents all: at the edges of a map they do a little less
-    with trace(programs=middle, data=False) as traced, pretend(gpu.name):
-        kernel(call)
-    (program,) = traced.launches
-    assert program.grid == launch.grid  # traced and compiled tiles are equal
-    ctas = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    minimal, requested = call.n_bytes(), ctas * program.requested_bytes
-    mma_flops = ctas * program.dot_flops
+    facts, minimal = binary_facts(launch.kernel), call.n_bytes()
+    (one,) = launch_floors(compiled, lambda: kernel(call), gpu)
     return SpeedOfLight(
         op=op,
         case=case,
         gpu=gpu.gpu,
         flops=useful_flops(call),
-        mma_flops=mma_flops,
+        mma_flops=one.mma_flops,
         minimal_bytes=minimal,
-        requested_bytes=requested,
-        ctas=ctas,
-        waves=ctas / (facts.ctas_per_sm * gpu.multiprocessors),
+        requested_bytes=one.requested_bytes,
+        ctas=one.ctas,
+        waves=one.ctas / (facts.ctas_per_sm * gpu.multiprocessors),
         occupancy=facts.occupancy,
         registers=facts.registers,
         spills=facts.spills,
         dram_us=1e6 * minimal / gpu.dram_bytes_per_s,
-        l2_us=1e6 * requested / gpu.l2_bytes_per_s if gpu.l2_bytes_per_s else None,
-        mma_us=1e6 * mma_flops / gpu.bf16_flops,
-        issue_us=_issue_us(launch.kernel, program, ctas, gpu),
+        l2_us=one.l2_us,
+        mma_us=one.mma_us,
+        issue_us=one.issue_us,
     )
 
 
@@ -145,26 +134,6 @@ def useful_flops(call: Call) -> int:
     with FlopCounterMode(display=False) as useful:
         call.eager()
     return useful.get_total_flops()
-
-
-def _issue_us(
-    kernel: CompiledKernel, program: LaunchTrace, ctas: int, gpu: Architecture
-) -> float | None:
-    """Microseconds in which all multiprocessors issue the instructions of a launch."""
-    loads, stores = zip(
-        *((t.load.requested_bytes, t.store.requested_bytes) for t in program.tensors.values())
-    )
-    n_issued = issued(kernel, Work(program.dot_flops, sum(stores), sum(loads)))
-    if n_issued is None or gpu.clock_hz is None:
-        return None
-    warps = ctas * kernel.metadata.num_warps
-    return 1e6 * warps * n_issued.cycles / (SCHEDULERS * gpu.multiprocessors * gpu.clock_hz)
-
-
-def middle(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:
-    """Returns the program in the middle of a launch."""
-    x, y, z = grid
-    return [(x // 2, y // 2, z // 2)]
 
 
 def is_here(gpu: Architecture) -> bool:

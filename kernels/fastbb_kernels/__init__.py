@@ -13,6 +13,7 @@ from .ops.conv1x1_dual import conv1x1_dual
 from .ops.conv3x3_bn_act import conv3x3_bn_act
 from .ops.conv_bn_act import conv_bn_act, conv_op
 from .ops.depthwise_conv_bn_act import depthwise_conv_bn_act
+from .ops.folded_norm_linear import fold_norm, folded_norm_linear
 from .ops.layer_norm_linear import layer_norm_linear
 from .ops.layer_norm_nchw import layer_norm_nchw
 from .ops.linear_residual import linear_residual
@@ -36,6 +37,8 @@ __all__ = [
     "conv_bn_act",
     "conv_op",
     "depthwise_conv_bn_act",
+    "fold_norm",
+    "folded_norm_linear",
     "layer_norm_linear",
     "layer_norm_nchw",
     "linear_residual",

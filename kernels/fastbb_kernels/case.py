@@ -1,12 +1,14 @@
 """Calls of ops with random tensors, and the calls of model families, for checks and benches."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .ops.folded_norm_linear import fold_norm
 
 
 class Random:
@@ -76,6 +78,20 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+
+def folded_norm_linear(
+    tokens: Sequence[int], out_features: int, activation: str | None
+) -> Callable[[Random], dict[str, Any]]:
+    """Returns what makes the arguments of `folded_norm_linear` for tokens [..., C]."""
+
+    def make(random: Random) -> dict[str, Any]:
+        norm, weight = random.norm(tokens[-1]), random.weight(out_features, tokens[-1])
+        folded = fold_norm(**norm, weight=weight, bias=random.normal(out_features))
+        x = random.normal(*tokens, mean=0.5)
+        return {"x": x, **folded._asdict(), "activation": activation}
+
+    return make
 
 
 # image size (height, width) and batches; the first batch is that of the ledger

@@ -7,7 +7,7 @@ architecture within its budget. With a GPU the cases run on it as well.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -37,11 +37,14 @@ from .testing.budget import (
     violations,
     write_budget,
 )
+from .testing.floors import call_floors, launch_floors
 
 # the real cases that a check runs on a GPU, beside the small ones
 ON_DEVICE = ("swin_t-224-b8", "resnet50-224-b8", "mobile-224-b8")
 # architectures for which a check compiles other dtypes than bf16
 OTHER_DTYPES_ON: tuple[Architecture, ...] = (90, "gfx942")
+# the architecture whose predicted floors are in the budgets
+FLOORS_ON: Architecture = 90
 # time to compile a case, relative to a run in the interpreter
 COMPILE_WEIGHT = 10
 
@@ -196,8 +199,21 @@ def compiled_costs(
             recordings = {arch: _recording(case, arguments, arch, True) for arch in archs}
             supported = {arch: r for arch, r in recordings.items() if r.launches}
             if supported:
-                costs[f"{case}-{DTYPE_NAMES[dtype]}"] = CaseCost.of(supported)
+                floors = _floors(case, arguments, supported) if dtype != torch.float32 else {}
+                costs[f"{case}-{DTYPE_NAMES[dtype]}"] = CaseCost.of(supported, floors=floors)
     return costs
+
+
+@torch.no_grad()
+def _floors(
+    case: Case, arguments: dict[str, Any], recordings: Mapping[Architecture, Recording]
+) -> dict[Architecture, dict[str, float]]:
+    """Returns the floors of a case, on `FLOORS_ON` if it is among the recordings."""
+    if FLOORS_ON not in recordings:
+        return {}
+    gpu, recording, op = ARCHITECTURES[FLOORS_ON], recordings[FLOORS_ON], find_op(case.op)
+    launches = launch_floors(recording, lambda: op.call(**arguments, impl="triton"), gpu)
+    return {FLOORS_ON: call_floors(launches, op.n_bytes(**arguments), gpu)}
 
 
 def traced_cost(result: Interpreted) -> CaseCost:

@@ -18,8 +18,17 @@ from torch._compile import _disable_dynamo
 from torch._ops import OpOverload
 
 from . import ops
-from ._dispatch import Arguments, Impl, is_plainly_eager, launches_directly, use_block, use_triton
+from ._dispatch import (
+    Arguments,
+    Impl,
+    chosen_impl,
+    is_plainly_eager,
+    launches_directly,
+    use_block,
+    use_triton,
+)
 from .launching import Launch, typed_argument
+from .library import Library
 
 _library = torch.library.Library("fastbb", "FRAGMENT")
 
@@ -141,6 +150,7 @@ class Op(Generic[_Call]):
         name: in `fastbb_kernels`.
         kernel: the custom op, which launches the kernel.
         is_block: if its own kernel cannot run, the ops that it is made of run.
+        library: computes calls by a library, or None.
     """
 
     def __init__(self, name: str, call_type: type[_Call], *, is_block: bool = False) -> None:
@@ -156,10 +166,12 @@ class Op(Generic[_Call]):
         self.is_block = is_block
         self._call_type: Any = call_type
         self._typed = typed_argument(self._call_type._fields)
+        has_library = hasattr(call_type, "library")
+        self.library = Library(name, call_type, self.kernel.eager) if has_library else None
         _ops[name] = self
 
     def __call__(self, call: _Call, impl: Impl | None) -> Tensor:
-        """Checks a call, and runs it by the kernel or by PyTorch's own ops.
+        """Checks a call, and runs it by the kernel, a library or PyTorch's own ops.
 
         Args:
             call: of the op.
@@ -170,7 +182,13 @@ class Op(Generic[_Call]):
             NotImplementedError: "triton" was asked for and cannot run; the message says why.
         """
         call.check()
-        return self.kernel(call) if self.takes(call, impl) else call.eager()
+        if not self.takes(call, impl):
+            return call.eager()
+        if self.library is not None and chosen_impl(self.name, impl) == "auto":
+            arguments: Any = call
+            if self.library.is_faster(arguments):
+                return self.library.run(*arguments)
+        return self.kernel(call)
 
     def takes(self, call: _Call, impl: Impl | None) -> bool:
         """Whether the kernel runs a call; raises the same errors as `__call__`."""
@@ -178,7 +196,11 @@ class Op(Generic[_Call]):
         if impl is None and is_plainly_eager(x, None):
             return False
         choose = use_block if self.is_block else use_triton
-        return choose(self.name, impl, call.unsupported(), x)
+        if not choose(self.name, impl, call.unsupported(), x):
+            return False
+        # of a block; its parts run where they are expected to be faster
+        pays = getattr(call, "pays", None)
+        return pays is None or chosen_impl(self.name, impl) != "auto" or pays()
 
     @property
     def call(self) -> Callable[..., Tensor]:

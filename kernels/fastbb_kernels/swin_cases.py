@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ._window_geometry import WindowGeometry
-from .case import Case, Family, Random
+from .case import Case, Family, Random, folded_norm_linear
+from .ops.folded_norm_linear import MOST_UNFOLDED_FEATURES
 
 # with more channels or larger windows the separate ops run
 BLOCK_CHANNELS, BLOCK_WINDOW = 256, 8
@@ -62,6 +63,11 @@ def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int)
             height, width, channels = -(-height // 2), -(-width // 2), 2 * channels
         tokens = (batch, height, width, channels)
         yield Case("layer_norm_linear", f"{where}-qkv", _norm_linear(tokens, 3, None))
+        if channels > MOST_UNFOLDED_FEATURES:
+            qkv = folded_norm_linear(tokens, 3 * channels, None)
+            yield Case("folded_norm_linear", f"{where}-qkv", qkv)
+            fc1 = folded_norm_linear(tokens, 4 * channels, "gelu")
+            yield Case("folded_norm_linear", f"{where}-fc1", fc1)
         yield Case("linear_residual", f"{where}-proj", _linear_residual(tokens, 1))
         yield Case("layer_norm_linear", f"{where}-fc1", _norm_linear(tokens, 4, "gelu"))
         yield Case("linear_residual", f"{where}-fc2", _linear_residual(tokens, 4))

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .case import REAL_INPUTS, Case, Family, Random
+from .case import REAL_INPUTS, Case, Family, Random, folded_norm_linear
+from .ops.folded_norm_linear import MOST_UNFOLDED_FEATURES
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def vit_cases(shape: ViTShape, size: tuple[int, int], batch: int) -> Iterator[Ca
     else:
         qkv = _norm_linear(tokens, 3 * shape.channels, None)
         yield Case("layer_norm_linear", f"{prefix}-qkv", qkv)
+        if shape.channels > MOST_UNFOLDED_FEATURES:
+            qkv = folded_norm_linear(tokens, 3 * shape.channels, None)
+            yield Case("folded_norm_linear", f"{prefix}-qkv", qkv)
     proj = _linear_residual(tokens, shape.channels, shape.layer_scale)
     yield Case("linear_residual", f"{prefix}-proj", proj)
     if shape.activation == "swiglu":
@@ -72,6 +76,9 @@ def vit_cases(shape: ViTShape, size: tuple[int, int], batch: int) -> Iterator[Ca
     else:
         fc1 = _norm_linear(tokens, hidden, shape.activation)
         yield Case("layer_norm_linear", f"{prefix}-fc1", fc1)
+        if shape.channels > MOST_UNFOLDED_FEATURES:
+            fc1 = folded_norm_linear(tokens, hidden, shape.activation)
+            yield Case("folded_norm_linear", f"{prefix}-fc1", fc1)
     fc2 = _linear_residual(tokens, hidden, shape.layer_scale)
     yield Case("linear_residual", f"{prefix}-fc2", fc2)
 
@@ -165,6 +172,9 @@ def _small_cases() -> Iterator[Case]:
     yield from vit_cases(ViTShape("gated", 32, 1, hidden=72, activation="swiglu"), (28, 42), 3)
     clip = ViTShape("quick", 32, 2, activation="quick_gelu", layer_scale=False)
     yield from vit_cases(clip, (28, 28), 2)
+    # two tiles of rows and of columns
+    yield Case("folded_norm_linear", "wide", folded_norm_linear((2, 75, 288), 160, "gelu"))
+    yield Case("folded_norm_linear", "plain", folded_norm_linear((3, 64), 40, None))
 
 
 FAMILY = Family(

@@ -35,7 +35,7 @@ from fastbb_kernels.triton_kernels.config import GemmConfig
 CPU = torch.device("cpu")
 SECTIONS = {
     1: ["environment", "checks", "models", "devices"],
-    2: ["environment", "sweep", "conv3x3", "ops"],
+    2: ["environment", "sweep", "libraries", "conv3x3", "ops"],
     3: ["environment", "tools", "models", "checks"],
 }
 # calls of torch.cuda that each run must make
@@ -101,11 +101,12 @@ def test_dry_run_writes_the_results_of_its_run(rehearsal: tuple[int, Path]) -> N
         written = json.loads((out / "configs" / "dry-run.json").read_text())
         swept = {row["table"] for row in sections["sweep"] if "us" in row}
         assert swept == {"layer_norm_nchw", "linear_residual"}
-        assert written["configs"].keys() == swept | {"conv3x3_way"}
+        assert written["configs"].keys() == swept | {"conv3x3_way", "linear_residual_way"}
         (entry,) = written["configs"]["linear_residual"]
         assert entry["sizes"].keys() == {"n_rows", "features", "out_features", "dtype"}
         assert len(entry["config"]) == len(GemmConfig._fields)
         assert {"fused", "plain", "triton"} <= sections["conv3x3"][0]["us"].keys()
+        assert {"kernel", "library"} <= sections["libraries"][0]["us"].keys()
     else:
         (counters,) = (row for row in sections["tools"] if "metrics" in row)
         assert counters["metrics"]["Duration"] == "12.5 us"

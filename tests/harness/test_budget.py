@@ -37,8 +37,9 @@ COST = BinaryCost(
     occupancy=0.25,
     wide_share=0.8333,
 )
+FLOORS = {"dram": 10.0, "l2": 40.0, "mma": 5.0, "issue": 20.0}
 AMD_COST = replace(COST, mma_class="v_mfma", shared=32768)
-CASE_COST = CaseCost(1, 1000, 1500, {90: COST, "gfx942": AMD_COST})
+CASE_COST = CaseCost(1, 1000, 1500, {90: replace(COST, floors=FLOORS), "gfx942": AMD_COST})
 
 FACTS = BinaryFacts(
     kernel="_gemm_fwd_kernel",
@@ -174,6 +175,10 @@ WASTE = {
         with_binary(90, wide_share=0.5),
         "wanted share of 128-bit accesses >= 0.83, came 0.50",
     ),
+    "floor": (
+        with_binary(90, floors={**FLOORS, "issue": 40.5}),
+        "wanted no floor above 40.0 µs (predicted), came 40.5 µs of issue",
+    ),
     "bytes": (
         budget(replace(CASE_COST, requested_bytes=1501)),
         "wanted at most 1500 bytes requested, came 1501",
@@ -213,6 +218,8 @@ def test_a_violation_names_the_architecture() -> None:
         pytest.param(with_binary(90, registers=200), id="registers alone"),
         pytest.param(with_binary(90, occupancy=0.5, wide_share=1.0, shared=0), id="better"),
         pytest.param(with_binary(90, wide_share=0.8300), id="within the tolerance"),
+        pytest.param(with_binary(90, floors={**FLOORS, "dram": 39.0}), id="not the largest floor"),
+        pytest.param(with_binary(90, floors={}), id="no floors"),
         pytest.param(budget(replace(CASE_COST, requested_bytes=None)), id="not traced"),
         pytest.param(budget(replace(CASE_COST, requested_bytes=900)), id="fewer bytes"),
         pytest.param(budget(replace(CASE_COST, binaries={90: COST})), id="one architecture"),
@@ -253,7 +260,9 @@ def test_allowed_spills_may_not_grow() -> None:
     assert "wanted at most 4 spills, came 5" in sentence
 
 
-BY_COMPILER = ("stack", "shared memory", "occupancy", "narrow accesses", "changed source")
+BY_COMPILER = (
+    *("stack", "shared memory", "occupancy", "narrow accesses", "floor", "changed source"),
+)
 
 
 @pytest.mark.parametrize(("waste", "measured", "message"), [(k, *v) for k, v in WASTE.items()])

@@ -50,6 +50,19 @@ MUTATIONS = {
         "linear_residual", "acc.shape), residual)", "acc.shape), scale * residual)"
     ),
     "bias_is_not_scaled": Mutation("linear_residual", "bias *= scale", "bias *= 1.0"),
+    "statistics_of_all_steps_but_the_last": Mutation(
+        "folded_norm_linear",
+        "mean, squares, x.to(tl.float32), start",
+        "mean, squares, tl.where(start + BLOCK_K < features, x.to(tl.float32), 0.0), start",
+    ),
+    "statistics_of_the_row_below": Mutation(
+        "folded_norm_linear",
+        "    mean *= rstd\n",
+        "    rstd = tl.gather(rstd, (rows + 1) % BLOCK_M, 0)\n    mean *= rstd\n",
+    ),
+    "folded_bias_is_scaled": Mutation(
+        "folded_norm_linear", "(bias[None, :] -", "(bias[None, :] * rstd[:, None] -"
+    ),
     "gate_and_up_swapped": Mutation(
         "layer_norm_swiglu",
         'activate(gate, "silu", y_ptr.dtype.element_ty) * up',
@@ -176,3 +189,27 @@ def test_tests_catch_a_gelu_outside_the_range_of_its_polynomial(
     bug = Mutation("layer_norm_linear", "tl.minimum(x * x, _GELU_LIMIT)", "x * x", "activation")
     with pytest.raises(AssertionError, match=r"y: error \S+, allowed"):
         assert_right(bug, tmp_path, args)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Mutation("folded_norm_linear", "mean[:, None] * sums[None, :]", "0.0 * sums[None, :]"),
+        Mutation("folded_norm_linear", "    mean *= rstd\n", ""),
+    ],
+    ids=["not-subtracted", "not-normalized"],
+)
+def test_tests_catch_a_large_mean_that_is_left(bug: Mutation, tmp_path: Path) -> None:
+    args = arguments("folded_norm_linear", torch.bfloat16)
+    args["x"] = args["x"] + 64
+    assert_right(Mutation(bug.op), tmp_path, args)
+    with pytest.raises(AssertionError, match=r"y: error \S+, allowed"):
+        assert_right(bug, tmp_path, args)
+    # the check of a launch takes other sums
+    with (
+        interpret(),
+        launching(**{bug.op: mutant(bug, tmp_path)}),
+        use(self_check(tmp_path)),
+        pytest.warns(KernelWarning, match=rf"{bug.op} is off .*: error \S+, allowed"),
+    ):
+        find_op(bug.op).call(**args)

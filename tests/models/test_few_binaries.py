@@ -19,7 +19,7 @@ from fastbb_kernels.testing import ARCHITECTURES, record_launches
 
 STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 BATCHES = range(1, 65)
-MOST_NEW = 8
+MOST_NEW = 11
 TWO = (2, 2, 2, 2)
 DEPTHS = {"swin_t": (2, 2, 6, 2), "resnet50": (3, 4, 6, 3)}
 

@@ -26,6 +26,7 @@ from fastbb_kernels.accuracy import max_error
 from fastbb_kernels.op import find_op, in_float64
 from fastbb_kernels.testing import (
     ARCHITECTURES,
+    BinaryFacts,
     binary_facts,
     corners,
     fake_gpu,
@@ -168,14 +169,26 @@ def test_few_rows_get_small_tiles(arch: Architecture) -> None:
     ("arch", "residual"), [(90, False), (100, False), (90, True), ("gfx942", True)]
 )
 def test_two_programs_fit_a_multiprocessor(arch: Architecture, residual: bool) -> None:
-    channels, out_channels = (128, 512) if residual else (512, 128)
+    # memory bounds few channels, and several programs hide its latency
+    channels, out_channels = (64, 512) if residual else (512, 64)
+    facts = facts_of(arch, channels, out_channels, residual)
+    assert facts.spills == 0
+    assert facts.ctas_per_sm >= 2
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_largest_tiles_spill_nothing(arch: Architecture, residual: bool) -> None:
+    assert facts_of(arch, 256, 1024, residual).spills == 0
+
+
+def facts_of(arch: Architecture, channels: int, out_channels: int, residual: bool) -> BinaryFacts:
+    """The binary for 64 maps of 28x28."""
     with torch.no_grad(), torch.device("meta"), fake_gpu(arch) as gpu:
         pixels = (64, channels, 28, 28)
         args = arguments(pixels, out_channels, 1, residual, "relu", torch.bfloat16)
         conv1x1_bn_act(**args, impl="triton")
-    facts = binary_facts(gpu.kernels[0])
-    assert facts.spills == 0
-    assert facts.ctas_per_sm >= 2
+    return binary_facts(gpu.kernels[0])
 
 
 def test_batches_and_image_sizes_share_a_binary() -> None:

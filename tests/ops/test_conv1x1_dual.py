@@ -151,8 +151,11 @@ def test_launch_configs_of_every_architecture_are_as_accurate_as_eager(
         assert_right(arguments(pixels, 96, config.block_n + 16, 2, dtype), 2, "relu")
 
 
-@pytest.mark.parametrize("arch", [90, 100, "gfx942"])
-def test_two_programs_fit_a_multiprocessor(arch: Architecture) -> None:
+@pytest.mark.parametrize(
+    ("arch", "tile", "ctas"),
+    [(80, (256, 128), 1), (90, (256, 128), 1), (100, (128, 128), 2), ("gfx942", (128, 128), 2)],
+)
+def test_large_tiles_spill_nothing(arch: Architecture, tile: tuple[int, int], ctas: int) -> None:
     shapes = (64, 128, 28, 28), (512, 128, 1, 1), (64, 256, 56, 56), (512, 256, 1, 1)
     x, weight, shortcut, shortcut_weight = (
         meta_image(*shape, dtype=torch.bfloat16) for shape in shapes
@@ -162,10 +165,10 @@ def test_two_programs_fit_a_multiprocessor(arch: Architecture) -> None:
     with torch.no_grad(), fake_gpu(arch) as gpu:
         conv1x1_dual(*args, stride=2, activation="relu", impl="triton")
     (launch,) = gpu.launches
-    assert launch.constexprs["BLOCK_M"] == launch.constexprs["BLOCK_N"] == 128
+    assert (launch.constexprs["BLOCK_M"], launch.constexprs["BLOCK_N"]) == tile
     facts = binary_facts(gpu.kernels[0])
     assert facts.spills == 0
-    assert facts.ctas_per_sm >= 2
+    assert facts.ctas_per_sm >= ctas
 
 
 def test_both_maps_are_requested_once_for_all_columns_of_a_tile() -> None:

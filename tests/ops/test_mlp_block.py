@@ -283,10 +283,20 @@ OWN = ("mlp_block",)
 def test_impl_and_channels_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, channels: int, kernels: list[str]
 ) -> None:
-    args = Reference(channels, dtype=torch.bfloat16).arguments(torch.randn(5, channels).bfloat16())
+    x = torch.randn(2048, channels).bfloat16()
+    args = Reference(channels, dtype=torch.bfloat16).arguments(x)
     with torch.no_grad(), use_impl(set_impl, ops=ops), record_launches() as recording:
         mlp_block(**args, impl=impl)
     assert [launch.name for launch in recording.launches] == kernels
+
+
+@pytest.mark.parametrize(("n_rows", "kernels"), [(2048, BLOCK), (2047, SEPARATE)])
+def test_few_rows_run_the_separate_kernels(n_rows: int, kernels: list[str]) -> None:
+    args = Reference(32, dtype=torch.bfloat16).arguments(torch.randn(n_rows, 32).bfloat16())
+    with torch.no_grad(), record_launches() as recording:
+        mlp_block(**args)
+        mlp_block(**args, impl="triton")
+    assert [launch.name for launch in recording.launches] == [*kernels, *BLOCK]
 
 
 @pytest.mark.parametrize(

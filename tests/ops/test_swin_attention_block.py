@@ -279,12 +279,15 @@ SEPARATE = [
 ]
 OWN = ("swin_attention_block",)
 LARGE = {"window": (9, 9)}  # more than the block's kernel takes
+FEW = {"batch": 7}  # 28 windows
 
 
 @pytest.mark.parametrize(
     ("set_impl", "ops", "impl", "options", "kernels"),
     [
         ("auto", (), None, {}, BLOCK),
+        ("auto", (), None, FEW, SEPARATE),
+        ("triton", (), None, FEW, BLOCK),
         ("triton", (), None, {}, BLOCK),
         ("eager", (), None, {}, []),
         ("eager", (), "triton", {}, BLOCK),
@@ -304,7 +307,7 @@ LARGE = {"window": (9, 9)}  # more than the block's kernel takes
 def test_impl_and_shape_decide_which_kernels_run(
     set_impl: Any, ops: tuple[str, ...], impl: Any, options: dict, kernels: list[str]
 ) -> None:
-    args = arguments(torch.bfloat16, **options)
+    args = arguments(torch.bfloat16, **{"batch": 8, **options})
     with torch.no_grad(), use_impl(set_impl, ops=ops), record_launches() as recording:
         swin_attention_block(**args, impl=impl)
     assert [launch.name for launch in recording.launches] == kernels

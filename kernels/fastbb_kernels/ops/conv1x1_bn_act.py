@@ -6,13 +6,14 @@ Bound: memory (read x and the residual, write y).
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported
-from ..op import Op
+from ..op import Op, find_op
 
 
 def conv1x1_bn_act(
@@ -81,6 +82,23 @@ class Conv1x1BnAct(NamedTuple):
 
     def empty_result(self) -> Tensor:
         return empty_output(self.x, self.weight, self.stride)
+
+    def library(self) -> Tensor:
+        x, weight, bias, stride, residual, activation = self
+        if stride == 1 and residual is None and activation in (None, "relu"):
+            rows = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            ops = torch.ops.aten
+            product = ops.addmm if activation is None else ops._addmm_activation  # with relu
+            y = product(bias, rows, weight.flatten(1).t())
+            return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        y = F.conv2d(x, weight, None, stride)
+        return find_op("bias_act").launch(y, bias, residual, activation)
+
+    def library_sizes(self) -> tuple[int, int, int, bool, Activation, torch.dtype]:
+        batch, out_channels, height, width = output_shape(self.x, self.weight, self.stride)
+        sizes = batch * height * width, self.x.shape[1], out_channels
+        return *sizes, self.residual is not None, self.activation, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.conv1x1_bn_act import launch

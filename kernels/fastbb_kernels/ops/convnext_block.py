@@ -6,6 +6,7 @@ Bound: instructions. They are those of the separate ops without the second one's
 crosses DRAM twice (read x, write y) instead of five times.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from .._activation import Activation, check_activation
 from .._convolution import check_shape, empty_output
-from .._dispatch import Architecture, Impl, architecture, chosen_impl, common_unsupported
+from .._dispatch import Architecture, Impl, architecture, common_unsupported
 from ..op import Op
 from .depthwise_conv_bn_act import DepthwiseConvBnAct, depthwise_conv_bn_act
+from .layer_norm_linear import layer_norm_linear
 from .mlp_block import MlpBlock, mlp_block
 
 # the kernel unrolls a column of taps; larger ones are not checked for spills
@@ -54,6 +56,7 @@ def convnext_block(
     *,
     eps: float = 1e-6,
     activation: Activation = "gelu",
+    norm_linear: Callable[..., Tensor] = layer_norm_linear,
     impl: Impl | None = None,
 ) -> Tensor:
     """Computes `x + scale * fc2(activation(fc1(layer_norm(conv2d(x)))))`.
@@ -77,6 +80,7 @@ def convnext_block(
         scale: layer scale [C], or None.
         eps: added to the variance.
         activation: name of the activation, or None.
+        norm_linear: as of `mlp_block`.
         impl: implementation to use; default: that of `use_impl`.
 
     Returns:
@@ -91,13 +95,19 @@ def convnext_block(
         *(fc2_weight, fc2_bias, scale, eps, activation),
     )
     call.check()
-    asked = chosen_impl("convnext_block", impl) == "triton"
-    if _op.takes(call, impl) and (asked or call.pays()):
+    if _op.takes(call, impl):
         return _op.kernel(call)
     y = depthwise_conv_bn_act(x, conv_weight, conv_bias, impl=impl).permute(0, 2, 3, 1)
-    options = {"eps": eps, "activation": activation, "impl": impl}
-    residual = x.permute(0, 2, 3, 1)
-    return mlp_block(y, *call[3:9], residual=residual, scale=scale, **options).permute(0, 3, 1, 2)
+    y = mlp_block(
+        *(y, *call[3:9]),
+        residual=x.permute(0, 2, 3, 1),
+        scale=scale,
+        eps=eps,
+        activation=activation,
+        norm_linear=norm_linear,
+        impl=impl,
+    )
+    return y.permute(0, 3, 1, 2)
 
 
 class ConvNextBlock(NamedTuple):

@@ -4,8 +4,10 @@ Algorithm: normalize each row, multiply by the weight, add the bias, activate.
 Bound: memory at Swin's widths (read x, write y); the normalized x is never stored.
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -97,6 +99,14 @@ class LayerNormLinear(NamedTuple):
 
     def empty_result(self) -> Tensor:
         return self.x.new_empty(*self.x.shape[:-1], self.weight.shape[0])
+
+    def library(self) -> Tensor:
+        return self.eager()
+
+    def library_sizes(self) -> tuple[int, int, int, bool, Activation, torch.dtype]:
+        out_features, features = self.weight.shape
+        n_rows = math.prod(self.x.shape[:-1])
+        return n_rows, features, out_features, False, self.activation, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.layer_norm_linear import launch

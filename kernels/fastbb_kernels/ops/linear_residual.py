@@ -4,8 +4,10 @@ Algorithm: GEMM, bias, layer scale and residual in one epilogue.
 Bound: memory at Swin's widths (read x and the residual, write y).
 """
 
+import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -86,6 +88,17 @@ class LinearResidual(NamedTuple):
 
     def empty_result(self) -> Tensor:
         return self.x.new_empty(self.residual.shape)
+
+    def library(self) -> Tensor:
+        y = F.linear(self.x, self.weight, self.bias)
+        if self.scale is None:
+            return y.add_(self.residual)
+        return torch.addcmul(self.residual, y, self.scale, out=y)
+
+    def library_sizes(self) -> tuple[int, int, int, bool, None, torch.dtype]:
+        out_features, features = self.weight.shape
+        n_rows = math.prod(self.x.shape[:-1])
+        return n_rows, features, out_features, True, None, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.linear_residual import launch

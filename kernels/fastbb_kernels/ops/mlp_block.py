@@ -6,6 +6,7 @@ Bound: memory at Swin's first two stages (read x, write y); at more channels re-
 for every block of rows costs more than it saves, and the separate ops run.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ _MOST_CHANNELS: dict[Architecture, int] = {
 _MOST_CHANNELS_OF_MANY_ROWS: dict[Architecture, int] = {90: 384, 100: 384}
 # about one program per multiprocessor
 _MANY_ROWS = 64 * 128
+# with fewer, most multiprocessors have nothing to do, and the parts have more programs
+_ENOUGH_ROWS = 64 * 32
 
 
 def mlp_block(
@@ -48,12 +51,13 @@ def mlp_block(
     scale: Tensor | None = None,
     eps: float = 1e-5,
     activation: Activation = "gelu",
+    norm_linear: Callable[..., Tensor] = layer_norm_linear,
     impl: Impl | None = None,
 ) -> Tensor:
     """Computes `residual + scale * fc2(activation(fc1(layer_norm(x))))`.
 
     If the kernel of this op cannot run, the ops `layer_norm_linear` and `linear_residual` run, with
-    the same `impl`.
+    the same `impl`. "auto" also takes these two on a GPU for less than 2048 rows.
 
     Args:
         x: [..., C] floating point, any strides.
@@ -67,6 +71,8 @@ def mlp_block(
         scale: layer scale [C], or None.
         eps: added to the variance.
         activation: name of the activation, or None.
+        norm_linear: computes the norm and the first layer where the parts run, by the arguments of
+            `layer_norm_linear`.
         impl: implementation to use; default: that of `use_impl`.
 
     Returns:
@@ -83,7 +89,7 @@ def mlp_block(
     call.check()
     if _op.takes(call, impl):
         return _op.kernel(call)
-    hidden = layer_norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
+    hidden = norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
     residual = x if residual is None else residual
     return linear_residual(hidden, fc2_weight, fc2_bias, residual, scale, impl=impl)
 
@@ -157,6 +163,11 @@ class MlpBlock(NamedTuple):
         if channels > most:
             return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
         return None
+
+    def pays(self) -> bool:
+        """Whether the kernel is expected to be faster than those of the separate ops."""
+        has_work = self.x.numel() >= _ENOUGH_ROWS * self.x.shape[-1]
+        return has_work or architecture(self.x.device) is None
 
     def n_bytes(self) -> int:
         """Counts x, residual and parameters read once, y written once."""

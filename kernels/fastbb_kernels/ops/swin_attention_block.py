@@ -7,6 +7,7 @@ for every window costs more than it saves, and the separate ops run.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,8 @@ _MOST_CHANNELS: dict[Architecture, int] = {
     "gfx90a": 256,
     "gfx942": 256,
 }
+# with fewer, most multiprocessors have nothing to do, and the parts have more programs
+_ENOUGH_WINDOWS = 32
 
 
 def swin_attention_block(
@@ -48,12 +51,14 @@ def swin_attention_block(
     num_heads: int,
     geometry: WindowGeometry,
     eps: float = 1e-5,
+    norm_linear: Callable[..., Tensor] = layer_norm_linear,
     impl: Impl | None = None,
 ) -> Tensor:
     """Computes `x + proj(window_attention(layer_norm_linear(x)))`.
 
     If the kernel of this op cannot run, the ops `layer_norm_linear`, `window_attention` and
-    `linear_residual` run, with the same `impl`.
+    `linear_residual` run, with the same `impl`. "auto" also takes these on a GPU for less than 32
+    windows.
 
     Args:
         x: [B, H, W, C] floating point, any strides.
@@ -69,6 +74,8 @@ def swin_attention_block(
         num_heads: number of heads; must divide A.
         geometry: windows, shift and order of padding and rolling.
         eps: added to the variance.
+        norm_linear: computes the norm and the first layer where the parts run, by the arguments of
+            `layer_norm_linear`.
         impl: implementation to use; default: that of `use_impl`.
 
     Returns:
@@ -85,7 +92,7 @@ def swin_attention_block(
     call.check()
     if _op.takes(call, impl):
         return _op.kernel(call)
-    qkv = layer_norm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps=eps, impl=impl)
+    qkv = norm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps=eps, impl=impl)
     y = window_attention(qkv, bias, qkv_bias, num_heads=num_heads, geometry=geometry, impl=impl)
     return linear_residual(y, proj_weight, proj_bias, x, impl=impl)
 
@@ -165,6 +172,13 @@ class SwinAttentionBlock(NamedTuple):
         if channels > most:
             return f"needs at most {most} channels on {arch}, got {channels}: more spill registers"
         return None
+
+    def pays(self) -> bool:
+        """Whether the kernel is expected to be faster than those of the separate ops."""
+        batch, height, width, _ = self.x.shape
+        rows, cols = self.geometry.window
+        n_windows = batch * -(-height // rows) * -(-width // cols)
+        return n_windows >= _ENOUGH_WINDOWS or architecture(self.x.device) is None
 
     def n_bytes(self) -> int:
         """Counts x and the parameters read once, y written once.

@@ -41,6 +41,7 @@ class BinaryCost:
         mma_class: "HMMA"; of several kernels "HMMA+none".
         occupancy: share of the warps that a multiprocessor could hold.
         wide_share: share of 128-bit accesses among those of global memory.
+        floors: predicted microseconds by name, of `call_floors`; empty: not computed.
     """
 
     registers: int
@@ -50,9 +51,12 @@ class BinaryCost:
     mma_class: str
     occupancy: float
     wide_share: float
+    floors: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, binaries: Iterable[BinaryFacts]) -> "BinaryCost":
+    def of(
+        cls, binaries: Iterable[BinaryFacts], floors: Mapping[str, float] | None = None
+    ) -> "BinaryCost":
         facts = list(binaries)
         return cls(
             registers=max(f.registers for f in facts),
@@ -62,6 +66,7 @@ class BinaryCost:
             mma_class="+".join(sorted({f.mma_class or "none" for f in facts})),
             occupancy=round(min(f.occupancy for f in facts), 4),
             wide_share=round(min(f.wide_share for f in facts), 4),
+            floors={name: round(us, 2) for name, us in (floors or {}).items()},
         )
 
 
@@ -86,14 +91,21 @@ class CaseCost:
         cls,
         recordings: Mapping[ArchitectureName, Recording],
         requested_bytes: int | None = None,
+        floors: Mapping[ArchitectureName, Mapping[str, float]] | None = None,
     ) -> "CaseCost":
-        """Makes the costs from the recordings of `fake_gpu()` of a call on each architecture."""
+        """Makes the costs from the recordings of `fake_gpu()` of a call on each architecture.
+
+        Args:
+            recordings: by architecture.
+            requested_bytes: None: the case was not traced.
+            floors: of `call_floors` by architecture, where they are computed.
+        """
         return cls(
             launches=max(len(recording.launches) for recording in recordings.values()),
             minimal_bytes=max(recording.n_bytes for recording in recordings.values()),
             requested_bytes=requested_bytes,
             binaries={
-                arch: BinaryCost.of(binary_facts(kernel) for kernel in recording.kernels)
+                arch: BinaryCost.of(map(binary_facts, recording.kernels), (floors or {}).get(arch))
                 for arch, recording in recordings.items()
             },
         )
@@ -215,7 +227,7 @@ def write_budget(op: str, cases: Mapping[str, CaseCost], folder: Path = BUDGETS)
             "launches": case.launches,
             "bytes": {"minimal": case.minimal_bytes, "requested": case.requested_bytes},
             **{
-                str(arch): asdict(case.binaries[arch])
+                str(arch): _entry_of(case.binaries[arch])
                 for arch in ARCHITECTURES
                 if arch in case.binaries
             },
@@ -326,6 +338,20 @@ def _over_limits(place: str, cost: BinaryCost, budget: BinaryCost) -> list[str]:
         *_over(place, "bytes of shared memory", budget.shared, cost.shared),
         *_under(place, "occupancy", budget.occupancy, cost.occupancy),
         *_under(place, "share of 128-bit accesses", budget.wide_share, cost.wide_share),
+        *_slower(place, cost.floors, budget.floors),
+    ]
+
+
+def _slower(place: str, came: Mapping[str, float], limits: Mapping[str, float]) -> list[str]:
+    """Returns that the largest floor rose; the others bound nothing."""
+    if not came or not limits:
+        return []
+    largest, most = max(came, key=lambda name: came[name]), max(limits.values())
+    if came[largest] <= most * (1 + _SHARE_TOLERANCE):
+        return []
+    return [
+        f"{place}: wanted no floor above {most:.1f} µs (predicted), came {came[largest]:.1f} µs of "
+        f"{largest}; {_ADVICE}"
     ]
 
 
@@ -343,6 +369,11 @@ def _under(place: str, what: str, limit: float, came: float) -> list[str]:
 
 def _label(arch: ArchitectureName) -> str:
     return ARCHITECTURES[arch].label
+
+
+def _entry_of(cost: BinaryCost) -> dict[str, Any]:
+    entry = asdict(cost)
+    return entry if cost.floors else {k: v for k, v in entry.items() if k != "floors"}
 
 
 def _case_from(entry: Mapping[str, Any]) -> CaseCost:

@@ -17,7 +17,7 @@ from ..launching import chosen_config
 from ..ops.grn_linear_residual import n_parts
 from .config import cdiv
 from .kernel import Kernel
-from .linear_residual import launch_config, launch_rows
+from .linear_residual import launch_config_of_scaled_rows, launch_rows
 
 
 def launch(
@@ -63,7 +63,7 @@ def launch(
     )
     rows = x.view(-1, features)
     sizes = rows.shape[0], features, weight.shape[0], x.dtype
-    config = chosen_config("grn_linear_residual", launch_config, x.device, *sizes)
+    config = chosen_config("grn_linear_residual", launch_config_of_scaled_rows, x.device, *sizes)
     norm = factors, grn_bias.contiguous(), n_pixels
     return launch_rows(rows, weight, bias, residual, None, y, config, norm)
 

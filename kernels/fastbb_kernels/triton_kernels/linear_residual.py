@@ -11,7 +11,7 @@ from .._dispatch import Architecture, input_precision
 from ..launching import chosen_config
 from .config import GemmConfig, cdiv
 from .kernel import Kernel
-from .tile_choice import has_work_for_large_tiles
+from .tile_choice import has_work_for_large_tiles, largest_tiles
 
 # architectures whose multiprocessor holds two programs with tiles of 128x128; others hold one
 _HOLD_LARGE_TILES = (90, 120, "gfx90a", "gfx942")
@@ -25,6 +25,14 @@ def launch_config(
     Large tiles read fewer bytes from L2. Small tiles have more loads in flight and fill the GPU if
     there are few rows.
     """
+    sizes = n_rows, features, out_features, dtype, arch
+    return largest_tiles(*sizes) or launch_config_of_scaled_rows(*sizes)
+
+
+def launch_config_of_scaled_rows(
+    n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
+) -> GemmConfig:
+    """As `launch_config`, with registers left for factors of rows."""
     block_k = 64 if features % 64 == 0 else 32
     if dtype == torch.float32:
         # no MMA, so that the operands are in registers too

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .._dispatch import Architecture
 from .config import GemmConfig, cdiv, next_power_of_2
-from .tile_choice import has_work_for_large_tiles
+from .tile_choice import has_work_for_large_tiles, largest_tiles
 
 # about one program per multiprocessor of a GPU
 _ENOUGH_PROGRAMS = 128
@@ -52,6 +52,8 @@ def launch_config(
     """
     if arch is None:
         return interpreter_config(n_rows, out_channels, channels)
+    if largest := largest_tiles(n_rows, channels, out_channels, dtype, arch):
+        return largest
     block_k = 64 if channels % 64 == 0 and arch not in _AMD else 32
     if dtype == torch.float32:
         # no MMA, so that the operands are in registers too; a third stage would need too many

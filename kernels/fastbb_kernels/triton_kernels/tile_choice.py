@@ -1,7 +1,20 @@
-"""A rule for large or small tiles of a GEMM, shared by kernels with two sizes of tiles."""
+"""Rules for large or small tiles of a GEMM, shared by kernels with several sizes of tiles."""
+
+import torch
 
 from .._dispatch import Architecture
-from .config import cdiv
+from .config import GemmConfig, cdiv
+
+# tiles that are a multiprocessor's only ones; others have too little shared memory or registers
+_LARGEST: dict[Architecture | None, GemmConfig] = {
+    80: GemmConfig(256, 128, 32, num_warps=8, num_stages=3),
+    90: GemmConfig(256, 128, 64, num_warps=8, num_stages=3),
+    100: GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+}
+# with fewer features memory bounds a GEMM, and several tiles on a multiprocessor hide its latency
+_ENOUGH_FEATURES = 128
+# about one program per multiprocessor
+_ENOUGH_PROGRAMS = 128
 
 # approximate number of multiprocessors of a GPU; gfx942 has 304, but with that number the 1x1
 # convolutions of ResNets would need a second binary
@@ -19,3 +32,19 @@ def has_work_for_large_tiles(n_rows: int, out_features: int, arch: Architecture 
     """
     enough = _MORE_MULTIPROCESSORS.get(arch, _MULTIPROCESSORS)
     return cdiv(n_rows, 64) * cdiv(out_features, 64) >= enough
+
+
+def largest_tiles(
+    n_rows: int, features: int, out_features: int, dtype: torch.dtype, arch: Architecture | None
+) -> GemmConfig | None:
+    """Returns the tiles that read the fewest bytes from L2, if they divide the columns and steps.
+
+    None if there are too few of them to fill a GPU, or registers or shared memory do not hold them.
+    """
+    largest = _LARGEST.get(arch)
+    if largest is None or dtype == torch.float32 or features < _ENOUGH_FEATURES:
+        return None
+    if out_features % largest.block_n or features % largest.block_k:
+        return None  # masks of steps take registers
+    n_tiles = cdiv(n_rows, largest.block_m) * (out_features // largest.block_n)
+    return largest if n_tiles >= _ENOUGH_PROGRAMS else None
