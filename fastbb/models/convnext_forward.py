@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fastbb_kernels import (
     depthwise_conv_bn_act,
-    layer_norm_linear,
     layer_norm_nchw,
     mlp_block,
     patch_embed,
@@ -32,7 +31,7 @@ from .convnext_parts import (
     PatchParts,
     matrix,
 )
-from .layers import cuts_patches, drop_path
+from .layers import cuts_patches, drop_path, norm_linear
 
 
 def convnext_maps(
@@ -124,19 +123,22 @@ def convnext_block(x: Tensor, parts: ConvNextBlockParts) -> Tensor:
     first = norm.weight, norm.bias, matrix(fc1), fc1.bias
     last = matrix(fc2), fc2.bias
     options: dict[str, Any] = {"eps": norm.eps, "activation": parts.activation}
+    linear = norm_linear(parts.owner, "fc1")
     is_plain, bias = parts.grn is None and rate == 0.0, conv.bias
     is_one_kernel = is_plain and conv.dilation == (1, 1) and _is_usual(conv)
     if is_one_kernel and bias is not None and launches_on(x.device):
         weight = _depthwise_weight(x, parts)
-        return whole_block(x, weight, bias, *first, *last, scale, **options)
+        return whole_block(x, weight, bias, *first, *last, scale, norm_linear=linear, **options)
     residual = x.permute(0, 2, 3, 1)
     y = _depthwise(x, parts).permute(0, 2, 3, 1)
     if rate == 0.0 and runs_on_cpu(y, parts):
         return mlp_on_cpu(y, residual, parts).permute(0, 3, 1, 2)
     if is_plain:
-        y = mlp_block(y, *first, *last, residual=residual, scale=scale, **options)
+        y = mlp_block(
+            y, *first, *last, residual=residual, scale=scale, norm_linear=linear, **options
+        )
         return y.permute(0, 3, 1, 2)
-    hidden = layer_norm_linear(y, *first, **options)
+    hidden = linear(y, *first, **options)
     if parts.grn is not None:
         grn = parts.grn.weight.flatten(), parts.grn.bias.flatten()
         if rate == 0.0 and scale is None:

@@ -1,17 +1,19 @@
 """Layers that families share: patches, norms of maps, convolutions with norms, stochastic depth."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbb_kernels import ACTIVATIONS, conv_bn_act
+from fastbb_kernels import ACTIVATIONS, Impl, conv_bn_act, layer_norm_linear
+from fastbb_kernels._activation import Activation
 from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import packed_conv, packs
+from fastbb_kernels.ops.folded_norm_linear import fold_norm, folds_norm, run_folded
 
-from ..weights.derived import is_tracing, is_transformed
+from ..weights.derived import derive, is_tracing, is_transformed
 from ..weights.folded_weights import (
     autocasts,
     folded,
@@ -177,3 +179,39 @@ class ConvNorm(NamedTuple):
             residual = residual.contiguous(memory_format=torch.channels_last)
         packed, bias = folded_packed(conv, self.norm, x)
         return packed_conv(x, packed, bias, residual=residual, hidden=hidden, **options)
+
+
+def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
+    """Makes `layer_norm_linear` for one layer, which folds the norm for inference on a GPU.
+
+    The folded weight is a copy in memory. If there is none left for it, the norm is not folded.
+
+    Args:
+        owner: module that folded weights are cached for.
+        name: of the layer inside it.
+    """
+
+    def run(
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        eps: float,
+        activation: Activation = None,
+        impl: Impl | None = None,
+    ) -> Tensor:
+        tensors = norm_weight, norm_bias, weight, bias
+        options: Any = {"eps": eps, "activation": activation}
+        if impl is None and not is_tracing() and folds_norm(x, *tensors, **options):
+            sources = [tensor for tensor in tensors if tensor is not None]
+            try:
+                folded = derive(owner, f"{name} with its norm", fold_norm, *sources)
+            except torch.OutOfMemoryError:
+                pass
+            else:
+                return run_folded(x, folded, **options)
+        return layer_norm_linear(x, *tensors, **options, impl=impl)
+
+    return run

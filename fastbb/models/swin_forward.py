@@ -21,7 +21,7 @@ from fastbb_kernels import (
 )
 
 from ..backbone.checkpointing import BlockRunner
-from .layers import cuts_patches, drop_path
+from .layers import cuts_patches, drop_path, norm_linear
 from .swin_cpu import runs_on_cpu, swin_block_on_cpu
 from .swin_parts import (
     MergingParts,
@@ -210,6 +210,7 @@ def swin_block(
             num_heads=spec.num_heads,
             geometry=geometry,
             eps=weights.norm1_eps,
+            norm_linear=norm_linear(parts.owner, "qkv"),
         )
     else:
         x = _attention_half(x, spec, weights, geometry, attentions)
@@ -224,6 +225,7 @@ def swin_block(
             weights.fc2_bias,
             eps=weights.norm2_eps,
             activation=spec.activation,
+            norm_linear=norm_linear(parts.owner, "fc1"),
         )
     y = layer_norm_linear(
         x,

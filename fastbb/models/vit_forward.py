@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastbb_kernels import layer_norm_linear, layer_norm_nchw, linear_residual
+from fastbb_kernels import layer_norm_nchw, linear_residual
 from fastbb_kernels.ops.layer_norm_swiglu import layer_norm_swiglu
 from fastbb_kernels.ops.rope_qkv import rope_qkv
 
 from ..backbone.checkpointing import BlockRunner
-from .layers import attend, drop_path
+from .layers import attend, drop_path, norm_linear
 from .vit_cpu import runs_on_cpu, vit_block_on_cpu
 from .vit_parts import (
     ViTBlockParts,
@@ -170,7 +170,7 @@ def _qkv(
     tensors = weights.norm1_weight, weights.norm1_bias, weights.qkv_weight, weights.qkv_bias
     eps, heads = parts.norms[0].eps, spec.num_heads
     if rotation is None:
-        qkv = layer_norm_linear(x, *tensors, eps=eps).unflatten(-1, (3, heads, -1))
+        qkv = norm_linear(parts.owner, "qkv")(x, *tensors, eps=eps).unflatten(-1, (3, heads, -1))
     else:
         n_prefix = x.shape[1] - rotation[0].shape[0]
         qkv = rope_qkv(x, *tensors, *rotation, num_heads=heads, n_prefix=n_prefix, eps=eps)
@@ -184,13 +184,14 @@ def _hidden(
     """The hidden layer of the MLP, [B, N, C] to [B, N, F]."""
     norm, eps = (weights.norm2_weight, weights.norm2_bias), parts.norms[1].eps
     fc1 = weights.fc1_weight, weights.fc1_bias
+    first = norm_linear(parts.owner, "fc1")
     if weights.gate_weight is None:
-        return layer_norm_linear(x, *norm, *fc1, eps=eps, activation=spec.activation)
+        return first(x, *norm, *fc1, eps=eps, activation=spec.activation)
     gate = weights.gate_weight, weights.gate_bias
     if spec.activation == "silu":
         return layer_norm_swiglu(x, *norm, *gate, *fc1, eps=eps)
-    gated = layer_norm_linear(x, *norm, *gate, eps=eps, activation=spec.activation)
-    return gated * layer_norm_linear(x, *norm, *fc1, eps=eps)
+    gated = norm_linear(parts.owner, "gate")(x, *norm, *gate, eps=eps, activation=spec.activation)
+    return gated * first(x, *norm, *fc1, eps=eps)
 
 
 def _add_branch(

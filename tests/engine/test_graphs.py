@@ -120,13 +120,14 @@ class Graphs:
         if self.error is not None:
             raise self.error
         run(pixel_values)
-        frozen = baked(self.backbone)
+        frozen, static = baked(self.backbone), pixel_values.clone()
 
         def replay(pixel_values: Tensor) -> tuple[Tensor, ...]:
             if self.broken is not None:
                 raise self.broken
             self.device.say(0.1)
-            return tuple(self.spoil(x) for x in frozen(pixel_values))
+            static.copy_(pixel_values)
+            return tuple(self.spoil(x) for x in frozen(static))
 
         return replay
 
@@ -251,6 +252,28 @@ def test_graph_that_fails_or_is_wrong_is_off(
         row = only_row(prepared)
     assert row.runs == "triton" and problem in row.others
     assert len(recording.recorded) == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "problem"),
+    [(PIXELS[:1], "map 0 is of 2 images"), (WIDE, "RuntimeError: The size of tensor")],
+    ids=["broadcast", "refused"],
+)
+def test_a_graph_with_the_buffer_of_another_shape_is_off(
+    pixels: Tensor,
+    problem: str,
+    rig: EngineRig,
+    recording: Graphs,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "_key", lambda pixel_values: pixel_values.dtype)
+    with gpu():
+        prepared = rig.pair.ours.prepare("triton")
+        rig.assert_right(prepared, *[PIXELS] * 2, *[pixels] * OFTEN)
+        with pytest.warns(EngineWarning, match=rf"triton \+ CUDA graph is off, .*{problem}"):
+            rig.assert_right(prepared, pixels)
+        assert explained(prepared).rows[-1].runs == "triton"
+    assert recording.recorded == [(2, 64)]
 
 
 def test_a_graph_that_fails_later_is_replaced_by_eager(rig: EngineRig, recording: Graphs) -> None:
