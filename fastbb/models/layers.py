@@ -1,6 +1,7 @@
 """Layers that families share: patches, norms of maps, convolutions with norms, stochastic depth."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from fastbb_kernels._dispatch import is_plainly_eager
 from fastbb_kernels.onednn import packed_conv, packs
 from fastbb_kernels.ops.folded_norm_linear import fold_norm, folds_norm, run_folded
 
-from ..weights.derived import derive, is_tracing, is_transformed
+from ..weights.derived import derive_if_kept, is_tracing, is_transformed
 from ..weights.folded_weights import (
     autocasts,
     folded,
@@ -190,6 +191,7 @@ def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
         owner: module that folded weights are cached for.
         name: of the layer inside it.
     """
+    key = f"{name} with its norm"
 
     def run(
         x: Tensor,
@@ -204,13 +206,12 @@ def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         tensors = norm_weight, norm_bias, weight, bias
         options: Any = {"eps": eps, "activation": activation}
-        if impl is None and not is_tracing() and folds_norm(x, *tensors, **options):
+        if impl is None and folds_norm(x, *tensors, **options):
             sources = [tensor for tensor in tensors if tensor is not None]
-            try:
-                folded = derive(owner, f"{name} with its norm", fold_norm, *sources)
-            except torch.OutOfMemoryError:
-                pass
-            else:
+            folded = None
+            with suppress(torch.OutOfMemoryError):
+                folded = derive_if_kept(owner, key, fold_norm, *sources)
+            if folded is not None:
                 return run_folded(x, folded, **options)
         return layer_norm_linear(x, *tensors, **options, impl=impl)
 

@@ -63,10 +63,20 @@ def derive(
     """
     if is_tracing():
         return compute(*sources)  # part of the graph, so it follows the parameters
-    weights = _DERIVED.get(owner)
-    if weights is None:
-        weights = _start_deriving(owner)
-    return weights.get(name, compute, sources, constants, statistics)
+    kept = _weights_of(owner).get(name, compute, sources, constants, statistics)
+    return compute(*sources) if kept is None else kept
+
+
+def derive_if_kept(
+    owner: nn.Module, name: str, compute: Callable[..., Derived], *sources: Tensor
+) -> Derived | None:
+    """Does the same as `derive`, or returns None where it would compute the result in every call.
+
+    For results that only pay if they are computed once.
+    """
+    if is_tracing():
+        return None
+    return _weights_of(owner).get(name, compute, sources, None, ())
 
 
 @contextmanager
@@ -201,13 +211,14 @@ class _DerivedWeights:
         sources: tuple[Tensor, ...],
         constants: Hashable,
         statistics: Sequence[int],
-    ) -> Derived:
+    ) -> Derived | None:
+        """The result, cached if it can be; None if it cannot."""
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()  # training: the parameters are about to change
-            return compute(*sources)
+            return None
         capturing = sources[0].is_cuda and torch.cuda.is_current_stream_capturing()
         if capturing and _held is None:
-            return compute(*sources)  # a CUDA graph must not read memory that may be freed
+            return None  # a CUDA graph must not read memory that may be freed
         n_cleared, last_step, last_layer = self._n_cleared, untraced.last_step, untraced.last_layer
         entry = self._entries.get(name)
         if (
@@ -221,7 +232,7 @@ class _DerivedWeights:
                 _held.append(entry.value)
             return entry.value  # type: ignore[return-value]  # of the same `compute`
         if capturing or not all(_can_be_followed(source) for source in sources):
-            return compute(*sources)
+            return None
         states = [(s.data_ptr(), s._version, s.dtype, s.device) for s in sources]
         copies = Statistics(sources[position] for position in statistics)
         # a tensor made in inference mode could not be used outside it
@@ -267,7 +278,10 @@ _lock = threading.Lock()
 _held: list[tuple[Tensor | None, ...]] | None = None
 
 
-def _start_deriving(module: nn.Module) -> _DerivedWeights:
+def _weights_of(module: nn.Module) -> _DerivedWeights:
+    weights = _DERIVED.get(module)
+    if weights is not None:
+        return weights
     with _lock:
         follow_optimizers()
         follow_layers(module.modules())

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ._dispatch import architecture, current_check
-from .measured import unforced_config
+from .measured import is_measured, unforced_config
 
 _Config = TypeVar("_Config", bound=tuple[Any, ...])
 
@@ -119,6 +119,11 @@ def chosen_config(
     if _thread.noted is not None:
         _thread.noted.configs[table], _thread.noted.sizes[table] = config, sizes
     return config
+
+
+def may_be_unusual(table: str, device: torch.device) -> bool:
+    """Whether `chosen_config` may return another configuration than the usual one."""
+    return table in _thread.forced or is_measured(table, _thread.measured_on or device)
 
 
 def typed_argument(names: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._activation import Activation
 from ._dispatch import Architecture, architecture, current_check
-from .launching import Launch, chosen_config, note_binary
+from .launching import Launch, chosen_config, may_be_unusual, note_binary
 
 KERNEL, LIBRARY = "kernel", "library"
 
@@ -85,6 +85,8 @@ class Library:
         x: Tensor = call[0]
         # a tracer, or the interpreter, cannot follow a library
         if torch.compiler.is_compiling() or architecture(x.device) is None:
+            return False
+        if not may_be_unusual(self.table, x.device):  # usually kernels run: no sizes are needed
             return False
         way = chosen_config(self.table, usual_way, x.device, *call.library_sizes())
         if way.name != LIBRARY:

@@ -58,6 +58,11 @@ def unforced_config(
     return _measured_config(table, usual, device, named) or usual
 
 
+def is_measured(table: str, device: torch.device) -> bool:
+    """Whether there is a measurement of a GPU for any sizes."""
+    return device.type == "cuda" and any(table in entries for entries in _entries(device))
+
+
 def _measured_config(
     table: str, usual: _Config, device: torch.device, sizes: Mapping[str, Any]
 ) -> _Config | None:

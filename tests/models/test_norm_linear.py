@@ -155,6 +155,12 @@ def test_traced_calls_and_calls_that_name_an_implementation_are_not_folded() -> 
     assert not any("folded" in str(node.target) for node in graph.nodes)
 
 
+def test_weights_that_cannot_be_followed_are_not_folded_in_every_call() -> None:
+    with torch.inference_mode():  # such tensors have no version
+        layers, x = Layers().bfloat16(), torch.randn(5, 64).bfloat16()
+        assert n_folded(layers, x) == 0
+
+
 def test_a_kernel_that_failed_its_check_leaves_the_norm_unfolded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
