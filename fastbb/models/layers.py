@@ -206,7 +206,9 @@ def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
     ) -> Tensor:
         tensors = norm_weight, norm_bias, weight, bias
         options: Any = {"eps": eps, "activation": activation}
-        if impl is None and folds_norm(x, *tensors, **options):
+        # in a compiled graph the weight would be folded in every call
+        plain = impl is not None or torch.compiler.is_compiling()
+        if not plain and folds_norm(x, *tensors, **options):
             sources = [tensor for tensor in tensors if tensor is not None]
             folded = None
             with suppress(torch.OutOfMemoryError):

@@ -160,6 +160,14 @@ def test_outliers_are_as_accurate_as_eager(dtype: torch.dtype) -> None:
     assert_right(x.to(dtype), (norm_weight, norm_bias, weight, None))
 
 
+def test_tiny_weights_fold_to_finite_values() -> None:
+    x, layers = torch.randn(5, 64).bfloat16(), layers_of(64, 8, torch.bfloat16, std=1e-38)
+    layers[2].mul_(1e-30)
+    folded = fold_norm(*layers)
+    assert all(t.isfinite().all() for t in folded)
+    assert_right(x, layers)
+
+
 @pytest.mark.parametrize("std", [1e-4, 1e3])
 def test_weights_beyond_the_range_of_fp16_are_scaled(std: float) -> None:
     x, layers = torch.randn(40, 64).half(), layers_of(64, 48, torch.float16, std=std)

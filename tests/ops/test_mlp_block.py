@@ -299,6 +299,14 @@ def test_few_rows_run_the_separate_kernels(n_rows: int, kernels: list[str]) -> N
     assert [launch.name for launch in recording.launches] == [*kernels, *BLOCK]
 
 
+def test_exports_hold_no_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    args = Reference(32, dtype=torch.bfloat16).arguments(torch.randn(5, 32).bfloat16())
+    with torch.no_grad(), record_launches() as recording:
+        mlp_block(**args)
+    assert [launch.name for launch in recording.launches] == BLOCK
+
+
 @pytest.mark.parametrize(
     ("n_rows", "added", "kernels"),
     [(8192, True, BLOCK), (8191, True, SEPARATE), (8192, False, SEPARATE)],

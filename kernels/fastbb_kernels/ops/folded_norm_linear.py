@@ -23,6 +23,7 @@ from .layer_norm_linear import LayerNormLinear
 MOST_UNFOLDED_FEATURES = 256
 _STEP = 32  # features of a step of the kernel
 _MOST_COLUMNS = 256  # of a tile
+_MOST_EXPONENT = 100  # `torch.ldexp` multiplies by a power of two in fp32
 
 
 class FoldedNorm(NamedTuple):
@@ -53,6 +54,7 @@ def fold_norm(
     folded = exact * norm_weight.double()
     folded -= folded.mean(1, keepdim=True)
     _, exponent = torch.frexp(folded.abs().amax())
+    exponent = exponent.clamp(-_MOST_EXPONENT, _MOST_EXPONENT)
     rounded = torch.ldexp(folded, -exponent).to(weight.dtype)
     offset = exact @ norm_bias.double()
     return FoldedNorm(
