@@ -44,17 +44,18 @@ from fastbb_kernels.supported_gpus import named
 
 # ops that take most of the models' time, the most important first
 SHAPES = (
-    *(f"swin_t-224-b64-stage3-{call}" for call in ("fc1", "fc2", "qkv", "proj", "attention")),
+    *(f"swin_t-224-b64-stage3-{call}" for call in ("fc1-folded", "fc2", "qkv-folded", "proj")),
+    "swin_t-224-b64-stage3-attention",
     *(f"swin_t-224-b64-stage1-{call}" for call in ("mlp", "block", "attention", "fc1")),
     *(f"resnet50-224-b64-stage{stage}-block2-expand" for stage in (1, 2, 3, 4)),
     *(f"resnet50-224-b64-stage{stage}-block2-reduce" for stage in (1, 3, 4)),
-    *(f"swin_b-224-b64-stage3-{call}" for call in ("fc1", "fc2", "qkv", "proj")),
+    *(f"swin_b-224-b64-stage3-{call}" for call in ("fc1-folded", "fc2", "qkv-folded", "proj")),
     *(f"swin_t-224-b64-stage2-{call}" for call in ("mlp", "block")),
-    *(f"swin_t-224-b64-stage4-{call}" for call in ("fc1", "fc2", "merge")),
+    *(f"swin_t-224-b64-stage4-{call}" for call in ("fc1-folded", "fc2", "merge")),
     *(f"resnet50-224-b64-stage{stage}-block1-dual" for stage in (1, 4)),
     "resnet50-224-b64-stem",
     "resnet50-224-b64-stage3-block2-conv",
-    *(f"swin_t-224-b1-stage3-{call}" for call in ("fc1", "fc2")),
+    *(f"swin_t-224-b1-stage3-{call}" for call in ("fc1-folded", "fc2")),
     "resnet50-224-b1-stage3-block2-expand",
 )
 _DRY_SHAPES = ("below-14x21-b3-stem-norm", "below-14x21-b3-stage1-proj")

@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[type[transformers.PreTrainedConfig], dict[str, Any]]] = 
     ),
 }
 UNFOLDED = 10**9  # features
-BLOCKS = ("swin_attention_block", "mlp_block", "convnext_block")  # not run at these widths
+BLOCKS = ("swin_attention_block", "mlp_block", "convnext_block")  # the parts are compared
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Layers that families share: patches, norms of maps, convolutions with norms, stochastic depth."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -182,10 +182,15 @@ class ConvNorm(NamedTuple):
         return packed_conv(x, packed, bias, residual=residual, hidden=hidden, **options)
 
 
+# modules whose weights could not be folded for lack of memory
+_without_memory: WeakSet[nn.Module] = WeakSet()
+
+
 def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
     """Makes `layer_norm_linear` for one layer, which folds the norm for inference on a GPU.
 
-    The folded weight is a copy in memory. If there is none left for it, the norm is not folded.
+    The folded weight is a copy in memory. If there is none left for it at the first call, the norms
+    of the module are not folded.
 
     Args:
         owner: module that folded weights are cached for.
@@ -211,8 +216,13 @@ def norm_linear(owner: nn.Module, name: str) -> Callable[..., Tensor]:
         if not plain and folds_norm(x, *tensors, **options):
             sources = [tensor for tensor in tensors if tensor is not None]
             folded = None
-            with suppress(torch.OutOfMemoryError):
-                folded = derive_if_kept(owner, key, fold_norm, *sources)
+            if owner not in _without_memory:
+                try:
+                    folded = derive_if_kept(owner, key, fold_norm, *sources)
+                except torch.OutOfMemoryError:
+                    _without_memory.add(owner)  # another try would fail as slowly
+            if folded is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+                folded = fold_norm(*sources)  # the graph computes it, as other derived weights
             if folded is not None:
                 return run_folded(x, folded, **options)
         return layer_norm_linear(x, *tensors, **options, impl=impl)

@@ -72,11 +72,12 @@ def derive_if_kept(
 ) -> Derived | None:
     """Does the same as `derive`, or returns None where it would compute the result in every call.
 
-    For results that only pay if they are computed once.
+    For results that only pay if they are computed once: of parameters, and of tensors that are
+    derived for the same owner. Others, such as a view that a caller makes, live for one call.
     """
     if is_tracing():
         return None
-    return _weights_of(owner).get(name, compute, sources, None, ())
+    return _weights_of(owner).get(name, compute, sources, None, (), only_lasting=True)
 
 
 @contextmanager
@@ -211,8 +212,9 @@ class _DerivedWeights:
         sources: tuple[Tensor, ...],
         constants: Hashable,
         statistics: Sequence[int],
+        only_lasting: bool = False,
     ) -> Derived | None:
-        """The result, cached if it can be; None if it cannot."""
+        """The result, cached if it can be; None if it cannot, or its sources do not last."""
         if torch.is_grad_enabled() and any(source.requires_grad for source in sources):
             self.clear()  # training: the parameters are about to change
             return None
@@ -232,6 +234,8 @@ class _DerivedWeights:
                 _held.append(entry.value)
             return entry.value  # type: ignore[return-value]  # of the same `compute`
         if capturing or not all(_can_be_followed(source) for source in sources):
+            return None
+        if only_lasting and not all(map(self._lasts, sources)):
             return None
         states = [(s.data_ptr(), s._version, s.dtype, s.device) for s in sources]
         copies = Statistics(sources[position] for position in statistics)
@@ -255,6 +259,9 @@ class _DerivedWeights:
         with self._lock:
             values = [entry.value for entry in self._entries.values()]
         return [tensor for value in values for tensor in value if tensor is not None]
+
+    def _lasts(self, source: Tensor) -> bool:
+        return type(source) is nn.Parameter or any(source is one for one in self.tensors())
 
     def clear(self) -> None:
         with self._lock:

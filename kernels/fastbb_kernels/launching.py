@@ -212,6 +212,8 @@ def _random(name: str, n: int, like: Tensor, generator: torch.Generator | None) 
     values = torch.randn(n, dtype=torch.float32, device=like.device, generator=generator)
     if name.endswith("weight") and like.ndim > 1:
         values *= max(like[0].numel(), 1) ** -0.5
-    elif like.ndim == 1 and name != "sums":  # those of a row of weights are about one
+    elif like.numel() == 1:  # a factor of all values; a random one may hide all others
+        values.fill_(2.0)
+    elif like.ndim == 1 and name != "sums":  # of these, larger ones show a mean that is lost
         values = 0.2 * values + name.endswith("weight")
     return values.to(like.dtype)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ._activation import Activation
 from ._dispatch import Architecture, architecture, current_check
@@ -28,6 +30,7 @@ def usual_way(
     n_rows: int,
     features: int,
     out_features: int,
+    stride: int,
     residual: bool,
     activation: Activation,
     dtype: torch.dtype,
@@ -89,10 +92,11 @@ class Library:
         if not may_be_unusual(self.table, x.device):  # usually kernels run: no sizes are needed
             return False
         way = chosen_config(self.table, usual_way, x.device, *call.library_sizes())
-        if way.name != LIBRARY:
+        # its calls are not to be recorded in place of the op
+        if way.name != LIBRARY or torch._C._is_tracing() or get_proxy_mode() is not None:
             return False
         check = current_check()
-        if check is None or x.is_meta:
+        if check is None or x.is_meta or isinstance(x, FakeTensor):
             return True
         arguments: Any = call
         values = (

@@ -68,7 +68,7 @@ def vit_cases(shape: ViTShape, size: tuple[int, int], batch: int) -> Iterator[Ca
         yield Case("layer_norm_linear", f"{prefix}-qkv", qkv)
         if shape.channels > MOST_UNFOLDED_FEATURES:
             qkv = folded_norm_linear(tokens, 3 * shape.channels, None)
-            yield Case("folded_norm_linear", f"{prefix}-qkv", qkv)
+            yield Case("folded_norm_linear", f"{prefix}-qkv-folded", qkv)
     proj = _linear_residual(tokens, shape.channels, shape.layer_scale)
     yield Case("linear_residual", f"{prefix}-proj", proj)
     if shape.activation == "swiglu":
@@ -78,7 +78,7 @@ def vit_cases(shape: ViTShape, size: tuple[int, int], batch: int) -> Iterator[Ca
         yield Case("layer_norm_linear", f"{prefix}-fc1", fc1)
         if shape.channels > MOST_UNFOLDED_FEATURES:
             fc1 = folded_norm_linear(tokens, hidden, shape.activation)
-            yield Case("folded_norm_linear", f"{prefix}-fc1", fc1)
+            yield Case("folded_norm_linear", f"{prefix}-fc1-folded", fc1)
     fc2 = _linear_residual(tokens, hidden, shape.layer_scale)
     yield Case("linear_residual", f"{prefix}-fc2", fc2)
 

@@ -47,5 +47,11 @@ def test_every_family_is_found() -> None:
 
 def test_case_names_are_unique() -> None:
     for cases in (small_cases(), real_cases()):
-        names = [(case.op, case.name) for case in cases]
+        names = [case.name for case in cases]
         assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_calls_of_a_model_have_names_of_their_own(model: str) -> None:
+    names = [case.name for case in model_cases(model, (224, 224), 64)]
+    assert len(set(names)) == len(names)  # `real_cases` drops the second of a name

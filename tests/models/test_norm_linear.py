@@ -55,7 +55,7 @@ def n_folded(model: Any, pixels: Tensor) -> int:
     return sum(launch.kernel == FOLDED for launch in t.launches)
 
 
-@pytest.mark.parametrize(("kind", "n"), [("swin", 4), ("convnext", 5), ("dinov2", 4)])
+@pytest.mark.parametrize(("kind", "n"), [("swin", 4), ("convnext", 5), ("dinov2", 4), ("beit", 4)])
 def test_every_norm_before_a_linear_layer_is_folded(kind: str, n: int) -> None:
     pair, pixels = build(kind), images(32, 32, batch=1)
     assert n_folded(pair.ours.bfloat16(), pixels.bfloat16()) == n
@@ -143,7 +143,9 @@ def test_a_lack_of_memory_leaves_the_norm_unfolded(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(got, eager, rtol=0.05, atol=0.05)
 
 
-def test_traced_calls_and_calls_that_name_an_implementation_are_not_folded() -> None:
+def test_traced_calls_and_calls_that_name_an_implementation_are_not_folded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layers, x = Layers().bfloat16(), torch.randn(5, 64).bfloat16()
     norm, linear = layers.norm, layers.linear
     weights = norm.weight, norm.bias, linear.weight, linear.bias
@@ -151,8 +153,32 @@ def test_traced_calls_and_calls_that_name_an_implementation_are_not_folded() -> 
         norm_linear(layers, "fc1")(x, *weights, eps=norm.eps, impl="triton")
     assert [launch.kernel for launch in t.launches] == ["_layer_norm_linear_fwd_kernel"]
     # inside a graph the weight would be folded in every call
+    monkeypatch.setattr(module, "folds_norm", lambda *_, **options: True)
     graph = torch.export.export(layers, (x,)).graph
     assert not any("folded" in str(node.target) for node in graph.nodes)
+
+
+def test_a_weight_that_lives_for_one_call_is_not_folded() -> None:
+    layers, x = Layers().bfloat16(), torch.randn(5, 64).bfloat16()
+    norm, linear = layers.norm, layers.linear
+    with by_kernels(), trace() as t:
+        norm_linear(layers, "fc1")(
+            x, norm.weight, norm.bias, linear.weight.view(48, 64), linear.bias, eps=norm.eps
+        )
+    assert [launch.kernel for launch in t.launches] == ["_layer_norm_linear_fwd_kernel"]
+
+
+def test_an_op_that_somebody_named_runs() -> None:
+    layers, x = Layers().bfloat16(), torch.randn(5, 64).bfloat16()
+    with by_kernels(), trace() as t, use_impl("eager", ops=("layer_norm_linear",)):
+        layers(x)
+    assert not t.launches
+
+
+def test_layers_that_do_not_fit_raise() -> None:
+    layers = Layers().bfloat16()
+    with by_kernels(), pytest.raises(ValueError, match="layer_norm_linear: weight must be"):
+        layers(torch.randn(5, 128).bfloat16())
 
 
 def test_weights_that_cannot_be_followed_are_not_folded_in_every_call() -> None:

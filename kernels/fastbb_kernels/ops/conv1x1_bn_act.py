@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from .._activation import Activation
 from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported
-from ..op import Op, find_op
+from ..op import Op
+from .bias_act import BiasAct
+from .bias_act import _op as _bias_act
 
 
 def conv1x1_bn_act(
@@ -93,12 +95,12 @@ class Conv1x1BnAct(NamedTuple):
             return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
         x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
         y = F.conv2d(x, weight, None, stride)
-        return find_op("bias_act").launch(y, bias, residual, activation)
+        return _bias_act.kernel(BiasAct(y, bias, residual, activation))
 
-    def library_sizes(self) -> tuple[int, int, int, bool, Activation, torch.dtype]:
+    def library_sizes(self) -> tuple[int, int, int, int, bool, Activation, torch.dtype]:
         batch, out_channels, height, width = output_shape(self.x, self.weight, self.stride)
         sizes = batch * height * width, self.x.shape[1], out_channels
-        return *sizes, self.residual is not None, self.activation, self.x.dtype
+        return *sizes, self.stride, self.residual is not None, self.activation, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.conv1x1_bn_act import launch

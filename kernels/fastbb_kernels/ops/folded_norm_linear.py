@@ -15,8 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._activation import Activation, activate, check_activation
-from .._dispatch import Impl, architecture, common_unsupported, is_plainly_eager, use_block
-from ..op import Op, find_op
+from .._dispatch import (
+    Impl,
+    architecture,
+    chosen_impl,
+    common_unsupported,
+    is_plainly_eager,
+    use_block,
+)
+from ..op import Op
 from .layer_norm_linear import LayerNormLinear
 
 # rows of so many stay on the chip in `layer_norm_linear`, which needs no copy of the weight
@@ -110,17 +117,20 @@ def folds_norm(
     eps: float = 1e-5,
     activation: Activation = None,
 ) -> bool:
-    """Whether a call of `layer_norm_linear` had better run as `folded_norm_linear`."""
+    """Whether a call of `layer_norm_linear` had better run as `folded_norm_linear`.
+
+    Raises:
+        ValueError: as that op.
+    """
     if is_plainly_eager(x, None) or x.shape[-1] <= MOST_UNFOLDED_FEATURES:
         return False
+    if chosen_impl("layer_norm_linear", None) != chosen_impl(_op.name, None):
+        return False  # somebody named the op that would not run
     tensors = (x, norm_weight, norm_bias, weight, bias)
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if dtypes not in ({torch.bfloat16}, {torch.float16}):
         return False
-    unfolded = find_op("layer_norm_linear").library
-    plain = LayerNormLinear(x, norm_weight, norm_bias, weight, bias, eps, activation)
-    if unfolded is not None and unfolded.is_faster(plain):
-        return False
+    LayerNormLinear(*tensors, eps, activation).check()
     # these vectors stand for those that they will be folded into
     vector = norm_bias if bias is None else bias
     call = FoldedNormLinear(x, weight, norm_weight, norm_bias, vector, eps, activation)

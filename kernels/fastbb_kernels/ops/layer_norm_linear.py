@@ -103,10 +103,10 @@ class LayerNormLinear(NamedTuple):
     def library(self) -> Tensor:
         return self.eager()
 
-    def library_sizes(self) -> tuple[int, int, int, bool, Activation, torch.dtype]:
+    def library_sizes(self) -> tuple[int, int, int, int, bool, Activation, torch.dtype]:
         out_features, features = self.weight.shape
         n_rows = math.prod(self.x.shape[:-1])
-        return n_rows, features, out_features, False, self.activation, self.x.dtype
+        return n_rows, features, out_features, 1, False, self.activation, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.layer_norm_linear import launch

@@ -95,10 +95,10 @@ class LinearResidual(NamedTuple):
             return y.add_(self.residual)
         return torch.addcmul(self.residual, y, self.scale, out=y)
 
-    def library_sizes(self) -> tuple[int, int, int, bool, None, torch.dtype]:
+    def library_sizes(self) -> tuple[int, int, int, int, bool, None, torch.dtype]:
         out_features, features = self.weight.shape
         n_rows = math.prod(self.x.shape[:-1])
-        return n_rows, features, out_features, True, None, self.x.dtype
+        return n_rows, features, out_features, 1, True, None, self.x.dtype
 
     def launch(self) -> Tensor:
         from ..triton_kernels.linear_residual import launch

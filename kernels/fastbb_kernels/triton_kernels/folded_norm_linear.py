@@ -23,7 +23,7 @@ from .normalized_gemm import merge_statistics
 _ENOUGH_LARGE, _ENOUGH_MEDIUM = 128, 64
 # whose exact division takes two registers more than sm_90 has for the largest tiles
 _SPILLING = ("gelu_new", "gelu_pytorch_tanh", "quick_gelu", "silu", "swish")
-_MOST_STRIDE = 2**24  # of rows whose offsets in a tile are 32-bit numbers
+_MOST_STRIDE = 2**23  # of rows; offsets in tiles of up to 256 rows are 32-bit numbers
 
 
 def launch_config(
@@ -77,6 +77,8 @@ def launch(
     n_rows = rows.shape[0]
     sizes = n_rows, features, out_features, x.dtype, activation
     config = chosen_config("folded_norm_linear", launch_config, x.device, *sizes)
+    if features % config.block_k:  # the kernel has no masks for it
+        raise ValueError(f"folded_norm_linear: {features} features have no steps of {config}")
     grid = (cdiv(n_rows, config.block_m) * cdiv(out_features, config.block_n),)
     _folded_norm_linear_fwd_kernel[grid](
         rows,

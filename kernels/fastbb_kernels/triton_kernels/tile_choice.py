@@ -5,7 +5,7 @@ import torch
 from .._dispatch import Architecture
 from .config import GemmConfig, cdiv
 
-# tiles that are a multiprocessor's only ones; others have too little shared memory or registers
+# a multiprocessor holds one or two of these; others have too little shared memory or registers
 _LARGEST: dict[Architecture | None, GemmConfig] = {
     80: GemmConfig(256, 128, 32, num_warps=8, num_stages=3),
     90: GemmConfig(256, 128, 64, num_warps=8, num_stages=3),
