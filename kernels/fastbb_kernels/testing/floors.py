@@ -79,10 +79,12 @@ def call_floors(
         minimal_bytes: every input read once, every output written once.
         gpu: on which they run.
     """
-    of_launches = zip(FLOORS[1:], zip(*((x.l2_us, x.mma_us, x.issue_us) for x in launches)))
-    known = {name: us for name, us in of_launches if None not in us}
-    sums = {name: sum(one for one in us if one is not None) for name, us in known.items()}
-    return {"dram": 1e6 * minimal_bytes / gpu.dram_bytes_per_s, **sums}
+    found = {"dram": 1e6 * minimal_bytes / gpu.dram_bytes_per_s}
+    for name in FLOORS[1:]:
+        of_launches = [getattr(one, f"{name}_us") for one in launches]
+        if None not in of_launches:
+            found[name] = sum(of_launches)
+    return found
 
 
 def middle(grid: tuple[int, int, int]) -> list[tuple[int, int, int]]:

@@ -13,8 +13,6 @@ _LARGEST: dict[Architecture | None, GemmConfig] = {
 }
 # with fewer features memory bounds a GEMM, and several tiles on a multiprocessor hide its latency
 _ENOUGH_FEATURES = 128
-# about one program per multiprocessor
-_ENOUGH_PROGRAMS = 128
 
 # approximate number of multiprocessors of a GPU; gfx942 has 304, but with that number the 1x1
 # convolutions of ResNets would need a second binary
@@ -47,4 +45,4 @@ def largest_tiles(
     if out_features % largest.block_n or features % largest.block_k:
         return None  # masks of steps take registers
     n_tiles = cdiv(n_rows, largest.block_m) * (out_features // largest.block_n)
-    return largest if n_tiles >= _ENOUGH_PROGRAMS else None
+    return largest if n_tiles >= _MULTIPROCESSORS else None
