@@ -61,6 +61,7 @@ _FIXED = {
     "bottleneck_tail": {"num_warps"},
     "conv3x3_bn_act": {"num_warps"},
     "layer_norm_nchw": {"block_n"},
+    "layer_norm_residual": {"block_n"},
     "patch_embed": {"block_n"},
     "stem_conv_bn_relu_pool": {"block_n", "block_k"},
     "window_attention": {"block_n", "block_tail"},
@@ -137,7 +138,7 @@ def _distance(leaves: Leaves, usual: Leaves) -> float:
 
 def _makes_sense(table: str, leaves: Leaves, usual: Leaves, sizes: Mapping[str, Any]) -> bool:
     channels = sizes.get("channels", 0)
-    if table in ("mlp_block", "swin_attention_block", "convnext_block"):
+    if table in ("mlp_block", "swin_attention_block", "convnext_block", "linear_norm_residual"):
         # only whole pieces, and registers for the accumulators of all channels
         if channels % leaves["block_c"] or 4 * channels % leaves.get("block_h", 1):
             return False

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# added to the score of two tokens that were not neighbours before the map was rolled
+MASK_VALUE = -100.0
+
 
 class WindowGeometry(NamedTuple):
     """Partition of a map into windows.

@@ -221,7 +221,7 @@ def test_compiled_and_exported_op_equals_eager(custom: bool, biases: bool) -> No
     class Model(nn.Module):
         def forward(self, *tensors: Tensor | None) -> Tensor:
             if custom:
-                return CUSTOM_OP(*tensors, None, None, 1e-5, "gelu")
+                return CUSTOM_OP(*tensors, None, None, 1e-5, "gelu", False)
             return mlp_block(*tensors)  # type: ignore[arg-type]  # as they come
 
     tensors = [args[name] for name in NAMES]
@@ -244,8 +244,8 @@ def test_custom_op_passes_opcheck() -> None:
     ):
         tensors, x = [args[name] for name in NAMES], args["x"]
         added = torch.randn_like(x), torch.randn(32, dtype=x.dtype)
-        torch.library.opcheck(CUSTOM_OP, (*tensors, *added, 1e-5, "gelu"))
-        assert CUSTOM_OP(*tensors, *added, 1e-5, None).is_contiguous()
+        torch.library.opcheck(CUSTOM_OP, (*tensors, *added, 1e-5, "gelu", False))
+        assert CUSTOM_OP(*tensors, added[0], None, 1e-5, None, True).is_contiguous()
 
 
 def test_gradients_equal_upstream() -> None:

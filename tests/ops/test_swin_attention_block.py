@@ -24,6 +24,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 OP = find_op("swin_attention_block")
 CUSTOM_OP = OP.custom_op
+PLAIN = None, -100.0, False  # no cosines, the usual mask, the norm first
 
 NAMES = (
     "x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "bias", "proj_weight", "proj_bias",
@@ -228,7 +229,8 @@ def test_compiled_and_exported_op_equals_eager(custom: bool, biases: bool) -> No
     class Model(nn.Module):
         def forward(self, *tensors: Tensor | None) -> Tensor:
             if custom:
-                return CUSTOM_OP(*tensors, options["num_heads"], [7, 7], [3, 3], False, 1e-5)
+                geometry = [7, 7], [3, 3], False
+                return CUSTOM_OP(*tensors, options["num_heads"], *geometry, 1e-5, *PLAIN)
             return swin_attention_block(*tensors, **options)  # type: ignore[arg-type]  # as they come
 
     tensors = [small[name] for name in NAMES]
@@ -252,8 +254,10 @@ def test_custom_op_passes_opcheck() -> None:
     ):
         geometry = args["geometry"]
         tensors = [args[name] for name in NAMES]
-        torch.library.opcheck(CUSTOM_OP, (*tensors, args["num_heads"], *geometry, 1e-5))
-        assert CUSTOM_OP(*tensors, args["num_heads"], *geometry, 1e-5).is_contiguous()
+        options = args["num_heads"], *geometry, 1e-5
+        torch.library.opcheck(CUSTOM_OP, (*tensors, *options, *PLAIN))
+        scale = tensors[0].new_ones(args["num_heads"])
+        assert CUSTOM_OP(*tensors, *options, scale, -200.0, True).is_contiguous()
 
 
 def test_gradients_equal_upstream() -> None:

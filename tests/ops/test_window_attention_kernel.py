@@ -251,10 +251,10 @@ def test_tiles_hold_every_token() -> None:
     for n_tokens in range(1, 257):
         for dtype in (torch.float32, torch.bfloat16):
             for arch in (None, 80, 90, "gfx942"):
-                config = launch_config(n_tokens, 32, dtype, arch)
+                config = launch_config(n_tokens, 32, False, dtype, arch)
                 assert config.block_n + config.block_tail >= n_tokens
-    assert launch_config(49, 32, torch.bfloat16, 90)[:3] == (64, 64, 0)
-    assert launch_config(144, 32, torch.bfloat16, 90)[:3] == (64, 128, 16)
+    assert launch_config(49, 32, False, torch.bfloat16, 90)[:3] == (64, 64, 0)
+    assert launch_config(144, 32, False, torch.bfloat16, 90)[:3] == (64, 128, 16)
 
 
 @pytest.mark.parametrize("op", ["public", "custom"])
@@ -265,7 +265,7 @@ def test_compiled_and_exported_op_equals_eager(op: str) -> None:
     class Model(nn.Module):
         def forward(self, qkv: Tensor, bias: Tensor, pad: Tensor) -> Tensor:
             if op == "custom":
-                return CUSTOM_OP(qkv, bias, pad, 2, *geometry, 0.0)
+                return CUSTOM_OP(qkv, bias, pad, 2, *geometry, 0.0, None, -100.0)
             return window_attention(qkv, bias, pad, num_heads=2, geometry=geometry)
 
     def eager(*arguments: Any) -> Tensor:
@@ -285,8 +285,9 @@ def test_custom_op_passes_opcheck(roll_first: bool) -> None:
     geometry = WindowGeometry((4, 4), (2, 1), roll_first)
     qkv, bias, pad = Case((5, 9), window=(4, 4), head_dim=16).arguments(torch.float32)
     bias = bias[..., :16]
-    torch.library.opcheck(CUSTOM_OP, (qkv, bias, pad, 2, *geometry, 0.0))
-    torch.library.opcheck(CUSTOM_OP, (qkv[:, 1:, 1:], bias, None, 2, *geometry, 0.0))
+    torch.library.opcheck(CUSTOM_OP, (qkv, bias, pad, 2, *geometry, 0.0, None, -100.0))
+    cosines = torch.ones(2), -200.0
+    torch.library.opcheck(CUSTOM_OP, (qkv[:, 1:, 1:], bias, None, 2, *geometry, 0.0, *cosines))
 
 
 def test_gradients_equal_eager() -> None:

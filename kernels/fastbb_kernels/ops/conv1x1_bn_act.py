@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .._activation import Activation
+from .._activation import Activation, activate
 from .._convolution import check_convolution, empty_output, finish, output_shape
 from .._dispatch import Impl, common_unsupported
 from ..op import Op
@@ -52,6 +52,36 @@ def conv1x1_bn_act(
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
     return _op(Conv1x1BnAct(x, weight, bias, stride, residual, activation), impl)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    activation: Activation = None,
+    impl: Impl | None = None,
+) -> Tensor:
+    """Computes `activation(linear(x))`, by the kernel of `conv1x1_bn_act` if it pays.
+
+    Args:
+        x: [..., C] floating point, any strides.
+        weight: [C_out, C].
+        bias: [C_out] or None.
+        activation: name of the activation, or None.
+        impl: as of `conv1x1_bn_act`.
+
+    Returns:
+        [..., C_out], dtype of `x`.
+    """
+    if activation is None:  # a library's product has its bias too
+        return F.linear(x, weight, bias)
+    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+    added = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    call = Conv1x1BnAct(pixels, weight[..., None, None], added, 1, None, activation)
+    if not _op.takes(call, impl):
+        return activate(F.linear(x, weight, bias), activation)
+    return _op(call, impl).permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
 
 
 class Conv1x1BnAct(NamedTuple):

@@ -1,7 +1,8 @@
 """The MLP half of a Swin or ConvNeXt block: norm, two linear layers, layer scale, residual.
 
 Algorithm: y = residual + scale * fc2(activation(fc1(layer_norm(x)))), for some rows at a time;
-neither the normalized rows nor the hidden ones are stored. Swin's residual is x.
+neither the normalized rows nor the hidden ones are stored. Swin's residual is x. Swin V2 has the
+norm after the layers: y = x + layer_norm(fc2(activation(fc1(x)))).
 Bound: memory at Swin's first two stages (read x, write y); at more channels re-reading the weights
 for every block of rows costs more than it saves, and the separate ops run.
 """
@@ -11,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .._activation import Activation, check_activation
+from .._activation import Activation, activate, check_activation
 from .._dispatch import Architecture, Impl, architecture, common_unsupported
 from ..op import Op
+from .conv1x1_bn_act import linear
 from .layer_norm_linear import LayerNormLinear, layer_norm_linear
+from .linear_norm_residual import LinearNormResidual, linear_norm_residual
 from .linear_residual import LinearResidual, linear_residual
 
 # most channels that compile without spilling registers
@@ -51,13 +55,17 @@ def mlp_block(
     scale: Tensor | None = None,
     eps: float = 1e-5,
     activation: Activation = "gelu",
+    post_norm: bool = False,
     norm_linear: Callable[..., Tensor] = layer_norm_linear,
     impl: Impl | None = None,
 ) -> Tensor:
     """Computes `residual + scale * fc2(activation(fc1(layer_norm(x))))`.
 
-    If the kernel of this op cannot run, the ops `layer_norm_linear` and `linear_residual` run, with
-    the same `impl`. "auto" also takes these two on a GPU for less than 2048 rows.
+    With `post_norm`, it computes `residual + layer_norm(fc2(activation(fc1(x))))`.
+
+    If the kernel of this op cannot run, the ops `layer_norm_linear` and `linear_residual` run
+    (`linear` and `linear_norm_residual` with `post_norm`), with the same `impl`. "auto" also takes
+    these two on a GPU for less than 2048 rows.
 
     Args:
         x: [..., C] floating point, any strides.
@@ -68,9 +76,10 @@ def mlp_block(
         fc2_weight: [C, F].
         fc2_bias: [C] or None.
         residual: [..., C], any strides; None: `x`.
-        scale: layer scale [C], or None.
+        scale: layer scale [C], or None; not with `post_norm`.
         eps: added to the variance.
         activation: name of the activation, or None.
+        post_norm: whether the norm comes after the layers, before the residual.
         norm_linear: computes the norm and the first layer where the parts run, by the arguments of
             `layer_norm_linear`.
         impl: implementation to use; default: that of `use_impl`.
@@ -84,13 +93,19 @@ def mlp_block(
     """
     call = MlpBlock(
         *(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias),
-        *(residual, scale, eps, activation),
+        *(residual, scale, eps, activation, post_norm),
     )
     call.check()
     if _op.takes(call, impl):
         return _op.kernel(call)
-    hidden = norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
     residual = x if residual is None else residual
+    if post_norm:
+        hidden = linear(x, fc1_weight, fc1_bias, activation=activation, impl=impl)
+        norm = norm_weight, norm_bias
+        return linear_norm_residual(
+            hidden, fc2_weight, fc2_bias, *norm, residual, eps=eps, impl=impl
+        )
+    hidden = norm_linear(*call[:5], eps=eps, activation=activation, impl=impl)
     return linear_residual(hidden, fc2_weight, fc2_bias, residual, scale, impl=impl)
 
 
@@ -108,6 +123,7 @@ class MlpBlock(NamedTuple):
     scale: Tensor | None
     eps: float
     activation: Activation
+    post_norm: bool = False
 
     def check(self) -> None:
         x, fc1_weight = self.x, self.fc1_weight
@@ -135,11 +151,17 @@ class MlpBlock(NamedTuple):
             raise ValueError(
                 f"mlp_block: residual must be {list(x.shape)}, got {list(self.residual.shape)}"
             )
+        if self.post_norm and self.scale is not None:
+            raise ValueError("mlp_block: scale must be None with post_norm")
         check_activation("mlp_block", self.activation)
 
     def eager(self) -> Tensor:
-        hidden = LayerNormLinear(*self[:5], self.eps, self.activation).eager()
         residual = self.x if self.residual is None else self.residual
+        if self.post_norm:
+            hidden = activate(F.linear(self.x, self.fc1_weight, self.fc1_bias), self.activation)
+            layer, norm = (self.fc2_weight, self.fc2_bias), (self.norm_weight, self.norm_bias)
+            return LinearNormResidual(hidden, *layer, *norm, residual, self.eps).eager()
+        hidden = LayerNormLinear(*self[:5], self.eps, self.activation).eager()
         return LinearResidual(hidden, self.fc2_weight, self.fc2_bias, residual, self.scale).eager()
 
     def unsupported(self) -> str | None:

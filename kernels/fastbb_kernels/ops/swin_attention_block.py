@@ -1,7 +1,8 @@
 """The attention half of a Swin block: norm, queries, keys and values, attention, projection.
 
 Algorithm: y = x + proj(window_attention(linear(layer_norm(x)))), for one window of the map at a
-time; nothing between x and y is stored.
+time; nothing between x and y is stored. Swin V2 has the norm after the layers, and cosines:
+y = x + layer_norm(proj(window_attention(linear(x)))).
 Bound: memory at Swin's first two stages (read x, write y); at more channels re-reading the weights
 for every window costs more than it saves, and the separate ops run.
 """
@@ -12,11 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .._dispatch import Architecture, Impl, architecture, common_unsupported
-from .._window_geometry import WindowGeometry, check_geometry
+from .._window_geometry import MASK_VALUE, WindowGeometry, check_geometry
 from ..op import Op
 from .layer_norm_linear import LayerNormLinear, layer_norm_linear
+from .linear_norm_residual import LinearNormResidual, linear_norm_residual
 from .linear_residual import LinearResidual, linear_residual
 from .window_attention import WindowAttention, window_attention
 
@@ -51,14 +54,19 @@ def swin_attention_block(
     num_heads: int,
     geometry: WindowGeometry,
     eps: float = 1e-5,
+    logit_scale: Tensor | None = None,
+    mask_value: float = MASK_VALUE,
+    post_norm: bool = False,
     norm_linear: Callable[..., Tensor] = layer_norm_linear,
     impl: Impl | None = None,
 ) -> Tensor:
     """Computes `x + proj(window_attention(layer_norm_linear(x)))`.
 
+    With `post_norm`, it computes `x + layer_norm(proj(window_attention(linear(x))))`.
+
     If the kernel of this op cannot run, the ops `layer_norm_linear`, `window_attention` and
-    `linear_residual` run, with the same `impl`. "auto" also takes these on a GPU for less than 32
-    windows.
+    `linear_residual` run (a linear layer, `window_attention` and `linear_norm_residual` with
+    `post_norm`), with the same `impl`. "auto" also takes these on a GPU for less than 32 windows.
 
     Args:
         x: [B, H, W, C] floating point, any strides.
@@ -74,6 +82,9 @@ def swin_attention_block(
         num_heads: number of heads; must divide A.
         geometry: windows, shift and order of padding and rolling.
         eps: added to the variance.
+        logit_scale: as of `window_attention`.
+        mask_value: as of `window_attention`.
+        post_norm: whether the norm comes after the layers, before the residual.
         norm_linear: computes the norm and the first layer where the parts run, by the arguments of
             `layer_norm_linear`.
         impl: implementation to use; default: that of `use_impl`.
@@ -87,13 +98,28 @@ def swin_attention_block(
     """
     call = SwinAttentionBlock(
         *(x, norm_weight, norm_bias, qkv_weight, qkv_bias, bias, proj_weight, proj_bias),
-        *(num_heads, geometry, eps),
+        *(num_heads, geometry, eps, logit_scale, mask_value, post_norm),
     )
     call.check()
     if _op.takes(call, impl):
         return _op.kernel(call)
-    qkv = norm_linear(x, norm_weight, norm_bias, qkv_weight, qkv_bias, eps=eps, impl=impl)
-    y = window_attention(qkv, bias, qkv_bias, num_heads=num_heads, geometry=geometry, impl=impl)
+    norm = norm_weight, norm_bias
+    if post_norm:
+        qkv = F.linear(x, qkv_weight, qkv_bias)
+    else:
+        qkv = norm_linear(x, *norm, qkv_weight, qkv_bias, eps=eps, impl=impl)
+    y = window_attention(
+        qkv,
+        bias,
+        qkv_bias,
+        num_heads=num_heads,
+        geometry=geometry,
+        logit_scale=logit_scale,
+        mask_value=mask_value,
+        impl=impl,
+    )
+    if post_norm:
+        return linear_norm_residual(y, proj_weight, proj_bias, *norm, x, eps=eps, impl=impl)
     return linear_residual(y, proj_weight, proj_bias, x, impl=impl)
 
 
@@ -111,6 +137,9 @@ class SwinAttentionBlock(NamedTuple):
     num_heads: int
     geometry: WindowGeometry
     eps: float
+    logit_scale: Tensor | None = None
+    mask_value: float = MASK_VALUE
+    post_norm: bool = False
 
     def check(self) -> None:
         x, qkv_weight, num_heads = self.x, self.qkv_weight, self.num_heads
@@ -129,6 +158,7 @@ class SwinAttentionBlock(NamedTuple):
             "qkv_bias": (self.qkv_bias, [3 * A]),
             "proj_weight": (self.proj_weight, [C, A]),
             "proj_bias": (self.proj_bias, [C]),
+            "logit_scale": (self.logit_scale, [num_heads]),
         }
         for name, (tensor, shape) in shapes.items():
             if tensor is not None and list(tensor.shape) != shape:
@@ -139,11 +169,17 @@ class SwinAttentionBlock(NamedTuple):
         check_geometry("swin_attention_block", self.geometry, self.bias, num_heads)
 
     def eager(self) -> Tensor:
-        qkv = LayerNormLinear(*self[:5], self.eps, None).eager()
-        y = WindowAttention(
-            qkv, self.bias, self.qkv_bias, self.num_heads, self.geometry, 0.0
-        ).eager()
-        return LinearResidual(y, self.proj_weight, self.proj_bias, self.x).eager()
+        if self.post_norm:
+            qkv = F.linear(self.x, self.qkv_weight, self.qkv_bias)
+        else:
+            qkv = LayerNormLinear(*self[:5], self.eps, None).eager()
+        options = self.num_heads, self.geometry, 0.0, self.logit_scale, self.mask_value
+        y = WindowAttention(qkv, self.bias, self.qkv_bias, *options).eager()
+        proj = self.proj_weight, self.proj_bias
+        if self.post_norm:
+            norm = self.norm_weight, self.norm_bias
+            return LinearNormResidual(y, *proj, *norm, self.x, self.eps).eager()
+        return LinearResidual(y, *proj, self.x).eager()
 
     def unsupported(self) -> str | None:
         reason = common_unsupported(self)
@@ -187,7 +223,7 @@ class SwinAttentionBlock(NamedTuple):
         """
         n_tokens = math.prod(self.geometry.window)
         n_bias_cols = min(self.bias.shape[2], -(-n_tokens // 16) * 16)
-        parameters = (*self[1:5], self.proj_weight, self.proj_bias)
+        parameters = (*self[1:5], self.proj_weight, self.proj_bias, self.logit_scale)
         n_elements = 2 * self.x.numel() + self.num_heads * n_tokens * n_bias_cols
         n_elements += sum(parameter.numel() for parameter in parameters if parameter is not None)
         return self.x.element_size() * n_elements
@@ -198,7 +234,8 @@ class SwinAttentionBlock(NamedTuple):
     def launch(self) -> Tensor:
         from ..triton_kernels.swin_attention_block import launch
 
-        return launch(*self[:8], self.geometry, self.eps)
+        options = self.geometry, self.eps, self.mask_value, self.post_norm
+        return launch(*self[:8], self.logit_scale, *options)
 
 
 _op = Op("swin_attention_block", SwinAttentionBlock, is_block=True)

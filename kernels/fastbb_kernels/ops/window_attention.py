@@ -1,20 +1,22 @@
-"""Shifted-window attention of Swin over a map of queries, keys and values.
+"""Shifted-window attention of Swin and Swin V2 over a map of queries, keys and values.
 
 Algorithm: pad and roll the map, cut it into windows, attend within each window with a relative
-position bias and -100 between tokens of different regions, put the windows back.
+position bias and -100 between tokens of different regions, put the windows back. Swin V2 takes the
+cosines of queries and keys, times a scale of each head, in place of their scaled products.
 Bound: memory (read qkv, write the output); padding, roll and windows are address arithmetic.
-Source: Liu et al. 2021, section 3.2; microsoft/Swin-Transformer `WindowAttention`.
+Source: Liu et al. 2021, section 3.2, and 2022, section 3.3; microsoft/Swin-Transformer
+`WindowAttention`.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._dispatch import Impl, common_unsupported
-from .._window_geometry import WindowGeometry, check_geometry
+from .._window_geometry import MASK_VALUE, WindowGeometry, check_geometry
 from ..op import Op
 
 TRITON_MAX_HEAD_DIM = 64
@@ -30,6 +32,8 @@ def window_attention(
     num_heads: int,
     geometry: WindowGeometry,
     dropout_p: float = 0.0,
+    logit_scale: Tensor | None = None,
+    mask_value: float = MASK_VALUE,
     impl: Impl | None = None,
 ) -> Tensor:
     """Attends within the windows of a map. Padded tokens are keys and values like all others.
@@ -42,6 +46,9 @@ def window_attention(
         num_heads: number of heads; must divide C.
         geometry: windows, shift and order of padding and rolling.
         dropout_p: probability of dropping an attention weight.
+        logit_scale: [num_heads] factors of the cosines of queries and keys (Swin V2); None: the
+            scores are products over the root of the head dimension (Swin).
+        mask_value: added to the score of two tokens of different regions.
         impl: implementation to use; default: that of `use_impl`.
 
     Returns:
@@ -51,8 +58,8 @@ def window_attention(
         ValueError: shapes that do not fit together.
         NotImplementedError: `impl="triton"` cannot run this call; the message says why.
     """
-    call = WindowAttention(qkv, bias, qkv_pad, num_heads, geometry, dropout_p)
-    return _op(call, impl)
+    options = num_heads, geometry, dropout_p, logit_scale, mask_value
+    return _op(WindowAttention(qkv, bias, qkv_pad, *options), impl)
 
 
 def window_attention_weights(
@@ -63,11 +70,14 @@ def window_attention_weights(
     num_heads: int,
     geometry: WindowGeometry,
     dropout_p: float = 0.0,
+    logit_scale: Tensor | None = None,
+    mask_value: float = MASK_VALUE,
 ) -> tuple[Tensor, Tensor]:
     """`window_attention` that also returns the attention weights, [B * nW, num_heads, N, N]."""
-    call = WindowAttention(qkv, bias, qkv_pad, num_heads, geometry, dropout_p)
+    options = num_heads, geometry, dropout_p, logit_scale, mask_value
+    call = WindowAttention(qkv, bias, qkv_pad, *options)
     q, k, v, mask = call.by_window()
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + mask
+    scores = (q @ k.transpose(-2, -1)) * call.scale + mask
     statistics = torch.promote_types(scores.dtype, torch.float32)
     weights = F.softmax(scores, dim=-1, dtype=statistics).to(v.dtype)
     weights = F.dropout(weights, dropout_p)
@@ -83,9 +93,11 @@ class WindowAttention(NamedTuple):
     num_heads: int
     geometry: WindowGeometry
     dropout_p: float
+    logit_scale: Tensor | None = None
+    mask_value: float = MASK_VALUE
 
     def check(self) -> None:
-        qkv, bias, qkv_pad, num_heads, geometry, _ = self
+        qkv, bias, qkv_pad, num_heads, geometry, _, logit_scale, _ = self
         if num_heads < 1 or qkv.ndim != 4 or qkv.shape[-1] % (3 * num_heads):
             raise ValueError(
                 "window_attention: qkv must be [B, H, W, 3C] with C divisible by "
@@ -96,9 +108,21 @@ class WindowAttention(NamedTuple):
             raise ValueError(
                 f"window_attention: qkv_pad must be [{qkv.shape[-1]}], got {list(qkv_pad.shape)}"
             )
+        if logit_scale is not None and list(logit_scale.shape) != [num_heads]:
+            raise ValueError(
+                f"window_attention: logit_scale must be [{num_heads}], "
+                f"got {list(logit_scale.shape)}"
+            )
 
     def eager(self) -> Tensor:
-        return self.as_map(_attend(*self.by_window(), self.dropout_p))
+        return self.as_map(_attend(*self.by_window(), self.scale, self.dropout_p))
+
+    @property
+    def scale(self) -> float:
+        """Factor of the products of the queries and keys that `by_window` returns."""
+        if self.logit_scale is not None:
+            return 1.0
+        return (self.qkv.shape[-1] // (3 * self.num_heads)) ** -0.5
 
     def by_window(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns queries, keys, values [B, M * num_heads, N, head_dim] and the bias of the scores.
@@ -107,9 +131,11 @@ class WindowAttention(NamedTuple):
         heads, so that one mask [1, M * num_heads, N, N] serves the whole batch. Without a shift, M
         is 1, and B counts the windows.
         """
-        qkv, bias, qkv_pad, num_heads, geometry, _ = self
+        qkv, bias, qkv_pad, num_heads, geometry, _, logit_scale, mask_value = self
         q, k, v = _windows(qkv, qkv_pad, num_heads, geometry)
-        mask = _scores_bias(qkv, bias, geometry)
+        if logit_scale is not None:
+            q, k = cosine_operands(q, k, logit_scale)
+        mask = _scores_bias(qkv, bias, geometry, mask_value)
         split = (q.shape[0] // mask.shape[0], mask.shape[0])
         q, k, v = (x.unflatten(0, split).flatten(1, 2) for x in (q, k, v))
         return q, k, v, mask.flatten(0, 1).unsqueeze(0)
@@ -146,6 +172,7 @@ class WindowAttention(NamedTuple):
         n_bias_cols = min(self.bias.shape[2], -(-(h * w) // 16) * 16)
         n_elements = self.qkv.numel() + self.qkv.numel() // 3
         n_elements += self.num_heads * h * w * n_bias_cols
+        n_elements += 0 if self.logit_scale is None else self.num_heads
         if self.qkv_pad is not None and (H % h or W % w):
             n_elements += 2 * C3 // 3
         return self.qkv.element_size() * n_elements
@@ -157,7 +184,23 @@ class WindowAttention(NamedTuple):
     def launch(self) -> Tensor:
         from ..triton_kernels.window_attention import launch
 
-        return launch(self.qkv, self.bias, self.qkv_pad, self.geometry)
+        tensors = self.qkv, self.bias, self.qkv_pad, self.logit_scale
+        return launch(*tensors, self.geometry, self.mask_value)
+
+
+def cosine_operands(q: Tensor, k: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns queries and keys whose products are cosines times the scale of the head.
+
+    Args:
+        q: [..., num_heads, N, head_dim].
+        k: of the same shape.
+        logit_scale: [num_heads].
+    """
+    # rounded once: a cosine that is rounded, and then scaled by up to 100, would lose more
+    statistics = torch.promote_types(q.dtype, torch.float32)
+    unit_q, unit_k = (F.normalize(x.to(statistics), dim=-1) for x in (q, k))
+    scale = logit_scale.to(statistics)[:, None, None]
+    return (unit_q * scale).to(q.dtype), unit_k.to(k.dtype)
 
 
 def _windows(
@@ -175,8 +218,10 @@ def _windows(
     return q, k, v
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float) -> Tensor:
-    """Computes softmax(q @ k.T / sqrt(head_dim) + mask) @ v.
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, dropout_p: float
+) -> Tensor:
+    """Computes softmax(q @ k.T * scale + mask) @ v.
 
     On windows of 49 tokens PyTorch's attention for CPUs, made for long sequences, takes twice the
     time of two batched products in low precision.
@@ -186,15 +231,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float) -> 
         k: keys.
         v: values.
         mask: [1, heads, N, N].
+        scale: factor of the products.
         dropout_p: probability of dropping an attention weight.
     """
     low = q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type != "cpu" or not low or dropout_p > 0 or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
     split = q.shape[:2]
     mask = mask.expand(split[0], -1, -1, -1).flatten(0, 1)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)
     return (F.softmax(scores, dim=-1) @ v).unflatten(0, split)
 
 
@@ -232,24 +279,24 @@ def _roll(x: Tensor, shift: tuple[int, int], direction: int) -> Tensor:
     return torch.roll(x, (direction * shift[0], direction * shift[1]), dims=(1, 2))
 
 
-def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry) -> Tensor:
+def _scores_bias(qkv: Tensor, bias: Tensor, geometry: WindowGeometry, mask_value: float) -> Tensor:
     """Returns position bias plus mask [nW or 1, num_heads, N, N], the same for every image."""
     bias = bias[..., : bias.shape[1]].to(qkv.dtype)
     if not any(geometry.shift):
         return bias.unsqueeze(0)
-    mask = _shift_mask(qkv.shape[1], qkv.shape[2], geometry, qkv)  # [nW, N, N]
+    mask = _apart(qkv.shape[1], qkv.shape[2], geometry, qkv.device)  # [nW, N, N]
+    mask = torch.zeros_like(mask, dtype=qkv.dtype).masked_fill(mask, mask_value)
     return bias.unsqueeze(0) + mask.unsqueeze(1)
 
 
-def _shift_mask(height: int, width: int, geometry: WindowGeometry, like: Tensor) -> Tensor:
-    """Returns a mask [nW, N, N]: -100 between tokens of a window from different regions, else 0."""
+def _apart(height: int, width: int, geometry: WindowGeometry, device: torch.device) -> Tensor:
+    """Returns whether two tokens of a window are from different regions, [nW, N, N]."""
     h, w = geometry.window
-    rows = _regions(height, h, geometry.shift[0], like.device)
-    columns = _regions(width, w, geometry.shift[1], like.device)
+    rows = _regions(height, h, geometry.shift[0], device)
+    columns = _regions(width, w, geometry.shift[1], device)
     regions = rows.view(-1, 1, h, 1) * 3 + columns.view(1, -1, 1, w)  # [nW_h, nW_w, h, w]
     regions = regions.flatten(2).flatten(0, 1)  # [nW, N]
-    apart = regions.unsqueeze(1) != regions.unsqueeze(2)
-    return torch.zeros_like(apart, dtype=like.dtype).masked_fill(apart, -100.0)
+    return regions.unsqueeze(1) != regions.unsqueeze(2)
 
 
 def _regions(size: int, window: int, shift: int, device: torch.device) -> Tensor:

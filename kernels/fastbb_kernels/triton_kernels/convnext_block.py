@@ -180,6 +180,7 @@ def _convnext_block_fwd_kernel(
         (fc1_weight_ptr, fc1_bias_ptr),
         (fc2_weight_ptr, fc2_bias_ptr),
         scale_ptr,
+        None,
         x_ptr,
         y_ptr,
         tops + pixels % ROWS * width,

@@ -1,5 +1,7 @@
 """The MLP half of a block: y = residual + scale * fc2(activation(fc1(layer_norm(x)))).
 
+With the norm after the layers: y = residual + layer_norm(fc2(activation(fc1(x)))).
+
 A program normalizes its rows once and keeps them on the chip. Piece by piece it computes hidden
 columns, activates them and adds their part of fc2 to accumulators; the hidden map is never stored.
 Bound: weights are read from L2 by every block of rows, the map from DRAM once.
@@ -20,7 +22,7 @@ from ..launching import chosen_config
 from .config import cdiv
 from .kernel import Kernel
 from .mlp_of_rows import mlp_of_rows
-from .normalized_rows import normalized_rows
+from .normalized_rows import loaded_rows, normalized_rows
 
 
 class MlpBlockConfig(NamedTuple):
@@ -76,6 +78,7 @@ def launch(
     scale: Tensor | None,
     eps: float,
     activation: Activation,
+    post_norm: bool,
 ) -> Tensor:
     """Runs the kernel; arguments and result as `mlp_block`."""
     hidden, channels = fc1_weight.shape
@@ -101,6 +104,7 @@ def launch(
         CHANNELS=channels,
         HIDDEN=hidden,
         ACTIVATION=activation,
+        POST_NORM=post_norm,
         PRECISION=input_precision(x.dtype),
         **config.options(),
     )
@@ -125,6 +129,7 @@ def _mlp_block_fwd_kernel(
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    POST_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -133,12 +138,17 @@ def _mlp_block_fwd_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rows < n_rows
     norm = norm_weight_ptr, norm_bias_ptr, eps
-    x = normalized_rows(x_ptr, rows, inside, norm, CHANNELS, BLOCK_C)
+    post_norm = None
+    if POST_NORM:
+        x, post_norm = loaded_rows(x_ptr, rows, inside, CHANNELS, BLOCK_C), norm
+    else:
+        x = normalized_rows(x_ptr, rows, inside, norm, CHANNELS, BLOCK_C)
     mlp_of_rows(
         x,
         (fc1_weight_ptr, fc1_bias_ptr),
         (fc2_weight_ptr, fc2_bias_ptr),
         scale_ptr,
+        post_norm,
         x_ptr if residual_ptr is None else residual_ptr,
         y_ptr,
         rows,

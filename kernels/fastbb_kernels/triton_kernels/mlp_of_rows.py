@@ -1,4 +1,4 @@
-"""The MLP of a block on normalized rows that are on the chip; the hidden rows are never stored."""
+"""The MLP of a block on rows that are on the chip; the hidden rows are never stored."""
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # inside a kernel values are tensors and the compiler runs loops, which tl's types do not express
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
+from .normalized_rows import store_normalized
 
 
 @triton.jit
@@ -15,6 +16,7 @@ def mlp_of_rows(
     fc1,
     fc2,
     scale_ptr,
+    norm,
     residual_ptr,
     y_ptr,
     rows,
@@ -26,13 +28,16 @@ def mlp_of_rows(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Stores `residual + scale * fc2(activation(fc1(x)))`; all memory is contiguous.
+    """Stores `residual + scale * fc2(activation(fc1(x)))`, or with a norm in place of the scale.
+
+    All memory is contiguous.
 
     Args:
         x: tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C].
         fc1: weight [HIDDEN, CHANNELS], and bias [HIDDEN] or None.
         fc2: weight [CHANNELS, HIDDEN], and bias [CHANNELS] or None.
         scale_ptr: [CHANNELS] or None.
+        norm: of the result of fc2, as of `normalized`, without a scale; or None.
         residual_ptr: [..., CHANNELS].
         y_ptr: [..., CHANNELS].
         rows: [M] i64, numbers of the rows of residual and y.
@@ -70,13 +75,17 @@ def mlp_of_rows(
             sums = sums + (tl.dot(hidden, weight, acc[i], input_precision=PRECISION),)
         acc = sums
 
-    for i in tl.static_range(N_PIECES):
-        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        offsets = rows[:, None] * CHANNELS + channels[None, :]
-        y = acc[i]
-        if fc2_bias_ptr is not None:
-            y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + channels).to(tl.float32)[None, :]
-        y += tl.load(residual_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
+    if norm is not None:
+        stored = residual_ptr, y_ptr, rows, inside
+        store_normalized(acc, fc2_bias_ptr, norm, *stored, CHANNELS, BLOCK_C)
+    else:
+        for i in tl.static_range(N_PIECES):
+            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            offsets = rows[:, None] * CHANNELS + channels[None, :]
+            y = acc[i]
+            if fc2_bias_ptr is not None:
+                y += tl.load(fc2_bias_ptr + channels).to(tl.float32)[None, :]
+            if scale_ptr is not None:
+                y *= tl.load(scale_ptr + channels).to(tl.float32)[None, :]
+            y += tl.load(residual_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+            tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])

@@ -1,4 +1,4 @@
-"""Layer-normalized rows that stay on the chip, for kernels that use them more than once."""
+"""Layer-normalized rows on the chip: read for more than one use, or products before a store."""
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # inside a kernel values are tensors and the compiler runs loops, which tl's types do not express
@@ -29,6 +29,13 @@ def normalized_rows(
     Returns:
         tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C], as of `normalized`.
     """
+    pieces = loaded_rows(x_ptr, rows, inside, CHANNELS, BLOCK_C)
+    return normalized(pieces, inside, norm, CHANNELS, BLOCK_C)
+
+
+@triton.jit
+def loaded_rows(x_ptr, rows, inside, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Loads rows, zeros where not `inside`; arguments and pieces as of `normalized_rows`."""
     pieces = ()
     for i in tl.static_range(CHANNELS // BLOCK_C):
         channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -41,7 +48,7 @@ def normalized_rows(
             eviction_policy="evict_last",
         )
         pieces = pieces + (piece,)
-    return normalized(pieces, inside, norm, CHANNELS, BLOCK_C)
+    return pieces
 
 
 @triton.jit
@@ -84,3 +91,44 @@ def normalized(pieces, inside, norm, CHANNELS: tl.constexpr, BLOCK_C: tl.constex
         # zeros are exact in every dtype, so the order of mask and cast does not matter
         normalized = normalized + (tl.where(inside[:, None], piece, 0.0).to(pieces[i].dtype),)
     return normalized
+
+
+@triton.jit
+def store_normalized(
+    sums,
+    bias_ptr,
+    norm,
+    residual_ptr,
+    y_ptr,
+    rows,
+    inside,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Stores `residual + layer_norm(sums + bias)`; all memory is contiguous.
+
+    Args:
+        sums: tuple of CHANNELS // BLOCK_C pieces [M, BLOCK_C] in fp32, products of a linear layer.
+        bias_ptr: [CHANNELS] or None.
+        norm: as of `normalized`.
+        residual_ptr: [..., CHANNELS].
+        y_ptr: [..., CHANNELS].
+        rows: [M] i64, numbers of the rows of residual and y.
+        inside: [M] i1, whether there is such a row.
+        CHANNELS: a multiple of BLOCK_C.
+        BLOCK_C: channels of a piece.
+    """
+    pieces = ()
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        piece = sums[i]
+        if bias_ptr is not None:
+            channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            piece += tl.load(bias_ptr + channels).to(tl.float32)[None, :]
+        pieces = pieces + (piece,)
+    pieces = normalized(pieces, inside, norm, CHANNELS, BLOCK_C)
+    for i in tl.static_range(CHANNELS // BLOCK_C):
+        channels = i * BLOCK_C + tl.arange(0, BLOCK_C)
+        offsets = rows[:, None] * CHANNELS + channels[None, :]
+        residual = tl.load(residual_ptr + offsets, mask=inside[:, None], other=0.0)
+        y = pieces[i] + residual.to(tl.float32)
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside[:, None])

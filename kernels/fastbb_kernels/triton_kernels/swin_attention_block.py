@@ -1,8 +1,9 @@
-"""The attention half of a Swin block for one window per program.
+"""The attention half of a Swin or Swin V2 block for one window per program.
 
 A program normalizes the tokens of its window once and keeps them on the chip. Head by head it
 projects them to queries, keys and values, attends, and adds the head's part of the output
 projection to accumulators; it writes the sum and the residual once, at the places of the tokens.
+Swin V2 has the norm before the residual, and cosines in place of products.
 Bound: weights are read from L2 by every window (4 C^2 elements), the map from DRAM once.
 """
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
@@ -21,7 +22,8 @@ from .._window_geometry import WindowGeometry
 from ..launching import chosen_config
 from .config import cdiv
 from .kernel import Kernel
-from .normalized_rows import normalized_rows
+from .normalized_rows import loaded_rows, normalized_rows, store_normalized
+from .unit_vectors import inverse_lengths
 from .window_addressing import has_regions, window_tokens
 
 BLOCK_N = 64  # tokens of a window, padded to a tile
@@ -73,8 +75,11 @@ def launch(
     bias: Tensor,
     proj_weight: Tensor,
     proj_bias: Tensor | None,
+    logit_scale: Tensor | None,
     geometry: WindowGeometry,
     eps: float,
+    mask_value: float,
+    post_norm: bool,
 ) -> Tensor:
     """Runs the kernel; arguments and result as `swin_attention_block`."""
     window, shift, roll_first = geometry
@@ -94,6 +99,7 @@ def launch(
         bias.contiguous(),
         proj_weight.contiguous(),
         None if proj_bias is None else proj_bias.contiguous(),
+        None if logit_scale is None else logit_scale.contiguous(),
         y,
         H,
         W,
@@ -107,6 +113,8 @@ def launch(
         # rows of a multiple of 16 columns allow wide loads
         BIAS_COLS=min(n_bias_cols, 16 * cdiv(n_tokens, 16)),
         ROLL_FIRST=roll_first,
+        MASK_VALUE=mask_value,
+        POST_NORM=post_norm,
         PRECISION=input_precision(x.dtype),
         BLOCK_N=BLOCK_N,
         **config.options(),
@@ -126,6 +134,7 @@ def _swin_attention_block_fwd_kernel(
     bias_ptr,  # [CHANNELS // HEAD_DIM, N, n_bias_cols]
     proj_weight_ptr,  # [CHANNELS, CHANNELS]
     proj_bias_ptr,  # [CHANNELS] or None
+    logit_scale_ptr,  # [CHANNELS // HEAD_DIM], factors of cosines; None: products are scaled
     y_ptr,  # [B, height, width, CHANNELS]
     height,
     width,
@@ -139,6 +148,8 @@ def _swin_attention_block_fwd_kernel(
     WINDOW_W: tl.constexpr,
     BIAS_COLS: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
+    MASK_VALUE: tl.constexpr,
+    POST_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -159,9 +170,12 @@ def _swin_attention_block_fwd_kernel(
     x_ptr += first
     y_ptr += first
     pixels = token_y * width + token_x
-    # padded tokens are 0 after the norm: their queries, keys and values are the projection's bias
+    # padded tokens are 0 here: their queries, keys and values are the projection's bias
     norm = norm_weight_ptr, norm_bias_ptr, eps
-    x = normalized_rows(x_ptr, pixels, inside, norm, CHANNELS, BLOCK_C)
+    if POST_NORM:
+        x = loaded_rows(x_ptr, pixels, inside, CHANNELS, BLOCK_C)
+    else:
+        x = normalized_rows(x_ptr, pixels, inside, norm, CHANNELS, BLOCK_C)
     acc = ()
     for _ in tl.static_range(N_PIECES):
         acc = acc + (tl.zeros((BLOCK_N, BLOCK_C), tl.float32),)
@@ -169,8 +183,15 @@ def _swin_attention_block_fwd_kernel(
     # no code is hoisted out of the loop: the values would occupy registers throughout
     for head in tl.range(CHANNELS // HEAD_DIM, disable_licm=True):
         rows = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
-        q, k, v = _project(x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, PRECISION)
-        scores = tl.dot(q, k, input_precision=PRECISION) * HEAD_DIM**-0.5
+        cosines = logit_scale_ptr is not None
+        q, k, v = _project(
+            x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, cosines, PRECISION
+        )
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if cosines:
+            scores *= tl.load(logit_scale_ptr + head).to(tl.float32)
+        else:
+            scores *= HEAD_DIM**-0.5
         bias = tl.load(
             bias_ptr + (head * N + tokens)[:, None] * n_bias_cols + tokens[None, :],
             mask=exists[:, None] & (tokens < BIAS_COLS)[None, :],
@@ -178,7 +199,7 @@ def _swin_attention_block_fwd_kernel(
         )
         scores += bias.to(tl.float32)
         if masked:
-            scores = tl.where(region[:, None] == region[None, :], scores, scores - 100.0)
+            scores = tl.where(region[:, None] == region[None, :], scores, scores + MASK_VALUE)
         scores = tl.where(exists[None, :], scores, float("-inf"))
         p = tl.exp(scores - tl.max(scores, 1)[:, None])
         row_sum = tl.sum(p, 1)
@@ -191,14 +212,18 @@ def _swin_attention_block_fwd_kernel(
             sums = sums + (tl.dot(out, weight, acc[i], input_precision=PRECISION),)
         acc = sums
 
-    for i in tl.static_range(N_PIECES):
-        columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
-        offsets = pixels[:, None] * CHANNELS + columns[None, :]
-        y = acc[i]
-        if proj_bias_ptr is not None:
-            y += tl.load(proj_bias_ptr + columns).to(tl.float32)[None, :]
-        y += tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
-        tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
+    if POST_NORM:
+        stored = x_ptr, y_ptr, pixels, inside
+        store_normalized(acc, proj_bias_ptr, norm, *stored, CHANNELS, BLOCK_C)
+    else:
+        for i in tl.static_range(N_PIECES):
+            columns = i * BLOCK_C + tl.arange(0, BLOCK_C)
+            offsets = pixels[:, None] * CHANNELS + columns[None, :]
+            y = acc[i]
+            if proj_bias_ptr is not None:
+                y += tl.load(proj_bias_ptr + columns).to(tl.float32)[None, :]
+            y += tl.load(x_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+            tl.store(y_ptr + offsets, y.to(dtype), mask=inside[:, None])
 
 
 @triton.jit
@@ -209,11 +234,13 @@ def _project(
     rows,
     CHANNELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    COSINES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Computes a head's queries [N, HEAD_DIM], transposed keys [HEAD_DIM, N], values [N, HEAD_DIM].
 
-    The product gives transposed keys: transposing the result of a product was wrong on Hopper.
+    With COSINES, queries and keys are unit vectors. The product gives transposed keys: transposing
+    the result of a product was wrong on Hopper.
 
     Args:
         x: tuple of pieces [N, BLOCK_C] of the normalized tokens.
@@ -229,6 +256,8 @@ def _project(
         k = tl.dot(weight, tl.trans(x[i]), k, input_precision=PRECISION)
     if bias_ptr is not None:
         k += tl.load(bias_ptr + CHANNELS + rows).to(tl.float32)[:, None]
+    if COSINES:  # before they are rounded, so that they are rounded once
+        k *= inverse_lengths(k, 0)[None, :]
     # round each before the next begins: registers cannot hold three fp32 sums at a time
     k = k.to(dtype)
 
@@ -243,4 +272,6 @@ def _project(
     if bias_ptr is not None:
         q += tl.load(bias_ptr + rows).to(tl.float32)[None, :]
         v += tl.load(bias_ptr + 2 * CHANNELS + rows).to(tl.float32)[None, :]
+    if COSINES:
+        q *= inverse_lengths(q, 1)[:, None]
     return q.to(dtype), k, v.to(dtype)

@@ -1,4 +1,7 @@
-"""softmax(q @ k.T * scale + bias + mask) @ v, with one window and head per program.
+"""softmax(scores + bias + mask) @ v, with one window and head per program.
+
+The scores are products of queries and keys over the root of the head dimension, or their cosines
+times a scale of the head.
 
 A program reads its tokens from the map and writes the result to the same places. The scores of its
 queries with all keys of the window stay in registers, in one tile or two. A window of more than 64
@@ -21,6 +24,7 @@ from .._window_geometry import WindowGeometry
 from ..launching import chosen_config
 from .config import cdiv, next_power_of_2
 from .kernel import Kernel
+from .unit_vectors import inverse_lengths
 from .window_addressing import has_regions, window_tokens
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -48,7 +52,11 @@ class WindowAttentionConfig(NamedTuple):
 
 
 def launch_config(
-    n_tokens: int, head_dim: int, dtype: torch.dtype, arch: Architecture | None
+    n_tokens: int,
+    head_dim: int,
+    cosines: bool,
+    dtype: torch.dtype,
+    arch: Architecture | None,
 ) -> WindowAttentionConfig:
     """Chooses tiles and warps: 49 keys are one tile of 64, 144 keys are two of 128 and 16."""
     if n_tokens <= 64:
@@ -63,12 +71,21 @@ def launch_config(
         block_m, num_warps = min(block_m, 32 if block_tail == 0 else 16), 2 * num_warps
     elif n_tokens > 144:
         block_m, num_warps = 32 if arch in _OPERANDS_IN_REGISTERS else 64, 8
+        if cosines and arch not in (90, 100):  # the lengths of all keys take registers
+            block_m, num_warps = 16, 4
     elif arch == 100 and head_dim > 32:
         num_warps *= 2  # tensor memory limits the number of programs, so each may have more warps
     return WindowAttentionConfig(block_m, block_n, block_tail, num_warps)
 
 
-def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGeometry) -> Tensor:
+def launch(
+    qkv: Tensor,
+    bias: Tensor,
+    qkv_pad: Tensor | None,
+    logit_scale: Tensor | None,
+    geometry: WindowGeometry,
+    mask_value: float,
+) -> Tensor:
     """Runs the kernel; arguments and result as `window_attention`."""
     window, shift, roll_first = geometry
     B, H, W, qkv_channels = qkv.shape
@@ -77,7 +94,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
     if y.numel() == 0:
         return y
     head_dim = qkv_channels // (3 * num_heads)
-    sizes = n_tokens, head_dim, qkv.dtype
+    sizes = n_tokens, head_dim, logit_scale is not None, qkv.dtype
     config = chosen_config("window_attention", launch_config, qkv.device, *sizes)
     n_windows = B * cdiv(H, window[0]) * cdiv(W, window[1])
     grid = (n_windows * cdiv(n_tokens, config.block_m) * num_heads,)
@@ -86,6 +103,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
         qkv,
         bias,
         qkv_pad.contiguous() if qkv_pad is not None and padded else None,
+        None if logit_scale is None else logit_scale.contiguous(),
         y,
         num_heads,
         H,
@@ -102,6 +120,7 @@ def launch(qkv: Tensor, bias: Tensor, qkv_pad: Tensor | None, geometry: WindowGe
         SHIFTED=any(shift),
         PADDED=padded,
         ROLL_FIRST=roll_first,
+        MASK_VALUE=mask_value,
         PRECISION=input_precision(qkv.dtype),
         **config.options(),
     )
@@ -115,6 +134,7 @@ def _window_attention_fwd_kernel(
     qkv_ptr,  # [B, height, width, 3 * num_heads * HEAD_DIM]
     bias_ptr,  # [num_heads, N, at least BIAS_COLS]
     qkv_pad_ptr,  # [3 * num_heads * HEAD_DIM], value of padded tokens, or None: zeros
+    logit_scale_ptr,  # [num_heads], factors of cosines; None: the scores are scaled products
     y_ptr,  # [B, height, width, num_heads * HEAD_DIM], contiguous
     num_heads,
     height,
@@ -136,6 +156,7 @@ def _window_attention_fwd_kernel(
     SHIFTED: tl.constexpr,
     PADDED: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
+    MASK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -182,12 +203,18 @@ def _window_attention_fwd_kernel(
     masked = False
     if SHIFTED:
         masked = has_regions(window, height, width, WINDOW_H, WINDOW_W)
-    scores = _scores(q, k, bias, region, k_region, masked, keys < N, HEAD_DIM, PRECISION)
+    q_factor = None
+    if logit_scale_ptr is not None:
+        q_factor = tl.load(logit_scale_ptr + head).to(tl.float32) * inverse_lengths(q, 1)
+    scores = _scores(
+        q, k, q_factor, bias, region, k_region, masked, keys < N, HEAD_DIM, MASK_VALUE, PRECISION
+    )
     row_max = tl.max(scores, 1)
     if BLOCK_TAIL:
         tail_scores = _scores(
-            q, tail_k, tail_bias, region, tail_region, masked, tail_keys < N, HEAD_DIM, PRECISION
-        )
+            q, tail_k, q_factor, tail_bias, region, tail_region, masked, tail_keys < N, HEAD_DIM,
+            MASK_VALUE, PRECISION,
+        )  # fmt: skip
         row_max = tl.maximum(row_max, tl.max(tail_scores, 1))
     p = _exp(scores, row_max)
     row_sum = tl.sum(p, 1)
@@ -255,19 +282,27 @@ def _load_bias(queries, keys, ptrs, stride_key, N: tl.constexpr, COLS: tl.conste
 def _scores(
     q,
     k,
+    q_factor,
     bias,
     q_region,
     k_region,
     masked,
     is_key,
     HEAD_DIM: tl.constexpr,
+    MASK_VALUE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Returns the scores before the softmax; -inf where there is no key, and only there."""
-    scale: tl.constexpr = HEAD_DIM**-0.5
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale + bias.to(tl.float32)
+    scores = tl.dot(q, k, input_precision=PRECISION)
+    if q_factor is None:
+        scale: tl.constexpr = HEAD_DIM**-0.5
+        scores *= scale
+    else:  # cosines, of products that are exact
+        scores *= q_factor[:, None]
+        scores *= inverse_lengths(k, 0)[None, :]
+    scores += bias.to(tl.float32)
     if masked:
-        scores = tl.where(q_region[:, None] == k_region[None, :], scores, scores - 100.0)
+        scores = tl.where(q_region[:, None] == k_region[None, :], scores, scores + MASK_VALUE)
     return tl.where(is_key[None, :], scores, float("-inf"))
 
 
