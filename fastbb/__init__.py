@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .images.processor import AutoImageProcessor, ImageProcessor
     from .models.resnet import ResNetBackbone, ResNetConfig
     from .models.swin import SwinBackbone, SwinConfig
+    from .models.swin_config import Swinv2Config as Swinv2Config
+    from .models.swin_v2 import Swinv2Backbone as Swinv2Backbone
     from .models.timm import TimmBackbone, TimmBackboneConfig
     from .models.vit import ViTBackbone as ViTBackbone
     from .models.vit_config import BeitConfig as BeitConfig

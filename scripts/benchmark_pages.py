@@ -55,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Swin-S": SWIN_S,
     "Swin-B": SWIN_B,
     "Swin-B-384": {**SWIN_B, "image_size": 384, "window_size": 12},
+    "Swinv2-T": {"model_type": "swinv2", "image_size": 256, "window_size": 8},
     "ResNet-50": {"model_type": "resnet"},
     "ResNet-18": {
         "model_type": "resnet",
@@ -106,6 +107,7 @@ COUNTED: dict[str, tuple[str, tuple[int, int], int]] = {
     "Swin-S, 224, batch 64": ("Swin-S", (224, 224), 64),
     "Swin-B, 384, batch 8": ("Swin-B-384", (384, 384), 8),
     "Swin-T, 800x1088, batch 8": ("Swin-T", (800, 1088), 8),
+    "Swinv2-T, 256, batch 64": ("Swinv2-T", (256, 256), 64),
     "ResNet-50, 224, batch 64": ("ResNet-50", (224, 224), 64),
     "ResNet-18, 224, batch 64": ("ResNet-18", (224, 224), 64),
     "ResNet-101, 224, batch 64": ("ResNet-101", (224, 224), 64),

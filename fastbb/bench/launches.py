@@ -53,6 +53,7 @@ KERNELS = {
     "mul": ATTENTION,  # queries by their scale
     "div": ATTENTION,  # scores by their scale
     "linalg_vector_norm": NORM,
+    "clamp_min": NORM,  # lengths of queries and keys
     "native_layer_norm": NORM,
     "rsqrt": NORM,
     "gelu": ACTIVATION,
@@ -77,6 +78,8 @@ KERNELS = {
     "neg": OTHER,
     "sin": OTHER,
     "arange": OTHER,
+    "clamp": OTHER,
+    "exp": OTHER,
     "eq": OTHER,
     "fill_": OTHER,
     "ge": OTHER,
@@ -153,6 +156,7 @@ def count_kernels(weights: Iterable[Tensor], arch: Architecture = 90) -> Iterato
 _KERNEL_CATEGORIES = {
     "attention": ATTENTION,
     "layer_norm_nchw": NORM,
+    "layer_norm_residual": NORM,
     "grn": NORM,
     "bias_act": ACTIVATION,
     **dict.fromkeys(("conv", "linear", "qkv", "mlp", "swiglu", "patch", "bottleneck"), GEMM),

@@ -1,4 +1,4 @@
-"""Swin inside models of transformers, timm and torchvision: blocks, mergings, whole backbones."""
+"""Swin and Swin V2 in models of transformers, timm and torchvision: blocks, mergings, backbones."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from ..engine.settings import Settings
 from ..models.swin_forward import merge_patches, swin_block, swin_maps
 from ..models.swin_parts import (
     SwinBlockParts,
+    SwinParts,
     maskformer_block,
     merging_parts,
     timm_block,
@@ -16,6 +17,10 @@ from ..models.swin_parts import (
     transformers_block,
     transformers_parts,
 )
+from ..models.swin_v2_forward import swinv2_block, swinv2_maps
+from ..models.swin_v2_parts import timm_block as timm_v2_block
+from ..models.swin_v2_parts import transformers_block as transformers_v2_block
+from ..models.swin_v2_parts import transformers_parts as transformers_v2_parts
 from .host_backbone import TransformersHostBackbone, check_parts
 from .module_forward import ModuleForward
 
@@ -25,6 +30,7 @@ class _SwinBlock(ModuleForward):
 
     reads_settings = True
     read: ClassVar[Callable[[Any], SwinBlockParts]]
+    compute: ClassVar[Callable[..., Tensor]] = staticmethod(swin_block)
 
     def __init__(self, module: nn.Module, settings: Settings) -> None:
         super().__init__(module, settings)
@@ -39,7 +45,7 @@ class _SwinBlock(ModuleForward):
         return self._parts.misfit()
 
     def forward(self, x: Tensor) -> Tensor:
-        return swin_block(x, self._parts)
+        return self.compute(x, self._parts)
 
 
 class TimmSwinBlock(_SwinBlock):
@@ -90,7 +96,7 @@ class TransformersSwinBlock(_SwinBlock):
     def apply(self, x: Tensor, input_dimensions: tuple[int, int]) -> Tensor:
         height, width = input_dimensions
         tokens = x.view(x.shape[0], height, width, x.shape[2])
-        return swin_block(tokens, self._parts).view(x.shape)
+        return self.compute(tokens, self._parts).view(x.shape)
 
     def comparable(self, result: Any) -> Any:
         return result[0]  # the other results are attention weights, which were not requested
@@ -141,11 +147,13 @@ class TransformersSwin(TransformersHostBackbone):
 
     reads_settings = True
     read_at_every_call = TransformersSwinBlock.read_at_every_call
+    read: ClassVar[Callable[[Any], SwinParts]] = staticmethod(transformers_parts)
+    maps: ClassVar[Callable[..., list[Tensor]]] = staticmethod(swin_maps)
 
     def __init__(self, module: nn.Module, settings: Settings) -> None:
         super().__init__(module, settings)
         check_parts(module)
-        self._parts = transformers_parts(module)
+        self._parts = type(self).read(module)
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
         problem = super().why_not(*args, **kwargs)
@@ -166,9 +174,32 @@ class TransformersSwin(TransformersHostBackbone):
             index
             for index, name in enumerate(self.module.stage_names)
             if name in out_features
-            and (index or 0 in normed)  # MaskFormer's has no map of the stem
+            and (index or not normed or 0 in normed)  # MaskFormer's has no map of the stem
         ]
-        return tuple(swin_maps(self._parts, pixel_values, wanted))
+        return tuple(type(self).maps(self._parts, pixel_values, wanted))
+
+
+class TimmSwinv2Block(TimmSwinBlock):
+    """SwinTransformerV2Block of timm."""
+
+    read = staticmethod(timm_v2_block)
+    compute = staticmethod(swinv2_block)
+
+
+class TransformersSwinv2Block(MaskFormerSwinBlock):
+    """Swinv2Layer, whose windows are those that it was made with."""
+
+    read = staticmethod(transformers_v2_block)
+    compute = staticmethod(swinv2_block)
+    read_at_every_call = ()
+
+
+class TransformersSwinv2(TransformersSwin):
+    """Swinv2Backbone."""
+
+    read = staticmethod(transformers_v2_parts)
+    maps = staticmethod(swinv2_maps)
+    read_at_every_call = ()
 
 
 _TRANSFORMERS, _TIMM = "transformers.models", "timm.models.swin_transformer"
@@ -186,4 +217,7 @@ REPLACED: dict[str, type[ModuleForward]] = {
     f"{_TIMM}.PatchMerging": Merging,
     f"{_TORCHVISION}.SwinTransformerBlock": TorchvisionSwinBlock,
     f"{_TORCHVISION}.PatchMerging": Merging,
+    f"{_TRANSFORMERS}.swinv2.modeling_swinv2.Swinv2Backbone": TransformersSwinv2,
+    f"{_TRANSFORMERS}.swinv2.modeling_swinv2.Swinv2Layer": TransformersSwinv2Block,
+    f"{_TIMM}_v2.SwinTransformerV2Block": TimmSwinv2Block,
 }

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastbb_kernels import WindowGeometry
 from fastbb_kernels.onednn import pack_linear, packed_linear
+from fastbb_kernels.ops.window_attention import cosine_operands
 
 from ..weights.derived import derive
 from .layers import runs_packed_linears
@@ -32,7 +33,7 @@ class Part(NamedTuple):
         padding: [n * N, 1], whether a token is padding; None if no token is.
         kept: [k], positions in `tokens` that are not padding; None if no token is padding.
         rows: [k], `tokens` without padding.
-        apart: [n, 1, N, N], -100 where two tokens are in different regions, else 0; None if all
+        apart: [n, 1, N, N], 1 where two tokens are in different regions, else 0; None if all
             tokens of each window are in one region.
     """
 
@@ -53,7 +54,7 @@ def runs_on_cpu(x: Tensor, weights: SwinBlockWeights) -> bool:
 def swin_block_on_cpu(
     x: Tensor, spec: SwinBlockSpec, weights: SwinBlockWeights, geometry: WindowGeometry
 ) -> Tensor:
-    """Computes `swin_block` in inference; see `runs_on_cpu`.
+    """Computes `swin_block` or `swinv2_block` in inference; see `runs_on_cpu`.
 
     Args:
         x: [B, H, W, C].
@@ -72,8 +73,9 @@ def swin_block_on_cpu(
     packed = _packed(weights)
     n_tokens = geometry.window[0] * geometry.window[1]
     bias = weights.relative_position_bias[..., :n_tokens]
+    block = _post_norm_block if spec.post_norm else _block
     for part in _parts(B, H, W, geometry, n_windows):
-        y = _block(tokens.index_select(0, part.tokens), part, bias, spec, weights, packed)
+        y = block(tokens.index_select(0, part.tokens), part, bias, spec, weights, packed)
         result.index_copy_(0, part.rows, y)
     return result.view(x.shape)
 
@@ -109,7 +111,7 @@ def _block(
     if part.padding is not None:
         y.masked_fill_(part.padding, 0.0)
     qkv = packed_linear(y, packed.qkv, weights.qkv_bias)
-    y = _attend(qkv, bias, part.apart, spec.num_heads)
+    y = _attend(qkv, bias, part.apart, spec, weights.logit_scale)
     x = packed_linear(y, packed.proj, weights.proj_bias, residual=x)
     if part.kept is not None:
         x = x.index_select(0, part.kept)
@@ -118,20 +120,55 @@ def _block(
     return packed_linear(y, packed.fc2, weights.fc2_bias, residual=x)
 
 
-def _attend(qkv: Tensor, bias: Tensor, apart: Tensor | None, num_heads: int) -> Tensor:
+def _post_norm_block(
+    x: Tensor,
+    part: Part,
+    bias: Tensor,
+    spec: SwinBlockSpec,
+    weights: SwinBlockWeights,
+    packed: _Packed,
+) -> Tensor:
+    """Does the same as `_block` with the norms after attention and MLP."""
+    C = x.shape[1:]
+    if part.padding is not None:
+        x.masked_fill_(part.padding, 0.0)
+    qkv = packed_linear(x, packed.qkv, weights.qkv_bias)
+    y = _attend(qkv, bias, part.apart, spec, weights.logit_scale)
+    y = packed_linear(y, packed.proj, weights.proj_bias)
+    if part.kept is not None:
+        x, y = x.index_select(0, part.kept), y.index_select(0, part.kept)
+    x += F.layer_norm(y, C, weights.norm1_weight, weights.norm1_bias, weights.norm1_eps)
+    y = packed_linear(x, packed.fc1, weights.fc1_bias, activation=spec.activation)
+    y = packed_linear(y, packed.fc2, weights.fc2_bias)
+    return x.add_(F.layer_norm(y, C, weights.norm2_weight, weights.norm2_bias, weights.norm2_eps))
+
+
+def _attend(
+    qkv: Tensor,
+    bias: Tensor,
+    apart: Tensor | None,
+    spec: SwinBlockSpec,
+    logit_scale: Tensor | None,
+) -> Tensor:
     """Computes attention within windows, [n * N, 3C] to [n * N, C].
 
     It uses two batched products, because PyTorch's attention for CPUs is for long sequences.
     """
-    n_tokens = bias.shape[1]
+    n_tokens, num_heads = bias.shape[1], spec.num_heads
     head_dim = qkv.shape[1] // (3 * num_heads)
     qkv = qkv.view(-1, n_tokens, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.flatten(1, 2)  # each [n * heads, N, head_dim]
-    scores = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
+    if logit_scale is None:
+        q, k, v = qkv.flatten(1, 2)  # each [n * heads, N, head_dim]
+        q = q * head_dim**-0.5
+    else:
+        q, k, v = qkv  # each [n, heads, N, head_dim]
+        q, k = cosine_operands(q, k, logit_scale)
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    scores = torch.bmm(q, k.transpose(1, 2))
     by_window = scores.view(-1, num_heads, n_tokens, n_tokens)
     by_window += bias
     if apart is not None:
-        by_window += apart.to(scores.dtype)
+        by_window.add_(apart.to(scores.dtype), alpha=spec.mask_value)
     y = torch.bmm(F.softmax(scores, dim=-1), v)
     y = y.view(-1, num_heads, n_tokens, head_dim).transpose(1, 2)
     return y.reshape(-1, num_heads * head_dim)
@@ -174,7 +211,7 @@ def _part(tokens: Tensor, padding: Tensor, regions: Tensor) -> Part:
     apart = None
     differ = regions[:, None, :, None] != regions[:, None, None, :]
     if differ.any():
-        apart = torch.zeros(differ.shape, dtype=torch.float32).masked_fill_(differ, -100.0)
+        apart = torch.zeros(differ.shape, dtype=torch.float32).masked_fill_(differ, 1.0)
     tokens, padding = tokens.flatten(), padding.flatten()
     if not padding.any():
         return Part(tokens, None, None, tokens, apart)

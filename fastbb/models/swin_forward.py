@@ -1,6 +1,6 @@
 """The forward of Swin, computed from the parts of any owner."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ def swin_maps(
     attentions: list[Tensor] | None = None,
     interpolate_positions: bool = False,
     run_block: BlockRunner | None = None,
+    compute_block: Callable[..., Tensor] | None = None,
+    merge: Callable[[Tensor, MergingParts], Tensor] | None = None,
 ) -> list[Tensor]:
     """Runs the stages up to the last wanted map.
 
@@ -52,6 +54,8 @@ def swin_maps(
         attentions: list to append the attention weights of each stage's last block to, or None.
         interpolate_positions: interpolates absolute positions to the size of the image.
         run_block: runs a block with gradient checkpointing, or None.
+        compute_block: computes a block from its parts; default: `swin_block`.
+        merge: merges patches by the parts of a merging; default: `merge_patches`.
 
     Returns:
         [B, C', h, w] of each wanted map.
@@ -59,6 +63,7 @@ def swin_maps(
     Raises:
         ValueError: the image does not fit.
     """
+    compute_block, merge = compute_block or swin_block, merge or merge_patches
     if isinstance(parts.embedding, SwinEmbeddingParts):
         x = _embed(parts.embedding, pixel_values, interpolate_positions)
     else:
@@ -73,14 +78,14 @@ def swin_maps(
         if index > last:
             break
         if isinstance(downsample, MergingParts):
-            x = merge_patches(x, downsample)
+            x = merge(x, downsample)
         elif downsample is not None:
             x = downsample(x)
         for block in blocks:
             collected = attentions if block is blocks[-1] else None
             run: Any
             if isinstance(block, SwinBlockParts):
-                run = partial(swin_block, parts=block, attentions=collected)
+                run = partial(compute_block, parts=block, attentions=collected)
             else:
                 run = block if collected is None else partial(block, attentions=collected)
             x = run(x) if run_block is None else run_block(run, x)

@@ -194,7 +194,7 @@ class SwinPatchMerging(NativeModule):
 class SwinStage(NativeModule):
     """A stage; its forward leaves out the merging, which only the next stage needs."""
 
-    def __init__(self, blocks: Sequence[SwinLayer], downsample: SwinPatchMerging | None) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -330,15 +330,7 @@ class SwinModel(NativeModule):
         Raises:
             Refused: the whole has to be called.
         """
-        encoder = untouched(self.encoder, SwinEncoder)
-        stages, merging = [], None
-        for stage in encoder.layers:
-            stages.append(_read_stage(merging, stage, called))
-            merging = merging_of(stage)
-        return SwinParts(called.read_or_call(self._read_embeddings, self.embeddings), tuple(stages))
-
-    def _read_embeddings(self) -> SwinEmbeddingParts:
-        return untouched(self.embeddings, SwinEmbeddings).parts()
+        return read_swin(self.embeddings, self.encoder, called, SwinLayer, SwinPatchMerging)
 
 
 def merging_of(stage: Any) -> nn.Module | None:
@@ -356,11 +348,37 @@ def merging_of(stage: Any) -> nn.Module | None:
         ) from error
 
 
-def _read_stage(merging: Any, stage: Any, called: CalledModules) -> SwinStageParts:
-    """Reads a stage and the merging before it."""
+def read_swin(
+    embeddings: Any,
+    encoder: Any,
+    called: CalledModules,
+    block_class: type[nn.Module],
+    merging_class: type[nn.Module],
+) -> SwinParts:
+    """Reads the layers of a native Swin, except those that have to be called.
+
+    Args:
+        embeddings: a `SwinEmbeddings`, or what was put in its place.
+        encoder: a `SwinEncoder`.
+        called: gets the modules that have to be called.
+        block_class: class of the blocks, whose `parts` reads one.
+        merging_class: class of the mergings, whose `parts` reads one.
+
+    Raises:
+        Refused: the whole has to be called.
+    """
+
+    def read_embeddings() -> SwinEmbeddingParts:
+        return untouched(embeddings, SwinEmbeddings).parts()
 
     def read_merging() -> MergingParts:
-        return untouched(merging, SwinPatchMerging).parts()
+        return untouched(merging, merging_class).parts()
 
-    before = None if merging is None else called.read_or_call(read_merging, merging)
-    return SwinStageParts(before, called.read_blocks(stage, "blocks", SwinStage, SwinLayer))
+    stages: list[SwinStageParts] = []
+    merging: Any = None
+    for stage in untouched(encoder, SwinEncoder).layers:
+        before = None if merging is None else called.read_or_call(read_merging, merging)
+        blocks = called.read_blocks(stage, "blocks", SwinStage, block_class)
+        stages.append(SwinStageParts(before, blocks))
+        merging = merging_of(stage)
+    return SwinParts(called.read_or_call(read_embeddings, embeddings), tuple(stages))

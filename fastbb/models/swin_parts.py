@@ -12,7 +12,7 @@ Windows and shifts come from:
   of a single block sets them by the size of the map; a whole SwinBackbone takes them as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastbb_kernels import WindowGeometry, relative_position_index
+from fastbb_kernels._window_geometry import MASK_VALUE
 
 from ..weights.derived import derive
 from .layers import cuts_patches
@@ -42,6 +43,8 @@ class SwinBlockSpec:
         dropout: of both branches.
         attention_dropout: of the attention weights.
         clamp_both: whether no axis is shifted where a window covers one (transformers' SwinModel).
+        mask_value: added to the score of tokens that were not neighbours before the shift.
+        post_norm: whether the norms come after attention and MLP (Swin V2).
     """
 
     num_heads: int
@@ -53,6 +56,8 @@ class SwinBlockSpec:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     clamp_both: bool = False
+    mask_value: float = MASK_VALUE
+    post_norm: bool = False
 
     def geometry_for(self, height: int, width: int) -> WindowGeometry:
         """Windows and shift for a map of height x width tokens."""
@@ -90,6 +95,7 @@ class SwinBlockWeights(NamedTuple):
     fc2_weight: Tensor  # [C, F]
     fc2_bias: Tensor  # [C]
     owner: nn.Module | None = None  # derived tensors are cached for it
+    logit_scale: Tensor | None = None  # [num_heads] of cosines (Swin V2)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that are not None."""
@@ -102,7 +108,7 @@ class SwinBlockParts:
 
     Attributes:
         owner: the block; fused weights are cached for it.
-        norms: before the attention and the MLP.
+        norms: of the attention and the MLP.
         projections: to queries, keys and values, in three layers or in one.
         proj: after the attention.
         fc1: first layer of the MLP.
@@ -305,7 +311,7 @@ def transformers_block(block: Any) -> SwinBlockParts:
         Refused: the ops do not cover the module. The other builders raise it too.
     """
     attention = block.attention
-    return _checked(
+    return checked_block(
         block,
         norms=(block.layernorm_before, block.layernorm_after),
         projections=(attention.q_proj, attention.k_proj, attention.v_proj),
@@ -322,7 +328,7 @@ def transformers_block(block: Any) -> SwinBlockParts:
 def maskformer_block(block: Any) -> SwinBlockParts:
     """Reads a MaskFormerSwinLayer."""
     own = getattr(block.attention, "self")  # noqa: B009 -- a name that reads as a variable
-    return _checked(
+    return checked_block(
         block,
         norms=(block.layernorm_before, block.layernorm_after),
         projections=(own.query, own.key, own.value),
@@ -338,7 +344,7 @@ def maskformer_block(block: Any) -> SwinBlockParts:
 def timm_block(block: Any) -> SwinBlockParts:
     """Reads timm's SwinTransformerBlock, which rolls before it pads."""
     attention, mlp = block.attn, block.mlp
-    return _checked(
+    return checked_block(
         block,
         norms=(block.norm1, block.norm2),
         projections=(attention.qkv,),
@@ -354,7 +360,7 @@ def timm_block(block: Any) -> SwinBlockParts:
 def torchvision_block(block: Any) -> SwinBlockParts:
     """Reads torchvision's SwinTransformerBlock, which does not shift an axis of one window."""
     attention, mlp = block.attn, block.mlp
-    return _checked(
+    return checked_block(
         block,
         norms=(block.norm1, block.norm2),
         projections=(attention.qkv,),
@@ -367,7 +373,7 @@ def torchvision_block(block: Any) -> SwinBlockParts:
     )
 
 
-def _checked(
+def checked_block(
     block: Any,
     norms: tuple[Any, Any],
     projections: tuple[Any, ...],
@@ -378,7 +384,8 @@ def _checked(
     geometry: WindowGeometry,
     scale: Any = None,
     clamp_shift: bool = False,
-    make: type[SwinBlockParts] = SwinBlockParts,
+    make: Callable[..., SwinBlockParts] = SwinBlockParts,
+    **semantics: Any,
 ) -> SwinBlockParts:
     """Builds the parts of a block after a check that the ops cover its layers.
 
@@ -394,6 +401,7 @@ def _checked(
         scale: factor of the scores, or None if it follows from the size of the heads.
         clamp_shift: see `SwinBlockSpec`.
         make: class of the parts.
+        semantics: further fields of `SwinBlockSpec`.
     """
     if any(type(norm) is not nn.LayerNorm for norm in norms):
         raise Refused("its norms are not layer norms")
@@ -408,7 +416,7 @@ def _checked(
     name = activation_of(activation)
     if fc1.bias is None:
         raise Refused("its MLP has no bias")
-    spec = SwinBlockSpec(num_heads, geometry, clamp_shift, name)
+    spec = SwinBlockSpec(num_heads, geometry, clamp_shift, name, **semantics)
     return make(block, norms, projections, proj, fc1, fc2, bias, spec)
 
 

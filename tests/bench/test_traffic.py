@@ -39,6 +39,7 @@ TITLES = {
     "swin_s_224": "Swin-S, 224, batch 64",
     "swin_b_384": "Swin-B, 384, batch 8",
     "swin_t_800x1088": "Swin-T, 800x1088, batch 8",
+    "swinv2_t": "Swinv2-T, 256, batch 64",
     "resnet50": "ResNet-50, 224, batch 64",
     "resnet18": "ResNet-18, 224, batch 64",
     "resnet101": "ResNet-101, 224, batch 64",
@@ -135,6 +136,7 @@ UPSTREAM = {
 
 # most bytes of a forward pass, of those of transformers
 SHARES = {
+    "swinv2_t": 0.16,
     "dinov2_s": 0.52,
     "dinov2_b": 0.52,
     "dinov3_s": 0.34,

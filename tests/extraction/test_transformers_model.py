@@ -31,7 +31,6 @@ def saved(model: Any, folder: Path) -> Path:
         ("hiera", "HieraModel"),
         ("pixio", "PixioModel"),
         ("sapiens2", "Sapiens2Model"),
-        ("swinv2", "Swinv2Model"),
         ("textnet", "TextNetModel"),
         ("tipsv2_vision_model", "Tipsv2VisionModel"),
     ],
@@ -76,15 +75,15 @@ def test_tokens_and_the_class_token_are_upstreams(tmp_path: Path) -> None:
             "embedding: transformers' hgnet_v2 is a backbone alone; .*pooled",
         ),
         ("pvt_v2", "embedding", "embedding: transformers' PvtV2Model has no pooler_output; .*pool"),
-        ("swinv2", "embedding", "embedding: the checkpoint lacks a trained part of .*layernorm"),
-        ("swinv2", "cls", "cls: transformers' swinv2 has no class token"),
+        ("hiera", "embedding", "embedding: the checkpoint lacks a trained part of .*layernorm"),
+        ("focalnet", "cls", "cls: transformers' focalnet has no class token"),
         ("bit", "tokens", "tokens: transformers' BitModel is a CNN and has no tokens"),
         (
             "hiera",
             "tokens",
             "tokens of transformers' hiera are there before its norm only: --norm n",
         ),
-        ("swinv2", "projection", "projection: transformers' swinv2 has none"),
+        ("focalnet", "projection", "projection: transformers' focalnet has none"),
     ],
 )
 def test_missing_features_are_errors(
@@ -96,7 +95,7 @@ def test_missing_features_are_errors(
 
 
 def test_changed_weights_have_no_embedding_of_the_checkpoint(tmp_path: Path) -> None:
-    made = randomize_(transformers.Swinv2Model(config("swinv2")))
+    made = randomize_(transformers.FocalNetModel(config("focalnet")))
     ours = AutoBackbone.from_pretrained(saved(made, tmp_path))
     FeatureExtractor(ours, "embedding", processor=processor())
     with torch.no_grad():

@@ -37,8 +37,8 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 @pytest.fixture
-def swinv2(tmp_path: Path) -> Any:
-    return AutoBackbone.from_pretrained(saved(upstream("swinv2"), tmp_path / "swinv2"))
+def focalnet(tmp_path: Path) -> Any:
+    return AutoBackbone.from_pretrained(saved(upstream("focalnet"), tmp_path / "focalnet"))
 
 
 # --- upstream's defects, beside upstream
@@ -107,18 +107,27 @@ def test_channels_are_those_of_the_maps(model_type: str, fields: dict[str, Any])
 # --- its options
 
 
-def test_hidden_states_attentions_and_tuples_are_upstreams(tmp_path: Path, swinv2: Any) -> None:
-    theirs = transformers.Swinv2Backbone.from_pretrained(tmp_path / "swinv2").eval()
-    options: dict[str, Any] = {"output_hidden_states": True, "output_attentions": True}
+def test_hidden_states_and_tuples_are_upstreams(tmp_path: Path, focalnet: Any) -> None:
+    theirs = transformers.FocalNetBackbone.from_pretrained(tmp_path / "focalnet").eval()
     with torch.no_grad():
-        got, want = swinv2(PIXELS, **options), theirs(PIXELS, **options)
-        chosen = swinv2(PIXELS, output_hidden_states=[1]).hidden_states
-        (only,) = swinv2(PIXELS, return_dict=False)
-    for name in ("feature_maps", "hidden_states", "attentions"):
+        got, want = (model(PIXELS, output_hidden_states=True) for model in (focalnet, theirs))
+        chosen = focalnet(PIXELS, output_hidden_states=[1]).hidden_states
+        (only,) = focalnet(PIXELS, return_dict=False)
+    for name in ("feature_maps", "hidden_states"):
         for x, y in zip(got[name], want[name], strict=True):
             assert torch.equal(x, y), name
     assert [state is None for state in chosen] == [True, False, True]
     assert torch.equal(only[0], got.feature_maps[0])
+
+
+def test_attentions_are_upstreams(tmp_path: Path) -> None:
+    theirs = upstream("vitdet")
+    ours = AutoBackbone.from_pretrained(saved(theirs, tmp_path))
+    with torch.no_grad():
+        got, want = (model(PIXELS, output_attentions=True).attentions for model in (ours, theirs))
+    assert want
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_flags_of_upstream_are_kept(tmp_path: Path) -> None:
@@ -140,12 +149,12 @@ def test_class_tokens_are_returned(tmp_path: Path) -> None:
         assert torch.equal(ours(PIXELS).cls_tokens[0], theirs(PIXELS).cls_tokens[0])
 
 
-def test_copies_may_return_other_stages(swinv2: Any) -> None:
+def test_copies_may_return_other_stages(focalnet: Any) -> None:
     from fastbb.engine.computation import without_engine
 
-    other = without_engine(swinv2)
+    other = without_engine(focalnet)
     other.out_features = ["stem", "stage1"]
-    assert len(maps(other)) == 2 and len(maps(swinv2)) == 1
+    assert len(maps(other)) == 2 and len(maps(focalnet)) == 1
     assert torch.equal(maps(pickle.loads(pickle.dumps(other)))[1], maps(other)[1])
 
 
@@ -161,25 +170,27 @@ def test_hooks_of_upstream_keep_no_backbone_from_its_engine() -> None:
     handle.remove()
 
 
-def test_verify_holds_it_to_upstream(swinv2: Any) -> None:
-    report = swinv2.verify(inputs=PIXELS)
-    assert report.passed and "Swinv2Backbone" in report.reference
+def test_verify_holds_it_to_upstream(focalnet: Any) -> None:
+    report = focalnet.verify(inputs=PIXELS)
+    assert report.passed and "FocalNetBackbone" in report.reference
     with torch.no_grad():
-        swinv2.model.embeddings.norm.bias.add_(1)  # of ours and of upstream's, which gets it
-    assert swinv2.verify(inputs=PIXELS).passed
+        bias = focalnet.model.focalnet.embeddings.norm.bias
+        bias.add_(1)  # of ours and of upstream's, which gets it
+    assert focalnet.verify(inputs=PIXELS).passed
 
     def wrong(module: Any, args: Any, output: Any) -> Any:
         output.feature_maps = tuple(m * 1.001 for m in output.feature_maps)
         return output
 
-    swinv2.model.register_forward_hook(wrong)
-    assert not swinv2.verify(inputs=PIXELS).passed
+    focalnet.model.register_forward_hook(wrong)
+    assert not focalnet.verify(inputs=PIXELS).passed
 
 
-def test_gradients_and_training_reach_upstreams_parameters(swinv2: Any) -> None:
-    swinv2.train()
-    swinv2(PIXELS).feature_maps[0].sum().backward()
-    assert all(p.grad is not None for p in swinv2.parameters())
+def test_gradients_and_training_reach_upstreams_parameters(focalnet: Any) -> None:
+    focalnet.train()
+    focalnet(PIXELS).feature_maps[0].sum().backward()
+    without = {n for n, p in focalnet.named_parameters() if p.grad is None}
+    assert without == {f"model.focalnet.layernorm.{p}" for p in ("weight", "bias")}  # of no map
 
 
 def test_windows_of_rf_detr_follow_the_selected_stages(tmp_path: Path) -> None:
@@ -195,7 +206,7 @@ def test_windows_of_rf_detr_follow_the_selected_stages(tmp_path: Path) -> None:
 
 
 def test_outputs_that_a_configuration_asks_for_do_no_harm(tmp_path: Path) -> None:
-    folder = saved(upstream("swinv2"), tmp_path)
+    folder = saved(upstream("focalnet"), tmp_path)
     values = json.loads((folder / "config.json").read_text())
     values |= {"return_dict": False, "output_hidden_states": True}
     (folder / "config.json").write_text(json.dumps(values))
@@ -207,33 +218,33 @@ def test_outputs_that_a_configuration_asks_for_do_no_harm(tmp_path: Path) -> Non
     assert ours.prepare()(PIXELS, return_dict=True).hidden_states is not None
 
 
-def test_an_empty_batch_and_no_stage_give_empty_results(swinv2: Any) -> None:
-    assert swinv2(PIXELS[:0]).feature_maps[0].shape == (0, 16, 4, 4)
-    swinv2.config.set_output_features_output_indices([], [])
-    assert swinv2(PIXELS).feature_maps == ()
+def test_an_empty_batch_and_no_stage_give_empty_results(focalnet: Any) -> None:
+    assert focalnet(PIXELS[:0]).feature_maps[0].shape == (0, 16, 4, 4)
+    focalnet.config.set_output_features_output_indices([], [])
+    assert focalnet(PIXELS).feature_maps == ()
 
 
-def test_a_forward_of_another_library_runs_for_every_selection(swinv2: Any) -> None:
-    calls, forward = [], swinv2.model.forward
+def test_a_forward_of_another_library_runs_for_every_selection(focalnet: Any) -> None:
+    calls, forward = [], focalnet.model.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         return forward(*args, **kwargs)
 
-    swinv2.model.forward = counted
-    swinv2.out_features = ["stem"]
-    assert maps(swinv2)[0].shape[1] == 8 and calls
+    focalnet.model.forward = counted
+    focalnet.out_features = ["stem"]
+    assert maps(focalnet)[0].shape[1] == 8 and calls
 
 
 def test_weights_load_inside_inference_mode(tmp_path: Path) -> None:
-    folder = saved(upstream("swinv2"), tmp_path)
+    folder = saved(upstream("focalnet"), tmp_path)
     with torch.inference_mode():
         ours = AutoBackbone.from_pretrained(folder)
     assert not any(p.is_inference() for p in ours.parameters())
 
 
 def test_threads_that_load_leave_logging_as_it_was(tmp_path: Path) -> None:
-    folder = saved(upstream("swinv2"), tmp_path)
+    folder = saved(upstream("focalnet"), tmp_path)
     logging = transformers.utils.logging
     before = logging.get_verbosity()
     threads = [Thread(target=AutoBackbone.from_pretrained, args=[folder]) for _ in range(4)]
@@ -273,7 +284,7 @@ def test_missing_and_misshapen_weights_are_listed(tmp_path: Path) -> None:
 
 
 def test_code_of_a_checkpoint_never_runs(tmp_path: Path) -> None:
-    folder = saved(upstream("swinv2"), tmp_path)
+    folder = saved(upstream("focalnet"), tmp_path)
     values = json.loads((folder / "config.json").read_text())
     mark = tmp_path / "ran"
     (folder / "modeling.py").write_text(f"open({str(mark)!r}, 'w')")
@@ -282,7 +293,7 @@ def test_code_of_a_checkpoint_never_runs(tmp_path: Path) -> None:
     for load in (AutoBackbone.from_pretrained, AutoConfig.from_pretrained, ConfigFile.read):
         with pytest.raises(ValueError, match="needs code of its own .*fastbb runs no code"):
             load(folder)
-    own = AutoConfig.for_model("swinv2", **FIELDS["swinv2"])
+    own = AutoConfig.for_model("focalnet", **FIELDS["focalnet"])
     assert maps(AutoBackbone.from_pretrained(folder, config=own)) and not mark.exists()
 
 
@@ -313,15 +324,15 @@ def test_a_mixture_of_experts_is_refused() -> None:
 
 def test_configuration_that_upstream_refuses() -> None:
     with pytest.raises(ValueError, match="does not know the activation 'nope'"):
-        AutoBackbone.from_config(AutoConfig.for_model("swinv2", hidden_act="nope"))
+        AutoBackbone.from_config(AutoConfig.for_model("focalnet", hidden_act="nope"))
     with pytest.raises(ValueError, match="transformers refuses the configuration"):
-        AutoConfig.for_model("swinv2", depths="two")
+        AutoConfig.for_model("focalnet", depths="two")
 
 
 def test_without_transformers_one_sentence_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = saved(upstream("swinv2"), tmp_path)
+    folder = saved(upstream("focalnet"), tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"not installed: pip install 'transformers>=5\.9'"):
         AutoBackbone.from_pretrained(folder)
@@ -331,7 +342,7 @@ def test_nothing_is_printed_while_loading(
     tmp_path: Path, hub: HubServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = saved(
-        randomize_(transformers.Swinv2ForImageClassification(config("swinv2"))), tmp_path
+        randomize_(transformers.FocalNetForImageClassification(config("focalnet"))), tmp_path
     )
     capfd.readouterr()
     with warnings.catch_warnings():
