@@ -456,10 +456,7 @@ def transformers_parts(backbone: Any) -> SwinParts:
 
 
 def timm_parts(features: nn.Module) -> SwinParts:
-    """Reads timm's features-only Swin.
-
-    Windows and shifts are those for the image size that the model was built with.
-    """
+    """Reads timm's features-only Swin."""
     from timm.layers.mlp import Mlp
     from timm.models.swin_transformer import (
         PatchMerging,
@@ -468,10 +465,32 @@ def timm_parts(features: nn.Module) -> SwinParts:
         WindowAttention,
     )
 
+    layers = SwinTransformerBlock, WindowAttention, Mlp
+    return read_timm(features, SwinTransformerStage, PatchMerging, layers, timm_block)
+
+
+def read_timm(
+    features: nn.Module,
+    stage_class: type[nn.Module],
+    merging_class: type[nn.Module],
+    layer_classes: tuple[type[nn.Module], ...],
+    read_block: Callable[[Any], SwinBlockParts],
+) -> SwinParts:
+    """Reads a features-only model of timm, of Swin or Swin V2.
+
+    Windows and shifts are those for the image size that the model was built with.
+
+    Args:
+        features: the model.
+        stage_class: class of its stages.
+        merging_class: class of the merging that a stage may begin with.
+        layer_classes: classes of a block, its attention and its MLP.
+        read_block: reads a block.
+    """
     children: list[Any] = list(features.children())
     embed, stages = children[0], children[1:]
-    if not stages or any(type(stage) is not SwinTransformerStage for stage in stages):
-        raise Refused("it is no Swin")
+    if not stages or any(type(stage) is not stage_class for stage in stages):
+        raise Refused("it is no model of this family")
     projection, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
     if type(projection) is not nn.Conv2d or not cuts_patches(projection):
         raise Refused("its patch embedding is no convolution that cuts patches")
@@ -480,20 +499,17 @@ def timm_parts(features: nn.Module) -> SwinParts:
     read = []
     for stage in stages:
         merging = stage.downsample
-        downsample = merging_parts(merging) if type(merging) is PatchMerging else None
-        if downsample is None and type(merging) is not nn.Identity:
+        if type(merging) not in (merging_class, nn.Identity):
             raise Refused(f"a {type(merging).__name__} is before a stage")
         blocks = []
         for block in stage.blocks:
-            layers = (type(block), type(block.attn), type(block.mlp))
-            if layers != (SwinTransformerBlock, WindowAttention, Mlp):
+            if (type(block), type(block.attn), type(block.mlp)) != layer_classes:
                 raise Refused(f"a {type(block).__name__} is inside it")
-            parts = timm_block(block)
+            parts = read_block(block)
             misfit = parts.misfit()
             if misfit is not None:
                 raise Refused(misfit)
             blocks.append(parts)
-        read.append(
-            SwinStageParts(merging if type(merging) is PatchMerging else None, tuple(blocks))
-        )
+        before = merging_parts(merging) if type(merging) is merging_class else None
+        read.append(SwinStageParts(before, tuple(blocks)))
     return SwinParts(SwinEmbeddingParts(projection, norm, "refuse"), tuple(read), has_stem=False)

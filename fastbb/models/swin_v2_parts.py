@@ -19,13 +19,14 @@ from ..weights.derived import derive
 from .layers import cuts_patches
 from .parts import Refused
 from .swin_parts import (
-    MergingParts,
     SwinBlockParts,
     SwinBlockWeights,
     SwinEmbeddingParts,
     SwinParts,
     SwinStageParts,
     checked_block,
+    merging_parts,
+    read_timm,
     relative_position_bias,
 )
 
@@ -296,20 +297,8 @@ def transformers_parts(backbone: Any) -> SwinParts:
     )
 
 
-def merging_parts(merging: Any) -> MergingParts:
-    """Reads a patch merging, which has `reduction` and `norm` in both libraries."""
-    if type(merging.norm) is not nn.LayerNorm or merging.norm.weight is None:
-        raise Refused(f"its norm is a {type(merging.norm).__name__}")
-    if type(merging.reduction) is not nn.Linear:
-        raise Refused(f"its reduction is a {type(merging.reduction).__name__}")
-    return MergingParts(merging.norm, merging.reduction)
-
-
 def timm_parts(features: nn.Module) -> SwinParts:
-    """Reads timm's features-only Swin V2.
-
-    Windows and shifts are those for the image size that the model was built with.
-    """
+    """Reads timm's features-only Swin V2."""
     from timm.layers.mlp import Mlp
     from timm.models.swin_transformer_v2 import (
         PatchMerging,
@@ -318,30 +307,5 @@ def timm_parts(features: nn.Module) -> SwinParts:
         WindowAttention,
     )
 
-    children: list[Any] = list(features.children())
-    embed, stages = children[0], children[1:]
-    if not stages or any(type(stage) is not SwinTransformerV2Stage for stage in stages):
-        raise Refused("it is no Swin V2")
-    projection, norm = getattr(embed, "proj", None), getattr(embed, "norm", None)
-    if type(projection) is not nn.Conv2d or not cuts_patches(projection):
-        raise Refused("its patch embedding is no convolution that cuts patches")
-    if type(norm) is not nn.LayerNorm:
-        raise Refused("its norms are not layer norms")
-    read = []
-    for stage in stages:
-        merging = stage.downsample
-        if type(merging) not in (PatchMerging, nn.Identity):
-            raise Refused(f"a {type(merging).__name__} is before a stage")
-        blocks = []
-        for block in stage.blocks:
-            layers = (type(block), type(block.attn), type(block.mlp))
-            if layers != (SwinTransformerV2Block, WindowAttention, Mlp):
-                raise Refused(f"a {type(block).__name__} is inside it")
-            parts = timm_block(block)
-            misfit = parts.misfit()
-            if misfit is not None:
-                raise Refused(misfit)
-            blocks.append(parts)
-        before = merging_parts(merging) if type(merging) is PatchMerging else None
-        read.append(SwinStageParts(before, tuple(blocks)))
-    return SwinParts(SwinEmbeddingParts(projection, norm, "refuse"), tuple(read), has_stem=False)
+    layers = SwinTransformerV2Block, WindowAttention, Mlp
+    return read_timm(features, SwinTransformerV2Stage, PatchMerging, layers, timm_block)

@@ -231,6 +231,11 @@ def test_every_family_in_the_folder_is_registered() -> None:
     assert registered == {name for name in names if "_" not in name} - {"layers", "lookup", "parts"}
 
 
+def test_mergings_of_timms_swin_are_computed_by_our_op() -> None:
+    parts = swin_parts.timm_parts(timm_swin()._backbone)
+    assert {type(stage.downsample) for stage in parts.stages[1:]} == {swin_parts.MergingParts}
+
+
 @torch.no_grad()
 def test_parts_follow_absolute_positions() -> None:
     pixels = images(32, 32)
