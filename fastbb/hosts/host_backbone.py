@@ -263,22 +263,26 @@ _KNOWN_ARGUMENTS = {"pixel_values", "output_attentions", "output_hidden_states",
 class TransformersHostBackbone(HostBackbone):
     """A backbone of transformers that computes no stage after the last requested one.
 
-    Upstream's code makes everything but the maps. Subclasses define `tensors`, the maps, and
-    `output`, the full name of the class of the result.
+    Subclasses define `tensors`, the maps, and `output`, the full name of the class of the result.
+    Those with `has_hidden_states` take `output_hidden_states=True` there, and return the states of
+    all stages after the maps.
     """
 
     folds = False
     exactness = FP32_REL
     output: ClassVar[str] = "transformers.modeling_outputs.BackboneOutput"
+    has_hidden_states: ClassVar[bool] = False
 
     @property
     def helps(self) -> bool:
         return True
 
     def why_not(self, *args: Any, **kwargs: Any) -> str | None:
-        for name in ("output_attentions", "output_hidden_states"):
-            if self._asked(kwargs, name):
-                return f"{name} is asked for"
+        if self._asked(kwargs, "output_attentions"):
+            return "output_attentions is asked for"
+        states = self._asked(kwargs, "output_hidden_states")
+        if states and not (self.has_hidden_states and states is True):
+            return "output_hidden_states is asked for"
         if len(args) > 1 or kwargs.keys() - _KNOWN_ARGUMENTS:
             return "it is called with arguments that change what it computes"
         return None
@@ -286,15 +290,28 @@ class TransformersHostBackbone(HostBackbone):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module, _, name = self.output.rpartition(".")
         output = getattr(sys.modules[module], name)  # of the host's library
-        maps = self.computed(args[0] if args else kwargs["pixel_values"])
-        return output(feature_maps=maps) if self._asked(kwargs, "return_dict") else (maps,)
+        pixels, constants = args[0] if args else kwargs["pixel_values"], self._constants(kwargs)
+        maps, states = self.computed(pixels, **constants), None
+        if constants.get("output_hidden_states"):
+            n_maps = len(self.module.out_features)
+            maps, states = maps[:n_maps], maps[n_maps:]
+        if self._asked(kwargs, "return_dict"):
+            return output(feature_maps=maps, hidden_states=states)
+        return (maps,) if states is None else (maps, states)
 
     def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("only `forward`, with nothing but pixels, is computed by fastbb")
 
     def measured(self, method: str, args: Any, kwargs: Any) -> Comparison | None:
-        # the engine measured the maps, which do not depend on the container of the result
-        return super().measured(method, (args[0] if args else kwargs["pixel_values"],), {})
+        # the engine measured the tensors, which do not depend on the container of the result
+        pixels = args[0] if args else kwargs["pixel_values"]
+        return super().measured(method, (pixels,), self._constants(kwargs))
+
+    def _constants(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that decide which tensors a call returns, also of upstream's forward."""
+        name = "output_hidden_states"
+        asked, configured = bool(self._asked(kwargs, name)), getattr(self.module.config, name, None)
+        return {name: asked} if asked or configured else {}
 
     def _asked(self, kwargs: dict[str, Any], name: str) -> Any:
         """Returns an argument, or the configuration's value if it was not given."""

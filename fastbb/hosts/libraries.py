@@ -36,6 +36,7 @@ _TRANSFORMERS_MODELS = {
     "transformers.models.resnet.modeling_resnet.ResNetModel",
     "transformers.models.siglip.modeling_siglip.SiglipVisionModel",
     "transformers.models.swin.modeling_swin.SwinModel",
+    "transformers.models.swinv2.modeling_swinv2.Swinv2Model",
     "transformers.models.vit.modeling_vit.ViTModel",
 }
 _TRANSFORMERS_MIXIN = "transformers.backbone_utils.BackboneMixin"

@@ -172,6 +172,7 @@ class TransformersViT(TransformersHostBackbone):
     """Dinov2Backbone, Dinov2WithRegistersBackbone, DINOv3ViTBackbone and BeitBackbone."""
 
     reads_settings = True
+    has_hidden_states = True
     names: ClassVar[ViTNames]
 
     def __init__(self, module: nn.Module, settings: Settings) -> None:
@@ -194,22 +195,27 @@ class TransformersViT(TransformersHostBackbone):
             return "it is called with integers, which it converts"
         return super().why_not(*args, **kwargs) or _other_attention(self.module.config)
 
-    def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
+    def tensors(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, **constants: Any
+    ) -> tuple[Tensor, ...]:
         module, is_map = self.module, self.module.config.reshape_hidden_states
-        stages = enumerate(module.stage_names)
-        wanted = [index for index, name in stages if name in module.out_features]
-        states = vit_states(self._parts, pixel_values, wanted, patch=self._patch)
+        stages = range(len(module.stage_names))
+        wanted = [index for index in stages if module.stage_names[index] in module.out_features]
+        computed = stages if output_hidden_states else wanted
+        states = vit_states(self._parts, pixel_values, computed, patch=self._patch)
         height, width = pixel_values.shape[2:]
         grid = patch_grid(self._patch, (height, width))
         n_prefix = states[0].shape[1] - grid[0] * grid[1]
         maps = []
-        for index, x in zip(wanted, states):
+        for index, x in zip(computed, states):
+            if index not in wanted:
+                continue
             if self.is_normed(index):
                 x = normed_tokens(x, part(module, self.names.norm))
             if is_map or not self.names.keeps_prefix:
                 x = x[:, n_prefix:]
             maps.append(x.unflatten(1, grid).permute(0, 3, 1, 2) if is_map else x)
-        return tuple(maps)
+        return (*maps, *states) if output_hidden_states else tuple(maps)
 
     def is_normed(self, index: int) -> bool:
         """Whether the map of a stage is normalized."""
@@ -243,8 +249,12 @@ class Beit(TransformersViT):
 
     names = NAMES["beit"]
 
-    def tensors(self, pixel_values: Tensor, **constants: Any) -> tuple[Tensor, ...]:
-        return self.module.fpn(super().tensors(pixel_values, **constants))
+    def tensors(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, **constants: Any
+    ) -> tuple[Tensor, ...]:
+        found = super().tensors(pixel_values, output_hidden_states, **constants)
+        n_maps = len(self.module.out_features)
+        return (*self.module.fpn(found[:n_maps]), *found[n_maps:])
 
     def is_normed(self, index: int) -> bool:
         return False

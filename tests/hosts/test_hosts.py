@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 import host_models_detection  # noqa: F401 -- registers hosts, as those below
 import host_models_swin_v2  # noqa: F401
 import host_models_transformers  # noqa: F401
+import host_models_types  # noqa: F401
 import host_models_vision  # noqa: F401
 import host_models_vit  # noqa: F401
 import timm

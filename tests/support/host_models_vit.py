@@ -133,10 +133,9 @@ def dpt_dinov2() -> Host:
         fusion_hidden_size=8,
         reassemble_factors=[2, 1, 1, 0.5],
     )
-    # this head always asks for hidden states, so only the blocks are ours
-    why = {"backbone": "output_hidden_states is asked for"}
+    # this head always asks for hidden states
     model = randomize_(hf.DPTForDepthEstimation(config))
-    return Host(model, pixels(35, 28), ("backbone",), N_LAYERS, "smooth", upstream=why)
+    return Host(model, pixels(35, 28), ("backbone",), N_LAYERS, "smooth")
 
 
 # --- timm
