@@ -79,7 +79,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 BACKBONES = tuple(
     f"{models} --random-weights --batch 1,8 --precision fp32,bf16 --mode eager,compile,openvino "
-    "--against timm,compile,openvino,onnxruntime --budget 2000"
+    "--against timm,compile,openvino,onnxruntime --budget 3600"
     for models in ("Swin-T ResNet-50 --out-indices 1,2,3,4", "DINOv2-S ConvNeXt-T")
 )
 FAMILIES = (
