@@ -114,6 +114,7 @@ def launch(
         BIAS_COLS=min(n_bias_cols, 16 * cdiv(n_tokens, 16)),
         ROLL_FIRST=roll_first,
         MASK_VALUE=mask_value,
+        COSINES=logit_scale is not None,
         POST_NORM=post_norm,
         PRECISION=input_precision(x.dtype),
         BLOCK_N=BLOCK_N,
@@ -149,6 +150,7 @@ def _swin_attention_block_fwd_kernel(
     BIAS_COLS: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
     MASK_VALUE: tl.constexpr,
+    COSINES: tl.constexpr,
     POST_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -183,12 +185,11 @@ def _swin_attention_block_fwd_kernel(
     # no code is hoisted out of the loop: the values would occupy registers throughout
     for head in tl.range(CHANNELS // HEAD_DIM, disable_licm=True):
         rows = head * HEAD_DIM + tl.arange(0, HEAD_DIM)
-        cosines = logit_scale_ptr is not None
         q, k, v = _project(
-            x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, cosines, PRECISION
+            x, qkv_weight_ptr, qkv_bias_ptr, rows, CHANNELS, BLOCK_C, COSINES, PRECISION
         )
         scores = tl.dot(q, k, input_precision=PRECISION)
-        if cosines:
+        if COSINES:
             scores *= tl.load(logit_scale_ptr + head).to(tl.float32)
         else:
             scores *= HEAD_DIM**-0.5
