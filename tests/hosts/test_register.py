@@ -170,10 +170,7 @@ def test_depth_models_on_tokens_equal_upstream(name: str, register: None, tmp_pa
         got, want = (tree_leaves(model(pixels, **request)) for model in (ours, theirs))
         assert_equals_upstream(got, want)
         assert want[0].std() > 0.01 * want[0].abs().max()
-    layers = [m for m in ours.backbone.modules() if type(m).__name__.endswith("Layer")]
-    assert all(map(runs_ours, layers)) and len(layers) == 3
-    # this head always asks for hidden states, which are upstream's
-    assert runs_ours(ours.backbone) is not name.startswith("dpt")
+    assert runs_ours(ours.backbone)  # also for DPT, which always asks for hidden states
 
     ours.save_pretrained(tmp_path / "ours")
     fastbb.unregister()
