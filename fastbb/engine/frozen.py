@@ -69,9 +69,9 @@ def attention_to_products(graph: fx.GraphModule) -> None:
     for node in graph.graph.find_nodes(op="call_function", target=_ATTENTION):
         q, k, v, *rest = node.args
         named = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest)) | node.kwargs
-        mask = named.pop("attn_mask", None)
+        mask, scale = named.pop("attn_mask", None), named.pop("scale", None)
         if mask is not None and not any(named.values()):
-            _replace(graph, node, _attention, (q, k, v, mask))
+            _replace(graph, node, _attention, (q, k, v, mask, scale))
     graph.recompile()
 
 
@@ -81,11 +81,12 @@ def _replace(graph: fx.GraphModule, node: fx.Node, function: Any, arguments: Any
     graph.graph.erase_node(node)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     """`F.scaled_dot_product_attention` of [..., N, head_dim]."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5 + mask
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.transpose(-2, -1)) * scale + mask
     return F.softmax(scores, dim=-1) @ v
 
 

@@ -152,7 +152,7 @@ def test_attention_with_a_boolean_mask_becomes_products() -> None:
 
 @pytest.mark.parametrize(
     ("options", "is_written_out"),
-    [({}, True), ({"scale": 0.5}, False), ({"dropout_p": 0.5}, False)],
+    [({}, True), ({"scale": 0.5}, True), ({"dropout_p": 0.5}, False)],
     ids=["plain", "scale", "dropout"],
 )
 @torch.no_grad()

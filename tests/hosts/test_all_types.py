@@ -80,7 +80,7 @@ def test_a_classifier_has_its_base_models_prefix(tmp_path: Path) -> None:
         ours, info = AutoBackbone.from_pretrained(tmp_path, output_loading_info=True)
     assert info.prefix == "hiera." and "classifier.weight" in info.ignored
     theirs = transformers.HieraBackbone.from_pretrained(tmp_path).eval()
-    torch.nn.init.ones_(theirs.hidden_states_norms["stage2"].weight)  # random otherwise
+    theirs.hidden_states_norms["stage2"].reset_parameters()  # random otherwise
     same(ours, theirs)
 
 
