@@ -85,8 +85,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | Non
     """`F.scaled_dot_product_attention` of [..., N, head_dim]."""
     if mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, -torch.inf)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = (q @ k.transpose(-2, -1)) * scale + mask
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.transpose(-2, -1)) * factor + mask
     return F.softmax(scores, dim=-1) @ v
 
 
