@@ -284,14 +284,6 @@ class _ConvNext(StageNorms):
     has_attentions = False
     norms_take_maps = True
 
-    def _init_weights(self) -> None:
-        with torch.no_grad():
-            for module in self.modules():
-                if isinstance(module, (nn.Linear, nn.Conv2d)):
-                    nn.init.normal_(module.weight, std=self.config.initializer_range)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-
     def forward_stages(
         self,
         pixel_values: Tensor,

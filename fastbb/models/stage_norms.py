@@ -47,6 +47,7 @@ class StageNorms(UntrainedNorms):
     A subclass sets `hidden_states_norms`, empty if maps are returned without a norm.
     """
 
+    config: Any  # with `initializer_range`
     hidden_states_norms: nn.ModuleDict
     # name of the norm after the last stage
     final_norm_name: ClassVar[str]
@@ -56,6 +57,14 @@ class StageNorms(UntrainedNorms):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
         self._loads_strictly = True  # torch tells `_load_from_state_dict` so in any case
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -89,14 +89,6 @@ class SwinBackbone(StageNorms):
         )
         self._init_weights()
 
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-
     def forward_stages(
         self,
         pixel_values: Tensor,

@@ -138,7 +138,6 @@ class SwinBlockParts:
         window = self.spec().geometry.window
         table = self.bias.relative_position_bias_table
         index = (self.bias.relative_position_index,) if self.has_index else ()
-        first, second = self.norms
         if len(self.projections) == 1:
             (qkv,) = self.projections
             qkv_weight, qkv_bias = qkv.weight, qkv.bias
@@ -162,13 +161,24 @@ class SwinBlockParts:
                 *(bias for bias in biases if bias is not None),
                 constants=window,
             )
+        return self.weights_with(qkv_weight, qkv_bias, bias)
+
+    def weights_with(
+        self,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        relative_position_bias: Tensor,
+        logit_scale: Tensor | None = None,
+    ) -> SwinBlockWeights:
+        """Reads the other tensors for a call; those of the attention are derived."""
+        first, second = self.norms
         return SwinBlockWeights(
             norm1_weight=first.weight,
             norm1_bias=first.bias,
             norm1_eps=first.eps,
             qkv_weight=qkv_weight,
             qkv_bias=qkv_bias,
-            relative_position_bias=bias,
+            relative_position_bias=relative_position_bias,
             proj_weight=self.proj.weight,
             proj_bias=self.proj.bias,
             norm2_weight=second.weight,
@@ -179,6 +189,7 @@ class SwinBlockParts:
             fc2_weight=self.fc2.weight,
             fc2_bias=self.fc2.bias,
             owner=self.owner,
+            logit_scale=logit_scale,
         )
 
     def misfit(self) -> str | None:

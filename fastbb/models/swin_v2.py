@@ -6,7 +6,6 @@ Upstream: transformers `models/swinv2/`, timm `models/swin_transformer_v2.py`.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbb_kernels import WindowGeometry
@@ -66,14 +65,6 @@ class Swinv2Backbone(StageNorms):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.hidden_states_norms = nn.ModuleDict()
         self._init_weights()
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     def forward_stages(
         self,

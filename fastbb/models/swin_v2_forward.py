@@ -16,9 +16,7 @@ from .swin_v2_parts import Swinv2BlockParts
 
 def merge_patches(x: Tensor, merging: Any) -> Tensor:
     """Merges patches, [B, H, W, C] to [B, h, w, 2C], by a module with `reduction` and `norm`."""
-    norm, reduction = merging.norm, merging.reduction
-    x = reduction(neighbours(x))
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
+    return merging.norm(merging.reduction(neighbours(x)))
 
 
 def neighbours(x: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ from fastbb_kernels import window_attention, window_attention_weights
 
 from .layers import DropPath
 from .parts import Activation, NativeModule, Refused, untouched
-from .swin_parts import MergingParts, SwinBlockSpec, relative_position_bias
-from .swin_v2_forward import neighbours
+from .swin_modules import SwinPatchMerging
+from .swin_parts import SwinBlockSpec, relative_position_bias
+from .swin_v2_forward import merge_patches
 from .swin_v2_parts import (
     Swinv2BlockParts,
     relative_coords_table,
@@ -204,19 +205,12 @@ class _NativeBlockParts(Swinv2BlockParts):
         return any(part.training for part in (*parts, block.drop_path))
 
 
-class Swinv2PatchMerging(NativeModule):
+class Swinv2PatchMerging(SwinPatchMerging):
     """Concatenates, reduces and normalizes 2x2 neighbours, [B, H, W, C] to [B, h, w, 2C]."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+        super().__init__(channels)
         self.norm = nn.LayerNorm(2 * channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.reduction(neighbours(x)))
-
-    def parts(self) -> MergingParts:
-        """Reads the layers; raises `Refused` if one has to be called."""
-        return MergingParts(
-            untouched(self.norm, nn.LayerNorm), untouched(self.reduction, nn.Linear)
-        )
+        return merge_patches(x, self)

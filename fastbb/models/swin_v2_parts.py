@@ -75,7 +75,6 @@ class Swinv2BlockParts(SwinBlockParts):
     def weights(self) -> SwinBlockWeights:
         window = self.spec().geometry.window
         hidden, _, out = self.positions
-        first, second = self.norms
         owner, buffers = self.bias, {}
         if self.has_index:
             buffers = {
@@ -100,25 +99,7 @@ class Swinv2BlockParts(SwinBlockParts):
             *given.values(),
             constants=constants,
         )
-        return SwinBlockWeights(
-            norm1_weight=first.weight,
-            norm1_bias=first.bias,
-            norm1_eps=first.eps,
-            qkv_weight=qkv_weight,
-            qkv_bias=qkv_bias,
-            relative_position_bias=bias,
-            proj_weight=self.proj.weight,
-            proj_bias=self.proj.bias,
-            norm2_weight=second.weight,
-            norm2_bias=second.bias,
-            norm2_eps=second.eps,
-            fc1_weight=self.fc1.weight,
-            fc1_bias=self.fc1.bias,
-            fc2_weight=self.fc2.weight,
-            fc2_bias=self.fc2.bias,
-            owner=self.owner,
-            logit_scale=logit_scale,
-        )
+        return self.weights_with(qkv_weight, qkv_bias, bias, logit_scale)
 
     def misfit(self) -> str | None:
         height, width = self.spec().geometry.window

@@ -68,18 +68,18 @@ def swin_cases(shape: SwinShape, size: tuple[int, int], window: int, batch: int)
             yield Case("folded_norm_linear", f"{where}-qkv-folded", qkv)
             fc1 = folded_norm_linear(tokens, 4 * channels, "gelu")
             yield Case("folded_norm_linear", f"{where}-fc1-folded", fc1)
-        yield Case("linear_residual", f"{where}-proj", _linear_residual(tokens, 1))
+        yield Case("linear_residual", f"{where}-proj", linear_residual(tokens, 1))
         yield Case("layer_norm_linear", f"{where}-fc1", _norm_linear(tokens, 4, "gelu"))
-        yield Case("linear_residual", f"{where}-fc2", _linear_residual(tokens, 4))
+        yield Case("linear_residual", f"{where}-fc2", linear_residual(tokens, 4))
         has_blocks = channels <= BLOCK_CHANNELS
         if has_blocks:
-            yield Case("mlp_block", f"{where}-mlp", _mlp_block(tokens))
+            yield Case("mlp_block", f"{where}-mlp", mlp_block(tokens))
         for suffix, shift in (("", 0), ("-shifted", window // 2))[: shape.depths[stage]]:
             geometry = WindowGeometry((window, window), (shift, shift))
-            attention = _window_attention(tokens, heads, geometry)
+            attention = window_attention(tokens, heads, geometry)
             yield Case("window_attention", f"{where}-attention{suffix}", attention)
             if has_blocks and window <= BLOCK_WINDOW:
-                block = _attention_block(tokens, heads, geometry)
+                block = attention_block(tokens, heads, geometry)
                 yield Case("swin_attention_block", f"{where}-block{suffix}", block)
         yield Case("layer_norm_nchw", f"{where}-norm", _nchw(tokens))
 
@@ -141,7 +141,7 @@ def _norm_linear(tokens: _Shape, ratio: int, activation: str | None) -> _Make:
     return make
 
 
-def _linear_residual(tokens: _Shape, ratio: int) -> _Make:
+def linear_residual(tokens: _Shape, ratio: int) -> _Make:
     *rows, channels = tokens
 
     def make(random: Random) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _linear_residual(tokens: _Shape, ratio: int) -> _Make:
     return make
 
 
-def _window_attention(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
+def window_attention(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
     *rows, channels = tokens
 
     def make(random: Random) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _window_attention(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _
     return make
 
 
-def _attention_block(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
+def attention_block(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
     channels = tokens[-1]
 
     def make(random: Random) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def _attention_block(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _M
     return make
 
 
-def _mlp_block(tokens: _Shape) -> _Make:
+def mlp_block(tokens: _Shape) -> _Make:
     channels = tokens[-1]
 
     def make(random: Random) -> dict[str, Any]:

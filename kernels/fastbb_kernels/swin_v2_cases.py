@@ -1,12 +1,20 @@
 """The calls of one forward of a Swin V2, at the shapes of real models and of small variants."""
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ._window_geometry import WindowGeometry
 from .case import Case, Family, Random
-from .swin_cases import BLOCK_CHANNELS, BLOCK_WINDOW, SWINS, SwinShape
+from .swin_cases import (
+    BLOCK_CHANNELS,
+    BLOCK_WINDOW,
+    SWINS,
+    SwinShape,
+    attention_block,
+    linear_residual,
+    mlp_block,
+    window_attention,
+)
 
 # the models of Swin have the same channels, blocks and heads; head dimensions are 32 too
 SIZE, WINDOW, LARGE_WINDOW = 256, 8, 16
@@ -39,7 +47,7 @@ def swinv2_cases(shape: SwinShape, size: int, window: int, batch: int) -> Iterat
             yield Case("layer_norm_residual", f"{where}-norm", _layer_norm_residual(tokens))
         yield Case("conv1x1_bn_act", f"{where}-fc1", _linear_act(tokens))
         if channels <= BLOCK_CHANNELS:
-            yield Case("mlp_block", f"{where}-mlp", _mlp_block(tokens))
+            yield Case("mlp_block", f"{where}-mlp", _with_post_norm(mlp_block(tokens)))
 
 
 _Shape = tuple[int, int, int, int]
@@ -50,69 +58,32 @@ def _attention_cases(where: str, tokens: _Shape, heads: int, window: int) -> Ite
     shifts = (("", 0), ("-shifted", window // 2))
     for suffix, shift in shifts if tokens[1] > window else shifts[:1]:
         geometry = WindowGeometry((window, window), (shift, shift))
-        attention = _window_attention(tokens, heads, geometry)
+        attention = _with_cosines(window_attention(tokens, heads, geometry), heads)
         yield Case("window_attention", f"{where}-attention{suffix}", attention)
         if tokens[-1] <= BLOCK_CHANNELS and window <= BLOCK_WINDOW:
-            block = _attention_block(tokens, heads, geometry)
+            block = _with_cosines(attention_block(tokens, heads, geometry), heads)
+            block = _with_post_norm(block)
             yield Case("swin_attention_block", f"{where}-block{suffix}", block)
 
 
-def _window_attention(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
-    *rows, channels = tokens
+def _with_cosines(swins: _Make, heads: int) -> _Make:
+    """Makes the arguments of Swin's attention by cosines."""
 
     def make(random: Random) -> dict[str, Any]:
-        return {
-            "qkv": random.normal(*rows, 3 * channels),
-            "qkv_pad": random.normal(3 * channels),
-            **_cosines(random, heads, geometry),
-        }
+        logit_scale = random.normal(heads, std=2.0, mean=10.0)
+        return {**swins(random), "logit_scale": logit_scale, "mask_value": -200.0}
 
     return make
 
 
-def _attention_block(tokens: _Shape, heads: int, geometry: WindowGeometry) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(channels),
-            "qkv_weight": random.weight(3 * channels, channels),
-            "qkv_bias": random.normal(3 * channels),
-            "proj_weight": random.weight(channels, channels),
-            "proj_bias": random.normal(channels),
-            **_cosines(random, heads, geometry),
-            "post_norm": True,
-        }
-
-    return make
-
-
-def _cosines(random: Random, heads: int, geometry: WindowGeometry) -> dict[str, Any]:
-    """Makes the arguments of attention by cosines, with columns of the bias as in the models."""
-    n_tokens = math.prod(geometry.window)
-    return {
-        "bias": random.normal(heads, n_tokens, -(-n_tokens // 16) * 16),
-        "num_heads": heads,
-        "geometry": geometry,
-        "logit_scale": random.normal(heads, std=2.0, mean=10.0),
-        "mask_value": -200.0,
-    }
+def _with_post_norm(swins: _Make) -> _Make:
+    """Makes the arguments of a block of Swin with the norm after its layers."""
+    return lambda random: {**swins(random), "post_norm": True}
 
 
 def _linear_norm_residual(tokens: _Shape, ratio: int) -> _Make:
-    *rows, channels = tokens
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*rows, ratio * channels),
-            "weight": random.weight(channels, ratio * channels),
-            "bias": random.normal(channels),
-            **random.norm(channels),
-            "residual": random.normal(*tokens),
-        }
-
-    return make
+    swins = linear_residual(tokens, ratio)
+    return lambda random: {**swins(random), **random.norm(tokens[-1])}
 
 
 def _layer_norm_residual(tokens: _Shape) -> _Make:
@@ -137,21 +108,6 @@ def _linear_act(tokens: _Shape) -> _Make:
             "weight": random.weight(4 * channels, channels, 1, 1),
             "bias": random.normal(4 * channels),
             "activation": "gelu",
-        }
-
-    return make
-
-
-def _mlp_block(tokens: _Shape) -> _Make:
-    channels = tokens[-1]
-
-    def make(random: Random) -> dict[str, Any]:
-        return {
-            "x": random.normal(*tokens),
-            **random.norm(channels),
-            **random.mlp(channels),
-            "activation": "gelu",
-            "post_norm": True,
         }
 
     return make
